@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The whole test suite, or a part of it: launch/test.sh [pytest arguments ...].
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh
+
+# Debian packages that tests use. Installed where that is possible; elsewhere those tests skip and say why.
+debian_packages=()
+if ((${#debian_packages[@]})) && [[ -f /etc/debian_version && "$(id -u)" == 0 ]]; then
+    if ! dpkg --status "${debian_packages[@]}" >/dev/null 2>&1; then
+        printf 'test: installing %s\n' "${debian_packages[*]}" >&2
+        apt-get update --quiet --quiet
+        export DEBIAN_FRONTEND=noninteractive
+        apt-get install --yes --quiet --quiet --no-install-recommends "${debian_packages[@]}"
+    fi
+fi
+
+exec .venv/bin/python -m pytest --durations=10 "$@"

@@ -1,0 +1,137 @@
+"""The command line: `megatron-r1 VERB key=value ...`.
+
+Promise: a verb's code, and torch with it, is imported only once its configuration is known to be valid. A failure
+that a person can mend is one line on stderr and the exit code of its kind; a traceback is a bug.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from megatron_r1 import __version__
+from megatron_r1.config.recipes import groups, recipes
+from megatron_r1.config.verbs import VERBS
+from megatron_r1.errors import ConfigError, ExitCode, UserError
+
+if TYPE_CHECKING:
+    from megatron_r1.config.run import RunConfig
+
+INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
+OPTIONS = """\
+options:
+  --config-name NAME   another recipe than the verb's own
+  --cfg job            print the resolved configuration and stop
+  --help               this text
+  --version            the version"""
+
+
+@dataclass(slots=True)
+class Command:
+    """What the arguments ask for."""
+
+    verb: str = ""
+    config_name: str | None = None
+    print_config: bool = False
+    help: bool = False
+    version: bool = False
+    overrides: list[str] = field(default_factory=list)
+
+
+def parse(arguments: list[str]) -> Command:
+    """Arguments in any order; the first one that is no option is the verb, the others are overrides.
+
+    Raises:
+        ConfigError: an unknown verb or option.
+    """
+    command, waiting = Command(), list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        option, equals, value = argument.partition("=")
+        if option in ("-h", "--help"):
+            command.help = True
+        elif option == "--version":
+            command.version = True
+        elif option in ("--config-name", "--cfg"):
+            value = value if equals else waiting.pop(0) if waiting else ""
+            if option == "--cfg" and value != "job":
+                raise ConfigError("--cfg", value, "must be job")
+            if not value:
+                raise ConfigError("--config-name", value, f"must be one of {', '.join(recipes())}")
+            command.print_config |= option == "--cfg"
+            command.config_name = value if option == "--config-name" else command.config_name
+        elif argument.startswith("-"):
+            raise ConfigError("option", argument, "must be one of --config-name, --cfg, --help, --version")
+        elif command.verb:
+            command.overrides.append(argument)
+        elif argument in VERBS:
+            command.verb = argument
+        else:
+            raise ConfigError("VERB", argument, f"must be one of {', '.join(VERBS)}")
+    return command
+
+
+def help_text(verb: str = "") -> str:
+    """What can be written on the command line, for one verb or for all."""
+    lines = [f"usage: megatron-r1 {verb or 'VERB'} [--config-name NAME] [--cfg job] [key=value ...]", ""]
+    if verb:
+        lines += [f"{verb}: {VERBS[verb].summary}", f"recipe: {VERBS[verb].recipe}", ""]
+    else:
+        lines += ["verbs:", *(f"  {name:<10} {entry.summary}" for name, entry in VERBS.items()), ""]
+    lines += ["groups (group=option):"]
+    lines += [f"  {group:<10} {', '.join(options)}" for group, options in groups().items()]
+    lines += ["", f"recipes (--config-name): {', '.join(recipes())}", "", OPTIONS, ""]
+    lines += [f"Every key and its value: megatron-r1 {verb or 'VERB'} --cfg job"]
+    return "\n".join(lines)
+
+
+def prepare(command: Command) -> RunConfig | None:
+    """The configuration to run with; None when all that was asked for is printed text."""
+    if command.version:
+        print(__version__)
+    elif command.help:
+        print(help_text(command.verb))
+    elif not command.verb:
+        raise ConfigError("VERB", "", f"must be one of {', '.join(VERBS)}")
+    else:
+        from megatron_r1.config.load import as_yaml, load  # Hydra takes a tenth of a second: not for --help
+
+        config = load(command.verb, command.overrides, command.config_name)
+        if not command.print_config:
+            return config
+        print(as_yaml(config), end="")
+    return None
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Do what the arguments ask for, tell the person what went wrong, and give the process's exit status."""
+    quiet = os.environ.get("RANK", "0") != "0"  # every rank refuses the same configuration: one of them says so
+    try:
+        command = parse(arguments or ["--help"])
+        config = prepare(command)
+        quiet = False
+        if config is not None:
+            import_module(VERBS[command.verb].module).run(config)
+    except UserError as error:
+        if not quiet:
+            print(f"megatron-r1: {' '.join(str(error).split())}", file=sys.stderr)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        return int(ExitCode.BUG)
+    return int(ExitCode.DONE)
+
+
+def main() -> None:
+    """Entry point of the `megatron-r1` command."""
+    sys.exit(exit_code(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

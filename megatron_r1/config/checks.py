@@ -1,0 +1,30 @@
+"""The three checks that every section's `__post_init__` is written with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_r1.errors import ConfigError
+
+
+def at_least(section: object, low: float, *names: str) -> None:
+    """Refuse any of the named fields that is below `low`."""
+    for name in names:
+        value = getattr(section, name)
+        if not value >= low:
+            raise ConfigError(name, value, f"must be at least {low}")
+
+
+def within(section: object, low: float, high: float, *names: str) -> None:
+    """Refuse any of the named fields outside the closed interval [low, high]."""
+    for name in names:
+        value = getattr(section, name)
+        if not low <= value <= high:
+            raise ConfigError(name, value, f"must lie between {low} and {high}")
+
+
+def one_of(section: object, name: str, allowed: Iterable[str]) -> None:
+    """Refuse the named field unless it is one of `allowed`."""
+    value = getattr(section, name)
+    if value not in (choices := tuple(allowed)):
+        raise ConfigError(name, value, f"must be one of {', '.join(choices)}")

@@ -1,0 +1,111 @@
+"""One run: every section together, and what must hold between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.config.data import DataConfig
+from megatron_r1.config.evaluate import EvaluateConfig
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.pipeline import PipelineConfig
+from megatron_r1.config.reward import RewardConfig
+from megatron_r1.config.rl import RLConfig
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.track import TrackConfig
+from megatron_r1.config.train import TrainConfig
+from megatron_r1.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class InitConfig:
+    """Where the first weights come from."""
+
+    from_: str = ""
+    """Run directory, checkpoint directory or hf:FOLDER; empty initialises at random. Written `init.from`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """Everything that one command needs to know."""
+
+    name: str = "run"
+    """Name of the run; its directory is ROOT/NAME."""
+    root: str = "runs"
+    """Folder that holds run directories."""
+    seed: int = 0
+    """Seed of initial weights, data order and sampling."""
+    platform: str = "auto"
+    """cuda, cpu, or auto (refused inside a SLURM job)."""
+    threads: int = 0
+    """CPU threads per rank; 0 divides the cores among the ranks."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Degrees of parallelism."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What the model reads."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How parameters are updated."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How answers are sampled."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """What an answer is worth."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """The reinforcement-learning objective."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """How a model is measured."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """Where metrics go."""
+    init: InitConfig = field(default_factory=InitConfig)
+    """Where the first weights come from."""
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    """Stages of a recipe."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "seed", "threads")
+        one_of(self, "platform", ("auto", "cpu", "cuda"))
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            raise ConfigError("name", self.name, "must be a plain folder name")
+        if self.data.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                "data.vocab_size", self.data.vocab_size, f"must be at most model.vocab_size={self.model.vocab_size}"
+            )
+        if self.train.sequence_length > self.model.max_sequence_length:
+            raise ConfigError(
+                "train.sequence_length",
+                self.train.sequence_length,
+                f"must be at most model.max_sequence_length={self.model.max_sequence_length}",
+            )
+        self._check_rollout()
+        self._check_parallel()
+
+    def _check_rollout(self) -> None:
+        longest = self.model.max_sequence_length
+        if self.rollout.max_response_tokens >= longest:
+            raise ConfigError(
+                "rollout.max_response_tokens",
+                self.rollout.max_response_tokens,
+                f"must be below model.max_sequence_length={longest}",
+            )
+        if self.rl.tokens_per_micro_batch < longest:
+            raise ConfigError(
+                "rl.tokens_per_micro_batch",
+                self.rl.tokens_per_micro_batch,
+                f"must be at least model.max_sequence_length={longest}, to hold one sample",
+            )
+
+    def _check_parallel(self) -> None:
+        degrees, model = self.parallel, self.model
+        if degrees.context > 1 and self.platform == "cpu":
+            raise ConfigError("parallel.context", degrees.context, "must be 1 on platform=cpu")
+        for key, degree, name, amount in (
+            ("tensor", degrees.tensor, "model.num_attention_heads", model.num_attention_heads),
+            ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
+            ("pipeline", degrees.pipeline, "model.num_layers", model.num_layers),
+            ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
+            ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),
+        ):
+            if amount % degree:
+                raise ConfigError(f"parallel.{key}", degree, f"must divide {name}={amount}")

@@ -1,0 +1,28 @@
+"""The verbs of the command line: what each does, which module does it, which recipe it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One verb."""
+
+    module: str
+    """Module with `run(config: RunConfig) -> None`; imported only once the configuration is valid."""
+    recipe: str
+    """Recipe in configs/ that is taken without --config-name."""
+    summary: str
+    """One line of help."""
+
+
+VERBS = {
+    "pretrain": Verb("megatron_r1.stages.pretrain", "pretrain", "train a base model on text"),
+    "grpo": Verb("megatron_r1.stages.grpo", "r1_zero", "reinforcement learning with verifiable rewards"),
+    "eval": Verb("megatron_r1.stages.evaluate", "eval", "held-out accuracy of one model or several"),
+    "convert": Verb("megatron_r1.stages.convert", "convert", "checkpoint to Hugging Face folder"),
+    "pipeline": Verb("megatron_r1.stages.pipeline", "quickstart", "a recipe of several stages, resumable"),
+    "report": Verb("megatron_r1.stages.report", "report", "report.html of the runs in a folder"),
+    "doctor": Verb("megatron_r1.stages.doctor", "doctor", "what this machine can run, and what is missing"),
+}

@@ -1,0 +1,94 @@
+"""Questions to answer by reinforcement learning, and held-out ones to measure on.
+
+Training prompts form an endless list that is addressed by index, so a run that resumes at prompt n needs no replay.
+No held-out expression is in it, and every held-out prompt has an expression of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.data.arithmetic import FAMILY_FORMS, Problem, draw_expression, family_problem
+from megatron_r1.data.expressions import heldout_expressions
+from megatron_r1.data.gym import draw_item
+from megatron_r1.data.template import R1_ZERO_TEMPLATE, fill_template
+from megatron_r1.errors import DataError
+
+__all__ = ["R1_ZERO_TEMPLATE", "Prompt", "TrainingPrompts", "heldout_prompts"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question as the model reads it."""
+
+    id: str
+    """train-INDEX or heldout-INDEX."""
+    question: str
+    answer: str
+    """The true answer."""
+    text: str
+    """The R1-Zero template with the question; the response follows without a space."""
+    expression: str
+    task: str
+    """family, chain_sum or basic_arithmetic."""
+
+
+class TrainingPrompts:
+    """The endless list of training prompts of a config."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+
+    def at(self, index: int) -> Prompt:
+        """Prompt `index`, the same one whenever it is asked for."""
+        config = self.config
+        rng = random.Random(f"prompt {config.seed} {index}")
+        if rng.random() < config.reasoning_gym_share:
+            problem = draw_item(rng, config.heldout_fraction, heldout=False)
+        else:
+            problem = family_problem(draw_expression(rng, FAMILY_FORMS.draw(rng), config), rng, config)
+        return as_prompt(problem, f"train-{index}")
+
+
+def heldout_prompts(config: DataConfig, count: int) -> list[Prompt]:
+    """The first `count` held-out prompts, each with another expression; a longer list begins with the shorter.
+
+    They do not depend on `config.seed`, so runs with different seeds are measured on the same prompts.
+
+    Raises:
+        DataError: the split does not hold that many.
+    """
+    rng = random.Random("heldout prompts")
+    pool = list(heldout_expressions(config.heldout_fraction))
+    seen: set[str] = set()
+    prompts: list[Prompt] = []
+    for index in range(count):
+        if rng.random() < config.reasoning_gym_share:
+            problem = draw_unseen(rng, config.heldout_fraction, seen)
+        else:
+            while pool and pool[0] in seen:
+                pool.pop(0)
+            if not pool:
+                raise DataError(
+                    f"prompts={count}: heldout_fraction={config.heldout_fraction} holds out only {len(prompts)}"
+                )
+            problem = family_problem(pool.pop(0), rng, config)
+        seen.add(problem.expression)
+        prompts.append(as_prompt(problem, f"heldout-{index}"))
+    return prompts
+
+
+def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> Problem:
+    """A held-out reasoning-gym item whose expression is not in `seen`."""
+    for _ in range(1000):
+        problem = draw_item(rng, heldout_fraction, heldout=True)
+        if problem.expression not in seen:
+            return problem
+    raise DataError(f"heldout_fraction={heldout_fraction}: holds out only {len(seen)} expressions")
+
+
+def as_prompt(problem: Problem, id: str) -> Prompt:
+    text = fill_template(problem.question)
+    return Prompt(id, problem.question, problem.answer, text, problem.expression, problem.task)

@@ -1,0 +1,174 @@
+"""A byte-level BPE tokenizer for the arithmetic world, and its Hugging Face files.
+
+What it promises:
+
+- every text survives `decode(encode(text))`, whatever Unicode it holds;
+- numbers from 0 to 199 are one token each;
+- a phrase that the documents repeat is one token, spaces and all, and the R1-Zero template costs at most 48 tokens;
+- a prompt of any kind and its response may be tokenised apart or together: the tokens are the same.
+
+The last is why a text is first cut at numbers, at line breaks and at the markers that end a prompt: no token
+reaches across. Reading and writing needs `tokenizers` only; the saved folder is what `transformers` loads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.data.arithmetic import documents
+from megatron_r1.data.template import fill_template
+from megatron_r1.errors import DataError
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+ADDED = (PAD, BOS, EOS, *ROLES, *TAGS)
+"""Tokens that are never split, with ids from 0. All but the tags are special: `skip_special` drops them."""
+
+LARGEST_NUMBER = 199
+PIECES = Regex(r"\d{1,3}|\n|(?:\. )?Assistant:|User: ?|[AQ]: |[\u95ee\u7b54]\uff1a")
+"""Where a text is cut: numbers, line breaks, and the markers around a question."""
+
+TRAINING_DOCUMENTS = 10_000
+RAREST_PHRASE = 10
+"""Occurrences in the training documents that earn a piece its own token."""
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back; see the module's promises."""
+
+    def __init__(self, backend: Backend):
+        missing = [token for token in ADDED if backend.token_to_id(token) is None]
+        if missing:
+            raise DataError(f"tokenizer={missing[0]}: token is missing; expected {' '.join(ADDED)}")
+        self.backend = backend
+        self.pad, self.bos, self.eos = (self.id(token) for token in (PAD, BOS, EOS))
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+
+    def id(self, token: str) -> int:
+        """Id of one token of the vocabulary, e.g. `<think>`."""
+        if (found := self.backend.token_to_id(token)) is None:
+            raise DataError(f"token={token}: is not in the vocabulary")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; begin and end tokens are the caller's to add."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, in parallel where the machine allows."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of token ids; `skip_special` drops BOS, EOS, PAD and roles and keeps the think and answer tags.
+
+        Ids that end inside a character give U+FFFD for it.
+        """
+        return self.backend.decode([int(token) for token in ids], skip_special_tokens=skip_special)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "additional_special_tokens": list(ROLES),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1_000_000,
+            "chat_template": CHAT_TEMPLATE,
+        }
+        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: the folder holds no readable `tokenizer.json`.
+        """
+        path = Path(folder) / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise DataError(f"tokenizer={path}: cannot be read ({error.strerror})") from error
+        try:
+            backend = Backend.from_str(text)
+        except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+            raise DataError(f"tokenizer={path}: is not a tokenizer file ({error})") from error
+        return cls(backend)
+
+
+def train_tokenizer(config: DataConfig) -> Tokenizer:
+    """Train a vocabulary of at most `config.vocab_size` tokens on the world's documents and the R1-Zero template.
+
+    Numbers and the pieces that documents are made of, phrases with their spaces, enter whole; the places that are
+    left go to byte-level BPE merges, learned inside words, for all other text.
+    """
+    counts = _count_pieces(config)
+    numbers = [str(number) for number in range(10, LARGEST_NUMBER + 1)]
+    room = config.vocab_size - len(ADDED) - len(numbers) - len(BYTES)
+    phrases = [_bytes(piece) for piece, count in counts.most_common() if count >= RAREST_PHRASE]
+    phrases = [phrase for phrase in phrases if len(phrase) > 1][:room]
+    words = Backend(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(BYTES) + room - len(phrases), initial_alphabet=BYTES, show_progress=False
+    )
+    words.train_from_iterator((piece for piece, count in sorted(counts.items()) for _ in range(count)), trainer)
+    learned = json.loads(words.to_str())["model"]
+    entries = dict.fromkeys([*ADDED, *sorted(learned["vocab"], key=learned["vocab"].get), *phrases, *numbers])
+    return Tokenizer(_backend(list(entries), [tuple(merge) for merge in learned["merges"]]))
+
+
+def _backend(entries: list[str], merges: list[tuple[str, str]]) -> Backend:
+    """The pipeline around a vocabulary: cut, look a piece up whole, else apply the merges."""
+    backend = Backend(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(entries)},
+            merges=merges,
+            ignore_merges=True,  # a piece that is a token is that token
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, BOS, EOS, *ROLES)])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAGS])
+    return backend
+
+
+def _bytes(piece: str) -> str:
+    """`piece` in the printable alphabet of byte-level tokens."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(piece)[0][0]
+
+
+def _count_pieces(config: DataConfig) -> Counter[str]:
+    """How often each piece stands in the template and in the first documents, numbers and tags left out."""
+    split = pre_tokenizers.Split(PIECES, "isolated")
+    tags = re.compile("|".join(TAGS))
+    counts: Counter[str] = Counter()
+    for text in (fill_template(""), *islice(documents(config), TRAINING_DOCUMENTS)):
+        for part in tags.split(text):
+            counts.update(piece for piece, _ in split.pre_tokenize_str(part) if not piece.isdecimal())
+    return counts

@@ -1,0 +1,76 @@
+"""What can go wrong, as a person and as a scheduler sees it.
+
+Every failure that is not a bug ends the program with one line on stderr and one of the exit codes below.
+A traceback is printed only for a bug in this code.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit status; `launch/` acts on these numbers."""
+
+    DONE = 0
+    BUG = 1
+    BAD_CONFIG = 2
+    BAD_DATA = 3
+    RERUN_TO_DISAMBIGUATE = 16  # as megatron-core's rerun machine
+    RERUN_FAILED_VALIDATION = 17  # as megatron-core's rerun machine
+    REQUEUE = 85
+    DIVERGED = 86
+    NO_ROLLOUT_CAPACITY = 87
+    CHECKPOINT_DAMAGED = 88
+
+
+class UserError(Exception):
+    """A failure that the user can mend: shown as one line, ends with `exit_code`."""
+
+    exit_code = ExitCode.BUG
+
+
+class ConfigError(UserError):
+    """A configuration key has a value that is not allowed.
+
+    Args:
+        key: dotted path of the key, e.g. ``train.optimizer.learning_rate``.
+        value: the refused value.
+        allowed: what is allowed, in words.
+    """
+
+    exit_code = ExitCode.BAD_CONFIG
+
+    def __init__(self, key: str, value: object, allowed: str):
+        self.key, self.value, self.allowed = key, value, allowed
+        super().__init__(f"{key}={value}: {allowed}")
+
+    def under(self, section: str) -> ConfigError:
+        """The same error with its key placed under `section`."""
+        return ConfigError(f"{section}.{self.key}" if section else self.key, self.value, self.allowed)
+
+
+class DataError(UserError):
+    exit_code = ExitCode.BAD_DATA
+
+
+class PlatformError(UserError):
+    exit_code = ExitCode.BAD_CONFIG
+
+
+class Diverged(UserError):
+    exit_code = ExitCode.DIVERGED
+
+
+class NoRolloutCapacity(UserError):
+    exit_code = ExitCode.NO_ROLLOUT_CAPACITY
+
+
+class CheckpointDamaged(UserError):
+    exit_code = ExitCode.CHECKPOINT_DAMAGED
+
+
+class Requeue(UserError):
+    """A signal stopped the run in good order; started again it goes on."""
+
+    exit_code = ExitCode.REQUEUE

@@ -1,0 +1,147 @@
+"""From a model's tensors to a Hugging Face folder, published whole or not at all.
+
+A stream of whole megatron-core tensors becomes safetensors shards, their index, config.json, generation_config.json,
+tokenizer and chat template. Every tensor that the config calls for is written once; anything else is an error.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.errors import DataError
+from megatron_r1.hf.config import (
+    DTYPE_NAMES,
+    SpecialTokens,
+    generation_config,
+    hf_config,
+    special_tokens,
+    write_json,
+)
+from megatron_r1.hf.names import Row, canonical, rows
+from megatron_r1.hf.publish import published
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def export(
+    tensors: Iterable[tuple[str, Tensor]],
+    model: ModelConfig,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    include_mtp: bool = True,
+    tokenizer_folder: Path | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write `folder` from whole (unsharded) megatron-core tensors in any order.
+
+    Args:
+        tensors: (native name, tensor) pairs. A yielded tensor must keep its values until `export` returns.
+        model: shape of the model.
+        folder: what to publish; an earlier export there is replaced.
+        dtype: type of the written weights, by default as `model.precision`; the router's bias is always float32.
+        include_mtp: write the multi-token layers. Without, their tensors may be in `tensors` and are left out.
+        tokenizer_folder: tokenizer files to copy; their special tokens go into config.json.
+        shard_bytes: a file ends before it outgrows this; one file needs no index.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        DataError: a tensor is unknown, missing, doubled or has the wrong shape; nothing is published.
+        ConfigError: no DeepSeek-V3 config describes this model.
+    """
+    folder, dtype = Path(folder), dtype or getattr(torch, DTYPE_NAMES[model.precision])
+    tokens = special_tokens(tokenizer_folder) if tokenizer_folder else SpecialTokens()
+    config = hf_config(model, tokens, str(dtype).removeprefix("torch."), include_mtp)
+    with published(folder) as unfinished:
+        shards = _Shards(unfinished, shard_bytes)
+        for row, tensor in _matched(tensors, model, include_mtp):
+            for name, part in _parts(row, tensor.detach(), torch.float32 if row.float32 else dtype):
+                shards.add(name, part)
+        shards.close()
+        write_json(unfinished / "config.json", config)
+        write_json(unfinished / "generation_config.json", generation_config(tokens))
+        if tokenizer_folder:
+            _copy_tokenizer(tokenizer_folder, unfinished)
+    return folder
+
+
+def _matched(
+    tensors: Iterable[tuple[str, Tensor]], model: ModelConfig, include_mtp: bool
+) -> Iterator[tuple[Row, Tensor]]:
+    """Pair each tensor with its row of the table; when the stream ends every row has been met once."""
+    table = {row.native: row for row in rows(model)}
+    written = {row.native: row for row in rows(model, include_mtp)}
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        native = canonical(name)
+        if native not in table:
+            raise DataError(f"{name}: no tensor of this model has that name")
+        if native in seen:
+            raise DataError(f"{name}: given twice")
+        if tuple(tensor.shape) != (shape := table[native].native_shape):
+            raise DataError(f"{name}: has shape {tuple(tensor.shape)}, must have {shape}")
+        seen.add(native)
+        if native in written:
+            yield written[native], tensor
+    if missing := written.keys() - seen:
+        raise DataError(f"{min(missing)}: missing; tensors missing in all: {len(missing)}")
+
+
+def _parts(row: Row, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    tensor = tensor.to("cpu", dtype).contiguous()
+    yield from zip(row.hf, tensor.chunk(len(row.hf)), strict=True)
+    for name in row.copies:
+        yield name, tensor.clone()  # safetensors refuses two names for one memory
+
+
+class _Shards:
+    """Writes tensors into files of at most `shard_bytes` (one tensor may be larger) and then their index."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = self.total_bytes = 0
+        self.files: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.pending and self.pending_bytes + tensor.nbytes > self.shard_bytes:
+            self._write()
+        self.pending[name] = tensor
+        self.pending_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def close(self) -> None:
+        """Write what is pending and name the files, whose number is only known now."""
+        self._write()
+        if len(self.files) == 1:
+            self.files[0][0].rename(self.folder / "model.safetensors")
+            return
+        weight_map: dict[str, str] = {}
+        for number, (file, names) in enumerate(self.files, start=1):
+            final = f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
+            file.rename(self.folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.folder / "model.safetensors.index.json", index)
+
+    def _write(self) -> None:
+        file = self.folder / f"shard-{len(self.files)}"
+        save_file(self.pending, file, metadata={"format": "pt"})
+        self.files.append((file, list(self.pending)))
+        self.pending, self.pending_bytes = {}, 0
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files, chat template included, that are there; `special_tokens` has read the needed two."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

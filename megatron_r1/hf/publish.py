@@ -1,0 +1,55 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_r1.errors import DataError
+
+
+@contextmanager
+def published(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write into; it takes the name `folder` when the block ends well.
+
+    On an error the half-written folder is removed and what was at `folder` stays. An earlier export there is replaced.
+
+    Raises:
+        DataError: `folder` exists and is neither empty nor an earlier export, so it must not be replaced.
+    """
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder):
+        raise DataError(f"{folder}: exists and is no Hugging Face folder; name a new folder")
+    unfinished, earlier = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            if not file.is_symlink():
+                _sync(file)
+        _sync(unfinished)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if folder.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        folder.rename(earlier)
+    unfinished.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _replaceable(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

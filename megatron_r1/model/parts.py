@@ -1,0 +1,187 @@
+"""Torch modules with Transformer Engine's parameter names, shapes and sharding.
+
+They build the model where Transformer Engine is not installed, so that a checkpoint, an export or a weight sync made
+on a CPU has the layout of one made on GPUs.
+
+Shapes: L sequence, B batch, H heads, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import get_pg_rank, get_pg_size
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension; its gradient is summed over sequence-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class DuplicatedLinear(torch.nn.Module):
+    """A linear map whose weight every tensor-parallel rank holds whole (TELinear with parallel_mode=duplicated)."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, init_method: Any, **_: Any):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+        init_method(self.weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+
+
+class NormColumnParallelLinear(ColumnParallelLinear):
+    """RMSNorm, then a column-parallel linear map (TELayerNormColumnParallelLinear)."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any):
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.eps = config.layernorm_epsilon
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        normed = F.rms_norm(input_, (input_.shape[-1],), self.layer_norm_weight, self.eps)
+        return super().forward(normed, *args, **kwargs)
+
+
+class GroupedLinear(torch.nn.Module):
+    """One linear map per local expert over tokens sorted by expert (TEGroupedLinear).
+
+    Parameters are ``weight0..N-1``, N being this rank's experts, each [output / TP, input] or [output, input / TP].
+
+    Args:
+        num_gemms: local experts.
+        split_dim: dimension of each weight that expert-tensor-parallel ranks share.
+    """
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        split_dim: int,
+        config: TransformerConfig,
+        init_method: Any,
+        pg_collection: Any,
+        **_: Any,
+    ):
+        super().__init__()
+        self.num_gemms, self.split_dim, self.groups = num_gemms, split_dim, pg_collection
+        shape = [output_size, input_size]
+        shape[split_dim] //= get_pg_size(pg_collection.expt_tp)
+        for index in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(*shape, dtype=config.params_dtype))
+            init_method(weight)
+            # Expert gradients are reduced over expert-data-parallel ranks only.
+            weight.allreduce = False  # type: ignore[attr-defined]
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+            weight.partition_dim, weight.partition_stride = split_dim, 1  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{index}", weight)
+
+    def forward(self, x_TD: Tensor, tokens_per_expert: Any) -> tuple[Tensor, None]:
+        counts = tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(tokens_per_expert)
+        parts = x_TD.split(counts)
+        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Each local expert's weight as a shard of one global tensor with a leading expert axis."""
+        parallel = self.groups
+        first = get_pg_rank(parallel.ep) * self.num_gemms
+        total = get_pg_size(parallel.ep) * self.num_gemms
+        result = {}
+        for index in range(self.num_gemms):
+            sharded = make_sharded_tensors_for_checkpoint(
+                {"weight": getattr(self, f"weight{index}")},
+                prefix,
+                {"weight": self.split_dim},
+                (*sharded_offsets, (len(sharded_offsets), first + index, total)),
+                tp_group=parallel.expt_tp,
+                dp_cp_group=(metadata or {}).get("dp_cp_group"),
+            )[f"{prefix}weight"]
+            sharded.replica_id = (*sharded.replica_id[:2], get_pg_rank(parallel.expt_dp))
+            result[f"{prefix}weight{index}"] = sharded
+        return result
+
+
+class ColumnParallelGroupedLinear(GroupedLinear):
+    """Experts' first map: output features are shared out."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, split_dim=0, **kwargs)
+
+
+class RowParallelGroupedLinear(GroupedLinear):
+    """Experts' second map: input features are shared out."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, split_dim=1, **kwargs)
+
+
+class CoreAttention(torch.nn.Module):
+    """Scaled dot-product attention whose query-key and value widths may differ, as latent attention needs.
+
+    Takes query and key [L, B, H, D_qk] and value [L, B, H, D_v]; returns [L, B, H * D_v]. A boolean mask
+    [B, 1, L_query, L_key], true where a position must not be seen, replaces the causal one.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ):
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        if packed_seq_params is not None:
+            raise ValueError("packed sequences need Transformer Engine")
+        query_BHLD, key_BHLD, value_BHLD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
+        out_BHLD = F.scaled_dot_product_attention(
+            query_BHLD,
+            key_BHLD,
+            value_BHLD,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=causal,
+            scale=self.softmax_scale,
+        )
+        return out_BHLD.permute(2, 0, 1, 3).flatten(2)

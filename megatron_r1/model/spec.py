@@ -1,0 +1,123 @@
+"""From this project's model section to megatron-core's configuration."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.parallel import ParallelConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, fused: bool) -> MLATransformerConfig:
+    """megatron-core's description of the model.
+
+    Args:
+        model: shape of the model.
+        parallel: degrees of parallelism.
+        fused: whether fused CUDA kernels may be used.
+    """
+    return MLATransformerConfig(
+        **_shape(model), **_attention(model), **_experts(model), **_execution(model, parallel, fused)
+    )
+
+
+def _shape(model: ModelConfig) -> dict:
+    init = _normal(model.init_std)
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "mtp_num_layers": model.mtp.num_layers or None,
+        "mtp_loss_scaling_factor": model.mtp.loss_coefficient,
+        # DeepSeek uses one deviation everywhere; megatron-core would shrink output projections by 1/sqrt(2L).
+        "init_method": init,
+        "output_layer_init_method": init,
+        "embedding_init_method": init,
+    }
+
+
+def _normal(std: float):
+    def initialise(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.normal_(tensor, mean=0.0, std=std)
+
+    return initialise
+
+
+def _attention(model: ModelConfig) -> dict:
+    attention, rope = model.attention, model.rope
+    extended = rope.factor > 1
+    return {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "q_lora_rank": attention.q_lora_rank or None,
+        "kv_lora_rank": attention.kv_lora_rank,
+        "qk_head_dim": attention.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": attention.qk_rope_head_dim,
+        "v_head_dim": attention.v_head_dim,
+        # The softmax temperature follows the factor whatever the type of rotary positions: 1 leaves it alone.
+        "rope_type": "yarn" if extended else "rope",
+        "rotary_base": rope.base,
+        "rotary_scaling_factor": rope.factor,
+        "original_max_position_embeddings": rope.original_max_position,
+        "beta_fast": rope.beta_fast,
+        "beta_slow": rope.beta_slow,
+        "mscale": rope.mscale,
+        "mscale_all_dim": rope.mscale_all_dim,
+    }
+
+
+def _experts(model: ModelConfig) -> dict:
+    moe = model.moe
+    biased = moe.score_function == "sigmoid"
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.num_shared_experts * moe.ffn_hidden_size or None,
+        "moe_layer_freq": [int(layer >= moe.first_dense_layers) for layer in range(model.num_layers)],
+        "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
+        "moe_router_group_topk": moe.group_top_k if moe.num_groups > 1 else None,
+        "moe_router_score_function": moe.score_function,
+        "moe_router_topk_scaling_factor": moe.scaling_factor,
+        "moe_router_enable_expert_bias": biased,
+        "moe_router_bias_update_rate": moe.bias_update_rate,
+        "moe_router_load_balancing_type": "seq_aux_loss" if moe.sequence_loss_coefficient else "none",
+        "moe_aux_loss_coeff": moe.sequence_loss_coefficient,
+        "moe_router_dtype": "fp32",
+        "moe_router_pre_softmax": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+    }
+
+
+def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dict:
+    return {
+        "params_dtype": DTYPES[model.precision],
+        "bf16": model.precision == "bf16",
+        "pipeline_dtype": DTYPES[model.precision],
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.tensor > 1,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor,
+        "use_cpu_initialization": not fused,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "masked_softmax_fusion": fused,
+        "persist_layer_norm": fused,
+        "moe_permute_fusion": fused,
+    }

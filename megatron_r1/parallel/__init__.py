@@ -1,0 +1,1 @@
+"""Process groups, and what ranks say to each other."""

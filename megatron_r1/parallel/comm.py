@@ -1,0 +1,51 @@
+"""The few things that all ranks agree on."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+def _device() -> torch.device:
+    return torch.device(torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; the same answer everywhere."""
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def all_ranks(flag: bool) -> bool:
+    """Whether the flag is set on every rank; the same answer everywhere."""
+    return not any_rank(not flag)
+
+
+def broadcast(value: Any, source: int = 0) -> Any:
+    """`source`'s value, on every rank."""
+    if dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source, device=_device())
+    return box[0]
+
+
+class AllRanks:
+    """All ranks of the job, for whoever must act together with the others."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def gather(self, value: Value) -> list[Value]:
+        """Collective: each rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values

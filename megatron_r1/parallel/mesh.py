@@ -1,0 +1,76 @@
+"""From degrees of parallelism to process groups."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.platform import Platform
+
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def world_size() -> int:
+    """Ranks that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def check_degrees(degrees: ParallelConfig, ranks: int) -> None:
+    """Refuse degrees that `ranks` processes cannot be divided into.
+
+    Raises:
+        ConfigError: names the degree that does not fit.
+    """
+    model_parallel = degrees.tensor * degrees.pipeline * degrees.context
+    if ranks % model_parallel:
+        raise ConfigError("parallel", f"{model_parallel}", f"tensor x pipeline x context must divide {ranks} ranks")
+    experts = degrees.expert * degrees.expert_tensor * degrees.pipeline
+    if ranks % experts:
+        raise ConfigError(
+            "parallel.expert", degrees.expert, f"expert x expert_tensor x pipeline={experts} must divide {ranks} ranks"
+        )
+
+
+@contextmanager
+def process_groups(platform: Platform, degrees: ParallelConfig, seed: int, threads: int) -> Iterator[None]:
+    """Join the job: process groups, thread count and random state; everything is left again at the end.
+
+    Args:
+        platform: where the ranks run.
+        degrees: degrees of parallelism.
+        seed: seed of this job; ranks that must differ derive theirs from it.
+        threads: CPU threads per rank; 0 divides the cores among the ranks of this machine.
+    """
+    ranks = world_size()
+    check_degrees(degrees, ranks)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
+    # A lone process needs no network rendezvous, so that any number of them can run side by side.
+    store = dist.HashStore() if ranks == 1 else None
+    dist.init_process_group(platform.backend, store=store, rank=rank(), world_size=ranks, timeout=TIMEOUT)
+    try:
+        from megatron.core import parallel_state, tensor_parallel
+
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=degrees.tensor,
+            pipeline_model_parallel_size=degrees.pipeline,
+            context_parallel_size=degrees.context,
+            expert_model_parallel_size=degrees.expert,
+            expert_tensor_parallel_size=degrees.expert_tensor,
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
+        yield
+        parallel_state.destroy_model_parallel()
+    finally:
+        dist.destroy_process_group()

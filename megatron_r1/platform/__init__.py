@@ -1,0 +1,63 @@
+"""What the machine is: CUDA with NCCL, or a CPU with gloo.
+
+`select` decides once, before megatron.core is imported. A GPU whose driver does not answer is an error: a run that
+was meant for a GPU must never continue quietly on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+
+from megatron_r1.errors import PlatformError
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The machine as the rest of the package sees it.
+
+    Attributes:
+        name: ``cuda`` or ``cpu``.
+        backend: torch.distributed backend.
+        transformer_engine: whether Transformer Engine's modules build the model.
+    """
+
+    name: str
+    backend: str
+    transformer_engine: bool
+
+    @property
+    def device(self) -> str:
+        """torch device of this rank's tensors."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self.name == "cuda" else "cpu"
+
+
+def select(requested: str) -> Platform:
+    """Choose the platform and prepare this process for it.
+
+    Args:
+        requested: ``cuda``, ``cpu`` or ``auto``.
+
+    Raises:
+        PlatformError: the requested platform is not there, or a GPU is but cannot be used.
+    """
+    if requested == "auto":
+        if "SLURM_JOB_ID" in os.environ:
+            raise PlatformError("platform=auto: inside a SLURM job it must be cuda or cpu")
+        requested = "cuda" if _gpu_present() else "cpu"
+    if requested == "cuda":
+        from megatron_r1.platform import cuda
+
+        return Platform("cuda", "nccl", transformer_engine=cuda.prepare())
+    from megatron_r1.platform import cpu
+
+    cpu.prepare()
+    return Platform("cpu", "gloo", transformer_engine=False)
+
+
+def _gpu_present() -> bool:
+    """Whether this machine has an NVIDIA GPU, by its device files or tools, working or not."""
+    return os.path.exists("/dev/nvidia0") or os.path.exists("/proc/driver/nvidia/version") or bool(
+        shutil.which("nvidia-smi")
+    )

@@ -1,0 +1,177 @@
+"""The one adapter that lets megatron-core run on a machine without CUDA.
+
+megatron-core 0.19 asks `torch.cuda` for devices, streams, events and random state, creates tensors on "cuda" and
+compares CUDA type names. `prepare` answers those questions for the CPU, once, before megatron.core is imported; it
+is never called where CUDA is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = (
+    "arange as_tensor empty empty_like full full_like linspace ones ones_like "
+    "rand randint randn tensor zeros zeros_like"
+).split()
+_prepared = False
+
+
+class _Stream:
+    """A stream on a machine that runs everything in order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def wait_stream(self, _: object) -> None:
+        pass
+
+    def wait_event(self, _: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Event:
+    """An event that has always happened."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def record(self, *_: object) -> None:
+        pass
+
+    def wait(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: _Event) -> float:
+        return 0.0
+
+
+def prepare() -> None:
+    """Answer megatron-core's CUDA questions with the CPU. Calling it again changes nothing."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+    _answer_for_devices_and_streams()
+    _answer_for_random_state()
+    _create_tensors_on_cpu()
+    _name_types_as_cuda()
+    _split_by_lists()
+
+
+def _answer_for_devices_and_streams() -> None:
+    cuda: Any = torch.cuda
+    here = torch.device("cpu")
+    cuda.current_device = lambda: here
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.stream = lambda _: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.get_device_capability = lambda *_: (0, 0)
+    for name in ("set_device", "synchronize", "empty_cache"):
+        setattr(cuda, name, lambda *_, **__: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, lambda *_, **__: 0)
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
+    torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign,assignment]
+
+
+def _answer_for_random_state() -> None:
+    cuda: Any = torch.cuda
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda *_, **__: torch.get_rng_state()
+        module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+        module.manual_seed = torch.manual_seed
+        module.initial_seed = torch.initial_seed
+
+
+def _create_tensors_on_cpu() -> None:
+    """megatron-core's optimizers and dispatchers name "cuda" where they create tensors."""
+
+    def is_cuda(device: object) -> bool:
+        return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+    def redirected(create: Callable) -> Callable:
+        @functools.wraps(create)
+        def on_cpu(*args: Any, **kwargs: Any) -> Any:
+            if "device" in kwargs and is_cuda(kwargs["device"]):
+                kwargs["device"] = "cpu"
+            return create(*args, **kwargs)
+
+        return on_cpu
+
+    for name in _FACTORIES:
+        setattr(torch, name, redirected(getattr(torch, name)))
+    move = torch.Tensor.to
+
+    @functools.wraps(move)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and is_cuda(args[0]):
+            args = ("cpu", *args[1:])
+        if is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return move(self, *args, **kwargs)
+
+    torch.Tensor.to = to  # type: ignore[method-assign,assignment]
+
+
+def _name_types_as_cuda() -> None:
+    """DistributedOptimizer and Float16Optimizer compare `tensor.type()` with CUDA type names."""
+    for name in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "DoubleTensor", "LongTensor", "IntTensor"):
+        setattr(torch.cuda, name, getattr(torch, name))
+    type_of = torch.Tensor.type
+
+    @functools.wraps(type_of)
+    def type_named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return type_of(self, *args, **kwargs)
+        return type_of(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_named  # type: ignore[method-assign,assignment]
+
+
+def _split_by_lists() -> None:
+    """The all-to-all dispatcher passes split sizes as tensors where a GPU run has already copied them to lists."""
+    exchange = torch.distributed.all_to_all_single
+
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    @functools.wraps(exchange)
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        return exchange(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single

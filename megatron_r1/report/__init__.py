@@ -1,0 +1,1 @@
+"""What a recipe came to, on one page."""

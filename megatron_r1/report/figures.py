@@ -1,0 +1,134 @@
+"""Curves as inline SVG: small, with axis labels and units, in the page's own font and text colour."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, PercentFormatter
+
+COLOURS = ("#3b82f6", "#e08a00", "#17a673", "#c2559d")
+MAX_POINTS = 600
+INK = "#010203"
+"""Stands for the page's text colour until the figure is written; no curve has it."""
+
+Rows = Sequence[dict[str, Any]]
+Points = tuple[list[float], list[float]]
+
+
+def series(rows: Rows, key: str) -> Points:
+    """Steps and finite values of one metric; a list, such as the load of each expert, counts with its largest share."""
+    steps, values = [], []
+    for row in rows:
+        value = row.get(key)
+        if isinstance(value, list):
+            numbers = [float(share) for share in value if isinstance(share, (int, float))]
+            value = max(numbers, default=None)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            steps.append(float(row["step"]))
+            values.append(float(value))
+    return steps, values
+
+
+def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
+    """At most `limit` points, each the mean of its neighbours."""
+    size = math.ceil(len(points[0]) / limit)
+    if size <= 1:
+        return points
+    buckets = [[axis[i : i + size] for i in range(0, len(axis), size)] for axis in points]
+    steps, values = ([math.fsum(bucket) / len(bucket) for bucket in axis] for axis in buckets)
+    return steps, values
+
+
+def smoothed(values: Sequence[float], window: int) -> list[float]:
+    """Running mean over `window` values, centred; shorter at both ends."""
+    half = window // 2
+    slices = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [math.fsum(part) / len(part) for part in slices]
+
+
+def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: bool = False, log: bool = False) -> str:
+    """One figure with a line per metric that was recorded; empty if none was.
+
+    Args:
+        name: of the figure; line ids are `curve-NAME-METRIC`.
+        metrics: metric -> its word in the legend.
+        ylabel: what the values are, with their unit.
+        log: logarithmic axis, where all values are above 0 and far apart.
+    """
+    found = {key: thinned(points) for key in metrics if len((points := series(rows, key))[0])}
+    if not found:
+        return ""
+    figure, axes = _axes("step", ylabel)
+    for (key, (steps, values)), colour in zip(found.items(), COLOURS, strict=False):
+        noisy = len(values) > 60
+        width, alpha = (0.8, 0.3) if noisy else (1.6, 1.0)
+        marker = "o" if len(values) < 25 else ""
+        [line] = axes.plot(steps, values, color=colour, linewidth=width, alpha=alpha, marker=marker, markersize=2.5)
+        line.set_gid(f"curve-{name}-{key}")
+        if noisy:
+            axes.plot(steps, smoothed(values, len(values) // 20), color=colour, linewidth=1.8)
+        axes.plot([], [], color=colour, label=metrics[key])
+    everything = [value for _, values in found.values() for value in values]
+    if log and min(everything) > 0 and max(everything) > 20 * min(everything):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    return _svg(figure, axes, legend=len(metrics) > 1)
+
+
+def time_shares(name: str, rows: Rows, parts: dict[str, str]) -> str:
+    """How each step's time divides among its parts, in per cent; empty unless all parts were recorded."""
+    complete = [row for row in rows if all(isinstance(row.get(key), (int, float)) for key in parts)]
+    totals = [sum(float(row[key]) for key in parts) for row in complete]
+    kept = [(row, total) for row, total in zip(complete, totals, strict=True) if math.isfinite(total) and total > 0]
+    if not kept:
+        return ""
+    figure, axes = _axes("step", "share of a step's time")
+    layers = [thinned(([row["step"] for row, _ in kept], [row[key] / total for row, total in kept])) for key in parts]
+    stacked = axes.stackplot(
+        layers[0][0], *(values for _, values in layers), labels=list(parts.values()), colors=COLOURS, alpha=0.75
+    )
+    for key, area in zip(parts, stacked, strict=True):
+        area.set_gid(f"curve-{name}-{key}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(0, 1)
+    return _svg(figure, axes, legend=True)
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(True, linewidth=0.4, alpha=0.25, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=8)
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set(color=INK, fontsize=9)
+    return figure, axes
+
+
+def _svg(figure: Figure, axes: Axes, legend: bool) -> str:
+    if legend:
+        figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
+    out = io.StringIO()
+    # Text stays text, in the page's font; a fixed salt and no date give equal figures for equal curves.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "megatron_r1"}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'<g id="(?!curve-)[^"]*">', "<g>", svg)
+    svg = re.sub(r"(font(-family)?): *([^;\"]*px )?[^;\"]*", _page_font, svg)
+    return svg.replace(INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
+
+
+def _page_font(match: re.Match[str]) -> str:
+    return f"font: {match[3]}system-ui, sans-serif" if match[3] else "font-family: system-ui, sans-serif"

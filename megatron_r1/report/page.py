@@ -1,0 +1,144 @@
+"""The report of a recipe: one HTML page that needs nothing but itself.
+
+Promises that text from models and files is shown, never interpreted, and that what is missing is said to be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.report import results
+from megatron_r1.report.figures import curves, time_shares
+from megatron_r1.report.read import Recipe, Stage, read_recipe
+from megatron_r1.report.style import CSS
+
+# Nothing is loaded and nothing runs, whatever a model may have written.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(pipeline_folder: Path, out: Path) -> None:
+    """Writes the page of the recipe that ran in `pipeline_folder` to `out`, replacing it as a whole."""
+    page = render(read_recipe(pipeline_folder))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".tmp")
+    unfinished.write_text(page, "utf-8", errors="replace")
+    unfinished.replace(out)
+
+
+def render(recipe: Recipe) -> str:
+    """The page, section by section."""
+    stages = ", ".join(escape(stage.name) for stage in recipe.stages) or "no stage has run yet"
+    written = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    body = [
+        f"<h1>{escape(recipe.name)}</h1>",
+        f'<p class="dim">Stages: {stages}. Written {written}.</p>',
+        "<h2>Before and after</h2>" + results.headline(recipe.results),
+        "<h2>Pre-training</h2>" + _of_kind(recipe, "pretrain", _pretrain_figures),
+        "<h2>Reinforcement learning</h2>" + _of_kind(recipe, "rl", _rl_figures),
+        "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
+        "<h2>Configuration and versions</h2>" + _settings(recipe.stages),
+        "<h2>Files</h2>" + _files(recipe.files),
+    ]
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(recipe.name)}: report</title><style>{CSS}</style>"
+    )
+    main = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{main}\n</main></body></html>\n'
+
+
+def _of_kind(recipe: Recipe, kind: str, figures_of: Callable[[Stage], Iterable[str]]) -> str:
+    parts = []
+    for stage in recipe.of_kind(kind):
+        figures = "".join(figures_of(stage))
+        last = stage.rows[-1]["step"]
+        parts.append(f'<h3>{escape(stage.name)}</h3><p class="dim">{len(stage.rows)} rows, up to step {last}.</p>')
+        parts.append(f'<div class="figures">{figures}</div>')
+    return "".join(parts) or results.missing("No stage of this kind has recorded anything.")
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" if svg else ""
+
+
+def _pretrain_figures(stage: Stage) -> Iterable[str]:
+    name, rows = stage.name, stage.rows
+    loss = {"loss": "next token", "mtp_loss": "token after next"}
+    yield _figure(curves(f"{name}-loss", rows, loss, "loss (nats per token)"), "Training loss.")
+    norm = {"gradient_norm": "gradient norm"}
+    yield _figure(curves(f"{name}-norm", rows, norm, "gradient norm", log=True), "Gradient norm before clipping.")
+    rate = {"learning_rate": "learning rate"}
+    yield _figure(curves(f"{name}-rate", rows, rate, "learning rate"), "Learning-rate schedule.")
+    speed = {"tokens_per_second": "tokens per second"}
+    yield _figure(curves(f"{name}-speed", rows, speed, "tokens per second"), "Throughput of training.")
+    load = {"router_load_max": "busiest expert"}
+    if not any("router_load_max" in row for row in rows):
+        load = {"router_load": "busiest expert"}
+    caption = "Load of the busiest expert; the nearer to an even share, the better the balance."
+    yield _figure(curves(f"{name}-load", rows, load, "load of the busiest expert"), caption)
+
+
+def _rl_figures(stage: Stage) -> Iterable[str]:
+    name, rows = stage.name, stage.rows
+    rewards = {"reward": "reward", "accuracy": "accuracy", "format": "format"}
+    caption = "Mean reward of each rollout, and the shares of right and of well-formed answers in it."
+    yield _figure(curves(f"{name}-reward", rows, rewards, "mean over a rollout"), caption)
+    length = {"response_length": "response length"}
+    yield _figure(curves(f"{name}-length", rows, length, "response length (tokens)"), "Mean length of an answer.")
+    kl = {"kl": "KL"}
+    caption = "Divergence from the reference policy (k3 estimate)."
+    yield _figure(curves(f"{name}-kl", rows, kl, "KL (nats per token)"), caption)
+    entropy = {"entropy": "entropy"}
+    yield _figure(curves(f"{name}-entropy", rows, entropy, "entropy (nats per token)"), "Entropy of the policy.")
+    times = {"rollout_seconds": "sampling", "train_seconds": "training"}
+    yield _figure(time_shares(f"{name}-time", rows, times), "Where the time of a step goes.")
+    clip = {"clip_fraction": "clipped"}
+    yield _figure(curves(f"{name}-clip", rows, clip, "clipped share of tokens"), "Tokens whose ratio was held back.")
+    norm = {"gradient_norm": "gradient norm"}
+    yield _figure(curves(f"{name}-norm", rows, norm, "gradient norm", log=True), "Gradient norm before clipping.")
+    gap = {"logprob_gap": "gap"}
+    caption = "Difference between the sampler's and the trainer's log-probabilities of the same tokens."
+    yield _figure(curves(f"{name}-gap", rows, gap, "log-probability gap (nats)", log=True), caption)
+
+
+def _settings(stages: Sequence[Stage]) -> str:
+    blocks = []
+    for stage in stages:
+        if stage.config:
+            blocks.append(_folded(f"{stage.name}: configuration", f"<pre>{escape(stage.config)}</pre>"))
+        if stage.environment:
+            pairs = _flat(stage.environment)
+            rows = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in pairs)
+            blocks.append(_folded(f"{stage.name}: versions", f"<table>{rows}</table>"))
+    return "".join(blocks) or results.missing("No stage has written its configuration.")
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    pairs = []
+    for key, value in content.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", str(value))]
+    return pairs
+
+
+def _files(files: Sequence[tuple[str, int]]) -> str:
+    rows = "".join(f"<tr><td>{escape(path)}</td><td>{_size(size)}</td></tr>" for path, size in files)
+    if not rows:
+        return results.missing("The folder is empty.")
+    return _folded(f"{len(files)} entries", f"<table>{rows}</table>")
+
+
+def _folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

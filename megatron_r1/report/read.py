@@ -1,0 +1,115 @@
+"""What the report reads from a recipe's folder.
+
+Promises to change nothing there, and that a stage which did not run, or a file that a crash has torn, is missing from
+the page and never an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_r1.track.record import read_metrics
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The run of one stage; anything of it may be missing."""
+
+    name: str
+    config: str
+    environment: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def kind(self) -> str:
+        """rl, pretrain, or other: told by what the rows hold."""
+        keys = set().union(*self.rows[:1], *self.rows[-1:])
+        return "rl" if "reward" in keys else "pretrain" if "loss" in keys else "other"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the page shows."""
+
+    name: str
+    stages: list[Stage]
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    files: list[tuple[str, int]] = field(default_factory=list)
+    """Path relative to the recipe's folder, size in bytes; a checkpoint or wandb folder counts as one."""
+
+    def of_kind(self, kind: str) -> list[Stage]:
+        return [stage for stage in self.stages if stage.kind == kind]
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """Reads every stage below a recipe's folder, in the order in which they were begun."""
+    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=_begun) if folder.is_dir() else []
+    evaluation = next((path for path in folders if (path / "results.json").is_file()), folder / "evaluate")
+    results = _json(evaluation / "results.json")
+    if not isinstance(results.get("models", {}), dict):
+        results = {}
+    return Recipe(
+        name=folder.resolve().name,
+        stages=[_stage(path) for path in folders if any((path / file).is_file() for file in STAGE_FILES)],
+        results=results,
+        samples={path.stem: _rows(path) for path in sorted(evaluation.glob("samples/*.jsonl"))},
+        files=_files(folder),
+    )
+
+
+STAGE_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "results.json")
+
+
+def _stage(path: Path) -> Stage:
+    return Stage(path.name, _text(path / "config.yaml"), _json(path / "environment.json"), _steps(path))
+
+
+def _begun(path: Path) -> tuple[float, str]:
+    """When a stage wrote its configuration, the first file of a run."""
+    first = path / "config.yaml"
+    return (first if first.is_file() else path).stat().st_mtime, path.name
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    return read_metrics(path / "metrics.jsonl")
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = orjson.loads(_text(path))
+    except orjson.JSONDecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in _text(path).splitlines():
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    """Files of the recipe and of each stage; what lies deeper is summed up under the stage's subfolder."""
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            parts = path.relative_to(folder).parts
+            depth = 3 if len(parts) > 3 and parts[1] == "checkpoints" else 2
+            name = "/".join(parts[:depth]) + ("/" if len(parts) > depth else "")
+            sizes[name] = sizes.get(name, 0) + path.stat().st_size
+    return list(sizes.items())

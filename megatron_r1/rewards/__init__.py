@@ -1,0 +1,1 @@
+"""Rule rewards: pure functions from strings to numbers."""

@@ -1,0 +1,56 @@
+"""Where in a response the answer stands.
+
+`tagged_answer` is what training rewards: the inside of the answer tags and nothing else. `any_answer` is what
+measuring a base model needs: it takes the answer from whatever format the response has.
+
+Every search is linear in the length of the response.
+"""
+
+from __future__ import annotations
+
+import re
+
+OPEN, CLOSE = "<answer>", "</answer>"
+NUMBER = re.compile(r"[-+]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?")
+AFTER_STATEMENT = re.compile(r"(?:answer is|\u7b54\u6848\u662f|\u7b54\u6848\u4e3a)[\s:\uff1a$]*")
+BOXED = "\\boxed{"
+
+
+def answer_elements(text: str) -> list[str]:
+    """Stripped contents of every answer element, in order.
+
+    An element that is opened and never closed ends at the next tag or at the end of the text, so that a response
+    which was cut short, or which opens the tag again instead of closing it, still has an answer.
+    """
+    found = []
+    for part in text.split(OPEN)[1:]:
+        content = part.split(CLOSE, 1)[0].split("<", 1)[0].strip()
+        if content:
+            found.append(content)
+    return found
+
+
+def tagged_answer(text: str) -> str | None:
+    """What stands inside the answer tags; nothing where there is none, or where elements disagree.
+
+    A response that names several answers has not answered: rewarding one of them would reward guessing.
+    """
+    contents = set(answer_elements(text))
+    return contents.pop() if len(contents) == 1 else None
+
+
+def any_answer(text: str) -> str | None:
+    """The number that a response gives, whatever its format.
+
+    In this order: the answer tags, the last `\\boxed{...}`, the number after the last "answer is", the last number
+    in the text.
+    """
+    if OPEN in text:
+        return tagged_answer(text)
+    if BOXED in text:
+        return text.rsplit(BOXED, 1)[1].split("}", 1)[0].strip() or None
+    for statement in reversed(list(AFTER_STATEMENT.finditer(text))):
+        if number := NUMBER.match(text, statement.end()):
+            return number.group()
+    numbers = NUMBER.findall(text)
+    return numbers[-1] if numbers else None

@@ -1,0 +1,34 @@
+"""Whether reasoning and answer stand inside their tags (DeepSeek-R1, section 2.2.2, format reward)."""
+
+from __future__ import annotations
+
+import re
+
+THINK, END_THINK, ANSWER, END_ANSWER = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+ANY_TAG = re.compile("|".join(TAGS))
+
+
+def format_reward(response: str, style: str) -> float:
+    """1.0 where the response has the form, else 0.0.
+
+    strict: exactly `<think>...</think> <answer>...</answer>`, each tag once, nothing but white space around the
+    elements. lenient: a think element, closed, and after it an answer tag, which may be left open or be opened
+    again instead of closed; text may stand around them.
+
+    In both styles reasoning and answer must not be blank.
+
+    Raises:
+        ValueError: another style.
+    """
+    if style not in ("strict", "lenient"):
+        raise ValueError(f"style={style}: must be strict or lenient")
+    tags = ANY_TAG.findall(response)
+    if style == "strict" and tags != list(TAGS):
+        return 0.0
+    if style == "lenient" and (tags[:3] != [THINK, END_THINK, ANSWER] or set(tags[3:]) - {ANSWER, END_ANSWER}):
+        return 0.0
+    texts = ANY_TAG.split(response)
+    before, thought, between, answer = (text.strip() for text in texts[:4])
+    if style == "strict" and (before or between or texts[4].strip()):
+        return 0.0
+    return float(bool(thought and answer))

@@ -1,0 +1,38 @@
+"""Group-relative advantages: how much better an answer is than the others to the same prompt.
+
+Pure. Promises that a group whose rewards are all equal gets advantages of exactly 0, and that nothing is ever
+divided by 0. Legend: N groups (prompts), G answers per group.
+"""
+
+# ruff: noqa: F722 - shapes stand in annotations as text
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+STD_KINDS = ("population", "sample", "none")
+
+
+def group_advantages(rewards_NG: Float[Tensor, "N G"], std: str = "population") -> Float[Tensor, "N G"]:
+    """(r - mean of its group) / standard deviation of its group (DeepSeekMath, section 4.1.2).
+
+    Args:
+        rewards_NG: one row per prompt, one reward per answer.
+        std: the divisor: `population` divides squares by G, `sample` by G - 1, `none` leaves the difference as it is.
+    Returns:
+        advantages, in the type of the rewards; computed in float64.
+    Raises:
+        ValueError: `std` is not one of the three.
+    """
+    if std not in STD_KINDS:
+        raise ValueError(f"std={std}: must be one of {', '.join(STD_KINDS)}")
+    exact_NG = rewards_NG.double()
+    centred_NG = exact_NG - exact_NG.mean(dim=1, keepdim=True)
+    # Equal rewards teach nothing; comparing them is exact, while their rounded mean may differ from each of them.
+    equal_N1 = exact_NG.amax(dim=1, keepdim=True) == exact_NG.amin(dim=1, keepdim=True)
+    if std != "none":
+        squares_N1 = centred_NG.square().sum(dim=1, keepdim=True)
+        deviation_N1 = (squares_N1 / max(exact_NG.shape[1] - (std == "sample"), 1)).sqrt()
+        centred_NG = centred_NG / deviation_N1.masked_fill(equal_N1, 1.0)
+    return centred_NG.masked_fill(equal_N1, 0.0).to(rewards_NG.dtype)

@@ -1,0 +1,41 @@
+"""How a rollout's samples become optimizer steps and forward passes.
+
+Promises that every sample is in exactly one mini-batch and every row in exactly one micro-batch, and that equal
+arguments give equal batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def shuffle_into_mini_batches(num_samples: int, mini_batches: int, seed: int | Sequence[int]) -> list[np.ndarray]:
+    """Indices of a rollout's samples, shuffled and divided; sizes differ by at most one.
+
+    Advantages are computed on whole groups before this, so a group may be divided among mini-batches.
+
+    Args:
+        seed: one number, or several such as (run seed, rollout, epoch).
+    Raises:
+        ValueError: there are fewer samples than mini-batches.
+    """
+    if not 1 <= mini_batches <= num_samples:
+        raise ValueError(f"mini_batches={mini_batches}: must lie between 1 and the {num_samples} samples")
+    return np.array_split(np.random.default_rng(seed).permutation(num_samples), mini_batches)
+
+
+def micro_batches_by_tokens(lengths: Sequence[int], tokens_per_micro_batch: int) -> list[list[int]]:
+    """Rows gathered so that rows x longest row, the padded tokens, stays within the budget.
+
+    Rows are taken from the longest to the shortest: little padding, and the pass that needs most memory comes first.
+    A row that alone exceeds the budget gets a micro-batch of its own.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_micro_batch:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches

@@ -1,0 +1,103 @@
+"""Rollouts on disk before they are trained on: one file a step, whole or absent.
+
+A file is a header line (format, step, count of samples, sha256 of the rest) and one JSON line a sample. It is written
+beside its place, synced, renamed and the folder synced, so that a crash leaves either no file or a whole one; a file
+whose bytes are not those that were written is refused. Floats come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import orjson
+
+from megatron_r1.errors import DataError
+from megatron_r1.rollout.sample import Sample
+
+FORMAT = 1
+SUFFIX = ".jsonl"
+
+
+class Journal:
+    """The rollouts of a run, by step.
+
+    Args:
+        folder: where the files lie; made when missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+
+    def write(self, step: int, samples: Sequence[Sample]) -> Path:
+        """Keep the samples of a step; an earlier file of the step is replaced. Returns the file's path."""
+        body = b"".join(orjson.dumps(asdict(sample), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
+        header = {"format": FORMAT, "step": step, "samples": len(samples), "sha256": hashlib.sha256(body).hexdigest()}
+        path = self._path(step)
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            file.write(orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE))
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        self._sync_folder()
+        return path
+
+    def read(self, step: int) -> list[Sample] | None:
+        """The samples of a step as they were written, or None when the step has no file.
+
+        Raises DataError when the file is not what was written.
+        """
+        path = self._path(step)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        first_line, _, body = content.partition(b"\n")
+        try:
+            header = orjson.loads(first_line)
+            expected = {"format": FORMAT, "step": step, "samples": header["samples"], "sha256": header["sha256"]}
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise DataError(f"{path}: damaged journal: its first line is no header") from None
+        if header != expected:
+            raise DataError(f"{path}: journal is of step {header.get('step')} and format {header.get('format')}")
+        if hashlib.sha256(body).hexdigest() != header["sha256"]:
+            raise DataError(f"{path}: damaged journal: its sha256 is not the one in its header")
+        samples = [_sample(orjson.loads(line)) for line in body.splitlines()]
+        if len(samples) != header["samples"]:
+            raise DataError(f"{path}: damaged journal: {len(samples)} samples, {header['samples']} in its header")
+        return samples
+
+    def steps(self) -> list[int]:
+        """The steps that have a file, ascending."""
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.folder.glob(f"step-*{SUFFIX}"))
+
+    def prune(self, before_step: int) -> None:
+        """Remove the files of all steps below `before_step`."""
+        for step in self.steps():
+            if step < before_step:
+                self._path(step).unlink()
+        self._sync_folder()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}{SUFFIX}"
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sample(row: dict) -> Sample:
+    for name in ("prompt_tokens", "response_tokens", "logprobs"):
+        row[name] = tuple(row[name])
+    return Sample(**row)

@@ -1,0 +1,110 @@
+"""What goes into a rollout engine and what comes out, as frozen records.
+
+A `Completion` cannot be built from something that the trainer could not train on: each response token has a finite
+log-prob, and the reason for the end is known.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+FINISH_REASONS = ("stop", "length")
+LOGPROB_SLACK = 1e-3
+"""A log-prob may exceed 0 by rounding of the engine's softmax, never by more than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One response that is wanted for one prompt."""
+
+    id: str
+    """Unique within a call of `Engine.generate`."""
+    prompt_tokens: tuple[int, ...]
+    """Token ids of the prompt; at least one."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt_tokens:
+            raise ValueError(f"request {self.id}: the prompt has no tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    temperature: float
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_p: float
+    """Nucleus: tokens are drawn from the smallest set with this probability; 1 is the whole vocabulary."""
+    max_tokens: int
+    """Longest response, in tokens."""
+    stop_tokens: tuple[int, ...]
+    """A response ends with the first of these tokens, which belongs to the response."""
+    seed: int
+    """For engines that can be seeded."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature}: must be finite and at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+
+
+def check_response(tokens: tuple[int, ...], logprobs: tuple[float, ...], finish_reason: str) -> None:
+    """Raise ValueError, naming the fault, unless these make a response that can be trained on."""
+    if not tokens:
+        raise ValueError("the response has no tokens")
+    if len(tokens) != len(logprobs):
+        raise ValueError(f"{len(tokens)} response tokens but {len(logprobs)} log-probs")
+    for position, logprob in enumerate(logprobs):
+        if not (math.isfinite(logprob) and logprob <= LOGPROB_SLACK):
+            raise ValueError(f"log-prob {logprob} at response token {position}: must be finite and at most 0")
+    if finish_reason not in FINISH_REASONS:
+        raise ValueError(f"finish reason {finish_reason!r}: must be one of {', '.join(FINISH_REASONS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One response as the engine gave it.
+
+    `logprobs[i]` is the natural-log probability of `response_tokens[i]` under the distribution that the engine's
+    docstring names. Raises ValueError where tokens, log-probs and finish reason do not fit together.
+    """
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    response_tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    """``stop``: the last token is a stop token; ``length``: `Sampling.max_tokens` was reached."""
+    weight_version: str
+    """Version of the weights that every token of the response was sampled with."""
+
+    def __post_init__(self) -> None:
+        check_response(self.response_tokens, self.logprobs, self.finish_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One scored response: what the trainer learns from and what the journal keeps."""
+
+    prompt_id: str
+    group: int
+    """Responses with one group number answer one prompt and share a baseline."""
+    prompt_tokens: tuple[int, ...]
+    response_tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_version: str
+    finish_reason: str
+    text: str
+    """The response as text, special tokens included."""
+    reward: float
+    reward_parts: dict[str, float]
+    """The reward's parts by name; they sum to `reward` before any weighting that the reward's own file states."""
+
+    def __post_init__(self) -> None:
+        check_response(self.response_tokens, self.logprobs, self.finish_reason)
+        if not math.isfinite(self.reward):
+            raise ValueError(f"prompt {self.prompt_id}: reward {self.reward} is not finite")

@@ -1,0 +1,1 @@
+"""SGLang as the rollout engine: servers, client, engine, and what SGLang needs on machines without a GPU."""

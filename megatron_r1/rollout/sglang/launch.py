@@ -1,0 +1,66 @@
+"""Entry point of one SGLang server process: ``python -m megatron_r1.rollout.sglang.launch``.
+
+The first line on standard input is the server's arguments as JSON, its keys included, so that no key stands in argv or
+in an environment; in logs the keys print as stars. Standard input stays open as long as the program that started this
+one lives: at its end, however it comes, the whole process group of this server is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import threading
+
+PARENT_POLL_S = 1.0
+
+
+class Secret(str):
+    """A string whose representation does not show it: SGLang logs all its arguments."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def _die_with_parent(parent: int) -> None:
+    """Kill this process group as soon as standard input ends or another process adopts this one."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            readable, _, _ = select.select([0], [], [], PARENT_POLL_S)
+            if readable and not os.read(0, 1):
+                break
+        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+
+
+def _first_line() -> bytes:
+    """Read unbuffered: what follows belongs to the watching thread."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) and byte != b"\n":
+        line += byte
+    return bytes(line)
+
+
+def main() -> None:
+    if os.getpgrp() != os.getpid():
+        raise SystemExit("this server ends by killing its process group, so it must lead one: start it in a session")
+    arguments = json.loads(_first_line())
+    _die_with_parent(arguments.pop("parent"))
+    for key in ("api_key", "admin_api_key"):
+        arguments[key] = Secret(arguments[key])
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    run_server(ServerArgs(**arguments))
+
+
+if __name__ == "__main__":
+    main()

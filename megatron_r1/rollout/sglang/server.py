@@ -1,0 +1,143 @@
+"""One SGLang server as a child process: started on the loopback with fresh keys, watched, and killed with all it spawned.
+
+The server leads a process group of its own. It ends with `close`, with the interpreter, and with the death of this
+process however that comes (launch.py watches its standard input). Its output goes to a log file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import megatron_r1
+from megatron_r1.errors import NoRolloutCapacity
+
+CLOSE_TIMEOUT_S = 20.0
+HOST = "127.0.0.1"
+NOISE = ("Traceback", "File ", "warn", "^^^")
+
+
+class Server:
+    """A running server process.
+
+    Args:
+        arguments: fields of SGLang's `ServerArgs`, without address and keys.
+        environment: variables added to this process's own.
+        log: file that the server's output is appended to.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], environment: Mapping[str, str], log: Path):
+        self.log = log
+        self.port = _free_port()
+        self.url = f"http://{HOST}:{self.port}"
+        self.api_key, self.admin_key = secrets.token_hex(32), secrets.token_hex(32)
+        self.folder = Path(tempfile.mkdtemp(prefix="sglang-"))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self._log_start = output.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_r1.rollout.sglang.launch"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment, "PYTHONPATH": _python_path(environment), "TMPDIR": str(self.folder)},
+                start_new_session=True,
+            )
+        atexit.register(self.close)
+        address = {"host": HOST, "port": self.port, "api_key": self.api_key, "admin_api_key": self.admin_key}
+        self._send({**arguments, **address, "parent": os.getpid()})
+
+    def check(self) -> None:
+        """Raise NoRolloutCapacity, with the reason from the log, when the server's process has ended."""
+        if self.process.poll() is not None:
+            raise NoRolloutCapacity(f"SGLang server ended with status {self.process.returncode}: {self.last_words()}")
+
+    def accepts(self) -> bool:
+        """Whether something listens on the server's port."""
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            return probe.connect_ex((HOST, self.port)) == 0
+
+    def wait_until_listening(self, deadline: float) -> None:
+        """Return when the port is open; raises NoRolloutCapacity at the server's end or at `deadline` (monotonic s)."""
+        while not self.accepts():
+            self.check()
+            if time.monotonic() > deadline:
+                raise NoRolloutCapacity(f"SGLang server does not answer in time: {self.last_words()}")
+            time.sleep(0.05)
+
+    def last_words(self) -> str:
+        """The line of the log that tells most about a failure, on one line, with the log's path."""
+        with open(self.log, "rb") as file:
+            file.seek(self._log_start)
+            lines = file.read()[-64_000:].decode(errors="replace").splitlines()
+        said = [line.strip() for line in lines if line.strip() and not line.strip().startswith(NOISE)]
+        errors = [line for line in said if "Error" in line and "KeyError: '/" not in line]
+        return f"{(errors or said or ['it wrote nothing'])[-1][:400]} (log: {self.log})"
+
+    def close(self) -> None:
+        """Kill the process group, wait for the server's end and remove its temporary folder."""
+        atexit.unregister(self.close)
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        if self.process.stdin:
+            self.process.stdin.close()
+        self.process.wait(CLOSE_TIMEOUT_S)
+        _wait_for_group(self.process.pid)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _send(self, arguments: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(arguments).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it is dead already: `check` says why
+
+
+def _wait_for_group(group: int) -> None:
+    """Return when no process of a killed group runs any more, so that ports and memory are free."""
+    deadline = time.monotonic() + CLOSE_TIMEOUT_S
+    while group_members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def group_members(group: int) -> list[int]:
+    """Ids of the running processes of a process group; the dead that nobody has collected do not count."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def _python_path(environment: Mapping[str, str]) -> str:
+    """This package first, then what the environment names, then what this process was given."""
+    package_root = str(Path(megatron_r1.__file__).resolve().parents[1])
+    parts = [package_root, environment.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(part for part in parts if part)

@@ -1,0 +1,110 @@
+"""pretrain: next-token prediction, with multi-token prediction, on the source's text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.corpus import Corpus, build_corpus
+from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_r1.model.flops import flops_per_token, peak_flops
+from megatron_r1.parallel.mesh import world_size
+from megatron_r1.stages.session import run_folder
+from megatron_r1.stages.trainer import Trainer, finish, trainer
+from megatron_r1.stages.weights import find_weights
+from megatron_r1.train.guard import count_skips
+from megatron_r1.train.loop import Step, train
+from megatron_r1.train.schedule import learning_rate
+from megatron_r1.train.state import TrainState
+from megatron_r1.train.step import UpdateResult, update
+
+SHOWN = ("loss", "mtp_loss", "gradient_norm", "learning_rate", "tokens_per_second", "mfu", "router_load_max")
+
+
+def run(config: RunConfig) -> None:
+    """Pre-train a model, or go on where its run stopped."""
+    weights = find_weights(config.init.from_) if config.init.from_ else None
+    tokenizer = Tokenizer.load(weights.tokenizer_folder) if weights else train_tokenizer(config.data)
+    corpus = build_corpus(
+        config.data, tokenizer, config.train.sequence_length, config.seed, run_folder(config) / "data"
+    )
+    with trainer(config, tokenizer, weights) as this:
+        hooks = this.hooks(SHOWN, f"pretrain {config.name}")
+        state = train(this.state, pretraining_step(this, corpus), hooks, config.train.steps)
+        finish(this, state)
+
+
+def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
+    """The step of pre-training: next batch, update, metrics."""
+    config, settings = this.config, this.config.train
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    tokens_per_step = settings.global_batch_size * settings.sequence_length
+    flops_per_step = tokens_per_step * flops_per_token(config.model, settings.sequence_length)
+    peak = peak_flops(this.platform.device) * world_size()
+
+    def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        started = time.perf_counter()
+        rate = learning_rate(settings.schedule, state.step + 1, settings.steps)
+        rows = torch.from_numpy(corpus.batch(state.data_position, settings.global_batch_size))[rank::ranks]
+        micro_batches = rows.to(this.platform.device).split(settings.micro_batch_size)
+        result = update(
+            this.model, this.optimizer, micro_batches, next_token_forward, rate, settings.sequence_length
+        )
+        seconds = time.perf_counter() - started
+        state = state.advance(
+            updates=state.updates + (not result.skipped),
+            consumed_tokens=state.consumed_tokens + tokens_per_step,
+            data_position=state.data_position + settings.global_batch_size,
+            skipped_in_row=count_skips(
+                state.skipped_in_row, result.skipped, settings.max_skipped_steps, state.step + 1
+            ),
+        )
+        return state, {
+            "loss": _mean_loss(result),
+            **update_metrics(result),
+            "learning_rate": rate,
+            "consumed_tokens": state.consumed_tokens,
+            "tokens_per_second": tokens_per_step / seconds,
+            "mfu": flops_per_step / seconds / peak,
+        }
+
+    return step
+
+
+def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
+    """Cross-entropy of each row's tokens given those before."""
+    inputs_BL, labels_BL = rows_BL[:, :-1].contiguous(), rows_BL[:, 1:].contiguous()
+    positions_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
+
+    def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = output_BL.float().mean()
+        # megatron-core divides the returned loss in place by the number of micro-batches.
+        return loss, {"loss": loss.detach().clone()}
+
+    return model(inputs_BL, positions_BL, None, labels=labels_BL), loss_function
+
+
+def update_metrics(result: UpdateResult) -> dict[str, Any]:
+    """What every training stage records of an update."""
+    metrics: dict[str, Any] = {"gradient_norm": result.gradient_norm, "skipped": int(result.skipped)}
+    if result.mtp_loss is not None:
+        metrics["mtp_loss"] = result.mtp_loss
+    if result.expert_load_LE is not None:
+        share_LE = result.expert_load_LE / result.expert_load_LE.sum(1, keepdim=True)
+        metrics["router_load_max"] = float(share_LE.max()) * share_LE.shape[1]
+        metrics["router_load"] = [[round(float(share), 4) for share in layer] for layer in share_LE]
+    return metrics
+
+
+def _mean_loss(result: UpdateResult) -> float:
+    """Mean loss over micro-batches and data-parallel ranks, on every rank of the last pipeline stage."""
+    loss = torch.stack([entry["loss"] for entry in result.logged]).mean()
+    dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+    return float(loss) / parallel_state.get_data_parallel_world_size()

@@ -1,0 +1,91 @@
+"""A run on disk: its folder, its configuration, its environment, and how it is found again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform as machine
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config.load import difference, read_yaml, resolved, write_yaml
+from megatron_r1.config.run import RunConfig
+from megatron_r1.errors import ConfigError
+
+_FREE_TO_CHANGE = ("track.", "train.log_interval", "threads", "platform", "rollout.sglang.")
+"""Keys that say how, not what: a resumed run may change them."""
+_PACKAGES = ("megatron_r1", "torch", "megatron-core", "transformer-engine", "sglang", "transformers", "tokenizers")
+DONE = "done.json"
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where the run of this configuration lives."""
+    return Path(config.root) / config.name
+
+
+def open_run_folder(config: RunConfig) -> Path:
+    """Make or find the run's folder and pin its configuration.
+
+    Raises:
+        ConfigError: the folder holds a run with another configuration; the message shows each difference.
+    """
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    pinned = folder / "config.yaml"
+    if pinned.exists():
+        changes = [
+            line for line in difference(read_yaml(pinned), resolved(config)) if not line.startswith(_FREE_TO_CHANGE)
+        ]
+        if changes:
+            raise ConfigError("name", config.name, f"{folder} is a run with another configuration: {'; '.join(changes)}")
+    write_yaml(config, pinned)
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+    return folder
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "versions": versions,
+        "python": machine.python_version(),
+        "system": machine.platform(),
+        "cores": os.cpu_count(),
+        "git": _git_revision(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def mark_done(folder: Path, facts: dict[str, Any]) -> None:
+    """Leave the mark by which a recipe knows that the run needs no more work."""
+    temporary = folder / f"{DONE}.tmp"
+    temporary.write_text(json.dumps(facts, indent=1, default=str))
+    temporary.replace(folder / DONE)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run has finished."""
+    return (folder / DONE).is_file()

@@ -1,0 +1,1 @@
+"""Where a run's metrics go: a local record, always, and wandb."""

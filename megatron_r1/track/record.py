@@ -1,0 +1,73 @@
+"""The local record of a run: one JSON object a line, one line a step.
+
+Promises that a row is handed to the operating system before `append` returns, that steps rise from row to row, also
+after a resume, and that a row torn by a crash is dropped, never read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, in order; a number that was not finite comes back as NaN; no file gives no rows."""
+    return [parsed for _, parsed in _whole_rows(path)]
+
+
+def _whole_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Lines that end in a newline and parse, with what they hold."""
+    rows = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            parsed = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if line.endswith(b"\n") and isinstance(parsed, dict) and isinstance(parsed.get("step"), int):
+            # JSON has no word for NaN and infinity: they are written as null.
+            rows.append((line, {key: math.nan if value is None else value for key, value in parsed.items()}))
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """Scalars and arrays of other libraries, as Python numbers and lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not a metric")
+
+
+class Record:
+    """Appends rows to a metrics file.
+
+    Args:
+        path: the file; its folder exists.
+        resume_step: step that the run goes on from; later rows are removed. 0 starts the file afresh.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        kept = [(line, row["step"]) for line, row in _whole_rows(path) if 0 < resume_step >= row["step"]]
+        self._last_step = kept[-1][1] if kept else -1
+        replacement = path.with_name(path.name + ".tmp")
+        replacement.write_bytes(b"".join(line for line, _ in kept))
+        replacement.replace(path)
+        self._file = path.open("ab")
+
+    def append(self, step: int, row: Mapping[str, Any]) -> None:
+        """Writes one row.
+
+        Raises:
+            ValueError: `step` does not lie above the last one.
+        """
+        if step <= self._last_step:
+            raise ValueError(f"step={step}: must be above {self._last_step}, the last step of the record")
+        content = {"step": step} | {key: value for key, value in row.items() if key != "step"}
+        self._file.write(orjson.dumps(content, default=_plain, option=orjson.OPT_APPEND_NEWLINE))
+        self._file.flush()
+        self._last_step = step
+
+    def close(self) -> None:
+        self._file.close()

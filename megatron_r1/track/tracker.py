@@ -1,0 +1,54 @@
+"""Metrics of one run: the same rows to `metrics.jsonl`, which is always there, and to wandb, which may fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from megatron_r1.config.track import TrackConfig
+from megatron_r1.track.record import Record, read_metrics
+from megatron_r1.track.wandb_run import WandbRun, wandb_mode
+
+
+class Tracker:
+    """Records rows; of all ranks only one may hold a tracker for a run folder.
+
+    Args:
+        run_folder: made if missing; gets `metrics.jsonl` and `wandb/`.
+        config: resolved configuration, for wandb's page of the run.
+        name: name of the run.
+        resume_step: step of the checkpoint that the run goes on from; rows after it are removed and recorded anew.
+    """
+
+    def __init__(
+        self, run_folder: Path, config: Mapping[str, Any], name: str, track: TrackConfig, resume_step: int = 0
+    ):
+        run_folder.mkdir(parents=True, exist_ok=True)
+        metrics = run_folder / "metrics.jsonl"
+        self._record = Record(metrics, resume_step)
+        mode = wandb_mode(track.wandb, os.environ)
+        self._wandb = WandbRun(run_folder, mode, config, name, track.project, history=read_metrics(metrics))
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Records the metrics of one step; steps rise.
+
+        Raises:
+            ValueError: `step` does not lie above the last one.
+        """
+        self._record.append(step, row)
+        self._wandb.log(step, row)
+
+    def close(self) -> None:
+        self._record.close()
+        self._wandb.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

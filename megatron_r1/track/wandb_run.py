@@ -1,0 +1,128 @@
+"""A wandb run that training never depends on.
+
+Promises that nothing here raises: the first failure is one warning, and from then on wandb is left alone. Offline it
+opens no connection. wandb is imported when a run is opened, and its output stays off the terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 60.0
+"""A network that hangs may hold up the first and the last moment of an online run for this long, not longer."""
+
+
+def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
+    """online, offline or disabled: the setting; for `auto`, WANDB_MODE, else online if there is a WANDB_API_KEY."""
+    if setting != "auto":
+        return setting
+    if (asked := environment.get("WANDB_MODE", "")) in ("online", "offline", "disabled"):
+        return asked
+    return "online" if environment.get("WANDB_API_KEY") else "offline"
+
+
+class WandbRun:
+    """One wandb run, continued by its id.
+
+    What wandb had not yet written when a run was killed is lost to it, so a resumed run is completed from the local
+    record: online with the rows that the server lacks; offline as a whole, and when it is closed
+    the offline folders that it replaces are removed.
+
+    Args:
+        folder: run folder; wandb writes under `folder/wandb`, where the id is kept too.
+        mode: online, offline or disabled.
+        config: resolved configuration of the run.
+        history: rows of the local record that the run goes on from; without any, a new wandb run is opened.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mode: str,
+        config: Mapping[str, Any],
+        name: str,
+        project: str,
+        history: Sequence[Mapping[str, Any]] = (),
+    ):
+        self._run: Any = None
+        self._next_step = 0
+        self._replaced: list[Path] = []
+        # Rows of an online run that cannot start are kept offline, for `wandb sync`.
+        for attempt in {"online": ("online", "offline"), "offline": ("offline",)}.get(mode, ()):
+            try:
+                run_id = self._run_id(folder / "wandb" / "run_id.txt", new=not history)
+                self._replaced = list(folder.glob(f"wandb/offline-run-*-{run_id}*")) if attempt == "offline" else []
+                self._run = self._open(folder, attempt, dict(config), name, project, run_id)
+                break
+            except Exception as error:
+                self._give_up(f"could not start {attempt}", error)
+        else:
+            return
+        self._next_step = self._run.starting_step
+        for row in history:
+            self.log(row["step"], row)
+
+    @staticmethod
+    def _run_id(path: Path, new: bool) -> str:
+        """The run's wandb id, kept from one start to the next."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if new or not path.is_file():
+            path.write_text(secrets.token_hex(4))
+        return path.read_text().strip()
+
+    @staticmethod
+    def _open(folder: Path, mode: str, config: dict[str, Any], name: str, project: str, run_id: str) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            init_timeout=START_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,
+        )
+        return wandb.init(
+            dir=folder,
+            mode=mode,  # type: ignore[arg-type]
+            config=config,
+            name=name,
+            project=project,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            reinit="create_new",
+            settings=settings,
+        )
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Sends one row, unless the server has that step from an earlier start of the same run."""
+        if self._run is None or step < self._next_step:
+            return
+        try:
+            self._run.log(dict(row) | {"step": step}, step=step)
+        except Exception as error:
+            self._give_up("could not log", error)
+
+    def close(self) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            run.finish()
+        except Exception as error:
+            self._give_up("could not finish", error)
+        else:
+            for folder in self._replaced:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._run = None
+        logger.warning("wandb %s: %s; the local record goes on", what, " ".join(str(error).split()))

@@ -1,0 +1,105 @@
+"""The command line beside refusals: help, the resolved configuration, exit codes, and what is imported when."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from megatron_r1 import __version__
+from megatron_r1.__main__ import exit_code
+from megatron_r1.config.convert import resolved
+from megatron_r1.config.load import load
+from megatron_r1.config.recipes import groups, recipes
+from megatron_r1.config.verbs import VERBS, Verb
+
+HEAVY = ("torch", "megatron", "transformers", "sglang", "wandb", "numpy")
+LIMIT_S = 1.0
+
+
+@pytest.fixture
+def text(answer, request) -> str:
+    """Standard output of a command that succeeds in silence and in under a second."""
+    seen = answer(*request.param.split())
+    assert (seen.status, seen.stderr) == (0, "")
+    assert seen.processor_seconds < LIMIT_S
+    return seen.stdout
+
+
+@pytest.mark.parametrize("text", ["--help", "-h"], indirect=True)
+def test_help_lists_verbs_groups_and_recipes_at_once(text):
+    assert [verb for verb, entry in VERBS.items() if verb not in text or entry.summary not in text] == []
+    assert [group for group, options in groups().items() if f"{group:<10} {', '.join(options)}" not in text] == []
+    assert ", ".join(recipes()) in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("text", ["grpo --help", "--help grpo", "grpo rl.group_size=8 --help"], indirect=True)
+def test_help_of_a_verb(text):
+    assert VERBS["grpo"].summary in text and "recipe: r1_zero" in text
+
+
+CFG_JOB = "grpo --cfg job --config-name r1_zero.yaml rl.group_size=8 seed=3"
+
+
+@pytest.mark.parametrize("text", [CFG_JOB], indirect=True)
+def test_cfg_job_prints_the_resolved_configuration(text):
+    assert yaml.safe_load(text) == resolved(load("grpo", ["rl.group_size=8", "seed=3"]))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import megatron_r1.config.load",
+        "from megatron_r1.config.load import load; load('pretrain')",
+        "from megatron_r1.__main__ import exit_code; assert exit_code(['pretrain', 'x=1']) == 2",
+    ],
+)
+def test_configuration_imports_nothing_heavy(statement):
+    check = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", f"{statement}\n{check}"], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ("print(config.seed)", 0, ""),
+        (
+            "from megatron_r1.errors import Diverged\n    raise Diverged('loss is\\nnot finite')",
+            86,
+            "loss is not finite\n",
+        ),
+        (
+            "from megatron_r1.errors import ConfigError\n    raise ConfigError('a', 1, 'no')",
+            2,
+            "megatron-r1: a=1: no\n",
+        ),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
+    ],
+)
+def test_stage_ends_with_the_exit_code_of_its_failure(body, status, said, tmp_path, monkeypatch, capsys):
+    name = f"stage_ending_{status}"
+    (tmp_path / f"{name}.py").write_text(f"def run(config):\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(VERBS, "doctor", Verb(name, "doctor", ""))
+    monkeypatch.setenv("RANK", "1")
+    assert exit_code(["doctor", "seed=5"]) == status
+    written = capsys.readouterr()
+    assert written.err.endswith(said) and ("Traceback" in written.err) == (status == 1)
+    assert written.out == ("5\n" if status == 0 else "")
+
+
+def test_no_argument_is_help_and_no_verb_is_an_error(capsys):
+    assert exit_code([]) == 0
+    assert capsys.readouterr().out.startswith("usage: megatron-r1 VERB")
+    assert exit_code(["--cfg", "job"]) == 2
+    assert capsys.readouterr().err.startswith("megatron-r1: VERB=: must be one of pretrain")
+    assert exit_code(["pretrain", "--config-name"]) == 2
+
+
+def test_version_is_printed(answer):
+    assert answer("--version").stdout == f"{__version__}\n"

@@ -1,0 +1,131 @@
+"""Fifty broken configurations, each refused by the real command line: one line, exit code 2, no traceback, no torch."""
+
+from __future__ import annotations
+
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+REFUSALS = [
+    # misspelt
+    ("pretrain model.hiden_size=64", "model.hiden_size=64", "did you mean model.hidden_size?"),
+    ("pretrain modle.hidden_size=64", "modle.hidden_size=64", "did you mean model.hidden_size?"),
+    ("pretrain hidden_size=64", "hidden_size=64", "did you mean model.hidden_size?"),
+    ("pretrain model.moe.num_expert=8", "model.moe.num_expert=8", "did you mean model.moe.num_experts?"),
+    (
+        "pretrain train.optimizer.learning_rate=1e-3",
+        "train.optimizer.learning_rate=0.001",
+        "train.schedule.learning_rate",
+    ),
+    ("grpo rl.group_sise=8", "rl.group_sise=8", "did you mean rl.group_size?"),
+    ("grpo init.from_=runs/base", "init.from_=runs/base", "did you mean init.from?"),
+    ("pretrain zzz=1", "zzz=1", "the keys there are name, root"),
+    # extra
+    ("pretrain +x=1", "x=1", "no such key"),
+    ("pretrain ++x=1", "x=1", "no such key"),
+    ("pretrain +model.x=1", "model.x=1", "no such key"),
+    ("pretrain ++train.schedule.x.y=1", "train.schedule.x={'y': 1}", "no such key"),
+    ("pretrain model.moe={bogus:4}", "model.moe.bogus=4", "no such key"),
+    ("pretrain +model._target_=os.system", "model._target_=os.system", "no such key"),
+    ("pretrain _target_=os.system", "_target_=os.system", "no such key"),
+    ("pretrain hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere", "no such key"),
+    ("pretrain +hydra/launcher=basic", "hydra/launcher=basic", "no such key"),
+    ("pipeline pipeline.stages.pretrain.verbs=eval", "pipeline.stages.pretrain.verbs=eval", "pretrain.verb?"),
+    # null, empty, deleted
+    ("pretrain model.hidden_size=null", "model.hidden_size=null", "must be a whole number"),
+    ("pretrain model=null", "model=null", "must be one of tiny"),
+    ("pretrain train.optimizer=null", "train.optimizer=null", "must be a section with the keys beta1"),
+    ("pretrain name=", "name=", "must be a plain folder name"),
+    ("pretrain train.steps=???", "train.steps=???", "must be given a value"),
+    ("pretrain ~model.hidden_size", "model.hidden_size=", "cannot be deleted"),
+    ("pretrain ~model", "model=", "cannot be deleted"),
+    # wrong type
+    ("pretrain model.num_layers=true", "model.num_layers=true", "must be a whole number"),
+    ("pretrain model.num_layers=4.5", "model.num_layers=4.5", "must be a whole number"),
+    ("pretrain model.num_layers=four", "model.num_layers=four", "must be a whole number"),
+    ("pretrain train.schedule.learning_rate='0.1'", "train.schedule.learning_rate=0.1", "must be a finite number"),
+    ("pretrain train.schedule.learning_rate=nan", "train.schedule.learning_rate=nan", "must be a finite number"),
+    ("grpo rl.clip_epsilon=inf", "rl.clip_epsilon=inf", "must be a finite number"),
+    ("grpo rl.shuffle_rewards=1", "rl.shuffle_rewards=1", "must be true or false"),
+    ("pretrain name=7", "name=7", "must be text (in quotes: '7')"),
+    ("pretrain model.moe=3", "model.moe=3", "must be a section"),
+    ("pretrain train.steps=[1,2]", "train.steps=[1, 2]", "must be a whole number"),
+    ("eval evaluate.models=runs/base", "evaluate.models=runs/base", "must be names with values"),
+    ("eval evaluate.models.base=3", "evaluate.models.base=3", "must be text"),
+    ("pipeline pipeline.overrides=train.steps", "pipeline.overrides=train.steps", "must be a list"),
+    # out of range
+    ("pretrain train.steps=0", "train.steps=0", "must be at least 1"),
+    ("pretrain train.schedule.learning_rate=-1", "train.schedule.learning_rate=-1.0", "must lie between"),
+    ("grpo reward.format_style=loose", "reward.format_style=loose", "must be one of strict, lenient"),
+    ("pretrain platform=gpu", "platform=gpu", "must be one of auto, cpu, cuda"),
+    # contradictory
+    ("pretrain parallel.tensor=3", "parallel.tensor=3", "must divide model.num_attention_heads=4"),
+    ("pretrain parallel.expert=16", "parallel.expert=16", "must divide model.moe.num_experts=8"),
+    ("pretrain model.moe.top_k=8", "model.moe.top_k=8", "must be at most 4"),
+    ("pretrain train.micro_batch_size=3", "train.micro_batch_size=3", "must divide global_batch_size=10"),
+    ("pretrain train.schedule.warmup_steps=9999", "train.schedule.warmup_steps=9999", "must be below steps=2000"),
+    ("pretrain data.vocab_size=1024", "data.vocab_size=1024", "must be at most model.vocab_size=512"),
+    (
+        "pretrain train.sequence_length=512",
+        "train.sequence_length=512",
+        "must be at most model.max_sequence_length=256",
+    ),
+    ("grpo rollout.max_response_tokens=256", "rollout.max_response_tokens=256", "model.max_sequence_length=256"),
+    ("grpo rl.tokens_per_micro_batch=8", "rl.tokens_per_micro_batch=8", "model.max_sequence_length=256"),
+    ("pipeline pipeline.stages.report.needs=[gone]", "pipeline.stages.report.needs=gone", "must be one of pretrain"),
+    # choices, grammar, files, interpolation
+    ("pretrain model=huge", "model=huge", "must be one of tiny"),
+    ("pretrain +model=huge", "model=huge", "must be one of tiny"),
+    ("pretrain model=[tiny]", "model=['tiny']", "must be one of tiny"),
+    ("pretrain model@rl=tiny", "model@rl=tiny", "no such key"),
+    ("pretrain train.steps", "train.steps=", "must be key=value"),
+    ("pretrain name=a(b", "name=a(b", "must be key=value"),
+    ("pretrain =3", "=3", "no such key"),
+    ("pretrain train.steps=1,2", "train.steps=1,2", "must be one value"),
+    ("pretrain name=${nowhere}", "name=${nowhere}", "nowhere"),
+    ("pretrain name=${oc.env:MEGATRON_R1_UNSET}", "name=${oc.env:MEGATRON_R1_UNSET}", "MEGATRON_R1_UNSET"),
+    ("pretrain --config-name absent", "--config-name=absent", "must be one of convert"),
+    ("pretrain --config-name=model/tiny", "--config-name=model/tiny", "must be one of convert"),
+    ("pretrian", "VERB=pretrian", "must be one of pretrain"),
+    ("pretrain --cfg hydra", "--cfg=hydra", "must be job"),
+    ("pretrain --multirun", "option=--multirun", "must be one of --config-name"),
+]
+LIMIT_S = 1.0
+NOISY_LIMIT_S = 3.0  # wall-clock, on a machine that does other work too
+
+
+@pytest.fixture(scope="module")
+def answers(answer):
+    """Command -> answer, every command once, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        commands = [command for command, _, _ in REFUSALS]
+        return dict(zip(commands, pool.map(lambda command: answer(*command.split()), commands), strict=True))
+
+
+@pytest.mark.parametrize(("command", "key_and_value", "allowed"), REFUSALS, ids=[row[0] for row in REFUSALS])
+def test_broken_config_is_refused_in_one_line(answers, command, key_and_value, allowed):
+    seen = answers[command]
+    assert seen.stderr.startswith(f"megatron-r1: {key_and_value}: ")
+    assert allowed in seen.stderr
+    assert seen.stderr.count("\n") == 1 and "Traceback" not in seen.stderr
+    assert (seen.status, seen.stdout) == (2, "")
+    assert seen.processor_seconds < LIMIT_S
+
+
+def test_refusals_take_under_a_second(answers):
+    assert len(answers) == len(REFUSALS) >= 50
+    seconds = [seen.seconds for seen in answers.values()]
+    assert min(seconds) < LIMIT_S
+    assert statistics.median(seconds) < NOISY_LIMIT_S
+
+
+def test_only_the_first_rank_speaks(answer):
+    assert answer("pretrain", "x=1", RANK="0").stderr.count("\n") == 1
+    silent = answer("pretrain", "x=1", RANK="3")
+    assert (silent.status, silent.stderr) == (2, "")
+
+
+def test_refusal_writes_no_file(answer, tmp_path):
+    assert answer("pretrain", "x=1", cwd=tmp_path).status == 2
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,261 @@
+"""The page holds what the runs recorded, needs nothing else, and shows hostile text as text."""
+
+import math
+import random
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import orjson
+import pytest
+
+from megatron_r1.report.figures import curves, series, thinned, time_shares
+from megatron_r1.report.page import write_report
+from megatron_r1.report.read import read_recipe
+from megatron_r1.track.record import Record
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, text outside style, and whether every element is closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.words = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    @property
+    def ids(self):
+        return {attributes["id"] for _, attributes in self.elements if "id" in attributes}
+
+
+def pretrain_row(step, generator):
+    loss = 1.2 + 4 * math.exp(-step / 40) + generator.gauss(0, 0.05)
+    return {
+        "loss": loss,
+        "mtp_loss": loss + 0.4,
+        "gradient_norm": 0.5 + generator.random(),
+        "learning_rate": 3e-3 * (1 - step / 400),
+        "tokens_per_second": 9000 + generator.gauss(0, 300),
+        "mfu": 0.2,
+        "router_load_max": 0.2,
+        "router_load": [0.2, 0.1, 0.15, 0.1, 0.1, 0.15, 0.1, 0.1],
+        "consumed_tokens": 1280 * step,
+    }
+
+
+def rl_row(step, generator):
+    accuracy = 0.8 / (1 + math.exp(-(step - 20) / 5))
+    return {
+        "reward": accuracy + 0.1,
+        "accuracy": accuracy,
+        "format": min(1, 0.5 + step / 40),
+        "kl": 0.001 * step,
+        "entropy": 1.5 - step / 60,
+        "clip_fraction": 0.02 * generator.random(),
+        "response_length": 20 + step / 3,
+        "gradient_norm": 0.3,
+        "learning_rate": 1e-4,
+        "rollout_seconds": 2 + generator.random(),
+        "train_seconds": 3.0,
+        "logprob_gap": 1e-5 * (1 + generator.random()),
+    }
+
+
+def share(mean):
+    return {"mean": mean, "low": mean - 0.03, "high": mean + 0.03}
+
+
+def model_result(accuracy):
+    ways = {"blind": share(accuracy), "strict": share(accuracy - 0.05), "format": share(0.9)}
+    return {"greedy": ways, "sampled": ways, "by_task": {"chain": share(accuracy), "product": share(accuracy / 2)}}
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A finished recipe and its page."""
+    home = tmp_path_factory.mktemp("finished")
+    fill(home / "quickstart")
+    write_report(home / "quickstart", home / "report.html")
+    return home
+
+
+@pytest.fixture
+def recipe(template, tmp_path):
+    """A copy that a test may change, with fewer rows: quicker to draw."""
+    folder = shutil.copytree(template / "quickstart", tmp_path / "quickstart")
+    for metrics in folder.glob("*/metrics.jsonl"):
+        metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:3]))
+    return folder
+
+
+@pytest.fixture
+def html(template):
+    return (template / "report.html").read_text()
+
+
+@pytest.fixture
+def page(html):
+    return Page(html)
+
+
+def written(recipe):
+    write_report(recipe, recipe.parent / "report.html")
+    return Page((recipe.parent / "report.html").read_text())
+
+
+def fill(folder):
+    generator = random.Random(0)
+    for name, steps, row_of in (("pretrain", 300, pretrain_row), ("r1_zero", 50, rl_row)):
+        stage = folder / name
+        (stage / "checkpoints" / "step-00000050").mkdir(parents=True)
+        (stage / "checkpoints" / "step-00000050" / "weights.safetensors").write_bytes(b"\0" * 2048)
+        record = Record(stage / "metrics.jsonl")
+        for step in range(1, steps + 1):
+            record.append(step, row_of(step, generator))
+        record.close()
+        (stage / "config.yaml").write_text(f"name: {name}\nnote: <script>alert(1)</script>\n")
+        (stage / "environment.json").write_bytes(orjson.dumps({"python": "3.12.1", "packages": {"torch": "2.14.1"}}))
+    (folder / "evaluate" / "samples").mkdir(parents=True)
+    results = {"prompts": 512, "samples": 4, "models": {"base": model_result(0.25), "r1_zero": model_result(0.8)}}
+    (folder / "evaluate" / "results.json").write_bytes(orjson.dumps(results))
+    for name in ("base", "r1_zero"):
+        rows = [
+            {
+                "prompt": f"p{i}",
+                "question": f"What is {i} + 3 * 4?",
+                "truth": str(i + 12),
+                "response": f"{name} says <think>3 * 4 = 12</think> <script>alert('{i}')</script>",
+                "reward_parts": {"accuracy": float(i % 2), "format": 1.0},
+            }
+            for i in range(12)
+            for _ in range(2)
+        ]
+        (folder / "evaluate" / "samples" / f"{name}.jsonl").write_bytes(b"".join(orjson.dumps(r) + b"\n" for r in rows))
+
+
+def test_page_is_whole_small_and_needs_nothing_else(template, html, page):
+    assert 50_000 < len(html) < 1_500_000
+    assert [path.name for path in template.iterdir() if path.is_file()] == ["report.html"]
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"script", "img", "link", "iframe", "object", "a"}
+    for _, attributes in page.elements:
+        for key in ("src", "href", "xlink:href"):
+            assert attributes.get(key, "#").startswith("#")
+        assert not any(key.startswith("on") for key in attributes)
+
+
+def test_headline_has_shares_intervals_and_the_gain(page):
+    assert "25.0 % of cases before (base) and in 80.0 % after (r1_zero): +55.0 points" in page.text
+    assert "intervals do not overlap" in page.text
+    assert "80.0 % (77.0 to 83.0)" in page.text
+    assert "512 held-out prompts; 4 sampled answers" in page.text
+    assert "product" in page.text and "12.5 % (9.5 to 15.5)" in page.text
+
+
+def test_overlapping_intervals_are_called_so(tmp_path):
+    (tmp_path / "recipe" / "evaluate").mkdir(parents=True)
+    results = {"prompts": 512, "samples": 4, "models": {"base": model_result(0.25), "r1_zero": model_result(0.28)}}
+    (tmp_path / "recipe" / "evaluate" / "results.json").write_bytes(orjson.dumps(results))
+    assert "intervals overlap" in written(tmp_path / "recipe").text
+
+
+def test_curves_are_present_with_labels_and_units(page):
+    metrics = ("reward-reward", "reward-accuracy", "reward-format", "length-response_length", "kl-kl")
+    expected = {f"curve-r1_zero-{metric}" for metric in (*metrics, "entropy-entropy", "time-rollout_seconds")}
+    expected |= {"curve-pretrain-loss-loss", "curve-pretrain-loss-mtp_loss", "curve-pretrain-load-router_load_max"}
+    assert expected <= page.ids
+    for label in ("loss (nats per token)", "response length (tokens)", "KL (nats per token)", "tokens per second"):
+        assert label in page.text
+
+
+def test_model_text_is_shown_and_not_interpreted(html, page):
+    assert "r1_zero says <think>3 * 4 = 12</think> <script>alert('1')</script>" in page.text
+    assert "note: <script>alert(1)</script>" in page.text
+    assert "think" not in {tag for tag, _ in page.elements}
+    assert "&lt;think&gt;" in html and "<think>" not in html and "<script" not in html
+
+
+def test_answers_to_the_same_question_stand_side_by_side(page):
+    blocks = [attributes for tag, attributes in page.elements if attributes.get("class") == "answer"]
+    assert len(blocks) == 2 * 10
+    at = [page.text.index(f"{name} says") for name in ("base", "r1_zero")]
+    assert page.text.index("What is 0 + 3 * 4? (answer: 12)") < at[0] < at[1] < page.text.index("What is 1 + 3 * 4?")
+
+
+def test_versions_and_files_are_listed(page):
+    assert "packages.torch 2.14.1" in page.text
+    assert "pretrain/checkpoints/step-00000050/ 2 KiB" in page.text
+    assert "pretrain/metrics.jsonl" in page.text
+
+
+@pytest.mark.parametrize(
+    ("lost", "sections"), [("pretrain", 1), ("r1_zero", 1), ("evaluate", 2), ("evaluate/samples", 1), (".", 6)]
+)
+def test_missing_stage_is_shown_as_missing(recipe, lost, sections):
+    shutil.rmtree(recipe / lost)
+    page = written(recipe)
+    assert sum(attributes.get("class") == "missing" for _, attributes in page.elements) == sections
+
+
+def test_torn_files_are_no_error(recipe):
+    for path in recipe.rglob("*.json*"):
+        path.write_bytes(path.read_bytes()[:-40])
+    assert "No model has been evaluated." in written(recipe).text
+
+
+def test_stages_are_told_apart_by_their_rows(recipe):
+    assert {stage.name: stage.kind for stage in read_recipe(recipe).stages} == {
+        "pretrain": "pretrain",
+        "r1_zero": "rl",
+        "evaluate": "other",
+    }
+
+
+def test_figure_draws_every_point_where_it_belongs():
+    rows = [{"step": step, "loss": value} for step, value in enumerate([4.0, 1.0, 3.0, math.nan, 2.0])]
+    svg = curves("f", rows, {"loss": "loss"}, "loss (nats)")
+    drawn = svg[svg.index('id="curve-f-loss"') :].split(' d="')[1].split('"')[0]
+    points = [tuple(map(float, line.split()[-2:])) for line in drawn.splitlines() if line]
+    xs, ys = zip(*points, strict=True)
+    assert len(points) == 4
+    assert (xs[3] - xs[0]) / (xs[1] - xs[0]) == pytest.approx(4, abs=1e-3)
+    assert (ys[0] - ys[1]) / (ys[0] - ys[3]) == pytest.approx(3 / 2, abs=1e-3)
+    assert ys[0] < ys[1], "4 is drawn above 1"
+
+
+def test_figures_without_values_are_empty():
+    assert curves("f", [{"step": 1, "loss": math.nan}], {"loss": "loss"}, "loss") == ""
+    assert time_shares("f", [{"step": 1, "a": 1.0}], {"a": "a", "b": "b"}) == ""
+    assert series([{"step": 3, "router_load": [0.1, 0.7]}, {"step": 4}], "router_load") == ([3.0], [0.7])
+    assert thinned(([0.0, 1, 2, 3, 4], [1.0, 3, 5, 7, 9]), 3) == ([0.5, 2.5, 4.0], [2.0, 6.0, 9.0])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_page_renders_in_a_browser(template, tmp_path):
+    picture = tmp_path / "page.png"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--window-size=1200,3000", f"--screenshot={picture}", (template / "report.html").as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert picture.stat().st_size > 50_000

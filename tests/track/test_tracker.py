@@ -1,0 +1,164 @@
+"""wandb gets the rows of the local record, offline, and can never stop a run."""
+
+import logging
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from megatron_r1.config.track import TrackConfig
+from megatron_r1.track import wandb_run
+from megatron_r1.track.record import read_metrics
+from megatron_r1.track.tracker import Tracker
+from megatron_r1.track.wandb_run import wandb_mode
+
+BLOCK = 32768
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path, monkeypatch):
+    """wandb's caches and settings stay inside the test's folder; its service ends with the test."""
+    for key in [key for key in os.environ if key.startswith("WANDB_")]:
+        monkeypatch.delenv(key)
+    for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / "home"))
+    yield
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+
+
+def offline_records(path: Path):
+    """The records of an offline run file: a 7-byte header, then a LevelDB log (blocks of 32 KiB) of protobufs."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    position, parts = 7, []
+    while position < len(data):
+        if BLOCK - position % BLOCK < 7:
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(b"".join(parts))
+            parts = []
+
+
+def wandb_rows(run_folder: Path):
+    """History rows of all offline runs in a run folder, oldest run first, and the ids of those runs."""
+    rows, ids = [], []
+    for path in sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns):
+        for record in offline_records(path):
+            if record.WhichOneof("record_type") == "run":
+                ids.append(record.run.run_id)
+            if record.WhichOneof("record_type") == "history":
+                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                rows.append({key: orjson.loads(text) for key, text in items.items() if not key.startswith("_")})
+    return rows, set(ids)
+
+
+def row_of(step):
+    return {"loss": 1.0 / step, "router_load": [0.25, 0.75], "consumed_tokens": 640 * step}
+
+
+def track(folder, steps, resume_step=0, setting="auto"):
+    config = {"model": {"num_layers": 4}, "init": {"from": ""}}
+    with Tracker(folder, config, "pretrain", TrackConfig(wandb=setting), resume_step) as tracker:
+        for step in steps:
+            tracker.log(step, row_of(step))
+
+
+def test_offline_run_holds_the_rows_of_the_record(tmp_path, capfd):
+    track(tmp_path / "run", range(1, 31))
+    rows, ids = wandb_rows(tmp_path / "run")
+    assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl") == [{"step": s} | row_of(s) for s in range(1, 31)]
+    assert len(ids) == 1
+    output = capfd.readouterr()
+    assert output.out == output.err == ""
+
+
+def test_resume_continues_the_wandb_run_without_duplicates(tmp_path):
+    folder = tmp_path / "run"
+    track(folder, range(1, 11))
+    track(folder, range(7, 9), resume_step=6)
+    track(folder, range(7, 13), resume_step=6)
+    rows, ids = wandb_rows(folder)
+    assert len(ids) == 1
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows == read_metrics(folder / "metrics.jsonl")
+    track(folder, [1])
+    assert len(wandb_rows(folder)[1]) == 2, "a start from zero is another wandb run"
+
+
+def test_rows_that_a_killed_run_kept_from_wandb_are_sent_on_resume(tmp_path):
+    folder = tmp_path / "run"
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_tracker as t; from pathlib import Path\n"
+        "tracker = t.Tracker(Path(sys.argv[2]), {}, 'pretrain', t.TrackConfig(wandb='offline'))\n"
+        "for step in range(1, 101): tracker.log(step, t.row_of(step))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(folder)], timeout=60)
+    assert done.returncode == -9
+    track(folder, range(91, 121), resume_step=90)
+    rows, ids = wandb_rows(folder)
+    assert [row["step"] for row in rows] == list(range(1, 121))
+    assert rows == read_metrics(folder / "metrics.jsonl")
+    assert len(ids) == 1
+
+
+def test_disabled_writes_no_wandb_folder(tmp_path):
+    track(tmp_path / "run", [1], setting="disabled")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "environment", "mode"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": ""}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k"}, "online"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("online", {}, "online"),
+        ("offline", {"WANDB_API_KEY": "k"}, "offline"),
+        ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
+    ],
+)
+def test_mode_is_chosen_before_wandb_starts(setting, environment, mode):
+    assert wandb_mode(setting, environment) == mode
+
+
+def test_online_without_a_network_warns_and_records_offline(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(wandb_run, "START_TIMEOUT_S", 2.0)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with caplog.at_level(logging.WARNING, "megatron_r1"):
+        track(tmp_path / "run", [1, 2], setting="online")
+    assert "wandb could not start" in caplog.text
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    rows, _ = wandb_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+
+
+def test_failure_while_logging_warns_once_and_the_record_goes_on(tmp_path, caplog):
+    with Tracker(tmp_path, {}, "run", TrackConfig(wandb="offline")) as tracker:
+        tracker.log(1, {"loss": 1.0})
+        tracker._wandb._run.finish()
+        with caplog.at_level(logging.WARNING, "megatron_r1"):
+            tracker.log(2, {"loss": 0.5})
+            tracker.log(3, {"loss": 0.4})
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("megatron_r1")]
+    assert [warning.split(":")[0] for warning in warnings] == ["wandb could not log"]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_wandb_is_not_imported_until_a_run_is_opened():
+    code = "import sys, megatron_r1.track.tracker; print('wandb' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False", "False"]
