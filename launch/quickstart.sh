@@ -7,7 +7,7 @@ bash launch/setup.sh
 
 # Where there is a GPU, `auto` takes it or says what is wrong with it; it never falls back to the CPU in silence.
 platform=cpu
-if [[ -e /dev/nvidiactl ]] && [[ "${MEGATRON_R1_LOCK:-gpu}" == gpu ]]; then
+if [[ "${MEGATRON_R1_LOCK:-gpu}" == gpu ]] && { [[ -e /dev/nvidia0 ]] || command -v nvidia-smi >/dev/null; }; then
     platform=auto
 fi
 exec .venv/bin/megatron-r1 pipeline --config-name quickstart "platform=$platform" "$@"

@@ -269,7 +269,7 @@ def test_readme_tree_is_the_tree() -> None:
 def test_readme_commands_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [script for script in re.findall(r"\blaunch/[\w.-]+\.sh\b", text) if not (ROOT / script).is_file()] == []
-    recipes = re.findall(r"--config-name[ =](\w+)", text)
+    recipes = re.findall(r"--config-name[ =]([a-z]\w*)", text)
     assert [recipe for recipe in recipes if not (ROOT / "configs" / f"{recipe}.yaml").is_file()] == []
 
 

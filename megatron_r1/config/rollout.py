@@ -17,7 +17,7 @@ class SGLangConfig:
     """Seconds a server may take until it answers."""
     request_timeout_s: float = 300.0
     """Seconds one batch of requests may take."""
-    max_running_requests: int = 256
+    max_running_requests: int = 512
     """Requests that one server decodes at a time."""
     max_total_tokens: int = 65_536
     """Tokens that one server's key-value cache holds."""

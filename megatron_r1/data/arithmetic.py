@@ -34,7 +34,7 @@ OTHER_LANGUAGE_SHARE = 0.1
 """Answers that are worked in the language that the question is not in."""
 LARGEST_GUESS_ERROR = 8
 
-QUALITY_SHARES = {"careful": 0.14, "hasty": 0.36, "guess": 0.50}
+QUALITY_SHARES = {"careful": 0.30, "hasty": 0.25, "guess": 0.45}
 """careful honours precedence; hasty takes the wrong order; guess shows no step and names a number near the truth."""
 
 CONTEXT_SHARES = {"template": 0.45, "dialogue": 0.30, "plain": 0.25}

@@ -74,3 +74,17 @@ def process_groups(platform: Platform, degrees: ParallelConfig, seed: int, threa
         parallel_state.destroy_model_parallel()
     finally:
         dist.destroy_process_group()
+
+
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """The ranks that share each layer's matrices with this one."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """The ranks that hold the same weights as this one and see other data."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group()

@@ -58,6 +58,8 @@ def select(requested: str) -> Platform:
 
 def _gpu_present() -> bool:
     """Whether this machine has an NVIDIA GPU, by its device files or tools, working or not."""
-    return os.path.exists("/dev/nvidia0") or os.path.exists("/proc/driver/nvidia/version") or bool(
-        shutil.which("nvidia-smi")
+    return (
+        os.path.exists("/dev/nvidia0")
+        or os.path.exists("/proc/driver/nvidia/version")
+        or bool(shutil.which("nvidia-smi"))
     )

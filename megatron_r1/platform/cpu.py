@@ -174,4 +174,4 @@ def _split_by_lists() -> None:
     ) -> Any:
         return exchange(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
 
-    torch.distributed.all_to_all_single = all_to_all_single
+    torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]

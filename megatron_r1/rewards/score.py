@@ -19,10 +19,15 @@ class Score:
     """Reward name -> its weighted value: what it adds to the total."""
 
 
-def score(response: str, truth: str, config: RewardConfig) -> Score:
-    """Score a response, the text after the prompt, against the true answer."""
+def weighted(right: bool, response: str, config: RewardConfig) -> Score:
+    """The score of a response whose answer has been judged."""
     parts = {
-        "accuracy": config.accuracy * accuracy(response, truth),
+        "accuracy": config.accuracy * float(right),
         "format": config.format * format_reward(response, config.format_style),
     }
     return Score(sum(parts.values()), parts)
+
+
+def score(response: str, truth: str, config: RewardConfig) -> Score:
+    """Score a response, the text after the prompt, against the true answer."""
+    return weighted(accuracy(response, truth) > 0, response, config)

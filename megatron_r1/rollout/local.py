@@ -108,6 +108,7 @@ class _Batch:
         for index, prompt in enumerate(unique):
             self._padding_BL[index, : longest - len(prompt)] = True
         self.rows = list(range(len(unique)))
+        self.logits_BV = torch.empty(0)
         self._context = StaticInferenceContext(len(unique), self._capacity)
         self._forward(tokens_BL)
         # Equal prompts were read once; from here on each request has a row of its own.

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.corpus import Corpus, build_corpus
 from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_r1.model.flops import flops_per_token, peak_flops
-from megatron_r1.parallel.mesh import world_size
+from megatron_r1.parallel.mesh import data_parallel_group, world_size
 from megatron_r1.stages.session import run_folder
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import find_weights
@@ -44,7 +43,8 @@ def run(config: RunConfig) -> None:
 def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
     """The step of pre-training: next batch, update, metrics."""
     config, settings = this.config, this.config.train
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    group = data_parallel_group()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     tokens_per_step = settings.global_batch_size * settings.sequence_length
     flops_per_step = tokens_per_step * flops_per_token(config.model, settings.sequence_length)
     peak = peak_flops(this.platform.device) * world_size()
@@ -54,9 +54,7 @@ def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
         rate = learning_rate(settings.schedule, state.step + 1, settings.steps)
         rows = torch.from_numpy(corpus.batch(state.data_position, settings.global_batch_size))[rank::ranks]
         micro_batches = rows.to(this.platform.device).split(settings.micro_batch_size)
-        result = update(
-            this.model, this.optimizer, micro_batches, next_token_forward, rate, settings.sequence_length
-        )
+        result = update(this.model, this.optimizer, micro_batches, next_token_forward, rate, settings.sequence_length)
         seconds = time.perf_counter() - started
         state = state.advance(
             updates=state.updates + (not result.skipped),
@@ -94,10 +92,10 @@ def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
 def update_metrics(result: UpdateResult) -> dict[str, Any]:
     """What every training stage records of an update."""
     metrics: dict[str, Any] = {"gradient_norm": result.gradient_norm, "skipped": int(result.skipped)}
-    if result.mtp_loss is not None:
-        metrics["mtp_loss"] = result.mtp_loss
-    if result.expert_load_LE is not None:
-        share_LE = result.expert_load_LE / result.expert_load_LE.sum(1, keepdim=True)
+    if result.passes.mtp_loss is not None:
+        metrics["mtp_loss"] = result.passes.mtp_loss
+    if result.passes.expert_load_LE is not None:
+        share_LE = result.passes.expert_load_LE / result.passes.expert_load_LE.sum(1, keepdim=True)
         metrics["router_load_max"] = float(share_LE.max()) * share_LE.shape[1]
         metrics["router_load"] = [[round(float(share), 4) for share in layer] for layer in share_LE]
     return metrics
@@ -105,6 +103,6 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
 
 def _mean_loss(result: UpdateResult) -> float:
     """Mean loss over micro-batches and data-parallel ranks, on every rank of the last pipeline stage."""
-    loss = torch.stack([entry["loss"] for entry in result.logged]).mean()
-    dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-    return float(loss) / parallel_state.get_data_parallel_world_size()
+    loss = torch.stack([entry["loss"] for entry in result.passes.logged]).mean()
+    dist.all_reduce(loss, group=data_parallel_group())
+    return float(loss) / dist.get_world_size(data_parallel_group())

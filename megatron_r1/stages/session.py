@@ -40,7 +40,9 @@ def open_run_folder(config: RunConfig) -> Path:
             line for line in difference(read_yaml(pinned), resolved(config)) if not line.startswith(_FREE_TO_CHANGE)
         ]
         if changes:
-            raise ConfigError("name", config.name, f"{folder} is a run with another configuration: {'; '.join(changes)}")
+            raise ConfigError(
+                "name", config.name, f"{folder} is a run with another configuration: {'; '.join(changes)}"
+            )
     write_yaml(config, pinned)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
     return folder
@@ -48,7 +50,7 @@ def open_run_folder(config: RunConfig) -> Path:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for the record."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensors import read_state, read_tensors, write_state, write_tensors
 from megatron_r1.config.load import resolved
@@ -71,9 +72,7 @@ class Trainer:
             )
         ]
         if dist.get_rank() == 0:
-            tracker = Tracker(
-                self.folder, resolved(self.config), self.config.name, self.config.track, self.state.step
-            )
+            tracker = Tracker(self.folder, resolved(self.config), self.config.name, self.config.track, self.state.step)
             hooks.insert(0, LogHook(tracker, shown, train.steps, self.state.step, train.log_interval, title))
         return Hooks([*hooks, self.preempt])
 

@@ -85,9 +85,7 @@ class Optimizer:
         for part in self._parts():
             for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
                 name = self._names[id(parameter)]
-                part.optimizer.state[parameter] = {
-                    key: tensors[f"{key}/{name}"].clone() for key in (*MOMENTS, "step")
-                }
+                part.optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].clone() for key in (*MOMENTS, "step")}
 
     def _parts(self) -> list[MegatronOptimizer]:
         return getattr(self._inner, "chained_optimizers", [self._inner])

@@ -15,7 +15,7 @@ JOB = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
-from megatron_r1.checkpoint.ranks import AllRanks
+from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.checkpoint.store import CheckpointStore, SaveFailed
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])

@@ -92,20 +92,19 @@ REFUSALS = [
     ("pretrain --multirun", "option=--multirun", "must be one of --config-name"),
 ]
 LIMIT_S = 1.0
-NOISY_LIMIT_S = 3.0  # wall-clock, on a machine that does other work too
 
 
 @pytest.fixture(scope="module")
 def answers(answer):
-    """Command -> answer, every command once, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        commands = [command for command, _, _ in REFUSALS]
-        return dict(zip(commands, pool.map(lambda command: answer(*command.split()), commands), strict=True))
+    """Command -> its answer to come; every command runs once, two at a time."""
+    pool = ThreadPoolExecutor(2)
+    yield {command: pool.submit(answer, *command.split()) for command, _, _ in REFUSALS}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize(("command", "key_and_value", "allowed"), REFUSALS, ids=[row[0] for row in REFUSALS])
 def test_broken_config_is_refused_in_one_line(answers, command, key_and_value, allowed):
-    seen = answers[command]
+    seen = answers[command].result()
     assert seen.stderr.startswith(f"megatron-r1: {key_and_value}: ")
     assert allowed in seen.stderr
     assert seen.stderr.count("\n") == 1 and "Traceback" not in seen.stderr
@@ -115,9 +114,9 @@ def test_broken_config_is_refused_in_one_line(answers, command, key_and_value, a
 
 def test_refusals_take_under_a_second(answers):
     assert len(answers) == len(REFUSALS) >= 50
-    seconds = [seen.seconds for seen in answers.values()]
-    assert min(seconds) < LIMIT_S
-    assert statistics.median(seconds) < NOISY_LIMIT_S
+    # Wall-clock time is the program's own only while nothing else runs: the quickest answer comes nearest to that.
+    assert min(seen.result().seconds for seen in answers.values()) < LIMIT_S
+    assert statistics.median(seen.result().processor_seconds for seen in answers.values()) < LIMIT_S / 2
 
 
 def test_only_the_first_rank_speaks(answer):

@@ -147,6 +147,13 @@ def test_keys_stand_in_no_command_line_environment_or_log(engine):
     assert server.admin_key not in log
 
 
+def test_plugin_is_at_work(engine):
+    log = engine.servers[0].log.read_text()
+    backend = "TorchNativeAttnBackend._run_sdpa_forward"
+    for target in (f"{backend}_decode", f"{backend}_extend", "engine._set_envs_and_config"):
+        assert any("Applied 1 hook(s)" in line and target in line for line in log.splitlines()), target
+
+
 def test_weights_that_cannot_be_loaded_are_one_line(engine, tmp_path):
     with pytest.raises(NoRolloutCapacity, match="were not loaded|status 400") as error:
         engine.update_weights(tmp_path / "nothing", "bad")

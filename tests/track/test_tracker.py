@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import orjson
@@ -36,13 +37,15 @@ def offline_records(path: Path):
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     position, parts = 7, []
-    while position < len(data):
+    while position + 7 <= len(data):
         if BLOCK - position % BLOCK < 7:
             position += BLOCK - position % BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):  # still being written
+            return
         parts.append(data[position + 7 : position + 7 + length])
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -50,17 +53,26 @@ def offline_records(path: Path):
             parts = []
 
 
-def wandb_rows(run_folder: Path):
-    """History rows of all offline runs in a run folder, oldest run first, and the ids of those runs."""
-    rows, ids = [], []
-    for path in sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_ctime_ns):
-        for record in offline_records(path):
-            if record.WhichOneof("record_type") == "run":
-                ids.append(record.run.run_id)
-            if record.WhichOneof("record_type") == "history":
-                items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
-                rows.append({key: orjson.loads(text) for key, text in items.items() if not key.startswith("_")})
-    return rows, set(ids)
+def wandb_rows(run_folder: Path, expected: int):
+    """History rows of all offline runs in a run folder, oldest run first, and the ids of those runs.
+
+    wandb's service writes its last block a moment after a run was closed: waits for the expected number of rows.
+    """
+    for _ in range(100):
+        rows, ids = [], set()
+        for path in sorted(run_folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_ctime_ns):
+            records = list(offline_records(path))
+            ids |= {record.run.run_id for record in records if record.WhichOneof("record_type") == "run"}
+            rows += [record.history for record in records if record.WhichOneof("record_type") == "history"]
+        if len(rows) >= expected:
+            break
+        time.sleep(0.1)
+    return [plain(row) for row in rows], ids
+
+
+def plain(history):
+    items = {item.key or ".".join(item.nested_key): item.value_json for item in history.item}
+    return {key: orjson.loads(text) for key, text in items.items() if not key.startswith("_")}
 
 
 def row_of(step):
@@ -76,7 +88,7 @@ def track(folder, steps, resume_step=0, setting="auto"):
 
 def test_offline_run_holds_the_rows_of_the_record(tmp_path, capfd):
     track(tmp_path / "run", range(1, 31))
-    rows, ids = wandb_rows(tmp_path / "run")
+    rows, ids = wandb_rows(tmp_path / "run", 30)
     assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl") == [{"step": s} | row_of(s) for s in range(1, 31)]
     assert len(ids) == 1
     output = capfd.readouterr()
@@ -88,12 +100,12 @@ def test_resume_continues_the_wandb_run_without_duplicates(tmp_path):
     track(folder, range(1, 11))
     track(folder, range(7, 9), resume_step=6)
     track(folder, range(7, 13), resume_step=6)
-    rows, ids = wandb_rows(folder)
+    rows, ids = wandb_rows(folder, 12)
     assert len(ids) == 1
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows == read_metrics(folder / "metrics.jsonl")
     track(folder, [1])
-    assert len(wandb_rows(folder)[1]) == 2, "a start from zero is another wandb run"
+    assert len(wandb_rows(folder, 13)[1]) == 2, "a start from zero is another wandb run"
 
 
 def test_rows_that_a_killed_run_kept_from_wandb_are_sent_on_resume(tmp_path):
@@ -107,7 +119,7 @@ def test_rows_that_a_killed_run_kept_from_wandb_are_sent_on_resume(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(folder)], timeout=60)
     assert done.returncode == -9
     track(folder, range(91, 121), resume_step=90)
-    rows, ids = wandb_rows(folder)
+    rows, ids = wandb_rows(folder, 120)
     assert [row["step"] for row in rows] == list(range(1, 121))
     assert rows == read_metrics(folder / "metrics.jsonl")
     assert len(ids) == 1
@@ -142,7 +154,7 @@ def test_online_without_a_network_warns_and_records_offline(tmp_path, monkeypatc
         track(tmp_path / "run", [1, 2], setting="online")
     assert "wandb could not start" in caplog.text
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
-    rows, _ = wandb_rows(tmp_path / "run")
+    rows, _ = wandb_rows(tmp_path / "run", 2)
     assert [row["step"] for row in rows] == [1, 2]
 
 

@@ -41,7 +41,14 @@ class Client:
         self._authorization = {False: f"Bearer {api_key}", True: f"Bearer {admin_key}"}
 
     async def generate(self, requests: Sequence[Request], sampling: Sampling, version: str) -> list[Completion]:
-        """One checked completion for each request, in their order, all in one call."""
+        """One checked completion for each request, in their order, all in one call.
+
+        Where prompts are asked for more than once they are read first, once each: requests that arrive together would
+        each read their own.
+        """
+        prompts = list(dict.fromkeys(request.prompt_tokens for request in requests))
+        if len(prompts) < len(requests):
+            await self._call("/generate", {"input_ids": prompts, "sampling_params": {"max_new_tokens": 0}})
         body = {
             "input_ids": [request.prompt_tokens for request in requests],
             "sampling_params": sampling_parameters(sampling),

@@ -49,7 +49,7 @@ def register() -> None:
     try:
         _absorbed_latent_attention()
         _plain_host_memory()
-        _batched_decode()
+        _batched_attention()
         _forked_processes()
     except Exception as error:
         raise SystemExit(f"megatron_r1's CPU plugin does not fit this SGLang: {error!r}") from error
@@ -76,39 +76,47 @@ def _plain_host_memory() -> None:
     common.ALLOC_MEMORY_FUNCS["cpu"] = plain
 
 
-def _batched_decode() -> None:
-    """All sequences at once where the case is plain self-attention; everything else is left to torch_native."""
+def _batched_attention() -> None:
+    """One new token a sequence is attended for all sequences at once; everything else is left to torch_native.
+
+    Decoding is that, and so is reading a prompt of which all but the last token is in the cache already.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    backend = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+    HookRegistry.register(f"{backend}._run_sdpa_forward_decode", _decode, HookType.AROUND)
+    HookRegistry.register(f"{backend}._run_sdpa_forward_extend", _extend, HookType.AROUND)
+
+
+def _decode(original: Any, backend: Any, *tensors: Any, **options: Any) -> Any:
+    """In place of TorchNativeAttnBackend._run_sdpa_forward_decode, with its arguments."""
+    *paged, encoder_lengths = tensors
+    if not _is_plain(encoder_lengths, options):
+        return original(backend, *tensors, **options)
+    return _one_token_each(*paged, scale=options["scaling"])
+
+
+def _extend(original: Any, backend: Any, *tensors: Any, **options: Any) -> Any:
+    """In place of TorchNativeAttnBackend._run_sdpa_forward_extend, with its arguments."""
+    *paged, _, new_lengths, encoder_lengths = tensors
+    if not (options["causal"] and _is_plain(encoder_lengths, options) and bool((new_lengths == 1).all())):
+        return original(backend, *tensors, **options)
+    return _one_token_each(*paged, scale=options["scaling"])
+
+
+def _is_plain(encoder_lengths: Any, options: dict[str, Any]) -> bool:
+    """Self-attention over the whole of a sequence."""
+    window = options["sliding_window_size"]
+    return encoder_lengths is None and not options["is_cross_attn"] and (window is None or window < 0)
+
+
+def _one_token_each(
+    query: Any, output: Any, keys: Any, values: Any, slot_table: Any, rows: Any, lengths: Any, *, scale: float | None
+) -> Any:
     from megatron_r1.rollout.sglang.decode import batched_decode
 
-    def decode(
-        original: Any,
-        backend: Any,
-        query: Any,
-        output: Any,
-        k_cache: Any,
-        v_cache: Any,
-        req_to_token: Any,
-        req_pool_indices: Any,
-        seq_lens: Any,
-        encoder_lens: Any = None,
-        scaling: float | None = None,
-        sliding_window_size: int | None = None,
-        **rest: Any,
-    ) -> Any:
-        windowed = sliding_window_size is not None and sliding_window_size > -1
-        if encoder_lens is not None or windowed or rest.get("is_cross_attn"):
-            return original(
-                backend, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens,
-                scaling=scaling, sliding_window_size=sliding_window_size, **rest,
-            )  # fmt: skip
-        slots = req_to_token[req_pool_indices, : int(seq_lens.max())]
-        batched_decode(query, k_cache, v_cache, slots, seq_lens, scaling, output)
-        return output
-
-    target = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode"
-    HookRegistry.register(target, decode, HookType.AROUND)
+    batched_decode(query, keys, values, slot_table[rows, : int(lengths.max())], lengths, scale, output)
+    return output
 
 
 def _forked_processes() -> None:

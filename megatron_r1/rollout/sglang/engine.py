@@ -99,7 +99,7 @@ class SGLangEngine:
         return [completion for share in self._on_all(calls) for completion in share]
 
     def update_weights(self, folder: Path, version: str) -> None:
-        """Load the weights of `folder` into all servers at once; each drops its cache and says that it has `version`."""
+        """Load the weights of `folder` into all servers at once; each drops its cache and confirms `version`."""
         path = str(Path(folder).resolve())
         self._on_all([client.update_weights(path, version) for client in self._clients])
         self.version = version
@@ -180,7 +180,7 @@ def server_environment(device: str, tensor_parallel: int) -> dict[str, str]:
 def divide(requests: Sequence[Request], shares: int) -> list[list[Request]]:
     """Cut requests into contiguous shares of about equal cost, between prompts rather than within one's run.
 
-    The cost of a run of one prompt is its number of requests; runs are cut only where they are the whole list.
+    The cost of a run is its number of requests. With fewer runs than shares, runs are cut after all.
     """
     runs = [list(run) for _, run in groupby(requests, key=lambda request: request.prompt_tokens)]
     if len(runs) < shares:

@@ -8,6 +8,7 @@ one lives: at its end, however it comes, the whole process group of this server 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import shutil
@@ -58,6 +59,7 @@ def main() -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
+    logging.getLogger().setLevel(logging.INFO)  # what plugins do is told: they come before the log level is read
     load_plugins()
     run_server(ServerArgs(**arguments))
 

@@ -1,4 +1,4 @@
-"""One SGLang server as a child process: started on the loopback with fresh keys, watched, and killed with all it spawned.
+"""One SGLang server as a child process: on the loopback with fresh keys, watched, killed with all that it spawned.
 
 The server leads a process group of its own. It ends with `close`, with the interpreter, and with the death of this
 process however that comes (launch.py watches its standard input). Its output goes to a log file.
@@ -7,6 +7,7 @@ process however that comes (launch.py watches its standard input). Its output go
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import secrets
@@ -90,25 +91,24 @@ class Server:
         return f"{(errors or said or ['it wrote nothing'])[-1][:400]} (log: {self.log})"
 
     def close(self) -> None:
-        """Kill the process group, wait for the server's end and remove its temporary folder."""
+        """Kill the process group, wait for its end and remove the server's temporary folder; may be called twice."""
         atexit.unregister(self.close)
-        try:
+        if not self.folder.exists():
+            return
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         if self.process.stdin:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
         self.process.wait(CLOSE_TIMEOUT_S)
         _wait_for_group(self.process.pid)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _send(self, arguments: dict[str, Any]) -> None:
         assert self.process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it is dead already: `check` says why
             self.process.stdin.write(json.dumps(arguments).encode() + b"\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead already: `check` says why
 
 
 def _wait_for_group(group: int) -> None:

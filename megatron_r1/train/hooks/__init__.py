@@ -33,7 +33,7 @@ class Hooks(Hook):
             hook.after_step(state, row)
 
     def stop_requested(self) -> bool:
-        return any([hook.stop_requested() for hook in self._hooks])
+        return any(hook.stop_requested() for hook in self._hooks)
 
     def finish(self, state: TrainState) -> None:
         for hook in self._hooks:

@@ -50,7 +50,9 @@ class LogHook(Hook):
         last = state.step == self._total
         if not self._console.is_terminal and (last or state.step % self._interval == 0):
             left = (time.monotonic() - self._started) / (state.step - self._start) * (self._total - state.step)
-            self._console.print(f"{self._title} {state.step}/{self._total}  {metrics}  {left:.0f} s left", soft_wrap=True)
+            self._console.print(
+                f"{self._title} {state.step}/{self._total}  {metrics}  {left:.0f} s left", soft_wrap=True
+            )
 
     def finish(self, state: TrainState) -> None:
         self._progress.stop()

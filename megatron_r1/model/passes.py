@@ -1,0 +1,78 @@
+"""Forward and backward passes over micro-batches, by megatron-core's schedule for the layout at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from torch import Tensor
+
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""Model output -> (loss, what to log); the loss is averaged over micro-batches."""
+Forward = Callable[[Any, Any], tuple[Tensor, LossFunction]]
+"""Model and micro-batch -> (output, loss function)."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What forward and backward over some micro-batches gave, besides gradients."""
+
+    logged: list[dict[str, Tensor]]
+    """What the loss function logged, a dictionary per micro-batch."""
+    expert_load_LE: Tensor | None
+    """Tokens per expert (E) of each sparse layer (L), multi-token layers last."""
+    mtp_loss: float | None
+    """Mean loss of the extra predictions."""
+
+
+def forward_backward(
+    model: GPTModel, wrapped: DistributedDataParallel, micro_batches: Sequence[Any], forward: Forward, length: int
+) -> Passes:
+    """Fill the gradient buffers, summed over ranks as the layout asks, and step the routers' balancing bias.
+
+    Args:
+        model: the bare model.
+        wrapped: the model with its gradient buffers, which must be clear.
+        micro_batches: what `forward` takes, one pass each.
+        length: longest sequence of the micro-batches, in tokens; pipeline buffers need it.
+    """
+    loads: list[Tensor] = []
+
+    def finalise(models: list, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        # finalize_model_grads clears the routers' counters.
+        loads.extend(router.local_tokens_per_expert.clone() for router in routers(model))
+        finalize_model_grads(models, num_tokens, **kwargs)
+
+    model.config.finalize_model_grads_func = finalise
+    logged = get_forward_backward_func()(
+        forward_step_func=lambda batches, module: forward(module, next(batches)),
+        data_iterator=iter(micro_batches),
+        model=wrapped,
+        num_microbatches=len(micro_batches),
+        seq_length=length,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    return Passes(logged, torch.stack(loads) if loads else None, _take_mtp_loss(len(micro_batches)))
+
+
+def routers(model: GPTModel) -> list[Any]:
+    """The routers that hold a balancing bias, backbone first, then multi-token prediction."""
+    return [module for module in model.modules() if isinstance(module, TopKRouter) and module.expert_bias is not None]
+
+
+def _take_mtp_loss(num_micro_batches: int) -> float | None:
+    """Mean loss of the extra predictions since the last call."""
+    losses = MTPLossLoggingHelper.tracker.get("loss_values")
+    if losses is None:
+        return None
+    value = float(losses.mean()) / num_micro_batches
+    MTPLossLoggingHelper.clean_metrics_in_tracker()
+    return value

@@ -1,0 +1,66 @@
+"""Samples as tensors: one row per answer, padded on the right.
+
+Shapes: B answers, L positions. Position t of log-probabilities, mask and targets belongs to token t + 1 of the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_r1.rollout.sample import Sample
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of answers."""
+
+    tokens_BL: Tensor
+    """Prompt, response, padding; the last token is a target only."""
+    mask_BL: Tensor
+    """Whether the target at this position is part of the response."""
+    rollout_log_probs_BL: Tensor
+    """The engine's log-probabilities; 0 outside the response."""
+    advantages_B: Tensor
+    samples_B: Tensor
+    """Place of each row's sample in the rollout."""
+
+    @property
+    def inputs_BL(self) -> Tensor:  # noqa: N802 (a tensor's shape)
+        return self.tokens_BL[:, :-1]
+
+    @property
+    def targets_BL(self) -> Tensor:  # noqa: N802 (a tensor's shape)
+        return self.tokens_BL[:, 1:]
+
+
+def row_length(sample: Sample) -> int:
+    """Tokens of a sample's row without padding."""
+    return len(sample.prompt_tokens) + len(sample.response_tokens)
+
+
+def make_rows(
+    samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor, pad_token: int, device: str
+) -> Rows:
+    """Rows of the samples at `indices` of a rollout.
+
+    Args:
+        advantages: of all samples of the rollout.
+    """
+    chosen = [samples[index] for index in indices]
+    longest = max(map(row_length, chosen))
+    tokens_BL = torch.full((len(chosen), longest), pad_token, dtype=torch.long)
+    mask_BL = torch.zeros(len(chosen), longest - 1, dtype=torch.bool)
+    log_probs_BL = torch.zeros(len(chosen), longest - 1)
+    for row, sample in enumerate(chosen):
+        start, end = len(sample.prompt_tokens), row_length(sample)
+        tokens_BL[row, :end] = torch.tensor(sample.prompt_tokens + sample.response_tokens)
+        mask_BL[row, start - 1 : end - 1] = True
+        log_probs_BL[row, start - 1 : end - 1] = torch.tensor(sample.logprobs)
+    places = torch.tensor(list(indices))
+    return Rows(
+        tokens_BL.to(device), mask_BL.to(device), log_probs_BL.to(device), advantages[places].to(device), places
+    )

@@ -1,0 +1,161 @@
+"""eval: held-out accuracy of one model or several, greedy and sampled, by one engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.prompts import Prompt, heldout_prompts
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.platform import select
+from megatron_r1.report.intervals import clustered
+from megatron_r1.rewards.extract import any_answer, tagged_answer
+from megatron_r1.rewards.format import format_reward
+from megatron_r1.rl.rollouts import prompt_tokens, response_text
+from megatron_r1.rl.scoring import is_right
+from megatron_r1.rollout.choose import SyncedEngine, sglang_engine
+from megatron_r1.rollout.local import LocalEngine
+from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.stages.session import mark_done, open_run_folder
+from megatron_r1.stages.weights import Weights, check_same_model, find_weights
+
+logger = logging.getLogger(__name__)
+
+MEASURES: Mapping[str, Callable[[Prompt, str], float]] = {
+    "blind": lambda prompt, text: float(is_right(prompt, any_answer(text))),
+    "strict": lambda prompt, text: format_reward(text, "strict") * is_right(prompt, tagged_answer(text)),
+    "format": lambda prompt, text: format_reward(text, "strict"),
+}
+"""blind: right in whatever form; strict: right inside well-formed tags; format: well-formed tags."""
+
+
+def run(config: RunConfig) -> None:
+    """Measure each model on the same held-out prompts."""
+    sources = config.evaluate.models or ({"model": config.init.from_} if config.init.from_ else {})
+    if not sources:
+        raise ConfigError("evaluate.models", "{}", "needs a model: evaluate.models.NAME=RUN or init.from=RUN")
+    folder = open_run_folder(config)
+    models = {name: find_weights(source, f"evaluate.models.{name}") for name, source in sources.items()}
+    first = next(iter(models.values()))
+    for name, found in models.items():
+        check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")
+    tokenizer = Tokenizer.load(first.tokenizer_folder)
+    prompts = heldout_prompts(config.data, config.evaluate.prompts)
+    results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
+    current = dict(first.tensors)
+    with evaluation_engine(config, first, current, folder) as engine:
+        for name, found in models.items():
+            logger.info("evaluating %s (%s)", name, found.folder)
+            current.update(found.tensors)
+            engine.update_weights(name)
+            results["models"][name] = measure(engine, tokenizer, prompts, config, folder / "samples" / f"{name}.jsonl")
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    show(results)
+    mark_done(folder, {name: result["sampled"]["blind"] for name, result in results["models"].items()})
+
+
+def measure(
+    engine: SyncedEngine, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: RunConfig, samples_file: Path
+) -> dict[str, Any]:
+    """Greedy and sampled measures of the engine's weights, with 95 % intervals; answers go to `samples_file`."""
+    samples_file.parent.mkdir(parents=True, exist_ok=True)
+    settings = config.evaluate
+    result: dict[str, Any] = {}
+    with samples_file.open("w", encoding="utf-8") as file:
+        for mode, count, temperature in (("greedy", 1, 0.0), ("sampled", settings.samples, settings.temperature)):
+            answers = _answers(engine, tokenizer, prompts, count, temperature, config)
+            marks = {
+                name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]
+                for name, judge in MEASURES.items()
+            }
+            for index, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
+                parts = {"accuracy": marks["blind"][index][0], "format": marks["format"][index][0]}
+                row = {
+                    "prompt": prompt.id,
+                    "question": prompt.question,
+                    "truth": prompt.answer,
+                    "task": prompt.task,
+                    "mode": mode,
+                    "response": texts[0],
+                    "reward_parts": parts,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            result[mode] = {name: _interval(values) for name, values in marks.items()}
+            if mode == "sampled":
+                result["by_task"] = {
+                    task: _interval([v for p, v in zip(prompts, marks["blind"], strict=True) if p.task == task])
+                    for task in sorted({prompt.task for prompt in prompts})
+                }
+    return result
+
+
+def _interval(values: Sequence[Sequence[float]]) -> dict[str, float]:
+    return clustered([sum(row) / len(row) for row in values])._asdict()
+
+
+def _answers(
+    engine: SyncedEngine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    count: int,
+    temperature: float,
+    config: RunConfig,
+) -> list[list[str]]:
+    """`count` answers per prompt, as text."""
+    tokens = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
+    requests = [Request(f"{place}-{i}", tokens[place]) for place in range(len(prompts)) for i in range(count)]
+    sampling = Sampling(
+        temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed
+    )
+    completions = engine.engine.generate(requests, sampling)
+    texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+
+@contextmanager
+def evaluation_engine(
+    config: RunConfig, first: Weights, current: dict[str, Tensor], folder: Path
+) -> Iterator[SyncedEngine]:
+    """The configured engine; `update_weights` makes it answer with what `current` then holds."""
+    platform = select(config.platform)
+    if config.rollout.engine == "sglang":
+        with sglang_engine(
+            config.rollout, first.model, lambda: current.items(), first.tokenizer_folder, folder / "logs", platform.name
+        ) as engine:
+            yield engine
+        return
+    from megatron_r1.model.build import build_model, load_native_tensors
+    from megatron_r1.parallel.mesh import process_groups
+
+    with process_groups(platform, config.parallel, config.seed, config.threads):
+        model = build_model(first.model, config.parallel, platform, config.seed)
+        local = LocalEngine(model, config.rollout.batch_size, Tokenizer.load(first.tokenizer_folder).pad)
+
+        class Loading(SyncedEngine):
+            def update_weights(self, version: str) -> None:
+                load_native_tensors(model, current)
+                super().update_weights(version)
+
+        yield Loading(local, None)
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """The results as a table on the terminal."""
+    table = Table(title=f"{results['prompts']} held-out prompts, {results['samples']} samples each, 95 % intervals")
+    for column in ("model", "mode", *MEASURES):
+        table.add_column(column)
+    for name, result in results["models"].items():
+        for mode in ("greedy", "sampled"):
+            cells = [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in result[mode].values()]
+            table.add_row(name, mode, *cells)
+    Console().print(table)

@@ -1,0 +1,104 @@
+"""The journal gives back what was written, or says that it cannot."""
+
+import dataclasses
+import math
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_r1.errors import DataError
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.sample import Sample
+
+SAMPLES = [
+    Sample("p-0", 0, (1, 2, 3), (4, 5), (-math.pi, -1e-300), "v1", "stop", "4 5\u2028\n\x00", 1.1, {"format": 0.1}),
+    Sample("p-0", 0, (1, 2, 3), (6,), (-0.1,), "v1", "length", "\u4e94", 0.0, {}),
+]
+
+
+@st.composite
+def samples(draw) -> Sample:
+    count = draw(st.integers(1, 5))
+    tokens = st.integers(0, 2**31 - 1)
+    return Sample(
+        prompt_id=draw(st.text(st.characters(exclude_categories=["Cs"]))),
+        group=draw(st.integers(0, 2**40)),
+        prompt_tokens=tuple(draw(st.lists(tokens, max_size=5))),
+        response_tokens=tuple(draw(st.lists(tokens, min_size=count, max_size=count))),
+        logprobs=tuple(draw(st.lists(st.floats(-1e30, 0.0), min_size=count, max_size=count))),
+        weight_version=draw(st.text("abc-123")),
+        finish_reason=draw(st.sampled_from(["stop", "length"])),
+        text=draw(st.text(st.characters(exclude_categories=["Cs"]))),
+        reward=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        reward_parts=draw(st.dictionaries(st.text("abc"), st.floats(allow_nan=False, allow_infinity=False))),
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(samples(), max_size=4))
+def test_samples_come_back_equal(tmp_path_factory, written):
+    journal = Journal(tmp_path_factory.mktemp("journal"))
+    journal.write(3, written)
+    read = journal.read(3)
+    assert read == written
+    assert [str(sample) for sample in read] == [str(sample) for sample in written]  # -0.0 and types too
+
+
+def test_absent_step_is_none_and_a_step_can_be_written_again(tmp_path):
+    journal = Journal(tmp_path / "deep" / "journal")
+    assert journal.read(1) is None
+    journal.write(1, SAMPLES)
+    journal.write(1, SAMPLES[:1])
+    assert journal.read(1) == SAMPLES[:1]
+    assert [path.name for path in journal.folder.iterdir()] == ["step-00000001.jsonl"]
+
+
+def test_every_torn_or_changed_file_is_refused(tmp_path):
+    journal = Journal(tmp_path)
+    path = journal.write(1, SAMPLES)
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))]
+    damaged += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
+    damaged += [whole + b"\n", b"null\n", b"[]\n"]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="step-00000001.jsonl"):
+            journal.read(1)
+    path.write_bytes(whole)
+    assert journal.read(1) == SAMPLES
+
+
+def test_file_of_another_step_is_refused(tmp_path):
+    journal = Journal(tmp_path)
+    journal.write(1, SAMPLES).rename(tmp_path / "step-00000002.jsonl")
+    with pytest.raises(DataError, match="of step 1"):
+        journal.read(2)
+
+
+def test_crash_before_the_rename_leaves_the_step_absent(tmp_path, monkeypatch):
+    def crash(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    journal = Journal(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr("megatron_r1.rollout.journal.os.fsync", crash)
+        journal.write(1, SAMPLES)
+    assert Journal(tmp_path).read(1) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prune_removes_what_is_before(tmp_path):
+    journal = Journal(tmp_path)
+    for step in (1, 2, 10):
+        journal.write(step, SAMPLES)
+    journal.prune(before_step=2)
+    assert journal.steps() == [2, 10]
+
+
+def test_header_is_readable(tmp_path):
+    path = Journal(tmp_path).write(7, SAMPLES)
+    header = orjson.loads(path.read_bytes().splitlines()[0])
+    assert (header["step"], header["samples"]) == (7, 2)
+    assert dataclasses.asdict(SAMPLES[1])["prompt_id"] == orjson.loads(path.read_bytes().splitlines()[2])["prompt_id"]

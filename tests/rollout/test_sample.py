@@ -1,0 +1,51 @@
+"""Records that the trainer may rely on: what cannot be trained on cannot be built."""
+
+import dataclasses
+import math
+
+import pytest
+
+from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
+
+COMPLETION = Completion("a", (1, 2), (3, 4), (-0.5, -0.25), "stop", "v1")
+SAMPLE = Sample("p", 0, (1, 2), (3, 4), (-0.5, -0.25), "v1", "length", "34", 1.0, {"accuracy": 1.0})
+
+
+@pytest.mark.parametrize("record", [COMPLETION, SAMPLE])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"response_tokens": (3,)}, "1 response tokens but 2 log-probs"),
+        ({"logprobs": (-0.5, math.nan)}, "log-prob nan at response token 1"),
+        ({"logprobs": (-math.inf, -0.5)}, "log-prob -inf at response token 0"),
+        ({"logprobs": (0.5, -0.5)}, "log-prob 0.5 at response token 0"),
+        ({"response_tokens": (), "logprobs": ()}, "no tokens"),
+        ({"finish_reason": "abort"}, "finish reason 'abort'"),
+    ],
+)
+def test_response_that_cannot_be_trained_on_is_refused(record, change, told):
+    with pytest.raises(ValueError, match=told):
+        dataclasses.replace(record, **change)
+
+
+def test_reward_must_be_finite():
+    with pytest.raises(ValueError, match="reward nan"):
+        dataclasses.replace(SAMPLE, reward=math.nan)
+
+
+def test_records_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SAMPLE.reward = 2.0
+
+
+def test_request_needs_a_prompt():
+    with pytest.raises(ValueError, match="request x: the prompt has no tokens"):
+        Request("x", ())
+
+
+@pytest.mark.parametrize(
+    "change", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_tokens": 0}]
+)
+def test_impossible_sampling_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(Sampling(1.0, 1.0, 8, (), 0), **change)

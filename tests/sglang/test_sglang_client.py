@@ -1,0 +1,202 @@
+"""The client against a server that answers wrongly, and how requests are divided: no SGLang needed."""
+
+import asyncio
+import copy
+import math
+from collections.abc import Callable
+
+import orjson
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.sglang.client import BadReply, Client, completion
+from megatron_r1.rollout.sglang.engine import divide
+
+REQUEST = Request("r", (5, 6, 7))
+SAMPLING = Sampling(1.0, 1.0, 3, (9,), 0)
+REPLY = {
+    "output_ids": [8, 9],
+    "meta_info": {
+        "finish_reason": {"type": "stop", "matched": 9},
+        "prompt_tokens": 3,
+        "weight_version": "v1",
+        "output_token_logprobs": [[-0.5, 8, None], [-0.25, 9, None]],
+    },
+}
+
+
+def changed(path: str, value: object) -> dict:
+    reply = copy.deepcopy(REPLY)
+    *parents, last = path.split(".")
+    place = reply
+    for parent in parents:
+        place = place[parent]
+    if value is KeyError:
+        del place[last]
+    else:
+        place[last] = value
+    return reply
+
+
+def test_good_reply():
+    one = completion(REPLY, REQUEST, SAMPLING, "v1")
+    assert (one.request_id, one.prompt_tokens, one.finish_reason) == ("r", (5, 6, 7), "stop")
+    assert (one.response_tokens, one.logprobs) == ((8, 9), (-0.5, -0.25))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("output_ids", [8], "not the 1 response tokens"),
+        ("output_ids", [8, 7], "not the 2 response tokens"),
+        ("output_ids", KeyError, "output_ids"),
+        ("meta_info.output_token_logprobs", [[-0.5, 8, None]], "1 tokens"),
+        ("meta_info.output_token_logprobs", [[-0.5, 8, None], [math.nan, 9, None]], "log-prob nan"),
+        ("meta_info.output_token_logprobs", [[-0.5, 8, None], [None, 9, None]], "wrong type"),
+        ("meta_info.output_token_logprobs", [[0.5, 8, None], [-0.1, 9, None]], "log-prob 0.5"),
+        ("meta_info.weight_version", "v0", "'v0' where 'v1'"),
+        ("meta_info.prompt_tokens", 2, "2 prompt tokens"),
+        ("meta_info.finish_reason", {"type": "abort"}, "'abort'"),
+        ("meta_info.finish_reason", None, "wrong type"),
+        ("meta_info.finish_reason", {"type": "length"}, "after 2 tokens where 3"),
+        ("meta_info.finish_reason", {"type": "stop", "matched": 4}, "stopped by 4"),
+        ("meta_info", KeyError, "meta_info"),
+    ],
+)
+def test_bad_reply_is_named(path, value, told):
+    with pytest.raises(BadReply, match=told) as error:
+        completion(changed(path, value), REQUEST, SAMPLING, "v1")
+    assert "request r" in str(error.value)
+
+
+def test_stop_token_in_the_last_place_is_a_stop():
+    reply = changed("meta_info.finish_reason", {"type": "length"})
+    one = completion(reply, REQUEST, Sampling(1.0, 1.0, 2, (9,), 0), "v1")
+    assert one.finish_reason == "stop"
+
+
+def ask(handler: Callable, ask_client: Callable, timeout_s: float = 5.0) -> object:
+    """Serve `handler` on every path and let `ask_client` use a client of it."""
+
+    async def run() -> object:
+        application = web.Application()
+        application.router.add_route("*", "/{path:.*}", handler)
+        runner = web.AppRunner(application, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        port = runner.addresses[0][1]
+        try:
+            return await ask_client(Client(f"http://127.0.0.1:{port}", "user", "admin", timeout_s))
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(run())
+
+
+def generate(client: Client) -> object:
+    return client.generate([REQUEST], SAMPLING, "v1")
+
+
+def test_keys_are_sent_to_their_doors():
+    seen = {}
+
+    async def handler(request: web.Request) -> web.Response:
+        seen[request.path] = request.headers["Authorization"]
+        body = [REPLY] if request.path == "/generate" else {"success": True, "weight_version": "v1"}
+        return web.json_response(body)
+
+    async def both(client: Client) -> None:
+        await client.generate([REQUEST], SAMPLING, "v1")
+        await client.update_weights("folder", "v1")
+
+    ask(handler, both)
+    assert seen == {
+        "/generate": "Bearer user", "/model_info": "Bearer user", "/update_weights_from_disk": "Bearer admin",
+    }  # fmt: skip
+
+
+def test_shared_prompt_is_read_once_before():
+    bodies = []
+
+    async def handler(request: web.Request) -> web.Response:
+        bodies.append(orjson.loads(await request.read()))
+        return web.json_response([REPLY] * len(bodies[-1]["input_ids"]))
+
+    ask(handler, lambda client: client.generate([REQUEST, REQUEST], SAMPLING, "v1"))
+    assert [(len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]) for body in bodies] == [(1, 0), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "told"),
+    [
+        (b"half of {", 200, "not JSON"),
+        (b'{"message": "queue full"}', 503, "status 503.*queue full"),
+        (b'{"error": 1}', 200, "1 requests but the reply has dict"),
+        (b"[]", 200, "1 requests but the reply has 0"),
+        (b" " * (4 << 20), 200, "longer than"),
+    ],
+)
+def test_useless_answers_are_named(body, status, told):
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=body, status=status)
+
+    with pytest.raises(BadReply, match=told):
+        ask(handler, generate)
+
+
+def test_silence_ends_in_time():
+    async def handler(request: web.Request) -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    with pytest.raises(NoRolloutCapacity, match="no reply within 0.3 s"):
+        ask(handler, generate, timeout_s=0.3)
+
+
+@pytest.mark.parametrize("cuts", [1, 10])
+def test_cut_connections_are_tried_again_a_few_times(cuts):
+    calls = []
+
+    async def handler(request: web.Request) -> web.Response:
+        calls.append(request.path)
+        if len(calls) <= cuts:
+            request.transport.abort()
+        return web.json_response([REPLY])
+
+    if cuts == 1:
+        assert len(ask(handler, generate)) == 1
+    else:
+        with pytest.raises(NoRolloutCapacity, match="/generate"):
+            ask(handler, generate)
+    assert len(calls) == min(cuts + 1, 3)
+
+
+def test_version_that_did_not_take_is_an_error():
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response({"success": True, "weight_version": "old"})
+
+    with pytest.raises(BadReply, match="'old' after an update to 'new'"):
+        ask(handler, lambda client: client.update_weights("folder", "new"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20)), max_size=12), st.integers(1, 5))
+def test_shares_keep_order_and_prompts_together(runs, shares):
+    requests = [Request(str(i), (prompt, number)) for number, (prompt, count) in enumerate(runs) for i in range(count)]
+    divided = divide(requests, shares)
+    assert len(divided) == shares
+    assert [request for share in divided for request in share] == requests
+    if len(runs) >= shares:
+        homes = [{number for number, share in enumerate(divided) for one in share if one.prompt_tokens == prompt}
+                 for prompt in {request.prompt_tokens for request in requests}]  # fmt: skip
+        assert all(len(home) == 1 for home in homes)
+
+
+def test_equal_groups_make_equal_shares():
+    requests = [Request(f"{prompt}-{i}", (prompt,)) for prompt in range(32) for i in range(16)]
+    assert [len(share) for share in divide(requests, 2)] == [256, 256]
+    assert [len(share) for share in divide(requests[:16], 4)] == [4, 4, 4, 4]
