@@ -130,6 +130,8 @@ def exit_code(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the `megatron-r1` command."""
+    # Read by OpenMP when torch is imported: threads that spin while they wait starve an engine on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.exit(exit_code(sys.argv[1:]))
 
 

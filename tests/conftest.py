@@ -1,8 +1,21 @@
-"""What every test starts from: one thread, no network, and a deadline (pytest-timeout, in pyproject.toml)."""
+"""What every test starts from: one thread, no network, and a deadline (pytest-timeout, in pyproject.toml).
+
+megatron-core keeps process-wide state, so the session has one process group of one rank, made at the first test that
+asks for it. A test that runs a whole stage, which makes its own groups, runs it in a process of its own.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 # Set before torch is imported: two cores shared by the threads of several libraries are slower than one used well, and
 # sums over one thread have one order. Child processes inherit all of it.
@@ -12,3 +25,72 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+SUPPORT = Path(__file__).parent / "support"
+sys.path.insert(0, str(SUPPORT))
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Any]:
+    """The platform, inside the session's process groups of one rank."""
+    from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.platform import select
+
+    platform = select("cpu")
+    from megatron_r1.parallel.mesh import process_groups
+
+    with process_groups(platform, ParallelConfig(), seed=0, threads=1):
+        yield platform
+
+
+@pytest.fixture(scope="session")
+def new_model(one_rank: Any) -> Callable[..., Any]:
+    """Builds a model: new_model(ModelConfig, seed=0). A test that changes weights builds its own."""
+    from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.model.build import build_model
+
+    def build(model: Any, seed: int = 0) -> Any:
+        return build_model(model, ParallelConfig(), one_rank, seed)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny(new_model: Callable[..., Any]) -> Any:
+    """The tiny model, its weights large enough for probabilities to differ. For reading only."""
+    from layouts import model_of
+
+    return new_model(model_of("tiny"))
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What support/two_ranks.py found, by rank; started once for all the tests that read it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_r1.model.build import native_tensors
+
+    folder = tmp_path_factory.mktemp("two-ranks")
+    save_file({name: tensor.contiguous() for name, tensor in native_tensors(tiny)}, folder / "whole.safetensors")
+    rows = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
+    save_file({"rows": rows}, folder / "rows.safetensors")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run_to_the_end([*launcher, str(SUPPORT / "two_ranks.py"), str(folder)], seconds=100)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def run_to_the_end(command: list[str], seconds: float) -> None:
+    """Run a command that must succeed; nothing that it started is left behind."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    assert process.returncode == 0, output

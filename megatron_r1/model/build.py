@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import DataError
+from megatron_r1.model.attention import use_latent_attention
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
@@ -35,6 +36,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
     block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
     block.layer_norm = provider.layer_norm(rms_norm=True)
+    use_latent_attention(block)
     prediction = None
     if config.mtp_num_layers and parallel_state.is_pipeline_last_stage():
         prediction = gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, block, backend=provider)

@@ -70,8 +70,10 @@ def process_groups(platform: Platform, degrees: ParallelConfig, seed: int, threa
             expert_tensor_parallel_size=degrees.expert_tensor,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
-        yield
-        parallel_state.destroy_model_parallel()
+        try:
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
     finally:
         dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.model.build import without_multi_token_prediction
+from megatron_r1.model.build import load_native_tensors, native_tensors, without_multi_token_prediction
 from megatron_r1.parallel.mesh import tensor_parallel_group
 from megatron_r1.rl.advantage import group_advantages
 from megatron_r1.rl.batching import micro_batches_by_tokens, shuffle_into_mini_batches
@@ -29,12 +29,12 @@ from megatron_r1.train.step import UpdateResult, update
 
 
 class ReferencePolicy:
-    """A copy of the trained weights at some step, kept on the host and swapped into the model when needed."""
+    """A copy of the weights at some step, balancing bias included: kept on the host, swapped in when needed."""
 
     def __init__(self, model: torch.nn.Module, weights: Mapping[str, Tensor] | None = None):
         """
         Args:
-            weights: by parameter name, for a run that goes on; None takes the model's weights as they stand.
+            weights: by megatron-core name, for a run that goes on; None takes the model's weights as they stand.
         """
         self._model = model
         self.weights = dict(weights) if weights else {}
@@ -43,22 +43,17 @@ class ReferencePolicy:
 
     def reset(self) -> None:
         """Take the model's weights as they stand."""
-        self.weights = {name: p.detach().cpu().clone() for name, p in self._model.named_parameters()}
+        self.weights = {name: tensor.cpu().clone() for name, tensor in native_tensors(self._model)}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model computes with the reference's weights inside this block."""
-        current = {name: p.detach().clone() for name, p in self._model.named_parameters()}
-        self._copy(self.weights)
+        current = {name: tensor.clone() for name, tensor in native_tensors(self._model)}
+        load_native_tensors(self._model, self.weights)
         try:
             yield
         finally:
-            self._copy(current)
-
-    def _copy(self, weights: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(weights[name])
+            load_native_tensors(self._model, current)
 
 
 class Learner:

@@ -81,7 +81,9 @@ class Optimizer:
                 yield f"{key}/{name}", torch.as_tensor(state[key])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave; every entry must be there."""
+        """Restore what `tensors` gave; every entry must be there, or none where no update had been made."""
+        if not tensors:
+            return
         for part in self._parts():
             for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
                 name = self._names[id(parameter)]

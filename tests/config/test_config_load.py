@@ -186,7 +186,7 @@ def test_difference_names_every_changed_key():
     new = resolved(load("eval", ["model.init_std=0.02", "evaluate.models.r1=runs/b"]))
     assert difference(old, old) == []
     assert difference(old, new) == [
-        "model.init_std: 0.006 -> 0.02",
+        "model.init_std: 0.045 -> 0.02",
         "evaluate.models.base: 'runs/a' -> (absent)",
         "evaluate.models.r1: (absent) -> 'runs/b'",
     ]

@@ -3,21 +3,12 @@
 import pytest
 import torch
 
-from megatron_r1.config.run import RunConfig
-from megatron_r1.platform import select
 from megatron_r1.rollout.sample import Request, Sampling
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = RunConfig()
-    config.model.init_std = 0.08
-    platform = select("cpu")
-    from megatron_r1.model.build import build_model
-    from megatron_r1.parallel.mesh import process_groups
-
-    with process_groups(platform, config.parallel, seed=0, threads=1):
-        yield build_model(config.model, config.parallel, platform, seed=0)
+@pytest.fixture
+def model(tiny):
+    return tiny
 
 
 def prompts(count: int) -> list[tuple[int, ...]]:

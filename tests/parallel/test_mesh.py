@@ -1,0 +1,47 @@
+"""Process groups of one and of two ranks, and what ranks agree on."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.parallel.comm import AllRanks, all_ranks, any_rank, broadcast
+from megatron_r1.parallel.mesh import check_degrees
+
+
+@pytest.mark.parametrize(
+    ("degrees", "ranks", "key"),
+    [
+        (ParallelConfig(tensor=2), 1, "parallel"),
+        (ParallelConfig(tensor=2, pipeline=2), 6, "parallel"),
+        (ParallelConfig(expert=4), 2, "parallel.expert"),
+        (ParallelConfig(tensor=2, expert=2, expert_tensor=2), 2, "parallel.expert"),
+    ],
+)
+def test_degrees_that_do_not_divide_the_ranks_are_refused(degrees, ranks, key):
+    with pytest.raises(ConfigError, match=f"{ranks} ranks") as refused:
+        check_degrees(degrees, ranks)
+    assert refused.value.key == key
+
+
+def test_degrees_that_divide_the_ranks_pass():
+    check_degrees(ParallelConfig(tensor=2, pipeline=2), 8)
+    check_degrees(ParallelConfig(expert=8), 8)
+    check_degrees(ParallelConfig(tensor=2, expert=2), 4)
+
+
+def test_one_rank_agrees_with_itself(one_rank):
+    assert [any_rank(True), any_rank(False), all_ranks(True), all_ranks(False)] == [True, False, True, False]
+    assert broadcast("value") == "value" and AllRanks().gather(3) == [3] and AllRanks().rank == 0
+
+
+def test_two_ranks_give_the_same_answers(two_ranks):
+    for found in two_ranks:
+        assert found["comm"] == {
+            "any": [True, False],
+            "all": [False, True],
+            "broadcast": {"from": 1},
+            "gather": ["rank 0", "rank 1"],
+        }
+        assert found["tensor_parallel"] == 2 and found["threads"] == 1

@@ -1,0 +1,72 @@
+"""Which platform is chosen, and what the CPU adapter answers."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from megatron_r1.errors import ExitCode, PlatformError
+from megatron_r1.platform import Platform, cpu, select
+
+needs_no_gpu = pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a GPU")
+
+
+def test_auto_is_refused_inside_a_slurm_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    with pytest.raises(PlatformError, match="platform=auto.*cuda or cpu") as refused:
+        select("auto")
+    assert refused.value.exit_code == ExitCode.BAD_CONFIG
+    assert select("cpu").name == "cpu"
+
+
+@needs_no_gpu
+def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch, tmp_path):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    platform = select("auto")
+    assert platform == Platform("cpu", "gloo", transformer_engine=False) and platform.device == "cpu"
+
+
+@needs_no_gpu
+def test_a_gpu_whose_driver_does_not_answer_is_an_error_and_no_cpu_run(monkeypatch, tmp_path):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for requested in ("auto", "cuda"):
+        with pytest.raises(PlatformError, match="no usable GPU"):
+            select(requested)
+
+
+def test_a_rank_names_its_own_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Platform("cuda", "nccl", transformer_engine=True).device == "cuda:3"
+
+
+def test_preparing_again_changes_nothing():
+    cpu.prepare()
+    names = ("empty", "zeros", "tensor", "randn")
+    before = [getattr(torch, name) for name in names], torch.Tensor.to, torch.Tensor.type, torch.cuda.current_stream
+    exchange = torch.distributed.all_to_all_single
+    cpu.prepare()
+    assert before == (
+        [getattr(torch, name) for name in names], torch.Tensor.to, torch.Tensor.type, torch.cuda.current_stream
+    )  # fmt: skip
+    assert torch.distributed.all_to_all_single is exchange
+
+
+def test_cuda_questions_are_answered_for_the_cpu():
+    cpu.prepare()
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.ones(2).to("cuda:0").device.type == "cpu" and torch.ones(2).to(device="cuda").device.type == "cpu"
+    assert torch.ones(2).to(torch.float64).dtype == torch.float64
+    assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+    assert torch.ones(2).type(torch.int64).dtype == torch.int64
+    assert torch.cuda.current_device() == torch.device("cpu") and not torch.cuda.is_available()
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)

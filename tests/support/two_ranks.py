@@ -1,0 +1,120 @@
+"""What two gloo ranks find out together; tests/conftest.py starts it once and tests read what each rank wrote.
+
+torchrun ... two_ranks.py FOLDER: FOLDER/whole.safetensors holds the weights of the tiny model, FOLDER/rows.pt its data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+import torch.distributed as dist
+from layouts import model_of, te_layout
+from safetensors.torch import load_file
+
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.train import TrainConfig
+from megatron_r1.parallel.mesh import process_groups
+from megatron_r1.platform import select
+
+PLATFORM = select("cpu")
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
+
+from megatron_r1.model.build import build_model, load_native_tensors, native_tensors  # noqa: E402
+from megatron_r1.parallel import comm  # noqa: E402
+from megatron_r1.rl.logprob import token_log_probs  # noqa: E402
+from megatron_r1.stages.pretrain import next_token_forward  # noqa: E402
+from megatron_r1.train.optimizer import Optimizer  # noqa: E402
+from megatron_r1.train.step import update  # noqa: E402
+
+SHARED = ParallelConfig(tensor=2, expert_tensor=2)
+
+
+def main(folder: Path) -> None:
+    with process_groups(PLATFORM, SHARED, seed=0, threads=1):
+        found: dict[str, Any] = {
+            "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
+            "threads": torch.get_num_threads(),
+            "comm": what_ranks_say(),
+            "log_probs": log_probs_of_half_a_vocabulary(),
+            "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query")},
+            "updates": two_updates(folder),
+        }
+        rank = dist.get_rank()
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+def what_ranks_say() -> dict[str, Any]:
+    rank = dist.get_rank()
+    return {
+        "any": [comm.any_rank(rank == 1), comm.any_rank(False)],
+        "all": [comm.all_ranks(rank == 1), comm.all_ranks(True)],
+        "broadcast": comm.broadcast({"from": rank}, source=1),
+        "gather": comm.AllRanks().gather(f"rank {rank}"),
+    }
+
+
+def log_probs_of_half_a_vocabulary() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(5)
+    logits_BLV = torch.randn(3, 4, 22, generator=generator) * 3
+    targets_BL = torch.randint(0, 22, (3, 4), generator=generator)
+    weights_BL = torch.randn(3, 4, generator=generator)
+    mine_BLV = logits_BLV.chunk(2, -1)[dist.get_rank()].clone().requires_grad_()
+    group = parallel_state.get_tensor_model_parallel_group()
+    log_probs_BL, entropy_BL = token_log_probs(mine_BLV, targets_BL, 0.7, group)
+    (log_probs_BL * weights_BL).sum().backward()
+    return {name: tensor.tolist() for name, tensor in [
+        ("logits", logits_BLV), ("targets", targets_BL), ("weights", weights_BL), ("log_probs", log_probs_BL),
+        ("entropy", entropy_BL), ("gradient", mine_BLV.grad),
+    ]}  # fmt: skip
+
+
+def layout(shape: str) -> dict[str, Any]:
+    """Each parameter's local shape and its shards as a distributed checkpoint would describe them."""
+    model = build_model(model_of(shape), SHARED, PLATFORM, seed=0)
+    described = model.sharded_state_dict()
+    result = {}
+    for name, tensor in native_tensors(model):
+        entry = described[name]
+        shards = [entry] if isinstance(entry, ShardedTensor) else entry.build()
+        result[name] = {"shape": list(tensor.shape), "shards": [describe(shard) for shard in shards]}
+    return result
+
+
+def describe(shard: ShardedTensor) -> dict[str, Any]:
+    return {
+        "key": shard.key,
+        "global_shape": list(shard.global_shape),
+        "local_shape": list(shard.local_shape),
+        "offset": list(shard.global_offset),
+        "experts_axis": shard.prepend_axis_num,
+        "main": not any(shard.replica_id),
+    }
+
+
+def two_updates(folder: Path) -> dict[str, list[float | None]]:
+    """Losses and gradient norms of two updates of the tiny model, its weights shared out by the stored list."""
+    model = build_model(model_of("tiny"), SHARED, PLATFORM, seed=0)
+    whole, mine = load_file(folder / "whole.safetensors"), {}
+    for name, entry in te_layout("tiny").items():
+        mine[name] = entry.shard(whole[name], dist.get_rank(), 2)
+    load_native_tensors(model, mine)
+    optimizer = Optimizer(model, TrainConfig())
+    rows_BL = load_file(folder / "rows.safetensors")["rows"]
+    results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32) for _ in range(2)]
+    return {
+        "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
+        "norms": [result.gradient_norm for result in results],
+        "mtp_losses": [result.passes.mtp_loss for result in results],
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
