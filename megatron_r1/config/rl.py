@@ -16,7 +16,7 @@ class RLConfig:
     """Prompts answered per rollout."""
     group_size: int = 16
     """Answers per prompt (G)."""
-    mini_batches: int = 2
+    mini_batches: int = 4
     """Optimizer steps per rollout; its samples are split among them at random."""
     inner_epochs: int = 1
     """Passes over each rollout."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "arange as_tensor empty empty_like full full_like linspace ones ones_like "
@@ -127,6 +128,8 @@ def _create_tensors_on_cpu() -> None:
 
         return on_cpu
 
+    # `with torch.device(...)` looks up the factories by identity, once: it must remember those that are being wrapped.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, redirected(getattr(torch, name)))
     move = torch.Tensor.to

@@ -70,3 +70,9 @@ def test_cuda_questions_are_answered_for_the_cpu():
     first = torch.rand(3)
     torch.cuda.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
+
+
+def test_a_device_context_still_decides():
+    cpu.prepare()
+    with torch.device("meta"):
+        assert {torch.empty(2).device.type, torch.arange(2).device.type, torch.ones(2).device.type} == {"meta"}

@@ -51,7 +51,9 @@ def test_an_update_moves_weights_moments_and_router_bias(trained):
     before = everything(model, optimizer)
     result = update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 32)
     after = everything(model, optimizer)
-    moved = {name.split("/")[0] if "/" in name else name for name in before if not torch.equal(before[name], after[name])}
+    moved = {
+        name.split("/")[0] if "/" in name else name for name in before if not torch.equal(before[name], after[name])
+    }
     assert {"exp_avg", "exp_avg_sq", "step", "embedding.word_embeddings.weight", "mtp.layers.0.eh_proj.weight"} <= moved
     assert any(name.endswith("expert_bias") for name in moved)
     assert result.gradient_norm > 0 and not result.skipped

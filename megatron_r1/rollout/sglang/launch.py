@@ -14,6 +14,7 @@ import select
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 PARENT_POLL_S = 1.0
 
@@ -25,6 +26,14 @@ class Secret(str):
         return "'***'"
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove a dead server's temporary folder, and the shared memory that SGLang names after the sockets in it."""
+    for socket in folder.glob("*"):
+        for segment in Path("/dev/shm").glob(f"sglang_loads_{socket.name}_*.shm"):
+            segment.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _die_with_parent(parent: int) -> None:
     """Kill this process group as soon as standard input ends or another process adopts this one."""
 
@@ -33,7 +42,7 @@ def _die_with_parent(parent: int) -> None:
             readable, _, _ = select.select([0], [], [], PARENT_POLL_S)
             if readable and not os.read(0, 1):
                 break
-        shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+        remove_leftovers(Path(os.environ["TMPDIR"]))
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()

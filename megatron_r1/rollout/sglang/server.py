@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +25,7 @@ import psutil
 
 import megatron_r1
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.sglang.launch import remove_leftovers
 
 CLOSE_TIMEOUT_S = 20.0
 HOST = "127.0.0.1"
@@ -102,7 +102,7 @@ class Server:
                 self.process.stdin.close()
         self.process.wait(CLOSE_TIMEOUT_S)
         _wait_for_group(self.process.pid)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_leftovers(self.folder)
 
     def _send(self, arguments: dict[str, Any]) -> None:
         assert self.process.stdin is not None

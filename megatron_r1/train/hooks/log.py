@@ -56,6 +56,7 @@ class LogHook(Hook):
 
     def finish(self, state: TrainState) -> None:
         self._progress.stop()
+        self._tracker.close()
 
 
 def _short(value: float) -> str:

@@ -1,0 +1,168 @@
+"""An update of the learner against the same loss written out in plain torch, and the reference policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from layouts import model_of
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.model.build import native_tensors, without_multi_token_prediction
+from megatron_r1.rl.learner import Learner, ReferencePolicy
+from megatron_r1.rollout.sample import Sample
+from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.state import TrainState
+
+LENGTHS = ((5, 7), (5, 3), (9, 12), (9, 1))
+REWARDS = (1.1, 0.1, 0.0, 1.0)
+
+
+def config_of(**rl) -> RunConfig:
+    config = RunConfig(model=model_of("tiny"))
+    config.model.moe.sequence_loss_coefficient = 0.0
+    config.rollout.temperature = 0.7
+    config.train.optimizer.clip_norm = 0.0
+    settings = {
+        "prompts_per_rollout": 2, "group_size": 2, "mini_batches": 1, "kl_coefficient": 0.05,
+        "tokens_per_micro_batch": 1000, **rl,
+    }  # fmt: skip
+    for name, value in settings.items():
+        setattr(config.rl, name, value)
+    return config
+
+
+def trainable(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("mtp."))
+    return model
+
+
+def response_log_probs(model, prompt: tuple[int, ...], response: tuple[int, ...], temperature: float) -> torch.Tensor:
+    tokens = torch.tensor([prompt + response])
+    with without_multi_token_prediction(model):
+        logits_LV = model(tokens, torch.arange(tokens.shape[1])[None], None)[0]
+    log_probs_LV = (logits_LV / temperature).log_softmax(-1)
+    return log_probs_LV[len(prompt) - 1 : -1].gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def make_samples(model, noise: float) -> list[Sample]:
+    """Two groups of two answers whose log-probabilities are the model's own, plus noise."""
+    generator = torch.Generator().manual_seed(2)
+    samples = []
+    for index, ((prompt_length, length), reward) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
+        prompt = tuple(torch.randint(5, 512, (prompt_length,), generator=generator).tolist())
+        response = tuple(torch.randint(5, 512, (length,), generator=generator).tolist())
+        with torch.no_grad():
+            own = response_log_probs(model, prompt, response, 0.7)
+        shifted = (own + noise * torch.randn(length, generator=generator)).clamp(max=0.0).tolist()
+        parts = (f"p{index // 2}", index // 2, prompt, response, tuple(shifted), "0", "stop", "", reward)
+        samples.append(Sample(*parts, reward_parts={"accuracy": reward}))
+    return samples
+
+
+def shifted_reference(model) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tensors = native_tensors(model)
+    return {name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors}
+
+
+def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:
+    """Gradients, metrics and weights after one update by the learner."""
+    config = config_of(**rl)
+    model = trainable(new_model(config.model))
+    samples, reference = make_samples(model, 0.3), ReferencePolicy(model, shifted_reference(model))
+    optimizer = Optimizer(model, config.train)
+    state, row = Learner(config, model, optimizer, reference, 0, "cpu").learn(samples, TrainState())
+    assert (state.step, state.updates, state.data_position) == (1, config.rl.mini_batches, 2)
+    assert state.consumed_tokens == sum(map(sum, LENGTHS))
+    gradients = {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return gradients, row, {name: tensor.clone() for name, tensor in native_tensors(model)}
+
+
+def written_out(new_model: Callable) -> tuple[dict, float]:
+    """Gradients and value of the loss, answer by answer and token by token (DeepSeekMath, equation 3)."""
+    config = config_of()
+    model, other = trainable(new_model(config.model)), new_model(config.model)
+    samples = make_samples(model, 0.3)
+    shifted = shifted_reference(model)
+    for name, tensor in native_tensors(other):
+        tensor.copy_(shifted[name])
+    total = torch.zeros(())
+    for index, sample in enumerate(samples):
+        group = [s.reward for s in samples if s.group == sample.group]
+        mean = sum(group) / len(group)
+        deviation = math.sqrt(sum((reward - mean) ** 2 for reward in group) / len(group))
+        advantage = (sample.reward - mean) / deviation
+        log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, 0.7)
+        with torch.no_grad():
+            reference = response_log_probs(other, sample.prompt_tokens, sample.response_tokens, 0.7)
+        for token, old in enumerate(sample.logprobs):
+            ratio = (log_probs[token] - old).exp()
+            limited = ratio.clamp(0.8, 1.2)
+            gap = reference[token] - log_probs[token]
+            penalty = gap.exp() - gap - 1
+            gain = torch.minimum(ratio * advantage, limited * advantage) - 0.05 * penalty
+            total = total - gain / len(sample.logprobs) / len(samples)
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, float(total)
+
+
+def assert_close(found: dict, expected: dict) -> float:
+    worst = 0.0
+    for name, gradient in expected.items():
+        if gradient is None or not gradient.any():
+            assert not found[name].any(), name
+            continue
+        worst = max(worst, float((found[name] - gradient).norm() / gradient.norm()))
+    assert worst < 1e-5, worst
+    return worst
+
+
+@pytest.mark.parametrize("tokens_per_micro_batch", [1, 40, 1000])
+def test_an_update_is_the_loss_written_out(new_model, tokens_per_micro_batch):
+    gradients, row, _ = learnt(new_model, tokens_per_micro_batch=tokens_per_micro_batch)
+    expected, loss = written_out(new_model)
+    print(f"largest relative difference of a gradient {assert_close(gradients, expected):.1e}")
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values() if gradient is not None))
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    assert row["kl"] > 0 and row["clip_fraction"] > 0 and row["skipped"] == 0
+
+
+def test_multi_token_layers_are_carried_through_untouched(new_model):
+    _, _, after = learnt(new_model, mini_batches=2)
+    before = dict(native_tensors(new_model(config_of().model)))
+    for name, tensor in before.items():
+        if name.startswith("mtp."):
+            assert torch.equal(after[name], tensor), name
+    assert not torch.equal(after["output_layer.weight"], before["output_layer.weight"])
+
+
+def test_the_trainers_own_log_probs_are_those_of_a_rollout_that_it_sampled(new_model):
+    updates = []
+    for source in ("rollout", "trainer"):
+        config = config_of(old_log_probs=source, kl_coefficient=0.0)
+        model = trainable(new_model(config.model))
+        samples, optimizer = make_samples(model, 0.0), Optimizer(model, config.train)
+        _, row = Learner(config, model, optimizer, None, 0, "cpu").learn(samples, TrainState())
+        assert row["logprob_gap"] < 1e-5 and row["change_ratio"] == pytest.approx(1.0, abs=1e-5)
+        updates.append({name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in updates[0].items():
+        torch.testing.assert_close(updates[1][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_reference_is_put_in_place_and_taken_out_again(new_model):
+    model = new_model(model_of("tiny"))
+    before = {name: tensor.clone() for name, tensor in native_tensors(model)}
+    weights = shifted_reference(model)
+    reference = ReferencePolicy(model, weights)
+    with pytest.raises(InterruptedError), reference.in_place():
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in native_tensors(model))
+        raise InterruptedError
+    assert all(torch.equal(tensor, before[name]) for name, tensor in native_tensors(model))
+    reference.reset()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in reference.weights.items())
+    assert any(name.endswith("expert_bias") for name in reference.weights)

@@ -1,0 +1,95 @@
+"""Rollouts by the in-process engine: which prompts, in which order, sampled once, and the control experiment."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.prompts import TrainingPrompts
+from megatron_r1.data.tokenizer import train_tokenizer
+from megatron_r1.rl.rollouts import Rollouts, prompt_tokens, response_text, shuffle_rewards
+from megatron_r1.rl.rows import make_rows
+from megatron_r1.rl.scoring import rule_scorer
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = RunConfig()
+    config.data.num_documents, config.data.reasoning_gym_share = 400, 0.0
+    config.rl.prompts_per_rollout, config.rl.group_size, config.rollout.max_response_tokens = 3, 4, 8
+    return config
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return train_tokenizer(config.data)
+
+
+@pytest.fixture
+def rollouts(tiny, config, tokenizer, tmp_path):
+    from megatron_r1.rollout.choose import SyncedEngine
+    from megatron_r1.rollout.journal import Journal
+    from megatron_r1.rollout.local import LocalEngine
+
+    engine = SyncedEngine(LocalEngine(tiny, 12, tokenizer.pad), None)
+    engine.update_weights("0")
+
+    def make(**rl) -> Rollouts:
+        for name, value in {"shuffle_rewards": False, **rl}.items():
+            setattr(config.rl, name, value)
+        prompts, journal = TrainingPrompts(config.data), Journal(tmp_path / "rollouts")
+        scorer = rule_scorer(config.reward)
+        return Rollouts(prompts, engine, tokenizer, journal, scorer, config.rollout, config.rl, config.seed)
+
+    return make
+
+
+def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer):
+    samples = rollouts().take(step=0, first_prompt=5)
+    prompts = TrainingPrompts(config.data)
+    assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
+    for sample in samples:
+        prompt = prompts.at(5 + sample.group)
+        assert sample.prompt_id == prompt.id
+        assert sample.prompt_tokens == prompt_tokens(prompt, tokenizer) and sample.prompt_tokens[0] == tokenizer.bos
+        assert sample.text == response_text(sample.response_tokens, tokenizer)
+        assert sample.reward == rule_scorer(config.reward)(prompt, sample.text).total
+    assert len({sample.response_tokens for sample in samples[:4]}) > 1
+
+
+def test_a_step_is_sampled_once_and_read_from_the_journal_after(rollouts, tiny):
+    first = rollouts().take(step=2, first_prompt=0)
+    assert rollouts().take(step=2, first_prompt=100) == first
+    other = rollouts().take(step=3, first_prompt=0)
+    assert [s.prompt_tokens for s in other] == [s.prompt_tokens for s in first]
+    assert [s.response_tokens for s in other] != [s.response_tokens for s in first]
+
+
+def test_shuffled_rewards_are_the_same_rewards_elsewhere(rollouts):
+    samples = rollouts().take(step=0, first_prompt=0)
+    numbered = [type(s)(**{**fields(s), "reward": float(i)}) for i, s in enumerate(samples)]
+    shuffled = shuffle_rewards(numbered, seed=1)
+    assert sorted(s.reward for s in shuffled) == [s.reward for s in numbered] != [s.reward for s in shuffled]
+    assert [s.response_tokens for s in shuffled] == [s.response_tokens for s in numbered]
+    assert shuffle_rewards(numbered, seed=1) == shuffled != shuffle_rewards(numbered, seed=2)
+    assert rollouts(shuffle_rewards=True).take(step=9, first_prompt=0) == rollouts().take(step=9, first_prompt=0)
+
+
+def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
+    import torch
+
+    samples = rollouts().take(step=0, first_prompt=0)
+    rows = make_rows(samples, [7, 0, 11], torch.arange(12.0), pad_token=3, device="cpu")
+    assert rows.samples_B.tolist() == [7, 0, 11] == rows.advantages_B.tolist()
+    for row, place in enumerate([7, 0, 11]):
+        sample, mask_L = samples[place], rows.mask_BL[row]
+        assert tuple(rows.targets_BL[row][mask_L].tolist()) == sample.response_tokens
+        assert rows.rollout_log_probs_BL[row][mask_L].tolist() == pytest.approx(sample.logprobs)
+        start = len(sample.prompt_tokens)
+        assert rows.inputs_BL[row][mask_L][0] == sample.prompt_tokens[-1] and int(mask_L.float().argmax()) == start - 1
+        assert set(rows.tokens_BL[row][start + len(sample.response_tokens) :].tolist()) <= {3}
+        assert not rows.rollout_log_probs_BL[row][~mask_L].any()
+
+
+def fields(sample) -> dict:
+    return {name: getattr(sample, name) for name in type(sample).__dataclass_fields__}

@@ -1,0 +1,56 @@
+"""SGLang's log-probabilities against the trainer's own, through the way that weights take in training."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.rollout import RolloutConfig, SGLangConfig
+from megatron_r1.model.build import native_tensors, without_multi_token_prediction
+from megatron_r1.rollout.choose import sglang_engine
+from megatron_r1.rollout.sample import Request, Sampling
+
+
+def worst_gap(model, engine, version: str) -> float:
+    """Largest difference between the engine's log-probs of its own answers and the model's, over 8 answers."""
+    generator = torch.Generator().manual_seed(5)
+    prompts = [tuple(torch.randint(5, 512, (n,), generator=generator).tolist()) for n in (4, 9, 17, 30)]
+    requests = [Request(str(i), prompts[i // 2]) for i in range(8)]
+    completions = engine.engine.generate(requests, Sampling(1.0, 1.0, 20, (), 0))
+    worst = 0.0
+    for completion in completions:
+        assert completion.weight_version == version
+        tokens = torch.tensor([completion.prompt_tokens + completion.response_tokens])
+        with torch.no_grad(), without_multi_token_prediction(model):
+            log_probs_LV = model(tokens, torch.arange(tokens.shape[1])[None], None)[0].log_softmax(-1)
+        chosen = torch.tensor(completion.response_tokens)
+        expected = log_probs_LV[len(completion.prompt_tokens) - 1 : -1].gather(-1, chosen[:, None])[:, 0]
+        worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
+    return worst
+
+
+def test_log_probs_agree_before_and_after_ten_updates(new_model, tmp_path):
+    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.config.data import DataConfig
+
+    train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")
+    shape = ModelConfig(init_std=0.08)
+    model = new_model(shape)
+    model.eval()
+    rollout = RolloutConfig(sglang=SGLangConfig(max_running_requests=16, max_total_tokens=4096))
+    noise = torch.Generator().manual_seed(0)
+    gaps = []
+    with sglang_engine(
+        rollout, shape, lambda: native_tensors(model), tmp_path / "tokenizer", tmp_path / "logs", "cpu"
+    ) as engine:
+        engine.update_weights("0")
+        gaps.append(worst_gap(model, engine, "0"))
+        for version in range(1, 11):
+            with torch.no_grad():
+                for name, tensor in native_tensors(model):
+                    scale = 0.05 if name.endswith("expert_bias") else 0.02
+                    tensor.add_(torch.randn(tensor.shape, generator=noise) * scale)
+            engine.update_weights(str(version))
+            gaps.append(worst_gap(model, engine, str(version)))
+    print("largest log-prob difference per version:", [f"{gap:.1e}" for gap in gaps])
+    assert max(gaps) < 1e-4
