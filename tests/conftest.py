@@ -6,6 +6,7 @@ asks for it. A test that runs a whole stage, which makes its own groups, runs it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -88,9 +89,12 @@ def run_to_the_end(command: list[str], seconds: float) -> None:
     try:
         output, _ = process.communicate(timeout=seconds)
     finally:
-        try:
+        if process.poll() is None:
+            # The launcher's ranks are in sessions of their own: it must be asked to end them.
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     assert process.returncode == 0, output

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -17,6 +15,7 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.model.attention import use_latent_attention
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
+from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
 
@@ -52,22 +51,8 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
         share_embeddings_and_output_weights=False,
         mtp_block_spec=prediction,
     )
-    _initialise(built, model.init_std, seed)
+    initialise(built, model.init_std, seed)
     return built.to(platform.device)
-
-
-def _initialise(model: GPTModel, std: float, seed: int) -> None:
-    """Draw every matrix from N(0, std) by a generator that its own name seeds.
-
-    Neither the order of construction nor other parameters can then change a parameter's first value.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
 def native_tensors(model: GPTModel) -> Iterator[tuple[str, Tensor]]:

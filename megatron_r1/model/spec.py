@@ -112,6 +112,8 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
+        # Stages tell one another the shape of what they send: micro-batches differ in rows and length.
+        "variable_seq_lengths": parallel.pipeline > 1,
         "use_cpu_initialization": not fused,
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,

@@ -87,7 +87,7 @@ def test_weights_depend_on_seed_and_name_alone(new_model):
 
 
 def test_multi_token_loss_follows_the_report(new_model):
-    """h' = M [norm(embedding of token t+1); norm(h_t)], one layer, norm, the shared head, cross-entropy of token t+2."""
+    """M [norm(embedding of token t+1); norm(h_t)], one layer, norm, the shared head, cross-entropy of token t+2."""
     from megatron_r1.model.passes import forward_backward
     from megatron_r1.stages.pretrain import next_token_forward
 

@@ -91,7 +91,7 @@ def written_out(new_model: Callable) -> tuple[dict, float]:
     for name, tensor in native_tensors(other):
         tensor.copy_(shifted[name])
     total = torch.zeros(())
-    for index, sample in enumerate(samples):
+    for sample in samples:
         group = [s.reward for s in samples if s.group == sample.group]
         mean = sum(group) / len(group)
         deviation = math.sqrt(sum((reward - mean) ** 2 for reward in group) / len(group))

@@ -30,8 +30,8 @@ def worst_gap(model, engine, version: str) -> float:
 
 
 def test_log_probs_agree_before_and_after_ten_updates(new_model, tmp_path):
-    from megatron_r1.data.tokenizer import train_tokenizer
     from megatron_r1.config.data import DataConfig
+    from megatron_r1.data.tokenizer import train_tokenizer
 
     train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")
     shape = ModelConfig(init_std=0.08)

@@ -65,5 +65,5 @@ def model_of(shape: str) -> ModelConfig:
         attention=AttentionConfig(
             q_lora_rank=0, kv_lora_rank=14, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20
         ),
-        moe=MixtureConfig(num_experts=4, top_k=2, ffn_hidden_size=22, num_shared_experts=2),
+        moe=MixtureConfig(num_experts=4, top_k=2, ffn_hidden_size=24, num_shared_experts=2),
     )

@@ -6,6 +6,7 @@ torchrun ... two_ranks.py FOLDER: FOLDER/whole.safetensors holds the weights of 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,4 +118,5 @@ def two_updates(folder: Path) -> dict[str, list[float | None]]:
 
 
 if __name__ == "__main__":
+    signal.alarm(120)  # whatever happens to the launcher, no rank waits for ever
     main(Path(sys.argv[1]))

@@ -1,0 +1,104 @@
+"""What each rank holds of each weight, from megatron-core's own sharding metadata.
+
+A whole tensor is named as a model on one rank names it, with global layer and expert numbers; a shard is this rank's
+part of it. Initial weights, checkpoints, exports and weight syncs all go through here, so none of them guesses a
+layout from a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megatron_r1.errors import DataError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of one whole tensor."""
+
+    name: str
+    """Of the whole tensor."""
+    whole_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    """Where the part begins in the whole tensor."""
+    tensor: Tensor
+    """The part itself: a view of the model's memory."""
+    owned: bool
+    """Whether, of all ranks that hold this part, this is the one that speaks for it."""
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """The part as an index into the whole tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.tensor.shape, strict=True))
+
+
+def shards(model: GPTModel, of: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[Shard]:
+    """This rank's shards of all weights: parameters, and the routers' balancing bias, which is a buffer.
+
+    Args:
+        of: what to show in place of a weight: the weight itself, or its gradient, which is sharded alike.
+    """
+    for entry in model.sharded_state_dict().values():
+        if isinstance(entry, ShardedTensorFactory):
+            entry.data = of(entry.data)
+            yield from map(_shard, entry.build())
+        elif isinstance(entry, ShardedTensor):
+            entry.data = of(entry.data)
+            yield _shard(entry)
+
+
+def _shard(entry: ShardedTensor) -> Shard:
+    leading = entry.prepend_axis_num
+    return Shard(
+        name=whole_name(entry.key, entry.global_offset[:leading]),
+        whole_shape=tuple(entry.global_shape[leading:]),
+        offset=tuple(entry.global_offset[leading:]),
+        tensor=entry.data,
+        owned=not any(entry.replica_id if isinstance(entry.replica_id, tuple) else (entry.replica_id,)),
+    )
+
+
+def whole_name(key: str, expert: tuple[int, ...]) -> str:
+    """The name on one rank of what megatron-core's metadata calls `key`.
+
+    Experts' weights share a key there, with the expert's number as a leading axis; multi-token layers keep an older
+    name.
+    """
+    name = key.replace(".mlp.experts.experts.", ".mlp.experts.").replace(".transformer_layer.", ".mtp_model_layer.")
+    return name + "".join(map(str, expert))
+
+
+def initialise(model: GPTModel, std: float, seed: int) -> None:
+    """Draw every matrix from N(0, std) by a generator that its whole tensor's name seeds.
+
+    Neither the layout, nor the order of construction, nor other parameters can then change a first value.
+    """
+    for shard in shards(model):
+        if len(shard.whole_shape) < 2:
+            continue
+        digest = hashlib.sha256(f"{seed}/{shard.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        whole = torch.randn(shard.whole_shape, generator=generator)
+        shard.tensor.copy_(whole[shard.place] * std)
+
+
+def load_whole_tensors(model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
+    """Copy this rank's part out of whole tensors.
+
+    Raises:
+        DataError: a tensor is missing or has another shape.
+    """
+    for shard in shards(model):
+        if shard.name not in tensors:
+            raise DataError(f"{shard.name}: missing from the weights")
+        whole = tensors[shard.name]
+        if tuple(whole.shape) != shard.whole_shape:
+            raise DataError(f"{shard.name}: has shape {tuple(whole.shape)}, must have {shard.whole_shape}")
+        shard.tensor.copy_(whole[shard.place])
