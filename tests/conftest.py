@@ -6,11 +6,8 @@ asks for it. A test that runs a whole stage, which makes its own groups, runs it
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +65,7 @@ def tiny(new_model: Callable[..., Any]) -> Any:
 def two_ranks(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What support/two_ranks.py found, by rank; started once for all the tests that read it."""
     import torch
+    from launching import run_to_the_end
     from safetensors.torch import save_file
 
     from megatron_r1.model.build import native_tensors
@@ -79,22 +77,3 @@ def two_ranks(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run_to_the_end([*launcher, str(SUPPORT / "two_ranks.py"), str(folder)], seconds=100)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def run_to_the_end(command: list[str], seconds: float) -> None:
-    """Run a command that must succeed; nothing that it started is left behind."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate(timeout=seconds)
-    finally:
-        if process.poll() is None:
-            # The launcher's ranks are in sessions of their own: it must be asked to end them.
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert process.returncode == 0, output

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -60,7 +61,17 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=False,
     )
-    return Passes(logged, torch.stack(loads) if loads else None, _take_mtp_loss(len(micro_batches)))
+    return Passes(logged, _over_ranks(loads), _take_mtp_loss(len(micro_batches)))
+
+
+def _over_ranks(loads: list[Tensor]) -> Tensor | None:
+    """Tokens per expert summed over the ranks that see other tokens."""
+    if not loads:
+        return None
+    total_LE = torch.stack(loads)
+    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(total_LE, group=group)
+    return total_LE
 
 
 def routers(model: GPTModel) -> list[Any]:
@@ -76,3 +87,26 @@ def _take_mtp_loss(num_micro_batches: int) -> float | None:
     value = float(losses.mean()) / num_micro_batches
     MTPLossLoggingHelper.clean_metrics_in_tracker()
     return value
+
+
+def forward_only(model: GPTModel, micro_batches: Sequence[Any], forward: Callable, length: int) -> list[Tensor]:
+    """Outputs of `forward`, one per micro-batch, without gradient; an empty list but on the last pipeline stage.
+
+    Args:
+        forward: model and micro-batch -> output of this stage.
+    """
+
+    def step(batches: Any, module: Any) -> tuple[Tensor, Callable]:
+        return forward(module, next(batches)), lambda output, non_loss_data: output
+
+    with torch.no_grad():
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )

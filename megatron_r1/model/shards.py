@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_r1.errors import DataError
+from megatron_r1.parallel.comm import AllRanks
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,14 @@ def initialise(model: GPTModel, std: float, seed: int) -> None:
 
 
 def load_whole_tensors(model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
-    """Copy this rank's part out of whole tensors.
+    """Collective: copy every rank's part out of whole tensors.
 
     Raises:
-        DataError: a tensor is missing or has another shape.
+        DataError: a tensor is missing, left over or has another shape.
     """
+    wanted = AllRanks().gather({shard.name for shard in shards(model)})
+    if leftover := tensors.keys() - set().union(*wanted):
+        raise DataError(f"{min(leftover)}: not a tensor of this model")
     for shard in shards(model):
         if shard.name not in tensors:
             raise DataError(f"{shard.name}: missing from the weights")

@@ -46,6 +46,8 @@ class AllRanks:
 
     def gather(self, value: Value) -> list[Value]:
         """Collective: each rank's value, in rank order, on every rank."""
+        if dist.get_world_size() == 1:
+            return [value]
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values

@@ -27,6 +27,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def leads() -> bool:
+    """Whether this rank talks to the world: the terminal, the run folder, the engine."""
+    return rank() == 0
+
+
 def check_degrees(degrees: ParallelConfig, ranks: int) -> None:
     """Refuse degrees that `ranks` processes cannot be divided into.
 
@@ -35,7 +40,9 @@ def check_degrees(degrees: ParallelConfig, ranks: int) -> None:
     """
     model_parallel = degrees.tensor * degrees.pipeline * degrees.context
     if ranks % model_parallel:
-        raise ConfigError("parallel", f"{model_parallel}", f"tensor x pipeline x context must divide {ranks} ranks")
+        named = max(("tensor", "pipeline", "context"), key=lambda name: getattr(degrees, name))
+        allowed = f"tensor x pipeline x context={model_parallel} must divide the {ranks} ranks that were started"
+        raise ConfigError(f"parallel.{named}", getattr(degrees, named), allowed)
     experts = degrees.expert * degrees.expert_tensor * degrees.pipeline
     if ranks % experts:
         raise ConfigError(
@@ -90,3 +97,15 @@ def data_parallel_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group()
+
+
+def is_last_stage() -> bool:
+    """Whether this rank holds the last layers, hence the logits."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_last_stage()
+
+
+def speaks_for_its_data() -> bool:
+    """Whether, of the ranks that work on the same data, this is the one whose loss and metrics count."""
+    return is_last_stage() and dist.get_rank(tensor_parallel_group()) == 0

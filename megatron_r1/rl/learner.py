@@ -1,24 +1,25 @@
-"""From scored samples to updated weights: advantages, batches, the objective, the reference policy.
+"""From scored samples to updated weights: advantages, batches, the objective.
 
-Shapes: N groups, G answers of a group, B answers of a micro-batch, L positions, V vocabulary.
+Shapes: N groups, G answers of a group, B answers of a micro-batch, L positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.model.build import load_native_tensors, native_tensors, without_multi_token_prediction
-from megatron_r1.parallel.mesh import tensor_parallel_group
+from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, tensor_parallel_group
 from megatron_r1.rl.advantage import group_advantages
-from megatron_r1.rl.batching import micro_batches_by_tokens, shuffle_into_mini_batches
-from megatron_r1.rl.logprob import token_log_probs
+from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
 from megatron_r1.rl.objective import grpo_loss
+from megatron_r1.rl.policy import Policy, as_rows, longest_input
+from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rl.rows import Rows, make_rows, row_length
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.guard import count_skips
@@ -27,37 +28,12 @@ from megatron_r1.train.schedule import learning_rate
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import UpdateResult, update
 
-
-class ReferencePolicy:
-    """A copy of the weights at some step, balancing bias included: kept on the host, swapped in when needed."""
-
-    def __init__(self, model: torch.nn.Module, weights: Mapping[str, Tensor] | None = None):
-        """
-        Args:
-            weights: by megatron-core name, for a run that goes on; None takes the model's weights as they stand.
-        """
-        self._model = model
-        self.weights = dict(weights) if weights else {}
-        if not weights:
-            self.reset()
-
-    def reset(self) -> None:
-        """Take the model's weights as they stand."""
-        self.weights = {name: tensor.cpu().clone() for name, tensor in native_tensors(self._model)}
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The model computes with the reference's weights inside this block."""
-        current = {name: tensor.clone() for name, tensor in native_tensors(self._model)}
-        load_native_tensors(self._model, self.weights)
-        try:
-            yield
-        finally:
-            load_native_tensors(self._model, current)
+BySample = dict[int, Tensor]
+"""Log-probabilities of this rank's samples."""
 
 
 class Learner:
-    """Group relative policy optimization on one rollout at a time."""
+    """Group relative policy optimization on one rollout at a time, over all ranks."""
 
     def __init__(
         self,
@@ -70,90 +46,100 @@ class Learner:
     ):
         self._config, self._model, self._optimizer = config, model, optimizer
         self._reference, self._pad, self._device = reference, pad_token, device
+        self._policy = Policy(model, config.rollout.temperature)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Train on a rollout; `state` counts one more rollout and its updates.
 
         Args:
-            samples: whole groups, one after the other.
+            samples: whole groups, one after the other; the same on every rank.
         """
-        rl = self._config.rl
+        rl, train = self._config.rl, self._config.train
         rewards_NG = torch.tensor([sample.reward for sample in samples]).view(-1, rl.group_size)
         # On whole groups, before they are divided among mini-batches.
         advantages = group_advantages(rewards_NG, rl.advantage_std).flatten()
-        everything = self._micro_batches(samples, range(len(samples)), advantages)
-        reference = self._reference_log_probs(everything, len(samples))
-        old = self._log_probs_of(everything, len(samples)) if rl.old_log_probs == "trainer" else None
-        rate = learning_rate(self._config.train.schedule, state.step + 1, self._config.train.steps)
-        results, skipped, updates = [], state.skipped_in_row, state.updates
-        for epoch in range(rl.inner_epochs):
+        mini_batches = [
+            (len(indices), list(self._micro_batches(samples, indices.tolist(), advantages)))
+            for epoch in range(rl.inner_epochs)
             for indices in shuffle_into_mini_batches(
                 len(samples), rl.mini_batches, (self._config.seed, state.step, epoch)
-            ):
-                rows = self._micro_batches(samples, indices.tolist(), advantages)
-                result = self._update(rows, len(indices), old, reference, rate)
-                skipped = count_skips(skipped, result.skipped, self._config.train.max_skipped_steps, state.step + 1)
-                updates += not result.skipped
-                results.append(result)
+            )
+        ]
+        # Later epochs divide the same samples anew: among several ranks, some go to a rank that had not had them.
+        alone = dist.get_world_size(data_parallel_group()) == 1
+        old, reference = self._fixed_log_probs(mini_batches[: rl.mini_batches] if alone else mini_batches)
+        rate = learning_rate(train.schedule, state.step + 1, train.steps)
+        results, skipped = [], state.skipped_in_row
+        for num_answers, micro_batches in mini_batches:
+            result = self._update(micro_batches, num_answers, old, reference, rate)
+            skipped = count_skips(skipped, result.skipped, train.max_skipped_steps, state.step + 1)
+            results.append(result)
         if self._reference and rl.reference_reset_interval and (state.step + 1) % rl.reference_reset_interval == 0:
             self._reference.reset()
-        tokens = sum(map(row_length, samples))
         state = state.advance(
-            updates=updates,
+            updates=state.updates + sum(not result.skipped for result in results),
             skipped_in_row=skipped,
-            consumed_tokens=state.consumed_tokens + tokens,
+            consumed_tokens=state.consumed_tokens + sum(map(row_length, samples)),
             data_position=state.data_position + rl.prompts_per_rollout,
         )
-        return state, {**_combined(results), "learning_rate": rate}
+        return state, {**combined_metrics(results), "learning_rate": rate}
 
-    def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor) -> list[Rows]:
+    def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor) -> Iterator[Rows]:
+        """This rank's part of a mini-batch; every data-parallel rank gets the same number of micro-batches."""
+        group = data_parallel_group()
         lengths = [row_length(samples[index]) for index in indices]
-        return [
-            make_rows(samples, [indices[i] for i in chosen], advantages, self._pad, self._device)
-            for chosen in micro_batches_by_tokens(lengths, self._config.rl.tokens_per_micro_batch)
+        shares = [
+            [[share[i] for i in batch] for batch in self._by_tokens([lengths[i] for i in share])]
+            for share in divide_by_tokens(lengths, dist.get_world_size(group))
         ]
+        mine = shares[dist.get_rank(group)]
+        for batch in mine:
+            chosen = [indices[i] for i in batch]
+            yield make_rows(samples, chosen, advantages, self._pad, self._device, self._length_multiple)
+        # Experts may be shared with ranks that have more to do: they exchange tokens in every pass.
+        idle = make_rows(samples, indices[:1], advantages, self._pad, self._device, self._length_multiple).masked()
+        for _ in range(max(map(len, shares)) - len(mine)):
+            yield idle
 
-    def _reference_log_probs(self, rows: Sequence[Rows], num_samples: int) -> list[Tensor] | None:
-        if not (self._reference and self._config.rl.kl_coefficient):
-            return None
+    def _by_tokens(self, lengths: Sequence[int]) -> list[list[int]]:
+        return micro_batches_by_tokens(lengths, self._config.rl.tokens_per_micro_batch)
+
+    @property
+    def _length_multiple(self) -> int:
+        """Sequence parallelism shares each row's positions out."""
+        return dist.get_world_size(tensor_parallel_group())
+
+    def _fixed_log_probs(
+        self, mini_batches: Sequence[tuple[int, list[Rows]]]
+    ) -> tuple[BySample | None, BySample | None]:
+        """What stays fixed during the rollout: the sampling policy's log-probabilities, and the reference's."""
+        rl = self._config.rl
+        rows = [rows for _, micro_batches in mini_batches for rows in micro_batches]
+        old = self._policy.log_probs_by_sample(rows) if rl.old_log_probs == "trainer" else None
+        if not (self._reference and rl.kl_coefficient):
+            return old, None
         with self._reference.in_place():
-            return self._log_probs_of(rows, num_samples)
-
-    def _log_probs_of(self, micro_batches: Sequence[Rows], num_samples: int) -> list[Tensor]:
-        """Log-probabilities of every sample's row under the model's present weights, without gradient."""
-        result: list[Tensor] = [torch.empty(0)] * num_samples
-        with torch.no_grad():
-            for rows in micro_batches:
-                log_probs_BL, _ = self._log_probs(self._model, rows)
-                for place, row_L in zip(rows.samples_B.tolist(), log_probs_BL, strict=True):
-                    result[place] = row_L
-        return result
-
-    def _log_probs(self, model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
-        positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.tokens_BL.device).expand_as(rows.inputs_BL)
-        with without_multi_token_prediction(self._model):
-            logits_BLV = model(rows.inputs_BL.contiguous(), positions_BL, None)
-        return token_log_probs(logits_BLV, rows.targets_BL, self._config.rollout.temperature, tensor_parallel_group())
+            return old, self._policy.log_probs_by_sample(rows)
 
     def _update(
         self,
         micro_batches: Sequence[Rows],
         num_answers: int,
-        old: list[Tensor] | None,
-        reference: list[Tensor] | None,
+        old: BySample | None,
+        reference: BySample | None,
         rate: float,
     ) -> UpdateResult:
         rl = self._config.rl
-        count = len(micro_batches)
+        # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
+        scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
 
         def forward(model: Any, rows: Rows) -> tuple[Tensor, Callable]:
-            log_probs_BL, entropy_BL = self._log_probs(model, rows)
-
-            def loss_function(log_probs_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            def loss_function(logits_BLV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                log_probs_BL, entropy_BL = self._policy.log_probs(logits_BLV, rows)
                 loss, metrics = grpo_loss(
                     log_probs_BL,
-                    _rows_of(old, rows, log_probs_BL) if old else rows.rollout_log_probs_BL,
-                    _rows_of(reference, rows, log_probs_BL) if reference else None,
+                    as_rows(old, rows, log_probs_BL) if old is not None else rows.rollout_log_probs_BL,
+                    as_rows(reference, rows, log_probs_BL) if reference is not None else None,
                     rows.advantages_B,
                     rows.mask_BL,
                     num_answers=num_answers,
@@ -164,33 +150,25 @@ class Learner:
                 gap_BL = (log_probs_BL.detach() - rows.rollout_log_probs_BL).abs().where(rows.mask_BL, 0.0)
                 entropy = entropy_BL.where(rows.mask_BL, 0.0).sum()
                 extra = {"logprob_gap": gap_BL.max(), "entropy": entropy, "tokens": rows.mask_BL.sum()}
-                # The mean over micro-batches that megatron-core takes must come out as their sum.
-                return loss * count, metrics | extra
+                return loss * scale, metrics | extra
 
-            return log_probs_BL, loss_function
+            return self._policy.output(model, rows), loss_function
 
-        longest = max(rows.inputs_BL.shape[1] for rows in micro_batches)
-        return update(self._model, self._optimizer, micro_batches, forward, rate, longest)
+        return update(self._model, self._optimizer, micro_batches, forward, rate, longest_input(micro_batches))
 
 
-def _rows_of(per_sample: list[Tensor], rows: Rows, like_BL: Tensor) -> Tensor:
-    """Log-probabilities kept by sample, as rows of this micro-batch."""
-    result_BL = torch.zeros_like(like_BL)
-    for row, place in enumerate(rows.samples_B.tolist()):
-        length = min(result_BL.shape[1], len(per_sample[place]))
-        result_BL[row, :length] = per_sample[place][:length]
-    return result_BL
+def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
+    """Metrics of a rollout, the same on every rank: means over its updates.
 
-
-def _combined(results: Sequence[UpdateResult]) -> dict[str, Any]:
-    """Metrics of a rollout: means over its updates; the engine's gap is that of the first, before weights moved."""
-    summed = []
-    for result in results:
-        keys = result.passes.logged[0].keys() - {"logprob_gap"}
-        summed.append({key: float(sum(entry[key] for entry in result.passes.logged)) for key in keys})
-    row = {key: sum(entry[key] for entry in summed) / len(summed) for key in sorted(summed[0])}
+    The engine's gap is that of the first update, before weights moved.
+    """
+    mine = [[{key: float(value) for key, value in entry.items()} for entry in r.passes.logged] for r in results]
+    told = [entries for entries in AllRanks().gather(mine if speaks_for_its_data() else None) if entries]
+    updates = [[entry for rank in told for entry in rank[number]] for number in range(len(results))]
+    keys = updates[0][0].keys() - {"logprob_gap"}
+    row = {key: sum(entry[key] for update in updates for entry in update) / len(results) for key in sorted(keys)}
     row["entropy"] /= row.pop("tokens")
-    row["logprob_gap"] = max(float(entry["logprob_gap"]) for entry in results[0].passes.logged)
+    row["logprob_gap"] = max(entry["logprob_gap"] for entry in updates[0])
     norms = [result.gradient_norm for result in results if not result.skipped]
     row["gradient_norm"] = sum(norms) / len(norms) if norms else float("nan")
     row["skipped"] = sum(result.skipped for result in results)

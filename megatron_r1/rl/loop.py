@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_r1.parallel import comm
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.rollouts import Rollouts
 from megatron_r1.rollout.sample import Sample
@@ -13,18 +14,18 @@ from megatron_r1.train.loop import Step
 from megatron_r1.train.state import TrainState
 
 
-def reinforcement_step(rollouts: Rollouts, learner: Learner, publish: Callable[[str], None]) -> Step:
+def reinforcement_step(rollouts: Rollouts | None, learner: Learner, publish: Callable[[str], None]) -> Step:
     """One step of reinforcement learning, for the training loop.
 
     Args:
-        rollouts: gives each step's samples.
+        rollouts: gives each step's samples, on rank 0; the other ranks have none and are told.
         learner: trains on them.
         publish: sends the weights to the engine under a version.
     """
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
-        samples = rollouts.take(state.step + 1, state.data_position)
+        samples = comm.broadcast(rollouts.take(state.step + 1, state.data_position) if rollouts else [])
         sampled = time.perf_counter()
         state, row = learner.learn(samples, state)
         learned = time.perf_counter()

@@ -59,7 +59,7 @@ class Rollouts:
         if samples is None:
             samples = self._sample(step, first_prompt)
             if self._rl.shuffle_rewards:
-                samples = shuffle_rewards(samples, seed=hash((self._seed, step)))
+                samples = shuffle_rewards(samples, f"{self._seed} {step}")
             self._journal.write(step, samples)
         return samples
 
@@ -98,7 +98,7 @@ class Rollouts:
         )
 
 
-def shuffle_rewards(samples: list[Sample], seed: int) -> list[Sample]:
+def shuffle_rewards(samples: list[Sample], seed: str) -> list[Sample]:
     """The same answers with each other's rewards: what a control experiment learns from."""
     rewards = [(sample.reward, sample.reward_parts) for sample in samples]
     random.Random(seed).shuffle(rewards)

@@ -6,7 +6,7 @@ Shapes: B answers, L positions. Position t of log-probabilities, mask and target
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Rows:
     def targets_BL(self) -> Tensor:  # noqa: N802 (a tensor's shape)
         return self.tokens_BL[:, 1:]
 
+    def masked(self) -> Rows:
+        """The same rows with nothing to learn from: they only keep the other ranks company."""
+        return replace(self, mask_BL=torch.zeros_like(self.mask_BL))
+
 
 def row_length(sample: Sample) -> int:
     """Tokens of a sample's row without padding."""
@@ -43,15 +47,22 @@ def row_length(sample: Sample) -> int:
 
 
 def make_rows(
-    samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor, pad_token: int, device: str
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    advantages: Tensor,
+    pad_token: int,
+    device: str,
+    length_multiple: int = 1,
 ) -> Rows:
     """Rows of the samples at `indices` of a rollout.
 
     Args:
         advantages: of all samples of the rollout.
+        length_multiple: inputs are padded to a multiple of this.
     """
     chosen = [samples[index] for index in indices]
-    longest = max(map(row_length, chosen))
+    inputs = max(map(row_length, chosen)) - 1
+    longest = -(-inputs // length_multiple) * length_multiple + 1
     tokens_BL = torch.full((len(chosen), longest), pad_token, dtype=torch.long)
     mask_BL = torch.zeros(len(chosen), longest - 1, dtype=torch.bool)
     log_probs_BL = torch.zeros(len(chosen), longest - 1)

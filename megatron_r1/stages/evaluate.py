@@ -134,7 +134,8 @@ def evaluation_engine(
         ) as engine:
             yield engine
         return
-    from megatron_r1.model.build import build_model, load_native_tensors
+    from megatron_r1.model.build import build_model
+    from megatron_r1.model.shards import load_whole_tensors
     from megatron_r1.parallel.mesh import process_groups
 
     with process_groups(platform, config.parallel, config.seed, config.threads):
@@ -143,7 +144,7 @@ def evaluation_engine(
 
         class Loading(SyncedEngine):
             def update_weights(self, version: str) -> None:
-                load_native_tensors(model, current)
+                load_whole_tensors(model, current)
                 super().update_weights(version)
 
         yield Loading(local, None)

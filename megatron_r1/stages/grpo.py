@@ -11,9 +11,11 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.model.build import native_tensors
-from megatron_r1.rl.learner import Learner, ReferencePolicy
+from megatron_r1.hf.gather import whole_tensors
+from megatron_r1.parallel.mesh import leads
+from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
+from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rl.rollouts import Rollouts
 from megatron_r1.rl.scoring import rule_scorer
 from megatron_r1.rollout.choose import SyncedEngine, sglang_engine
@@ -30,33 +32,48 @@ SHOWN = ("reward", "accuracy", "format", "response_length", "kl", "entropy", "ro
 
 def run(config: RunConfig) -> None:
     """Reinforce a model, or go on where its run stopped."""
-    if not config.init.from_:
-        raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
+    check(config)
     weights = find_weights(config.init.from_)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
     with trainer(config, tokenizer, weights, trainable=lambda name: not name.startswith("mtp.")) as this:
-        reference = ReferencePolicy(this.model, this.extra) if config.rl.kl_coefficient else None
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return
+        reference = ReferencePolicy(this.model, this.extra) if config.rl.kl_coefficient else None
+        learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device)
         with rollout_engine(this, weights) as engine:
-            journal = Journal(this.folder / "rollouts")
-            rollouts = Rollouts(
-                TrainingPrompts(config.data),
-                engine,
-                tokenizer,
-                journal,
-                rule_scorer(config.reward),
-                config.rollout,
-                config.rl,
-                config.seed,
-            )
-            learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device)
-            hooks = this.hooks(SHOWN, f"grpo {config.name}", lambda: reference_tensors(reference))
+            rollouts = None
+            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", lambda: reference_tensors(reference))
+            if isinstance(engine, SyncedEngine):
+                journal = Journal(this.folder / "rollouts")
+                hooks = Hooks([hooks, PruneJournal(journal, config.train)])
+                rollouts = Rollouts(
+                    TrainingPrompts(config.data),
+                    engine,
+                    tokenizer,
+                    journal,
+                    rule_scorer(config.reward),
+                    config.rollout,
+                    config.rl,
+                    config.seed,
+                )
             step = reinforcement_step(rollouts, learner, engine.update_weights)
-            state = train(this.state, step, Hooks([hooks, PruneJournal(journal, config.train)]), config.train.steps)
+            state = train(this.state, step, hooks, config.train.steps)
         finish(this, state)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what this stage cannot do.
+
+    Raises:
+        ConfigError: nothing to start from, or an engine that cannot serve the layout.
+    """
+    if not config.init.from_:
+        raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
+    degrees = config.parallel
+    if config.rollout.engine == "local" and degrees.tensor * degrees.pipeline * degrees.expert > 1:
+        raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
 
 
 def reference_tensors(reference: ReferencePolicy | None) -> dict[str, torch.Tensor]:
@@ -75,22 +92,46 @@ class PruneJournal(Hook):
         self._journal.prune(before_step=state.step - self._horizon)
 
 
+class Follower:
+    """Stands where rank 0 has its engine: gives its part of the weights whenever rank 0 sends them.
+
+    Args:
+        model: None where the engine reads the trainer's memory and nothing is sent.
+    """
+
+    def __init__(self, model: torch.nn.Module | None):
+        self._model = model
+
+    def update_weights(self, version: str) -> None:
+        """Take part in gathering the weights."""
+        for _ in whole_tensors(self._model) if self._model is not None else ():
+            pass
+
+
 @contextmanager
-def rollout_engine(this: Trainer, weights: Weights) -> Iterator[SyncedEngine]:
-    """The configured engine, holding the trainer's weights under the version of the trainer's step."""
-    rollout = this.config.rollout
+def rollout_engine(this: Trainer, weights: Weights) -> Iterator[SyncedEngine | Follower]:
+    """The configured engine on rank 0, holding the trainer's weights under the version of the trainer's step."""
+    rollout, version = this.config.rollout, str(this.state.step)
     if rollout.engine == "local":
+        # Every rank has the whole model; rank 0 alone samples.
         engine = SyncedEngine(LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad), None)
-        engine.update_weights(str(this.state.step))
-        yield engine
+        engine.update_weights(version)
+        yield engine if leads() else Follower(None)
+        return
+    if not leads():
+        follower = Follower(this.model)
+        # Rank 0 writes the weights once to start its servers on, and once under their version.
+        follower.update_weights(version)
+        follower.update_weights(version)
+        yield follower
         return
     with sglang_engine(
         rollout,
         this.config.model,
-        lambda: native_tensors(this.model),
+        lambda: whole_tensors(this.model),
         weights.tokenizer_folder,
         this.folder / "logs",
         this.platform.name,
     ) as engine:
-        engine.update_weights(str(this.state.step))
+        engine.update_weights(version)
         yield engine

@@ -14,7 +14,8 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.corpus import Corpus, build_corpus
 from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_r1.model.flops import flops_per_token, peak_flops
-from megatron_r1.parallel.mesh import data_parallel_group, world_size
+from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, world_size
 from megatron_r1.stages.session import run_folder
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import find_weights
@@ -102,7 +103,7 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
 
 
 def _mean_loss(result: UpdateResult) -> float:
-    """Mean loss over micro-batches and data-parallel ranks, on every rank of the last pipeline stage."""
-    loss = torch.stack([entry["loss"] for entry in result.passes.logged]).mean()
-    dist.all_reduce(loss, group=data_parallel_group())
-    return float(loss) / dist.get_world_size(data_parallel_group())
+    """Mean loss over micro-batches and data-parallel ranks, the same on every rank."""
+    mine = [float(entry["loss"]) for entry in result.passes.logged] if speaks_for_its_data() else []
+    losses = [loss for rank in AllRanks().gather(mine) for loss in rank]
+    return sum(losses) / len(losses)

@@ -27,13 +27,15 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def open_run_folder(config: RunConfig) -> Path:
-    """Make or find the run's folder and pin its configuration.
+    """Make or find the run's folder and, on rank 0, pin its configuration.
 
     Raises:
         ConfigError: the folder holds a run with another configuration; the message shows each difference.
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
+    if os.environ.get("RANK", "0") != "0":
+        return folder
     pinned = folder / "config.yaml"
     if pinned.exists():
         changes = [

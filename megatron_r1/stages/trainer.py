@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from megatron_r1.checkpoint.tensors import read_state, read_tensors, write_state
 from megatron_r1.config.load import resolved
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.model.build import build_model, load_native_tensors, native_tensors
+from megatron_r1.errors import ConfigError, Requeue
+from megatron_r1.hf.gather import whole_tensors
+from megatron_r1.model.build import build_model
+from megatron_r1.model.shards import load_whole_tensors
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import Platform, select
@@ -66,7 +69,7 @@ class Trainer:
             CheckpointHook(
                 self.store,
                 lambda folder, state: self._write(folder, state, extra_tensors()),
-                {"config": resolved(self.config), "layout": {"ranks": dist.get_world_size()}},
+                {"config": resolved(self.config), "layout": layout(self.config)},
                 train.checkpoint_interval,
                 self.state.step,
             )
@@ -78,7 +81,9 @@ class Trainer:
 
     def _write(self, folder: Path, state: TrainState, extra: dict[str, torch.Tensor]) -> None:
         rank = dist.get_rank()
-        write_tensors(folder, "model", rank, native_tensors(self.model))
+        whole = list(whole_tensors(self.model))
+        if rank == 0:
+            write_tensors(folder, "model", 0, whole)
         write_tensors(folder, "optimizer", rank, self.optimizer.tensors())
         write_tensors(folder, "random", rank, {"cpu": torch.get_rng_state()}.items())
         if extra:
@@ -110,7 +115,7 @@ def trainer(
         model = build_model(config.model, config.parallel, platform, config.seed)
         if weights:
             check_same_model(config.model, weights.model, str(weights.folder))
-            load_native_tensors(model, weights.tensors)
+            load_whole_tensors(model, weights.tensors)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
         optimizer = Optimizer(model, config.train)
@@ -123,9 +128,11 @@ def _resume(this: Trainer) -> None:
     found = this.store.newest_verified()
     if not found:
         return
-    folder, _ = found
+    folder, manifest = found
+    if (saved := manifest.metadata["layout"]) != (now := layout(this.config)):
+        raise ConfigError("parallel", now, f"must be {saved}, as in {folder}; init.from starts a new run from it")
     rank = dist.get_rank()
-    load_native_tensors(this.model, read_tensors(folder, "model", rank))
+    load_whole_tensors(this.model, read_tensors(folder, "model", 0))
     this.optimizer.load(read_tensors(folder, "optimizer", rank))
     torch.set_rng_state(read_tensors(folder, "random", rank)["cpu"])
     if (folder / f"extra-{rank:05d}.safetensors").is_file():
@@ -134,14 +141,17 @@ def _resume(this: Trainer) -> None:
     logger.info("resuming %s at step %d", this.folder, this.state.step)
 
 
+def layout(config: RunConfig) -> dict[str, int]:
+    """How the ranks share the work; optimizer state is stored by rank, so a resume needs the same."""
+    return {"ranks": dist.get_world_size(), **asdict(config.parallel)}
+
+
 def finish(this: Trainer, state: TrainState) -> None:
     """Mark the run done, or leave it to be resumed when a signal stopped it.
 
     Raises:
         Requeue: a signal stopped the run before its last step.
     """
-    from megatron_r1.errors import Requeue
-
     if state.step >= this.config.train.steps:
         if dist.get_rank() == 0:
             mark_done(this.folder, state.as_dict())

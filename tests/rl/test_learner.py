@@ -11,7 +11,8 @@ from layouts import model_of
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
-from megatron_r1.rl.learner import Learner, ReferencePolicy
+from megatron_r1.rl.learner import Learner
+from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
