@@ -286,7 +286,6 @@ def test_locks_pin_every_dependency() -> None:
         assert not version or pinned[package] == version
 
 
-@pytest.mark.slow
 def test_wheel_carries_the_configs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], check=True, timeout=100, capture_output=True)

@@ -51,6 +51,13 @@ class Optimizer:
         )
         self._inner = get_megatron_optimizer(config, [self.model], get_standard_config_overrides(config))
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        # With bf16 weights the optimizer steps fp32 copies of them.
+        self._masters = {
+            name: parameter.main_param
+            for name, parameter in model.named_parameters()
+            if getattr(parameter, "main_param", None) is not None
+        }
+        self._names |= {id(master): name for name, master in self._masters.items()}
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers."""
@@ -75,14 +82,19 @@ class Optimizer:
         return float(norm or 0.0)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Optimizer state by name: ``exp_avg/PARAMETER``, ``exp_avg_sq/PARAMETER``, ``step/PARAMETER``."""
+        """State by name: ``exp_avg/``, ``exp_avg_sq/``, ``step/`` (``master/`` for bf16) and the parameter's name."""
+        for name, master in self._masters.items():
+            yield f"master/{name}", master
         for name, state in self._states():
             for key in (*MOMENTS, "step"):
                 yield f"{key}/{name}", torch.as_tensor(state[key])
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `tensors` gave; every entry must be there, or none where no update had been made."""
-        if not tensors:
+        with torch.no_grad():
+            for name, master in self._masters.items():
+                master.copy_(tensors[f"master/{name}"])
+        if not any(key.startswith("step/") for key in tensors):
             return
         for part in self._parts():
             for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):

@@ -73,13 +73,13 @@ def test_documents_repeat_by_seed_and_a_longer_run_begins_with_the_shorter():
     assert one != list(documents(DataConfig(num_documents=200, seed=1)))
 
 
-def test_perfect_imitation_is_right_about_a_third_of_the_time(written):
+def test_perfect_imitation_is_right_less_than_half_of_the_time(written):
     right = Counter()
     for document in written:
         right[document.quality, document.answer == value(document.expression)] += 1
     share = sum(count for (_, is_right), count in right.items() if is_right) / len(written)
     print(f"perfect imitation is right in {share:.3f} of the documents: {dict(right)}")
-    assert 0.25 < share < 0.40
+    assert 0.35 < share < 0.50
     assert not right["careful", False]
     assert right["hasty", False] > right["hasty", True]
 

@@ -13,8 +13,8 @@ from megatron_r1.parallel.mesh import check_degrees
 @pytest.mark.parametrize(
     ("degrees", "ranks", "key"),
     [
-        (ParallelConfig(tensor=2), 1, "parallel"),
-        (ParallelConfig(tensor=2, pipeline=2), 6, "parallel"),
+        (ParallelConfig(tensor=2), 1, "parallel.tensor"),
+        (ParallelConfig(tensor=2, pipeline=2), 6, "parallel.tensor"),
         (ParallelConfig(expert=4), 2, "parallel.expert"),
         (ParallelConfig(tensor=2, expert=2, expert_tensor=2), 2, "parallel.expert"),
     ],

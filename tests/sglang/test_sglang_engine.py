@@ -15,7 +15,7 @@ from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+pytestmark = [pytest.mark.sglang]
 CONTEXT = 64
 VOCABULARY = 160
 FREE = Sampling(temperature=1.0, top_p=1.0, max_tokens=12, stop_tokens=(), seed=0)

@@ -15,7 +15,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.server import group_members
 
-pytestmark = [pytest.mark.sglang, pytest.mark.slow]
+pytestmark = [pytest.mark.sglang]
 
 PROGRAM = """
 import json, sys, time

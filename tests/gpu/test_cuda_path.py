@@ -1,0 +1,48 @@
+"""The CUDA path on a real GPU: skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    command = [sys.executable, "-m", "megatron_r1", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pre_training_learns_on_cuda(tmp_path, precision):
+    done = run(
+        *("pretrain", f"root='{tmp_path}'", "name=gpu", "platform=cuda", f"model.precision={precision}"),
+        *("data.num_documents=2000", "train.steps=60", "train.schedule.warmup_steps=5", "track=off"),
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "gpu" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 60 and losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.timeout(700)
+def test_a_cuda_run_starts_with_the_losses_of_a_cpu_run(tmp_path):
+    losses = {}
+    for platform in ("cpu", "cuda"):
+        done = run(
+            *("pretrain", f"root='{tmp_path}'", f"name={platform}", f"platform={platform}"),
+            *("data.num_documents=2000", "train.steps=3", "train.schedule.warmup_steps=1", "track=off"),
+        )
+        assert done.returncode == 0, done.stderr
+        rows = (tmp_path / platform / "metrics.jsonl").read_text().splitlines()
+        losses[platform] = [json.loads(row)["loss"] for row in rows]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
