@@ -7,7 +7,9 @@ that a person can mend is one line on stderr and the exit code of its kind; a tr
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,11 +18,13 @@ from typing import TYPE_CHECKING
 from megatron_r1 import __version__
 from megatron_r1.config.recipes import groups, recipes
 from megatron_r1.config.verbs import VERBS
-from megatron_r1.errors import ConfigError, ExitCode, UserError
+from megatron_r1.errors import ConfigError, ExitCode, Requeue, UserError
 
 if TYPE_CHECKING:
     from megatron_r1.config.run import RunConfig
 
+SILENT_S = 5.0
+"""Seconds by which a rank that refuses in silence outstays the one that speaks."""
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
 OPTIONS = """\
 options:
@@ -98,26 +102,32 @@ def prepare(command: Command) -> RunConfig | None:
     elif not command.verb:
         raise ConfigError("VERB", "", f"must be one of {', '.join(VERBS)}")
     else:
+        from megatron_r1.config.layout import check_layout
         from megatron_r1.config.load import as_yaml, load  # Hydra takes a tenth of a second: not for --help
 
         config = load(command.verb, command.overrides, command.config_name)
         if not command.print_config:
+            check_layout(config, command.verb, int(os.environ.get("WORLD_SIZE", "1")))
             return config
         print(as_yaml(config), end="")
     return None
 
 
+def leads() -> bool:
+    """Whether this is the rank that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def exit_code(arguments: list[str]) -> int:
     """Do what the arguments ask for, tell the person what went wrong, and give the process's exit status."""
-    quiet = os.environ.get("RANK", "0") != "0"  # every rank refuses the same configuration: one of them says so
     try:
         command = parse(arguments or ["--help"])
         config = prepare(command)
-        quiet = False
         if config is not None:
             import_module(VERBS[command.verb].module).run(config)
     except UserError as error:
-        if not quiet:
+        # All ranks refuse the same configuration and obey the same signal: one of them says so.
+        if leads() or not isinstance(error, ConfigError | Requeue):
             print(f"megatron-r1: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
@@ -132,7 +142,12 @@ def main() -> None:
     """Entry point of the `megatron-r1` command."""
     # Read by OpenMP when torch is imported: threads that spin while they wait starve an engine on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    sys.exit(exit_code(sys.argv[1:]))
+    code = exit_code(sys.argv[1:])
+    if code == ExitCode.BAD_CONFIG and not leads() and "WORLD_SIZE" in os.environ:
+        # A launcher ends all ranks as soon as one has ended: the one that says why must not be ended first.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SILENT_S)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 from megatron_r1.config.checks import at_least
 
@@ -24,3 +25,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tensor", "pipeline", "expert", "expert_tensor", "context")
+
+    def fewest_ranks(self) -> int:
+        """The smallest number of ranks that these degrees can divide among themselves."""
+        model = self.tensor * self.pipeline * self.context
+        experts = self.expert * self.expert_tensor * self.pipeline
+        return lcm(model, experts)

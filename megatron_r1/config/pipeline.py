@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_r1.config.checks import at_least
 from megatron_r1.errors import ConfigError
 
-STAGE_VERBS = ("pretrain", "grpo", "eval", "convert", "report")
+TRAINING_VERBS = ("pretrain", "grpo")
+STAGE_VERBS = (*TRAINING_VERBS, "eval", "convert", "report")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,8 +37,11 @@ class PipelineConfig:
     """Name -> stage; run in the order of their needs."""
     overrides: list[str] = field(default_factory=list)
     """key=value given to every stage."""
+    ranks: int = 0
+    """Ranks of each training stage, on this machine; 0 takes as few as `parallel` needs."""
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "ranks")
         for name, stage in self.stages.items():
             for need in stage.needs:
                 if need not in self.stages:

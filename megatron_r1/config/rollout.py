@@ -41,11 +41,17 @@ class RolloutConfig:
     """Longest answer, in tokens."""
     batch_size: int = 256
     """Sequences that the local engine decodes at a time."""
+    sync: str = "group"
+    """How new weights reach the servers: group (a process group, in memory) or disk (a folder that they read)."""
+    bucket_mb: int = 64
+    """Megabytes (2^20 bytes) of weights that sync=group sends at a time."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     """Servers of engine=sglang."""
 
     def __post_init__(self) -> None:
         one_of(self, "engine", ("sglang", "local"))
+        one_of(self, "sync", ("group", "disk"))
         within(self, 0.0, 10.0, "temperature")
         within(self, 1e-6, 1.0, "top_p")
         at_least(self, 1, "max_response_tokens", "batch_size")
+        within(self, 1, 65_536, "bucket_mb")

@@ -98,11 +98,15 @@ class RunConfig:
 
     def _check_parallel(self) -> None:
         degrees, model = self.parallel, self.model
-        if degrees.context > 1 and self.platform == "cpu":
-            raise ConfigError("parallel.context", degrees.context, "must be 1 on platform=cpu")
+        if degrees.context > 1:
+            raise ConfigError("parallel.context", degrees.context, "must be 1: no stage divides sequences among ranks")
+        shared_experts_width = model.moe.num_shared_experts * model.moe.ffn_hidden_size
         for key, degree, name, amount in (
             ("tensor", degrees.tensor, "model.num_attention_heads", model.num_attention_heads),
             ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
+            ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
+            ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),
+            ("tensor", degrees.tensor, "train.sequence_length", self.train.sequence_length),
             ("pipeline", degrees.pipeline, "model.num_layers", model.num_layers),
             ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
             ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),

@@ -63,9 +63,8 @@ def export(
     config = hf_config(model, tokens, str(dtype).removeprefix("torch."), include_mtp)
     with published(folder) as unfinished:
         shards = _Shards(unfinished, shard_bytes)
-        for row, tensor in _matched(tensors, model, include_mtp):
-            for name, part in _parts(row, tensor.detach(), torch.float32 if row.float32 else dtype):
-                shards.add(name, part)
+        for name, tensor in hf_tensors(tensors, model, dtype=dtype, include_mtp=include_mtp):
+            shards.add(name, tensor.to("cpu").contiguous())
         shards.close()
         write_json(unfinished / "config.json", config)
         write_json(unfinished / "generation_config.json", generation_config(tokens))
@@ -74,10 +73,35 @@ def export(
     return folder
 
 
+def hf_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    include_mtp: bool = True,
+    complete: bool = True,
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole megatron-core tensors, one by one, under Hugging Face's names and in its type; they stay on their device.
+
+    Args:
+        tensors: (native name, tensor) pairs in any order.
+        model: shape of the model.
+        dtype: type of the weights, by default as `model.precision`; the router's bias is always float32.
+        include_mtp: give the multi-token layers. Without, their tensors may be in `tensors` and are left out.
+        complete: every tensor of the model must come; without, `tensors` may be a part of them.
+
+    Raises:
+        DataError: a tensor is unknown, missing, doubled or has the wrong shape. What is missing shows at the end.
+    """
+    dtype = dtype or getattr(torch, DTYPE_NAMES[model.precision])
+    for row, tensor in _matched(tensors, model, include_mtp, complete):
+        yield from _parts(row, tensor.detach(), torch.float32 if row.float32 else dtype)
+
+
 def _matched(
-    tensors: Iterable[tuple[str, Tensor]], model: ModelConfig, include_mtp: bool
+    tensors: Iterable[tuple[str, Tensor]], model: ModelConfig, include_mtp: bool, complete: bool
 ) -> Iterator[tuple[Row, Tensor]]:
-    """Pair each tensor with its row of the table; when the stream ends every row has been met once."""
+    """Pair each tensor with its row of the table, each row once; with `complete` every row must be met."""
     table = {row.native: row for row in rows(model)}
     written = {row.native: row for row in rows(model, include_mtp)}
     seen: set[str] = set()
@@ -92,12 +116,12 @@ def _matched(
         seen.add(native)
         if native in written:
             yield written[native], tensor
-    if missing := written.keys() - seen:
+    if complete and (missing := written.keys() - seen):
         raise DataError(f"{min(missing)}: missing; tensors missing in all: {len(missing)}")
 
 
 def _parts(row: Row, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    tensor = tensor.to("cpu", dtype).contiguous()
+    tensor = tensor.to(dtype)
     yield from zip(row.hf, tensor.chunk(len(row.hf)), strict=True)
     for name in row.copies:
         yield name, tensor.clone()  # safetensors refuses two names for one memory

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from megatron_r1.config.layout import check_degrees
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.errors import ConfigError
 from megatron_r1.platform import Platform
 
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -30,24 +30,6 @@ def rank() -> int:
 def leads() -> bool:
     """Whether this rank talks to the world: the terminal, the run folder, the engine."""
     return rank() == 0
-
-
-def check_degrees(degrees: ParallelConfig, ranks: int) -> None:
-    """Refuse degrees that `ranks` processes cannot be divided into.
-
-    Raises:
-        ConfigError: names the degree that does not fit.
-    """
-    model_parallel = degrees.tensor * degrees.pipeline * degrees.context
-    if ranks % model_parallel:
-        named = max(("tensor", "pipeline", "context"), key=lambda name: getattr(degrees, name))
-        allowed = f"tensor x pipeline x context={model_parallel} must divide the {ranks} ranks that were started"
-        raise ConfigError(f"parallel.{named}", getattr(degrees, named), allowed)
-    experts = degrees.expert * degrees.expert_tensor * degrees.pipeline
-    if ranks % experts:
-        raise ConfigError(
-            "parallel.expert", degrees.expert, f"expert x expert_tensor x pipeline={experts} must divide {ranks} ranks"
-        )
 
 
 @contextmanager

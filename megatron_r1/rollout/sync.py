@@ -1,4 +1,4 @@
-"""How new weights reach the engine: an export that the engine reads from disk, stamped with a version."""
+"""How new weights reach the engine, stamped with a version: over a process group, or as a folder that it reads."""
 
 from __future__ import annotations
 
@@ -6,16 +6,58 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.config import serving_view
-from megatron_r1.hf.export import export
+from megatron_r1.hf.export import export, hf_tensors
+from megatron_r1.rollout.engine import Engine
+
+if TYPE_CHECKING:
+    from megatron_r1.rollout.sglang.engine import SGLangEngine
+    from megatron_r1.rollout.sglang.sender import Sender
 
 _MEMORY = Path("/dev/shm")
 
 NamedTensors = Callable[[], Iterable[tuple[str, Tensor]]]
+
+
+class Sync(Protocol):
+    """A way that weights take."""
+
+    def push(self, version: str) -> None:
+        """Make the engine sample from now on with the weights as they stand, which are called `version`."""
+        ...
+
+
+class GroupSync:
+    """Sends the weights from memory to memory: one sender that holds them all, and the session around it."""
+
+    def __init__(
+        self, engine: SGLangEngine, sender: Sender, tensors: NamedTensors, model: ModelConfig, bucket_bytes: int
+    ):
+        """
+        Args:
+            engine: whose servers receive.
+            sender: of this engine's endpoints.
+            tensors: gives the weights as they stand, whole, by megatron-core name.
+            model: shape of the model.
+            bucket_bytes: bytes sent at a time.
+        """
+        self._engine, self._sender, self._tensors, self._model = engine, sender, tensors, model
+        self._bucket_bytes = bucket_bytes
+
+    def push(self, version: str) -> None:
+        """
+        Raises:
+            NoRolloutCapacity: a server failed; the engine refuses to answer until an update succeeds.
+            DataError: the weights are not those of the model; likewise.
+        """
+        with self._engine.receiving(version):
+            weights = hf_tensors(self._tensors(), self._model, include_mtp=False)
+            self._sender.send(weights, self._bucket_bytes, version=version)
 
 
 class DiskSync:
@@ -35,6 +77,8 @@ class DiskSync:
         place = _MEMORY if _MEMORY.is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="megatron_r1-weights-", dir=place))
         self._turn = 0
+        self.engine: Engine | None = None
+        """Who reads the folders; started on the first of them, so not known before."""
 
     def write(self) -> Path:
         """Export the weights as they stand; returns the folder to serve, without the multi-token layers."""
@@ -42,6 +86,15 @@ class DiskSync:
         weights = self._folder / f"weights-{self._turn}"
         export(self._tensors(), self._model, weights, include_mtp=False, tokenizer_folder=self._tokenizer)
         return serving_view(weights, self._folder / f"view-{self._turn}")
+
+    def push(self, version: str) -> None:
+        """
+        Raises:
+            NoRolloutCapacity: a server failed.
+            DataError: the weights are not those of the model.
+        """
+        assert self.engine is not None
+        self.engine.update_weights(self.write(), version)
 
     def close(self) -> None:
         """Remove the folders."""

@@ -67,13 +67,10 @@ def check(config: RunConfig) -> None:
     """Refuse what this stage cannot do.
 
     Raises:
-        ConfigError: nothing to start from, or an engine that cannot serve the layout.
+        ConfigError: nothing to start from.
     """
     if not config.init.from_:
         raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
-    degrees = config.parallel
-    if config.rollout.engine == "local" and degrees.tensor * degrees.pipeline * degrees.expert > 1:
-        raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
 
 
 def reference_tensors(reference: ReferencePolicy | None) -> dict[str, torch.Tensor]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 from rich.console import Console
 
+from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError, ExitCode, UserError
 from megatron_r1.pipeline.graph import in_order, stage_command
+from megatron_r1.pipeline.ranks import run_ranks
 from megatron_r1.stages.session import is_done, open_run_folder
+
+INTERRUPTED = 130
+"""Exit code of a stage that Ctrl-C ended at once."""
 
 console = Console(stderr=True, highlight=False)
 
@@ -36,28 +40,26 @@ def run(config: RunConfig) -> None:
             continue
         console.print(f"{title}: {stages[name].verb}")
         started = time.monotonic()
-        run_stage(name, stage_command(name, stages[name], folder, common))
+        arguments = stage_command(name, stages[name], folder, common)
+        if stages[name].verb in TRAINING_VERBS:
+            degrees = [f"parallel.{degree}={size}" for degree, size in asdict(config.parallel).items()]
+            run_stage(name, [*arguments, *degrees], config.pipeline.ranks or config.parallel.fewest_ranks())
+        else:
+            run_stage(name, arguments)
         console.print(f"{title}: done in {time.monotonic() - started:.0f} s")
     console.print(f"finished: {folder}")
 
 
-def run_stage(name: str, arguments: list[str]) -> None:
-    """One stage in a process of its own; signals reach it, and its exit code comes back.
+def run_stage(name: str, arguments: list[str], ranks: int = 1) -> None:
+    """One stage in processes of its own; signals reach it, and its exit code comes back.
 
     Raises:
         StageFailed: the stage did not end well.
+        KeyboardInterrupt: a person interrupted it.
     """
-    process = subprocess.Popen([sys.executable, "-m", "megatron_r1", *arguments])
-    # A terminal sends Ctrl-C to the stage as well, which saves and ends; a scheduler's signal is passed on.
-    previous = {
-        number: signal.signal(number, lambda received, _: process.send_signal(received))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    } | {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    code = run_ranks([sys.executable, "-m", "megatron_r1", *arguments], ranks)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     if code:
         failure = StageFailed(f"stage {name} ended with exit code {code}; the same command goes on from there")
         failure.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.BUG

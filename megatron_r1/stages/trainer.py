@@ -105,13 +105,14 @@ def trainer(
         weights: initial weights; None draws them.
         trainable: parameter name -> whether the optimizer changes it.
     """
-    preempt = PreemptHook()
     folder = open_run_folder(config)
     platform = select(config.platform)
     with (
         process_groups(platform, config.parallel, config.seed, config.threads),
         CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints, AllRanks()) as store,
     ):
+        # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
+        preempt = PreemptHook()
         model = build_model(config.model, config.parallel, platform, config.seed)
         if weights:
             check_same_model(config.model, weights.model, str(weights.folder))

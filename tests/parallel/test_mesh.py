@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_r1.config.layout import check_degrees
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.parallel.comm import AllRanks, all_ranks, any_rank, broadcast
-from megatron_r1.parallel.mesh import check_degrees
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import BadReply, Client, completion
 from megatron_r1.rollout.sglang.engine import divide
+from megatron_r1.rollout.sglang.server import LAUNCHER
 
 REQUEST = Request("r", (5, 6, 7))
 SAMPLING = Sampling(1.0, 1.0, 3, (9,), 0)
@@ -200,3 +201,9 @@ def test_equal_groups_make_equal_shares():
     requests = [Request(f"{prompt}-{i}", (prompt,)) for prompt in range(32) for i in range(16)]
     assert [len(share) for share in divide(requests, 2)] == [256, 256]
     assert [len(share) for share in divide(requests[:16], 4)] == [4, 4, 4, 4]
+
+
+def test_servers_do_not_take_themselves_for_ranks_of_the_launcher():
+    told = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT".split()
+    assert all(LAUNCHER.fullmatch(name) for name in [*told, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"])
+    assert not any(LAUNCHER.fullmatch(name) for name in ("PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RANKS"))

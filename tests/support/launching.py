@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 
+import psutil
+
 
 def run_to_the_end(command: list[str], seconds: float) -> None:
     """Run a command that must succeed; nothing that it started is left behind."""
@@ -25,3 +27,13 @@ def run_to_the_end(command: list[str], seconds: float) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert process.returncode == 0, output
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Processes that were started with MEGATRON_R1_TEST=mark, or by one that was."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("MEGATRON_R1_TEST") == mark:
+                found.append(process)
+    return found

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import aiohttp
 import orjson
@@ -26,6 +27,18 @@ class BadReply(NoRolloutCapacity):
     """An SGLang server answered something that cannot be used."""
 
 
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server is and what opens it. May be handed to another process in memory; printed, it shows no key."""
+
+    url: str
+    """``http://host:port``."""
+    api_key: str = field(repr=False)
+    """Opens generation."""
+    admin_key: str = field(repr=False)
+    """Opens control."""
+
+
 class Client:
     """Calls to one server.
 
@@ -39,6 +52,10 @@ class Client:
     def __init__(self, url: str, api_key: str, admin_key: str, timeout_s: float):
         self.url, self.timeout_s = url, timeout_s
         self._authorization = {False: f"Bearer {api_key}", True: f"Bearer {admin_key}"}
+
+    @classmethod
+    def at(cls, endpoint: Endpoint, timeout_s: float) -> Self:
+        return cls(endpoint.url, endpoint.api_key, endpoint.admin_key, timeout_s)
 
     async def generate(self, requests: Sequence[Request], sampling: Sampling, version: str) -> list[Completion]:
         """One checked completion for each request, in their order, all in one call.
@@ -64,10 +81,11 @@ class Client:
     async def update_weights(self, folder: str, version: str) -> None:
         """Load the weights of a folder, drop the cache of the old ones, stamp the version and see it stamped."""
         body = {"model_path": folder, "weight_version": version, "flush_cache": True}
-        reply = await self._call("/update_weights_from_disk", body, admin=True)
-        if not (isinstance(reply, dict) and reply.get("success") is True):
-            message = reply.get("message") if isinstance(reply, dict) else reply
-            raise BadReply(f"{self.url}: weights of {folder} were not loaded: {message}")
+        await self._control("/update_weights_from_disk", body, attempts=ATTEMPTS)
+        await self.confirm(version)
+
+    async def confirm(self, version: str) -> None:
+        """Raise BadReply unless the server says that its weights have this version."""
         if (served := await self.weight_version()) != version:
             raise BadReply(f"{self.url}: serves weight version {served!r} after an update to {version!r}")
 
@@ -78,10 +96,67 @@ class Client:
             raise BadReply(f"{self.url}/model_info: no weight_version in the reply")
         return reply["weight_version"]
 
-    async def _call(self, path: str, body: object | None, *, admin: bool = False, limit: int = LARGEST_REPLY) -> Any:
-        """POST a JSON body (GET without one). Connection errors are tried again: every call may be repeated safely."""
+    async def begin_update(self) -> None:
+        """Open the session in which `receive` is allowed."""
+        await self._control("/begin_weight_update", {})
+
+    async def end_update(self) -> None:
+        """Close the session: the weights are made ready for use."""
+        await self._control("/end_weight_update", {})
+
+    async def join_group(self, name: str, backend: str, address: str, port: int, rank: int, world_size: int) -> None:
+        """Have the server's ranks join a process group of which this program is rank 0; the first of them is `rank`."""
+        body = {
+            "group_name": name, "backend": backend, "master_address": address, "master_port": port,
+            "rank_offset": rank, "world_size": world_size,
+        }  # fmt: skip
+        await self._control("/init_weights_update_group", body)
+
+    async def leave_group(self, name: str) -> None:
+        await self._control("/destroy_weights_update_group", {"group_name": name})
+
+    async def receive(self, group: str, tensors: dict[str, Any], flush_cache: bool, version: str | None) -> None:
+        """Load the bucket that is being broadcast in `group`; returns when that is done.
+
+        Args:
+            group: name of the process group.
+            tensors: ``names``, ``dtypes`` and ``shapes`` of what the bucket holds, in its order.
+            flush_cache: drop the cache of the old weights, and stamp `version`.
+        """
+        body = {"load_format": "flattened_bucket", "group_name": group, "flush_cache": flush_cache, **tensors}
+        await self._control("/update_weights_from_distributed", body | {"weight_version": version})
+
+    async def checksums(self) -> dict[str, str]:
+        """Checksum of every weight that the server holds, by SGLang's name; by rank where it has several."""
+        reply = await self._control("/weights_checker", {"action": "checksum"}, limit=16 * LARGEST_REPLY)
+        try:
+            ranks = [rank["checksums"] for rank in reply["ranks"]]
+            if len(ranks) == 1:
+                return dict(ranks[0])
+            return {f"{name}@{rank}": value for rank, sums in enumerate(ranks) for name, value in sums.items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BadReply(f"{self.url}/weights_checker: the reply lacks a field: {error!r}") from None
+
+    async def _control(self, path: str, body: object, attempts: int = 1, limit: int = LARGEST_REPLY) -> dict[str, Any]:
+        """A call that must report success."""
+        reply = await self._call(path, body, admin=True, limit=limit, attempts=attempts)
+        if not (isinstance(reply, dict) and reply.get("success") is True):
+            message = reply.get("message") if isinstance(reply, dict) else reply
+            raise BadReply(f"{self.url}{path}: {str(message)[:300]}")
+        return reply
+
+    async def _call(
+        self,
+        path: str,
+        body: object | None,
+        *,
+        admin: bool = False,
+        limit: int = LARGEST_REPLY,
+        attempts: int = ATTEMPTS,
+    ) -> Any:
+        """POST a JSON body (GET without one). Connection errors are tried again where a call may be repeated."""
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(ATTEMPTS),
+            stop=stop_after_attempt(attempts),
             wait=wait_random_exponential(multiplier=0.2, max=2.0),
             retry=retry_if_exception_type(aiohttp.ClientConnectionError),
             reraise=True,

@@ -35,6 +35,8 @@ def environment(tensor_parallel: int) -> dict[str, str]:
     if not importlib.util.find_spec("sgl_kernel"):
         variables["PYTHONPATH"] = str(Path(__file__).parent / "stubs")
     if tensor_parallel > 1:
+        # A CUDA build of torch brings NCCL, which SGLang would try on CPU tensors; what it cannot load it leaves out.
+        variables["SGLANG_NCCL_SO_PATH"] = os.devnull
         cores = sorted(os.sched_getaffinity(0))
         variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
             str(cores[rank % len(cores)]) for rank in range(tensor_parallel)

@@ -8,8 +8,11 @@ SGLang on these backends draws from one generator that all requests of a server 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -19,9 +22,10 @@ from megatron_r1.config.rollout import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 from megatron_r1.rollout.sglang import cpu
-from megatron_r1.rollout.sglang.client import Client
+from megatron_r1.rollout.sglang.client import Client, Endpoint
 from megatron_r1.rollout.sglang.server import Server
 
+CLOSE_SESSION_S = 10.0
 SPARE_TOKENS = 8
 """SGLang keeps a few positions of the context for itself."""
 
@@ -56,6 +60,9 @@ class SGLangEngine:
         version: str = "initial",
     ):
         self.config, self.context_length, self.version = config, context_length, version
+        self.tensor_parallel = tensor_parallel
+        self._in_use = threading.RLock()
+        self._doubt = ""
         self.servers: list[Server] = []
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
@@ -70,19 +77,23 @@ class SGLangEngine:
                 self.servers.append(Server(arguments, variables, Path(log_folder) / f"server-{index}.log"))
             for server in self.servers:
                 server.wait_until_listening(deadline)
-            self._clients = [
-                Client(server.url, server.api_key, server.admin_key, config.request_timeout_s)
-                for server in self.servers
-            ]
+            self._clients = [Client.at(endpoint, config.request_timeout_s) for endpoint in self.endpoints]
             self._on_all([client.weight_version() for client in self._clients])
         except BaseException:
             self.close()
             raise
 
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """The servers, for senders of weights in this process or another."""
+        return [server.endpoint for server in self.servers]
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion for each request, in their order; see the module's docstring for the log-probs.
 
         Requests with one prompt go to one server when they stand together, so that it reads the prompt once.
+        Waits while weights are being received; after an update that failed half way there are no answers until one
+        succeeds.
         """
         for request in requests:
             if (length := len(request.prompt_tokens)) + sampling.max_tokens > self.context_length:
@@ -96,13 +107,58 @@ class SGLangEngine:
             for client, share in zip(self._clients, shares, strict=True)
             if share
         ]
-        return [completion for share in self._on_all(calls) for completion in share]
+        with self._in_use:
+            if self._doubt:
+                for call in calls:
+                    call.close()
+                raise NoRolloutCapacity(self._doubt)
+            return [completion for share in self._on_all(calls) for completion in share]
 
     def update_weights(self, folder: Path, version: str) -> None:
         """Load the weights of `folder` into all servers at once; each drops its cache and confirms `version`."""
         path = str(Path(folder).resolve())
-        self._on_all([client.update_weights(path, version) for client in self._clients])
-        self.version = version
+        with self._in_use:
+            if self._doubt:
+                self._close_sessions()
+            self._on_all([client.update_weights(path, version) for client in self._clients])
+            self.version, self._doubt = version, ""
+
+    @contextmanager
+    def receiving(self, version: str) -> Iterator[None]:
+        """The session in which senders send new weights to `endpoints`, one after the other.
+
+        At the end of the block every server must say that it serves `version`, so the last sender stamps it. When the
+        block or a server fails, some weights may be new and others old: `version` stays what it was and `generate`
+        refuses, until another update succeeds.
+        """
+        with self._in_use:
+            if self._doubt:
+                self._close_sessions()
+            self._doubt = f"the servers' weights are of no one version: the update to {version!r} was not completed"
+            try:
+                self._on_all([client.begin_update() for client in self._clients])
+                yield
+                self._on_all([client.end_update() for client in self._clients])
+                self._on_all([client.confirm(version) for client in self._clients])
+            except BaseException as error:
+                self._close_sessions()
+                if isinstance(error, NoRolloutCapacity):
+                    self.check()
+                raise
+            self.version, self._doubt = version, ""
+
+    def checksums(self) -> dict[str, str]:
+        """Checksum of every weight, by SGLang's name.
+
+        Raises:
+            NoRolloutCapacity: two servers differ.
+        """
+        first, *others = self._on_all([client.checksums() for client in self._clients])
+        for client, other in zip(self._clients[1:], others, strict=True):
+            if differing := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
+                raise NoRolloutCapacity(f"{client.url}: {len(differing)} weights are not the first server's: "
+                                        f"{', '.join(differing[:3])}")  # fmt: skip
+        return first
 
     def check(self) -> None:
         """Raise NoRolloutCapacity when a server has ended."""
@@ -120,6 +176,12 @@ class SGLangEngine:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def _close_sessions(self) -> None:
+        """Close sessions that a failed update left open. A server that cannot will say so at the next update."""
+        for endpoint in self.endpoints:
+            with contextlib.suppress(NoRolloutCapacity):
+                asyncio.run(Client.at(endpoint, CLOSE_SESSION_S).end_update())
 
     def _on_all(self, calls: Sequence[Any]) -> list[Any]:
         """Run calls at the same time; the first failure ends the others. A dead server's own reason is told first."""

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -25,10 +26,13 @@ import psutil
 
 import megatron_r1
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.launch import remove_leftovers
 
 CLOSE_TIMEOUT_S = 20.0
 HOST = "127.0.0.1"
+LAUNCHER = re.compile(r"(TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))")
+"""Variables by which a launcher tells this program's ranks of each other; a server's ranks are none of these."""
 NOISE = ("Traceback", "File ", "warn", "^^^")
 
 
@@ -55,12 +59,16 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, "PYTHONPATH": _python_path(environment), "TMPDIR": str(self.folder)},
+                env=self._environment(environment),
                 start_new_session=True,
             )
         atexit.register(self.close)
         address = {"host": HOST, "port": self.port, "api_key": self.api_key, "admin_api_key": self.admin_key}
         self._send({**arguments, **address, "parent": os.getpid()})
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.url, self.api_key, self.admin_key)
 
     def check(self) -> None:
         """Raise NoRolloutCapacity, with the reason from the log, when the server's process has ended."""
@@ -103,6 +111,10 @@ class Server:
         self.process.wait(CLOSE_TIMEOUT_S)
         _wait_for_group(self.process.pid)
         remove_leftovers(self.folder)
+
+    def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
+        return {**inherited, **added, "PYTHONPATH": _python_path(added), "TMPDIR": str(self.folder)}
 
     def _send(self, arguments: dict[str, Any]) -> None:
         assert self.process.stdin is not None

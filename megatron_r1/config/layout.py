@@ -1,0 +1,61 @@
+"""What ranks and configuration must agree on; all of it is known before torch is imported."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.pipeline import TRAINING_VERBS
+from megatron_r1.config.run import RunConfig
+from megatron_r1.errors import ConfigError
+
+
+def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
+    """Refuse what `ranks` processes cannot do together; verbs that do not train share nothing.
+
+    Raises:
+        ConfigError: names the key that does not fit.
+    """
+    if verb not in TRAINING_VERBS:
+        return
+    check_degrees(config.parallel, ranks)
+    if verb == "pretrain":
+        _check_batch(config, ranks)
+    divided = any(size > 1 for size in asdict(config.parallel).values())
+    if verb == "grpo" and config.rollout.engine == "local" and divided:
+        raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
+
+
+def check_degrees(degrees: ParallelConfig, ranks: int) -> None:
+    """Refuse degrees that `ranks` processes cannot be divided into.
+
+    Raises:
+        ConfigError: names the degree that does not fit.
+    """
+    model_parallel = degrees.tensor * degrees.pipeline * degrees.context
+    if ranks % model_parallel:
+        named = max(("tensor", "pipeline", "context"), key=lambda name: getattr(degrees, name))
+        allowed = f"tensor x pipeline x context={model_parallel} must divide the {ranks} ranks that were started"
+        raise ConfigError(f"parallel.{named}", getattr(degrees, named), allowed)
+    experts = degrees.expert * degrees.expert_tensor * degrees.pipeline
+    if ranks % experts:
+        raise ConfigError(
+            "parallel.expert", degrees.expert, f"expert x expert_tensor x pipeline={experts} must divide {ranks} ranks"
+        )
+
+
+def _check_batch(config: RunConfig, ranks: int) -> None:
+    """Data-parallel ranks take equally many sequences, in equal micro-batches: else means would not be means."""
+    degrees, train = config.parallel, config.train
+    data_parallel = ranks // (degrees.tensor * degrees.pipeline * degrees.context)
+    share, rest = divmod(train.global_batch_size, data_parallel)
+    if rest:
+        raise ConfigError(
+            "train.global_batch_size",
+            train.global_batch_size,
+            f"must be a multiple of the {data_parallel} data-parallel ranks",
+        )
+    if share > train.micro_batch_size and share % train.micro_batch_size:
+        raise ConfigError(
+            "train.micro_batch_size", train.micro_batch_size, f"must divide the {share} sequences of a rank's share"
+        )

@@ -1,0 +1,189 @@
+"""Sends weights to SGLang servers over a process group of its own: rank 0 sends, the servers' ranks receive.
+
+Several senders, in one process or in several, may serve the same servers one after the other: whoever owns the engine
+opens the session (`SGLangEngine.receiving`) and each sender sends its part. The group is made at the first send, used
+for all later ones, and made anew after a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.sglang.buckets import Bucket, NamedTensor, buckets
+from megatron_r1.rollout.sglang.client import Client, Endpoint
+
+HOST = "127.0.0.1"
+POLL_S = 0.05
+LAST_WORDS_S = 2.0
+"""Seconds that a server may take to say why it left a broadcast."""
+FAREWELL_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    process_group: dist.ProcessGroup
+    store: dist.Store
+    """Kept: ranks meet in it again when a backend connects late."""
+
+
+class Sender:
+    """Rank 0 of a group with all ranks of all servers.
+
+    Args:
+        endpoints: the servers.
+        name: tells this sender from others of the same servers.
+        tensor_parallel: ranks of one server.
+        backend: ``gloo`` (any devices) or ``nccl`` (sender and servers on GPUs of their own).
+        timeout_s: seconds that the group may take to form, and one bucket to arrive and be loaded.
+        host: address of this machine at which the servers find the sender.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Endpoint],
+        name: str,
+        tensor_parallel: int = 1,
+        backend: str = "gloo",
+        timeout_s: float = 300.0,
+        host: str = HOST,
+    ):
+        self.name, self.backend = name, backend
+        self._clients = [Client.at(endpoint, timeout_s) for endpoint in endpoints]
+        self._last_clients = [Client.at(endpoint, FAREWELL_S) for endpoint in endpoints]
+        self._tensor_parallel, self._host = tensor_parallel, host
+        self._timeout = timedelta(seconds=timeout_s)
+        self._group: _Group | None = None
+        self._work: dist.Work | None = None
+        self._groups_made = 0
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix=f"send-{name}")
+
+    def send(
+        self, tensors: Iterable[NamedTensor], bucket_bytes: int, *, last: bool = True, version: str | None = None
+    ) -> int:
+        """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
+
+        Beside the tensors themselves one bucket of memory is held, here and in each server.
+
+        Args:
+            tensors: read one at a time; each is copied before the next is asked for.
+            bucket_bytes: most bytes of one bucket; a tensor that is larger makes one of its own.
+            last: this is the last sender of the session: with its last bucket the servers drop their cache.
+            version: what the last sender's last bucket stamps.
+
+        Raises:
+            NoRolloutCapacity: a server did not take a bucket; the group is gone, and the next send makes a new one.
+            DataError: half of a pair that belongs together is missing, or there are no tensors.
+        """
+        if self._group is None:
+            self._form()
+        sent = 0
+        for bucket, is_last in buckets(tensors, bucket_bytes, "cuda" if self.backend == "nccl" else "cpu"):
+            sent += 1
+            ends = last and is_last
+            try:
+                self._broadcast(bucket, ends, version if ends else None)
+            except (NoRolloutCapacity, RuntimeError) as error:
+                held = f"{bucket.names[0]} .. {bucket.names[-1]}"
+                reason = str(error).splitlines()[0][:300]
+                raise NoRolloutCapacity(f"sender {self.name}, bucket {sent} ({held}): {reason}") from error
+        return sent
+
+    def close(self) -> None:
+        """Leave the group on both sides; may be called twice."""
+        self._leave()
+        self._threads.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def _form(self) -> None:
+        """Make the group as SGLang makes its end of it: the same helper, the same store prefix."""
+        self._groups_made += 1
+        name = f"{self.name}-{self._groups_made}"
+        size = 1 + len(self._clients) * self._tensor_parallel
+        store = dist.TCPStore(self._host, 0, size, is_master=True, timeout=self._timeout, wait_for_workers=False)
+        posts = self._post(
+            client.join_group(name, self.backend, self._host, store.port, 1 + place * self._tensor_parallel, size)
+            for place, client in enumerate(self._clients)
+        )
+        try:
+            process_group, _ = c10d._new_process_group_helper(
+                size, 0, [], dist.Backend(self.backend), dist.PrefixStore(name, store),
+                group_name=c10d.GroupName(name), timeout=self._timeout,
+            )  # fmt: skip
+            assert isinstance(process_group, dist.ProcessGroup)
+            c10d._world.pg_group_ranks[process_group] = {rank: rank for rank in range(size)}
+        except RuntimeError as error:
+            if posts.done():
+                posts.result()  # the server's own reason is the better one
+            reason = str(error).splitlines()[0][:300]
+            raise NoRolloutCapacity(f"sender {self.name}: the servers did not join its group: {reason}") from error
+        self._group = _Group(name, process_group, store)
+        del process_group  # see `_leave`
+        try:
+            posts.result()
+        except BaseException:
+            self._leave()
+            raise
+
+    def _broadcast(self, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
+        assert self._group is not None
+        name, description = self._group.name, bucket.description()
+        posts = self._post(client.receive(name, description, flush_cache, version) for client in self._clients)
+        try:
+            self._work = self._group.process_group.broadcast(bucket.content, 0)
+            while not posts.done():
+                wait([posts], timeout=POLL_S)
+                if self._work.is_completed() and self._work.exception() is not None:
+                    wait([posts], timeout=LAST_WORDS_S)
+                    break
+            if posts.done():
+                posts.result()
+            self._work.wait()
+            self._work = None
+        except BaseException:
+            self._leave()
+            raise
+
+    def _leave(self) -> None:
+        """Leave the group, which may be stuck in a broadcast.
+
+        A broadcast cannot be called off, but it fails at once when the other side closes. So the servers leave first;
+        those that are stuck themselves follow when this side has closed, which is when its last reference goes: it is
+        held by this object alone, not by frames that a traceback keeps.
+        """
+        group, self._group = self._group, None
+        work, self._work = self._work, None
+        if group is None:
+            return
+        posts = self._post((client.leave_group(group.name) for client in self._last_clients), tolerant=True)
+        if work is not None:
+            with contextlib.suppress(RuntimeError):
+                work.wait(timedelta(seconds=FAREWELL_S))
+        dist.destroy_process_group(group.process_group)
+        del group, work
+        posts.result()
+
+    def _post(self, calls: Iterable[Any], tolerant: bool = False) -> Future[list[Any]]:
+        """Run calls to all servers at the same time, in another thread; the first failure ends the others."""
+        coroutines = list(calls)
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*coroutines, return_exceptions=tolerant)
+
+        return self._threads.submit(lambda: asyncio.run(together()))

@@ -1,0 +1,186 @@
+"""Weights over a process group into two real servers: the same as from disk, in every way of cutting, and failures."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.rollout import SGLangConfig
+from megatron_r1.errors import DataError, NoRolloutCapacity
+from megatron_r1.hf.export import hf_tensors
+from megatron_r1.model.build import native_tensors
+from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.sender import Sender
+from megatron_r1.rollout.sync import DiskSync, GroupSync
+
+pytestmark = [pytest.mark.sglang]
+SHAPE = ModelConfig(init_std=0.08)
+ASKED = [Request("a", (5, 6, 7)), Request("b", (8, 9))]
+SAMPLING = Sampling(1.0, 1.0, 4, (), 0)
+TIMEOUT_S = 30.0
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def model(new_model):
+    return new_model(SHAPE)
+
+
+@pytest.fixture(scope="module")
+def disk(model, tmp_path_factory):
+    from megatron_r1.config.data import DataConfig
+    from megatron_r1.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(DataConfig(num_documents=2000)).save(folder)
+    with DiskSync(lambda: native_tensors(model), SHAPE, folder) as disk:
+        yield disk
+
+
+@pytest.fixture(scope="module")
+def engine(disk, tmp_path_factory):
+    config = SGLangConfig(servers=2, max_running_requests=16, max_total_tokens=4096, request_timeout_s=TIMEOUT_S)
+    logs = tmp_path_factory.mktemp("logs")
+    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=64) as engine:
+        disk.engine = engine
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def sender(engine):
+    with Sender(engine.endpoints, "trainer", timeout_s=TIMEOUT_S) as sender:
+        yield sender
+
+
+@pytest.fixture
+def change(model):
+    """Gives every weight new values."""
+    noise = torch.Generator().manual_seed(int(time.monotonic_ns() % (1 << 30)))
+
+    @torch.no_grad()
+    def change() -> None:
+        for _, tensor in native_tensors(model):
+            tensor.add_(torch.randn(tensor.shape, generator=noise) * 0.02)
+
+    return change
+
+
+def weights(model) -> list[tuple[str, torch.Tensor]]:
+    return list(hf_tensors(native_tensors(model), SHAPE, include_mtp=False))
+
+
+def group_sync(engine, sender, model, bucket_bytes=64 * MIB) -> GroupSync:
+    return GroupSync(engine, sender, lambda: native_tensors(model), SHAPE, bucket_bytes)
+
+
+def answers(engine) -> set[str]:
+    return {one.weight_version for one in engine.generate(ASKED, SAMPLING)}
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 100_000, 64 * MIB])
+def test_group_and_disk_bring_the_same_weights(engine, sender, disk, model, change, bucket_bytes):
+    before = engine.checksums()
+    change()
+    group_sync(engine, sender, model, bucket_bytes).push(f"group-{bucket_bytes}")
+    assert answers(engine) == {f"group-{bucket_bytes}"}
+    by_group = engine.checksums()
+    assert all(by_group[name] != before[name] for name in before), "a weight was not replaced"
+    assert any(name.endswith("e_score_correction_bias") for name in by_group)
+    disk.push("disk")
+    assert engine.checksums() == by_group
+    assert answers(engine) == {"disk"}
+
+
+def test_two_senders_share_a_session(engine, sender, model, change):
+    change()
+    everything = weights(model)
+    cut = next(place for place, (name, _) in enumerate(everything) if name.startswith("model.layers.1."))
+    with Sender(engine.endpoints, "stage-1", timeout_s=TIMEOUT_S) as second, engine.receiving("two"):
+        assert sender.send(everything[:cut], 50_000, last=False) > 1
+        second.send(everything[cut:], 50_000, version="two")
+    assert engine.version == "two"
+    assert answers(engine) == {"two"}
+    by_two = engine.checksums()
+    group_sync(engine, sender, model).push("one")
+    assert engine.checksums() == by_two
+
+
+def test_a_session_without_a_stamp_is_refused(engine, sender, model):
+    with pytest.raises(NoRolloutCapacity, match="after an update to 'unstamped'"), engine.receiving("unstamped"):
+        sender.send(weights(model), MIB)
+    assert engine.version != "unstamped"
+    group_sync(engine, sender, model).push("stamped")
+    assert answers(engine) == {"stamped"}
+
+
+def test_wrong_shape_is_told_in_time_and_mended_by_the_next_update(engine, sender, model):
+    version, began = engine.version, time.monotonic()
+    wrong = [(name, tensor[:-1] if name == "lm_head.weight" else tensor) for name, tensor in weights(model)]
+    told = r"sender trainer, bucket \d+ \(.*lm_head"
+    with pytest.raises(NoRolloutCapacity, match=told) as error, engine.receiving("wrong"):
+        sender.send(wrong, 100_000, version="wrong")
+    assert "\n" not in str(error.value)
+    assert engine.endpoints[0].url in str(error.value) or engine.endpoints[1].url in str(error.value)
+    assert time.monotonic() - began < 20
+    assert engine.version == version
+    with pytest.raises(NoRolloutCapacity, match="the update to 'wrong' was not completed"):
+        engine.generate(ASKED, SAMPLING)
+    group_sync(engine, sender, model).push("mended")
+    assert answers(engine) == {"mended"}
+
+
+def test_weights_of_another_model_are_refused_and_mended(engine, sender, disk, model):
+    some = list(native_tensors(model))[1:]
+    with pytest.raises(DataError, match="missing"):
+        GroupSync(engine, sender, lambda: some, SHAPE, MIB).push("incomplete")
+    with pytest.raises(NoRolloutCapacity, match="incomplete"):
+        engine.generate(ASKED, SAMPLING)
+    disk.push("from-disk")
+    assert answers(engine) == {"from-disk"}
+
+
+def test_a_server_that_does_not_join_the_broadcast_ends_it(engine, model):
+    """A server that has no session refuses at once, while the sender is in a broadcast that nobody receives."""
+    began = time.monotonic()
+    early = Sender(engine.endpoints, "early", timeout_s=TIMEOUT_S)
+    with pytest.raises(NoRolloutCapacity, match="must run between"), early:
+        early.send(weights(model), MIB, version="early")
+    assert time.monotonic() - began < 20
+
+
+def test_close_leaves_nothing(engine, model):
+    def held() -> tuple[int, int, int]:
+        process = psutil.Process()
+        sockets = [one for one in process.net_connections() if one.status in ("ESTABLISHED", "LISTEN")]
+        return len(sockets), len(c10d._world.pg_map), len(c10d._world.pg_names)
+
+    before = held()
+    with Sender(engine.endpoints, "short", timeout_s=TIMEOUT_S) as short:
+        group_sync(engine, short, model).push("short")
+        assert held() > before
+    assert held() == before
+    short.close()
+    assert answers(engine) == {"short"}
+
+
+def test_a_server_killed_in_the_middle_is_named_in_time(engine, sender, model):
+    began, version = time.monotonic(), engine.version
+
+    def interrupted():
+        for number, pair in enumerate(weights(model)):
+            if number == 20:
+                os.killpg(engine.servers[1].process.pid, signal.SIGKILL)
+            yield pair
+
+    with pytest.raises(NoRolloutCapacity, match="ended with status -9"), engine.receiving("killed"):
+        sender.send(interrupted(), 1, version="killed")
+    assert time.monotonic() - began < 25
+    with pytest.raises(NoRolloutCapacity, match="ended with status -9"):
+        group_sync(engine, sender, model).push("next")
+    assert engine.version == version
