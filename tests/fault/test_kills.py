@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Job:
         return next((step for step, _ in step_folders(self.folder / "checkpoints")), 0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def launched(job: Job) -> Iterator[subprocess.Popen[str]]:
     """A launch of the job, with its own launcher; nothing that it started is left behind."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -127,27 +127,22 @@ class Campaign:
 
 
 def attempt(job: Job, chance: random.Random, life: float, seen: Campaign) -> int:
-    """One launch, whose rank is killed unless it ends before; its exit code."""
+    """One launch, of which a rank is killed within `life` seconds unless it ends before; its exit code."""
     rank, delay = chance.randrange(2), chance.uniform(0.0, life)
-    before = job.saved
     seen.launches += 1
     with launched(job) as launcher:
         ranks = ranks_of(job, launcher)
-        try:
-            launcher.wait(delay)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            ranks[rank].wait(delay)  # not a child of this process: only its end can be waited for
+        with contextlib.suppress(psutil.NoSuchProcess):
             ranks[rank].kill()
-            killed = time.monotonic()
-            code = end_of(job, launcher)
-            if code == 0:
-                return 0  # the rank had just ended
+        killed = time.monotonic()
+        if code := end_of(job, launcher):
             done, saved = (job.rows or [{"step": 0}])[-1]["step"], job.saved
-            assert saved >= before
-            seen.moments.append(f"rank {rank} after {delay:.1f} s at step {done}")
+            seen.moments.append(f"rank {rank} after {delay:.1f} s, at step {done}")
             seen.lost.append(done - saved)
             seen.seconds_to_end.append(time.monotonic() - killed)
-            return code
-        return end_of(job, launcher)
+        return code
 
 
 def survive(arguments: list[str], root: Path, expected: list[dict], life: float, kills: int, seed: int) -> Campaign:
@@ -157,7 +152,9 @@ def survive(arguments: list[str], root: Path, expected: list[dict], life: float,
         job = Job(arguments, root, f"{arguments[0]}-{seed}-{seen.runs}")
         while True:
             if len(seen.moments) < kills:
-                code = attempt(job, chance, life, seen)
+                started = time.monotonic()
+                if (code := attempt(job, chance, life, seen)) == 0:
+                    life = min(life, time.monotonic() - started)  # the machine has become faster
             else:
                 with launched(job) as launcher:
                     code, seen.launches = end_of(job, launcher), seen.launches + 1

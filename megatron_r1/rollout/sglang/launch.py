@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
 import shutil
 import signal
@@ -17,6 +18,7 @@ import threading
 from pathlib import Path
 
 PARENT_POLL_S = 1.0
+SEGMENT = re.compile(r"/dev/shm/(?:sglang_|sgl_shm_)\S+")
 
 
 class Secret(str):
@@ -26,11 +28,22 @@ class Secret(str):
         return "'***'"
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove a dead server's temporary folder, and the shared memory that SGLang names after the sockets in it."""
-    for socket in folder.glob("*"):
-        for segment in Path("/dev/shm").glob(f"sglang_loads_{socket.name}_*.shm"):
-            segment.unlink(missing_ok=True)
+def shared_memory(group: int) -> set[Path]:
+    """Segments in /dev/shm that SGLang made for the processes of a group; they outlive a killed process."""
+    found: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == group:
+                found |= set(map(Path, SEGMENT.findall((process / "maps").read_text())))
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
+
+
+def remove_leftovers(folder: Path, segments: set[Path]) -> None:
+    """Remove a server's temporary folder and its shared memory."""
+    for segment in segments:
+        segment.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -42,7 +55,7 @@ def _die_with_parent(parent: int) -> None:
             readable, _, _ = select.select([0], [], [], PARENT_POLL_S)
             if readable and not os.read(0, 1):
                 break
-        remove_leftovers(Path(os.environ["TMPDIR"]))
+        remove_leftovers(Path(os.environ["TMPDIR"]), shared_memory(os.getpgrp()))
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()

@@ -27,7 +27,7 @@ import psutil
 import megatron_r1
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sglang.launch import remove_leftovers
+from megatron_r1.rollout.sglang.launch import remove_leftovers, shared_memory
 
 CLOSE_TIMEOUT_S = 20.0
 HOST = "127.0.0.1"
@@ -103,6 +103,7 @@ class Server:
         atexit.unregister(self.close)
         if not self.folder.exists():
             return
+        segments = shared_memory(self.process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.stdin:
@@ -110,7 +111,7 @@ class Server:
                 self.process.stdin.close()
         self.process.wait(CLOSE_TIMEOUT_S)
         _wait_for_group(self.process.pid)
-        remove_leftovers(self.folder)
+        remove_leftovers(self.folder, segments)
 
     def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
