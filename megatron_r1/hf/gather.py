@@ -11,6 +11,14 @@ from torch import Tensor
 
 from megatron_r1.errors import DataError
 from megatron_r1.model.shards import Shard, shards
+from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.mesh import pipeline_stage
+
+
+def stage_leaders() -> list[int]:
+    """Collective: the lowest rank of each pipeline stage, by stage."""
+    stages = AllRanks().gather(pipeline_stage())
+    return [stages.index(stage) for stage in range(max(stages) + 1)]
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,10 @@ class _Part:
 
 
 def whole_tensors(
-    model: torch.nn.Module, of: Callable[[Tensor], Tensor] = Tensor.detach, to_rank: int = 0
+    model: torch.nn.Module,
+    of: Callable[[Tensor], Tensor] = Tensor.detach,
+    to_rank: int = 0,
+    stage: int | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Collective over all ranks: whole weights by name, in name order, one at a time.
 
@@ -32,15 +43,17 @@ def whole_tensors(
 
     Args:
         of: what to gather in place of a weight; see `shards`.
+        stage: only the weights of this pipeline stage; None gathers all.
 
     Raises:
         DataError: the ranks' shards do not make up a whole tensor.
     """
-    owned = [shard for shard in shards(model, of) if shard.owned]
+    mine_too = stage is None or stage == pipeline_stage()
+    owned = [shard for shard in shards(model, of) if shard.owned and mine_too]
     mine: dict[str, list[Shard]] = {}
     for shard in owned:
         mine.setdefault(shard.name, []).append(shard)
-    rank = dist.get_rank()
+    rank, device = dist.get_rank(), next(model.parameters()).device
     for name, (shape, parts) in sorted(_directory(owned, rank).items()):
         if sum(_size(part.shape) for part in parts) != _size(shape):
             raise DataError(f"{name}: the ranks' shards do not make up the whole tensor")
@@ -51,7 +64,7 @@ def whole_tensors(
                 whole = next(local).tensor
             elif rank == to_rank:
                 if whole is None:
-                    whole = torch.empty(shape, dtype=part.dtype, device=owned[0].tensor.device)
+                    whole = torch.empty(shape, dtype=part.dtype, device=device)
                 whole[part.place] = next(local).tensor if part.rank == rank else _receive(part, whole)
             elif part.rank == rank:
                 dist.send(next(local).tensor.contiguous(), to_rank)
@@ -63,12 +76,8 @@ def whole_tensors(
 def _directory(owned: list[Shard], rank: int) -> dict[str, tuple[tuple[int, ...], list[_Part]]]:
     """Every rank's owned shards, by whole tensor: its shape and its parts in one order that all ranks share."""
     told = [(s.name, s.whole_shape, _Part(rank, s.place, tuple(s.tensor.shape), s.tensor.dtype)) for s in owned]
-    everyone: list[list] = [told]
-    if dist.get_world_size() > 1:
-        everyone = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, told)
     directory: dict[str, tuple[tuple[int, ...], list[_Part]]] = {}
-    for name, shape, part in (entry for entries in everyone for entry in entries):
+    for name, shape, part in (entry for entries in AllRanks().gather(told) for entry in entries):
         directory.setdefault(name, (shape, []))[1].append(part)
     return directory
 

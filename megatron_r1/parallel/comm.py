@@ -37,6 +37,12 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
+
+
 class AllRanks:
     """All ranks of the job, for whoever must act together with the others."""
 

@@ -81,6 +81,13 @@ def data_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_data_parallel_group()
 
 
+def pipeline_stage() -> int:
+    """Which share of the layers this rank holds."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_rank()
+
+
 def is_last_stage() -> bool:
     """Whether this rank holds the last layers, hence the logits."""
     from megatron.core import parallel_state

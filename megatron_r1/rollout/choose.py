@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,8 +11,12 @@ import torch
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.hf.gather import stage_leaders, whole_tensors
+from megatron_r1.parallel import comm
 from megatron_r1.rollout.engine import Engine
-from megatron_r1.rollout.sync import DiskSync, GroupSync, NamedTensors, Sync
+from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.sender import Sender
+from megatron_r1.rollout.sync import DiskSync, GroupSync, NamedTensors, StageSync, Sync
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -19,15 +24,26 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 class SyncedEngine:
     """An engine and the way that weights take to it; without one it samples from the trainer's own weights."""
 
-    def __init__(self, engine: Engine, sync: Sync | None):
-        self.engine, self._sync = engine, sync
+    def __init__(self, engine: Engine | None, sync: Sync | None):
+        """
+        Args:
+            engine: None on ranks that only give their part of the weights.
+            sync: None where the engine reads the trainer's memory.
+        """
+        self._engine, self._sync = engine, sync
+
+    @property
+    def engine(self) -> Engine:
+        """Who samples; there is one on rank 0."""
+        assert self._engine is not None
+        return self._engine
 
     def update_weights(self, version: str) -> None:
         """Sample from now on with the weights as they stand."""
         if self._sync:
             self._sync.push(version)
-        else:
-            self.engine.update_weights(Path(), version)
+        elif self._engine:
+            self._engine.update_weights(Path(), version)
 
 
 @contextmanager
@@ -44,21 +60,9 @@ def sglang_engine(
         logs: the servers' output goes here.
         device: ``cpu`` or ``cuda``.
     """
-    from megatron_r1.rollout.sglang.engine import SGLangEngine
-    from megatron_r1.rollout.sglang.sender import Sender
-
     with ExitStack() as stack:
         disk = stack.enter_context(DiskSync(tensors, model, tokenizer_folder))
-        engine = stack.enter_context(
-            SGLangEngine(
-                disk.write(),
-                rollout.sglang,
-                logs,
-                device,
-                DTYPES[model.precision],
-                context_length=model.max_sequence_length,
-            )
-        )
+        engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device))
         if rollout.sync == "disk":
             disk.engine = engine
             yield SyncedEngine(engine, disk)
@@ -74,6 +78,54 @@ def sglang_engine(
             )
         )
         yield SyncedEngine(engine, GroupSync(engine, sender, tensors, model, rollout.bucket_mb << 20))
+
+
+@contextmanager
+def shared_sglang_engine(
+    rollout: RolloutConfig, model: ModelConfig, module: torch.nn.Module, tokenizer_folder: Path, logs: Path, device: str
+) -> Iterator[SyncedEngine]:
+    """Collective: SGLang servers of rank 0 that get their weights from all ranks.
+
+    Arguments as of `sglang_engine`, but
+
+    Args:
+        module: this rank's part of the model.
+    """
+    leads = comm.AllRanks().rank == 0
+    with ExitStack() as stack:
+        disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder))
+        engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device)) if leads else None
+        if not leads:
+            deque(whole_tensors(module), maxlen=0)
+        if rollout.sync == "disk":
+            disk.engine = engine
+            yield SyncedEngine(engine, disk if leads else Contributor(module))
+            return
+        disk.close()  # the servers have read what they start from
+        # The keys travel in memory, to ranks of this job alone.
+        endpoints, width = comm.broadcast((engine.endpoints, engine.tensor_parallel) if engine else None)
+        sender = None
+        if (rank := comm.AllRanks().rank) in stage_leaders():
+            sender = stack.enter_context(
+                Sender(endpoints, f"trainer-{rank}", width, group_backend(device), rollout.sglang.request_timeout_s)
+            )
+        yield SyncedEngine(engine, StageSync(engine, sender, module, model, rollout.bucket_mb << 20))
+
+
+class Contributor:
+    """The other ranks' side of a sync that rank 0 does alone: they give their part of the weights."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def push(self, version: str) -> None:
+        """Take part in gathering the weights."""
+        deque(whole_tensors(self._module), maxlen=0)
+
+
+def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
+    length, dtype = model.max_sequence_length, DTYPES[model.precision]
+    return SGLangEngine(folder, rollout.sglang, logs, device, dtype, context_length=length)
 
 
 def group_backend(device: str) -> str:

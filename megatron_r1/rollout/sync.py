@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.config import serving_view
 from megatron_r1.hf.export import export, hf_tensors
+from megatron_r1.hf.gather import stage_leaders, whole_tensors
+from megatron_r1.parallel import comm
 from megatron_r1.rollout.engine import Engine
 
 if TYPE_CHECKING:
@@ -58,6 +63,50 @@ class GroupSync:
         with self._engine.receiving(version):
             weights = hf_tensors(self._tensors(), self._model, include_mtp=False)
             self._sender.send(weights, self._bucket_bytes, version=version)
+
+
+class StageSync:
+    """Sends the weights of a model that many ranks share: each pipeline stage its own part, one after the other.
+
+    Tensor and expert shards are gathered to the stage's first rank, which sends over a group of its own; rank 0 holds
+    the session. Every method is collective.
+    """
+
+    def __init__(
+        self,
+        engine: SGLangEngine | None,
+        sender: Sender | None,
+        module: torch.nn.Module,
+        model: ModelConfig,
+        bucket_bytes: int,
+    ):
+        """
+        Args:
+            engine: whose servers receive; None but on rank 0.
+            sender: of the engine's endpoints; None but on each stage's first rank.
+            module: this rank's part of the model.
+            model: shape of the model.
+            bucket_bytes: bytes sent at a time.
+        """
+        self._engine, self._sender, self._module, self._model = engine, sender, module, model
+        self._bucket_bytes, self._leaders = bucket_bytes, stage_leaders()
+
+    def push(self, version: str) -> None:
+        """
+        Raises:
+            NoRolloutCapacity: a server failed; the engine refuses to answer until an update succeeds.
+        """
+        with self._engine.receiving(version) if self._engine else nullcontext():
+            comm.barrier()  # the session is open
+            for stage, leader in enumerate(self._leaders):
+                whole = whole_tensors(self._module, to_rank=leader, stage=stage)
+                if self._sender and comm.AllRanks().rank == leader:
+                    weights = hf_tensors(whole, self._model, include_mtp=False, complete=False)
+                    last = stage == len(self._leaders) - 1
+                    self._sender.send(weights, self._bucket_bytes, last=last, version=version if last else None)
+                else:
+                    deque(whole, maxlen=0)
+                comm.barrier()  # the next stage waits for its turn
 
 
 class DiskSync:

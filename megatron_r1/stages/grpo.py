@@ -11,14 +11,13 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.hf.gather import whole_tensors
 from megatron_r1.parallel.mesh import leads
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rl.rollouts import Rollouts
 from megatron_r1.rl.scoring import rule_scorer
-from megatron_r1.rollout.choose import SyncedEngine, sglang_engine
+from megatron_r1.rollout.choose import SyncedEngine, shared_sglang_engine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.local import LocalEngine
 from megatron_r1.stages.trainer import Trainer, finish, trainer
@@ -45,7 +44,7 @@ def run(config: RunConfig) -> None:
         with rollout_engine(this, weights) as engine:
             rollouts = None
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", lambda: reference_tensors(reference))
-            if isinstance(engine, SyncedEngine):
+            if leads():
                 journal = Journal(this.folder / "rollouts")
                 hooks = Hooks([hooks, PruneJournal(journal, config.train)])
                 rollouts = Rollouts(
@@ -89,43 +88,21 @@ class PruneJournal(Hook):
         self._journal.prune(before_step=state.step - self._horizon)
 
 
-class Follower:
-    """Stands where rank 0 has its engine: gives its part of the weights whenever rank 0 sends them.
-
-    Args:
-        model: None where the engine reads the trainer's memory and nothing is sent.
-    """
-
-    def __init__(self, model: torch.nn.Module | None):
-        self._model = model
-
-    def update_weights(self, version: str) -> None:
-        """Take part in gathering the weights."""
-        for _ in whole_tensors(self._model) if self._model is not None else ():
-            pass
-
-
 @contextmanager
-def rollout_engine(this: Trainer, weights: Weights) -> Iterator[SyncedEngine | Follower]:
-    """The configured engine on rank 0, holding the trainer's weights under the version of the trainer's step."""
+def rollout_engine(this: Trainer, weights: Weights) -> Iterator[SyncedEngine]:
+    """The configured engine, on rank 0, holding the trainer's weights under the version of the trainer's step."""
     rollout, version = this.config.rollout, str(this.state.step)
     if rollout.engine == "local":
         # Every rank has the whole model; rank 0 alone samples.
-        engine = SyncedEngine(LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad), None)
+        local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad) if leads() else None
+        engine = SyncedEngine(local, None)
         engine.update_weights(version)
-        yield engine if leads() else Follower(None)
+        yield engine
         return
-    if not leads():
-        follower = Follower(this.model)
-        # Rank 0 writes the weights once to start its servers on, and once under their version.
-        follower.update_weights(version)
-        follower.update_weights(version)
-        yield follower
-        return
-    with sglang_engine(
+    with shared_sglang_engine(
         rollout,
         this.config.model,
-        lambda: whole_tensors(this.model),
+        this.model,
         weights.tokenizer_folder,
         this.folder / "logs",
         this.platform.name,

@@ -19,6 +19,7 @@ import pytest
 from launching import marked_processes
 
 from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.stages.session import is_done
 from megatron_r1.track.record import read_metrics
 
 INTERVAL = 2
@@ -119,6 +120,8 @@ def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Campaign:
     """What the kills did."""
 
+    life: float
+    """Seconds that ranks live when nothing kills them."""
     moments: list[str] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     seconds_to_end: list[float] = field(default_factory=list)
@@ -126,35 +129,38 @@ class Campaign:
     launches: int = 0
 
 
-def attempt(job: Job, chance: random.Random, life: float, seen: Campaign) -> int:
-    """One launch, of which a rank is killed within `life` seconds unless it ends before; its exit code."""
-    rank, delay = chance.randrange(2), chance.uniform(0.0, life)
+def attempt(job: Job, chance: random.Random, seen: Campaign) -> int:
+    """One launch, of which a rank is killed unless it ends before; its exit code."""
+    rank, delay = chance.randrange(2), chance.uniform(0.0, seen.life)
     seen.launches += 1
     with launched(job) as launcher:
         ranks = ranks_of(job, launcher)
-        with contextlib.suppress(psutil.TimeoutExpired):
-            ranks[rank].wait(delay)  # not a child of this process: only its end can be waited for
-        with contextlib.suppress(psutil.NoSuchProcess):
+        started, struck = time.monotonic(), True
+        try:
+            ranks[rank].wait(delay)
+            struck = False  # it had ended before
+        except psutil.TimeoutExpired:
             ranks[rank].kill()
         killed = time.monotonic()
-        if code := end_of(job, launcher):
+        code = end_of(job, launcher)
+        if struck and code:
             done, saved = (job.rows or [{"step": 0}])[-1]["step"], job.saved
             seen.moments.append(f"rank {rank} after {delay:.1f} s, at step {done}")
             seen.lost.append(done - saved)
             seen.seconds_to_end.append(time.monotonic() - killed)
+        if code == 0:
+            seen.life = min(seen.life, killed - started)  # the machine may have become faster
         return code
 
 
 def survive(arguments: list[str], root: Path, expected: list[dict], life: float, kills: int, seed: int) -> Campaign:
     """Launch runs, again after each kill, until so many kills have struck; every run must end as the expected one."""
-    chance, seen = random.Random(seed), Campaign()
+    chance, seen = random.Random(seed), Campaign(life)
     while len(seen.moments) < kills:
         job = Job(arguments, root, f"{arguments[0]}-{seed}-{seen.runs}")
         while True:
-            if len(seen.moments) < kills:
-                started = time.monotonic()
-                if (code := attempt(job, chance, life, seen)) == 0:
-                    life = min(life, time.monotonic() - started)  # the machine has become faster
+            if len(seen.moments) < kills and not is_done(job.folder):
+                code = attempt(job, chance, seen)
             else:
                 with launched(job) as launcher:
                     code, seen.launches = end_of(job, launcher), seen.launches + 1
