@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 GRACE_S = 10.0
-"""Seconds that the other ranks get to end by themselves once one has failed."""
+"""Seconds that the other ranks get to end once one has failed and they were told."""
 
 
 def run_ranks(command: Sequence[str], ranks: int) -> int:
@@ -54,6 +54,8 @@ def _wait(processes: list[subprocess.Popen]) -> int:
     while running := [process for process in processes if process.poll() is None]:
         if not failed and (failed := next((p.returncode for p in processes if p.returncode), 0)):
             deadline = time.monotonic() + GRACE_S
+            for process in running:
+                process.terminate()
         if time.monotonic() > deadline:
             for process in running:
                 process.kill()
