@@ -261,7 +261,7 @@ def test_readme_tree_is_the_tree() -> None:
     assert len(named) == len(set(named))
     package = {name(path.parent) for path in python_files("megatron_r1")}
     package_files = {name(path) for path in (ROOT / "megatron_r1").glob("*.py")} - {"megatron_r1/__init__.py"}
-    programs = {name(path) for folder in ("launch", "tools") for path in (ROOT / folder).iterdir() if path.suffix}
+    programs = {name(path) for folder in ("launch", "tools") for path in (ROOT / folder).glob("*.*")}
     configs = {name(path) for path in (ROOT / "configs").iterdir() if path.is_dir()}
     assert sorted((package | package_files | programs | configs | TOP_LEVEL - {"tools"}) - set(named)) == []
 
