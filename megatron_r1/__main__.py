@@ -124,6 +124,8 @@ def exit_code(arguments: list[str]) -> int:
         command = parse(arguments or ["--help"])
         config = prepare(command)
         if config is not None:
+            if VERBS[command.verb].computes:
+                import_module("megatron_r1.platform").select(config.platform)
             import_module(VERBS[command.verb].module).run(config)
     except UserError as error:
         # All ranks refuse the same configuration and obey the same signal: one of them says so.

@@ -15,12 +15,14 @@ class Verb:
     """Recipe in configs/ that is taken without --config-name."""
     summary: str
     """One line of help."""
+    computes: bool = False
+    """Whether it runs the model, so that the platform must be ready before its module is imported."""
 
 
 VERBS = {
-    "pretrain": Verb("megatron_r1.stages.pretrain", "pretrain", "train a base model on text"),
-    "grpo": Verb("megatron_r1.stages.grpo", "r1_zero", "reinforcement learning with verifiable rewards"),
-    "eval": Verb("megatron_r1.stages.evaluate", "eval", "held-out accuracy of one model or several"),
+    "pretrain": Verb("megatron_r1.stages.pretrain", "pretrain", "train a base model on text", True),
+    "grpo": Verb("megatron_r1.stages.grpo", "r1_zero", "reinforcement learning with verifiable rewards", True),
+    "eval": Verb("megatron_r1.stages.evaluate", "eval", "held-out accuracy of one model or several", True),
     "convert": Verb("megatron_r1.stages.convert", "convert", "checkpoint to Hugging Face folder"),
     "pipeline": Verb("megatron_r1.stages.pipeline", "quickstart", "a recipe of several stages, resumable"),
     "report": Verb("megatron_r1.stages.report", "report", "report.html of the runs in a folder"),

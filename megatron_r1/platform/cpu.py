@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -78,12 +79,20 @@ def prepare() -> None:
     if _prepared:
         return
     _prepared = True
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|transformer_engine).*")
+    _silence_what_is_known()
     _answer_for_devices_and_streams()
     _answer_for_random_state()
     _create_tensors_on_cpu()
     _name_types_as_cuda()
     _split_by_lists()
+
+
+def _silence_what_is_known() -> None:
+    """megatron-core and torch say at import, many times over, that there is no GPU and what it would need there."""
+    for message in (".*(Apex|Transformer Engine|absl.logging).*", ".*(full scope is deprecated|MimoModelConfig).*"):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _answer_for_devices_and_streams() -> None:
