@@ -1,0 +1,120 @@
+"""Twenty layouts that cannot be: each refused in one line, by one rank, before any rank looks for the others."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import marked_processes
+
+from megatron_r1 import __main__
+from megatron_r1.__main__ import exit_code
+
+BROKEN = [
+    # What the model cannot be divided by.
+    ("pretrain", 8, "parallel.tensor=8", "must divide model.num_attention_heads=4"),
+    ("pretrain", 2, "parallel.tensor=2 model.ffn_hidden_size=255", "must divide model.ffn_hidden_size=255"),
+    ("pretrain", 2, "parallel.tensor=2 model.vocab_size=513", "must divide model.vocab_size=513"),
+    ("pretrain", 2, "parallel.tensor=2 train.sequence_length=63", "must divide train.sequence_length=63"),
+    (
+        "pretrain",
+        2,
+        "parallel.tensor=2 model.moe.ffn_hidden_size=63",
+        "must divide model.moe.num_shared_experts x ffn_hidden_size=63",
+    ),
+    ("pretrain", 3, "parallel.pipeline=3", "must divide model.num_layers=4"),
+    ("grpo", 8, "parallel.pipeline=8", "must divide model.num_layers=4"),
+    ("pretrain", 3, "parallel.expert=3", "must divide model.moe.num_experts=8"),
+    (
+        "pretrain",
+        2,
+        "parallel.expert=2 model.moe.num_experts=1 model.moe.top_k=1 model.moe.num_groups=1",
+        "must divide model.moe.num_experts=1",
+    ),
+    (
+        "pretrain",
+        2,
+        "parallel.expert_tensor=2 model.moe.ffn_hidden_size=65",
+        "must divide model.moe.ffn_hidden_size=65",
+    ),
+    # What the ranks cannot be divided into.
+    ("pretrain", 2, "parallel.tensor=4", "must divide the 2 ranks that were started"),
+    ("grpo", 3, "parallel.pipeline=2", "must divide the 3 ranks that were started"),
+    ("pretrain", 2, "parallel.tensor=2 parallel.pipeline=2", "tensor x pipeline x context=4 must divide the 2 ranks"),
+    ("pretrain", 2, "parallel.expert=4", "expert x expert_tensor x pipeline=4 must divide 2 ranks"),
+    ("grpo", 2, "parallel.tensor=2 parallel.expert=2 parallel.expert_tensor=2", "=4 must divide 2 ranks"),
+    # What a stage cannot do.
+    ("pretrain", 2, "parallel.context=2 platform=cpu", "must be 1"),
+    ("grpo", 2, "rollout=local parallel.tensor=2 init.from=base", "needs the whole model on a rank"),
+    ("pretrain", 2, "train.global_batch_size=5 train.micro_batch_size=5", "a multiple of the 2 data-parallel ranks"),
+    ("pretrain", 2, "train.global_batch_size=12 train.micro_batch_size=4", "must divide the 6 sequences of a rank"),
+    # What is no degree.
+    ("pretrain", 2, "parallel.tensor=0", "must be at least 1"),
+    ("pretrain", 2, "parallel.expert=-2", "must be at least 1"),
+]
+DOWN_S = 10.0
+
+
+def never(module: str) -> None:
+    raise AssertionError(f"{module} must not be imported for a layout that is refused")
+
+
+@pytest.mark.parametrize(("verb", "ranks", "overrides", "allowed"), BROKEN, ids=[row[2] for row in BROKEN])
+def test_a_broken_layout_is_refused_in_one_line(verb, ranks, overrides, allowed, monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "import_module", never)
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    said = []
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        assert exit_code([verb, *overrides.split()]) == 2
+        said.append(capsys.readouterr().err)
+    assert re.fullmatch(r"megatron-r1: [a-z_.]+=\S+: .*\n", said[0]) and allowed in said[0]
+    assert not any(said[1:])
+
+
+def test_there_are_twenty_of_them():
+    assert len({row[:3] for row in BROKEN}) == len(BROKEN) >= 20
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("verb", "overrides", "allowed"),
+    [
+        ("pretrain", "parallel.tensor=4", "must divide the 2 ranks"),
+        ("grpo", "init.from=absent", "must be a run with a checkpoint"),
+        ("pretrain", "seed=7 data.num_documents=2000 model.num_layers=2", "seed: 0 -> 7"),
+    ],
+    ids=["before torch is imported", "by the stage", "by the first rank alone, while the other waits for it"],
+)
+def test_all_ranks_are_down_soon_after_the_refusal(verb, overrides, allowed, tmp_path):
+    if "seed" in overrides:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text("name: run\nroot: " + str(tmp_path) + "\nseed: 0\n")
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*launcher, "-m", "megatron_r1", verb, f"root='{tmp_path}'", "name=run", "platform=cpu", *overrides.split()],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"MEGATRON_R1_TEST": str(tmp_path)},
+    )
+    try:
+        lines, refused = [], 0.0
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("megatron-r1: "):
+                refused = time.monotonic()
+        process.wait(60)
+        seconds = time.monotonic() - refused
+        refusals = [line for line in lines if line.startswith("megatron-r1: ")]
+        assert len(refusals) == 1 and allowed in refusals[0], "".join(lines)
+        assert any(re.search(r"exitcode\s*: 2\b", line) for line in lines) and process.returncode
+        assert seconds < DOWN_S and not marked_processes(str(tmp_path))
+        print(f"down {seconds:.1f} s after the refusal")
+    finally:
+        for left in marked_processes(str(tmp_path)):
+            left.kill()
+        process.wait()
