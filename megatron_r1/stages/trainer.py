@@ -64,7 +64,8 @@ class Trainer:
             extra_tensors: what a checkpoint holds beside model and optimizer.
         """
         train = self.config.train
-        # No signal may be lost between the checkpoint and the log, so the signal hook comes last.
+        # A row is recorded before its step is saved: killed in between, the run records the row anew; the other way
+        # round it would be missing for good.
         hooks: list[Hook] = [
             CheckpointHook(
                 self.store,

@@ -41,7 +41,6 @@ class CheckpointHook(Hook):
             try:
                 self._save(state)
             except SaveFailed as error:
-                row["failed_saves"] = 1
                 logger.error("step %d: %s; training goes on, the next try is at the next interval", state.step, error)
 
     def finish(self, state: TrainState) -> None:
