@@ -86,7 +86,7 @@ def initialise(model: GPTModel, std: float, seed: int) -> None:
             continue
         digest = hashlib.sha256(f"{seed}/{shard.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        whole = torch.randn(shard.whole_shape, generator=generator)
+        whole = torch.randn(shard.whole_shape, generator=generator, dtype=torch.float32)
         shard.tensor.copy_(whole[shard.place] * std)
 
 

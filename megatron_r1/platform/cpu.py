@@ -89,7 +89,12 @@ def prepare() -> None:
 
 def _silence_what_is_known() -> None:
     """megatron-core and torch say at import, many times over, that there is no GPU and what it would need there."""
-    for message in (".*(Apex|Transformer Engine|absl.logging).*", ".*(full scope is deprecated|MimoModelConfig).*"):
+    for message in (
+        ".*(Apex|Transformer Engine|absl.logging).*",
+        ".*(full scope is deprecated|MimoModelConfig).*",
+        "The .grad attribute of a Tensor that is not a leaf Tensor.*",
+        "`torch.distributed.(all_gather_into|reduce_scatter)_tensor` is deprecated.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,18 +1,22 @@
-"""The optimizer: megatron-core's, over its gradient buffers.
+"""The optimizer: megatron-core's distributed one, over its gradient buffers.
 
-Its moments are named after the parameters they belong to, so that a checkpoint can be read by name.
+Data-parallel ranks share its state out (ZeRO stage 1): each sums up, steps and keeps one part of every buffer, and
+the new weights are gathered again. State is named after the parameter that it belongs to, so that a checkpoint can be
+read by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_r1.config.train import TrainConfig
@@ -33,9 +37,7 @@ class Optimizer:
             model: parameters that need no gradient are left alone.
             train: optimizer and schedule settings.
         """
-        self.model = DistributedDataParallel(
-            model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
-        )
+        self.model = _with_gradient_buffers(model)
         settings = train.optimizer
         config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -47,17 +49,10 @@ class Optimizer:
             clip_grad=settings.clip_norm,
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
-            use_distributed_optimizer=False,
+            use_distributed_optimizer=True,
         )
         self._inner = get_megatron_optimizer(config, [self.model], get_standard_config_overrides(config))
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        # With bf16 weights the optimizer steps fp32 copies of them.
-        self._masters = {
-            name: parameter.main_param
-            for name, parameter in model.named_parameters()
-            if getattr(parameter, "main_param", None) is not None
-        }
-        self._names |= {id(master): name for name, master in self._masters.items()}
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers."""
@@ -82,29 +77,49 @@ class Optimizer:
         return float(norm or 0.0)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """State by name: ``exp_avg/``, ``exp_avg_sq/``, ``step/`` (``master/`` for bf16) and the parameter's name."""
-        for name, master in self._masters.items():
-            yield f"master/{name}", master
-        for name, state in self._states():
-            for key in (*MOMENTS, "step"):
-                yield f"{key}/{name}", torch.as_tensor(state[key])
+        """This rank's part of the state: ``exp_avg/``, ``exp_avg_sq/``, ``step/`` and the parameter's name.
+
+        With bf16 weights ``master/`` holds the fp32 copies that are stepped.
+        """
+        for part, name, weight_N, is_copy in self._weights():
+            if is_copy:
+                yield f"master/{name}", weight_N
+            for key, value in part.optimizer.state.get(weight_N, {}).items():
+                yield f"{key}/{name}", torch.as_tensor(value)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave; every entry must be there, or none where no update had been made."""
-        with torch.no_grad():
-            for name, master in self._masters.items():
-                master.copy_(tensors[f"master/{name}"])
-        if not any(key.startswith("step/") for key in tensors):
-            return
-        for part in self._parts():
-            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-                name = self._names[id(parameter)]
-                part.optimizer.state[parameter] = {key: tensors[f"{key}/{name}"].clone() for key in (*MOMENTS, "step")}
+        """Restore what `tensors` gave on this rank; every entry must be there, or none before the first update."""
+        updated = any(key.startswith("step/") for key in tensors)
+        for part, name, weight_N, is_copy in self._weights():
+            if is_copy:
+                weight_N.data.copy_(tensors[f"master/{name}"])
+            if updated:
+                state = {key: tensors[f"{key}/{name}"].clone() for key in (*MOMENTS, "step")}
+                part.optimizer.state[weight_N] = state
 
-    def _parts(self) -> list[MegatronOptimizer]:
+    def _parts(self) -> list[DistributedOptimizer]:
         return getattr(self._inner, "chained_optimizers", [self._inner])
 
-    def _states(self) -> Iterator[tuple[str, dict]]:
+    def _weights(self) -> Iterator[tuple[DistributedOptimizer, str, Tensor, bool]]:
+        """What this rank steps, [N] numbers of a parameter: a view of fp32 weights, or an fp32 copy of bf16 ones."""
         for part in self._parts():
-            for parameter, state in part.optimizer.state.items():
-                yield self._names[id(parameter)], state
+            for parameters, weights, is_copy in (
+                (part.model_fp32_groups, part.shard_fp32_groups, False),
+                (part.model_float16_groups, part.shard_fp32_from_float16_groups, True),
+            ):
+                for parameter, weight_N in zip(chain(*parameters), chain(*weights), strict=True):
+                    yield part, self._names[id(parameter)], weight_N, is_copy
+
+
+def _with_gradient_buffers(model: GPTModel) -> DistributedDataParallel:
+    """The model wrapped so that backward passes fill buffers, of which data-parallel ranks sum up one part each."""
+    # Without overlap the first flag's only effect is a type: bf16 gradients are summed in fp32, others as they are.
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=model.config.bf16, use_distributed_optimizer=True)
+    layout = DistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        None,
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        settings,
+        parallel_state.get_expert_data_parallel_world_size(),
+    )
+    return DistributedDataParallel(model.config, settings, model, full_param_layout=layout)

@@ -1,5 +1,8 @@
 """Run on every rank of a layout: pre-training steps and a GRPO update, whose numbers go to files.
 
+All of it in fp32 and once more in float64, where rounding cannot hide a difference. A single rank also computes the
+GRPO update by the plain loss over the whole vocabulary.
+
 Started by test_layouts.py under torchrun with a folder that holds job.json: {"parallel": {...}}.
 """
 
@@ -14,8 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 STEPS = 5
 PROMPTS, GROUP = 4, 4
+REFERENCE_SCALE = 1.02
 
 
 def main(folder: Path) -> None:
@@ -29,29 +35,47 @@ def main(folder: Path) -> None:
     from megatron_r1.parallel.mesh import process_groups
 
     with process_groups(platform, config.parallel, seed=0, threads=1):
-        pretraining = pretrain(config, platform)
-        reinforcement = reinforce(config, platform)
-    if dist_rank() == 0:
-        for name, (numbers, gradients) in {"pretrain": pretraining, "grpo": reinforcement}.items():
-            (folder / f"{name}.json").write_text(json.dumps(numbers))
-            torch.save(gradients, folder / f"{name}.pt")
+        for precision in ("fp32", "fp64"):
+            if precision == "fp64":
+                compute_in_float64()
+            config.model.precision = precision
+            found = {"pretrain": pretrain(config, platform), "grpo": reinforce(config, platform)}
+            if dist.get_world_size() == 1:
+                found["plain"] = reinforce_plainly(config, platform)
+            if dist.get_rank() == 0:
+                for name, (numbers, gradients) in found.items():
+                    (folder / f"{name}-{precision}.json").write_text(json.dumps(numbers))
+                    torch.save(gradients, folder / f"{name}-{precision}.pt")
 
 
-def dist_rank() -> int:
-    from megatron_r1.parallel.mesh import rank
+def compute_in_float64() -> None:
+    """From here on weights are made in float64, and whatever asks for fp32 on the way gets float64 too."""
+    from megatron_r1.model import spec
 
-    return rank()
+    spec.DTYPES["fp64"] = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    type_of = torch.Tensor.type
+    # The distributed optimizer knows no float64.
+    torch.Tensor.type = lambda self, *a: type_of(self, *a) if a else type_of(self).replace("Double", "Float")
+
+
+def build(config: Any, platform: Any) -> Any:
+    from megatron_r1.model.build import build_model
+
+    model = build_model(config.model, config.parallel, platform, seed=0)
+    model.config.moe_router_dtype = config.model.precision
+    return model
 
 
 def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     """Losses of some steps, and the whole gradients of the first."""
-    from megatron_r1.model.build import build_model
     from megatron_r1.parallel.mesh import data_parallel_group
     from megatron_r1.stages.pretrain import _mean_loss, next_token_forward
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.step import update
 
-    model = build_model(config.model, config.parallel, platform, seed=0)
+    model = build(config, platform)
     optimizer = Optimizer(model, config.train)
     group = data_parallel_group()
     generator = torch.Generator().manual_seed(1)
@@ -63,13 +87,12 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         losses.append(_mean_loss(result))
         norms.append(result.gradient_norm)
         if step == 0:
-            gradients = whole_gradients(model)
+            gradients = whole_gradients(optimizer)
     return {"losses": losses, "norms": norms}, gradients
 
 
 def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     """Metrics of one GRPO rollout in one mini-batch, and its whole gradients."""
-    from megatron_r1.model.build import build_model
     from megatron_r1.rl.learner import Learner
     from megatron_r1.rl.reference import ReferencePolicy
     from megatron_r1.train.optimizer import Optimizer
@@ -78,16 +101,31 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     config.model.moe.sequence_loss_coefficient = config.model.moe.bias_update_rate = 0.0
     config.rl.prompts_per_rollout, config.rl.group_size, config.rl.mini_batches = PROMPTS, GROUP, 1
     config.rl.tokens_per_micro_batch, config.rl.kl_coefficient, config.rollout.temperature = 120, 0.05, 0.7
-    model = build_model(config.model, config.parallel, platform, seed=0)
+    model = build(config, platform)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("mtp."))
     optimizer = Optimizer(model, config.train)
     reference = ReferencePolicy(model)
     for name in sorted(reference.weights):
-        reference.weights[name] *= 1.02
+        reference.weights[name] *= REFERENCE_SCALE
     learner = Learner(config, model, optimizer, reference, 0, "cpu")
     _, row = learner.learn(list(samples()), TrainState())
-    return row, whole_gradients(model)
+    return row, whole_gradients(optimizer)
+
+
+def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
+    """The same update's loss and gradients by the loss written out, on one rank."""
+    from plain_grpo import plain_loss
+
+    from megatron_r1.model.build import native_tensors
+
+    model, reference = build(config, platform), build(config, platform)
+    for _, tensor in native_tensors(reference):
+        tensor *= REFERENCE_SCALE
+    settings = config.rollout.temperature, config.rl.clip_epsilon, config.rl.kl_coefficient
+    loss = plain_loss(model, reference, list(samples()), *settings)
+    loss.backward()
+    return {"loss": float(loss.detach())}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def samples() -> Iterator[Any]:
@@ -104,19 +142,27 @@ def samples() -> Iterator[Any]:
         for _ in range(GROUP):
             length = draw(1, 20)
             response = tuple(torch.randint(5, 512, (length,), generator=generator).tolist())
-            log_probs = tuple((-6.3 + 0.4 * torch.randn(length, generator=generator)).tolist())
+            log_probs = tuple((-6.3 + 0.4 * torch.randn(length, generator=generator, dtype=torch.float32)).tolist())
             reward = float(draw(0, 3))
             yield Sample(str(group), group, prompt, response, log_probs, "0", "stop", "", reward, {"accuracy": reward})
 
 
-def whole_gradients(model: Any) -> dict[str, torch.Tensor]:
+def whole_gradients(optimizer: Any) -> dict[str, torch.Tensor]:
     """Gradient buffers, gathered like weights; what has no gradient shows itself and must be equal too."""
     from megatron_r1.hf.gather import whole_tensors
+
+    wrapped = optimizer.model
+    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+        # Data-parallel ranks have summed up one part each.
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            mine = bucket.grad_data.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, mine, group=group)
 
     def gradient(parameter: torch.Tensor) -> torch.Tensor:
         return getattr(parameter, "main_grad", parameter.detach())
 
-    return {name: tensor.clone() for name, tensor in whole_tensors(model, of=gradient)}
+    return {name: tensor.clone() for name, tensor in whole_tensors(wrapped.module, of=gradient)}
 
 
 if __name__ == "__main__":

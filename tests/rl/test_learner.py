@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from layouts import model_of
+from plain_grpo import plain_loss, response_log_probs
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.model.build import native_tensors, without_multi_token_prediction
+from megatron_r1.model.build import native_tensors
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
@@ -39,14 +40,6 @@ def trainable(model):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("mtp."))
     return model
-
-
-def response_log_probs(model, prompt: tuple[int, ...], response: tuple[int, ...], temperature: float) -> torch.Tensor:
-    tokens = torch.tensor([prompt + response])
-    with without_multi_token_prediction(model):
-        logits_LV = model(tokens, torch.arange(tokens.shape[1])[None], None)[0]
-    log_probs_LV = (logits_LV / temperature).log_softmax(-1)
-    return log_probs_LV[len(prompt) - 1 : -1].gather(-1, torch.tensor(response)[:, None])[:, 0]
 
 
 def make_samples(model, noise: float) -> list[Sample]:
@@ -84,31 +77,16 @@ def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:
 
 
 def written_out(new_model: Callable) -> tuple[dict, float]:
-    """Gradients and value of the loss, answer by answer and token by token (DeepSeekMath, equation 3)."""
+    """Gradients and value of the loss, answer by answer and token by token."""
     config = config_of()
     model, other = trainable(new_model(config.model)), new_model(config.model)
     samples = make_samples(model, 0.3)
     shifted = shifted_reference(model)
     for name, tensor in native_tensors(other):
         tensor.copy_(shifted[name])
-    total = torch.zeros(())
-    for sample in samples:
-        group = [s.reward for s in samples if s.group == sample.group]
-        mean = sum(group) / len(group)
-        deviation = math.sqrt(sum((reward - mean) ** 2 for reward in group) / len(group))
-        advantage = (sample.reward - mean) / deviation
-        log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, 0.7)
-        with torch.no_grad():
-            reference = response_log_probs(other, sample.prompt_tokens, sample.response_tokens, 0.7)
-        for token, old in enumerate(sample.logprobs):
-            ratio = (log_probs[token] - old).exp()
-            limited = ratio.clamp(0.8, 1.2)
-            gap = reference[token] - log_probs[token]
-            penalty = gap.exp() - gap - 1
-            gain = torch.minimum(ratio * advantage, limited * advantage) - 0.05 * penalty
-            total = total - gain / len(sample.logprobs) / len(samples)
+    total = plain_loss(model, other, samples, temperature=0.7, epsilon=0.2, kl_coefficient=0.05)
     total.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, float(total)
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, float(total.detach())
 
 
 def assert_close(found: dict, expected: dict) -> float:

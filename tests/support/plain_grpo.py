@@ -1,0 +1,43 @@
+"""GRPO's loss written out answer by answer and token by token (DeepSeekMath, equation 3), over the whole vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def response_log_probs(model: Any, prompt: tuple[int, ...], response: tuple[int, ...], temperature: float):
+    """Log-probability of each response token, [L], by a forward pass of one rank over this answer alone."""
+    from megatron_r1.model.build import without_multi_token_prediction
+
+    tokens = torch.tensor([prompt + response])
+    with without_multi_token_prediction(model):
+        logits_LV = model(tokens, torch.arange(tokens.shape[1])[None], None)[0]
+    log_probs_LV = (logits_LV / temperature).log_softmax(-1)
+    return log_probs_LV[len(prompt) - 1 : -1].gather(-1, torch.tensor(response)[:, None])[:, 0]
+
+
+def plain_loss(
+    model: Any, reference: Any, samples: Sequence[Any], temperature: float, epsilon: float, kl_coefficient: float
+) -> torch.Tensor:
+    """The loss of one mini-batch: means over each answer's tokens, then over answers; population deviation."""
+    total = torch.zeros(())
+    for sample in samples:
+        group = [s.reward for s in samples if s.group == sample.group]
+        mean = sum(group) / len(group)
+        deviation = math.sqrt(sum((reward - mean) ** 2 for reward in group) / len(group))
+        advantage = (sample.reward - mean) / deviation if deviation else 0.0
+        log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, temperature)
+        with torch.no_grad():
+            others = response_log_probs(reference, sample.prompt_tokens, sample.response_tokens, temperature)
+        for token, old in enumerate(sample.logprobs):
+            ratio = (log_probs[token] - old).exp()
+            limited = ratio.clamp(1 - epsilon, 1 + epsilon)
+            gap = others[token] - log_probs[token]
+            penalty = gap.exp() - gap - 1
+            gain = torch.minimum(ratio * advantage, limited * advantage) - kl_coefficient * penalty
+            total = total - gain / len(sample.logprobs) / len(samples)
+    return total
