@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.run import RunConfig
@@ -21,7 +19,13 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     check_degrees(config.parallel, ranks)
     if verb == "pretrain":
         _check_batch(config, ranks)
-    divided = any(size > 1 for size in asdict(config.parallel).values())
+    divided = config.parallel.fewest_ranks() > 1
+    if verb == "grpo" and config.parallel.virtual_pipeline > 1:
+        raise ConfigError(
+            "parallel.virtual_pipeline",
+            config.parallel.virtual_pipeline,
+            "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths",
+        )
     if verb == "grpo" and config.rollout.engine == "local" and divided:
         raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
 
@@ -58,4 +62,12 @@ def _check_batch(config: RunConfig, ranks: int) -> None:
     if share > train.micro_batch_size and share % train.micro_batch_size:
         raise ConfigError(
             "train.micro_batch_size", train.micro_batch_size, f"must divide the {share} sequences of a rank's share"
+        )
+    passes = -(-share // train.micro_batch_size)
+    if degrees.virtual_pipeline > 1 and passes % degrees.pipeline:
+        raise ConfigError(
+            "train.micro_batch_size",
+            train.micro_batch_size,
+            f"must make a multiple of parallel.pipeline={degrees.pipeline} passes of a rank's {share} sequences, "
+            "for parallel.virtual_pipeline above 1",
         )

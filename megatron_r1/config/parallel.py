@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 
 from megatron_r1.config.checks import at_least
+from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -16,6 +17,10 @@ class ParallelConfig:
     """Ranks that share each layer's matrices (with sequence parallelism above 1)."""
     pipeline: int = 1
     """Ranks that share the layers."""
+    virtual_pipeline: int = 1
+    """Stages that each pipeline rank holds, run in turn so that it waits less; above 1 needs pipeline above 1."""
+    pipeline_layers: list[int] = field(default_factory=list)
+    """Layers of each stage, first to last, pipeline x virtual_pipeline numbers; empty shares them out evenly."""
     expert: int = 1
     """Ranks that share the routed experts."""
     expert_tensor: int = 1
@@ -24,7 +29,20 @@ class ParallelConfig:
     """Ranks that share each sequence."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "tensor", "pipeline", "expert", "expert_tensor", "context")
+        at_least(self, 1, "tensor", "pipeline", "virtual_pipeline", "expert", "expert_tensor", "context")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ConfigError("virtual_pipeline", self.virtual_pipeline, "must be 1 where pipeline=1")
+        if self.pipeline_layers and len(self.pipeline_layers) != self.stages:
+            raise ConfigError(
+                "pipeline_layers", self.pipeline_layers, f"must be {self.stages} numbers, pipeline x virtual_pipeline"
+            )
+        if any(layers < 1 for layers in self.pipeline_layers):
+            raise ConfigError("pipeline_layers", self.pipeline_layers, "must leave every stage at least 1 layer")
+
+    @property
+    def stages(self) -> int:
+        """Parts that the layers are divided into."""
+        return self.pipeline * self.virtual_pipeline
 
     def fewest_ranks(self) -> int:
         """The smallest number of ranks that these degrees can divide among themselves."""

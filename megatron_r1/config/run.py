@@ -107,9 +107,21 @@ class RunConfig:
             ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
             ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),
             ("tensor", degrees.tensor, "train.sequence_length", self.train.sequence_length),
-            ("pipeline", degrees.pipeline, "model.num_layers", model.num_layers),
             ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
             ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),
         ):
             if amount % degree:
                 raise ConfigError(f"parallel.{key}", degree, f"must divide {name}={amount}")
+        if not degrees.pipeline_layers and model.num_layers % degrees.stages:
+            key = "pipeline" if model.num_layers % degrees.pipeline else "virtual_pipeline"
+            raise ConfigError(
+                f"parallel.{key}",
+                getattr(degrees, key),
+                f"must divide model.num_layers={model.num_layers}, or pipeline_layers must say what each stage holds",
+            )
+        if degrees.pipeline_layers and sum(degrees.pipeline_layers) != model.num_layers:
+            raise ConfigError(
+                "parallel.pipeline_layers",
+                degrees.pipeline_layers,
+                f"must sum up to model.num_layers={model.num_layers}",
+            )

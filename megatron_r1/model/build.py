@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.model.attention import use_latent_attention
+from megatron_r1.model.chunks import Chunks, Model, chunks
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
 from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform, seed: int) -> GPTModel:
-    """This rank's part of the model, with its initial weights.
+def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform, seed: int) -> Model:
+    """This rank's part of the model, with its initial weights: a GPTModel, or `Chunks` of them.
 
     Args:
         model: shape of the model.
@@ -32,30 +36,41 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
     if not platform.transformer_engine:
         adopt_torch_modules()
     config = transformer_config(model, parallel, fused=platform.transformer_engine)
-    block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
-    block.layer_norm = provider.layer_norm(rms_norm=True)
-    use_latent_attention(block)
-    prediction = None
-    if config.mtp_num_layers and parallel_state.is_pipeline_last_stage():
-        prediction = gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, block, backend=provider)
-    built = GPTModel(
-        config,
-        block,
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.max_sequence_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        rotary_base=model.rope.base,
-        share_embeddings_and_output_weights=False,
-        mtp_block_spec=prediction,
-    )
+    if parallel.virtual_pipeline == 1:
+        built: Model = _part(model, config, platform, None)
+    else:
+        built = Chunks([_part(model, config, platform, stage) for stage in range(parallel.virtual_pipeline)])
     initialise(built, model.init_std, seed)
     return built.to(platform.device)
 
 
-def native_tensors(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+def _part(model: ModelConfig, config: MLATransformerConfig, platform: Platform, stage: int | None) -> GPTModel:
+    """The layers of one stage of this rank; `stage` counts the rank's own where it has several."""
+    block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
+    provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
+    block.layer_norm = provider.layer_norm(rms_norm=True)
+    use_latent_attention(block)
+    prediction = None
+    place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
+    layout = config.pipeline_model_parallel_layout
+    if mtp_on_this_rank(layout, config.mtp_num_layers, **place):
+        prediction = gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, block, backend=provider, vp_stage=stage)
+    return GPTModel(
+        config,
+        block,
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        position_embedding_type="rope",
+        rotary_base=model.rope.base,
+        share_embeddings_and_output_weights=False,
+        mtp_block_spec=prediction,
+        vp_stage=stage,
+    )
+
+
+def native_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     """Every weight by its megatron-core name: parameters, and the routers' expert bias, which is a buffer."""
     for name, parameter in model.named_parameters():
         yield name, parameter.detach()
@@ -64,7 +79,7 @@ def native_tensors(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
             yield name, buffer.detach()
 
 
-def load_native_tensors(model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
+def load_native_tensors(model: Model, tensors: Mapping[str, Tensor]) -> None:
     """Copy weights into the model by name.
 
     Raises:
@@ -80,11 +95,14 @@ def load_native_tensors(model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def without_multi_token_prediction(model: GPTModel) -> Iterator[None]:
+def without_multi_token_prediction(model: Model) -> Iterator[None]:
     """Run only the backbone: for log-probabilities and sampling, where no extra token is predicted."""
-    saved = model.mtp_process, model.config.mtp_num_layers
-    model.mtp_process, model.config.mtp_num_layers = False, None
+    parts = chunks(model)
+    saved = [(part.mtp_process, part.config.mtp_num_layers) for part in parts]
+    for part in parts:
+        part.mtp_process, part.config.mtp_num_layers = False, None
     try:
         yield
     finally:
-        model.mtp_process, model.config.mtp_num_layers = saved
+        for part, (process, layers) in zip(parts, saved, strict=True):
+            part.mtp_process, part.config.mtp_num_layers = process, layers

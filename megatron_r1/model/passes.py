@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
+
+from megatron_r1.model.chunks import Model, chunks
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 """Model output -> (loss, what to log); the loss is averaged over micro-batches."""
@@ -34,15 +35,22 @@ class Passes:
 
 
 def forward_backward(
-    model: GPTModel, wrapped: DistributedDataParallel, micro_batches: Sequence[Any], forward: Forward, length: int
+    model: Model,
+    wrapped: Sequence[DistributedDataParallel],
+    micro_batches: Sequence[Any],
+    forward: Forward,
+    length: int,
+    rows: int = 1,
 ) -> Passes:
     """Fill the gradient buffers, summed over ranks as the layout asks, and step the routers' balancing bias.
 
     Args:
         model: the bare model.
-        wrapped: the model with its gradient buffers, which must be clear.
+        wrapped: each chunk of the model with its gradient buffers, which must be clear.
         micro_batches: what `forward` takes, one pass each.
-        length: longest sequence of the micro-batches, in tokens; pipeline buffers need it.
+        length: longest sequence of the micro-batches, in tokens.
+        rows: sequences of a micro-batch; with `length` it is what interleaved stages expect from one another, where all
+            micro-batches must be alike. Other stages tell one another the shape.
     """
     loads: list[Tensor] = []
 
@@ -54,11 +62,11 @@ def forward_backward(
     model.config.finalize_model_grads_func = finalise
     logged = get_forward_backward_func()(
         forward_step_func=lambda batches, module: forward(module, next(batches)),
-        data_iterator=iter(micro_batches),
-        model=wrapped,
+        data_iterator=[iter(micro_batches) for _ in wrapped],
+        model=list(wrapped),
         num_microbatches=len(micro_batches),
         seq_length=length,
-        micro_batch_size=1,
+        micro_batch_size=rows,
         forward_only=False,
     )
     return Passes(logged, _over_ranks(loads), _take_mtp_loss(len(micro_batches)))
@@ -74,7 +82,7 @@ def _over_ranks(loads: list[Tensor]) -> Tensor | None:
     return total_LE
 
 
-def routers(model: GPTModel) -> list[Any]:
+def routers(model: Model) -> list[Any]:
     """The routers that hold a balancing bias, backbone first, then multi-token prediction."""
     return [module for module in model.modules() if isinstance(module, TopKRouter) and module.expert_bias is not None]
 
@@ -89,7 +97,7 @@ def _take_mtp_loss(num_micro_batches: int) -> float | None:
     return value
 
 
-def forward_only(model: GPTModel, micro_batches: Sequence[Any], forward: Callable, length: int) -> list[Tensor]:
+def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, length: int) -> list[Tensor]:
     """Outputs of `forward`, one per micro-batch, without gradient; an empty list but on the last pipeline stage.
 
     Args:
@@ -102,8 +110,8 @@ def forward_only(model: GPTModel, micro_batches: Sequence[Any], forward: Callabl
     with torch.no_grad():
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(micro_batches),
-            model=model,
+            data_iterator=[iter(micro_batches) for _ in chunks(model)],
+            model=chunks(model),
             num_microbatches=len(micro_batches),
             seq_length=length,
             micro_batch_size=1,

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_r1.errors import DataError
+from megatron_r1.model.chunks import Model, chunks
 from megatron_r1.parallel.comm import AllRanks
 
 
@@ -40,13 +40,14 @@ class Shard:
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.tensor.shape, strict=True))
 
 
-def shards(model: GPTModel, of: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[Shard]:
+def shards(model: Model, of: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[Shard]:
     """This rank's shards of all weights: parameters, and the routers' balancing bias, which is a buffer.
 
     Args:
         of: what to show in place of a weight: the weight itself, or its gradient, which is sharded alike.
     """
-    for entry in model.sharded_state_dict().values():
+    entries = (entry for part in chunks(model) for entry in part.sharded_state_dict().values())
+    for entry in entries:
         if isinstance(entry, ShardedTensorFactory):
             entry.data = of(entry.data)
             yield from map(_shard, entry.build())
@@ -76,7 +77,7 @@ def whole_name(key: str, expert: tuple[int, ...]) -> str:
     return name + "".join(map(str, expert))
 
 
-def initialise(model: GPTModel, std: float, seed: int) -> None:
+def initialise(model: Model, std: float, seed: int) -> None:
     """Draw every matrix from N(0, std) by a generator that its whole tensor's name seeds.
 
     Neither the layout, nor the order of construction, nor other parameters can then change a first value.
@@ -90,7 +91,7 @@ def initialise(model: GPTModel, std: float, seed: int) -> None:
         shard.tensor.copy_(whole[shard.place] * std)
 
 
-def load_whole_tensors(model: GPTModel, tensors: Mapping[str, Tensor]) -> None:
+def load_whole_tensors(model: Model, tensors: Mapping[str, Tensor]) -> None:
     """Collective: copy every rank's part out of whole tensors.
 
     Raises:

@@ -102,6 +102,7 @@ def _experts(model: ModelConfig) -> dict:
 
 
 def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dict:
+    interleaved = parallel.virtual_pipeline > 1
     return {
         "params_dtype": DTYPES[model.precision],
         "bf16": model.precision == "bf16",
@@ -109,11 +110,16 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.tensor > 1,
         "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "pipeline_model_parallel_layout": _stages(model, parallel.pipeline_layers),
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
-        # Stages tell one another the shape of what they send: micro-batches differ in rows and length.
-        "variable_seq_lengths": parallel.pipeline > 1,
+        # Stages tell one another the shape of what they send: micro-batches differ in rows and length. Interleaved ones
+        # cannot: where two ranks are each other's previous and next, batched messages reach the wrong of the two.
+        "variable_seq_lengths": parallel.pipeline > 1 and not interleaved,
+        "batch_p2p_comm": not interleaved,
+        "overlap_p2p_comm": interleaved,
         "use_cpu_initialization": not fused,
         "gradient_accumulation_fusion": False,
         "apply_rope_fusion": False,
@@ -123,3 +129,11 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
         "persist_layer_norm": fused,
         "moe_permute_fusion": fused,
     }
+
+
+def _stages(model: ModelConfig, layers: list[int]) -> list[list[str]] | None:
+    """What each stage holds in megatron-core's words: multi-token layers and the loss come last."""
+    if not layers:
+        return None
+    stages = [["decoder"] * count for count in layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], *["mtp"] * model.mtp.num_layers, "loss"]]

@@ -54,6 +54,7 @@ def process_groups(platform: Platform, degrees: ParallelConfig, seed: int, threa
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=degrees.tensor,
             pipeline_model_parallel_size=degrees.pipeline,
+            virtual_pipeline_model_parallel_size=degrees.virtual_pipeline if degrees.virtual_pipeline > 1 else None,
             context_parallel_size=degrees.context,
             expert_model_parallel_size=degrees.expert,
             expert_tensor_parallel_size=degrees.expert_tensor,

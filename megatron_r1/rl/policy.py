@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.passes import forward_only
-from megatron_r1.parallel.mesh import is_last_stage, tensor_parallel_group
+from megatron_r1.parallel.mesh import tensor_parallel_group
 from megatron_r1.rl.logprob import token_log_probs
 from megatron_r1.rl.rows import Rows
 
@@ -50,7 +50,7 @@ class Policy:
 
         def forward(model: Any, rows: Rows) -> Tensor:
             output = self.output(model, rows)
-            return self.log_probs(output, rows)[0] if is_last_stage() else output
+            return self.log_probs(output, rows)[0] if model.post_process else output
 
         outputs = forward_only(self._model, micro_batches, forward, longest_input(micro_batches))
         result: dict[int, Tensor] = {}

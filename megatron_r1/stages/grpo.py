@@ -11,6 +11,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
+from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.parallel.mesh import leads
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
@@ -35,7 +36,7 @@ def run(config: RunConfig) -> None:
     weights = find_weights(config.init.from_)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
-    with trainer(config, tokenizer, weights, trainable=lambda name: not name.startswith("mtp.")) as this:
+    with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return

@@ -55,7 +55,8 @@ def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
         rate = learning_rate(settings.schedule, state.step + 1, settings.steps)
         rows = torch.from_numpy(corpus.batch(state.data_position, settings.global_batch_size))[rank::ranks]
         micro_batches = rows.to(this.platform.device).split(settings.micro_batch_size)
-        result = update(this.model, this.optimizer, micro_batches, next_token_forward, rate, settings.sequence_length)
+        shape = settings.sequence_length, len(micro_batches[0])
+        result = update(this.model, this.optimizer, micro_batches, next_token_forward, rate, *shape)
         seconds = time.perf_counter() - started
         state = state.advance(
             updates=state.updates + (not result.skipped),

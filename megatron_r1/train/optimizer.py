@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from megatron_r1.config.train import TrainConfig
+from megatron_r1.model.chunks import Model, chunks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,16 +30,16 @@ class Optimizer:
     """AdamW over a model's gradient buffers.
 
     Attributes:
-        model: the model, wrapped so that backward passes fill its gradient buffers.
+        chunks: the rank's parts of the model, wrapped so that backward passes fill their gradient buffers.
     """
 
-    def __init__(self, model: GPTModel, train: TrainConfig):
+    def __init__(self, model: Model, train: TrainConfig):
         """
         Args:
             model: parameters that need no gradient are left alone.
             train: optimizer and schedule settings.
         """
-        self.model = _with_gradient_buffers(model)
+        self.chunks = [_with_gradient_buffers(part) for part in chunks(model)]
         settings = train.optimizer
         config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -51,18 +53,23 @@ class Optimizer:
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        self._inner = get_megatron_optimizer(config, [self.model], get_standard_config_overrides(config))
+        self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self._inner.zero_grad()
 
     def gradients_finite(self) -> bool:
         """Whether this rank's gradient buffers hold only finite numbers."""
-        buffers = (*self.model.buffers, *self.model.expert_parallel_buffers)
-        return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in buffers)
+        return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in self.buffers())
+
+    def buffers(self) -> Iterator[Any]:
+        """megatron-core's gradient buffers of this rank."""
+        for chunk in self.chunks:
+            yield from (*chunk.buffers, *chunk.expert_parallel_buffers)
 
     def step(self, learning_rate: float) -> float:
         """Clip, then update the parameters.

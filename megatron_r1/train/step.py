@@ -29,6 +29,7 @@ def update(
     forward: Forward,
     learning_rate: float,
     length: int,
+    rows: int = 1,
 ) -> UpdateResult:
     """Run one optimizer update over `micro_batches`.
 
@@ -39,11 +40,11 @@ def update(
         micro_batches: what `forward` takes, one forward pass each.
         forward: runs the model on a micro-batch.
         learning_rate: of this update.
-        length: longest sequence of the micro-batches, in tokens.
+        length: longest sequence of the micro-batches, in tokens; rows: sequences of each, see `forward_backward`.
     """
     optimizer.zero_gradients()
     biases = [(router, router.expert_bias.clone()) for router in routers(model)]
-    passes = forward_backward(model, optimizer.model, micro_batches, forward, length)
+    passes = forward_backward(model, optimizer.chunks, micro_batches, forward, length, rows)
     if comm.all_ranks(optimizer.gradients_finite()):
         return UpdateResult(passes, optimizer.step(learning_rate), skipped=False)
     for router, bias in biases:

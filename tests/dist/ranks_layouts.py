@@ -8,6 +8,7 @@ Started by test_layouts.py under torchrun with a folder that holds job.json: {"p
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Iterator
@@ -39,9 +40,11 @@ def main(folder: Path) -> None:
             if precision == "fp64":
                 compute_in_float64()
             config.model.precision = precision
-            found = {"pretrain": pretrain(config, platform), "grpo": reinforce(config, platform)}
+            found = {"pretrain": pretrain(config, platform)}
+            if config.parallel.virtual_pipeline == 1:
+                found["grpo"] = reinforce(post_training(config), platform)
             if dist.get_world_size() == 1:
-                found["plain"] = reinforce_plainly(config, platform)
+                found["plain"] = reinforce_plainly(post_training(config), platform)
             if dist.get_rank() == 0:
                 for name, (numbers, gradients) in found.items():
                     (folder / f"{name}-{precision}.json").write_text(json.dumps(numbers))
@@ -62,9 +65,11 @@ def compute_in_float64() -> None:
 
 def build(config: Any, platform: Any) -> Any:
     from megatron_r1.model.build import build_model
+    from megatron_r1.model.chunks import chunks
 
     model = build_model(config.model, config.parallel, platform, seed=0)
-    model.config.moe_router_dtype = config.model.precision
+    for part in chunks(model):
+        part.config.moe_router_dtype = config.model.precision
     return model
 
 
@@ -83,34 +88,41 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     for step in range(STEPS):
         rows = torch.randint(5, 512, (8, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
-        result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32)
+        result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2)
         losses.append(_mean_loss(result))
         norms.append(result.gradient_norm)
         if step == 0:
-            gradients = whole_gradients(optimizer)
+            gradients = whole_gradients(model, optimizer)
     return {"losses": losses, "norms": norms}, gradients
+
+
+def post_training(config: Any) -> Any:
+    """The same model, the routers' balance left alone, and a rollout to learn from in one mini-batch."""
+    config = copy.deepcopy(config)
+    config.model.moe.sequence_loss_coefficient = config.model.moe.bias_update_rate = 0.0
+    config.rl.prompts_per_rollout, config.rl.group_size, config.rl.mini_batches = PROMPTS, GROUP, 1
+    config.rl.tokens_per_micro_batch, config.rl.kl_coefficient, config.rollout.temperature = 120, 0.05, 0.7
+    return config
 
 
 def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     """Metrics of one GRPO rollout in one mini-batch, and its whole gradients."""
+    from megatron_r1.model.chunks import in_multi_token_layer
     from megatron_r1.rl.learner import Learner
     from megatron_r1.rl.reference import ReferencePolicy
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.state import TrainState
 
-    config.model.moe.sequence_loss_coefficient = config.model.moe.bias_update_rate = 0.0
-    config.rl.prompts_per_rollout, config.rl.group_size, config.rl.mini_batches = PROMPTS, GROUP, 1
-    config.rl.tokens_per_micro_batch, config.rl.kl_coefficient, config.rollout.temperature = 120, 0.05, 0.7
     model = build(config, platform)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith("mtp."))
+        parameter.requires_grad_(not in_multi_token_layer(name))
     optimizer = Optimizer(model, config.train)
     reference = ReferencePolicy(model)
     for name in sorted(reference.weights):
         reference.weights[name] *= REFERENCE_SCALE
     learner = Learner(config, model, optimizer, reference, 0, "cpu")
     _, row = learner.learn(list(samples()), TrainState())
-    return row, whole_gradients(optimizer)
+    return row, whole_gradients(model, optimizer)
 
 
 def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
@@ -147,12 +159,11 @@ def samples() -> Iterator[Any]:
             yield Sample(str(group), group, prompt, response, log_probs, "0", "stop", "", reward, {"accuracy": reward})
 
 
-def whole_gradients(optimizer: Any) -> dict[str, torch.Tensor]:
+def whole_gradients(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """Gradient buffers, gathered like weights; what has no gradient shows itself and must be equal too."""
     from megatron_r1.hf.gather import whole_tensors
 
-    wrapped = optimizer.model
-    for buffer in (*wrapped.buffers, *wrapped.expert_parallel_buffers):
+    for buffer in optimizer.buffers():
         # Data-parallel ranks have summed up one part each.
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
@@ -162,7 +173,7 @@ def whole_gradients(optimizer: Any) -> dict[str, torch.Tensor]:
     def gradient(parameter: torch.Tensor) -> torch.Tensor:
         return getattr(parameter, "main_grad", parameter.detach())
 
-    return {name: tensor.clone() for name, tensor in whole_tensors(wrapped.module, of=gradient)}
+    return {name: tensor.clone() for name, tensor in whole_tensors(model, of=gradient)}
 
 
 if __name__ == "__main__":

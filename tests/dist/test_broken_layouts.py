@@ -41,6 +41,11 @@ BROKEN = [
         "parallel.expert_tensor=2 model.moe.ffn_hidden_size=65",
         "must divide model.moe.ffn_hidden_size=65",
     ),
+    ("pretrain", 2, "parallel.pipeline=2 parallel.virtual_pipeline=4", "must divide model.num_layers=4, or"),
+    ("pretrain", 2, "parallel.pipeline=2 parallel.pipeline_layers=[2,3]", "must sum up to model.num_layers=4"),
+    ("pretrain", 2, "parallel.pipeline=2 parallel.pipeline_layers=[2,1,1]", "must be 2 numbers"),
+    ("pretrain", 2, "parallel.pipeline=2 parallel.pipeline_layers=[4,0]", "at least 1 layer"),
+    ("pretrain", 2, "parallel.virtual_pipeline=2", "must be 1 where pipeline=1"),
     # What the ranks cannot be divided into.
     ("pretrain", 2, "parallel.tensor=4", "must divide the 2 ranks that were started"),
     ("grpo", 3, "parallel.pipeline=2", "must divide the 3 ranks that were started"),
@@ -52,6 +57,13 @@ BROKEN = [
     ("grpo", 2, "rollout=local parallel.tensor=2 init.from=base", "needs the whole model on a rank"),
     ("pretrain", 2, "train.global_batch_size=5 train.micro_batch_size=5", "a multiple of the 2 data-parallel ranks"),
     ("pretrain", 2, "train.global_batch_size=12 train.micro_batch_size=4", "must divide the 6 sequences of a rank"),
+    (
+        "pretrain",
+        2,
+        "parallel.pipeline=2 parallel.virtual_pipeline=2",
+        "must make a multiple of parallel.pipeline=2 passes of a rank's 16 sequences",
+    ),
+    ("grpo", 2, "parallel.pipeline=2 parallel.virtual_pipeline=2", "must be 1: interleaved stages"),
     # What is no degree.
     ("pretrain", 2, "parallel.tensor=0", "must be at least 1"),
     ("pretrain", 2, "parallel.expert=-2", "must be at least 1"),
@@ -72,7 +84,7 @@ def test_a_broken_layout_is_refused_in_one_line(verb, ranks, overrides, allowed,
         monkeypatch.setenv("RANK", str(rank))
         assert exit_code([verb, *overrides.split()]) == 2
         said.append(capsys.readouterr().err)
-    assert re.fullmatch(r"megatron-r1: [a-z_.]+=\S+: .*\n", said[0]) and allowed in said[0]
+    assert re.fullmatch(r"megatron-r1: [a-z_.]+=(\S+|\[.*\]): .*\n", said[0]) and allowed in said[0]
     assert not any(said[1:])
 
 

@@ -25,8 +25,11 @@ LAYOUTS = {
     "pp2-ep2": (4, {"pipeline": 2, "expert": 2}),
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "dp2-tp2": (4, {"tensor": 2}),
+    "uneven pp2": (2, {"pipeline": 2, "pipeline_layers": [3, 1]}),
+    # Pre-training alone: reinforcement learning refuses interleaved stages.
+    "pp2-vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }
-SHORT = ("tp2", "pp2", "ep2", "dp2", "tp2-ep2")
+SHORT = ("tp2", "pp2", "ep2", "dp2", "tp2-ep2", "pp2-vpp2")
 EXACT = 1e-12
 TOLERANCE = 1e-6
 SPLIT_SUM_TOLERANCE = 5e-6
@@ -42,7 +45,7 @@ class Numbers:
     gradients: dict[str, torch.Tensor]
 
 
-def numbers_of(ranks: int, degrees: dict[str, int], folder: Path) -> dict[str, Numbers]:
+def numbers_of(ranks: int, degrees: dict[str, Any], folder: Path) -> dict[str, Numbers]:
     (folder / "job.json").write_text(json.dumps({"parallel": degrees}))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_layouts.py")), str(folder)], seconds=110)
@@ -69,7 +72,8 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 def test_a_layout_computes_what_one_rank_does(one, layout, tmp_path):
     ranks, degrees = LAYOUTS[layout]
     here = numbers_of(ranks, degrees, tmp_path)
-    for kind in ("pretrain", "grpo"):
+    kinds = ("pretrain", "grpo") if degrees.get("virtual_pipeline", 1) == 1 else ("pretrain",)
+    for kind in kinds:
         for precision, allowed in (
             ("fp64", EXACT),
             ("fp32", SPLIT_SUM_TOLERANCE if "tensor" in degrees else TOLERANCE),
@@ -82,7 +86,8 @@ def test_a_layout_computes_what_one_rank_does(one, layout, tmp_path):
         found, expected = (numbers[f"pretrain-{precision}"].row["losses"] for numbers in (here, one))
         assert found[0] == pytest.approx(expected[0], rel=1e-6)
         assert found[1:] == pytest.approx(expected[1:], rel=1e-4)
-    assert here["grpo-fp32"].row == pytest.approx(one["grpo-fp32"].row, rel=1e-4, abs=1e-6)
+    if "grpo" in kinds:
+        assert here["grpo-fp32"].row == pytest.approx(one["grpo-fp32"].row, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.dist

@@ -19,6 +19,7 @@ import pytest
 from launching import marked_processes
 
 from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.rollout.journal import Journal
 from megatron_r1.stages.session import is_done
 from megatron_r1.track.record import read_metrics
 
@@ -36,8 +37,15 @@ GRPO = [
     "grpo", *COMMON, "train.steps=30", "rollout=local", "rollout.max_response_tokens=32", "rl.prompts_per_rollout=2",
     "rl.group_size=4", "rl.mini_batches=2",
 ]  # fmt: skip
+SGLANG = [
+    *GRPO, "rollout=sglang", "rollout.sglang.max_total_tokens=4096", "rollout.sglang.max_running_requests=16",
+    # So many that no rollout is dropped from the journal before it is compared.
+    "train.checkpoint_interval=8", "train.steps=24",
+]  # fmt: skip
 WALL_CLOCK = ("tokens_per_second", "mfu", "rollout_seconds", "train_seconds", "sync_seconds")
 ATTEMPT_S = 100.0
+SERVER_GRACE_S = 5.0
+"""A server looks once a second whether the rank that started it still lives."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,10 @@ def ranks_of(job: Job, launcher: subprocess.Popen[str]) -> dict[int, psutil.Proc
 def end_of(job: Job, launcher: subprocess.Popen[str]) -> int:
     """Exit code of a launch, which takes everything that it started with it."""
     code = launcher.wait(ATTEMPT_S)
-    assert not marked_processes(str(job.folder))
+    deadline = time.monotonic() + SERVER_GRACE_S
+    while (left := marked_processes(str(job.folder))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
     return code
 
 
@@ -211,3 +222,59 @@ def test_pretraining_survives_kills(kills, seed, root, pretrained):
 @pytest.mark.parametrize(("kills", "seed"), CAMPAIGNS)
 def test_reinforcement_survives_kills(kills, seed, root, reinforced):
     survive([*GRPO, f"init.from='{root}/base'"], root, *reinforced, kills, seed)
+
+
+def asked(journal: Journal) -> dict[int, list[tuple]]:
+    """Of each rollout what does not depend on the engine: prompts, groups, and the weights that answered."""
+    return {
+        step: [(s.prompt_id, s.group, s.prompt_tokens, s.weight_version) for s in journal.read(step) or ()]
+        for step in journal.steps()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.sglang
+@pytest.mark.timeout(1200)
+def test_reinforcement_with_servers_survives_kills(root, pretrained):
+    """An engine is no part of the run's state: bitwise up to the last journalled rollout, then the same requests."""
+    arguments = [*SGLANG, f"init.from='{root}/base'"]
+    calm = Job(arguments, root, "sglang")
+    expected, life = undisturbed(calm)
+    chance, seen, compared = random.Random(3), Campaign(life), 0
+    while len(seen.moments) < 5:
+        job, kept = Job(arguments, root, f"sglang-{seen.runs}"), Kept()
+        while len(seen.moments) < 5 and attempt(job, chance, seen):
+            kept.check_and_renew(job)
+        if not is_done(job.folder):
+            with launched(job) as launcher:
+                assert end_of(job, launcher) == 0, (root / f"{job.name}.log").read_text()
+        kept.check_and_renew(job)
+        seen.runs, compared = seen.runs + 1, compared + kept.compared
+        assert [row["step"] for row in job.rows] == list(range(1, len(expected) + 1))
+        assert asked(Journal(rollouts_of(job))) == asked(Journal(rollouts_of(calm)))
+    print(f"sglang: 5 kills of {seen.runs} runs; {compared} rows compared\n  " + "\n  ".join(seen.moments))
+    assert compared
+
+
+@dataclass
+class Kept:
+    """What a run had on disk when it was last looked at, and must never change again."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    journal: dict[str, bytes] = field(default_factory=dict)
+    compared: int = 0
+
+    def check_and_renew(self, job: Job) -> None:
+        """Rows may be fewer for a while, since a resumed run records them anew from its checkpoint on."""
+        rows = comparable(job.rows)
+        journal = {path.name: path.read_bytes() for path in rollouts_of(job).glob("*.jsonl")}
+        both = min(len(rows), len(self.rows))
+        assert rows[:both] == self.rows[:both]
+        assert self.journal.items() <= journal.items()
+        self.compared += both
+        self.rows, self.journal = max(rows, self.rows, key=len), journal
+
+
+def rollouts_of(job: Job) -> Path:
+    return job.folder / "rollouts"

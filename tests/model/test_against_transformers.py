@@ -124,4 +124,4 @@ def loss_of_extra_predictions(model, forward_backward, forward, rows_BL):
 
     optimizer = Optimizer(model, TrainConfig())
     optimizer.zero_gradients()
-    return forward_backward(model, optimizer.model, [rows_BL], forward, rows_BL.shape[1] - 1).mtp_loss
+    return forward_backward(model, optimizer.chunks, [rows_BL], forward, rows_BL.shape[1] - 1).mtp_loss
