@@ -15,6 +15,7 @@ from megatron_r1.data.corpus import Corpus, build_corpus
 from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_r1.model.flops import flops_per_token, peak_flops
 from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
 from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, world_size
 from megatron_r1.stages.session import run_folder
 from megatron_r1.stages.trainer import Trainer, finish, trainer
@@ -82,11 +83,13 @@ def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
     """Cross-entropy of each row's tokens given those before."""
     inputs_BL, labels_BL = rows_BL[:, :-1].contiguous(), rows_BL[:, 1:].contiguous()
     positions_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
+    inputs_BL, labels_BL, positions_BL = map(share_of_sequence, (inputs_BL, labels_BL, positions_BL))
+    sharing = dist.get_world_size(context_parallel_group())
 
     def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = output_BL.float().mean()
         # megatron-core divides the returned loss in place by the number of micro-batches.
-        return loss, {"loss": loss.detach().clone()}
+        return loss / sharing, {"loss": loss.detach().clone()}
 
     return model(inputs_BL, positions_BL, None, labels=labels_BL), loss_function
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensors import read_state, read_tensors, write_state, write_tensors
 from megatron_r1.config.load import resolved
+from megatron_r1.config.performance import refuse_on_cpu
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, Requeue
@@ -108,19 +109,23 @@ def trainer(
     """
     folder = open_run_folder(config)
     platform = select(config.platform)
+    if platform.name == "cpu":
+        refuse_on_cpu(config.performance)
+        if config.train.optimizer.offload:
+            raise ConfigError("train.optimizer.offload", True, "must be false on a CPU: moments are there already")
     with (
         process_groups(platform, config.parallel, config.seed, config.threads),
         CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints, AllRanks()) as store,
     ):
         # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
         preempt = PreemptHook()
-        model = build_model(config.model, config.parallel, platform, config.seed)
+        model = build_model(config.model, config.parallel, platform, config.seed, config.performance)
         if weights:
             check_same_model(config.model, weights.model, str(weights.folder))
             load_whole_tensors(model, weights.tensors)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
-        optimizer = Optimizer(model, config.train)
+        optimizer = Optimizer(model, config.train, config.performance)
         this = Trainer(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
         _resume(this)
         yield this

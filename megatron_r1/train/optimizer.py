@@ -20,9 +20,14 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.model.chunks import Model, chunks
+from megatron_r1.model.spec import DTYPES
+from megatron_r1.train.adamw import RestingMomentsAdamW
 
+BUCKET = 40_000_000
+"""Weights that are summed up at a time where that overlaps with the backward pass; megatron-core's own number."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -33,14 +38,20 @@ class Optimizer:
         chunks: the rank's parts of the model, wrapped so that backward passes fill their gradient buffers.
     """
 
-    def __init__(self, model: Model, train: TrainConfig):
+    def __init__(self, model: Model, train: TrainConfig, performance: PerformanceConfig | None = None):
         """
         Args:
             model: parameters that need no gradient are left alone.
             train: optimizer and schedule settings.
+            performance: what is overlapped; None is nothing.
         """
-        self.chunks = [_with_gradient_buffers(part) for part in chunks(model)]
+        self.chunks = [_with_gradient_buffers(part, performance or PerformanceConfig()) for part in chunks(model)]
+        if performance and performance.overlap_gradient_reduction:
+            # Only the last micro-batch's backward pass finds gradients complete.
+            waiting = [chunk.no_sync for chunk in self.chunks]
+            model.config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         settings = train.optimizer
+        self._offloads = settings.offload
         config = MegatronOptimizerConfig(
             optimizer="adam",
             lr=train.schedule.learning_rate,
@@ -54,6 +65,11 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
+        if settings.moment_precision != "fp32" or settings.offload:
+            for part in self._parts():
+                part.optimizer = RestingMomentsAdamW(
+                    part.optimizer.param_groups, DTYPES[settings.moment_precision], "cpu" if settings.offload else None
+                )
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def zero_gradients(self) -> None:
@@ -101,8 +117,9 @@ class Optimizer:
             if is_copy:
                 weight_N.data.copy_(tensors[f"master/{name}"])
             if updated:
-                state = {key: tensors[f"{key}/{name}"].clone() for key in (*MOMENTS, "step")}
-                part.optimizer.state[weight_N] = state
+                place = "cpu" if self._offloads else weight_N.device
+                state = {key: tensors[f"{key}/{name}"].clone().to(place) for key in MOMENTS}
+                part.optimizer.state[weight_N] = state | {"step": tensors[f"step/{name}"].clone()}
 
     def _parts(self) -> list[DistributedOptimizer]:
         return getattr(self._inner, "chained_optimizers", [self._inner])
@@ -118,14 +135,19 @@ class Optimizer:
                     yield part, self._names[id(parameter)], weight_N, is_copy
 
 
-def _with_gradient_buffers(model: GPTModel) -> DistributedDataParallel:
+def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> DistributedDataParallel:
     """The model wrapped so that backward passes fill buffers, of which data-parallel ranks sum up one part each."""
-    # Without overlap the first flag's only effect is a type: bf16 gradients are summed in fp32, others as they are.
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=model.config.bf16, use_distributed_optimizer=True)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=model.config.bf16,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=performance.overlap_gradient_reduction,
+        overlap_param_gather=performance.overlap_parameter_gather,
+    )
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        None,
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        max(BUCKET, ranks * BUCKET // 40) if performance.overlap_gradient_reduction else None,
+        ranks,
         settings,
         parallel_state.get_expert_data_parallel_world_size(),
     )

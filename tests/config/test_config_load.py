@@ -41,9 +41,13 @@ def test_shipped_recipe_composes(recipe):
     assert load("pretrain", [], recipe).name == recipe
 
 
+NEEDS = {("performance", "deepseek"): ["parallel.expert=2", "model.precision=bf16"]}
+"""What an option asks of other sections."""
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_shipped_option_composes(group, option):
-    config = load("pretrain", [f"{group}={option}"])
+    config = load("pretrain", [f"{group}={option}", *NEEDS.get((group, option), [])])
     assert resolved(config).keys() == defaults(RunConfig).keys()
 
 

@@ -3,7 +3,8 @@
 All of it in fp32 and once more in float64, where rounding cannot hide a difference. A single rank also computes the
 GRPO update by the plain loss over the whole vocabulary.
 
-Started by test_layouts.py under torchrun with a folder that holds job.json: {"parallel": {...}}.
+Started by test_layouts.py under torchrun with a folder that holds job.json: what differs from the tiny model on one
+rank.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ REFERENCE_SCALE = 1.02
 
 def main(folder: Path) -> None:
     from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.config.performance import PerformanceConfig
     from megatron_r1.config.run import RunConfig
     from megatron_r1.platform import select
 
     job = json.loads((folder / "job.json").read_text())
     config, platform = RunConfig(parallel=ParallelConfig(**job["parallel"])), select("cpu")
+    config.performance = PerformanceConfig(**job["performance"])
+    config.train.optimizer.moment_precision = job["moments"]
+    config.model.mtp.num_layers = job["multi_token_layers"]
     config.train.optimizer.clip_norm = 0.0
     from megatron_r1.parallel.mesh import process_groups
 
@@ -41,7 +46,7 @@ def main(folder: Path) -> None:
                 compute_in_float64()
             config.model.precision = precision
             found = {"pretrain": pretrain(config, platform)}
-            if config.parallel.virtual_pipeline == 1:
+            if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
             if dist.get_world_size() == 1:
                 found["plain"] = reinforce_plainly(post_training(config), platform)
@@ -67,7 +72,7 @@ def build(config: Any, platform: Any) -> Any:
     from megatron_r1.model.build import build_model
     from megatron_r1.model.chunks import chunks
 
-    model = build_model(config.model, config.parallel, platform, seed=0)
+    model = build_model(config.model, config.parallel, platform, 0, config.performance)
     for part in chunks(model):
         part.config.moe_router_dtype = config.model.precision
     return model
@@ -81,7 +86,7 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     from megatron_r1.train.step import update
 
     model = build(config, platform)
-    optimizer = Optimizer(model, config.train)
+    optimizer = Optimizer(model, config.train, config.performance)
     group = data_parallel_group()
     generator = torch.Generator().manual_seed(1)
     losses, norms, gradients = [], [], {}
@@ -116,7 +121,7 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     model = build(config, platform)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not in_multi_token_layer(name))
-    optimizer = Optimizer(model, config.train)
+    optimizer = Optimizer(model, config.train, config.performance)
     reference = ReferencePolicy(model)
     for name in sorted(reference.weights):
         reference.weights[name] *= REFERENCE_SCALE
