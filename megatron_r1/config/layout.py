@@ -58,22 +58,23 @@ def _check_batch(config: RunConfig, ranks: int) -> None:
     """Data-parallel ranks take equally many sequences, in equal micro-batches: else means would not be means."""
     degrees, train = config.parallel, config.train
     data_parallel = ranks // (degrees.tensor * degrees.pipeline * degrees.context)
-    share, rest = divmod(train.global_batch_size, data_parallel)
-    if rest:
-        raise ConfigError(
-            "train.global_batch_size",
-            train.global_batch_size,
-            f"must be a multiple of the {data_parallel} data-parallel ranks",
-        )
-    if share > train.micro_batch_size and share % train.micro_batch_size:
-        raise ConfigError(
-            "train.micro_batch_size", train.micro_batch_size, f"must divide the {share} sequences of a rank's share"
-        )
-    passes = -(-share // train.micro_batch_size)
-    if degrees.virtual_pipeline > 1 and passes % degrees.pipeline:
-        raise ConfigError(
-            "train.micro_batch_size",
-            train.micro_batch_size,
-            f"must make a multiple of parallel.pipeline={degrees.pipeline} passes of a rank's {share} sequences, "
-            "for parallel.virtual_pipeline above 1",
-        )
+    for size in train.batch_sizes():
+        share, rest = divmod(size, data_parallel)
+        if rest:
+            raise ConfigError(
+                f"train.{train.batch_size_key(size)}",
+                size,
+                f"must be a multiple of the {data_parallel} data-parallel ranks",
+            )
+        if share > train.micro_batch_size and share % train.micro_batch_size:
+            raise ConfigError(
+                "train.micro_batch_size", train.micro_batch_size, f"must divide the {share} sequences of a rank's share"
+            )
+        passes = -(-share // train.micro_batch_size)
+        if degrees.virtual_pipeline > 1 and passes % degrees.pipeline:
+            raise ConfigError(
+                "train.micro_batch_size",
+                train.micro_batch_size,
+                f"must make a multiple of parallel.pipeline={degrees.pipeline} passes of a rank's {share} sequences, "
+                "for parallel.virtual_pipeline above 1",
+            )

@@ -25,6 +25,11 @@ class InitConfig:
 
     from_: str = ""
     """Run directory, checkpoint directory or hf:FOLDER; empty initialises at random. Written `init.from`."""
+    weights: str = "model"
+    """Of checkpoints, here and in evaluate.models: model, or ema, the moving average of the weights."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "weights", ("model", "ema"))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.schedule import ScheduleConfig
 from megatron_r1.errors import ConfigError
 
 
@@ -35,29 +36,6 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class ScheduleConfig:
-    """Learning rate by step."""
-
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
-    final_learning_rate: float = 0.0
-    """Learning rate at the last step."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up."""
-    decay: str = "cosine"
-    """Shape after the warm-up: constant, linear or cosine."""
-
-    def __post_init__(self) -> None:
-        within(self, 1e-12, 1.0, "learning_rate")
-        at_least(self, 0, "final_learning_rate", "warmup_steps")
-        one_of(self, "decay", ("constant", "linear", "cosine"))
-        if self.final_learning_rate > self.learning_rate:
-            raise ConfigError(
-                "final_learning_rate", self.final_learning_rate, f"must be at most learning_rate={self.learning_rate}"
-            )
-
-
-@dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """The training loop."""
 
@@ -66,13 +44,17 @@ class TrainConfig:
     sequence_length: int = 128
     """Tokens per pre-training sequence."""
     global_batch_size: int = 10
-    """Sequences per optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks; schedule.batch_ramp grows up to it."""
     micro_batch_size: int = 10
     """Sequences per forward pass of one rank."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning rate by step."""
+    """Learning rate, and what else changes while the run goes on."""
+    ema_decay: float = 0.0
+    """Decay per step of the moving average of the weights that is kept on the host; 0 keeps none."""
+    balance_window: int = 100
+    """Steps over which the experts' loads are added up before their balance is measured."""
     max_skipped_steps: int = 3
     """Steps in a row that may be skipped for non-finite gradients before the run stops."""
     checkpoint_interval: int = 200
@@ -84,11 +66,34 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "checkpoint_interval", "log_interval")
+        at_least(self, 1, "balance_window")
+        within(self, 0.0, 0.9999999, "ema_decay")
         at_least(self, 2, "sequence_length", "keep_checkpoints")
         at_least(self, 0, "max_skipped_steps")
-        if self.global_batch_size % self.micro_batch_size:
+        ramp = self.schedule.batch_ramp
+        if ramp.tokens and ramp.start > self.global_batch_size:
             raise ConfigError(
-                "micro_batch_size", self.micro_batch_size, f"must divide global_batch_size={self.global_batch_size}"
+                "schedule.batch_ramp.start", ramp.start, f"must be at most global_batch_size={self.global_batch_size}"
             )
+        if ramp.tokens and (self.global_batch_size - ramp.start) % ramp.increment:
+            raise ConfigError(
+                "schedule.batch_ramp.increment",
+                ramp.increment,
+                f"must divide what lies between start={ramp.start} and global_batch_size={self.global_batch_size}",
+            )
+        for size in self.batch_sizes():
+            if size % self.micro_batch_size:
+                raise ConfigError(
+                    "micro_batch_size", self.micro_batch_size, f"must divide {self.batch_size_key(size)}={size}"
+                )
         if self.schedule.warmup_steps >= self.steps:
             raise ConfigError("schedule.warmup_steps", self.schedule.warmup_steps, f"must be below steps={self.steps}")
+
+    def batch_sizes(self) -> range:
+        """Every number of sequences that a step of this run may have, rising to global_batch_size."""
+        ramp, full = self.schedule.batch_ramp, self.global_batch_size
+        return range(ramp.start, full + 1, ramp.increment) if ramp.tokens else range(full, full + 1)
+
+    def batch_size_key(self, size: int) -> str:
+        """The key to name in an error about a batch of `size` sequences."""
+        return "global_batch_size" if size == self.global_batch_size else "schedule.batch_ramp"

@@ -50,10 +50,20 @@ def whole_tensors(
     """
     mine_too = stage is None or stage == pipeline_stage()
     owned = [shard for shard in shards(model, of) if shard.owned and mine_too]
+    yield from gather_whole(owned, next(model.parameters()).device, to_rank)
+
+
+def gather_whole(owned: list[Shard], device: torch.device, to_rank: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Collective over all ranks: whole tensors from the shards that each rank speaks for; see `whole_tensors`.
+
+    Args:
+        owned: this rank's; their memory may be anywhere.
+        device: where ranks send from and receive at.
+    """
     mine: dict[str, list[Shard]] = {}
     for shard in owned:
         mine.setdefault(shard.name, []).append(shard)
-    rank, device = dist.get_rank(), next(model.parameters()).device
+    rank = dist.get_rank()
     for name, (shape, parts) in sorted(_directory(owned, rank).items()):
         if sum(_size(part.shape) for part in parts) != _size(shape):
             raise DataError(f"{name}: the ranks' shards do not make up the whole tensor")
@@ -67,7 +77,7 @@ def whole_tensors(
                     whole = torch.empty(shape, dtype=part.dtype, device=device)
                 whole[part.place] = next(local).tensor if part.rank == rank else _receive(part, whole)
             elif part.rank == rank:
-                dist.send(next(local).tensor.contiguous(), to_rank)
+                dist.send(next(local).tensor.to(device).contiguous(), to_rank)
         if rank == to_rank:
             assert whole is not None
             yield name, whole

@@ -28,8 +28,9 @@ class Passes:
 
     logged: list[dict[str, Tensor]]
     """What the loss function logged, a dictionary per micro-batch."""
-    expert_load_LE: Tensor | None
-    """Tokens per expert (E) of each sparse layer (L), multi-token layers last."""
+    expert_load: dict[str, Tensor]
+    """Tokens per expert [E] of each sparse layer on any pipeline stage whose router has a balancing bias: "layer 2",
+    counted from 1 as megatron-core does, and "mtp 1" for those of multi-token prediction, which come last."""
     mtp_loss: float | None
     """Mean loss of the extra predictions."""
 
@@ -52,11 +53,11 @@ def forward_backward(
         rows: sequences of a micro-batch; with `length` it is what interleaved stages expect from one another, where all
             micro-batches must be alike. Other stages tell one another the shape.
     """
-    loads: list[Tensor] = []
+    loads: dict[str, Tensor] = {}
 
     def finalise(models: list, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         # finalize_model_grads clears the routers' counters.
-        loads.extend(router.local_tokens_per_expert.clone() for router in routers(model))
+        loads.update((layer_name(router), router.local_tokens_per_expert.clone()) for router in routers(model))
         finalize_model_grads(models, num_tokens, **kwargs)
 
     model.config.finalize_model_grads_func = finalise
@@ -69,22 +70,42 @@ def forward_backward(
         micro_batch_size=rows,
         forward_only=False,
     )
-    return Passes(logged, _over_ranks(loads), _take_mtp_loss(len(micro_batches)))
+    return Passes(logged, _of_all_stages(_over_ranks(loads)), _take_mtp_loss(len(micro_batches)))
 
 
-def _over_ranks(loads: list[Tensor]) -> Tensor | None:
+def _over_ranks(loads: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tokens per expert summed over the ranks that see other tokens."""
     if not loads:
-        return None
-    total_LE = torch.stack(loads)
+        return {}
+    total_LE = torch.stack([*loads.values()])
     group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(total_LE, group=group)
-    return total_LE
+    return dict(zip(loads, total_LE.cpu(), strict=True))
+
+
+def _of_all_stages(loads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The loads that every pipeline stage told, backbone first, in the order of the layers."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    told: list[Any] = [loads] * group.size()
+    if group.size() > 1:
+        torch.distributed.all_gather_object(told, loads, group=group)
+    everywhere = {name: load_E for stage in told for name, load_E in stage.items()}
+    return {name: everywhere[name] for name in sorted(everywhere, key=_place)}
+
+
+def _place(name: str) -> tuple[str, int]:
+    kind, number = name.split()
+    return kind, int(number)
 
 
 def routers(model: Model) -> list[Any]:
     """The routers that hold a balancing bias, backbone first, then multi-token prediction."""
     return [module for module in model.modules() if isinstance(module, TopKRouter) and module.expert_bias is not None]
+
+
+def layer_name(router: Any) -> str:
+    """The layer of a router; multi-token layers count on their own, and are never taken for the backbone's."""
+    return f"{'mtp' if router.is_mtp_layer else 'layer'} {router.layer_number}"
 
 
 def _take_mtp_loss(num_micro_batches: int) -> float | None:

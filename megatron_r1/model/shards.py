@@ -101,9 +101,18 @@ def load_whole_tensors(model: Model, tensors: Mapping[str, Tensor]) -> None:
     if leftover := tensors.keys() - set().union(*wanted):
         raise DataError(f"{min(leftover)}: not a tensor of this model")
     for shard in shards(model):
-        if shard.name not in tensors:
-            raise DataError(f"{shard.name}: missing from the weights")
-        whole = tensors[shard.name]
-        if tuple(whole.shape) != shard.whole_shape:
-            raise DataError(f"{shard.name}: has shape {tuple(whole.shape)}, must have {shard.whole_shape}")
-        shard.tensor.copy_(whole[shard.place])
+        shard.tensor.copy_(part_of(tensors, shard))
+
+
+def part_of(tensors: Mapping[str, Tensor], shard: Shard) -> Tensor:
+    """A shard's part of the whole tensor of its name.
+
+    Raises:
+        DataError: the tensor is missing or has another shape.
+    """
+    if shard.name not in tensors:
+        raise DataError(f"{shard.name}: missing from the weights")
+    whole = tensors[shard.name]
+    if tuple(whole.shape) != shard.whole_shape:
+        raise DataError(f"{shard.name}: has shape {tuple(whole.shape)}, must have {shard.whole_shape}")
+    return whole[shard.place]

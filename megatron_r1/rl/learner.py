@@ -24,6 +24,7 @@ from megatron_r1.rl.rows import Rows, make_rows, row_length
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.schedule import learning_rate
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import UpdateResult, update
@@ -47,6 +48,7 @@ class Learner:
         self._config, self._model, self._optimizer = config, model, optimizer
         self._reference, self._pad, self._device = reference, pad_token, device
         self._policy = Policy(model, config.rollout.temperature)
+        FROZEN.apply(model, 0)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Train on a rollout; `state` counts one more rollout and its updates.
@@ -68,7 +70,7 @@ class Learner:
         # Later epochs divide the same samples anew: among several ranks, some go to a rank that had not had them.
         alone = dist.get_world_size(data_parallel_group()) == 1
         old, reference = self._fixed_log_probs(mini_batches[: rl.mini_batches] if alone else mini_batches)
-        rate = learning_rate(train.schedule, state.step + 1, train.steps)
+        rate = learning_rate(train.schedule, state.step + 1, train.steps, state.consumed_tokens)
         results, skipped = [], state.skipped_in_row
         for num_answers, micro_batches in mini_batches:
             result = self._update(micro_batches, num_answers, old, reference, rate)

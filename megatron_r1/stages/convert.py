@@ -17,7 +17,7 @@ def run(config: RunConfig) -> None:
     """Write the run's ``hf/`` folder from the weights that `init.from` names."""
     if not config.init.from_:
         raise ConfigError("init.from", "", "convert needs a model: a run, a checkpoint or hf:FOLDER")
-    found = find_weights(config.init.from_)
+    found = find_weights(config.init.from_, which=config.init.weights)
     folder = open_run_folder(config)
     started = time.perf_counter()
     target = export(found.tensors.items(), found.model, folder / "hf", tokenizer_folder=found.tokenizer_folder)

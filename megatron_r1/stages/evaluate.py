@@ -45,7 +45,8 @@ def run(config: RunConfig) -> None:
     if not sources:
         raise ConfigError("evaluate.models", "{}", "needs a model: evaluate.models.NAME=RUN or init.from=RUN")
     folder = open_run_folder(config)
-    models = {name: find_weights(source, f"evaluate.models.{name}") for name, source in sources.items()}
+    which = config.init.weights
+    models = {name: find_weights(source, f"evaluate.models.{name}", which) for name, source in sources.items()}
     first = next(iter(models.values()))
     for name, found in models.items():
         check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")

@@ -33,7 +33,7 @@ SHOWN = ("reward", "accuracy", "format", "response_length", "kl", "entropy", "ro
 def run(config: RunConfig) -> None:
     """Reinforce a model, or go on where its run stopped."""
     check(config)
-    weights = find_weights(config.init.from_)
+    weights = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
     with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:

@@ -16,13 +16,15 @@ from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_r1.model.flops import flops_per_token, peak_flops
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
-from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, world_size
+from megatron_r1.parallel.mesh import data_parallel_group, leads, speaks_for_its_data, world_size
 from megatron_r1.stages.session import run_folder
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import find_weights
 from megatron_r1.train.guard import count_skips
+from megatron_r1.train.hooks.balance import BalanceHook, load_metrics
 from megatron_r1.train.loop import Step, train
-from megatron_r1.train.schedule import learning_rate
+from megatron_r1.train.routing import check_none_dropped, pretraining_policy
+from megatron_r1.train.schedule import batch_size, learning_rate, value_at
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import UpdateResult, update
 
@@ -31,13 +33,18 @@ SHOWN = ("loss", "mtp_loss", "gradient_norm", "learning_rate", "tokens_per_secon
 
 def run(config: RunConfig) -> None:
     """Pre-train a model, or go on where its run stopped."""
-    weights = find_weights(config.init.from_) if config.init.from_ else None
+    weights = find_weights(config.init.from_, which=config.init.weights) if config.init.from_ else None
     tokenizer = Tokenizer.load(weights.tokenizer_folder) if weights else train_tokenizer(config.data)
     corpus = build_corpus(
         config.data, tokenizer, config.train.sequence_length, config.seed, run_folder(config) / "data"
     )
     with trainer(config, tokenizer, weights) as this:
-        hooks = this.hooks(SHOWN, f"pretrain {config.name}")
+        # All ranks know all loads; the one that records them measures their balance.
+        settings = config.train
+        balance = BalanceHook(settings.balance_window, settings.log_interval, this.extra) if leads() else None
+        hooks = this.hooks(
+            SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, [balance] if balance else []
+        )
         state = train(this.state, pretraining_step(this, corpus), hooks, config.train.steps)
         finish(this, state)
 
@@ -47,22 +54,29 @@ def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
     config, settings = this.config, this.config.train
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    tokens_per_step = settings.global_batch_size * settings.sequence_length
-    flops_per_step = tokens_per_step * flops_per_token(config.model, settings.sequence_length)
+    flops = flops_per_token(config.model, settings.sequence_length)
+    policy, moe = pretraining_policy(config), config.model.moe
     peak = peak_flops(this.platform.device) * world_size()
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
-        rate = learning_rate(settings.schedule, state.step + 1, settings.steps)
-        rows = torch.from_numpy(corpus.batch(state.data_position, settings.global_batch_size))[rank::ranks]
+        consumed, size = state.consumed_tokens, batch_size(settings, state.consumed_tokens)
+        rate = learning_rate(settings.schedule, state.step + 1, settings.steps, consumed)
+        mtp_weight = value_at(config.model.mtp.loss_coefficient, settings.schedule.mtp_weight_phases, consumed)
+        # megatron-core reads the weight anew in every forward pass.
+        this.model.config.mtp_loss_scaling_factor = mtp_weight
+        policy.apply(this.model, consumed)
+        rows = torch.from_numpy(corpus.batch(state.data_position, size))[rank::ranks]
         micro_batches = rows.to(this.platform.device).split(settings.micro_batch_size)
         shape = settings.sequence_length, len(micro_batches[0])
         result = update(this.model, this.optimizer, micro_batches, next_token_forward, rate, *shape)
         seconds = time.perf_counter() - started
+        tokens = size * settings.sequence_length
+        check_none_dropped(result.passes.expert_load, tokens, moe.top_k)
         state = state.advance(
             updates=state.updates + (not result.skipped),
-            consumed_tokens=state.consumed_tokens + tokens_per_step,
-            data_position=state.data_position + settings.global_batch_size,
+            consumed_tokens=consumed + tokens,
+            data_position=state.data_position + size,
             skipped_in_row=count_skips(
                 state.skipped_in_row, result.skipped, settings.max_skipped_steps, state.step + 1
             ),
@@ -71,9 +85,12 @@ def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
             "loss": _mean_loss(result),
             **update_metrics(result),
             "learning_rate": rate,
+            "batch_size": size,
+            "mtp_weight": mtp_weight,
+            "bias_rate": policy.bias_rate_at(consumed),
             "consumed_tokens": state.consumed_tokens,
-            "tokens_per_second": tokens_per_step / seconds,
-            "mfu": flops_per_step / seconds / peak,
+            "tokens_per_second": tokens / seconds,
+            "mfu": tokens * flops / seconds / peak,
         }
 
     return step
@@ -99,11 +116,7 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
     metrics: dict[str, Any] = {"gradient_norm": result.gradient_norm, "skipped": int(result.skipped)}
     if result.passes.mtp_loss is not None:
         metrics["mtp_loss"] = result.passes.mtp_loss
-    if result.passes.expert_load_LE is not None:
-        share_LE = result.passes.expert_load_LE / result.passes.expert_load_LE.sum(1, keepdim=True)
-        metrics["router_load_max"] = float(share_LE.max()) * share_LE.shape[1]
-        metrics["router_load"] = [[round(float(share), 4) for share in layer] for layer in share_LE]
-    return metrics
+    return metrics | load_metrics(result.passes.expert_load)
 
 
 def _mean_loss(result: UpdateResult) -> float:

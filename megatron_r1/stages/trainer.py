@@ -28,8 +28,10 @@ from megatron_r1.platform import Platform, select
 from megatron_r1.stages.session import mark_done, open_run_folder
 from megatron_r1.stages.weights import Weights, check_same_model
 from megatron_r1.track.tracker import Tracker
+from megatron_r1.train.ema import MovingAverage
 from megatron_r1.train.hooks import Hook, Hooks
 from megatron_r1.train.hooks.checkpoint import CheckpointHook
+from megatron_r1.train.hooks.ema import EmaHook
 from megatron_r1.train.hooks.log import LogHook
 from megatron_r1.train.hooks.preempt import PreemptHook
 from megatron_r1.train.optimizer import Optimizer
@@ -55,14 +57,19 @@ class Trainer:
     preempt: PreemptHook
     extra: dict[str, torch.Tensor]
     """Tensors beside model and optimizer that the resumed checkpoint held."""
+    ema: MovingAverage | None = None
+    """Moving average of the weights, if the run keeps one."""
 
-    def hooks(self, shown: Sequence[str], title: str, extra_tensors: ExtraTensors = dict) -> Hooks:
+    def hooks(
+        self, shown: Sequence[str], title: str, extra_tensors: ExtraTensors = dict, first: Sequence[Hook] = ()
+    ) -> Hooks:
         """Log, save, and stop in time.
 
         Args:
             shown: metrics on the terminal.
             title: name of the progress bar.
             extra_tensors: what a checkpoint holds beside model and optimizer.
+            first: come before the others, to add to a row or to what is saved.
         """
         train = self.config.train
         # A row is recorded before its step is saved: killed in between, the run records the row anew; the other way
@@ -79,13 +86,19 @@ class Trainer:
         if dist.get_rank() == 0:
             tracker = Tracker(self.folder, resolved(self.config), self.config.name, self.config.track, self.state.step)
             hooks.insert(0, LogHook(tracker, shown, train.steps, self.state.step, train.log_interval, title))
-        return Hooks([*hooks, self.preempt])
+        if self.ema:
+            hooks.insert(0, EmaHook(self.ema))
+        return Hooks([*first, *hooks, self.preempt])
 
     def _write(self, folder: Path, state: TrainState, extra: dict[str, torch.Tensor]) -> None:
         rank = dist.get_rank()
         whole = list(whole_tensors(self.model))
         if rank == 0:
             write_tensors(folder, "model", 0, whole)
+        if self.ema:
+            averages = list(self.ema.whole_tensors())
+            if rank == 0:
+                write_tensors(folder, "ema", 0, averages)
         write_tensors(folder, "optimizer", rank, self.optimizer.tensors())
         write_tensors(folder, "random", rank, {"cpu": torch.get_rng_state()}.items())
         if extra:
@@ -127,6 +140,8 @@ def trainer(
             parameter.requires_grad_(trainable(name))
         optimizer = Optimizer(model, config.train, config.performance)
         this = Trainer(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
+        if config.train.ema_decay:
+            this.ema = MovingAverage(model, config.train.ema_decay)
         _resume(this)
         yield this
 
@@ -141,6 +156,8 @@ def _resume(this: Trainer) -> None:
     rank = dist.get_rank()
     load_whole_tensors(this.model, read_tensors(folder, "model", 0))
     this.optimizer.load(read_tensors(folder, "optimizer", rank))
+    if this.ema:
+        this.ema.load(read_tensors(folder, "ema", 0))
     torch.set_rng_state(read_tensors(folder, "random", rank)["cpu"])
     if (folder / f"extra-{rank:05d}.safetensors").is_file():
         this.extra = read_tensors(folder, "extra", rank)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import verify
 from megatron_r1.checkpoint.store import newest_verified
-from megatron_r1.checkpoint.tensors import read_tensors
+from megatron_r1.checkpoint.tensors import has_tensors, read_tensors
 from megatron_r1.config.convert import convert
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import ConfigError
@@ -31,15 +31,16 @@ class Weights:
     """The checkpoint or Hugging Face folder that was read."""
 
 
-def find_weights(source: str, key: str = "init.from") -> Weights:
+def find_weights(source: str, key: str = "init.from", which: str = "model") -> Weights:
     """Read the model that `source` names.
 
     Args:
         source: run directory, checkpoint directory, or ``hf:FOLDER``.
         key: configuration key to name in an error.
+        which: of a checkpoint's weights: ``model``, or ``ema``, their moving average.
 
     Raises:
-        ConfigError: nothing there.
+        ConfigError: nothing there, or no moving average.
         CheckpointDamaged: a checkpoint is there, but neither it nor an older one verifies.
         DataError: a Hugging Face folder is not what its config says.
     """
@@ -47,6 +48,8 @@ def find_weights(source: str, key: str = "init.from") -> Weights:
         folder = Path(source.removeprefix("hf:"))
         if not (folder / "config.json").is_file():
             raise ConfigError(key, source, "must be a folder with a config.json")
+        if which != "model":
+            raise ConfigError("init.weights", which, f"must be model: {source} holds nothing else")
         model = model_config_from_hf(folder / "config.json")
         return Weights(model, dict(load_tensors(folder, model)), folder, folder)
     folder = Path(source)
@@ -56,8 +59,10 @@ def find_weights(source: str, key: str = "init.from") -> Weights:
         folder, manifest = found
     else:
         raise ConfigError(key, source, "must be a run with a checkpoint, a checkpoint, or hf:FOLDER")
+    if not has_tensors(folder, which, 0):
+        raise ConfigError("init.weights", which, f"must be model: {folder} holds no moving average (train.ema_decay)")
     model = convert(ModelConfig, manifest.metadata["config"]["model"])
-    return Weights(model, read_tensors(folder, "model", 0), folder / "tokenizer", folder)
+    return Weights(model, read_tensors(folder, which, 0), folder / "tokenizer", folder)
 
 
 def check_same_model(wanted: ModelConfig, found: ModelConfig, source: str) -> None:

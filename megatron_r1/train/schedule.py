@@ -1,25 +1,64 @@
-"""Learning rate by step."""
+"""Values by step and by consumed tokens: pure functions of a run's state, so that a resume needs nothing else."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from megatron_r1.config.train import ScheduleConfig
+from megatron_r1.config.schedule import PhaseConfig, ScheduleConfig
+from megatron_r1.config.train import TrainConfig
 
 
-def learning_rate(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """Learning rate of optimizer step `step` (the first is 1) out of `steps`.
+def value_at(start: float, phases: Sequence[PhaseConfig], tokens: int) -> float:
+    """A value that follows consumed tokens.
 
-    Linear warm-up from 0, then the configured shape down to the final rate at the last step.
+    Args:
+        start: value before the first phase; without phases it stays.
+        phases: one after the other; the first begins at 0 tokens.
+        tokens: consumed before the step that asks.
+    """
+    since = 0
+    for phase in phases:
+        if tokens < phase.until:
+            return _within(phase, start, (tokens - since) / (phase.until - since))
+        start, since = phase.value, phase.until
+    return start
+
+
+def _within(phase: PhaseConfig, start: float, done: float) -> float:
+    """The value after the share `done` of a phase."""
+    return phase.value if phase.shape == "constant" else _between(start, phase.value, phase.shape, done)
+
+
+def _between(start: float, end: float, shape: str, done: float) -> float:
+    """On the way from `start` to `end`, a straight line or half a cosine, after the share `done` of it."""
+    if shape == "linear":
+        return start + (end - start) * done
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def learning_rate(schedule: ScheduleConfig, step: int, steps: int, tokens: int) -> float:
+    """Learning rate of optimizer step `step` (the first is 1) out of `steps`, before which `tokens` were consumed.
+
+    Linear warm-up from 0, then the configured shape: by step down to the final rate at the last one, or by tokens.
     """
     peak, final = schedule.learning_rate, schedule.final_learning_rate
-    if step <= schedule.warmup_steps:
-        return peak * step / max(1, schedule.warmup_steps)
+    warm = min(1.0, step / max(1, schedule.warmup_steps))
+    if schedule.decay == "tokens":
+        return warm * value_at(peak, schedule.learning_rate_phases, tokens)
+    if warm < 1.0 or schedule.decay == "constant":
+        return warm * peak
     done = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))
-    match schedule.decay:
-        case "constant":
-            return peak
-        case "linear":
-            return peak + (final - peak) * done
-        case _:
-            return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * done))
+    return _between(peak, final, schedule.decay, done)
+
+
+def batch_size(train: TrainConfig, tokens: int) -> int:
+    """Sequences of the step before which `tokens` were consumed.
+
+    The ramp is divided into as many equal parts as there are increments, as megatron-core's is; whole numbers
+    throughout, so that no rounding decides at which step the batch grows.
+    """
+    ramp, sizes = train.schedule.batch_ramp, train.batch_sizes()
+    if tokens >= ramp.tokens:
+        return train.global_batch_size
+    return sizes[tokens * (len(sizes) - 1) // ramp.tokens]

@@ -24,6 +24,11 @@ from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError
 
 CONFIG_FILES = sorted(Path(megatron_r1.config.__file__).parent.glob("*.py"))
+NEEDS = {
+    ("train", "pretrain_v3"): ["model.max_sequence_length=4096"],
+    ("performance", "deepseek"): ["parallel.expert=2", "model.precision=bf16"],
+}
+"""What an option asks of other sections, beyond the tiny model on one rank."""
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
 
@@ -39,10 +44,6 @@ def own_configs(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("recipe", recipes())
 def test_shipped_recipe_composes(recipe):
     assert load("pretrain", [], recipe).name == recipe
-
-
-NEEDS = {("performance", "deepseek"): ["parallel.expert=2", "model.precision=bf16"]}
-"""What an option asks of other sections."""
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -173,7 +174,7 @@ def test_resolved_yaml_reads_back(tmp_path):
     config = load("pipeline", ["init.from=runs/base", "model.norm_epsilon=1e-7", "name='7'"])
     write_yaml(config, tmp_path / "config.yaml")
     tree = read_yaml(tmp_path / "config.yaml")
-    assert tree == resolved(config) and tree["init"] == {"from": "runs/base"}
+    assert tree == resolved(config) and tree["init"] == {"from": "runs/base", "weights": "model"}
     assert convert(RunConfig, tree) == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 

@@ -12,6 +12,7 @@ from plain_grpo import plain_loss, response_log_probs
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.build import native_tensors
+from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
@@ -66,11 +67,13 @@ def shifted_reference(model) -> dict[str, torch.Tensor]:
 def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:
     """Gradients, metrics and weights after one update by the learner."""
     config = config_of(**rl)
+    # What pre-training does for balance, and more: nothing of it may reach an update of the policy.
+    config.model.moe.sequence_loss_coefficient, config.model.moe.bias_update_rate = 1.0, 0.5
     model = trainable(new_model(config.model))
     samples, reference = make_samples(model, 0.3), ReferencePolicy(model, shifted_reference(model))
     optimizer = Optimizer(model, config.train)
     state, row = Learner(config, model, optimizer, reference, 0, "cpu").learn(samples, TrainState())
-    assert (state.step, state.updates, state.data_position) == (1, config.rl.mini_batches, 2)
+    assert (state.step, state.updates, state.data_position) == (1, config.rl.mini_batches * config.rl.inner_epochs, 2)
     assert state.consumed_tokens == sum(map(sum, LENGTHS))
     gradients = {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return gradients, row, {name: tensor.clone() for name, tensor in native_tensors(model)}
@@ -111,12 +114,13 @@ def test_an_update_is_the_loss_written_out(new_model, tokens_per_micro_batch):
     assert row["kl"] > 0 and row["clip_fraction"] > 0 and row["skipped"] == 0
 
 
-def test_multi_token_layers_are_carried_through_untouched(new_model):
-    _, _, after = learnt(new_model, mini_batches=2)
+def test_multi_token_layers_and_balancing_biases_are_carried_through_untouched(new_model):
+    _, row, after = learnt(new_model, mini_batches=2, inner_epochs=2)
     before = dict(native_tensors(new_model(config_of().model)))
-    for name, tensor in before.items():
-        if name.startswith("mtp."):
-            assert torch.equal(after[name], tensor), name
+    carried = [name for name in before if in_multi_token_layer(name) or name.endswith("expert_bias")]
+    assert len([name for name in carried if name.endswith("expert_bias")]) == 4 and row["skipped"] == 0
+    for name in carried:
+        assert torch.equal(after[name], before[name]), name
     assert not torch.equal(after["output_layer.weight"], before["output_layer.weight"])
 
 

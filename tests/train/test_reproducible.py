@@ -1,13 +1,20 @@
-"""Pre-training from the command line: the same seed gives the same run to the last bit, stopped half way or not."""
+"""Pre-training from the command line: the same seed gives the same run to the last bit, stopped half way or not.
+
+The run has every schedule by consumed tokens, and stops where they are all under way.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_r1.checkpoint.store import newest_verified
+from megatron_r1.stages.weights import find_weights
 
 DRIVER = """
 import os, signal, sys
@@ -15,10 +22,11 @@ from megatron_r1.__main__ import exit_code
 from megatron_r1.data.corpus import Corpus
 
 names, stop_at = sys.argv[1].split(","), int(sys.argv[2])
-batch = Corpus.batch
+batch, taken = Corpus.batch, []
 
 def batch_or_signal(self, position, count):
-    if position == stop_at * count:
+    taken.append(position)
+    if len(taken) == stop_at:
         os.kill(os.getpid(), signal.SIGTERM)
     return batch(self, position, count)
 
@@ -29,21 +37,43 @@ SETTINGS = [
     "platform=cpu", "threads=1", "track=off", "seed=3", "data.num_documents=2000", "model.num_layers=2",
     "model.init_std=0.02", "train.steps=8", "train.sequence_length=64", "train.global_batch_size=4",
     "train.micro_batch_size=2", "train.schedule.warmup_steps=2", "train.checkpoint_interval=100",
+    "train.log_interval=1", "train.balance_window=3", "train.ema_decay=0.5",
+    "train.schedule={learning_rate:3e-3,final_learning_rate:1e-4,decay:tokens,learning_rate_phases:["
+    "{until:600,value:3e-3},{until:1400,value:1e-4,shape:cosine}],"
+    "batch_ramp:{start:2,increment:2,tokens:600},"
+    "mtp_weight_phases:[{until:700,value:0.3},{until:900,value:0.1}],"
+    "bias_rate_phases:[{until:1000,value:1e-2},{until:1500,value:0.0}]}",
 ]  # fmt: skip
 
 
 def pretrain(names: str, root: Path, stop_at: int = -1) -> int:
     """Exit code of runs, one after the other in one process; `stop_at` steps are done when the signal comes."""
-    command = [sys.executable, "-W", "ignore", "-c", DRIVER, names, str(stop_at - 1), *SETTINGS, f"root={root}"]
+    command = [sys.executable, "-W", "ignore", "-c", DRIVER, names, str(stop_at), *SETTINGS, f"root={root}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode in (0, 85), done.stderr
     return done.returncode
 
 
-def curve(folder: Path) -> list[list[str]]:
+METRICS = (
+    *("loss", "mtp_loss", "gradient_norm", "learning_rate", "batch_size", "mtp_weight", "bias_rate"),
+    *("consumed_tokens", "router_load_max", "router_violation", "mtp_router_violation"),
+)
+
+
+def rows_of(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return [[float(row[key]).hex() for key in ("loss", "mtp_loss", "gradient_norm", "learning_rate")] for row in rows]
+    return rows
+
+
+def curve(folder: Path) -> list[list[str]]:
+    return [[float(row[key]).hex() for key in METRICS] for row in rows_of(folder)]
+
+
+def saved_state(folder: Path) -> dict[str, bytes]:
+    """The newest checkpoint's tensor files: model, optimizer, moving average, window of loads."""
+    checkpoint, _ = newest_verified(folder / "checkpoints")
+    return {path.name: path.read_bytes() for path in checkpoint.glob("[!r]*.safetensors")}
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +89,35 @@ def test_two_runs_with_one_seed_are_equal_to_the_last_bit(root):
     assert len({row[0] for row in first}) == 8
 
 
+def test_every_schedule_is_followed(root):
+    rows = rows_of(root / "first")
+    sequences = [2, 2, 2, 2, 2, 4, 4, 4]
+    assert [row["batch_size"] for row in rows] == sequences
+    consumed = [64 * sum(sequences[:step]) for step in range(9)]
+    assert [row["consumed_tokens"] for row in rows] == consumed[1:]
+    assert [row["mtp_weight"] for row in rows] == [0.3 if tokens < 700 else 0.1 for tokens in consumed[:-1]]
+    assert [row["bias_rate"] for row in rows] == [1e-2 if tokens < 1000 else 0.0 for tokens in consumed[:-1]]
+    cosines = [1e-4 + 1.45e-3 * (1 + math.cos(math.pi * (tokens - 600) / 800)) for tokens in consumed[5:8]]
+    rates = [1.5e-3, 3e-3, 3e-3, 3e-3, 3e-3, *cosines]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates, rel=1e-12)
+    assert set(rows[-1]["router_load"]) == {"layer 2", "mtp 1"}
+
+
+def test_the_moving_average_is_a_model_of_its_own(root):
+    model, ema = (find_weights(str(root / "first"), which=which) for which in ("model", "ema"))
+    assert model.tensors.keys() == ema.tensors.keys()
+    name = "output_layer.weight"
+    distance = (model.tensors[name] - ema.tensors[name]).norm() / model.tensors[name].norm()
+    assert 0 < distance < 0.1
+
+
 def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(root):
-    assert pretrain("stopped", root, stop_at=4) == 85
-    assert curve(root / "stopped") == curve(root / "first")[:4]
+    assert pretrain("stopped", root, stop_at=6) == 85
+    assert curve(root / "stopped") == curve(root / "first")[:6]
     assert not (root / "stopped" / "done.json").exists()
     assert pretrain("stopped", root) == 0
     assert curve(root / "stopped") == curve(root / "first")
     assert (root / "stopped" / "done.json").is_file()
+    stopped, first = saved_state(root / "stopped"), saved_state(root / "first")
+    assert first.keys() == {f"{kind}-00000.safetensors" for kind in ("model", "optimizer", "ema", "extra")}
+    assert stopped == first

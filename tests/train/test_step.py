@@ -16,6 +16,7 @@ from megatron_r1.errors import Diverged
 from megatron_r1.model.build import native_tensors
 from megatron_r1.stages.pretrain import next_token_forward, pretraining_step
 from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.routing import check_none_dropped
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import update
 
@@ -57,9 +58,10 @@ def test_an_update_moves_weights_moments_and_router_bias(trained):
     assert {"exp_avg", "exp_avg_sq", "step", "embedding.word_embeddings.weight", "mtp.layers.0.eh_proj.weight"} <= moved
     assert any(name.endswith("expert_bias") for name in moved)
     assert result.gradient_norm > 0 and not result.skipped
-    assert result.passes.expert_load_LE.shape == (4, 8)
-    # 4 rows of 32 tokens, 2 experts each.
-    assert result.passes.expert_load_LE.sum(1).tolist() == [4 * 32 * 2] * 4
+    assert list(result.passes.expert_load) == ["layer 2", "layer 3", "layer 4", "mtp 1"]
+    # 4 rows of 32 tokens, 2 of 8 experts each.
+    assert {tuple(load_E.shape) for load_E in result.passes.expert_load.values()} == {(8,)}
+    check_none_dropped(result.passes.expert_load, 4 * 32, 2)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(trained):

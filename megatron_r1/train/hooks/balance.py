@@ -1,0 +1,74 @@
+"""How evenly the experts are loaded, measured over a window of steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1.train.hooks import Hook
+from megatron_r1.train.state import TrainState
+
+SAVED = "router_load_window"
+
+
+class BalanceHook(Hook):
+    """Adds to each row what is left of the imbalance over a window of steps, and each layer's busiest expert.
+
+    A violation is (largest load - mean load) / mean load, MaxVio of Wang et al. 2024, "Auxiliary-Loss-Free Load
+    Balancing Strategy for Mixture-of-Experts": 0 where all are even. Over a window, what differs from step to step
+    evens out and what stays is the router's preference. The whole table of loads is recorded only every so many steps:
+    a large model's has tens of thousands of numbers.
+    """
+
+    def __init__(self, window: int, interval: int, saved: Mapping[str, Tensor]):
+        """
+        Args:
+            window: steps whose loads are added up.
+            interval: steps between rows that keep the whole table, `router_load`.
+            saved: what `tensors` gave, for a run that goes on.
+        """
+        self._interval = interval
+        self._loads: deque[Tensor] = deque(saved.get(SAVED, ()), maxlen=window)
+
+    def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
+        if not (loads := row.get("router_load")):
+            return
+        self._loads.append(torch.tensor([*loads.values()]))
+        mean_LE = torch.stack([*self._loads]).mean(0)
+        violations = dict(zip(loads, (mean_LE.amax(1) / mean_LE.mean(1) - 1).tolist(), strict=True))
+        row |= worst_of_each_kind("router_violation", violations)
+        row["router_max_over_mean"] = {layer: max(load) for layer, load in loads.items()}
+        if state.step % self._interval:
+            del row["router_load"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The window [W, L, E], for a checkpoint; nothing before the first step."""
+        return {SAVED: torch.stack([*self._loads])} if self._loads else {}
+
+
+def relative_loads(expert_load: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Tokens per expert of each layer as multiples of an even share."""
+    return {
+        layer: [round(load, 4) for load in (load_E / load_E.mean()).tolist()] for layer, load_E in expert_load.items()
+    }
+
+
+def load_metrics(expert_load: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a step records of its loads: the busiest expert of the backbone, that of multi-token layers, the table."""
+    if not expert_load:
+        return {}
+    loads = relative_loads(expert_load)
+    busiest = {layer: max(load) for layer, load in loads.items()}
+    return {**worst_of_each_kind("router_load_max", busiest), "router_load": loads}
+
+
+def worst_of_each_kind(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    """The largest value over the backbone's layers, and apart from it, as `mtp_NAME`, over multi-token layers."""
+    kinds: dict[str, list[float]] = {}
+    for layer, value in values.items():
+        kinds.setdefault(f"mtp_{name}" if layer.startswith("mtp ") else name, []).append(value)
+    return {kind: max(found) for kind, found in kinds.items()}

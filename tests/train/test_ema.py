@@ -1,0 +1,66 @@
+"""The moving average against its definition, and what a checkpoint brings back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layouts import model_of
+
+from megatron_r1.config.train import TrainConfig
+from megatron_r1.errors import DataError
+from megatron_r1.model.build import native_tensors
+from megatron_r1.stages.pretrain import next_token_forward
+from megatron_r1.train.ema import MovingAverage
+from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.step import update
+
+ROWS_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
+DECAY = 0.7
+
+
+@pytest.fixture(scope="module")
+def averaged(new_model):
+    """A model's average over three updates, and its weights before and after each."""
+    model = new_model(model_of("tiny"))
+    optimizer = Optimizer(model, TrainConfig())
+    average, history = MovingAverage(model, DECAY), [snapshot(model)]
+    for _ in range(3):
+        update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-2, 32)
+        average.update()
+        history.append(snapshot(model))
+    return model, average, history
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.double() for name, tensor in native_tensors(model)}
+
+
+def test_it_is_the_sum_over_all_steps_with_fading_weights(averaged):
+    _, average, history = averaged
+    found = dict(average.whole_tensors())
+    assert found.keys() == history[0].keys()
+    for name, tensor in found.items():
+        expected = DECAY**3 * history[0][name]
+        for age, weights in enumerate(reversed(history[1:])):
+            expected += (1 - DECAY) * DECAY**age * weights[name]
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-7)
+        assert tensor.dtype == torch.float32
+        moved = not torch.equal(history[0][name], history[3][name])
+        assert torch.equal(tensor.double(), history[3][name]) != moved, name
+    assert any(name.endswith("expert_bias") and tensor.any() for name, tensor in found.items())
+
+
+def test_it_goes_on_from_what_it_was(averaged):
+    model, average, _ = averaged
+    saved = {name: tensor.clone() for name, tensor in average.whole_tensors()}
+    other = MovingAverage(model, DECAY)
+    other.load(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in other.whole_tensors())
+    with pytest.raises(DataError, match="missing"):
+        other.load({})
+
+
+def test_the_model_is_left_alone(averaged):
+    model, average, history = averaged
+    assert all(torch.equal(tensor, history[3][name]) for name, tensor in snapshot(model).items())
+    average.close()
