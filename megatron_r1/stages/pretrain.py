@@ -43,7 +43,7 @@ def run(config: RunConfig) -> None:
         settings = config.train
         balance = BalanceHook(settings.balance_window, settings.log_interval, this.extra) if leads() else None
         hooks = this.hooks(
-            SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, [balance] if balance else []
+            SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, first=[balance] if balance else []
         )
         state = train(this.state, pretraining_step(this, corpus), hooks, config.train.steps)
         finish(this, state)

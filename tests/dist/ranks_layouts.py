@@ -123,8 +123,8 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
         parameter.requires_grad_(not in_multi_token_layer(name))
     optimizer = Optimizer(model, config.train, config.performance)
     reference = ReferencePolicy(model)
-    for name in sorted(reference.weights):
-        reference.weights[name] *= REFERENCE_SCALE
+    for copy_of_weight in reference.copies:
+        copy_of_weight *= REFERENCE_SCALE
     learner = Learner(config, model, optimizer, reference, 0, "cpu")
     _, row = learner.learn(list(samples()), TrainState())
     return row, whole_gradients(model, optimizer)
