@@ -21,6 +21,9 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     check_degrees(config.parallel, ranks)
     if verb == "pretrain":
         _check_batch(config, ranks)
+        if config.data.source == "indexed" and not config.data.indexed.datasets:
+            allowed = "must name a dataset: data.indexed.datasets.NAME.path=FOLDER"
+            raise ConfigError("data.indexed.datasets", "{}", allowed)
     divided = any(size > 1 for size in asdict(config.parallel).values())
     if verb == "grpo" and config.rollout.engine == "local" and divided:
         raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
