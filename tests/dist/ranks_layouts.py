@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 STEPS = 5
 PROMPTS, GROUP = 4, 4
 
@@ -30,9 +32,10 @@ def main(folder: Path) -> None:
 
     with process_groups(platform, config.parallel, seed=0, threads=1):
         pretraining = pretrain(config, platform)
+        packing = packed(config, platform)
         reinforcement = reinforce(config, platform)
     if dist_rank() == 0:
-        for name, (numbers, gradients) in {"pretrain": pretraining, "grpo": reinforcement}.items():
+        for name, (numbers, gradients) in {"pretrain": pretraining, "packed": packing, "grpo": reinforcement}.items():
             (folder / f"{name}.json").write_text(json.dumps(numbers))
             torch.save(gradients, folder / f"{name}.pt")
 
@@ -65,6 +68,25 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         if step == 0:
             gradients = whole_gradients(model)
     return {"losses": losses, "norms": norms}, gradients
+
+
+def packed(config: Any, platform: Any) -> tuple[dict, dict]:
+    """Loss of a step on packed documents that do not see each other, and its whole gradients."""
+    from packing_cases import packed_batch
+
+    from megatron_r1.model.build import build_model
+    from megatron_r1.parallel.mesh import data_parallel_group
+    from megatron_r1.stages.pretrain import _mean_loss
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.packed import PackedReader
+    from megatron_r1.train.step import update
+
+    model = build_model(config.model, config.parallel, platform, seed=0)
+    reader, group = PackedReader(False, config.model.mtp.num_layers, platform.device), data_parallel_group()
+    batch = packed_batch(8, 32)
+    rows = reader.micro_batches(batch, dist.get_rank(group), dist.get_world_size(group), 2)
+    result = update(model, Optimizer(model, config.train), rows, reader.forward, 1e-3, 32)
+    return {"losses": [_mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model)
 
 
 def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:

@@ -46,7 +46,7 @@ def numbers_of(ranks: int, degrees: dict[str, int], folder: Path) -> dict[str, N
             json.loads((folder / f"{kind}.json").read_text()),
             torch.load(folder / f"{kind}.pt", weights_only=True),
         )
-        for kind in ("pretrain", "grpo")
+        for kind in ("pretrain", "packed", "grpo")
     }
 
 
@@ -67,11 +67,12 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 def test_a_layout_computes_what_one_rank_does(one, layout, tmp_path):
     ranks, degrees = LAYOUTS[layout]
     here = numbers_of(ranks, degrees, tmp_path)
-    for kind in ("pretrain", "grpo"):
+    for kind in ("pretrain", "packed", "grpo"):
         difference, name = worst(here[kind].gradients, one[kind].gradients)
         print(f"{layout} {kind}: largest relative difference of a gradient {difference:.1e} ({name})")
         assert difference < (SPLIT_SUM_TOLERANCE if "tensor" in degrees else TOLERANCE)
     found, expected = here["pretrain"].row, one["pretrain"].row
     assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-6)
     assert found["losses"][1:] == pytest.approx(expected["losses"][1:], rel=1e-4)
+    assert here["packed"].row["losses"] == pytest.approx(one["packed"].row["losses"], rel=1e-6)
     assert here["grpo"].row == pytest.approx(one["grpo"].row, rel=1e-4, abs=1e-6)
