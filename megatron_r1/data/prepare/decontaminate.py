@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ class NgramIndex:
         numbers: list[int] = []
         ends = []
         for text in texts:
-            numbers.extend(get(word, 0) for word in _words(text))
+            numbers.extend(map(get, _words(text), repeat(0)))
             numbers.append(0)
             ends.append(len(numbers))
         flat = np.array(numbers, dtype=np.uint64)

@@ -14,7 +14,7 @@ from megatron_r1.data.prepare.encode import Encoder
 from megatron_r1.data.prepare.sources import Piece, Row, read
 from megatron_r1.data.shards import shard_name
 
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 17
 """Text that is encoded at once."""
 WORK = "work"
 """Folder of records, inside the output, while there is work left."""

@@ -116,7 +116,12 @@ def read(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[Row]:
     kind = Path(path).suffix
     rows = {".jsonl": _read_lines, ".txt": _read_text, ".parquet": _read_row_groups}[kind](path, piece, fields)
     for offset, (text, problem) in enumerate(rows):
-        yield Row(piece.source, piece.first_row + offset, text, problem or ("" if text.strip() else "has no text"))
+        yield Row(
+            piece.source,
+            piece.first_row + offset,
+            text,
+            problem or ("has no text" if not text or text.isspace() else ""),
+        )
 
 
 def _read_lines(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -128,12 +133,15 @@ def _read_lines(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[tupl
             if not line:
                 raise DataError(f"{path}: has become shorter since it was scanned")
             left -= len(line)
+            if line.isspace():
+                yield "", "is empty"
+                continue
             try:
-                row = orjson.loads(line) if line.strip() else None
+                row = orjson.loads(line)
             except orjson.JSONDecodeError as error:
                 yield "", f"is not JSON ({error.msg})"
                 continue
-            yield _text_of(row, fields) if line.strip() else ("", "is empty")
+            yield _text_of(row, fields)
 
 
 def _text_of(row: Any, fields: Sequence[str]) -> tuple[str, str]:
