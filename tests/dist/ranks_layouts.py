@@ -45,7 +45,9 @@ def main(folder: Path) -> None:
             if precision == "fp64":
                 compute_in_float64()
             config.model.precision = precision
-            found = {"pretrain": pretrain(config, platform)}
+            found = {"pretrain": pretrain(config, platform), "packed": packed(config, platform, cross=True)}
+            if config.parallel.context == 1:
+                found["apart"] = packed(config, platform, cross=False)
             if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
             if dist.get_world_size() == 1:
@@ -99,6 +101,24 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         if step == 0:
             gradients = whole_gradients(model, optimizer)
     return {"losses": losses, "norms": norms}, gradients
+
+
+def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
+    """Loss of a step on packed documents, that see those before them or do not, and its whole gradients."""
+    from packing_cases import packed_batch
+
+    from megatron_r1.parallel.mesh import data_parallel_group
+    from megatron_r1.stages.pretrain import _mean_loss
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.packed import PackedReader
+    from megatron_r1.train.step import update
+
+    model = build(config, platform)
+    optimizer = Optimizer(model, config.train, config.performance)
+    reader, group = PackedReader(cross, config.model.mtp.num_layers, platform.device), data_parallel_group()
+    rows = reader.micro_batches(packed_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
+    result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=2)
+    return {"losses": [_mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model, optimizer)
 
 
 def post_training(config: Any) -> Any:

@@ -70,6 +70,8 @@ LAYOUTS = {
     "pp2-without-mtp": Case(ranks=2, parallel={"pipeline": 2}, multi_token_layers=0),
 }
 SHORT = ("tp2", "pp2", "ep2", "dp2", "tp2-ep2", "pp2-vpp2", "cp2-recomputed")
+KINDS = ("pretrain", "packed", "apart", "grpo")
+"""Plain sequences, packed documents that see those before them, packed documents apart, reinforcement learning."""
 EXACT = 1e-12
 TOLERANCE = 1e-6
 SPLIT_SUM_TOLERANCE = 5e-6
@@ -126,7 +128,9 @@ def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
     case = LAYOUTS[layout]
     here, one = numbers_of(case, tmp_path), one_rank_alike(case)
-    for kind in ("pretrain", "grpo") if case.reinforce else ("pretrain",):
+    kinds = [kind for kind in KINDS if f"{kind}-fp32" in here]
+    assert len(kinds) == len(KINDS) - ("context" in case.parallel) - (not case.reinforce)
+    for kind in kinds:
         for precision, allowed in (
             ("fp64", EXACT),
             ("fp32", SPLIT_SUM_TOLERANCE if case.split_sums else TOLERANCE),
@@ -135,6 +139,10 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
             difference, name = worst(found.gradients, expected.gradients)
             print(f"{layout} {kind} {precision}: largest relative difference of a gradient {difference:.1e} ({name})")
             assert difference < allowed
+    for kind in ("packed", "apart"):
+        if kind in kinds:
+            found, expected = (numbers[f"{kind}-fp32"].row["losses"] for numbers in (here, one))
+            assert found == pytest.approx(expected, rel=1e-6)
     for precision in ("fp64", "fp32"):
         found, expected = (numbers[f"pretrain-{precision}"].row["losses"] for numbers in (here, one))
         assert found[0] == pytest.approx(expected[0], rel=1e-6)
