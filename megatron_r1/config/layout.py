@@ -21,6 +21,13 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     check_degrees(config.parallel, ranks)
     if verb == "pretrain":
         _check_batch(config, ranks)
+    longest = config.model.max_sequence_length
+    if verb == "grpo" and config.rl.tokens_per_micro_batch < longest:
+        raise ConfigError(
+            "rl.tokens_per_micro_batch",
+            config.rl.tokens_per_micro_batch,
+            f"must be at least model.max_sequence_length={longest}, to hold one sample",
+        )
     divided = any(size > 1 for size in asdict(config.parallel).values())
     if verb == "grpo" and config.rollout.engine == "local" and divided:
         raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")

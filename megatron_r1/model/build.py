@@ -10,11 +10,14 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
+from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import DataError
-from megatron_r1.model.attention import use_latent_attention
+from megatron_r1.model.attention import set_latent_norm_epsilon, use_latent_attention
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
+from megatron_r1.model.rope import extend_as_llama
+from megatron_r1.model.routing import choose_groups_as_released
 from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
@@ -35,7 +38,8 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
     block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
     block.layer_norm = provider.layer_norm(rms_norm=True)
-    use_latent_attention(block)
+    if isinstance(model.attention, AttentionConfig):
+        use_latent_attention(block)
     prediction = None
     if config.mtp_num_layers and parallel_state.is_pipeline_last_stage():
         prediction = gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, block, backend=provider)
@@ -48,9 +52,14 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
         post_process=parallel_state.is_pipeline_last_stage(),
         position_embedding_type="rope",
         rotary_base=model.rope.base,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=model.tied_embeddings,
         mtp_block_spec=prediction,
     )
+    if isinstance(model.attention, AttentionConfig):
+        set_latent_norm_epsilon(built, model.attention.norm_epsilon)
+        choose_groups_as_released(built, model.moe)
+    elif model.rope.factor > 1:
+        extend_as_llama(built, model.rope)
     initialise(built, model.init_std, seed)
     return built.to(platform.device)
 

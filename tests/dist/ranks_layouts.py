@@ -1,6 +1,6 @@
 """Run on every rank of a layout: pre-training steps and a GRPO update, whose numbers go to files.
 
-Started by test_layouts.py under torchrun with a folder that holds job.json: {"parallel": {...}}.
+Started by test_layouts.py under torchrun with a folder that holds job.json: {"parallel": {...}, "model": {...}}.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ PROMPTS, GROUP = 4, 4
 
 
 def main(folder: Path) -> None:
-    from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.config.convert import convert
     from megatron_r1.config.run import RunConfig
     from megatron_r1.platform import select
 
-    job = json.loads((folder / "job.json").read_text())
-    config, platform = RunConfig(parallel=ParallelConfig(**job["parallel"])), select("cpu")
+    config, platform = convert(RunConfig, json.loads((folder / "job.json").read_text())), select("cpu")
     config.train.optimizer.clip_norm = 0.0
     from megatron_r1.parallel.mesh import process_groups
 
