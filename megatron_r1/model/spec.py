@@ -60,6 +60,8 @@ def _grouped_attention(model: ModelConfig, attention: GroupedAttentionConfig) ->
     return {
         # A list, though all layers are alike: else sharding metadata would stack the layers into one tensor.
         "moe_layer_freq": [0] * model.num_layers,
+        # Without experts too: megatron-core's default is refused with micro-batches of different lengths.
+        "moe_token_dispatcher_type": "alltoall",
         "num_query_groups": attention.num_key_value_heads,
         "kv_channels": attention.head_dim,
         "add_qkv_bias": attention.qkv_bias,
