@@ -138,7 +138,6 @@ def test_config_that_is_missing_or_incomplete_is_refused(tmp_path: Path) -> None
         (
             {
                 "moe": MixtureConfig(score_function="softmax", num_shared_experts=0),
-                "mtp": MultiTokenConfig(num_layers=0),
             },
             "moe.num_shared_experts=0",
         ),

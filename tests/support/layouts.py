@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1.config.attention import GroupedAttentionConfig
+from megatron_r1.config.load import load
 from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
 
 STORED = json.loads((Path(__file__).parents[1] / "model" / "te_layout.json").read_text())
@@ -52,9 +53,13 @@ def te_layout(shape: str) -> dict[str, Entry]:
 
 
 def model_of(shape: str) -> ModelConfig:
-    """The model that the stored shape describes; weights large enough for every part to matter."""
+    """The model that the stored shape, or the preset, describes; weights large enough for every part to matter."""
     if shape == "tiny":
         return ModelConfig(init_std=0.08)
+    if shape == "tiny_dense":
+        dense = load("pretrain", ["model=tiny_dense"]).model
+        dense.init_std = 0.08
+        return dense
     if shape.startswith("grouped"):
         bias = shape == "grouped_bias"
         return ModelConfig(
