@@ -19,7 +19,8 @@ def sparse_shape(seed: int) -> ModelConfig:
     score_function = "softmax" if seed % 3 == 2 else "sigmoid"
     groups = (1, 2, 4)[seed // 3 % 3]
     size = draw.choice((2, 3, 4))
-    open_groups = draw.randint(1, groups)
+    # V2's groups are never all open: how they are ranked is what its router differs in.
+    open_groups = draw.randint(1, max(1, groups - 1) if score_function == "softmax" else groups)
     most = min(4, open_groups * size)
     moe = MixtureConfig(
         num_experts=groups * size,
