@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -87,10 +88,15 @@ def help_text(verb: str = "") -> str:
     else:
         lines += ["verbs:", *(f"  {name:<10} {entry.summary}" for name, entry in VERBS.items()), ""]
     lines += ["groups (group=option):"]
-    lines += [f"  {group:<10} {', '.join(options)}" for group, options in groups().items()]
-    lines += ["", f"recipes (--config-name): {', '.join(recipes())}", "", OPTIONS, ""]
+    for group, options in groups().items():
+        lines += _wrapped(f"  {group:<10} ", ", ".join(options))
+    lines += ["", *_wrapped("recipes (--config-name): ", ", ".join(recipes())), "", OPTIONS, ""]
     lines += [f"Every key and its value: megatron-r1 {verb or 'VERB'} --cfg job"]
     return "\n".join(lines)
+
+
+def _wrapped(head: str, text: str) -> list[str]:
+    return textwrap.wrap(text, 100, initial_indent=head, subsequent_indent=" " * len(head))
 
 
 def prepare(command: Command) -> RunConfig | None:

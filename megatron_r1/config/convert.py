@@ -3,7 +3,8 @@
 Promise: `convert` loses nothing and guesses nothing. An unknown key, a null, a value of another type and a value
 that a section's own check refuses each raise one ConfigError with the full dotted key.
 
-A key is its field's name without a trailing underscore: the field `from_` is the key `from`.
+A key is its field's name without a trailing underscore: the field `from_` is the key `from`. Where a section is one of
+several, their common key `kind` says which; each declares its own as that field's default.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_r1.config.run import RunConfig
@@ -60,10 +62,16 @@ def resolved(config: Any) -> dict[str, Any]:
 
 
 def defaults(section: Any) -> dict[str, Any]:
-    """Every key of a section with its default, as a plain nested dict."""
-    tree = {}
+    """Every key of a section with its default, as a plain nested dict.
+
+    A section that is one of several stays empty: keys of the default one must not mix with those of a chosen one.
+    """
+    tree: dict[str, Any] = {}
     for field in fields(section):
         kind = kinds_of(section)[key_of(field)]
+        if _sections(kind)[1:]:
+            tree[key_of(field)] = {}
+            continue
         default = field.default if field.default_factory is MISSING else field.default_factory
         tree[key_of(field)] = defaults(kind) if is_dataclass(kind) else default() if callable(default) else default
     return tree
@@ -110,9 +118,27 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
+def _sections(kind: Any) -> tuple[Any, ...]:
+    """The sections that a declared type allows; none where it is no section."""
+    if isinstance(kind, UnionType):
+        return get_args(kind)
+    return (kind,) if is_dataclass(kind) else ()
+
+
+def _chosen(sections: tuple[Any, ...], value: object, key: str) -> Any:
+    """The one of several sections that `kind` names; the first where it is left out."""
+    if len(sections) == 1 or not isinstance(value, dict):
+        return sections[0]
+    named = {section.__dataclass_fields__["kind"].default: section for section in sections}
+    kind = value.get("kind", next(iter(named)))
+    if not isinstance(kind, str) or kind not in named:
+        raise ConfigError(joined(key, "kind"), shown(kind), f"must be one of {', '.join(named)}")
+    return named[kind]
+
+
 def _value(kind: Any, value: object, key: str) -> Any:
-    if is_dataclass(kind):
-        return convert(kind, value, key)  # type: ignore[arg-type]
+    if sections := _sections(kind):
+        return convert(_chosen(sections, value, key), value, key)
     if get_origin(kind) is dict:
         return _names(get_args(kind)[1], value, key)
     if get_origin(kind) is list:
@@ -158,11 +184,11 @@ def _children(path: str) -> Sequence[str]:
         kind = (
             get_args(kind)[1] if get_origin(kind) is dict else kinds_of(kind).get(key) if is_dataclass(kind) else None
         )
-    return tuple(kinds_of(kind)) if is_dataclass(kind) else ()
+    return tuple({key: None for section in _sections(kind) for key in kinds_of(section)})
 
 
 def _all_keys(section: Any, path: str = "") -> Iterator[str]:
     for key, kind in kinds_of(section).items():
         yield joined(path, key)
-        if is_dataclass(kind):
-            yield from _all_keys(kind, joined(path, key))
+        for part in _sections(kind):
+            yield from _all_keys(part, joined(path, key))

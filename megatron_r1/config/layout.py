@@ -22,6 +22,13 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
         if config.data.source == "indexed" and not config.data.indexed.datasets:
             allowed = "must name a dataset: data.indexed.datasets.NAME.path=FOLDER"
             raise ConfigError("data.indexed.datasets", "{}", allowed)
+    longest = config.model.max_sequence_length
+    if verb == "grpo" and config.rl.tokens_per_micro_batch < longest:
+        raise ConfigError(
+            "rl.tokens_per_micro_batch",
+            config.rl.tokens_per_micro_batch,
+            f"must be at least model.max_sequence_length={longest}, to hold one sample",
+        )
     if verb == "grpo" and config.parallel.context > 1:
         raise ConfigError("parallel.context", config.parallel.context, "must be 1: only pretrain divides sequences")
     if verb == "grpo" and config.parallel.expert > 1 and config.performance.dispatcher == "allgather":

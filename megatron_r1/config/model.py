@@ -1,60 +1,45 @@
-"""The shape of a DeepSeek-V3-class model (DeepSeek-V3 report, section 4.2)."""
+"""The shape of a model: DeepSeek's latent attention with experts, or a dense one with grouped attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_r1.config.attention import AttentionConfig, GroupedAttentionConfig
 from megatron_r1.config.checks import at_least, one_of, within
 from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
-class AttentionConfig:
-    """Multi-head latent attention."""
-
-    q_lora_rank: int = 64
-    """Width of the compressed query; 0 projects queries directly."""
-    kv_lora_rank: int = 32
-    """Width of the compressed key-value latent."""
-    qk_nope_head_dim: int = 32
-    """Per-head query and key width without position."""
-    qk_rope_head_dim: int = 16
-    """Per-head width of the decoupled rotary part; its key is shared by all heads."""
-    v_head_dim: int = 32
-    """Per-head value width."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 0, "q_lora_rank")
-        at_least(self, 1, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-        at_least(self, 2, "qk_rope_head_dim")
-        if self.qk_rope_head_dim % 2:
-            raise ConfigError("qk_rope_head_dim", self.qk_rope_head_dim, "must be even: rotary positions come in pairs")
-
-
-@dataclass(kw_only=True, slots=True)
 class RopeConfig:
-    """Rotary positions; a factor above 1 turns on YaRN."""
+    """Rotary positions; a factor above 1 extends them to longer contexts."""
 
     base: float = 10000.0
     """Base of the rotary frequencies."""
+    scaling: str = "yarn"
+    """How a factor above 1 extends: yarn (DeepSeek) or llama3."""
     factor: float = 1.0
-    """YaRN context extension factor; 1 is plain rotary positions."""
+    """Context extension factor; 1 is plain rotary positions and leaves the softmax temperature alone."""
     original_max_position: int = 4096
     """Context length before extension, in tokens."""
     beta_fast: float = 32.0
-    """YaRN upper rotation bound."""
+    """Frequencies that turn more often than this in the original context stay (llama3: high_freq_factor)."""
     beta_slow: float = 1.0
-    """YaRN lower rotation bound."""
+    """Frequencies that turn less often than this are divided by the factor (llama3: low_freq_factor)."""
     mscale: float = 1.0
     """YaRN temperature of the rotary part."""
     mscale_all_dim: float = 1.0
     """YaRN temperature of the whole attention logit."""
 
     def __post_init__(self) -> None:
+        one_of(self, "scaling", ("yarn", "llama3"))
         at_least(self, 1, "base", "factor", "original_max_position", "beta_slow")
         at_least(self, 0, "mscale", "mscale_all_dim")
         if self.beta_fast <= self.beta_slow:
             raise ConfigError("beta_fast", self.beta_fast, f"must be above beta_slow={self.beta_slow}")
+
+
+_SIZES = ("top_k", "ffn_hidden_size", "num_shared_experts", "first_dense_layers", "num_groups", "group_top_k")
+"""Sizes of a mixture that a dense model has none of."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,7 +47,7 @@ class MixtureConfig:
     """The mixture-of-experts layers and their router."""
 
     num_experts: int = 8
-    """Routed experts per layer."""
+    """Routed experts per layer; 0 makes every layer dense, and then the other sizes must be 0 too."""
     top_k: int = 2
     """Experts that each token visits."""
     ffn_hidden_size: int = 64
@@ -76,15 +61,25 @@ class MixtureConfig:
     group_top_k: int = 1
     """Groups that a token's experts may come from."""
     score_function: str = "sigmoid"
-    """Router score: sigmoid (V3) or softmax (V2)."""
+    """sigmoid (V3: balanced by a bias, gates normalised over the chosen) or softmax (V2: neither)."""
     scaling_factor: float = 2.5
-    """Factor on the normalised gate values."""
+    """Factor on the gate values."""
     bias_update_rate: float = 1e-3
     """Step of the auxiliary-loss-free balancing bias per optimizer step; 0 freezes it."""
     sequence_loss_coefficient: float = 1e-4
     """Weight of the sequence-wise balance loss; 0 turns it off."""
 
+    @classmethod
+    def none(cls) -> MixtureConfig:
+        """No experts: every layer is dense."""
+        return cls(num_experts=0, **dict.fromkeys(_SIZES, 0))  # type: ignore[arg-type]
+
     def __post_init__(self) -> None:
+        if self.num_experts == 0:
+            for name in _SIZES:
+                if value := getattr(self, name):
+                    raise ConfigError(name, value, "must be 0: with num_experts=0 there are no experts")
+            return
         at_least(self, 1, "num_experts", "top_k", "ffn_hidden_size", "num_groups", "group_top_k")
         at_least(self, 0, "num_shared_experts", "first_dense_layers", "bias_update_rate", "sequence_loss_coefficient")
         within(self, 1e-3, 1e3, "scaling_factor")
@@ -96,8 +91,6 @@ class MixtureConfig:
         reachable = self.num_experts // self.num_groups * self.group_top_k
         if self.top_k > reachable:
             raise ConfigError("top_k", self.top_k, f"must be at most {reachable}, the experts in group_top_k groups")
-        if self.top_k % self.group_top_k:
-            raise ConfigError("top_k", self.top_k, f"must be a multiple of group_top_k={self.group_top_k}")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,7 +109,7 @@ class MultiTokenConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A transformer with latent attention and sparse experts."""
+    """A transformer: latent attention and sparse experts, or grouped attention and dense layers."""
 
     num_layers: int = 4
     """Transformer layers, without the multi-token ones."""
@@ -131,13 +124,15 @@ class ModelConfig:
     max_sequence_length: int = 256
     """Longest sequence, in tokens."""
     norm_epsilon: float = 1e-6
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every RMSNorm but those of the latents."""
     init_std: float = 0.045
     """Standard deviation of all initial weights; DeepSeek-V3's is 0.006, at a width of 7168."""
     precision: str = "fp32"
     """Parameter and activation type: fp32 or bf16."""
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """Multi-head latent attention."""
+    tied_embeddings: bool = False
+    """Whether the output head is the embedding."""
+    attention: AttentionConfig | GroupedAttentionConfig = field(default_factory=AttentionConfig)
+    """Latent or grouped attention, by its key `kind`."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary positions."""
     moe: MixtureConfig = field(default_factory=MixtureConfig)
@@ -151,7 +146,34 @@ class ModelConfig:
         within(self, 1e-12, 1e-2, "norm_epsilon")
         within(self, 1e-5, 1.0, "init_std")
         one_of(self, "precision", ("fp32", "bf16"))
-        if self.moe.first_dense_layers >= self.num_layers:
-            raise ConfigError(
-                "moe.first_dense_layers", self.moe.first_dense_layers, f"must be below num_layers={self.num_layers}"
-            )
+        if isinstance(self.attention, GroupedAttentionConfig):
+            self._check_dense(self.attention)
+        else:
+            self._check_sparse()
+
+    def _check_dense(self, attention: GroupedAttentionConfig) -> None:
+        """Dense models: no published one of this kind has experts or predicts several tokens."""
+        if self.moe.num_experts:
+            raise ConfigError("moe.num_experts", self.moe.num_experts, "must be 0 with grouped attention")
+        if self.mtp.num_layers:
+            raise ConfigError("mtp.num_layers", self.mtp.num_layers, "must be 0 with grouped attention")
+        if self.num_attention_heads % attention.num_key_value_heads:
+            allowed = f"must divide num_attention_heads={self.num_attention_heads}"
+            raise ConfigError("attention.num_key_value_heads", attention.num_key_value_heads, allowed)
+        if self.rope.scaling == "yarn" and self.rope.factor > 1:
+            raise ConfigError("rope.scaling", "yarn", "must be llama3 with grouped attention")
+
+    def _check_sparse(self) -> None:
+        """DeepSeek's models."""
+        moe = self.moe
+        if not moe.num_experts:
+            raise ConfigError("moe.num_experts", 0, "must be at least 1 with latent attention")
+        if moe.first_dense_layers >= self.num_layers:
+            allowed = f"must be below num_layers={self.num_layers}"
+            raise ConfigError("moe.first_dense_layers", moe.first_dense_layers, allowed)
+        if moe.score_function == "softmax" and self.mtp.num_layers:
+            raise ConfigError("mtp.num_layers", self.mtp.num_layers, "must be 0 with softmax scores, as in V2")
+        if self.tied_embeddings:
+            raise ConfigError("tied_embeddings", True, "must be false with latent attention")
+        if self.rope.scaling == "llama3" and self.rope.factor > 1:
+            raise ConfigError("rope.scaling", "llama3", "must be yarn with latent attention")

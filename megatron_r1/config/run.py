@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.checks import at_least, one_of
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.evaluate import EvaluateConfig
@@ -99,18 +100,17 @@ class RunConfig:
                 self.rollout.max_response_tokens,
                 f"must be below model.max_sequence_length={longest}",
             )
-        if self.rl.tokens_per_micro_batch < longest:
-            raise ConfigError(
-                "rl.tokens_per_micro_batch",
-                self.rl.tokens_per_micro_batch,
-                f"must be at least model.max_sequence_length={longest}, to hold one sample",
-            )
 
     def _check_parallel(self) -> None:
         degrees, model = self.parallel, self.model
+        if degrees.expert > 1 and not model.moe.num_experts:
+            raise ConfigError("parallel.expert", degrees.expert, "must be 1: the model has no experts")
+        attention = model.attention
+        key_value_heads = attention.num_key_value_heads if isinstance(attention, GroupedAttentionConfig) else 0
         shared_experts_width = model.moe.num_shared_experts * model.moe.ffn_hidden_size
         for key, degree, name, amount in (
             ("tensor", degrees.tensor, "model.num_attention_heads", model.num_attention_heads),
+            ("tensor", degrees.tensor, "model.attention.num_key_value_heads", key_value_heads),
             ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
             ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
             ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),

@@ -1,1 +1,1 @@
-"""Hugging Face DeepSeek-V3 folders: names, config, export and load."""
+"""Hugging Face folders: names, config, export and load."""

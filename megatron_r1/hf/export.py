@@ -24,8 +24,9 @@ from megatron_r1.hf.config import (
     special_tokens,
     write_json,
 )
-from megatron_r1.hf.names import Row, canonical, rows
+from megatron_r1.hf.names import canonical, rows
 from megatron_r1.hf.publish import published
+from megatron_r1.hf.row import Row
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -56,7 +57,7 @@ def export(
 
     Raises:
         DataError: a tensor is unknown, missing, doubled or has the wrong shape; nothing is published.
-        ConfigError: no DeepSeek-V3 config describes this model.
+        ConfigError: code of the model's family elsewhere would compute another model.
     """
     folder, dtype = Path(folder), dtype or getattr(torch, DTYPE_NAMES[model.precision])
     tokens = special_tokens(tokenizer_folder) if tokenizer_folder else SpecialTokens()
@@ -122,7 +123,7 @@ def _matched(
 
 def _parts(row: Row, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     tensor = tensor.to(dtype)
-    yield from zip(row.hf, tensor.chunk(len(row.hf)), strict=True)
+    yield from zip(row.hf, row.split(tensor), strict=True)
     for name in row.copies:
         yield name, tensor.clone()  # safetensors refuses two names for one memory
 

@@ -1,4 +1,4 @@
-"""From a Hugging Face DeepSeek-V3 folder to megatron-core tensors: safetensors only, every tensor accounted for."""
+"""From a Hugging Face folder to megatron-core tensors: safetensors only, every tensor accounted for."""
 
 from __future__ import annotations
 
@@ -11,24 +11,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig, RopeConfig
+from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.hf.config import DTYPE_NAMES, read_json
+from megatron_r1.hf.families import FAMILIES
+from megatron_r1.hf.families.family import Family, read_rope
 from megatron_r1.hf.names import expected_shapes, rows
-
-FIXED = {
-    "model_type": "deepseek_v3",
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "moe_layer_freq": 1,
-    "norm_topk_prob": True,
-    "quantization_config": None,
-    "rope_interleave": True,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_method": "noaux_tc",
-}
-"""Keys of config.json that may be absent and otherwise must have this value."""
 
 
 def load_tensors(folder: Path, model: ModelConfig, include_mtp: bool = True) -> Iterator[tuple[str, Tensor]]:
@@ -45,7 +33,7 @@ def load_tensors(folder: Path, model: ModelConfig, include_mtp: bool = True) -> 
         _check(folder, where, expected_shapes(model, include_mtp))
         for row in rows(model, include_mtp):
             parts = [where[name].get_tensor(name) for name in row.hf]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            tensor = row.join(parts)
             for copy in row.copies:
                 if not torch.equal(tensor, where[copy].get_tensor(copy)):
                     raise DataError(f"{folder}: {copy} differs from {row.hf[0]}, which it repeats")
@@ -59,41 +47,26 @@ def model_config_from_hf(config_json: Path) -> ModelConfig:
         DataError: a key is missing, or says something that this model does not have.
     """
     config = read_json(config_json)
-    for key, value in FIXED.items():
+    families = {family.model_type: family for family in FAMILIES}
+    if (kind := config.get("model_type")) not in families:
+        raise DataError(f"{config_json}: model_type={kind}: must be one of {', '.join(families)}")
+    family = families[kind]
+    for key, value in family.fixed.items():
         if config.get(key, value) != value:
             raise DataError(f"{config_json}: {key}={config[key]}: must be {value}")
     try:
-        return _model_config(config)
+        return _model_config(config, family)
     except KeyError as error:
         raise DataError(f"{config_json}: {error.args[0]} is missing") from error
     except (ConfigError, TypeError, ValueError) as error:
         raise DataError(f"{config_json}: {error}") from error
 
 
-def _model_config(config: dict[str, Any]) -> ModelConfig:
-    if config["num_key_value_heads"] != config["num_attention_heads"]:
-        raise ValueError("num_key_value_heads must equal num_attention_heads")
+def _model_config(config: dict[str, Any], family: Family) -> ModelConfig:
     dtype = config.get("torch_dtype") or config["dtype"]
     precision = {name: precision for precision, name in DTYPE_NAMES.items()}.get(dtype)
     if precision is None:
         raise ValueError(f"torch_dtype={dtype}: must be one of {', '.join(DTYPE_NAMES.values())}")
-    attention = AttentionConfig(
-        q_lora_rank=config["q_lora_rank"] or 0,
-        kv_lora_rank=config["kv_lora_rank"],
-        qk_nope_head_dim=config["qk_nope_head_dim"],
-        qk_rope_head_dim=config["qk_rope_head_dim"],
-        v_head_dim=config["v_head_dim"],
-    )
-    moe = MixtureConfig(
-        num_experts=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
-        ffn_hidden_size=config["moe_intermediate_size"],
-        num_shared_experts=config["n_shared_experts"] or 0,
-        first_dense_layers=config["first_k_dense_replace"],
-        num_groups=config["n_group"],
-        group_top_k=config["topk_group"],
-        scaling_factor=config["routed_scaling_factor"],
-    )
     return ModelConfig(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -104,25 +77,9 @@ def _model_config(config: dict[str, Any]) -> ModelConfig:
         norm_epsilon=config["rms_norm_eps"],
         init_std=config["initializer_range"],
         precision=precision,
-        attention=attention,
-        rope=_rope(config),
-        moe=moe,
-        mtp=MultiTokenConfig(num_layers=config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 0))),
+        rope=read_rope(config),
+        **family.sections(config),
     )
-
-
-def _rope(config: dict[str, Any]) -> RopeConfig:
-    """Read the release's `rope_theta` with `rope_scaling`, or the `rope_parameters` of newer transformers."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    base = scaling.get("rope_theta") or config["rope_theta"]
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(base=base)
-    if kind != "yarn":
-        raise ValueError(f"rope_scaling type {kind}: must be yarn or absent")
-    named = {"factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & scaling.keys()
-    original = scaling["original_max_position_embeddings"]
-    return RopeConfig(base=base, original_max_position=original, **{name: scaling[name] for name in named})
 
 
 def _index(folder: Path, open_files: ExitStack) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -25,3 +26,14 @@ def use_latent_attention(block: TransformerBlockSubmodules) -> None:
     """Let every layer of the block, and multi-token layers made after it, attend by `LatentAttention`."""
     for layer in block.layer_specs:
         layer.submodules.self_attention.module = LatentAttention
+
+
+def set_latent_norm_epsilon(model: torch.nn.Module, epsilon: float) -> None:
+    """Give the latents' norms, which are fused into the up-projections, an epsilon of their own.
+
+    megatron-core has one epsilon for all norms, DeepSeek's released code a fixed one for these (1e-6).
+    """
+    for attention in (module for module in model.modules() if isinstance(module, LatentAttention)):
+        for name in ("linear_q_up_proj", "linear_kv_up_proj"):
+            if linear := getattr(attention, name, None):
+                linear.eps = epsilon

@@ -10,17 +10,20 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.errors import DataError
-from megatron_r1.model.attention import use_latent_attention
+from megatron_r1.model.attention import set_latent_norm_epsilon, use_latent_attention
 from megatron_r1.model.chunks import Chunks, Model, chunks
 from megatron_r1.model.mtp import weigh_context_ranks_alike
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
+from megatron_r1.model.rope import extend_as_llama
+from megatron_r1.model.routing import choose_groups_as_released
 from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
@@ -55,18 +58,19 @@ def build_model(
     return built.to(platform.device)
 
 
-def _part(model: ModelConfig, config: MLATransformerConfig, platform: Platform, stage: int | None) -> GPTModel:
+def _part(model: ModelConfig, config: TransformerConfig, platform: Platform, stage: int | None) -> GPTModel:
     """The layers of one stage of this rank; `stage` counts the rank's own where it has several."""
     block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
     provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
     block.layer_norm = provider.layer_norm(rms_norm=True)
-    use_latent_attention(block)
+    if isinstance(model.attention, AttentionConfig):
+        use_latent_attention(block)
     prediction = None
     place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
     layout = config.pipeline_model_parallel_layout
     if mtp_on_this_rank(layout, config.mtp_num_layers, **place):
         prediction = gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, block, backend=provider, vp_stage=stage)
-    return GPTModel(
+    part = GPTModel(
         config,
         block,
         vocab_size=model.vocab_size,
@@ -75,10 +79,16 @@ def _part(model: ModelConfig, config: MLATransformerConfig, platform: Platform, 
         post_process=parallel_state.is_pipeline_last_stage(**place),
         position_embedding_type="rope",
         rotary_base=model.rope.base,
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=model.tied_embeddings,
         mtp_block_spec=prediction,
         vp_stage=stage,
     )
+    if isinstance(model.attention, AttentionConfig):
+        set_latent_norm_epsilon(part, model.attention.norm_epsilon)
+        choose_groups_as_released(part, model.moe)
+    elif model.rope.factor > 1:
+        extend_as_llama(part, model.rope)
+    return part
 
 
 def native_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:

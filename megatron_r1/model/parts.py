@@ -3,7 +3,7 @@
 They build the model where Transformer Engine is not installed, so that a checkpoint, an export or a weight sync made
 on a CPU has the layout of one made on GPUs.
 
-Shapes: L sequence, B batch, H heads, T tokens, D width.
+Shapes: L sequence, B batch, H query heads, G key-value heads, T tokens, D width.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ class RowParallelGroupedLinear(GroupedLinear):
 class CoreAttention(torch.nn.Module):
     """Scaled dot-product attention whose query-key and value widths may differ, as latent attention needs.
 
-    Takes query and key [L, B, H, D_qk] and value [L, B, H, D_v]; returns [L, B, H * D_v]. A boolean mask
+    Takes query [L, B, H, D_qk], key [L, B, G, D_qk] and value [L, B, G, D_v]; returns [L, B, H * D_v]. G is H, or
+    divides it where several query heads share a key-value head. A boolean mask
     [B, 1, L_query, L_key], true where a position must not be seen, replaces the causal one.
     """
 
@@ -207,5 +208,6 @@ class CoreAttention(torch.nn.Module):
             attn_mask=None if attention_mask is None else ~attention_mask,
             is_causal=causal,
             scale=self.softmax_scale,
+            enable_gqa=key.shape[2] != query.shape[2],
         )
         return out_BHLD.permute(2, 0, 1, 3).flatten(2)

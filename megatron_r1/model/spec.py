@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.transformer.transformer_config import MLATransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_r1.config.attention import AttentionConfig, GroupedAttentionConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
@@ -14,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, performance: PerformanceConfig, *, fused: bool
-) -> MLATransformerConfig:
+) -> TransformerConfig:
     """megatron-core's description of the model.
 
     Args:
@@ -23,13 +24,10 @@ def transformer_config(
         performance: recomputation, overlap and fusion.
         fused: whether fused CUDA kernels may be used.
     """
-    return MLATransformerConfig(
-        **_shape(model),
-        **_attention(model),
-        **_experts(model),
-        **_execution(model, parallel, fused),
-        **_performance(performance),
-    )
+    common = _shape(model) | _execution(model, parallel, fused) | _performance(performance)
+    if isinstance(model.attention, GroupedAttentionConfig):
+        return TransformerConfig(**common, **_grouped_attention(model, model.attention))
+    return MLATransformerConfig(**common, **_latent_attention(model, model.attention), **_experts(model))
 
 
 def _shape(model: ModelConfig) -> dict:
@@ -62,8 +60,19 @@ def _normal(std: float):
     return initialise
 
 
-def _attention(model: ModelConfig) -> dict:
-    attention, rope = model.attention, model.rope
+def _grouped_attention(model: ModelConfig, attention: GroupedAttentionConfig) -> dict:
+    return {
+        # A list, though all layers are alike: else sharding metadata would stack the layers into one tensor.
+        "moe_layer_freq": [0] * model.num_layers,
+        "num_query_groups": attention.num_key_value_heads,
+        "kv_channels": attention.head_dim,
+        "add_qkv_bias": attention.qkv_bias,
+        "qk_layernorm": attention.qk_norm,
+    }
+
+
+def _latent_attention(model: ModelConfig, attention: AttentionConfig) -> dict:
+    rope = model.rope
     extended = rope.factor > 1
     return {
         "multi_latent_attention": True,

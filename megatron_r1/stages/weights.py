@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -70,18 +71,42 @@ def find_weights(source: str, key: str = "init.from", which: str = "model") -> W
 def check_same_model(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
     """Refuse weights of another shape, naming the first field that differs.
 
+    Positions have no weights: a run may be shorter than the model it starts from, or extend its rotary positions.
+
     Raises:
-        ConfigError: a shape differs.
+        ConfigError: a shape differs, or positions are extended in a way that the weights were not made for.
     """
     for name, (mine, theirs) in _fields(wanted, found):
-        if mine != theirs and name not in _SHAPELESS:
+        positions = name == "max_sequence_length" or name.startswith("rope.")
+        if mine != theirs and name not in _SHAPELESS and not positions:
             raise ConfigError(f"model.{name}", mine, f"must be {theirs}, as in {source}")
+    _check_positions(wanted, found, source)
 
 
-def _fields(wanted: object, found: object, prefix: str = ""):
-    for field in type(wanted).__dataclass_fields__:  # type: ignore[attr-defined]
-        mine, theirs = getattr(wanted, field), getattr(found, field)
-        if hasattr(mine, "__dataclass_fields__"):
-            yield from _fields(mine, theirs, f"{prefix}{field}.")
+def _check_positions(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
+    """Rotary positions are those of the weights, or extend them."""
+    rope, before = wanted.rope, found.rope
+    if rope.factor < before.factor:
+        raise ConfigError("model.rope.factor", rope.factor, f"must be at least {before.factor}, as in {source}")
+    # Until a factor extends positions, nothing but the base says anything; then the rest is fixed but the factor.
+    names = ["base"] if before.factor == 1 else [field.name for field in fields(before) if field.name != "factor"]
+    for name in names:
+        mine, theirs = getattr(rope, name), getattr(before, name)
+        if mine != theirs:
+            raise ConfigError(f"model.rope.{name}", mine, f"must be {theirs}, as in {source}")
+    reach = max(found.max_sequence_length, int(rope.original_max_position * rope.factor))
+    if wanted.max_sequence_length > reach:
+        allowed = f"must be at most {reach}: model.rope.factor extends {source} no further"
+        raise ConfigError("model.max_sequence_length", wanted.max_sequence_length, allowed)
+
+
+def _fields(wanted: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
+    if type(wanted) is not type(found):
+        yield f"{prefix}kind", (wanted.kind, found.kind)
+        return
+    for field in fields(wanted):
+        mine, theirs = getattr(wanted, field.name), getattr(found, field.name)
+        if is_dataclass(mine):
+            yield from _fields(mine, theirs, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field}", (mine, theirs)
+            yield f"{prefix}{field.name}", (mine, theirs)

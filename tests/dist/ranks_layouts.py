@@ -3,8 +3,8 @@
 All of it in fp32 and once more in float64, where rounding cannot hide a difference. A single rank also computes the
 GRPO update by the plain loss over the whole vocabulary.
 
-Started by test_layouts.py under torchrun with a folder that holds job.json: what differs from the tiny model on one
-rank.
+Started by test_layouts.py under torchrun with a folder that holds job.json: the configuration, and whether
+reinforcement learning can do it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,12 @@ REFERENCE_SCALE = 1.02
 
 
 def main(folder: Path) -> None:
-    from megatron_r1.config.parallel import ParallelConfig
-    from megatron_r1.config.performance import PerformanceConfig
+    from megatron_r1.config.convert import convert
     from megatron_r1.config.run import RunConfig
     from megatron_r1.platform import select
 
     job = json.loads((folder / "job.json").read_text())
-    config, platform = RunConfig(parallel=ParallelConfig(**job["parallel"])), select("cpu")
-    config.performance = PerformanceConfig(**job["performance"])
-    config.train.optimizer.moment_precision = job["moments"]
-    config.model.mtp.num_layers = job["multi_token_layers"]
+    config, platform = convert(RunConfig, job["config"]), select("cpu")
     config.train.optimizer.clip_norm = 0.0
     from megatron_r1.parallel.mesh import process_groups
 

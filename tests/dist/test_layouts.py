@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +16,64 @@ import pytest
 import torch
 from launching import run_to_the_end
 
+from megatron_r1.config.load import load, resolved
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class Case:
     """What differs from the tiny model on one rank."""
 
     ranks: int = 1
-    parallel: dict[str, Any] = field(default_factory=dict)
-    performance: dict[str, Any] = field(default_factory=dict)
-    moments: str = "fp32"
-    multi_token_layers: int = 1
+    overrides: tuple[str, ...] = ()
     reinforce: bool = True
     """Whether reinforcement learning can do it too."""
 
     @property
-    def split_sums(self) -> bool:
-        """Whether the parts of one sum lie on several ranks."""
-        return bool({"tensor", "context"} & self.parallel.keys())
+    def alike(self) -> tuple[str, ...]:
+        """What another number of ranks must have too, to compute the same."""
+        return tuple(line for line in self.overrides if line.startswith(("model", "train.")))
+
+    def has(self, key: str) -> bool:
+        return any(line.startswith(f"{key}=") for line in self.overrides)
 
 
+TENSOR, PIPELINE, EXPERT, CONTEXT = (f"parallel.{name}=2" for name in ("tensor", "pipeline", "expert", "context"))
+INTERLEAVED = "parallel.virtual_pipeline=2"
+DENSE = (
+    "model=tiny_dense",
+    # What needs more than one reduction: norms that heads of all ranks share, an embedding on two pipeline stages.
+    "model.attention.qkv_bias=false",
+    "model.attention.qk_norm=true",
+    "model.tied_embeddings=true",
+)
 LAYOUTS = {
-    "tp2": Case(ranks=2, parallel={"tensor": 2}),
-    "pp2": Case(ranks=2, parallel={"pipeline": 2}),
-    "ep2": Case(ranks=2, parallel={"expert": 2}),
-    "dp2": Case(ranks=2),
-    "tp2-ep2": Case(ranks=4, parallel={"tensor": 2, "expert": 2}),
-    "etp2": Case(ranks=2, parallel={"tensor": 2, "expert_tensor": 2}),
-    "pp2-ep2": Case(ranks=4, parallel={"pipeline": 2, "expert": 2}),
-    "tp2-pp2": Case(ranks=4, parallel={"tensor": 2, "pipeline": 2}),
-    "dp2-tp2": Case(ranks=4, parallel={"tensor": 2}),
-    "pp2-uneven": Case(ranks=2, parallel={"pipeline": 2, "pipeline_layers": [3, 1]}),
-    "pp2-vpp2": Case(ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, reinforce=False),
-    "cp2-recomputed": Case(
-        ranks=2,
-        parallel={"context": 2},
-        performance={"recompute": ["layernorm", "mla_up_proj", "moe_act"]},
-        reinforce=False,
-    ),
-    "cp2-tp2": Case(ranks=4, parallel={"context": 2, "tensor": 2}, reinforce=False),
-    "tp2-recomputed": Case(
-        ranks=2, parallel={"tensor": 2}, performance={"recompute": ["core_attn", "mlp", "shared_experts"]}
-    ),
+    "tp2": Case(2, (TENSOR,)),
+    "pp2": Case(2, (PIPELINE,)),
+    "ep2": Case(2, (EXPERT,)),
+    "dp2": Case(2),
+    "tp2-ep2": Case(4, (TENSOR, EXPERT)),
+    "etp2": Case(2, (TENSOR, "parallel.expert_tensor=2")),
+    "pp2-ep2": Case(4, (PIPELINE, EXPERT)),
+    "tp2-pp2": Case(4, (TENSOR, PIPELINE)),
+    "dp2-tp2": Case(4, (TENSOR,)),
+    "pp2-uneven": Case(2, (PIPELINE, "parallel.pipeline_layers=[3,1]")),
+    "pp2-vpp2": Case(2, (PIPELINE, INTERLEAVED), reinforce=False),
+    "cp2-recomputed": Case(2, (CONTEXT, "performance.recompute=[layernorm,mla_up_proj,moe_act]"), reinforce=False),
+    "cp2-tp2": Case(4, (CONTEXT, TENSOR), reinforce=False),
+    "tp2-recomputed": Case(2, (TENSOR, "performance.recompute=[core_attn,mlp,shared_experts]")),
     "ep2-gathered": Case(
-        ranks=2,
-        parallel={"expert": 2},
-        performance={"recompute": ["moe"], "dispatcher": "allgather"},
-        reinforce=False,
+        2, (EXPERT, "performance.recompute=[moe]", "performance.dispatcher=allgather"), reinforce=False
     ),
     "dp2-overlapped": Case(
-        ranks=2, performance={"overlap_gradient_reduction": True, "overlap_parameter_gather": True}
+        2, ("performance.overlap_gradient_reduction=true", "performance.overlap_parameter_gather=true")
     ),
-    "tp2-bf16-moments": Case(ranks=2, parallel={"tensor": 2}, moments="bf16"),
-    "pp2-without-mtp": Case(ranks=2, parallel={"pipeline": 2}, multi_token_layers=0),
+    "tp2-bf16-moments": Case(2, (TENSOR, "train.optimizer.moment_precision=bf16")),
+    "pp2-without-mtp": Case(2, (PIPELINE, "model.mtp.num_layers=0")),
+    "dense-tp2": Case(2, (*DENSE, TENSOR)),
+    "dense-pp2": Case(2, (*DENSE, PIPELINE)),
+    "dense-dp2": Case(2, DENSE),
+    "dense-tp2-pp2": Case(4, (*DENSE, TENSOR, PIPELINE)),
+    "dense-cp2": Case(2, (*DENSE, CONTEXT), reinforce=False),
 }
 SHORT = ("tp2", "pp2", "ep2", "dp2", "tp2-ep2", "pp2-vpp2", "cp2-recomputed")
 KINDS = ("pretrain", "packed", "apart", "grpo")
@@ -89,7 +95,8 @@ class Numbers:
 
 def numbers_of(case: Case, folder: Path) -> dict[str, Numbers]:
     """By kind and precision, as in `grpo-fp64`."""
-    (folder / "job.json").write_text(json.dumps(asdict(case)))
+    config = resolved(load("pretrain", case.overrides))
+    (folder / "job.json").write_text(json.dumps({"config": config, "reinforce": case.reinforce}))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
     run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_layouts.py")), str(folder)], seconds=110)
     return {
@@ -100,15 +107,13 @@ def numbers_of(case: Case, folder: Path) -> dict[str, Numbers]:
 
 @pytest.fixture(scope="module")
 def one_rank_alike(tmp_path_factory) -> Callable[[Case], dict[str, Numbers]]:
-    """What one rank computes with a case's moments and multi-token layers; each such pair is started once."""
+    """What one rank computes with a case's model and optimizer; each such pair is started once."""
     seen: dict[tuple, dict[str, Numbers]] = {}
 
     def numbers(case: Case) -> dict[str, Numbers]:
-        key = case.moments, case.multi_token_layers
-        if key not in seen:
-            alike = Case(moments=case.moments, multi_token_layers=case.multi_token_layers)
-            seen[key] = numbers_of(alike, tmp_path_factory.mktemp("one"))
-        return seen[key]
+        if case.alike not in seen:
+            seen[case.alike] = numbers_of(Case(1, case.alike), tmp_path_factory.mktemp("one"))
+        return seen[case.alike]
 
     return numbers
 
@@ -129,11 +134,11 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
     case = LAYOUTS[layout]
     here, one = numbers_of(case, tmp_path), one_rank_alike(case)
     kinds = [kind for kind in KINDS if f"{kind}-fp32" in here]
-    assert len(kinds) == len(KINDS) - ("context" in case.parallel) - (not case.reinforce)
+    assert len(kinds) == len(KINDS) - case.has("parallel.context") - (not case.reinforce)
     for kind in kinds:
         for precision, allowed in (
             ("fp64", EXACT),
-            ("fp32", SPLIT_SUM_TOLERANCE if case.split_sums else TOLERANCE),
+            ("fp32", SPLIT_SUM_TOLERANCE if case.has("parallel.tensor") or case.has("parallel.context") else TOLERANCE),
         ):
             found, expected = here[f"{kind}-{precision}"], one[f"{kind}-{precision}"]
             difference, name = worst(found.gradients, expected.gradients)

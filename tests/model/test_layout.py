@@ -11,7 +11,7 @@ from layouts import model_of, te_layout
 from megatron_r1.hf.names import native_shapes
 from megatron_r1.model.build import native_tensors
 
-SHAPES = ("tiny", "direct_query")
+SHAPES = ("tiny", "direct_query", "grouped_bias", "grouped_norm")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -23,8 +23,8 @@ LENGTHS = ((5, 7), (5, 3), (9, 12), (9, 1))
 REWARDS = (1.1, 0.1, 0.0, 1.0)
 
 
-def config_of(**rl) -> RunConfig:
-    config = RunConfig(model=model_of("tiny"))
+def config_of(shape: str = "tiny", **rl) -> RunConfig:
+    config = RunConfig(model=model_of(shape))
     config.model.moe.sequence_loss_coefficient = 0.0
     config.rollout.temperature = 0.7
     config.train.optimizer.clip_norm = 0.0
@@ -79,9 +79,9 @@ def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:
     return gradients, row, {name: tensor.clone() for name, tensor in native_tensors(model)}
 
 
-def written_out(new_model: Callable) -> tuple[dict, float]:
+def written_out(new_model: Callable, shape: str) -> tuple[dict, float]:
     """Gradients and value of the loss, answer by answer and token by token."""
-    config = config_of()
+    config = config_of(shape)
     model, other = trainable(new_model(config.model)), new_model(config.model)
     samples = make_samples(model, 0.3)
     shifted = shifted_reference(model)
@@ -103,10 +103,12 @@ def assert_close(found: dict, expected: dict) -> float:
     return worst
 
 
-@pytest.mark.parametrize("tokens_per_micro_batch", [1, 40, 1000])
-def test_an_update_is_the_loss_written_out(new_model, tokens_per_micro_batch):
-    gradients, row, _ = learnt(new_model, tokens_per_micro_batch=tokens_per_micro_batch)
-    expected, loss = written_out(new_model)
+@pytest.mark.parametrize(
+    ("shape", "tokens_per_micro_batch"), [("tiny", 1), ("tiny", 40), ("tiny", 1000), ("tiny_dense", 40)]
+)
+def test_an_update_is_the_loss_written_out(new_model, shape, tokens_per_micro_batch):
+    gradients, row, _ = learnt(new_model, shape=shape, tokens_per_micro_batch=tokens_per_micro_batch)
+    expected, loss = written_out(new_model, shape)
     print(f"largest relative difference of a gradient {assert_close(gradients, expected):.1e}")
     assert row["loss"] == pytest.approx(loss, rel=1e-5)
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values() if gradient is not None))

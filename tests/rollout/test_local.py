@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layouts import model_of
 
 from megatron_r1.rollout.sample import Request, Sampling
 
@@ -29,9 +30,11 @@ def full_log_probs(model, completion, temperature: float) -> torch.Tensor:
     return log_probs_LV[start:-1].gather(-1, chosen[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_equal_a_full_forward_pass(model, temperature):
+@pytest.mark.parametrize(("shape", "temperature"), [("tiny", 1.0), ("tiny", 0.6), ("tiny_dense", 1.0)])
+def test_log_probs_equal_a_full_forward_pass(new_model, shape, temperature):
     from megatron_r1.rollout.local import LocalEngine
+
+    model = new_model(model_of(shape))
 
     requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts(6) + prompts(6))]
     sampling = Sampling(temperature, top_p=1.0, max_tokens=24, stop_tokens=tuple(range(20)), seed=3)

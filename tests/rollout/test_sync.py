@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.attention import GroupedAttentionConfig
+from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.hf.names import expected_shapes, native_shapes
@@ -81,6 +82,17 @@ def test_down_projections_of_a_layer_stay_together(query):
     assert [[names[0], names[3]], [names[4], names[7]]] == [unit for unit in units if len(unit) == 2]
     assert sorted(name for unit in units for name in unit) == sorted(names)
     assert [names[0], names[3]] in [bucket.names.copy() for bucket, _ in buckets(given, 1, "cpu")]
+
+
+def test_tensors_of_a_dense_model_come_one_by_one():
+    model = ModelConfig(
+        attention=GroupedAttentionConfig(), moe=MixtureConfig.none(), mtp=MultiTokenConfig(num_layers=0)
+    )
+    names = [name for name in expected_shapes(model) if "layers.0" in name]
+    assert any(name.endswith("q_proj.weight") for name in names)
+    assert [[name for name, _ in unit] for unit in together([(name, torch.zeros(2)) for name in names])] == [
+        [name] for name in names
+    ]
 
 
 def test_half_a_pair_and_nothing_at_all_are_refused():

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig
+from megatron_r1.config.attention import GroupedAttentionConfig
+from megatron_r1.config.load import load
+from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
 
 STORED = json.loads((Path(__file__).parents[1] / "model" / "te_layout.json").read_text())
 
@@ -51,9 +53,28 @@ def te_layout(shape: str) -> dict[str, Entry]:
 
 
 def model_of(shape: str) -> ModelConfig:
-    """The model that the stored shape describes; weights large enough for every part to matter."""
+    """The model that the stored shape, or the preset, describes; weights large enough for every part to matter."""
     if shape == "tiny":
         return ModelConfig(init_std=0.08)
+    if shape == "tiny_dense":
+        dense = load("pretrain", ["model=tiny_dense"]).model
+        dense.init_std = 0.08
+        return dense
+    if shape.startswith("grouped"):
+        bias = shape == "grouped_bias"
+        return ModelConfig(
+            num_layers=2,
+            hidden_size=40,
+            num_attention_heads=6,
+            ffn_hidden_size=52,
+            vocab_size=68,
+            max_sequence_length=64,
+            init_std=0.08,
+            tied_embeddings=not bias,
+            attention=GroupedAttentionConfig(num_key_value_heads=2, head_dim=10, qkv_bias=bias, qk_norm=not bias),
+            moe=MixtureConfig.none(),
+            mtp=MultiTokenConfig(num_layers=0),
+        )
     return ModelConfig(
         num_layers=3,
         hidden_size=40,

@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
             "threads": torch.get_num_threads(),
             "comm": what_ranks_say(),
             "log_probs": log_probs_of_half_a_vocabulary(),
-            "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query")},
+            "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query", "grouped_bias", "grouped_norm")},
             "updates": two_updates(folder),
         }
         rank = dist.get_rank()

@@ -89,14 +89,21 @@ def buckets(tensors: Iterable[NamedTensor], capacity: int, device: str) -> Itera
 
 
 def together(tensors: Iterable[NamedTensor]) -> Iterator[list[NamedTensor]]:
-    """The tensors one by one, but a layer's two down-projections as a pair, when the second of them comes."""
+    """The tensors one by one, but a layer's two down-projections as a pair, when the second of them comes.
+
+    Where a layer projects its query directly, nothing is fused: the query shows that its partner may come alone.
+    """
     waiting: dict[str, NamedTensor] = {}
+    direct: set[str] = set()
     for name, tensor in tensors:
         match = LATENT_DOWN.fullmatch(name)
         if not match:
             yield [(name, tensor)]
         elif (layer := match[1]) in waiting:
             yield [waiting.pop(layer), (name, tensor)]
+        elif match[2] == "q_proj" or layer in direct:
+            direct.add(layer)
+            yield [(name, tensor)]
         else:
             waiting[layer] = (name, tensor)
     if waiting:

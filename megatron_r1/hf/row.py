@@ -1,0 +1,72 @@
+"""One line of a table of names: a megatron-core tensor and the Hugging Face tensors that hold the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One megatron-core tensor and its Hugging Face parts, joined along dimension 0."""
+
+    native: str
+    """Name in megatron-core."""
+    hf: tuple[str, ...]
+    """Names in Hugging Face, in the order of the native tensor's parts."""
+    part_shapes: tuple[Shape, ...]
+    """Shape of each Hugging Face part."""
+    copies: tuple[str, ...] = ()
+    """Further Hugging Face names that repeat the whole tensor."""
+    groups: int = 1
+    """Parts alternate in the native tensor this many times: [q k v] for each key-value head."""
+    float32: bool = False
+    """Stored in float32 whatever the model's type is (the router's balancing bias)."""
+
+    @property
+    def native_shape(self) -> Shape:
+        return (sum(shape[0] for shape in self.part_shapes), *self.part_shapes[0][1:])
+
+    @property
+    def hf_shapes(self) -> dict[str, Shape]:
+        """Shape of every Hugging Face tensor of the row, copies included."""
+        return dict(zip(self.hf, self.part_shapes, strict=True)) | dict.fromkeys(self.copies, self.native_shape)
+
+    def split(self, native: Tensor) -> list[Tensor]:
+        """The Hugging Face parts of a native tensor: views where parts do not alternate."""
+        sizes = [shape[0] // self.groups for shape in self.part_shapes]
+        return [part.flatten(0, 1) for part in native.unflatten(0, (self.groups, -1)).split(sizes, 1)]
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The native tensor of Hugging Face's parts; a single part is given back as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
+
+
+def whole(native: str, hf: str, *shape: int, copies: tuple[str, ...] = (), float32: bool = False) -> Row:
+    """A tensor that both sides hold alike."""
+    return Row(native, (hf,), (shape,), copies, float32=float32)
+
+
+def gated_feed_forward(native: str, expert: str, hf: str, hidden: int, width: int) -> Iterator[Row]:
+    """The two maps of a gated feed-forward: the gate lies before the up-projection in the first.
+
+    Args:
+        expert: number that megatron-core appends to the weights of one of several experts; else empty.
+    """
+    gate_and_up = (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight")
+    yield Row(f"{native}.linear_fc1.weight{expert}", gate_and_up, ((width, hidden), (width, hidden)))
+    yield whole(f"{native}.linear_fc2.weight{expert}", f"{hf}.down_proj.weight", hidden, width)
+
+
+def dense_feed_forward(native: str, hf: str, hidden: int, width: int) -> Iterator[Row]:
+    """A dense layer's feed-forward with its norm, which is fused into the first map."""
+    norm = f"{native}.mlp.linear_fc1.layer_norm_weight"
+    yield whole(norm, f"{hf}.post_attention_layernorm.weight", hidden)
+    yield from gated_feed_forward(f"{native}.mlp", "", f"{hf}.mlp", hidden, width)
