@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator, PercentFormatter
 
 COLOURS = ("#3b82f6", "#e08a00", "#17a673", "#c2559d", "#8b6fd6", "#7d8794", "#b5a100", "#00a3b4")
-LOAD_LEVELS = 20
+LOAD_LEVELS = 21
 """Colours of a heat map; with many more, matplotlib would embed its scale as an image."""
 MAX_POINTS = 600
 INK = "#010203"
@@ -89,7 +89,8 @@ def heat_map(name: str, table: Mapping[str, Sequence[float]], xlabel: str, label
     columns = max(map(len, table.values()))
     values = [[*line, *[math.nan] * (columns - len(line))] for line in table.values()]
     colours = matplotlib.colormaps["coolwarm"].resampled(LOAD_LEVELS)
-    mesh = axes.pcolormesh(values, cmap=colours, vmin=0.0, vmax=2.0)
+    edges = [column - 0.5 for column in range(columns + 1)], range(len(table) + 1)
+    mesh = axes.pcolormesh(*edges, values, cmap=colours, vmin=0.0, vmax=2.0)
     mesh.set_gid(f"curve-{name}")
     axes.invert_yaxis()
     axes.grid(False)
