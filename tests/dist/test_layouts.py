@@ -86,6 +86,12 @@ def test_a_layout_computes_what_one_rank_does(one, layout, tmp_path):
         found, expected = (numbers[f"pretrain-{precision}"].row["losses"] for numbers in (here, one))
         assert found[0] == pytest.approx(expected[0], rel=1e-6)
         assert found[1:] == pytest.approx(expected[1:], rel=1e-4)
+    routing = [numbers["pretrain-fp64"].row["routing"] for numbers in (here, one)]
+    for found, expected in zip(*routing, strict=True):
+        # Every rank's row knows every stage: the same visits to the same experts, multi-token layers by their own name.
+        assert found.pop("mtp_loss") == pytest.approx(expected["mtp_loss"], rel=1e-6)
+        assert found == {layer: load_E for layer, load_E in expected.items() if layer != "mtp_loss"}
+        assert list(found) == ["layer 2", "layer 3", "layer 4", "mtp 1"]
     if "grpo" in kinds:
         assert here["grpo-fp32"].row == pytest.approx(one["grpo-fp32"].row, rel=1e-4, abs=1e-6)
 
