@@ -32,7 +32,7 @@ class Passes:
     """Tokens per expert [E] of each sparse layer on any pipeline stage whose router has a balancing bias: "layer 2",
     counted from 1 as megatron-core does, and "mtp 1" for those of multi-token prediction, which come last."""
     mtp_loss: float | None
-    """Mean loss of the extra predictions."""
+    """Mean loss of the extra predictions, wherever their stage is."""
 
 
 def forward_backward(
@@ -70,7 +70,10 @@ def forward_backward(
         micro_batch_size=rows,
         forward_only=False,
     )
-    return Passes(logged, _of_all_stages(_over_ranks(loads)), _take_mtp_loss(len(micro_batches)))
+    told = _every_stage((_over_ranks(loads), _take_mtp_loss(len(micro_batches))))
+    everywhere = {layer: load_E for loads, _ in told for layer, load_E in loads.items()}
+    in_order = {layer: everywhere[layer] for layer in sorted(everywhere, key=_place)}
+    return Passes(logged, in_order, next((loss for _, loss in told if loss is not None), None))
 
 
 def _over_ranks(loads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,17 +86,17 @@ def _over_ranks(loads: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(loads, total_LE.cpu(), strict=True))
 
 
-def _of_all_stages(loads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The loads that every pipeline stage told, backbone first, in the order of the layers."""
+def _every_stage[Value](mine: Value) -> list[Value]:
+    """Collective: what the rank of each pipeline stage that works on the same data as this one says."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    told: list[Any] = [loads] * group.size()
+    told: list[Any] = [mine] * group.size()
     if group.size() > 1:
-        torch.distributed.all_gather_object(told, loads, group=group)
-    everywhere = {name: load_E for stage in told for name, load_E in stage.items()}
-    return {name: everywhere[name] for name in sorted(everywhere, key=_place)}
+        torch.distributed.all_gather_object(told, mine, group=group)
+    return told
 
 
 def _place(name: str) -> tuple[str, int]:
+    """Sorts the backbone's layers by number, and multi-token layers after them."""
     kind, number = name.split()
     return kind, int(number)
 
@@ -109,13 +112,16 @@ def layer_name(router: Any) -> str:
 
 
 def _take_mtp_loss(num_micro_batches: int) -> float | None:
-    """Mean loss of the extra predictions since the last call."""
-    losses = MTPLossLoggingHelper.tracker.get("loss_values")
-    if losses is None:
+    """Mean loss of the extra predictions since the last call, over data-parallel ranks; None but on their stage."""
+    tracker = MTPLossLoggingHelper.tracker
+    # Forgotten when the tracker is cleaned: there is one only if a loss was recorded since.
+    group = tracker.get("avg_group")
+    if group is None:
         return None
-    value = float(losses.mean()) / num_micro_batches
+    mean = tracker["loss_values"].mean()
+    torch.distributed.all_reduce(mean, group=group)
     MTPLossLoggingHelper.clean_metrics_in_tracker()
-    return value
+    return float(mean) / group.size() / num_micro_batches
 
 
 def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, length: int) -> list[Tensor]:

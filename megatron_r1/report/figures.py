@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,7 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator, PercentFormatter
 
-COLOURS = ("#3b82f6", "#e08a00", "#17a673", "#c2559d")
+COLOURS = ("#3b82f6", "#e08a00", "#17a673", "#c2559d", "#8b6fd6", "#7d8794", "#b5a100", "#00a3b4")
+LOAD_LEVELS = 21
+"""Colours of a heat map; with many more, matplotlib would embed its scale as an image."""
 MAX_POINTS = 600
 INK = "#010203"
 """Stands for the page's text colour until the figure is written; no curve has it."""
@@ -65,6 +67,43 @@ def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: b
     found = {key: thinned(points) for key in metrics if len((points := series(rows, key))[0])}
     if not found:
         return ""
+    return _drawn(name, found, metrics, ylabel, log)
+
+
+def comparison(name: str, runs: Mapping[str, Rows], metric: str, ylabel: str) -> str:
+    """One figure with a line per run that recorded the metric; empty if fewer than two did.
+
+    Args:
+        name: of the figure; line ids are `curve-NAME-RUN`.
+        runs: rows by name of the run.
+    """
+    found = {run: thinned(points) for run, rows in runs.items() if len((points := series(rows, metric))[0])}
+    return _drawn(name, found, {run: run for run in found}, ylabel, log=False) if len(found) > 1 else ""
+
+
+def heat_map(name: str, table: Mapping[str, Sequence[float]], xlabel: str, label: str) -> str:
+    """Values around 1 as colours: a line per name of the table, a column per number; empty for an empty table."""
+    if not table:
+        return ""
+    figure, axes = _axes(xlabel, "")
+    columns = max(map(len, table.values()))
+    values = [[*line, *[math.nan] * (columns - len(line))] for line in table.values()]
+    colours = matplotlib.colormaps["coolwarm"].resampled(LOAD_LEVELS)
+    edges = [column - 0.5 for column in range(columns + 1)], range(len(table) + 1)
+    mesh = axes.pcolormesh(*edges, values, cmap=colours, vmin=0.0, vmax=2.0)
+    mesh.set_gid(f"curve-{name}")
+    axes.invert_yaxis()
+    axes.grid(False)
+    shown = range(0, len(table), math.ceil(len(table) / 16))
+    axes.set_yticks([line + 0.5 for line in shown], [list(table)[line] for line in shown])
+    bar = figure.colorbar(mesh, ax=axes, extend="max")
+    bar.set_label(label, color=INK, fontsize=9)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return _svg(figure, axes, legend=False)
+
+
+def _drawn(name: str, found: dict[str, Points], labels: dict[str, str], ylabel: str, log: bool) -> str:
     figure, axes = _axes("step", ylabel)
     for (key, (steps, values)), colour in zip(found.items(), COLOURS, strict=False):
         noisy = len(values) > 60
@@ -74,12 +113,12 @@ def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: b
         line.set_gid(f"curve-{name}-{key}")
         if noisy:
             axes.plot(steps, smoothed(values, len(values) // 20), color=colour, linewidth=1.8)
-        axes.plot([], [], color=colour, label=metrics[key])
+        axes.plot([], [], color=colour, label=labels[key])
     everything = [value for _, values in found.values() for value in values]
     if log and min(everything) > 0 and max(everything) > 20 * min(everything):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-    return _svg(figure, axes, legend=len(metrics) > 1)
+    return _svg(figure, axes, legend=len(found) > 1)
 
 
 def time_shares(name: str, rows: Rows, parts: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.report import results
-from megatron_r1.report.figures import curves, time_shares
+from megatron_r1.report.figures import comparison, curves, heat_map, time_shares
 from megatron_r1.report.read import Recipe, Stage, read_recipe
 from megatron_r1.report.style import CSS
 
@@ -37,7 +37,7 @@ def render(recipe: Recipe) -> str:
         f"<h1>{escape(recipe.name)}</h1>",
         f'<p class="dim">Stages: {stages}. Written {written}.</p>',
         "<h2>Before and after</h2>" + results.headline(recipe.results),
-        "<h2>Pre-training</h2>" + _of_kind(recipe, "pretrain", _pretrain_figures),
+        "<h2>Pre-training</h2>" + _side_by_side(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
         "<h2>Reinforcement learning</h2>" + _of_kind(recipe, "rl", _rl_figures),
         "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
         "<h2>Configuration and versions</h2>" + _settings(recipe.stages),
@@ -62,6 +62,15 @@ def _of_kind(recipe: Recipe, kind: str, figures_of: Callable[[Stage], Iterable[s
     return "".join(parts) or results.missing("No stage of this kind has recorded anything.")
 
 
+def _side_by_side(recipe: Recipe) -> str:
+    """What several pre-training stages have in common, in one figure each."""
+    runs = {stage.name: stage.rows for stage in recipe.of_kind("pretrain")}
+    figures = _figure(comparison("all-loss", runs, "loss", "loss (nats per token)"), "Training loss of each stage.")
+    caption = "Load of the busiest expert of any layer; 1 is an even share."
+    figures += _figure(comparison("all-load", runs, "router_load_max", "load of the busiest expert"), caption)
+    return f'<div class="figures">{figures}</div>' if figures else ""
+
+
 def _figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" if svg else ""
 
@@ -76,11 +85,21 @@ def _pretrain_figures(stage: Stage) -> Iterable[str]:
     yield _figure(curves(f"{name}-rate", rows, rate, "learning rate"), "Learning-rate schedule.")
     speed = {"tokens_per_second": "tokens per second"}
     yield _figure(curves(f"{name}-speed", rows, speed, "tokens per second"), "Throughput of training.")
-    load = {"router_load_max": "busiest expert"}
-    if not any("router_load_max" in row for row in rows):
-        load = {"router_load": "busiest expert"}
-    caption = "Load of the busiest expert; the nearer to an even share, the better the balance."
+    load = {"router_load_max": "busiest expert", "mtp_router_load_max": "of multi-token layers"}
+    caption = "Load of the busiest expert of any layer in each step; 1 is an even share."
     yield _figure(curves(f"{name}-load", rows, load, "load of the busiest expert"), caption)
+    violation = {"router_violation": "backbone", "mtp_router_violation": "multi-token layers"}
+    caption = "What the busiest expert has above an even share over a window of steps (MaxVio); 0 is balance."
+    yield _figure(curves(f"{name}-violation", rows, violation, "violation over a window"), caption)
+    step, table = _last_loads(rows)
+    caption = f"Tokens per expert in step {step}, as multiples of an even share."
+    yield _figure(heat_map(f"{name}-experts", table, "expert", "tokens (1 is an even share)"), caption)
+
+
+def _last_loads(rows: Sequence[dict[str, Any]]) -> tuple[int, dict[str, list[float]]]:
+    """The last recorded table of the experts' loads by layer, and its step."""
+    tables = ((row["step"], row["router_load"]) for row in reversed(rows) if isinstance(row.get("router_load"), dict))
+    return next(tables, (0, {}))
 
 
 def _rl_figures(stage: Stage) -> Iterable[str]:

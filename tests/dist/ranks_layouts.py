@@ -87,16 +87,18 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     optimizer = Optimizer(model, config.train, config.performance)
     group = data_parallel_group()
     generator = torch.Generator().manual_seed(1)
-    losses, norms, gradients = [], [], {}
+    losses, norms, routing, gradients = [], [], [], {}
     for step in range(STEPS):
         rows = torch.randint(5, 512, (8, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
         result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2)
         losses.append(_mean_loss(result))
         norms.append(result.gradient_norm)
+        loads = {layer: load_E.tolist() for layer, load_E in result.passes.expert_load.items()}
+        routing.append({"mtp_loss": result.passes.mtp_loss, **loads})
         if step == 0:
             gradients = whole_gradients(model, optimizer)
-    return {"losses": losses, "norms": norms}, gradients
+    return {"losses": losses, "norms": norms, "routing": routing}, gradients
 
 
 def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from megatron_r1.stages.weights import find_weights
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -46,3 +48,17 @@ def test_a_cuda_run_starts_with_the_losses_of_a_cpu_run(tmp_path):
         rows = (tmp_path / platform / "metrics.jsonl").read_text().splitlines()
         losses[platform] = [json.loads(row)["loss"] for row in rows]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+@pytest.mark.timeout(700)
+def test_the_moving_average_on_cuda_is_that_of_the_steps_weights(tmp_path):
+    """A decay of nearly 0 leaves the last weights, whatever the thread and the device had under way."""
+    done = run(
+        *("pretrain", f"root='{tmp_path}'", "name=gpu", "platform=cuda", "train.ema_decay=1e-9", "track=off"),
+        *("data.num_documents=2000", "train.steps=20", "train.schedule.warmup_steps=5"),
+    )
+    assert done.returncode == 0, done.stderr
+    model, ema = (find_weights(str(tmp_path / "gpu"), which=which).tensors for which in ("model", "ema"))
+    assert model.keys() == ema.keys()
+    for name, tensor in model.items():
+        torch.testing.assert_close(ema[name], tensor.float(), rtol=1e-6, atol=1e-7)

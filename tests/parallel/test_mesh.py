@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_r1.config.layout import check_degrees
+from megatron_r1.config.layout import check_degrees, check_layout
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.parallel.comm import AllRanks, all_ranks, any_rank, broadcast
 
@@ -23,6 +24,20 @@ def test_degrees_that_do_not_divide_the_ranks_are_refused(degrees, ranks, key):
     with pytest.raises(ConfigError, match=f"{ranks} ranks") as refused:
         check_degrees(degrees, ranks)
     assert refused.value.key == key
+
+
+def test_every_batch_of_a_ramp_must_be_shared_out_evenly():
+    config = RunConfig()
+    config.train.micro_batch_size, config.train.global_batch_size = 2, 16
+    ramp = config.train.schedule.batch_ramp
+    ramp.start, ramp.increment, ramp.tokens = 4, 4, 1000
+    check_layout(config, "pretrain", 2)
+    with pytest.raises(ConfigError, match=r"train.micro_batch_size=2: must divide the 3 sequences"):
+        check_layout(config, "pretrain", 4)
+    ramp.start, ramp.increment = 10, 2
+    with pytest.raises(ConfigError, match=r"train.schedule.batch_ramp=10: must be a multiple of the 4") as refused:
+        check_layout(config, "pretrain", 4)
+    assert refused.value.key == "train.schedule.batch_ramp"
 
 
 def test_degrees_that_divide_the_ranks_pass():

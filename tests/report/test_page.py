@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from html.parser import HTMLParser
 import orjson
 import pytest
 
-from megatron_r1.report.figures import curves, series, thinned, time_shares
+from megatron_r1.report.figures import comparison, curves, heat_map, series, thinned, time_shares
 from megatron_r1.report.page import write_report
 from megatron_r1.report.read import read_recipe
 from megatron_r1.track.record import Record
@@ -59,8 +60,10 @@ def pretrain_row(step, generator):
         "learning_rate": 3e-3 * (1 - step / 400),
         "tokens_per_second": 9000 + generator.gauss(0, 300),
         "mfu": 0.2,
-        "router_load_max": 0.2,
-        "router_load": [0.2, 0.1, 0.15, 0.1, 0.1, 0.15, 0.1, 0.1],
+        "router_load_max": 1.6,
+        "mtp_router_load_max": 1.2,
+        "router_violation": 0.3,
+        **({} if step % 10 else {"router_load": {"layer 2": [1.6, 0.4, 0.9, 1.1], "mtp 1": [1.2, 0.8, 1.0, 1.0]}}),
         "consumed_tokens": 1280 * step,
     }
 
@@ -185,6 +188,8 @@ def test_curves_are_present_with_labels_and_units(page):
     metrics = ("reward-reward", "reward-accuracy", "reward-format", "length-response_length", "kl-kl")
     expected = {f"curve-r1_zero-{metric}" for metric in (*metrics, "entropy-entropy", "time-rollout_seconds")}
     expected |= {"curve-pretrain-loss-loss", "curve-pretrain-loss-mtp_loss", "curve-pretrain-load-router_load_max"}
+    expected |= {"curve-pretrain-load-mtp_router_load_max", "curve-pretrain-violation-router_violation"}
+    expected |= {"curve-pretrain-experts"}
     assert expected <= page.ids
     for label in ("loss (nats per token)", "response length (tokens)", "KL (nats per token)", "tokens per second"):
         assert label in page.text
@@ -245,9 +250,31 @@ def test_figure_draws_every_point_where_it_belongs():
     assert ys[0] < ys[1], "4 is drawn above 1"
 
 
+def test_heat_map_has_a_cell_for_every_value_and_more_colour_for_more_load():
+    svg = heat_map("f", {"layer 2": [0.0, 1.0, 2.0], "mtp 1": [1.0, 5.0, 1.0]}, "expert", "load (1 is an even share)")
+    cells = svg[svg.index('id="curve-f"') :].split("</g>")[0]
+    fills = re.findall(r"fill: (#[0-9a-f]{6})", cells)
+    assert len(fills) == 6 and fills[1] == fills[3] == fills[5] and fills[2] == fills[4]
+    red, blue = (int(fills[2][at : at + 2], 16) for at in (1, 5))
+    assert red > blue and len(set(fills)) == 3
+    for word in ("layer 2", "mtp 1", "expert", "load (1 is an even share)"):
+        assert word in svg
+    assert "<image" not in svg
+
+
+def test_stages_are_drawn_side_by_side(recipe):
+    assert not any(name.startswith("curve-all-") for name in written(recipe).ids)
+    shutil.copytree(recipe / "pretrain", recipe / "other")
+    assert {f"curve-all-{kind}-{run}" for kind in ("loss", "load") for run in ("pretrain", "other")} <= written(
+        recipe
+    ).ids
+
+
 def test_figures_without_values_are_empty():
     assert curves("f", [{"step": 1, "loss": math.nan}], {"loss": "loss"}, "loss") == ""
     assert time_shares("f", [{"step": 1, "a": 1.0}], {"a": "a", "b": "b"}) == ""
+    assert heat_map("f", {}, "expert", "load") == ""
+    assert comparison("f", {"a": [{"step": 1, "loss": 1.0}], "b": []}, "loss", "loss") == ""
     assert series([{"step": 3, "router_load": [0.1, 0.7]}, {"step": 4}], "router_load") == ([3.0], [0.7])
     assert thinned(([0.0, 1, 2, 3, 4], [1.0, 3, 5, 7, 9]), 3) == ([0.5, 2.5, 4.0], [2.0, 6.0, 9.0])
 

@@ -32,6 +32,7 @@ from megatron_r1.model.build import build_model, load_native_tensors, native_ten
 from megatron_r1.parallel import comm  # noqa: E402
 from megatron_r1.rl.logprob import token_log_probs  # noqa: E402
 from megatron_r1.stages.pretrain import next_token_forward  # noqa: E402
+from megatron_r1.train.ema import MovingAverage  # noqa: E402
 from megatron_r1.train.optimizer import Optimizer  # noqa: E402
 from megatron_r1.train.step import update  # noqa: E402
 
@@ -100,8 +101,11 @@ def describe(shard: ShardedTensor) -> dict[str, Any]:
     }
 
 
-def two_updates(folder: Path) -> dict[str, list[float | None]]:
-    """Losses and gradient norms of two updates of the tiny model, its weights shared out by the stored list."""
+def two_updates(folder: Path) -> dict[str, Any]:
+    """Losses, gradient norms and loads of two updates of the tiny model, its weights shared out by the stored list.
+
+    Then the norm of each weight's moving average, on the rank that gathers them.
+    """
     model = build_model(model_of("tiny"), SHARED, PLATFORM, seed=0)
     whole, mine = load_file(folder / "whole.safetensors"), {}
     for name, entry in te_layout("tiny").items():
@@ -109,8 +113,13 @@ def two_updates(folder: Path) -> dict[str, list[float | None]]:
     load_native_tensors(model, mine)
     optimizer = Optimizer(model, TrainConfig())
     rows_BL = load_file(folder / "rows.safetensors")["rows"]
-    results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32) for _ in range(2)]
+    average, results = MovingAverage(model, 0.5), []
+    for _ in range(2):
+        results.append(update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32))
+        average.update()
     return {
+        "loads": {layer: load_E.tolist() for layer, load_E in results[-1].passes.expert_load.items()},
+        "averages": {name: float(tensor.norm()) for name, tensor in average.whole_tensors()},
         "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
         "norms": [result.gradient_norm for result in results],
         "mtp_losses": [result.passes.mtp_loss for result in results],

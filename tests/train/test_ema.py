@@ -69,3 +69,19 @@ def test_the_model_is_left_alone(averaged):
     model, average, history = averaged
     assert all(torch.equal(tensor, history[3][name]) for name, tensor in snapshot(model).items())
     average.close()
+
+
+def test_ranks_gather_what_one_rank_has(new_model, two_ranks):
+    model = new_model(model_of("tiny"))
+    optimizer = Optimizer(model, TrainConfig())
+    average = MovingAverage(model, 0.5)
+    for _ in range(2):
+        result = update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 32)
+        average.update()
+    first, second = (found["updates"] for found in two_ranks)
+    assert second["averages"] == {}
+    expected = {name: float(tensor.norm()) for name, tensor in average.whole_tensors()}
+    assert first["averages"] == pytest.approx(expected, rel=1e-3)
+    assert first["loads"] == second["loads"]
+    for layer, load_E in result.passes.expert_load.items():
+        assert first["loads"][layer] == pytest.approx(load_E.tolist(), abs=2)
