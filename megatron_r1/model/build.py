@@ -12,15 +12,23 @@ from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.errors import DataError
 from megatron_r1.model.attention import use_latent_attention
+from megatron_r1.model.fp8.apply import use_fp8, wants_fp8
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
 from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform, seed: int) -> GPTModel:
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    platform: Platform,
+    seed: int,
+    precision: PrecisionConfig | None = None,
+) -> GPTModel:
     """This rank's part of the model, with its initial weights.
 
     Args:
@@ -28,10 +36,17 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
         parallel: degrees of parallelism; process groups must exist.
         platform: decides between Transformer Engine's modules and torch's.
         seed: seed of the initial weights, which depend on it and on the parameter's name alone.
+        precision: how linear layers multiply, by default as `model.precision` says; in FP8 the model has an `fp8_plan`.
+
+    Raises:
+        ConfigError: the platform cannot multiply as `precision` asks.
     """
+    precision = precision or PrecisionConfig()
+    fp8 = wants_fp8(precision, platform)
     if not platform.transformer_engine:
         adopt_torch_modules()
-    config = transformer_config(model, parallel, fused=platform.transformer_engine)
+    fused = platform.transformer_engine
+    config = transformer_config(model, parallel, fused=fused, fp8=fp8 and fused)
     block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
     block.layer_norm = provider.layer_norm(rms_norm=True)
@@ -52,6 +67,8 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
         mtp_block_spec=prediction,
     )
     initialise(built, model.init_std, seed)
+    if fp8:
+        built.fp8_plan = use_fp8(built, precision, platform)
     return built.to(platform.device)
 
 

@@ -11,16 +11,23 @@ from megatron_r1.config.parallel import ParallelConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, fused: bool) -> MLATransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, fused: bool, fp8: bool = False
+) -> MLATransformerConfig:
     """megatron-core's description of the model.
 
     Args:
         model: shape of the model.
         parallel: degrees of parallelism.
         fused: whether fused CUDA kernels may be used.
+        fp8: whether Transformer Engine multiplies in FP8; on a CPU it is the modules that do.
     """
     return MLATransformerConfig(
-        **_shape(model), **_attention(model), **_experts(model), **_execution(model, parallel, fused)
+        **_shape(model),
+        **_attention(model),
+        **_experts(model),
+        **_execution(model, parallel, fused),
+        **({"fp8": "e4m3", "fp8_recipe": "blockwise"} if fp8 else {}),
     )
 
 
