@@ -12,6 +12,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.pipeline import PipelineConfig
+from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
@@ -49,6 +50,8 @@ class RunConfig:
     """CPU threads per rank; 0 divides the cores among the ranks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    """In which number format linear layers multiply."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)

@@ -17,9 +17,11 @@ from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
+from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.errors import DataError
 from megatron_r1.model.attention import set_latent_norm_epsilon, use_latent_attention
 from megatron_r1.model.chunks import Chunks, Model, chunks
+from megatron_r1.model.fp8.apply import use_fp8, wants_fp8
 from megatron_r1.model.mtp import weigh_context_ranks_alike
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
 from megatron_r1.model.rope import extend_as_llama
@@ -35,6 +37,7 @@ def build_model(
     platform: Platform,
     seed: int,
     performance: PerformanceConfig | None = None,
+    precision: PrecisionConfig | None = None,
 ) -> Model:
     """This rank's part of the model, with its initial weights: a GPTModel, or `Chunks` of them.
 
@@ -44,17 +47,26 @@ def build_model(
         platform: decides between Transformer Engine's modules and torch's.
         seed: seed of the initial weights, which depend on it and on the parameter's name alone.
         performance: recomputation, overlap and fusion; None is plain.
+        precision: how linear layers multiply, by default as `model.precision` says; in FP8 the model has an `fp8_plan`.
+
+    Raises:
+        ConfigError: the platform cannot multiply as `precision` asks.
     """
+    precision = precision or PrecisionConfig()
+    fp8 = wants_fp8(precision, platform)
     if not platform.transformer_engine:
         adopt_torch_modules()
     if parallel.context > 1:
         weigh_context_ranks_alike()
-    config = transformer_config(model, parallel, performance or PerformanceConfig(), fused=platform.transformer_engine)
+    fused = platform.transformer_engine
+    config = transformer_config(model, parallel, performance or PerformanceConfig(), fused=fused, fp8=fp8 and fused)
     if parallel.virtual_pipeline == 1:
         built: Model = _part(model, config, platform, None)
     else:
         built = Chunks([_part(model, config, platform, stage) for stage in range(parallel.virtual_pipeline)])
     initialise(built, model.init_std, seed)
+    if fp8:
+        built.fp8_plan = use_fp8(built, precision, platform)
     return built.to(platform.device)
 
 

@@ -8,6 +8,7 @@ Shapes: L sequence, B batch, H query heads, G key-value heads, T tokens, D width
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from megatron_r1.parallel.context import context_parallel_group, positions_of_rank
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""Input [..., K] and weight [N, K] -> output [..., N]."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -46,9 +50,10 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.multiply: Multiply = F.linear
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return F.linear(x, self.weight), None
+        return self.multiply(x, self.weight), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         return make_sharded_tensors_for_checkpoint(
@@ -109,11 +114,12 @@ class GroupedLinear(torch.nn.Module):
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             weight.partition_dim, weight.partition_stride = split_dim, 1  # type: ignore[attr-defined]
             self.register_parameter(f"weight{index}", weight)
+        self.multiply: Multiply = F.linear
 
     def forward(self, x_TD: Tensor, tokens_per_expert: Any) -> tuple[Tensor, None]:
         counts = tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(tokens_per_expert)
         parts = x_TD.split(counts)
-        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+        return torch.cat([self.multiply(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Each local expert's weight as a shard of one global tensor with a leading expert axis."""

@@ -14,7 +14,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, performance: PerformanceConfig, *, fused: bool
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    performance: PerformanceConfig,
+    *,
+    fused: bool,
+    fp8: bool = False,
 ) -> TransformerConfig:
     """megatron-core's description of the model.
 
@@ -23,8 +28,11 @@ def transformer_config(
         parallel: degrees of parallelism.
         performance: recomputation, overlap and fusion.
         fused: whether fused CUDA kernels may be used.
+        fp8: whether Transformer Engine multiplies in FP8; on a CPU it is the modules that do.
     """
     common = _shape(model) | _execution(model, parallel, fused) | _performance(performance)
+    if fp8:
+        common |= {"fp8": "e4m3", "fp8_recipe": "blockwise"}
     if isinstance(model.attention, GroupedAttentionConfig):
         return TransformerConfig(**common, **_grouped_attention(model, model.attention))
     return MLATransformerConfig(**common, **_latent_attention(model, model.attention), **_experts(model))

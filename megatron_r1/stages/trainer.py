@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -23,6 +25,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, Requeue
 from megatron_r1.model.build import build_model
+from megatron_r1.model.fp8.apply import Fp8Plan, merged
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import process_groups
@@ -154,7 +157,8 @@ def trainer(
     ):
         # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
         preempt = PreemptHook()
-        model = build_model(config.model, config.parallel, platform, config.seed, config.performance)
+        model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.precision)
+        tell_precision(model, folder)
         if weights:
             check_same_model(config.model, weights.model, str(weights.folder))
             load_whole_tensors(model, weights.tensors)
@@ -166,6 +170,17 @@ def trainer(
             this.ema = MovingAverage(model, config.train.ema_decay)
         _resume(this)
         yield this
+
+
+def tell_precision(model: Any, folder: Path) -> None:
+    """Collective: say which linear layers multiply in FP8 and how, where any do; `precision.json` names each."""
+    plan: Fp8Plan | None = getattr(model, "fp8_plan", None)
+    if plan is None:
+        return
+    plan = merged(AllRanks().gather(plan))
+    if dist.get_rank() == 0:
+        (folder / "precision.json").write_text(json.dumps(asdict(plan), indent=1))
+        print("\n".join(plan.lines()), file=sys.stderr)
 
 
 def _resume(this: Trainer) -> None:

@@ -1,0 +1,178 @@
+"""Which linear layers of a model multiply in FP8; the one place that decides it, for either backend.
+
+Every module that holds a matrix is looked at by name: it is a linear layer that `config.precision` knows, or one that
+always stays high, or an error. So nothing new in a model is quantised, or left out, unnoticed.
+
+Under tensor parallelism 128-wide blocks are cut from each rank's shard, as Transformer Engine cuts them. They are the
+blocks of the whole weight only where a shard's side is a multiple of 128; where it is not, the layout changes the
+scales, which is allowed, and said (`Fp8Plan.cut`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor
+
+from megatron_r1.config.precision import LINEARS, PrecisionConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.model.fp8.linear import LinearRecipe, multiply, parallel_multiply
+from megatron_r1.model.fp8.quantise import BLOCK, E4M3, E5M6, TILE, WHOLE
+from megatron_r1.model.parts import DuplicatedLinear, GroupedLinear
+from megatron_r1.platform import Platform
+
+ALWAYS_HIGH = ("embedding.word_embeddings", "output_layer", "mlp.router")
+TILINGS = {"1x128": TILE, "128x128": BLOCK, "tensor": WHOLE}
+
+
+@dataclass
+class Fp8Plan:
+    """What was decided for one rank's part of a model."""
+
+    quantised: dict[str, str] = field(default_factory=dict)
+    """Module name -> how its operands are quantised."""
+    high: list[str] = field(default_factory=list)
+    """Modules with a matrix that are not quantised."""
+    cut: list[str] = field(default_factory=list)
+    """Quantised modules whose weight's blocks are not those of the whole weight, because a shard ends within one."""
+
+    def lines(self) -> list[str]:
+        """The plan for a person, layers of a kind together."""
+        kinds: dict[str, str] = {kind_of(name): recipe for name, recipe in self.quantised.items()}
+        counts = Counter(map(kind_of, self.quantised))
+        result = [f"fp8: {kind} x {counts[kind]}: {recipe}" for kind, recipe in kinds.items()]
+        high = Counter(map(kind_of, self.high))
+        result.append(f"high: {', '.join(f'{kind} x {count}' for kind, count in high.items())}")
+        if self.cut:
+            names = ", ".join(dict.fromkeys(map(kind_of, self.cut)))
+            result.append(f"fp8: shards of {names} end within a block of 128: another layout has other scales")
+        return result
+
+
+def merged(plans: Iterable[Fp8Plan]) -> Fp8Plan:
+    """The plan of a whole model from those of its parts, which may overlap."""
+    whole = Fp8Plan()
+    for plan in plans:
+        whole.quantised |= plan.quantised
+        whole.high += [name for name in plan.high if name not in whole.high]
+        whole.cut += [name for name in plan.cut if name not in whole.cut]
+    return whole
+
+
+def kind_of(name: str) -> str:
+    """The end of a module's name that says which matrix it holds.
+
+    Raises:
+        ConfigError: the module is none that FP8 knows.
+    """
+    for kind in (*LINEARS, *ALWAYS_HIGH):
+        if name == kind or name.endswith(f".{kind}"):
+            return kind
+    raise ConfigError("precision.linears", "fp8", f"{name} holds a matrix of a kind that is not known to FP8")
+
+
+def use_fp8(model: GPTModel, precision: PrecisionConfig, platform: Platform) -> Fp8Plan:
+    """Let the linear layers of a built model multiply in FP8.
+
+    Args:
+        model: this rank's part, of Transformer Engine's modules or torch's.
+        precision: for which `wants_fp8`.
+        platform: of the model.
+
+    Raises:
+        ConfigError: no linear layer would be quantised, or one is not known.
+    """
+    plan = Fp8Plan()
+    for name, module in model.named_modules():
+        weight = _matrix(module)
+        if weight is None:
+            continue
+        kind = kind_of(name)
+        if kind in ALWAYS_HIGH or kind in precision.stay_high:
+            plan.high.append(name)
+            if platform.transformer_engine and kind in LINEARS:
+                _keep_high(module)
+            continue
+        recipe = recipe_of(kind, precision)
+        if platform.transformer_engine:
+            plan.quantised[name] = "Transformer Engine's Float8BlockScaling"
+        else:
+            _emulate(name, module, recipe)
+            plan.quantised[name] = str(recipe)
+        if precision.weights == "128x128" and _shard_ends_within_a_block(weight):
+            plan.cut.append(name)
+    if not plan.quantised:
+        raise ConfigError("precision.linears", "fp8", "no linear layer of this model would be quantised")
+    return plan
+
+
+def wants_fp8(precision: PrecisionConfig, platform: Platform) -> bool:
+    """Whether linear layers are to multiply in FP8.
+
+    Raises:
+        ConfigError: they are, in a way that the platform cannot; names the key.
+    """
+    if precision.linears != "fp8":
+        return False
+    if platform.name == "cuda" and not platform.transformer_engine:
+        raise ConfigError("precision.linears", "fp8", "needs Transformer Engine on CUDA, which is not installed")
+    if platform.transformer_engine:
+        for key, only in (("activations", "1x128"), ("gradients", "1x128"), ("weights", "128x128")):
+            if (value := getattr(precision, key)) != only:
+                raise ConfigError(f"precision.{key}", value, f"must be {only} with Transformer Engine")
+    return True
+
+
+def recipe_of(kind: str, precision: PrecisionConfig) -> LinearRecipe:
+    """How linear layers of one kind are quantised."""
+    return LinearRecipe(
+        activations=TILINGS[precision.activations],
+        gradients=TILINGS[precision.gradients],
+        weights=TILINGS[precision.weights],
+        power_of_two_inputs=kind in precision.power_of_two_inputs,
+        power_of_two_gradients=kind in precision.power_of_two_gradients,
+        kept=E5M6 if kind in precision.e5m6_inputs else E4M3,
+    )
+
+
+def _matrix(module: Any) -> Tensor | None:
+    """The matrix that the module itself holds, the first of several."""
+    own = dict(module.named_parameters(recurse=False))
+    return next((own[name] for name in ("weight", "weight0") if name in own and own[name].dim() == 2), None)
+
+
+def _emulate(name: str, module: Any, recipe: LinearRecipe) -> None:
+    """Let a torch module multiply quantised operands."""
+    if isinstance(module, DuplicatedLinear | GroupedLinear):
+        module.multiply = partial(multiply, recipe=recipe)
+    elif isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        # The method that both call for their product; gathering and reduction around it stay as they are.
+        module._forward_impl = parallel_multiply(recipe)
+    else:
+        raise ConfigError("precision.linears", "fp8", f"{name} is a {type(module).__name__}, which cannot multiply so")
+
+
+def _keep_high(module: Any) -> None:
+    """Let one of Transformer Engine's modules run outside FP8: megatron-core's own per-module override."""
+    from megatron.core.extensions.transformer_engine import TEQuantizationParams, TEQuantizationRecipe
+
+    module.te_quant_params = TEQuantizationParams(TEQuantizationRecipe(), None)
+
+
+def _shard_ends_within_a_block(weight: Tensor) -> bool:
+    if not getattr(weight, "tensor_model_parallel", False):
+        return False
+    expert = not getattr(weight, "allreduce", True)
+    size = (
+        parallel_state.get_expert_tensor_parallel_world_size()
+        if expert
+        else parallel_state.get_tensor_model_parallel_world_size()
+    )
+    return size > 1 and weight.shape[weight.partition_dim] % BLOCK[weight.partition_dim] != 0  # type: ignore[attr-defined]

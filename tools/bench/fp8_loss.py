@@ -1,0 +1,247 @@
+"""What FP8 costs in training loss, beside bf16 and beside what a change of one unit in the last place costs.
+
+    python tools/bench/fp8_loss.py [--steps N] [--seeds 0 1 2] [--folder runs/fp8_loss]
+
+Trains one small model (7 M parameters, 256 wide, latent attention, 8 experts) on the same data in several number
+formats and several seeds, a process a run, one thread each; runs that are finished are not repeated. Prints a table
+and writes fp8_loss.svg and fp8_loss.json beside the runs.
+
+The measure is the report's relative loss error (DeepSeek-V3, appendix B.1): |loss - loss in bf16| / loss in bf16, both
+losses exponentially smoothed over steps with 0.9 as there, on the same batches, here averaged over the last half of
+the steps. Where it falls the error of one seed is mostly chaos: the floor is that of bf16 from weights of which one in
+each matrix was moved to the next number of its type.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SMOOTHING = 0.9
+BASELINE, FLOOR = "bf16", "bf16, one unit in the last place off"
+VARIANTS: dict[str, list[str]] = {
+    BASELINE: [],
+    FLOOR: [],
+    "fp8, as the report": ["precision=deepseek_fp8"],
+    "fp8, gradients in 128x128": ["precision=deepseek_fp8", "precision.gradients=128x128"],
+    "fp8, a scale a tensor": [
+        *("precision=deepseek_fp8", "precision.activations=tensor", "precision.gradients=tensor"),
+        "precision.weights=tensor",
+    ],
+}
+SETTINGS = [
+    *("model.hidden_size=256", "model.num_layers=4", "model.num_attention_heads=4", "model.ffn_hidden_size=512"),
+    *("model.attention.q_lora_rank=128", "model.attention.kv_lora_rank=128", "model.attention.qk_nope_head_dim=64"),
+    *("model.attention.qk_rope_head_dim=64", "model.attention.v_head_dim=64", "model.moe.ffn_hidden_size=256"),
+    # 0.006 at the width of 7168, carried over by 1 / sqrt(width).
+    *("model.init_std=0.032", "model.mtp.num_layers=0", "model.precision=bf16"),
+    *("train.sequence_length=64", "train.schedule.learning_rate=2e-3", "train.schedule.warmup_steps=20"),
+    *("data.num_documents=30000", "platform=cpu", "threads=1"),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
+    if options.one:
+        variant, seed = options.one
+        with process(int(seed)) as platform:
+            save(options, variant, int(seed), train(variant, int(seed), options, platform))
+        return
+    for seed in options.seeds:
+        for variant in VARIANTS:
+            if not path_of(options, variant, seed).exists():
+                repeat = [f"--steps={options.steps}", f"--batch={options.batch}", f"--folder={options.folder}"]
+                subprocess.run([sys.executable, __file__, *repeat, "--one", variant, str(seed)], check=True)
+    runs = {variant: [read(options, variant, seed) for seed in options.seeds] for variant in VARIANTS}
+    errors = {variant: [error_of(run, runs[BASELINE][i]) for i, run in enumerate(runs[variant])] for variant in runs}
+    print(table(runs, errors))
+    (options.folder / "fp8_loss.json").write_text(json.dumps(summary(options, runs, errors), indent=1))
+    draw(runs, options.folder / "fp8_loss.svg")
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 64 tokens a step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/fp8_loss"))
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="a single run, without a table")
+    return parser.parse_args(arguments)
+
+
+def process(seed: int) -> Any:
+    """This process as the only rank: a context that gives the platform."""
+    import contextlib
+
+    from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.platform import select
+
+    @contextlib.contextmanager
+    def only_rank() -> Any:
+        platform = select("cpu")
+        from megatron_r1.parallel.mesh import process_groups
+
+        with process_groups(platform, ParallelConfig(), seed, 1):
+            yield platform
+
+    return only_rank()
+
+
+def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -> dict[str, Any]:
+    """Train one variant; process groups must exist.
+
+    Returns:
+        Loss of each step, parameters of the model, seconds of this process's time on a core.
+    """
+    from megatron_r1.config.load import load
+    from megatron_r1.data.corpus import build_corpus
+    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.model.build import build_model
+    from megatron_r1.stages.pretrain import pretraining_step
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.state import TrainState
+
+    batch = [f"train.global_batch_size={options.batch}", f"train.micro_batch_size={options.batch}"]
+    config = load("pretrain", [*SETTINGS, *batch, f"train.steps={options.steps}", f"seed={seed}", *VARIANTS[variant]])
+    corpus = build_corpus(
+        config.data, train_tokenizer(config.data), config.train.sequence_length, seed, options.folder / "data"
+    )
+    model = build_model(config.model, config.parallel, platform, seed, precision=config.precision)
+    if variant == FLOOR:
+        move_one_unit(model)
+    optimizer = Optimizer(model, config.train)
+    this: Any = SimpleNamespace(config=config, model=model, optimizer=optimizer, platform=platform)
+    step, state, losses = pretraining_step(this, corpus), TrainState(), []
+    started = time.process_time()
+    while state.step < options.steps:
+        state, row = step(state)
+        losses.append(row["loss"])
+        if state.step % 25 == 0:
+            print(f"{variant}, seed {seed}: step {state.step}/{options.steps}, loss {row['loss']:.4f}", file=sys.stderr)
+    return {
+        "losses": losses,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "core_seconds": time.process_time() - started,
+    }
+
+
+def move_one_unit(model: Any) -> None:
+    """Move the first number of each matrix to the next one that its type can hold."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            first = parameter.detach().view(-1)[:1]
+            first.copy_(torch.nextafter(first, torch.full_like(first, float("inf"))))
+
+
+def path_of(options: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Where a finished run is."""
+    folder: Path = options.folder
+    words = "".join(letter if letter.isalnum() else "-" for letter in variant)
+    return folder / f"{words}-seed{seed}-{options.steps}x{options.batch}.json"
+
+
+def save(options: argparse.Namespace, variant: str, seed: int, run: dict[str, Any]) -> None:
+    """Write a finished run; it is there whole or not at all."""
+    path = path_of(options, variant, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.tmp")
+    part.write_text(json.dumps(run))
+    part.replace(path)
+
+
+def read(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads(path_of(options, variant, seed).read_text())
+    return run
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Exponential moving average, each step's weight 1 - SMOOTHING, without the start's bias."""
+    total, weight, result = 0.0, 0.0, []
+    for loss in losses:
+        total = SMOOTHING * total + (1 - SMOOTHING) * loss
+        weight = SMOOTHING * weight + 1 - SMOOTHING
+        result.append(total / weight)
+    return result
+
+
+def relative_errors(run: dict[str, Any], baseline: dict[str, Any]) -> list[float]:
+    """(loss - loss of the baseline) / loss of the baseline at each step, both smoothed."""
+    pairs = zip(smoothed(run["losses"]), smoothed(baseline["losses"]), strict=True)
+    return [mine / theirs - 1 for mine, theirs in pairs]
+
+
+def error_of(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float]:
+    """Of the last half of the steps: mean size of the relative error, and mean with its sign."""
+    late = relative_errors(run, baseline)[len(run["losses"]) // 2 :]
+    return {"size": statistics.fmean(map(abs, late)), "signed": statistics.fmean(late)}
+
+
+def table(runs: dict[str, list[dict[str, Any]]], errors: dict[str, list[dict[str, float]]]) -> str:
+    """One line a variant: final loss, size of the relative error by seed, and the signed one's mean."""
+    lines = [f"{'variant':38} {'loss at the end':>16}  relative error by seed (mean size)   signed mean  core seconds"]
+    for variant, of_seed in runs.items():
+        final = statistics.fmean(smoothed(run["losses"])[-1] for run in of_seed)
+        sizes = " ".join(f"{error['size']:8.3%}" for error in errors[variant])
+        signed = statistics.fmean(error["signed"] for error in errors[variant])
+        size = statistics.fmean(error["size"] for error in errors[variant])
+        seconds = statistics.fmean(run["core_seconds"] for run in of_seed)
+        lines.append(f"{variant:38} {final:16.4f}  {sizes} ({size:.3%})   {signed:+11.3%}  {seconds:12.0f}")
+    return "\n".join(lines)
+
+
+def summary(options: argparse.Namespace, runs: dict[str, Any], errors: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "steps": options.steps,
+        "tokens_per_step": options.batch * 64,
+        "seeds": options.seeds,
+        "parameters": runs[BASELINE][0]["parameters"],
+        "errors": errors,
+        "final_losses": {
+            variant: [smoothed(run["losses"])[-1] for run in of_seed] for variant, of_seed in runs.items()
+        },
+    }
+
+
+def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Loss of the baseline, and size of the relative error of each variant, mean over seeds, by step."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    colours = dict(zip(VARIANTS, ("#647084", "#97a1b1", "#3b82f6", "#e08a00", "#c2559d"), strict=True))
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for variant, of_seed in runs.items():
+        steps = range(1, len(of_seed[0]["losses"]) + 1)
+        curves = [smoothed(run["losses"]) for run in of_seed]
+        left.plot(
+            steps, [statistics.fmean(at) for at in zip(*curves, strict=True)], color=colours[variant], label=variant
+        )
+        if variant != BASELINE:
+            errors = [relative_errors(run, runs[BASELINE][i]) for i, run in enumerate(of_seed)]
+            sizes = [statistics.fmean(map(abs, at)) for at in zip(*errors, strict=True)]
+            right.plot(steps, sizes, color=colours[variant], linewidth=1.2)
+    right.axhline(0.0025, color="#b4372f", linewidth=0.8, linestyle="--")
+    right.set_yscale("log")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    left.set(xlabel="step", ylabel="loss in nats per token")
+    right.set(xlabel="step", ylabel="size of the relative loss error, mean over seeds")
+    for axes in (left, right):
+        axes.grid(True, linewidth=0.4, alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
