@@ -89,7 +89,7 @@ def help_text(verb: str = "") -> str:
         lines += ["verbs:", *(f"  {name:<10} {entry.summary}" for name, entry in VERBS.items()), ""]
     lines += ["groups (group=option):"]
     for group, options in groups().items():
-        lines += _wrapped(f"  {group:<10} ", ", ".join(options))
+        lines += _wrapped(f"  {group:<12} ", ", ".join(options))
     lines += ["", *_wrapped("recipes (--config-name): ", ", ".join(recipes())), "", OPTIONS, ""]
     lines += [f"Every key and its value: megatron-r1 {verb or 'VERB'} --cfg job"]
     return "\n".join(lines)

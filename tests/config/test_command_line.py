@@ -31,8 +31,9 @@ def text(answer, request) -> str:
 @pytest.mark.parametrize("text", ["--help", "-h"], indirect=True)
 def test_help_lists_verbs_groups_and_recipes_at_once(text):
     assert [verb for verb, entry in VERBS.items() if verb not in text or entry.summary not in text] == []
-    assert [group for group, options in groups().items() if f"{group:<10} {', '.join(options)}" not in text] == []
-    assert ", ".join(recipes()) in text
+    said = " ".join(text.split())  # long lists are wrapped
+    assert [group for group, options in groups().items() if f"{group} {', '.join(options)}" not in said] == []
+    assert ", ".join(recipes()) in said
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -28,6 +28,7 @@ PLATFORM = select("cpu")
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
+from megatron_r1.hf.gather import gather_whole  # noqa: E402
 from megatron_r1.model.build import build_model, load_native_tensors, native_tensors  # noqa: E402
 from megatron_r1.parallel import comm  # noqa: E402
 from megatron_r1.rl.logprob import token_log_probs  # noqa: E402
@@ -119,7 +120,9 @@ def two_updates(folder: Path) -> dict[str, Any]:
         average.update()
     return {
         "loads": {layer: load_E.tolist() for layer, load_E in results[-1].passes.expert_load.items()},
-        "averages": {name: float(tensor.norm()) for name, tensor in average.whole_tensors()},
+        "averages": {
+            name: float(tensor.norm()) for name, tensor in gather_whole(list(average.shards()), torch.device("cpu"))
+        },
         "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
         "norms": [result.gradient_norm for result in results],
         "mtp_losses": [result.passes.mtp_loss for result in results],

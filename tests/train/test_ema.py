@@ -80,7 +80,7 @@ def test_ranks_gather_what_one_rank_has(new_model, two_ranks):
         average.update()
     first, second = (found["updates"] for found in two_ranks)
     assert second["averages"] == {}
-    expected = {name: float(tensor.norm()) for name, tensor in average.whole_tensors()}
+    expected = {name: float(tensor.norm()) for name, tensor in whole(average).items()}
     assert first["averages"] == pytest.approx(expected, rel=1e-3)
     assert first["loads"] == second["loads"]
     for layer, load_E in result.passes.expert_load.items():
