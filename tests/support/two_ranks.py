@@ -118,11 +118,10 @@ def two_updates(folder: Path) -> dict[str, Any]:
     for _ in range(2):
         results.append(update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32))
         average.update()
+    averages = gather_whole(list(average.shards()), torch.device("cpu"))
     return {
         "loads": {layer: load_E.tolist() for layer, load_E in results[-1].passes.expert_load.items()},
-        "averages": {
-            name: float(tensor.norm()) for name, tensor in gather_whole(list(average.shards()), torch.device("cpu"))
-        },
+        "averages": {name: float(tensor.norm()) for name, tensor in averages},
         "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
         "norms": [result.gradient_norm for result in results],
         "mtp_losses": [result.passes.mtp_loss for result in results],
