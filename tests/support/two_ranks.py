@@ -47,6 +47,7 @@ def main(folder: Path) -> None:
             "log_probs": log_probs_of_half_a_vocabulary(),
             "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query", "grouped_bias", "grouped_norm")},
             "updates": two_updates(folder),
+            **{shape: updates_of_a_dense_model(folder, shape) for shape in ("grouped_bias", "grouped_norm")},
         }
         rank = dist.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
@@ -107,8 +108,17 @@ def two_updates(folder: Path) -> dict[str, list[float | None]]:
     for name, entry in te_layout("tiny").items():
         mine[name] = entry.shard(whole[name], dist.get_rank(), 2)
     load_native_tensors(model, mine)
+    return updates(model, load_file(folder / "rows.safetensors")["rows"])
+
+
+def updates_of_a_dense_model(folder: Path, shape: str) -> dict[str, list[float | None]]:
+    """The same of a model with grouped attention, whose first weights are those of one rank by themselves."""
+    model = build_model(model_of(shape), SHARED, PLATFORM, seed=0)
+    return updates(model, load_file(folder / "rows.safetensors")["rows"] % model_of(shape).vocab_size)
+
+
+def updates(model: Any, rows_BL: torch.Tensor) -> dict[str, list[float | None]]:
     optimizer = Optimizer(model, TrainConfig())
-    rows_BL = load_file(folder / "rows.safetensors")["rows"]
     results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32) for _ in range(2)]
     return {
         "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
