@@ -31,8 +31,9 @@ def text(answer, request) -> str:
 @pytest.mark.parametrize("text", ["--help", "-h"], indirect=True)
 def test_help_lists_verbs_groups_and_recipes_at_once(text):
     assert [verb for verb, entry in VERBS.items() if verb not in text or entry.summary not in text] == []
-    assert [group for group, options in groups().items() if f"{group:<10} {', '.join(options)}" not in text] == []
-    assert ", ".join(recipes()) in text
+    unwrapped = " ".join(text.split())
+    assert [group for group, options in groups().items() if f"{group} {', '.join(options)}" not in unwrapped] == []
+    assert ", ".join(recipes()) in unwrapped
     assert max(map(len, text.splitlines())) <= 120
 
 
