@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.rollout import RolloutConfig, SGLangConfig
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
@@ -54,3 +56,36 @@ def test_log_probs_agree_before_and_after_ten_updates(new_model, tmp_path):
             gaps.append(worst_gap(model, engine, str(version)))
     print("largest log-prob difference per version:", [f"{gap:.1e}" for gap in gaps])
     assert max(gaps) < 1e-4
+
+
+GROUPED = ("model=tiny_dense", "model.attention.qkv_bias=false")
+LLAMA3 = ("rope.scaling=llama3", "rope.factor=8", "rope.original_max_position=32", "rope.beta_fast=4")
+FAMILIES = {
+    "qwen2": ("model=tiny_dense",),
+    "qwen3": (*GROUPED, "model.attention.qk_norm=true"),
+    "llama": (*GROUPED, "model.tied_embeddings=false", *(f"model.{change}" for change in LLAMA3)),
+    "deepseek-v2": ("model.moe.score_function=softmax", "model.moe.num_groups=4", "model.mtp.num_layers=0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_of_every_family_agree(new_model, tmp_path, family):
+    from megatron_r1.config.data import DataConfig
+    from megatron_r1.data.tokenizer import train_tokenizer
+
+    train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")
+    shape = load("pretrain", ["model.init_std=0.08", *FAMILIES[family]]).model
+    model = new_model(shape).eval()
+    rollout = RolloutConfig(sglang=SGLangConfig(max_running_requests=16, max_total_tokens=4096))
+    noise = torch.Generator().manual_seed(0)
+    with sglang_engine(
+        rollout, shape, lambda: native_tensors(model), tmp_path / "tokenizer", tmp_path / "logs", "cpu"
+    ) as engine:
+        for version in ("0", "1"):
+            engine.update_weights(version)
+            gap = worst_gap(model, engine, version)
+            print(f"{family}: largest log-prob difference of version {version} {gap:.1e}")
+            assert gap < 1e-4
+            for _, tensor in native_tensors(model):
+                tensor.add_(torch.randn(tensor.shape, generator=noise) * 0.02)

@@ -49,6 +49,7 @@ def main(folder: Path) -> None:
             "log_probs": log_probs_of_half_a_vocabulary(),
             "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query", "grouped_bias", "grouped_norm")},
             "updates": two_updates(folder),
+            **{shape: updates_of_a_dense_model(folder, shape) for shape in ("grouped_bias", "grouped_norm")},
         }
         rank = dist.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
@@ -112,8 +113,17 @@ def two_updates(folder: Path) -> dict[str, Any]:
     for name, entry in te_layout("tiny").items():
         mine[name] = entry.shard(whole[name], dist.get_rank(), 2)
     load_native_tensors(model, mine)
+    return updates(model, load_file(folder / "rows.safetensors")["rows"])
+
+
+def updates_of_a_dense_model(folder: Path, shape: str) -> dict[str, Any]:
+    """The same of a model with grouped attention, whose first weights are those of one rank by themselves."""
+    model = build_model(model_of(shape), SHARED, PLATFORM, seed=0)
+    return updates(model, load_file(folder / "rows.safetensors")["rows"] % model_of(shape).vocab_size)
+
+
+def updates(model: Any, rows_BL: torch.Tensor) -> dict[str, Any]:
     optimizer = Optimizer(model, TrainConfig())
-    rows_BL = load_file(folder / "rows.safetensors")["rows"]
     average, results = MovingAverage(model, 0.5), []
     for _ in range(2):
         results.append(update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32))

@@ -119,5 +119,5 @@ def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(root):
     assert curve(root / "stopped") == curve(root / "first")
     assert (root / "stopped" / "done.json").is_file()
     stopped, first = saved_state(root / "stopped"), saved_state(root / "first")
-    assert first.keys() == {f"{kind}-00000.safetensors" for kind in ("model", "optimizer", "ema", "extra")}
+    assert first.keys() == {f"{kind}-00000.safetensors" for kind in ("model", "exp_avg", "exp_avg_sq", "ema", "extra")}
     assert stopped == first

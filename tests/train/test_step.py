@@ -126,12 +126,18 @@ def test_an_optimizer_without_moments_is_saved_and_loaded(new_model):
     assert not update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 32).skipped
 
 
-def test_two_tensor_parallel_ranks_train_as_one(new_model, two_ranks):
-    model = new_model(model_of("tiny"))
+@pytest.mark.parametrize("shape", ["tiny", "grouped_bias", "grouped_norm"])
+def test_two_tensor_parallel_ranks_train_as_one(new_model, two_ranks, shape):
+    config = model_of(shape)
+    model, rows_BL = new_model(config), ROWS_BL % config.vocab_size
     optimizer = Optimizer(model, TrainConfig())
-    results = [update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 32) for _ in range(2)]
+    results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32) for _ in range(2)]
     losses = [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results]
-    for found in two_ranks:
-        assert found["updates"]["losses"] == pytest.approx(losses, rel=1e-5)
-        assert found["updates"]["mtp_losses"] == pytest.approx([r.passes.mtp_loss for r in results], rel=1e-5)
-        assert found["updates"]["norms"] == pytest.approx([r.gradient_norm for r in results], rel=1e-4)
+    for rank in two_ranks:
+        found = rank["updates" if shape == "tiny" else shape]
+        assert found["losses"] == pytest.approx(losses, rel=1e-5)
+        assert found["norms"] == pytest.approx([r.gradient_norm for r in results], rel=1e-4)
+        if config.mtp.num_layers:
+            assert found["mtp_losses"] == pytest.approx([r.passes.mtp_loss for r in results], rel=1e-5)
+        else:
+            assert [result.passes.expert_load_LE for result in results] == [None, None]
