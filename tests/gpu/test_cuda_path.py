@@ -40,6 +40,8 @@ def test_pre_training_learns_in_fp8(tmp_path):
     pytest.importorskip("transformer_engine", reason="FP8 on CUDA is Transformer Engine's")
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("FP8 block scaling needs a GPU of compute capability 9.0")
+    from megatron_r1.model.fp8.apply import TRANSFORMER_ENGINE
+
     losses = {}
     for precision in ("full", "deepseek_fp8"):
         done = run(
@@ -54,9 +56,7 @@ def test_pre_training_learns_in_fp8(tmp_path):
         rows = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
         losses[precision] = [json.loads(row)["loss"] for row in rows]
     plan = json.loads((tmp_path / "deepseek_fp8" / "precision.json").read_text())
-    assert "mtp.layers.0.eh_proj" in plan["high"] and set(plan["quantised"].values()) == {
-        "Transformer Engine's Float8BlockScaling"
-    }
+    assert "mtp.layers.0.eh_proj" in plan["high"] and set(plan["quantised"].values()) == {TRANSFORMER_ENGINE}
     assert losses["full"] != losses["deepseek_fp8"]
     assert losses["deepseek_fp8"][-1] == pytest.approx(losses["full"][-1], rel=0.05)
 
