@@ -37,6 +37,33 @@ def test_pre_training_learns_on_cuda(tmp_path, precision):
 
 
 @pytest.mark.timeout(700)
+def test_pre_training_learns_in_fp8(tmp_path):
+    """Transformer Engine's blockwise recipe, on Hopper or later; losses are those of bf16 within a few per cent."""
+    pytest.importorskip("transformer_engine", reason="FP8 on CUDA is Transformer Engine's")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("FP8 block scaling needs a GPU of compute capability 9.0")
+    from megatron_r1.model.fp8.apply import TRANSFORMER_ENGINE
+
+    losses = {}
+    for precision in ("full", "deepseek_fp8"):
+        done = run(
+            *("pretrain", f"root='{tmp_path}'", f"name={precision}", "platform=cuda", "model.precision=bf16"),
+            *("model.hidden_size=256", "model.ffn_hidden_size=512", "model.moe.ffn_hidden_size=128", "track=off"),
+            *("model.attention.q_lora_rank=128", "model.attention.kv_lora_rank=128", f"precision={precision}"),
+            *("model.attention.qk_nope_head_dim=64", "model.attention.qk_rope_head_dim=64"),
+            *("model.attention.v_head_dim=64", "data.num_documents=2000", "train.steps=60"),
+            "train.schedule.warmup_steps=5",
+        )
+        assert done.returncode == 0, done.stderr
+        rows = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        losses[precision] = [json.loads(row)["loss"] for row in rows]
+    plan = json.loads((tmp_path / "deepseek_fp8" / "precision.json").read_text())
+    assert "mtp.layers.0.eh_proj" in plan["high"] and set(plan["quantised"].values()) == {TRANSFORMER_ENGINE}
+    assert losses["full"] != losses["deepseek_fp8"]
+    assert losses["deepseek_fp8"][-1] == pytest.approx(losses["full"][-1], rel=0.05)
+
+
+@pytest.mark.timeout(700)
 def test_a_cuda_run_starts_with_the_losses_of_a_cpu_run(tmp_path):
     losses = {}
     for platform in ("cpu", "cuda"):

@@ -15,10 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
+from fp8_shape import fp8_shape, gradient_squares
 from layouts import model_of, te_layout
 from safetensors.torch import load_file
 
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import select
@@ -50,6 +52,7 @@ def main(folder: Path) -> None:
             "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query", "grouped_bias", "grouped_norm")},
             "updates": two_updates(folder),
             **{shape: updates_of_a_dense_model(folder, shape) for shape in ("grouped_bias", "grouped_norm")},
+            "fp8": two_fp8_updates(),
         }
         rank = dist.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
@@ -135,6 +138,24 @@ def updates(model: Any, rows_BL: torch.Tensor) -> dict[str, Any]:
         "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
         "norms": [result.gradient_norm for result in results],
         "mtp_losses": [result.passes.mtp_loss for result in results],
+    }
+
+
+def two_fp8_updates() -> dict[str, Any]:
+    """Losses and norms of two updates in FP8, squares of gradients, and which weights' blocks a rank's shard cuts."""
+    precision = PrecisionConfig(linears="fp8")
+    tiny = build_model(model_of("tiny"), SHARED, PLATFORM, seed=0, precision=precision)
+    model = build_model(fp8_shape(), SHARED, PLATFORM, seed=0, precision=precision)
+    optimizer = Optimizer(model, TrainConfig())
+    rows_BL = torch.randint(0, 512, (4, 129), generator=torch.Generator().manual_seed(3))
+    squares = gradient_squares(model, optimizer, rows_BL)
+    results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 128) for _ in range(2)]
+    return {
+        "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
+        "norms": [result.gradient_norm for result in results],
+        "squares": squares,
+        "cut": model.fp8_plan.cut,
+        "cut_of_tiny": tiny.fp8_plan.cut,
     }
 
 

@@ -44,8 +44,8 @@ SETTINGS = [
     *("model.attention.qk_rope_head_dim=64", "model.attention.v_head_dim=64", "model.moe.ffn_hidden_size=256"),
     # 0.006 at the width of 7168, carried over by 1 / sqrt(width).
     *("model.init_std=0.032", "model.mtp.num_layers=0", "model.precision=bf16"),
-    *("train.sequence_length=64", "train.schedule.learning_rate=2e-3", "train.schedule.warmup_steps=20"),
-    *("data.num_documents=30000", "platform=cpu", "threads=1"),
+    *("train.sequence_length=64", "train.schedule.learning_rate=2e-3"),
+    *("platform=cpu", "threads=1"),
 ]
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in options.seeds:
         for variant in VARIANTS:
             if not path_of(options, variant, seed).exists():
-                repeat = [f"--steps={options.steps}", f"--batch={options.batch}", f"--folder={options.folder}"]
+                repeat = [f"--{key}={getattr(options, key)}" for key in ("steps", "batch", "documents", "folder")]
                 subprocess.run([sys.executable, __file__, *repeat, "--one", variant, str(seed)], check=True)
     runs = {variant: [read(options, variant, seed) for seed in options.seeds] for variant in VARIANTS}
     errors = {variant: [error_of(run, runs[BASELINE][i]) for i, run in enumerate(runs[variant])] for variant in runs}
@@ -73,6 +73,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=16, help="sequences of 64 tokens a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--documents", type=int, default=30_000, help="documents of text to generate")
     parser.add_argument("--folder", type=Path, default=Path("runs/fp8_loss"))
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="a single run, without a table")
     return parser.parse_args(arguments)
@@ -111,7 +112,9 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
     from megatron_r1.train.state import TrainState
 
     batch = [f"train.global_batch_size={options.batch}", f"train.micro_batch_size={options.batch}"]
-    config = load("pretrain", [*SETTINGS, *batch, f"train.steps={options.steps}", f"seed={seed}", *VARIANTS[variant]])
+    size = [f"data.num_documents={options.documents}", f"train.steps={options.steps}"]
+    warmup = [f"train.schedule.warmup_steps={options.steps // 10}"]
+    config = load("pretrain", [*SETTINGS, *batch, *size, *warmup, f"seed={seed}", *VARIANTS[variant]])
     corpus = build_corpus(
         config.data, train_tokenizer(config.data), config.train.sequence_length, seed, options.folder / "data"
     )

@@ -28,6 +28,11 @@ from megatron_r1.model.fp8.quantise import BLOCK, E4M3, E5M6, TILE, WHOLE
 from megatron_r1.model.parts import DuplicatedLinear, GroupedLinear
 from megatron_r1.platform import Platform
 
+TRANSFORMER_ENGINE = "Transformer Engine's Float8BlockScaling"
+DEPARTURES = (
+    "fp8: where Transformer Engine departs from the report: all scales are powers of two, all inputs are kept in E4M3, "
+    "and their tiles by token are cut from the unquantised input"
+)
 ALWAYS_HIGH = ("embedding.word_embeddings", "output_layer", "mlp.router")
 TILINGS = {"1x128": TILE, "128x128": BLOCK, "tensor": WHOLE}
 
@@ -50,6 +55,8 @@ class Fp8Plan:
         result = [f"fp8: {kind} x {counts[kind]}: {recipe}" for kind, recipe in kinds.items()]
         high = Counter(map(kind_of, self.high))
         result.append(f"high: {', '.join(f'{kind} x {count}' for kind, count in high.items())}")
+        if TRANSFORMER_ENGINE in self.quantised.values():
+            result.append(DEPARTURES)
         if self.cut:
             names = ", ".join(dict.fromkeys(map(kind_of, self.cut)))
             result.append(f"fp8: shards of {names} end within a block of 128: another layout has other scales")
@@ -102,7 +109,7 @@ def use_fp8(model: GPTModel, precision: PrecisionConfig, platform: Platform) -> 
             continue
         recipe = recipe_of(kind, precision)
         if platform.transformer_engine:
-            plan.quantised[name] = "Transformer Engine's Float8BlockScaling"
+            plan.quantised[name] = TRANSFORMER_ENGINE
         else:
             _emulate(name, module, recipe)
             plan.quantised[name] = str(recipe)
