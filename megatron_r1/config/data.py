@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetConfig:
+    """One tokenised dataset of a blend."""
+
+    path: str = ""
+    """Folder that tools/tokenise.py made."""
+    weight: float = 1.0
+    """Share of the sequences, relative to the other datasets' weights."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path", self.path, "must name a folder that tools/tokenise.py made")
+        within(self, 1e-9, 1e9, "weight")
+
+
+@dataclass(kw_only=True, slots=True)
+class IndexedConfig:
+    """Tokenised datasets, packed by best fit and blended."""
+
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Name -> dataset; all of one tokenizer."""
+    cross_document_attention: bool = True
+    """Whether a token sees the documents before its own in the sequence, as in DeepSeek-V3's pre-training."""
+    verify_hashes: bool = True
+    """Compare every file's SHA-256 at the start, which reads all of it once; sizes are always compared."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,7 +40,7 @@ class DataConfig:
     """A source of pre-training text, reinforcement-learning prompts and held-out problems."""
 
     source: str = "arithmetic"
-    """Which world: arithmetic (generated worked arithmetic)."""
+    """What to pre-train on: arithmetic (the generated world) or indexed (tokenised datasets)."""
     seed: int = 0
     """Seed of the generated world; another seed draws other documents, never another held-out split."""
     num_documents: int = 100_000
@@ -23,9 +51,11 @@ class DataConfig:
     """Share of expressions that no training text or prompt contains."""
     reasoning_gym_share: float = 0.2
     """Share of prompts drawn from reasoning-gym tasks."""
+    indexed: IndexedConfig = field(default_factory=IndexedConfig)
+    """Tokenised datasets; read where source is indexed."""
 
     def __post_init__(self) -> None:
-        one_of(self, "source", ("arithmetic",))
+        one_of(self, "source", ("arithmetic", "indexed"))
         at_least(self, 0, "seed")
         at_least(self, 100, "num_documents")
         at_least(self, 512, "vocab_size")

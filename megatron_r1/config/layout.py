@@ -19,6 +19,15 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     check_degrees(config.parallel, ranks)
     if verb == "pretrain":
         _check_batch(config, ranks)
+        if config.data.source == "indexed" and not config.data.indexed.datasets:
+            allowed = "must name a dataset: data.indexed.datasets.NAME.path=FOLDER"
+            raise ConfigError("data.indexed.datasets", "{}", allowed)
+    if verb == "grpo" and config.parallel.context > 1:
+        raise ConfigError("parallel.context", config.parallel.context, "must be 1: only pretrain divides sequences")
+    if verb == "grpo" and config.parallel.expert > 1 and config.performance.dispatcher == "allgather":
+        raise ConfigError(
+            "performance.dispatcher", "allgather", "needs as many tokens on every rank: with answers, take alltoall"
+        )
     divided = config.parallel.fewest_ranks() > 1
     if verb == "grpo" and config.parallel.virtual_pipeline > 1:
         raise ConfigError(

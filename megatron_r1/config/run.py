@@ -9,6 +9,7 @@ from megatron_r1.config.data import DataConfig
 from megatron_r1.config.evaluate import EvaluateConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.pipeline import PipelineConfig
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.rl import RLConfig
@@ -49,6 +50,8 @@ class RunConfig:
     """Shape of the model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+    """Recomputation, overlap and fusion."""
     data: DataConfig = field(default_factory=DataConfig)
     """What the model reads."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -85,6 +88,8 @@ class RunConfig:
             )
         self._check_rollout()
         self._check_parallel()
+        if self.performance.overlap_expert_communication:
+            self._check_expert_overlap()
 
     def _check_rollout(self) -> None:
         longest = self.model.max_sequence_length
@@ -103,15 +108,13 @@ class RunConfig:
 
     def _check_parallel(self) -> None:
         degrees, model = self.parallel, self.model
-        if degrees.context > 1:
-            raise ConfigError("parallel.context", degrees.context, "must be 1: no stage divides sequences among ranks")
         shared_experts_width = model.moe.num_shared_experts * model.moe.ffn_hidden_size
         for key, degree, name, amount in (
             ("tensor", degrees.tensor, "model.num_attention_heads", model.num_attention_heads),
             ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
             ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
             ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),
-            ("tensor", degrees.tensor, "train.sequence_length", self.train.sequence_length),
+            ("tensor", self._sequence_parts(), "train.sequence_length", self.train.sequence_length),
             ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
             ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),
         ):
@@ -130,3 +133,19 @@ class RunConfig:
                 degrees.pipeline_layers,
                 f"must sum up to model.num_layers={model.num_layers}",
             )
+
+    def _sequence_parts(self) -> int:
+        """Equal parts that a training sequence is cut into: context-parallel ranks take two pieces each."""
+        context = self.parallel.context
+        return self.parallel.tensor * (2 * context if context > 1 else 1)
+
+    def _check_expert_overlap(self) -> None:
+        degrees, key = self.parallel, "performance.overlap_expert_communication"
+        for needed, holds in (
+            ("parallel.expert above 1", degrees.expert > 1),
+            ("model.precision=bf16", self.model.precision == "bf16"),
+            ("parallel.virtual_pipeline above 1 where there is a pipeline", degrees.virtual_pipeline > 1),
+            ("at most 1 multi-token layer", self.model.mtp.num_layers <= 1),
+        ):
+            if not holds and not ("virtual" in needed and degrees.pipeline == 1):
+                raise ConfigError(key, True, f"needs {needed}")

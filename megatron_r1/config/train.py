@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_r1.config.checks import at_least, within
+from megatron_r1.config.checks import at_least, one_of, within
 from megatron_r1.config.schedule import ScheduleConfig
 from megatron_r1.errors import ConfigError
 
@@ -23,11 +23,16 @@ class OptimizerConfig:
     """Decoupled weight decay of matrices."""
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
+    moment_precision: str = "fp32"
+    """Type in which both moments rest between updates: fp32 or bf16 (DeepSeek-V3's)."""
+    offload: bool = False
+    """Whether the moments rest in the host's memory; each comes to the GPU for its update."""
 
     def __post_init__(self) -> None:
         within(self, 0.0, 0.99999, "beta1", "beta2")
         within(self, 1e-16, 1e-3, "epsilon")
         at_least(self, 0, "weight_decay", "clip_norm")
+        one_of(self, "moment_precision", ("fp32", "bf16"))
 
 
 @dataclass(kw_only=True, slots=True)

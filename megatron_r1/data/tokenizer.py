@@ -1,6 +1,6 @@
-"""A byte-level BPE tokenizer for the arithmetic world, and its Hugging Face files.
+"""A tokenizer from its Hugging Face files, whoever made them, and the byte-level BPE of the arithmetic world.
 
-What it promises:
+What the arithmetic world's own promises:
 
 - every text survives `decode(encode(text))`, whatever Unicode it holds;
 - numbers from 0 to 199 are one token each;
@@ -13,12 +13,14 @@ reaches across. Reading and writing needs `tokenizers` only; the saved folder is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -48,18 +50,37 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+ARITHMETIC_SETTINGS: Mapping[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": BOS,
+    "eos_token": EOS,
+    "pad_token": PAD,
+    "additional_special_tokens": list(ROLES),
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 1_000_000,
+    "chat_template": CHAT_TEMPLATE,
+}
 
 
 class Tokenizer:
-    """Text to token ids and back; see the module's promises."""
+    """Text to token ids and back.
 
-    def __init__(self, backend: Backend):
-        missing = [token for token in ADDED if backend.token_to_id(token) is None]
-        if missing:
-            raise DataError(f"tokenizer={missing[0]}: token is missing; expected {' '.join(ADDED)}")
-        self.backend = backend
-        self.pad, self.bos, self.eos = (self.id(token) for token in (PAD, BOS, EOS))
+    Args:
+        backend: what `tokenizer.json` holds.
+        settings: what `tokenizer_config.json` holds; it names the begin, end and padding tokens.
+    """
+
+    def __init__(self, backend: Backend, settings: Mapping[str, Any] = ARITHMETIC_SETTINGS):
+        self.backend, self.settings = backend, settings
+        self.pad, self.bos, self.eos = (self._named(role) for role in ("pad_token", "bos_token", "eos_token"))
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+
+    def _named(self, role: str) -> int:
+        value = self.settings.get(role)
+        token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str):
+            raise DataError(f"tokenizer={role}: tokenizer_config.json does not name this token")
+        return self.id(token)
 
     def id(self, token: str) -> int:
         """Id of one token of the vocabulary, e.g. `<think>`."""
@@ -86,36 +107,43 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": PAD,
-            "additional_special_tokens": list(ROLES),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 1_000_000,
-            "chat_template": CHAT_TEMPLATE,
-        }
         self.backend.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(dict(self.settings), indent=2) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read what `save` wrote.
+        """Read `tokenizer.json` and `tokenizer_config.json`, as `save` or a published model's folder has them.
 
         Raises:
-            DataError: the folder holds no readable `tokenizer.json`.
+            DataError: one of the two cannot be read, or a begin, end or padding token is missing.
         """
-        path = Path(folder) / "tokenizer.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise DataError(f"tokenizer={path}: cannot be read ({error.strerror})") from error
+        path, described = (Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json"))
+        text = _read(path)
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception for a damaged file
             raise DataError(f"tokenizer={path}: is not a tokenizer file ({error})") from error
-        return cls(backend)
+        try:
+            settings = json.loads(_read(described))
+        except ValueError as error:
+            raise DataError(f"tokenizer={described}: is not JSON ({error})") from error
+        if not isinstance(settings, dict):
+            raise DataError(f"tokenizer={described}: must hold one JSON object")
+        return cls(backend, settings)
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of everything that decides which ids a text gets."""
+        return hashlib.sha256(f"{self.backend.to_str()} {self.bos} {self.eos} {self.pad}".encode()).hexdigest()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"tokenizer={path}: cannot be read ({reason})") from error
 
 
 def train_tokenizer(config: DataConfig) -> Tokenizer:

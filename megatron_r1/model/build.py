@@ -15,16 +15,24 @@ from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.errors import DataError
 from megatron_r1.model.attention import use_latent_attention
 from megatron_r1.model.chunks import Chunks, Model, chunks
+from megatron_r1.model.mtp import weigh_context_ranks_alike
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
 from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform, seed: int) -> Model:
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    platform: Platform,
+    seed: int,
+    performance: PerformanceConfig | None = None,
+) -> Model:
     """This rank's part of the model, with its initial weights: a GPTModel, or `Chunks` of them.
 
     Args:
@@ -32,10 +40,13 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, platform: Platform
         parallel: degrees of parallelism; process groups must exist.
         platform: decides between Transformer Engine's modules and torch's.
         seed: seed of the initial weights, which depend on it and on the parameter's name alone.
+        performance: recomputation, overlap and fusion; None is plain.
     """
     if not platform.transformer_engine:
         adopt_torch_modules()
-    config = transformer_config(model, parallel, fused=platform.transformer_engine)
+    if parallel.context > 1:
+        weigh_context_ranks_alike()
+    config = transformer_config(model, parallel, performance or PerformanceConfig(), fused=platform.transformer_engine)
     if parallel.virtual_pipeline == 1:
         built: Model = _part(model, config, platform, None)
     else:

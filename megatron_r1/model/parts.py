@@ -11,14 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
+
+from megatron_r1.parallel.context import context_parallel_group, positions_of_rank
 
 
 class RMSNorm(torch.nn.Module):
@@ -163,6 +167,19 @@ class CoreAttention(torch.nn.Module):
     ):
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.sharing = config.context_parallel_size
+
+    def _of_all_ranks(self, x_BHLD: Tensor) -> Tensor:
+        """The positions of all context-parallel ranks, rank by rank; gradients go back to whose they are."""
+        group = context_parallel_group()
+        x_LBHD = gather_from_sequence_parallel_region(x_BHLD.permute(2, 0, 1, 3).contiguous(), group=group)
+        return x_LBHD.permute(1, 2, 0, 3)
+
+    def _beyond(self, share: int) -> Tensor:
+        """What this rank's positions must not see of all ranks': those after them, [share, share * ranks]."""
+        of_rank_L = [positions_of_rank(share * self.sharing, rank, self.sharing) for rank in range(self.sharing)]
+        mine_L = of_rank_L[dist.get_rank(context_parallel_group())]
+        return torch.cat(of_rank_L)[None, :] > mine_L[:, None]
 
     def forward(
         self,
@@ -178,6 +195,11 @@ class CoreAttention(torch.nn.Module):
             raise ValueError("packed sequences need Transformer Engine")
         query_BHLD, key_BHLD, value_BHLD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
+        if self.sharing > 1:
+            if not causal:
+                raise ValueError("context parallelism: on a CPU attention must be causal")
+            key_BHLD, value_BHLD = (self._of_all_ranks(x_BHLD) for x_BHLD in (key_BHLD, value_BHLD))
+            attention_mask, causal = self._beyond(query_BHLD.shape[2]), False
         out_BHLD = F.scaled_dot_product_attention(
             query_BHLD,
             key_BHLD,

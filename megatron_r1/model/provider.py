@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -58,11 +59,19 @@ def adopt_torch_modules() -> None:
     recognises the duplicated linear map by identity, and the three lookups of the provider are by module name.
     """
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.tensor_parallel import random
     from megatron.core.transformer import mla_qk_norm_config, multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     class Absent:
         """A class that nothing is an instance of."""
+
+    class NoFp8:
+        """The state of Transformer Engine's FP8 where there is none."""
+
+        @staticmethod
+        def is_fp8_enabled() -> bool:
+            return False
 
     gpt_layer_specs.TESpecProvider = TorchSpecProvider
     mla_qk_norm_config.get_backend = lambda *_, **__: TorchSpecProvider()
@@ -70,3 +79,6 @@ def adopt_torch_modules() -> None:
     multi_latent_attention.TELinear = DuplicatedLinear
     multi_latent_attention.TEColumnParallelLinear = Absent
     moe_utils.te_general_gemm = None
+    # Recomputation asks whether Transformer Engine's FP8 is on, and wraps the second pass where it may be.
+    random.FP8GlobalStateManager = NoFp8
+    random.activation_recompute_forward = random.fp8_autocast = lambda **_: nullcontext()

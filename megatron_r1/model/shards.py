@@ -40,19 +40,21 @@ class Shard:
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.tensor.shape, strict=True))
 
 
-def shards(model: Model, of: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[Shard]:
+def shards(model: Model, of: Callable[[Tensor], Tensor | None] = Tensor.detach) -> Iterator[Shard]:
     """This rank's shards of all weights: parameters, and the routers' balancing bias, which is a buffer.
 
     Args:
-        of: what to show in place of a weight: the weight itself, or its gradient, which is sharded alike.
+        of: what to show in place of a weight: the weight itself, or its gradient, which is sharded alike; None leaves
+            it out.
     """
     entries = (entry for part in chunks(model) for entry in part.sharded_state_dict().values())
     for entry in entries:
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or (shown := of(entry.data)) is None:
+            continue
+        entry.data = shown
         if isinstance(entry, ShardedTensorFactory):
-            entry.data = of(entry.data)
             yield from map(_shard, entry.build())
-        elif isinstance(entry, ShardedTensor):
-            entry.data = of(entry.data)
+        else:
             yield _shard(entry)
 
 

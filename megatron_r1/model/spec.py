@@ -7,20 +7,28 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.performance import PerformanceConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, *, fused: bool) -> MLATransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, performance: PerformanceConfig, *, fused: bool
+) -> MLATransformerConfig:
     """megatron-core's description of the model.
 
     Args:
         model: shape of the model.
         parallel: degrees of parallelism.
+        performance: recomputation, overlap and fusion.
         fused: whether fused CUDA kernels may be used.
     """
     return MLATransformerConfig(
-        **_shape(model), **_attention(model), **_experts(model), **_execution(model, parallel, fused)
+        **_shape(model),
+        **_attention(model),
+        **_experts(model),
+        **_execution(model, parallel, fused),
+        **_performance(performance),
     )
 
 
@@ -96,7 +104,6 @@ def _experts(model: ModelConfig) -> dict:
         "moe_aux_loss_coeff": moe.sequence_loss_coefficient,
         "moe_router_dtype": "fp32",
         "moe_router_pre_softmax": True,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
     }
 
@@ -121,13 +128,26 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
         "batch_p2p_comm": not interleaved,
         "overlap_p2p_comm": interleaved,
         "use_cpu_initialization": not fused,
-        "gradient_accumulation_fusion": False,
-        "apply_rope_fusion": False,
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
         "persist_layer_norm": fused,
         "moe_permute_fusion": fused,
+    }
+
+
+def _performance(performance: PerformanceConfig) -> dict:
+    flexible = performance.dispatcher in ("deepep", "hybridep")
+    return {
+        "recompute_granularity": "selective" if performance.recompute else None,
+        "recompute_modules": list(performance.recompute),
+        "moe_token_dispatcher_type": "flex" if flexible else performance.dispatcher,
+        **({"moe_flex_dispatcher_backend": performance.dispatcher} if flexible else {}),
+        "overlap_moe_expert_parallel_comm": performance.overlap_expert_communication,
+        "delay_wgrad_compute": performance.delay_weight_gradients,
+        "moe_shared_expert_overlap": performance.overlap_shared_experts,
+        "gradient_accumulation_fusion": performance.fuse_gradient_accumulation,
+        "apply_rope_fusion": performance.fuse_rope,
     }
 
 

@@ -138,6 +138,7 @@ def _create_tensors_on_cpu() -> None:
         def on_cpu(*args: Any, **kwargs: Any) -> Any:
             if "device" in kwargs and is_cuda(kwargs["device"]):
                 kwargs["device"] = "cpu"
+            kwargs.pop("pin_memory", None)  # memory that a GPU reads faster; there is no driver to pin it
             return create(*args, **kwargs)
 
         return on_cpu

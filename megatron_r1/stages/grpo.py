@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
@@ -15,7 +13,7 @@ from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.parallel.mesh import leads
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
-from megatron_r1.rl.reference import ReferencePolicy
+from megatron_r1.rl.reference import SAVED, ReferencePolicy
 from megatron_r1.rl.rollouts import Rollouts
 from megatron_r1.rl.scoring import rule_scorer
 from megatron_r1.rollout.choose import SyncedEngine, shared_sglang_engine
@@ -40,11 +38,11 @@ def run(config: RunConfig) -> None:
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return
-        reference = ReferencePolicy(this.model, this.extra) if config.rl.kl_coefficient else None
+        reference = ReferencePolicy(this.model, this.saved(SAVED)) if config.rl.kl_coefficient else None
         learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device)
         with rollout_engine(this, weights) as engine:
             rollouts = None
-            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", lambda: reference_tensors(reference))
+            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=reference.saved if reference else tuple)
             if leads():
                 journal = Journal(this.folder / "rollouts")
                 hooks = Hooks([hooks, PruneJournal(journal, config.train)])
@@ -71,11 +69,6 @@ def check(config: RunConfig) -> None:
     """
     if not config.init.from_:
         raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
-
-
-def reference_tensors(reference: ReferencePolicy | None) -> dict[str, torch.Tensor]:
-    """What a checkpoint must hold so that a resumed run is penalised towards the same policy."""
-    return reference.weights if reference else {}
 
 
 class PruneJournal(Hook):

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.corpus import Corpus, build_corpus
-from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_r1.data.corpus import Corpus
+from megatron_r1.data.packed import PackedCorpus
+from megatron_r1.errors import ConfigError
 from megatron_r1.model.flops import flops_per_token, peak_flops
 from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
 from megatron_r1.parallel.mesh import data_parallel_group, leads, speaks_for_its_data, world_size
-from megatron_r1.stages.session import run_folder
+from megatron_r1.stages.corpora import open_corpus
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import find_weights
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.balance import BalanceHook, load_metrics
 from megatron_r1.train.loop import Step, train
+from megatron_r1.train.packed import PackedReader
 from megatron_r1.train.routing import check_none_dropped, pretraining_policy
 from megatron_r1.train.schedule import batch_size, learning_rate, value_at
 from megatron_r1.train.state import TrainState
@@ -33,23 +37,21 @@ SHOWN = ("loss", "mtp_loss", "gradient_norm", "learning_rate", "tokens_per_secon
 def run(config: RunConfig) -> None:
     """Pre-train a model, or go on where its run stopped."""
     weights = find_weights(config.init.from_, which=config.init.weights) if config.init.from_ else None
-    tokenizer = Tokenizer.load(weights.tokenizer_folder) if weights else train_tokenizer(config.data)
-    corpus = build_corpus(
-        config.data, tokenizer, config.train.sequence_length, config.seed, run_folder(config) / "data"
-    )
+    corpus, tokenizer = open_corpus(config, weights)
     with trainer(config, tokenizer, weights) as this:
         # All ranks know all loads; the one that records them measures their balance.
         settings = config.train
         balance = BalanceHook(settings.balance_window, settings.log_interval, this.extra) if leads() else None
         hooks = this.hooks(
-            SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, [balance] if balance else []
+            SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, first=[balance] if balance else []
         )
         state = train(this.state, pretraining_step(this, corpus), hooks, config.train.steps)
         finish(this, state)
 
 
-def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
+def pretraining_step(this: Trainer, corpus: Corpus | PackedCorpus) -> Step:
     """The step of pre-training: next batch, update, metrics."""
+    reader = reader_of(this, corpus)
     config, settings = this.config, this.config.train
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -65,10 +67,11 @@ def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
         # megatron-core reads the weight anew in every forward pass.
         this.model.config.mtp_loss_scaling_factor = mtp_weight
         policy.apply(this.model, consumed)
-        rows = torch.from_numpy(corpus.batch(state.data_position, size))[rank::ranks]
-        micro_batches = rows.to(this.platform.device).split(settings.micro_batch_size)
-        shape = settings.sequence_length, len(micro_batches[0])
-        result = update(this.model, this.optimizer, micro_batches, next_token_forward, rate, *shape)
+        micro_batches = reader.micro_batches(
+            corpus.batch(state.data_position, size), rank, ranks, settings.micro_batch_size
+        )
+        shape = settings.sequence_length, min(settings.micro_batch_size, size // ranks)
+        result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
         seconds = time.perf_counter() - started
         tokens = size * settings.sequence_length
         check_none_dropped(result.passes.expert_load, tokens, moe.top_k)
@@ -95,15 +98,49 @@ def pretraining_step(this: Trainer, corpus: Corpus) -> Step:
     return step
 
 
+class StreamReader:
+    """Turns batches of plain sequences, in which every target counts, into micro-batches."""
+
+    def __init__(self, device: str):
+        self._device = device
+
+    def micro_batches(self, batch: np.ndarray, rank: int, ranks: int, size: int) -> Sequence[Tensor]:
+        return torch.from_numpy(batch)[rank::ranks].to(self._device).split(size)
+
+    def forward(self, model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
+        return next_token_forward(model, rows_BL)
+
+
+def reader_of(this: Trainer, corpus: Corpus | PackedCorpus) -> Any:
+    """What reads the batches of this kind of corpus.
+
+    Raises:
+        ConfigError: the platform cannot keep documents apart.
+    """
+    if isinstance(corpus, Corpus):
+        return StreamReader(this.platform.device)
+    cross = this.config.data.indexed.cross_document_attention
+    if not cross and this.platform.transformer_engine:
+        allowed = "must be true with Transformer Engine: there attention is causal over the whole sequence"
+        raise ConfigError("data.indexed.cross_document_attention", cross, allowed)
+    if not cross and this.config.parallel.context > 1:
+        raise ConfigError(
+            "data.indexed.cross_document_attention", cross, "must be true where parallel.context is above 1"
+        )
+    return PackedReader(cross, this.config.model.mtp.num_layers, this.platform.device)
+
+
 def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
     """Cross-entropy of each row's tokens given those before."""
     inputs_BL, labels_BL = rows_BL[:, :-1].contiguous(), rows_BL[:, 1:].contiguous()
     positions_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
+    inputs_BL, labels_BL, positions_BL = map(share_of_sequence, (inputs_BL, labels_BL, positions_BL))
+    sharing = dist.get_world_size(context_parallel_group())
 
     def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = output_BL.float().mean()
         # megatron-core divides the returned loss in place by the number of micro-batches.
-        return loss, {"loss": loss.detach().clone()}
+        return loss / sharing, {"loss": loss.detach().clone()}
 
     return model(inputs_BL, positions_BL, None, labels=labels_BL), loss_function
 

@@ -15,7 +15,15 @@ from megatron_r1.config.load import difference, read_yaml, resolved, write_yaml
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 
-_FREE_TO_CHANGE = ("track.", "train.log_interval", "threads", "platform", "rollout.sglang.")
+_FREE_TO_CHANGE = (
+    "track.",
+    "train.log_interval",
+    "threads",
+    "platform",
+    "parallel.",
+    "performance.",
+    "rollout.sglang.",
+)
 """Keys that say how, not what: a resumed run may change them."""
 _PACKAGES = ("megatron_r1", "torch", "megatron-core", "transformer-engine", "sglang", "transformers", "tokenizers")
 DONE = "done.json"

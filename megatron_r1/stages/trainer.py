@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_r1.checkpoint.sharded import Part, WholeTensors, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore
-from megatron_r1.checkpoint.tensors import read_state, read_tensors, write_state, write_tensors
+from megatron_r1.checkpoint.tensors import has_tensors, read_state, read_tensors, write_state, write_tensors
 from megatron_r1.config.load import resolved
+from megatron_r1.config.performance import refuse_on_cpu
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, Requeue
-from megatron_r1.hf.gather import whole_tensors
 from megatron_r1.model.build import build_model
-from megatron_r1.model.shards import load_whole_tensors
+from megatron_r1.model.shards import Shard, load_whole_tensors, shards
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import Platform, select
@@ -33,12 +36,14 @@ from megatron_r1.train.hooks.checkpoint import CheckpointHook
 from megatron_r1.train.hooks.ema import EmaHook
 from megatron_r1.train.hooks.log import LogHook
 from megatron_r1.train.hooks.preempt import PreemptHook
-from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.optimizer import MOMENTS, Optimizer
+from megatron_r1.train.optimizer_state import MASTER, OptimizerState
 from megatron_r1.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 ExtraTensors = Callable[[], dict[str, torch.Tensor]]
+ExtraShards = Callable[[], Iterable[tuple[str, Shard]]]
 
 
 @dataclass
@@ -55,19 +60,27 @@ class Trainer:
     store: CheckpointStore
     preempt: PreemptHook
     extra: dict[str, torch.Tensor]
-    """Tensors beside model and optimizer that the resumed checkpoint held."""
+    """Tensors beside model and optimizer that the resumed checkpoint held; on rank 0."""
+    resumed: Path | None = None
+    """The checkpoint that the run goes on from."""
     ema: MovingAverage | None = None
     """Moving average of the weights, if the run keeps one."""
 
     def hooks(
-        self, shown: Sequence[str], title: str, extra_tensors: ExtraTensors = dict, first: Sequence[Hook] = ()
+        self,
+        shown: Sequence[str],
+        title: str,
+        extra_tensors: ExtraTensors = dict,
+        extra_shards: ExtraShards = tuple,
+        first: Sequence[Hook] = (),
     ) -> Hooks:
         """Log, save, and stop in time.
 
         Args:
             shown: metrics on the terminal.
             title: name of the progress bar.
-            extra_tensors: what a checkpoint holds beside model and optimizer.
+            extra_tensors: what a checkpoint holds beside model and optimizer; rank 0's counts.
+            extra_shards: the same, of what ranks share like weights: kind and shard.
             first: come before the others, to add to a row or to what is saved.
         """
         train = self.config.train
@@ -76,7 +89,7 @@ class Trainer:
         hooks: list[Hook] = [
             CheckpointHook(
                 self.store,
-                lambda folder, state: self._write(folder, state, extra_tensors()),
+                lambda folder, state: self._write(folder, state, extra_tensors(), extra_shards),
                 {"config": resolved(self.config), "layout": layout(self.config)},
                 train.checkpoint_interval,
                 self.state.step,
@@ -89,19 +102,29 @@ class Trainer:
             hooks.insert(0, EmaHook(self.ema))
         return Hooks([*first, *hooks, self.preempt])
 
-    def _write(self, folder: Path, state: TrainState, extra: dict[str, torch.Tensor]) -> None:
-        rank = dist.get_rank()
-        whole = list(whole_tensors(self.model))
-        if rank == 0:
-            write_tensors(folder, "model", 0, whole)
+    def saved(self, kind: str) -> WholeTensors | None:
+        """Tensors of a kind in the checkpoint that the run goes on from; None when it has none."""
+        tensors = WholeTensors(self.resumed, kind) if self.resumed else None
+        return tensors or None
+
+    def _shards(self, extra: ExtraShards) -> Iterator[tuple[str, Shard]]:
+        """Collective: kind and shard of all that this rank speaks for."""
+        yield from (("model", shard) for shard in shards(self.model) if shard.owned)
+        yield from OptimizerState(self.model, self.optimizer).shards()
         if self.ema:
-            averages = list(self.ema.whole_tensors())
-            if rank == 0:
-                write_tensors(folder, "ema", 0, averages)
-        write_tensors(folder, "optimizer", rank, self.optimizer.tensors())
+            yield from (("ema", shard) for shard in self.ema.shards())
+        yield from extra()
+
+    def _write(
+        self, folder: Path, state: TrainState, extra: dict[str, torch.Tensor], extra_shards: ExtraShards
+    ) -> None:
+        rank = dist.get_rank()
+        for kind, found in groupby(self._shards(extra_shards), key=itemgetter(0)):
+            parts = (Part(shard.name, shard.whole_shape, shard.offset, shard.tensor) for _, shard in found)
+            write_parts(folder, kind, rank, parts)
         write_tensors(folder, "random", rank, {"cpu": torch.get_rng_state()}.items())
-        if extra:
-            write_tensors(folder, "extra", rank, extra.items())
+        if rank == 0 and extra:
+            write_tensors(folder, "extra", 0, extra.items())
         if rank == 0:
             write_state(folder, state.as_dict())
             self.tokenizer.save(folder / "tokenizer")
@@ -121,19 +144,23 @@ def trainer(
     """
     folder = open_run_folder(config)
     platform = select(config.platform)
+    if platform.name == "cpu":
+        refuse_on_cpu(config.performance)
+        if config.train.optimizer.offload:
+            raise ConfigError("train.optimizer.offload", True, "must be false on a CPU: moments are there already")
     with (
         process_groups(platform, config.parallel, config.seed, config.threads),
         CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints, AllRanks()) as store,
     ):
         # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
         preempt = PreemptHook()
-        model = build_model(config.model, config.parallel, platform, config.seed)
+        model = build_model(config.model, config.parallel, platform, config.seed, config.performance)
         if weights:
             check_same_model(config.model, weights.model, str(weights.folder))
             load_whole_tensors(model, weights.tensors)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
-        optimizer = Optimizer(model, config.train)
+        optimizer = Optimizer(model, config.train, config.performance)
         this = Trainer(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
         if config.train.ema_decay:
             this.ema = MovingAverage(model, config.train.ema_decay)
@@ -146,22 +173,30 @@ def _resume(this: Trainer) -> None:
     if not found:
         return
     folder, manifest = found
-    if (saved := manifest.metadata["layout"]) != (now := layout(this.config)):
-        raise ConfigError("parallel", now, f"must be {saved}, as in {folder}; init.from starts a new run from it")
-    rank = dist.get_rank()
-    load_whole_tensors(this.model, read_tensors(folder, "model", 0))
-    this.optimizer.load(read_tensors(folder, "optimizer", rank))
+    this.resumed, this.state = folder, TrainState(**read_state(folder))
+    with ExitStack() as stack:
+        kinds = ("model", MASTER, *MOMENTS)
+        tensors = {kind: stack.enter_context(WholeTensors(folder, kind)) for kind in kinds}
+
+        def read(kind: str, shard: Shard) -> torch.Tensor:
+            return tensors[kind].part(shard.name, shard.whole_shape, shard.offset, tuple(shard.tensor.shape))
+
+        for shard in shards(this.model):
+            shard.tensor.copy_(read("model", shard))
+        OptimizerState(this.model, this.optimizer).load(read, this.state.updates)
     if this.ema:
-        this.ema.load(read_tensors(folder, "ema", 0))
-    torch.set_rng_state(read_tensors(folder, "random", rank)["cpu"])
-    if (folder / f"extra-{rank:05d}.safetensors").is_file():
-        this.extra = read_tensors(folder, "extra", rank)
-    this.state = TrainState(**read_state(folder))
+        with WholeTensors(folder, "ema") as averages:
+            this.ema.load(averages)
+    rank = dist.get_rank()
+    if manifest.metadata["layout"] == layout(this.config):
+        torch.set_rng_state(read_tensors(folder, "random", rank)["cpu"])
+    if rank == 0 and has_tensors(folder, "extra", 0):
+        this.extra = read_tensors(folder, "extra", 0)
     logger.info("resuming %s at step %d", this.folder, this.state.step)
 
 
 def layout(config: RunConfig) -> dict[str, int]:
-    """How the ranks share the work; optimizer state is stored by rank, so a resume needs the same."""
+    """How the ranks share the work. A resume may have another: then random states, which are by rank, start anew."""
     return {"ranks": dist.get_world_size(), **asdict(config.parallel)}
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import verify
+from megatron_r1.checkpoint.sharded import WholeTensors
 from megatron_r1.checkpoint.store import newest_verified
-from megatron_r1.checkpoint.tensors import has_tensors, read_tensors
+from megatron_r1.checkpoint.tensors import has_tensors
 from megatron_r1.config.convert import convert
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import ConfigError
@@ -24,7 +26,7 @@ class Weights:
     """A model that was found."""
 
     model: ModelConfig
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     """Whole tensors by megatron-core name."""
     tokenizer_folder: Path
     folder: Path
@@ -62,7 +64,7 @@ def find_weights(source: str, key: str = "init.from", which: str = "model") -> W
     if not has_tensors(folder, which, 0):
         raise ConfigError("init.weights", which, f"must be model: {folder} holds no moving average (train.ema_decay)")
     model = convert(ModelConfig, manifest.metadata["config"]["model"])
-    return Weights(model, read_tensors(folder, which, 0), folder / "tokenizer", folder)
+    return Weights(model, WholeTensors(folder, which), folder / "tokenizer", folder)
 
 
 def check_same_model(wanted: ModelConfig, found: ModelConfig, source: str) -> None:

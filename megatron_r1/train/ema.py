@@ -14,9 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_r1.hf.gather import gather_whole
 from megatron_r1.model.chunks import Model
-from megatron_r1.model.shards import part_of, shards
+from megatron_r1.model.shards import Shard, part_of, shards
 
 
 class MovingAverage:
@@ -61,11 +60,11 @@ class MovingAverage:
             self._pending.result()
             self._pending = None
 
-    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Collective: the whole averages by name, on rank 0; see `hf.gather.whole_tensors`."""
+    def shards(self) -> Iterator[Shard]:
+        """What this rank speaks for, the average in place of the weight."""
         self.settle()
-        averages = [replace(shard, tensor=average) for shard, average in zip(self._shards, self._averages, strict=True)]
-        yield from gather_whole(averages, next(self._model.parameters()).device)
+        for shard, average in zip(self._shards, self._averages, strict=True):
+            yield replace(shard, tensor=average)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from whole averages.

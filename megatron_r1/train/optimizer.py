@@ -1,17 +1,18 @@
 """The optimizer: megatron-core's distributed one, over its gradient buffers.
 
 Data-parallel ranks share its state out (ZeRO stage 1): each sums up, steps and keeps one part of every buffer, and
-the new weights are gathered again. State is named after the parameter that it belongs to, so that a checkpoint can be
-read by name.
+the new weights are gathered again. `optimizer_state` puts its state together again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -20,10 +21,26 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.model.chunks import Model, chunks
+from megatron_r1.model.spec import DTYPES
+from megatron_r1.train.adamw import RestingMomentsAdamW
 
+BUCKET = 40_000_000
+"""Weights that are summed up at a time where that overlaps with the backward pass; megatron-core's own number."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rank keeps of a parameter."""
+
+    parameter: Tensor
+    weight_N: Tensor
+    """The numbers that are stepped: a view of fp32 weights, or an fp32 copy of bf16 ones."""
+    optimizer: torch.optim.Optimizer
+    """Holds their moments."""
 
 
 class Optimizer:
@@ -31,15 +48,22 @@ class Optimizer:
 
     Attributes:
         chunks: the rank's parts of the model, wrapped so that backward passes fill their gradient buffers.
+        moment_type: of both moments between updates.
+        moments_rest_on: device of the moments between updates; None is beside their parameter.
     """
 
-    def __init__(self, model: Model, train: TrainConfig):
+    def __init__(self, model: Model, train: TrainConfig, performance: PerformanceConfig | None = None):
         """
         Args:
             model: parameters that need no gradient are left alone.
             train: optimizer and schedule settings.
+            performance: what is overlapped; None is nothing.
         """
-        self.chunks = [_with_gradient_buffers(part) for part in chunks(model)]
+        self.chunks = [_with_gradient_buffers(part, performance or PerformanceConfig()) for part in chunks(model)]
+        if performance and performance.overlap_gradient_reduction:
+            # Only the last micro-batch's backward pass finds gradients complete.
+            waiting = [chunk.no_sync for chunk in self.chunks]
+            model.config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         settings = train.optimizer
         config = MegatronOptimizerConfig(
             optimizer="adam",
@@ -54,7 +78,13 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.moment_type = DTYPES[settings.moment_precision] if model.config.bf16 else model.config.params_dtype
+        self.moments_rest_on = "cpu" if settings.offload else None
+        if settings.moment_precision != "fp32" or settings.offload:
+            self.moment_type = DTYPES[settings.moment_precision]
+            for part in self._parts():
+                groups = part.optimizer.param_groups
+                part.optimizer = RestingMomentsAdamW(groups, self.moment_type, self.moments_rest_on)
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers."""
@@ -83,49 +113,43 @@ class Optimizer:
         _, norm, _ = self._inner.step()
         return float(norm or 0.0)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of the state: ``exp_avg/``, ``exp_avg_sq/``, ``step/`` and the parameter's name.
+    def kept(self) -> Iterator[Kept]:
+        """What this rank steps, parameter by parameter, and who holds the moments."""
+        for part in self._parts():
+            for parameters, weights in (
+                (part.model_fp32_groups, part.shard_fp32_groups),
+                (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            ):
+                for parameter, weight_N in zip(chain(*parameters), chain(*weights), strict=True):
+                    yield Kept(parameter, weight_N, part.optimizer)
 
-        With bf16 weights ``master/`` holds the fp32 copies that are stepped.
-        """
-        for part, name, weight_N, is_copy in self._weights():
-            if is_copy:
-                yield f"master/{name}", weight_N
-            for key, value in part.optimizer.state.get(weight_N, {}).items():
-                yield f"{key}/{name}", torch.as_tensor(value)
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `tensors` gave on this rank; every entry must be there, or none before the first update."""
-        updated = any(key.startswith("step/") for key in tensors)
-        for part, name, weight_N, is_copy in self._weights():
-            if is_copy:
-                weight_N.data.copy_(tensors[f"master/{name}"])
-            if updated:
-                state = {key: tensors[f"{key}/{name}"].clone() for key in (*MOMENTS, "step")}
-                part.optimizer.state[weight_N] = state
+    def ranges(self) -> Iterator[tuple[Tensor, dist.ProcessGroup, list[tuple[int, int]]]]:
+        """Each parameter, the data-parallel ranks that share its state, and each one's range of it when flattened."""
+        for buffer in self.buffers():
+            ranks = dist.get_world_size(buffer.data_parallel_group)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items():
+                begin = start - buffer.buckets[bucket].offset
+                share = buffer.buckets[bucket].grad_data.numel() // ranks
+                clamped = [min(max(rank * share - begin, 0), end - start) for rank in range(ranks + 1)]
+                yield parameter, buffer.data_parallel_group, list(pairwise(clamped))
 
     def _parts(self) -> list[DistributedOptimizer]:
         return getattr(self._inner, "chained_optimizers", [self._inner])
 
-    def _weights(self) -> Iterator[tuple[DistributedOptimizer, str, Tensor, bool]]:
-        """What this rank steps, [N] numbers of a parameter: a view of fp32 weights, or an fp32 copy of bf16 ones."""
-        for part in self._parts():
-            for parameters, weights, is_copy in (
-                (part.model_fp32_groups, part.shard_fp32_groups, False),
-                (part.model_float16_groups, part.shard_fp32_from_float16_groups, True),
-            ):
-                for parameter, weight_N in zip(chain(*parameters), chain(*weights), strict=True):
-                    yield part, self._names[id(parameter)], weight_N, is_copy
 
-
-def _with_gradient_buffers(model: GPTModel) -> DistributedDataParallel:
+def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> DistributedDataParallel:
     """The model wrapped so that backward passes fill buffers, of which data-parallel ranks sum up one part each."""
-    # Without overlap the first flag's only effect is a type: bf16 gradients are summed in fp32, others as they are.
-    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=model.config.bf16, use_distributed_optimizer=True)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=model.config.bf16,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=performance.overlap_gradient_reduction,
+        overlap_param_gather=performance.overlap_parameter_gather,
+    )
+    ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        None,
-        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        max(BUCKET, ranks * BUCKET // 40) if performance.overlap_gradient_reduction else None,
+        ranks,
         settings,
         parallel_state.get_expert_data_parallel_world_size(),
     )

@@ -24,8 +24,11 @@ from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError
 
 CONFIG_FILES = sorted(Path(megatron_r1.config.__file__).parent.glob("*.py"))
-NEEDS = {("train", "pretrain_v3"): ["model.max_sequence_length=4096"]}
-"""Options that the tiny model is too small for."""
+NEEDS = {
+    ("train", "pretrain_v3"): ["model.max_sequence_length=4096"],
+    ("performance", "deepseek"): ["parallel.expert=2", "model.precision=bf16"],
+}
+"""What an option asks of other sections, beyond the tiny model on one rank."""
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
 

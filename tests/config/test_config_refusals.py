@@ -59,7 +59,18 @@ REFUSALS = [
     ("pretrain train.schedule.learning_rate=-1", "train.schedule.learning_rate=-1.0", "must lie between"),
     ("grpo reward.format_style=loose", "reward.format_style=loose", "must be one of strict, lenient"),
     ("pretrain platform=gpu", "platform=gpu", "must be one of auto, cpu, cuda"),
+    ("pretrain data.source=web", "data.source=web", "must be one of arithmetic, indexed"),
+    (
+        "pretrain data=indexed data.indexed.datasets.a.path=b data.indexed.datasets.a.weight=0",
+        "data.indexed.datasets.a.weight=0.0",
+        "must lie between",
+    ),
     # contradictory
+    (
+        "pretrain data=indexed",
+        "data.indexed.datasets={}",
+        "must name a dataset: data.indexed.datasets.NAME.path=FOLDER",
+    ),
     ("pretrain parallel.tensor=3", "parallel.tensor=3", "must divide model.num_attention_heads=4"),
     ("pretrain parallel.expert=16", "parallel.expert=16", "must divide model.moe.num_experts=8"),
     ("pretrain model.moe.top_k=8", "model.moe.top_k=8", "must be at most 4"),

@@ -3,7 +3,8 @@
 All of it in fp32 and once more in float64, where rounding cannot hide a difference. A single rank also computes the
 GRPO update by the plain loss over the whole vocabulary.
 
-Started by test_layouts.py under torchrun with a folder that holds job.json: {"parallel": {...}}.
+Started by test_layouts.py under torchrun with a folder that holds job.json: what differs from the tiny model on one
+rank.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ REFERENCE_SCALE = 1.02
 
 def main(folder: Path) -> None:
     from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.config.performance import PerformanceConfig
     from megatron_r1.config.run import RunConfig
     from megatron_r1.platform import select
 
     job = json.loads((folder / "job.json").read_text())
     config, platform = RunConfig(parallel=ParallelConfig(**job["parallel"])), select("cpu")
+    config.performance = PerformanceConfig(**job["performance"])
+    config.train.optimizer.moment_precision = job["moments"]
+    config.model.mtp.num_layers = job["multi_token_layers"]
     config.train.optimizer.clip_norm = 0.0
     from megatron_r1.parallel.mesh import process_groups
 
@@ -40,8 +45,10 @@ def main(folder: Path) -> None:
             if precision == "fp64":
                 compute_in_float64()
             config.model.precision = precision
-            found = {"pretrain": pretrain(config, platform)}
-            if config.parallel.virtual_pipeline == 1:
+            found = {"pretrain": pretrain(config, platform), "packed": packed(config, platform, cross=True)}
+            if config.parallel.context == 1:
+                found["apart"] = packed(config, platform, cross=False)
+            if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
             if dist.get_world_size() == 1:
                 found["plain"] = reinforce_plainly(post_training(config), platform)
@@ -67,7 +74,7 @@ def build(config: Any, platform: Any) -> Any:
     from megatron_r1.model.build import build_model
     from megatron_r1.model.chunks import chunks
 
-    model = build_model(config.model, config.parallel, platform, seed=0)
+    model = build_model(config.model, config.parallel, platform, 0, config.performance)
     for part in chunks(model):
         part.config.moe_router_dtype = config.model.precision
     return model
@@ -81,7 +88,7 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     from megatron_r1.train.step import update
 
     model = build(config, platform)
-    optimizer = Optimizer(model, config.train)
+    optimizer = Optimizer(model, config.train, config.performance)
     group = data_parallel_group()
     generator = torch.Generator().manual_seed(1)
     losses, norms, routing, gradients = [], [], [], {}
@@ -96,6 +103,24 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         if step == 0:
             gradients = whole_gradients(model, optimizer)
     return {"losses": losses, "norms": norms, "routing": routing}, gradients
+
+
+def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
+    """Loss of a step on packed documents, that see those before them or do not, and its whole gradients."""
+    from packing_cases import packed_batch
+
+    from megatron_r1.parallel.mesh import data_parallel_group
+    from megatron_r1.stages.pretrain import _mean_loss
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.packed import PackedReader
+    from megatron_r1.train.step import update
+
+    model = build(config, platform)
+    optimizer = Optimizer(model, config.train, config.performance)
+    reader, group = PackedReader(cross, config.model.mtp.num_layers, platform.device), data_parallel_group()
+    rows = reader.micro_batches(packed_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
+    result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=2)
+    return {"losses": [_mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model, optimizer)
 
 
 def post_training(config: Any) -> Any:
@@ -118,10 +143,10 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     model = build(config, platform)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not in_multi_token_layer(name))
-    optimizer = Optimizer(model, config.train)
+    optimizer = Optimizer(model, config.train, config.performance)
     reference = ReferencePolicy(model)
-    for name in sorted(reference.weights):
-        reference.weights[name] *= REFERENCE_SCALE
+    for copy_of_weight in reference.copies:
+        copy_of_weight *= REFERENCE_SCALE
     learner = Learner(config, model, optimizer, reference, 0, "cpu")
     _, row = learner.learn(list(samples()), TrainState())
     return row, whole_gradients(model, optimizer)

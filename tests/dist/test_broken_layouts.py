@@ -53,7 +53,9 @@ BROKEN = [
     ("pretrain", 2, "parallel.expert=4", "expert x expert_tensor x pipeline=4 must divide 2 ranks"),
     ("grpo", 2, "parallel.tensor=2 parallel.expert=2 parallel.expert_tensor=2", "=4 must divide 2 ranks"),
     # What a stage cannot do.
-    ("pretrain", 2, "parallel.context=2 platform=cpu", "must be 1"),
+    ("grpo", 2, "parallel.context=2", "must be 1: only pretrain"),
+    ("grpo", 2, "parallel.expert=2 performance.dispatcher=allgather", "needs as many tokens on every rank"),
+    ("pretrain", 2, "parallel.context=2 train.sequence_length=62", "must divide train.sequence_length=62"),
     ("grpo", 2, "rollout=local parallel.tensor=2 init.from=base", "needs the whole model on a rank"),
     ("pretrain", 2, "train.global_batch_size=5 train.micro_batch_size=5", "a multiple of the 2 data-parallel ranks"),
     ("pretrain", 2, "train.global_batch_size=12 train.micro_batch_size=4", "must divide the 6 sequences of a rank"),

@@ -8,6 +8,7 @@ from layouts import model_of
 
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import DataError
+from megatron_r1.hf.gather import gather_whole
 from megatron_r1.model.build import native_tensors
 from megatron_r1.stages.pretrain import next_token_forward
 from megatron_r1.train.ema import MovingAverage
@@ -35,9 +36,13 @@ def snapshot(model) -> dict[str, torch.Tensor]:
     return {name: tensor.double() for name, tensor in native_tensors(model)}
 
 
+def whole(average: MovingAverage) -> dict[str, torch.Tensor]:
+    return dict(gather_whole(list(average.shards()), torch.device("cpu")))
+
+
 def test_it_is_the_sum_over_all_steps_with_fading_weights(averaged):
     _, average, history = averaged
-    found = dict(average.whole_tensors())
+    found = whole(average)
     assert found.keys() == history[0].keys()
     for name, tensor in found.items():
         expected = DECAY**3 * history[0][name]
@@ -52,10 +57,10 @@ def test_it_is_the_sum_over_all_steps_with_fading_weights(averaged):
 
 def test_it_goes_on_from_what_it_was(averaged):
     model, average, _ = averaged
-    saved = {name: tensor.clone() for name, tensor in average.whole_tensors()}
+    saved = {name: tensor.clone() for name, tensor in whole(average).items()}
     other = MovingAverage(model, DECAY)
     other.load(saved)
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in other.whole_tensors())
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in whole(other).items())
     with pytest.raises(DataError, match="missing"):
         other.load({})
 

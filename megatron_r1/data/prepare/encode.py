@@ -1,0 +1,90 @@
+"""From texts to token ids: left out where contaminated, reordered for infilling, `[BOS] ... [EOS]`, punctuation split.
+
+Shapes: N documents, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
+
+from megatron_r1.data.prepare.decontaminate import NgramIndex
+from megatron_r1.data.prepare.fim import FIM_TOKENS, FillInMiddle
+from megatron_r1.data.prepare.options import TokeniseOptions
+from megatron_r1.data.prepare.punctuation import PunctuationSplitter
+from megatron_r1.data.prepare.sources import Row
+from megatron_r1.data.tokenizer import Tokenizer
+
+IdLists = tuple[list[int], ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as they are stored, and the rows that are not."""
+
+    tokens_T: np.ndarray
+    """Token ids, end to end: int32."""
+    lengths_N: np.ndarray
+    """Tokens of each document: int64."""
+    reordered: int = 0
+    """Documents that fill in the middle."""
+    bad: list[tuple[Row, str]] = field(default_factory=list)
+    """Rows that cannot be used, with the reason."""
+    contaminated: list[tuple[Row, str]] = field(default_factory=list)
+    """Rows that an evaluation set contains."""
+
+
+class Encoder:
+    """Encodes batches of rows; what a row becomes does not depend on its batch."""
+
+    def __init__(self, tokenizer: Tokenizer, options: TokeniseOptions, contamination: NgramIndex):
+        """
+        Args:
+            tokenizer: from now on reads begin, end and padding tokens in a text as the characters that they are.
+        """
+        self._tokenizer, self._contamination = tokenizer, contamination
+        tokenizer.backend.encode_special_tokens = True
+        named = [tokenizer.decode([token]) for token in (tokenizer.bos, tokenizer.eos, tokenizer.pad)]
+        # Vocabularies differ in which of their control tokens count as special: the others are still seen in a text.
+        self._control = [
+            token
+            for token in dict.fromkeys([*named, *FIM_TOKENS])
+            if tokenizer.encode(token) == [tokenizer.backend.token_to_id(token)]
+        ]
+        self._middle = FillInMiddle(tokenizer, options.fim_rate, options.seed)
+        self._splitter = PunctuationSplitter(tokenizer, options.punctuation_split_rate, options.seed)
+
+    def encode(self, rows: Sequence[Row]) -> Encoded:
+        """The documents of the good rows, in order."""
+        bad = [(row, problem) for row in rows if (problem := row.problem or self._problem(row.text))]
+        refused = {id(row) for row, _ in bad}
+        good = [row for row in rows if id(row) not in refused]
+        matches = self._contamination.matches([row.text for row in good])
+        contaminated = [(good[place], reason) for place, reason in matches.items()]
+        good = [row for place, row in enumerate(good) if place not in matches]
+        if not good:
+            return Encoded(np.empty(0, np.int32), np.empty(0, np.int64), 0, bad, contaminated)
+        keys_N2 = np.array([(row.source, row.number) for row in good], dtype=np.int64)
+        parts = self._middle.parts([row.text for row in good], keys_N2)
+        documents = self._documents(parts)
+        lengths_N = np.fromiter((sum(map(len, lists)) for lists in documents), np.int64, len(documents))
+        flat = chain.from_iterable(chain.from_iterable(documents))
+        tokens_T = np.fromiter(flat, np.int32, int(lengths_N.sum()))
+        tokens_T, lengths_N = self._splitter.split(tokens_T, lengths_N, keys_N2)
+        return Encoded(tokens_T, lengths_N, sum(len(part) > 1 for part in parts), bad, contaminated)
+
+    def _documents(self, parts: Sequence[tuple[str, ...]]) -> list[IdLists]:
+        """Lists of token ids that make each document when laid end to end."""
+        ids = iter(self._tokenizer.encode_batch([text for part in parts for text in part]))
+        begin, end = [self._tokenizer.bos], [self._tokenizer.eos]
+        return [
+            (begin, *((next(ids),) if len(part) == 1 else self._middle.arrange(next(ids), next(ids), next(ids))), end)
+            for part in parts
+        ]
+
+    def _problem(self, text: str) -> str:
+        found = [token for token in self._control if token in text]
+        return f"holds the control token {found[0]}" if found else ""

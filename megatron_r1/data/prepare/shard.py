@@ -1,0 +1,103 @@
+"""One worker's work: a shard from its pieces, complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.data.files import canonical, sync_folder, write_whole
+from megatron_r1.data.indexed import IndexedWriter, token_dtype, with_suffix
+from megatron_r1.data.prepare.encode import Encoder
+from megatron_r1.data.prepare.sources import Piece, Row, read
+from megatron_r1.data.shards import shard_name
+
+BATCH_CHARACTERS = 1 << 17
+"""Text that is encoded at once."""
+WORK = "work"
+"""Folder of records, inside the output, while there is work left."""
+
+
+class ShardMaker:
+    """Makes shards into one folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        inputs: Sequence[str],
+        fields: Sequence[str],
+        vocab_size: int,
+        encoder: Encoder,
+        told: Callable[[int], None],
+    ):
+        """
+        Args:
+            told: hears how many bytes of input were done since it was last told.
+        """
+        self._folder, self._inputs, self._fields, self._told = folder, inputs, fields, told
+        self._dtype, self._encoder = token_dtype(vocab_size), encoder
+
+    def make(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Write a shard and its record, and return the record.
+
+        The record is written last: a shard without one does not count and is made anew.
+        """
+        name = shard_name(number)
+        part = self._folder / f"{name}.{os.getpid()}.tmp"
+        counts = {"rows": 0, "documents": 0, "tokens": 0, "reordered": 0}
+        left_out: dict[str, list[str]] = {"bad": [], "contaminated": []}
+        with IndexedWriter(part, self._dtype) as writer:
+            for piece in pieces:
+                for rows in _batches(read(self._inputs[piece.source], piece, self._fields)):
+                    encoded = self._encoder.encode(rows)
+                    writer.add(encoded.tokens_T, encoded.lengths_N)
+                    counts["rows"] += len(rows)
+                    counts["documents"] += len(encoded.lengths_N)
+                    counts["tokens"] += len(encoded.tokens_T)
+                    counts["reordered"] += encoded.reordered
+                    for kind, found in (("bad", encoded.bad), ("contaminated", encoded.contaminated)):
+                        left_out[kind] += [f"{self._inputs[row.source]}:{row.number}:{why}" for row, why in found]
+                self._told(piece.size)
+        files = {}
+        for suffix, digest in writer.digests.items():
+            written, final = with_suffix(part, suffix), self._folder / f"{name}{suffix}"
+            files[final.name] = {"size": written.stat().st_size, "sha256": digest}
+            written.replace(final)
+        if not counts["documents"]:  # megatron-core cannot map an empty file
+            for file in files:
+                (self._folder / file).unlink()
+            files = {}
+        sync_folder(self._folder)
+        record = {"name": name, "counts": counts, "files": files, **left_out}
+        write_whole(record_path(self._folder, number), canonical(record))
+        return record
+
+
+def record_path(folder: Path, number: int) -> Path:
+    """Where a shard's record is while there is work left."""
+    return folder / WORK / f"{shard_name(number)}.json"
+
+
+def read_record(folder: Path, number: int) -> dict[str, Any] | None:
+    """The record of a shard that is done and whose files are still there; None for one to be made."""
+    try:
+        record = json.loads(record_path(folder, number).read_bytes())
+        if all((folder / name).stat().st_size == file["size"] for name, file in record["files"].items()):
+            return record
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.text) + 1
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

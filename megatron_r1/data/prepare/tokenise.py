@@ -1,0 +1,226 @@
+"""Tokenise files into a folder of shards, with many workers; started again after a kill it does what is left.
+
+The same files and options give the same bytes whatever the number of workers and however often the program was
+killed: shards are cut by the plan, draws are addressed by file and row, and a shard counts once its record is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing as mp
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_end
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_r1.data.files import canonical, digest_of, write_whole
+from megatron_r1.data.prepare.decontaminate import Evaluation, NgramIndex
+from megatron_r1.data.prepare.encode import Encoder
+from megatron_r1.data.prepare.options import TokeniseOptions
+from megatron_r1.data.prepare.plan import Plan, check_same, make_plan
+from megatron_r1.data.prepare.shard import WORK, ShardMaker, read_record
+from megatron_r1.data.prepare.sources import Piece, read, scan
+from megatron_r1.data.shards import QUARANTINE, TOKENIZER, read_manifest, write_manifest
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import DataError
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the work is."""
+
+    done_bytes: int
+    total_bytes: int
+    documents: int
+    """Of the shards that are complete."""
+    tokens: int
+    bad_rows: int
+
+
+Told = Callable[[Progress], None]
+
+
+def tokenise(
+    options: TokeniseOptions,
+    tokenizer_folder: Path,
+    folder: Path,
+    workers: int = 1,
+    max_bad_rows: int = 0,
+    told: Told = lambda progress: None,
+) -> dict[str, Any]:
+    """Make `folder` from the options' inputs, or what is left of it to make.
+
+    Args:
+        tokenizer_folder: with `tokenizer.json` and `tokenizer_config.json`; a copy goes into `folder`.
+        folder: made if missing; after a kill, the one that was begun.
+        workers: processes.
+        max_bad_rows: rows that may be quarantined before the work stops.
+        told: hears how far the work is, several times a second.
+
+    Returns:
+        The totals that the manifest records.
+
+    Raises:
+        ConfigError, DataError: an input cannot be used, the folder was begun with other options, or too many rows are
+            bad; what is done stays done.
+    """
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    plan = make_plan(options, tokenizer)
+    contamination = NgramIndex(evaluations(options), options.ngram)
+    Encoder(tokenizer, options, contamination)  # refuses here, in one line, what every worker would
+    with _locked(folder):
+        if manifest := read_manifest(folder):
+            check_same(manifest["plan"], plan.description, folder)
+            shutil.rmtree(folder / WORK, ignore_errors=True)
+            return manifest["totals"]
+        _pin(folder, plan, tokenizer)
+        records = _make_shards(folder, options, plan, workers, max_bad_rows, told)
+        return _finish(folder, plan, records, len(contamination.too_short))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second program out of the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"{folder}: another program is at work there") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _pin(folder: Path, plan: Plan, tokenizer: Tokenizer) -> None:
+    """Write the plan into a new folder, or compare it with the one that is there; remove what a kill left half."""
+    pinned = folder / WORK / "plan.json"
+    if pinned.exists():
+        check_same(orjson.loads(pinned.read_bytes()), plan.description, folder)
+    elif others := [path.name for path in folder.iterdir() if path.name not in (WORK, TOKENIZER)]:
+        raise DataError(f"{folder}: holds {sorted(others)[0]}; must be empty or the unfinished output of this program")
+    for left in (*folder.glob("*.tmp*"), *folder.glob(f"{WORK}/*.tmp")):
+        left.unlink()
+    (folder / WORK).mkdir(exist_ok=True)
+    tokenizer.save(folder / TOKENIZER)
+    write_whole(pinned, canonical(plan.description))
+
+
+def _make_shards(
+    folder: Path, options: TokeniseOptions, plan: Plan, workers: int, max_bad_rows: int, told: Told
+) -> list[dict[str, Any]]:
+    """Every shard's record, in order."""
+    records = {number: record for number in range(len(plan.shards)) if (record := read_record(folder, number))}
+    left = [number for number in range(len(plan.shards)) if number not in records]
+    before = sum(piece.size for number in records for piece in plan.shards[number])
+    context = mp.get_context("spawn")  # a fork would copy the threads of progress bar and pool in mid-air
+    done_bytes = context.Value("q", before)
+
+    def tell() -> None:
+        counts = [record["counts"] for record in records.values()]
+        documents, tokens = (sum(count[key] for count in counts) for key in ("documents", "tokens"))
+        told(Progress(done_bytes.value, plan.input_bytes, documents, tokens, len(_bad_rows(records))))
+
+    tell()
+    _check_bad_rows(records, max_bad_rows)
+    if not left:
+        return [records[number] for number in range(len(plan.shards))]
+    pool = ProcessPoolExecutor(
+        min(workers, len(left)), context, initializer=_start_worker, initargs=(folder, options, done_bytes)
+    )
+    try:
+        waiting: set[Future] = {pool.submit(_make_shard, number, plan.shards[number]) for number in left}
+        while waiting:
+            finished, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
+            for future in finished:
+                number, record = future.result()
+                records[number] = record
+                _check_bad_rows(records, max_bad_rows)
+            tell()
+    except BrokenProcessPool as error:
+        raise DataError(f"{folder}: a worker was killed; the same command goes on with the rest") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return [records[number] for number in range(len(plan.shards))]
+
+
+def _bad_rows(records: dict[int, dict[str, Any]]) -> list[str]:
+    return [row for _, record in sorted(records.items()) for row in record["bad"]]
+
+
+def _check_bad_rows(records: dict[int, dict[str, Any]], limit: int) -> None:
+    if len(bad := _bad_rows(records)) > limit:
+        raise DataError(f"max_bad_rows={limit}: {len(bad)} rows cannot be used; the first: {bad[0]}")
+
+
+_maker: ShardMaker
+"""A worker's own; made once, since a large tokenizer takes a second to load."""
+
+
+def _start_worker(folder: Path, options: TokeniseOptions, done_bytes: Any) -> None:
+    global _maker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Workers are the parallelism; a pool of threads inside each would fight the others for the cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = Tokenizer.load(folder / TOKENIZER)
+    encoder = Encoder(tokenizer, options, NgramIndex(evaluations(options), options.ngram))
+
+    def told(size: int) -> None:
+        with done_bytes.get_lock():
+            done_bytes.value += size
+
+    _maker = ShardMaker(folder, options.inputs, options.fields, tokenizer.vocab_size, encoder, told)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = mp.parent_process()
+    assert parent is not None
+    wait_for_end([parent.sentinel])
+    os._exit(1)
+
+
+def _make_shard(number: int, pieces: list[Piece]) -> tuple[int, dict[str, Any]]:
+    return number, _maker.make(number, pieces)
+
+
+def evaluations(options: TokeniseOptions) -> Iterator[Evaluation]:
+    """The texts of the evaluation files.
+
+    Raises:
+        DataError: a row cannot be used; here none is left out.
+    """
+    for path in options.decontaminate:
+        for piece in scan(path, 0, options.shard_bytes).pieces:
+            for row in read(path, piece, options.decontaminate_fields or options.fields):
+                if row.problem:
+                    raise DataError(f"{path}:{row.number}:{row.problem}")
+                yield Evaluation(f"{path}:{row.number}", row.text)
+
+
+def _finish(folder: Path, plan: Plan, records: list[dict[str, Any]], too_short: int) -> dict[str, Any]:
+    """Write quarantine and manifest; from then on the folder is complete."""
+    left_out = [row for record in records for row in (*record["bad"], *record["contaminated"])]
+    write_whole(folder / QUARANTINE, "".join(f"{row}\n" for row in left_out).encode())
+    totals = {key: sum(record["counts"][key] for record in records) for key in records[0]["counts"]} if records else {}
+    totals |= {key: sum(len(record[key]) for record in records) for key in ("bad", "contaminated")}
+    totals["too_short_to_match"] = too_short
+    files = {name: file for record in records for name, file in record["files"].items()}
+    for path in (folder / QUARANTINE, *sorted((folder / TOKENIZER).iterdir())):
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": digest_of(path)}
+    shards = [record["name"] for record in records if record["files"]]
+    write_manifest(folder, {"plan": plan.description, "totals": totals, "shards": shards, "files": files})
+    shutil.rmtree(folder / WORK)
+    return totals

@@ -1,0 +1,32 @@
+"""How context-parallel ranks share a sequence.
+
+It is cut into twice as many pieces as there are ranks, and rank r takes pieces r and 2N-1-r: under a causal mask each
+rank then has the same work. megatron-core and Transformer Engine divide rotary positions and attention in this way.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def context_parallel_group() -> dist.ProcessGroup:
+    """The ranks that share each sequence with this one."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_group()
+
+
+def share_of_sequence(x_BL: Tensor) -> Tensor:
+    """This rank's positions of whole sequences: [B, L] -> [B, L / ranks]; L must be a multiple of twice the ranks."""
+    group = context_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return x_BL
+    return x_BL[:, positions_of_rank(x_BL.shape[1], dist.get_rank(group), dist.get_world_size(group))].contiguous()
+
+
+def positions_of_rank(length: int, rank: int, ranks: int) -> Tensor:
+    """The positions that a rank holds, int64 [length / ranks], ascending."""
+    pieces = torch.arange(length).chunk(2 * ranks)
+    return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])

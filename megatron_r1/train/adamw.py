@@ -1,0 +1,62 @@
+"""AdamW whose moments rest in another type, or in another memory, than the update is computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+
+class RestingMomentsAdamW(torch.optim.AdamW):
+    """AdamW over fp32 weights whose moments are rounded to `dtype` and put on `device` after each update.
+
+    DeepSeek-V3 keeps both moments in bf16 beside fp32 weights and gradients (report, section 3.3.3). Parameters are
+    taken one after the other, so that no more than one has its moments in fp32 at a time.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype, device: str | None = None):
+        """
+        Args:
+            groups: parameter groups of another Adam: learning rate, betas, epsilon and decay are taken from them.
+            dtype: of the moments at rest.
+            device: where they rest; None leaves them beside their parameter.
+        """
+        # The base class takes leaves only; the distributed optimizer steps views into buffers.
+        super().__init__([torch.zeros(1)])
+        self.param_groups = list(groups)
+        self._dtype, self._device = dtype, device
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter, parameter.grad)
+
+    def _update(self, group: dict[str, Any], parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        state = self.state[parameter]
+        if not state:
+            resting = torch.zeros_like(parameter, dtype=self._dtype, device=self._device)
+            state |= {"step": torch.zeros(()), "exp_avg": resting, "exp_avg_sq": resting.clone()}
+        working = {key: state[key].to(parameter.device, parameter.dtype) for key in ("exp_avg", "exp_avg_sq")}
+        adamw(
+            [parameter],
+            [gradient],
+            [working["exp_avg"]],
+            [working["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for key, moment in working.items():
+            state[key].copy_(moment)

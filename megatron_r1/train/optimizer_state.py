@@ -1,0 +1,113 @@
+"""The optimizer's state as shards of its parameters, so that any layout of ranks can go on from any other's.
+
+megatron-core's distributed optimizer keeps its state as flat ranges of gradient buffers, which depend on how many
+data-parallel ranks there are and on what else lies in the buffer. Put together again, a parameter's moments are shaped
+and shared out like the parameter itself, and are saved and read back like weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.model.chunks import Model
+from megatron_r1.model.shards import Shard, shards
+from megatron_r1.train.optimizer import MOMENTS, Kept, Optimizer
+
+MASTER = "master"
+"""fp32 copies of bf16 weights."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the state of this rank's share of a parameter lies."""
+
+    group: dist.ProcessGroup
+    """The data-parallel ranks that keep it together."""
+    ranges: list[tuple[int, int]]
+    """What each of them keeps of the flattened parameter, in order."""
+    kept: Kept | None
+    """What this rank keeps; None where that is nothing."""
+
+
+class OptimizerState:
+    """Saves and restores what an optimizer has gathered; every method is collective over all ranks."""
+
+    def __init__(self, model: Model, optimizer: Optimizer):
+        self._model = model
+        self._moment_type = optimizer.moment_type
+        self._rests_on = optimizer.moments_rest_on
+        kept = {id(entry.parameter): entry for entry in optimizer.kept()}
+        self._places = {
+            id(parameter): _Place(group, ranges, kept.get(id(parameter)))
+            for parameter, group, ranges in optimizer.ranges()
+        }
+
+    def shards(self) -> Iterator[tuple[str, Shard]]:
+        """Kind, and a shard of a parameter with the state in place of the weight; moments are zero before any update.
+
+        Only what this rank speaks for; all ranks must iterate to the end.
+        """
+        for kind in (MASTER, *MOMENTS):
+            for shard in shards(self._model, of=partial(self._put_together, kind)):
+                if shard.owned:
+                    yield kind, shard
+
+    def load(self, read: Callable[[str, Shard], Tensor], updates: int) -> None:
+        """Restore the state.
+
+        Args:
+            read: gives the state in place of a shard of a parameter, whatever layout saved it.
+            updates: that the moments have seen.
+        """
+        for kind in (MASTER, *MOMENTS):
+            room: dict[int, Tensor] = {}
+            for shard in shards(self._model, of=partial(self._make_room, kind, room)):
+                shard.tensor.copy_(read(kind, shard))
+            for key, whole in room.items():
+                place = self._places[key]
+                if place.kept:
+                    start, end = place.ranges[dist.get_rank(place.group)]
+                    self._restore(kind, place.kept, whole.flatten()[start:end], updates)
+
+    def _has(self, kind: str, parameter: Tensor) -> bool:
+        return id(parameter) in self._places and (kind != MASTER or parameter.dtype == torch.bfloat16)
+
+    def _type(self, kind: str) -> torch.dtype:
+        return torch.float32 if kind == MASTER else self._moment_type
+
+    def _put_together(self, kind: str, parameter: Tensor) -> Tensor | None:
+        """State of this rank's whole share of a parameter, from all who keep parts of it; None where there is none."""
+        if not self._has(kind, parameter):
+            return None
+        place = self._places[id(parameter)]
+        sizes = [end - start for start, end in place.ranges]
+        mine_N = torch.zeros(max(sizes), dtype=self._type(kind), device=parameter.device)
+        if place.kept:
+            weight_N = place.kept.weight_N
+            state = place.kept.optimizer.state.get(weight_N, {})
+            found = weight_N if kind == MASTER else state.get(kind)
+            if found is not None:
+                mine_N[: len(found)] = found
+        everyones = [torch.empty_like(mine_N) for _ in sizes]
+        dist.all_gather(everyones, mine_N, place.group)
+        return torch.cat([each_N[:size] for each_N, size in zip(everyones, sizes, strict=True)]).view(parameter.shape)
+
+    def _make_room(self, kind: str, room: dict[int, Tensor], parameter: Tensor) -> Tensor | None:
+        if not self._has(kind, parameter):
+            return None
+        room[id(parameter)] = torch.empty(parameter.shape, dtype=self._type(kind), device=parameter.device)
+        return room[id(parameter)]
+
+    def _restore(self, kind: str, kept: Kept, part_N: Tensor, updates: int) -> None:
+        if kind == MASTER:
+            kept.weight_N.data.copy_(part_N)
+        elif updates:
+            state = kept.optimizer.state[kept.weight_N]
+            state["step"] = torch.tensor(float(updates), dtype=torch.float32)
+            state[kind] = part_N.clone().to(self._rests_on or part_N.device)

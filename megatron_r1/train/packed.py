@@ -1,0 +1,160 @@
+"""Next-token prediction on packed documents: which targets count, what attention sees, and how losses are weighted.
+
+A loss is the mean over the counted targets of the whole global batch. Micro-batches and ranks hold different numbers
+of them, so each loss is a sum with the weight of a global mean.
+
+Shapes: B sequences, L positions; position t predicts token t + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.data.packed import PackedBatch
+from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A micro-batch of packed sequences."""
+
+    tokens_BL: Tensor
+    """Inputs, and one more token, a target only: [B, L + 1]."""
+    pieces_BL: Tensor
+    """Piece of a document that each input belongs to; 0 is padding."""
+    counted_BL: Tensor
+    """1 where the target counts, else 0."""
+    extra_BL: Tensor
+    """The same for multi-token prediction, as megatron-core takes it."""
+    weight: float
+    """Of one target's loss, so that means over micro-batches and ranks come out as the mean over all targets."""
+    extra_weight: float
+    """Of this micro-batch's mean loss of the extra predictions, to the same end."""
+
+
+class PackedReader:
+    """Turns batches into micro-batches and runs the model on one."""
+
+    def __init__(self, cross_document_attention: bool, extra_predictions: int, device: str):
+        """
+        Args:
+            cross_document_attention: whether a token sees the documents before its own in the sequence.
+            extra_predictions: layers of multi-token prediction.
+        """
+        self._cross, self._extra, self._device = cross_document_attention, extra_predictions, device
+
+    def micro_batches(self, batch: PackedBatch, rank: int, ranks: int, size: int) -> list[PackedRows]:
+        """This data-parallel rank's share of a global batch.
+
+        Args:
+            size: sequences of a micro-batch.
+        """
+        counted_BL = counted_targets(batch, self._cross)
+        extra_BL = counted_extra(counted_BL, self._extra)
+        rows = np.arange(len(counted_BL))[rank::ranks]
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        means = len(parts) * ranks
+        targets, extras = max(1, int(counted_BL.sum())), max(1, int(extra_BL.sum()))
+        return [
+            PackedRows(
+                self._tensor(batch.tokens_BL[part]),
+                self._tensor(batch.pieces_BL[part, :-1]),
+                self._tensor(counted_BL[part]).float(),
+                self._tensor(extra_BL[part]).float(),
+                means / targets,
+                means * int(extra_BL[part].sum()) / extras,
+            )
+            for part in parts
+        ]
+
+    def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
+        """Cross-entropy of the counted targets."""
+        inputs_BL, labels_BL = rows.tokens_BL[:, :-1].contiguous(), rows.tokens_BL[:, 1:].contiguous()
+        places_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
+        counted_BL, extra_BL = rows.counted_BL, rows.extra_BL
+        sharing = dist.get_world_size(context_parallel_group())
+        if self._cross:
+            inputs_BL, labels_BL, counted_BL, extra_BL, places_BL = map(
+                share_of_sequence, (inputs_BL, labels_BL, counted_BL, extra_BL, places_BL)
+            )
+            positions_BL, unseen_B1LL = places_BL, None
+        else:
+            positions_BL, unseen_B1LL = positions_in_pieces(rows.pieces_BL), hidden_from(rows.pieces_BL)
+
+        def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = (output_BL.float() * counted_BL).sum() * rows.weight
+            # Context-parallel ranks each have a part of the sum, and the mean of what is logged is shown.
+            return loss, {"loss": loss.detach() * sharing}
+
+        with extra_predictions_weighted(model, rows.extra_weight):
+            output = model(inputs_BL, positions_BL, unseen_B1LL, labels=labels_BL, loss_mask=extra_BL)
+        return output, loss_function
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+def counted_targets(batch: PackedBatch, cross_document_attention: bool) -> np.ndarray:
+    """Which positions' targets count: bool [B, L].
+
+    A target counts when it follows its input in a document. Where documents see each other the first token of the next
+    one counts too; the first token of a cut document's later piece never does, as it counted in the piece before.
+    """
+    pieces_BL = batch.pieces_BL
+    same_BL = pieces_BL[:, 1:] == pieces_BL[:, :-1]
+    follows_BL = same_BL | batch.begins_BL[:, 1:] if cross_document_attention else same_BL
+    return follows_BL & (pieces_BL[:, 1:] != 0)
+
+
+def counted_extra(counted_BL: np.ndarray, depth: int) -> np.ndarray:
+    """The loss mask to hand to megatron-core for `depth` extra predictions: bool [B, L].
+
+    Prediction k at position t, of token t + 1 + k, reads the mask at t + k, and must not count unless all steps from t
+    to there do. The first `depth` entries are off, so that every prediction counts equally many.
+    """
+    result_BL = counted_BL.copy()
+    for step in range(1, depth + 1):
+        result_BL[:, step:] &= counted_BL[:, :-step]
+    result_BL[:, :depth] = False
+    return result_BL
+
+
+def positions_in_pieces(pieces_BL: Tensor) -> Tensor:
+    """Place of each token in its piece, from 0."""
+    places_BL = torch.arange(pieces_BL.shape[1], device=pieces_BL.device).expand_as(pieces_BL)
+    first_BL = torch.ones_like(pieces_BL, dtype=torch.bool)
+    first_BL[:, 1:] = pieces_BL[:, 1:] != pieces_BL[:, :-1]
+    return places_BL - torch.where(first_BL, places_BL, 0).cummax(1).values
+
+
+def hidden_from(pieces_BL: Tensor) -> Tensor:
+    """Attention mask [B, 1, L, L], true where a position must not be seen: later, or of another piece."""
+    length = pieces_BL.shape[1]
+    later_LL = torch.ones(length, length, dtype=torch.bool, device=pieces_BL.device).triu(1)
+    return (later_LL | (pieces_BL[:, :, None] != pieces_BL[:, None, :])).unsqueeze(1)
+
+
+@contextmanager
+def extra_predictions_weighted(model: Any, weight: float) -> Iterator[None]:
+    """Multiply the coefficient of multi-token prediction in the forward passes inside."""
+    config = model.config
+    saved = config.mtp_loss_scaling_factor
+    if saved is not None:
+        config.mtp_loss_scaling_factor = saved * weight
+    try:
+        yield
+    finally:
+        config.mtp_loss_scaling_factor = saved
+
+
+def padding_share(batches: Sequence[PackedBatch]) -> float:
+    """Share of positions that hold no token."""
+    return float(np.mean([(batch.pieces_BL == 0).mean() for batch in batches]))

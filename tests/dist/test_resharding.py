@@ -1,0 +1,56 @@
+"""A checkpoint of any layout goes on in any other: the same next loss, the same optimizer state."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from launching import run_to_the_end
+
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "ep2": (2, {"expert": 2}),
+    "dp2": (2, {}),
+    "etp2": (2, {"tensor": 2, "expert_tensor": 2}),
+    "vpp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "uneven-pp2": (2, {"pipeline": 2, "pipeline_layers": [3, 1]}),
+    "tp2-ep2": (4, {"tensor": 2, "expert": 2}),
+    "pp2-ep2": (4, {"pipeline": 2, "expert": 2}),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "dp4": (4, {}),
+}
+
+
+def launch(layout: str, root: Path, action: str, sources: list[str]) -> dict:
+    ranks, degrees = LAYOUTS[layout]
+    folder = root / layout
+    folder.mkdir(exist_ok=True)
+    (folder / "job.json").write_text(json.dumps({"parallel": degrees, "sources": sources}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_resharding.py")), str(folder), action], seconds=200)
+    return json.loads((folder / f"{action}.json").read_text())
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["tp2", "vpp2"], id="2 layouts"),
+        pytest.param(list(LAYOUTS), id="all layouts", marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_goes_on_from_every_other(names, tmp_path):
+    saved = {name: launch(name, tmp_path, "save", [])["next_loss"] for name in names}
+    worst = 0.0
+    for name in names:
+        for source, found in launch(name, tmp_path, "load", names).items():
+            assert found["equal"], f"{source} -> {name}: the optimizer's state is not what was saved"
+            difference = abs(found["next_loss"] / saved[source] - 1)
+            assert difference < 1e-6, f"{source} -> {name}: next loss differs by {difference:.1e}"
+            worst = max(worst, difference)
+    print(f"{len(names) ** 2} pairs: largest relative difference of the next loss {worst:.1e}")

@@ -1,0 +1,42 @@
+"""Batches of packed documents for tests of the model, made without files."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_r1.data.packed import PackedBatch
+
+PAD = 2
+
+
+def packed_batch(rows: int, length: int, seed: int = 0, longest: int = 12) -> PackedBatch:
+    """Random pieces of 2 to `longest` tokens; most rows end in padding, some pieces continue a document."""
+    chance = np.random.default_rng(seed)
+    shape = (rows, length + 1)
+    batch = PackedBatch(np.full(shape, PAD), np.zeros(shape, np.int64), np.zeros(shape, bool))
+    for row in range(rows):
+        at, number, end = 0, 0, int(chance.integers(length // 2, length + 2))
+        while end - at >= 2:
+            number += 1
+            stop = min(end, at + int(chance.integers(2, longest + 1)))
+            batch.tokens_BL[row, at:stop] = chance.integers(5, 512, stop - at)
+            batch.pieces_BL[row, at:stop] = number
+            batch.begins_BL[row, at] = chance.random() < 0.7
+            at = stop
+    return batch
+
+
+def one_piece_a_row(batch: PackedBatch) -> PackedBatch:
+    """The same pieces, each alone in a row."""
+    rows = [
+        (tokens_L[pieces_L == number], begins_L[pieces_L == number])
+        for tokens_L, pieces_L, begins_L in zip(batch.tokens_BL, batch.pieces_BL, batch.begins_BL, strict=True)
+        for number in range(1, pieces_L.max() + 1)
+    ]
+    shape = (len(rows), batch.tokens_BL.shape[1])
+    result = PackedBatch(np.full(shape, PAD), np.zeros(shape, np.int64), np.zeros(shape, bool))
+    for row, (tokens_L, begins_L) in enumerate(rows):
+        result.tokens_BL[row, : len(tokens_L)] = tokens_L
+        result.pieces_BL[row, : len(tokens_L)] = 1
+        result.begins_BL[row, : len(begins_L)] = begins_L
+    return result
