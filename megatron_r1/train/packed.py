@@ -8,7 +8,7 @@ Shapes: B sequences, L positions; position t predicts token t + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -153,8 +153,3 @@ def extra_predictions_weighted(model: Any, weight: float) -> Iterator[None]:
         yield
     finally:
         config.mtp_loss_scaling_factor = saved
-
-
-def padding_share(batches: Sequence[PackedBatch]) -> float:
-    """Share of positions that hold no token."""
-    return float(np.mean([(batch.pieces_BL == 0).mean() for batch in batches]))
