@@ -35,7 +35,7 @@ def gradient_squares(model: Any, optimizer: Any, rows_BL: torch.Tensor) -> dict[
     from megatron_r1.stages.pretrain import next_token_forward
 
     optimizer.zero_gradients()
-    forward_backward(model, optimizer.model, rows_BL.split(2), next_token_forward, rows_BL.shape[1] - 1)
+    forward_backward(model, optimizer.chunks, rows_BL.split(2), next_token_forward, rows_BL.shape[1] - 1)
     return {
         name: float(parameter.main_grad.square().sum())
         for name, parameter in model.named_parameters()

@@ -114,7 +114,7 @@ def test_gradients_of_every_matrix_differ_from_full_precision_and_little(build):
         model = build(precision)
         optimizer = Optimizer(model, TrainConfig())
         optimizer.zero_gradients()
-        forward_backward(model, optimizer.model, [ROWS_BL], next_token_forward, 128)
+        forward_backward(model, optimizer.chunks, [ROWS_BL], next_token_forward, 128)
         gradients.append({name: parameter.main_grad for name, parameter in model.named_parameters()})
     full, fp8 = gradients
     assert full.keys() == fp8.keys()
