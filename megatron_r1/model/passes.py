@@ -10,6 +10,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
@@ -60,6 +61,9 @@ def forward_backward(
         loads.update((layer_name(router), router.local_tokens_per_expert.clone()) for router in routers(model))
         finalize_model_grads(models, num_tokens, **kwargs)
 
+    # megatron-core adds auxiliary losses up for the whole process, whatever model and passes they are of.
+    destroy_moe_metrics_tracker()
+    MTPLossLoggingHelper.tracker = {}
     model.config.finalize_model_grads_func = finalise
     logged = get_forward_backward_func()(
         forward_step_func=lambda batches, module: forward(module, next(batches)),
@@ -70,7 +74,7 @@ def forward_backward(
         micro_batch_size=rows,
         forward_only=False,
     )
-    told = _every_stage((_over_ranks(loads), _take_mtp_loss(len(micro_batches))))
+    told = _every_stage((_over_ranks(loads), _mtp_loss(len(micro_batches))))
     everywhere = {layer: load_E for loads, _ in told for layer, load_E in loads.items()}
     in_order = {layer: everywhere[layer] for layer in sorted(everywhere, key=_place)}
     return Passes(logged, in_order, next((loss for _, loss in told if loss is not None), None))
@@ -111,16 +115,14 @@ def layer_name(router: Any) -> str:
     return f"{'mtp' if router.is_mtp_layer else 'layer'} {router.layer_number}"
 
 
-def _take_mtp_loss(num_micro_batches: int) -> float | None:
-    """Mean loss of the extra predictions since the last call, over data-parallel ranks; None but on their stage."""
+def _mtp_loss(num_micro_batches: int) -> float | None:
+    """Mean loss of the extra predictions of these passes, over data-parallel ranks; None but on their stage."""
     tracker = MTPLossLoggingHelper.tracker
-    # Forgotten when the tracker is cleaned: there is one only if a loss was recorded since.
     group = tracker.get("avg_group")
     if group is None:
         return None
     mean = tracker["loss_values"].mean()
     torch.distributed.all_reduce(mean, group=group)
-    MTPLossLoggingHelper.clean_metrics_in_tracker()
     return float(mean) / group.size() / num_micro_batches
 
 

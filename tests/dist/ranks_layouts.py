@@ -41,8 +41,10 @@ def main(folder: Path) -> None:
             if precision == "fp64":
                 compute_in_float64()
             config.model.precision = precision
-            found = {"pretrain": pretrain(config, platform), "packed": packed(config, platform, cross=True)}
-            if config.parallel.context == 1:
+            found = {"pretrain": pretrain(config, platform)}
+            if precision == "fp64":
+                found["packed"] = packed(config, platform, cross=True)
+            if precision == "fp64" and config.parallel.context == 1:
                 found["apart"] = packed(config, platform, cross=False)
             if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
