@@ -58,7 +58,8 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def survive(arguments: Sequence[object], folder: Path, whole: Path, kills: int, life: float, seed: int) -> list[int]:
     """Run jobs, each started again after every kill, until so many kills have struck; shards done at each kill.
 
-    Every job must end with the bytes of the job that nothing killed.
+    Every second kill waits for a shard; the others may strike at any moment of a job's life. Every job must end with
+    the bytes of the job that nothing killed.
     """
     chance, struck, jobs = random.Random(seed), [], 0
     while len(struck) < kills:
@@ -67,7 +68,13 @@ def survive(arguments: Sequence[object], folder: Path, whole: Path, kills: int, 
         while True:
             with started([*arguments, "--output", out], str(out)) as process:
                 try:
-                    process.wait(chance.uniform(0.3, life) if len(struck) < kills else ENDS_S)
+                    spared = ENDS_S
+                    if len(struck) < kills:
+                        spared = chance.uniform(0.0, life)
+                        if len(struck) % 2:
+                            wait_for_another_shard(process, out)
+                            spared /= 10
+                    process.wait(spared)
                     assert process.returncode == 0, process.communicate()[1]
                     break
                 except subprocess.TimeoutExpired:
@@ -79,6 +86,14 @@ def survive(arguments: Sequence[object], folder: Path, whole: Path, kills: int, 
         assert contents(out) == contents(whole)
     print(f"{kills} kills of {jobs} jobs, with {struck} of {len(list(whole.glob('*.bin')))} shards done")
     return struck
+
+
+def wait_for_another_shard(process: subprocess.Popen[str], out: Path) -> None:
+    """Until this attempt has finished a shard, so that the next one has something to keep and something to do."""
+    done, deadline = len(list(out.glob("work/shard*.json"))), time.monotonic() + ENDS_S
+    while process.poll() is None and len(list(out.glob("work/shard*.json"))) <= done:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def all_gone(mark: str) -> bool:
