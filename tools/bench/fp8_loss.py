@@ -310,7 +310,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     right.set_yscale("log")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     left.set(xlabel="step", ylabel="loss in nats per token")
-    right.set(xlabel="step", ylabel="size of the relative loss error, mean over seeds")
+    right.set(xlabel="step", ylabel="relative loss error, mean size")
     for axes in (left, right):
         axes.grid(True, linewidth=0.4, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
