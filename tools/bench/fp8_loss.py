@@ -6,10 +6,11 @@ Trains one small model (7 M parameters, 256 wide, latent attention, 8 experts) o
 formats and several seeds, a process a run, one thread each; runs that are finished are not repeated. Prints a table
 and writes fp8_loss.svg and fp8_loss.json beside the runs.
 
-The measure is the report's relative loss error (DeepSeek-V3, appendix B.1): |loss - loss in bf16| / loss in bf16, both
-losses exponentially smoothed over steps with 0.9 as there, on the same batches, here averaged over the last half of
-the steps. Where it falls the error of one seed is mostly chaos: the floor is that of bf16 from weights of which one in
-each matrix was moved to the next number of its type.
+The measure is the report's relative loss error (DeepSeek-V3, appendix B.1): (loss - loss in bf16) / loss in bf16, both
+losses on the same batches and exponentially smoothed over steps with 0.9 as there, here averaged over the last half of
+the steps. Two runs that differ in one last digit come to differ in loss, too: that floor is measured with bf16 from
+weights of which one in each matrix was moved to the next number of its type. Because errors below the floor cannot be
+seen that way, the variants are also compared without training, at the weights that bf16 ends with.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 SMOOTHING = 0.9
-BASELINE, FLOOR = "bf16", "bf16, one unit in the last place off"
+BASELINE, FLOOR, SAME_WEIGHTS = "bf16", "bf16, one unit in the last place off", "at the same weights"
 VARIANTS: dict[str, list[str]] = {
     BASELINE: [],
     FLOOR: [],
@@ -38,6 +39,8 @@ VARIANTS: dict[str, list[str]] = {
         "precision.weights=tensor",
     ],
 }
+SHARED = ("steps", "batch", "documents", "probes", "folder")
+"""Arguments that a run's own process is given, too."""
 SETTINGS = [
     *("model.hidden_size=256", "model.num_layers=4", "model.num_attention_heads=4", "model.ffn_hidden_size=512"),
     *("model.attention.q_lora_rank=128", "model.attention.kv_lora_rank=128", "model.attention.qk_nope_head_dim=64"),
@@ -52,28 +55,33 @@ SETTINGS = [
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parsed(arguments)
     if options.one:
-        variant, seed = options.one
-        with process(int(seed)) as platform:
-            save(options, variant, int(seed), train(variant, int(seed), options, platform))
+        kind, seed = options.one[0], int(options.one[1])
+        with process(seed) as platform:
+            same = kind == SAME_WEIGHTS
+            kept = at_the_same_weights(seed, options, platform) if same else train(kind, seed, options, platform)[0]
+        save(options, kind, seed, kept)
         return
     for seed in options.seeds:
-        for variant in VARIANTS:
-            if not path_of(options, variant, seed).exists():
-                repeat = [f"--{key}={getattr(options, key)}" for key in ("steps", "batch", "documents", "folder")]
-                subprocess.run([sys.executable, __file__, *repeat, "--one", variant, str(seed)], check=True)
+        for kind in (*VARIANTS, SAME_WEIGHTS):
+            if not path_of(options, kind, seed).exists():
+                repeat = [f"--{key}={getattr(options, key)}" for key in SHARED]
+                subprocess.run([sys.executable, __file__, *repeat, "--one", kind, str(seed)], check=True)
     runs = {variant: [read(options, variant, seed) for seed in options.seeds] for variant in VARIANTS}
+    same_weights = [read(options, SAME_WEIGHTS, seed) for seed in options.seeds]
     errors = {variant: [error_of(run, runs[BASELINE][i]) for i, run in enumerate(runs[variant])] for variant in runs}
-    print(table(runs, errors))
-    (options.folder / "fp8_loss.json").write_text(json.dumps(summary(options, runs, errors), indent=1))
+    print(table(runs, errors), same_weights_table(same_weights), sep="\n\n")
+    found = {**summary(options, runs, errors), "at_the_same_weights": same_weights}
+    (options.folder / "fp8_loss.json").write_text(json.dumps(found, indent=1))
     draw(runs, options.folder / "fp8_loss.svg")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=16, help="sequences of 64 tokens a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--documents", type=int, default=30_000, help="documents of text to generate")
+    parser.add_argument("--probes", type=int, default=8, help="batches compared at the same weights")
     parser.add_argument("--folder", type=Path, default=Path("runs/fp8_loss"))
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="a single run, without a table")
     return parser.parse_args(arguments)
@@ -97,13 +105,23 @@ def process(seed: int) -> Any:
     return only_rank()
 
 
-def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -> dict[str, Any]:
+def config_of(variant: str, seed: int, options: argparse.Namespace, *more: str) -> Any:
+    """The configuration of a run, from the pre-training recipe."""
+    from megatron_r1.config.load import load
+
+    batch = [f"train.global_batch_size={options.batch}", f"train.micro_batch_size={options.batch}"]
+    size = [f"data.num_documents={options.documents}", f"train.steps={options.steps}"]
+    warmup = [f"train.schedule.warmup_steps={options.steps // 10}"]
+    return load("pretrain", [*SETTINGS, *batch, *size, *warmup, f"seed={seed}", *VARIANTS[variant], *more])
+
+
+def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -> tuple[dict[str, Any], Any, Any]:
     """Train one variant; process groups must exist.
 
     Returns:
-        Loss of each step, parameters of the model, seconds of this process's time on a core.
+        What is kept (loss of each step, parameters of the model, seconds of this process's time on a core), the model,
+        the corpus.
     """
-    from megatron_r1.config.load import load
     from megatron_r1.data.corpus import build_corpus
     from megatron_r1.data.tokenizer import train_tokenizer
     from megatron_r1.model.build import build_model
@@ -111,13 +129,9 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.state import TrainState
 
-    batch = [f"train.global_batch_size={options.batch}", f"train.micro_batch_size={options.batch}"]
-    size = [f"data.num_documents={options.documents}", f"train.steps={options.steps}"]
-    warmup = [f"train.schedule.warmup_steps={options.steps // 10}"]
-    config = load("pretrain", [*SETTINGS, *batch, *size, *warmup, f"seed={seed}", *VARIANTS[variant]])
-    corpus = build_corpus(
-        config.data, train_tokenizer(config.data), config.train.sequence_length, seed, options.folder / "data"
-    )
+    config = config_of(variant, seed, options)
+    tokenizer, folder = train_tokenizer(config.data), options.folder / "data"
+    corpus = build_corpus(config.data, tokenizer, config.train.sequence_length, seed, folder)
     model = build_model(config.model, config.parallel, platform, seed, precision=config.precision)
     if variant == FLOOR:
         move_one_unit(model)
@@ -130,11 +144,59 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
         losses.append(row["loss"])
         if state.step % 25 == 0:
             print(f"{variant}, seed {seed}: step {state.step}/{options.steps}, loss {row['loss']:.4f}", file=sys.stderr)
-    return {
+    kept = {
         "losses": losses,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "core_seconds": time.process_time() - started,
     }
+    return kept, model, corpus
+
+
+def at_the_same_weights(seed: int, options: argparse.Namespace, platform: Any) -> dict[str, Any]:
+    """Errors of each variant's loss and gradient against fp32, at the weights that the baseline ends with.
+
+    Without training there is no chaos: what differs is the arithmetic alone.
+
+    Returns:
+        Variant -> `loss`, the relative error of the mean loss over some batches that training had not reached, and
+        `gradient`, |gradient - gradient in fp32| / |gradient in fp32| over all parameters, mean over the batches.
+    """
+    import torch
+
+    from megatron_r1.model.build import native_tensors
+
+    _, trained, corpus = train(BASELINE, seed, options, platform)
+    weights = {name: tensor.clone() for name, tensor in native_tensors(trained)}
+    first = options.steps * options.batch
+    batches = [torch.from_numpy(corpus.batch(first + i * options.batch, options.batch)) for i in range(options.probes)]
+    still = "model.moe.bias_update_rate=0.0"
+    exact = list(passes(config_of(BASELINE, seed, options, still, "model.precision=fp32"), weights, batches, platform))
+    errors = {}
+    for variant in (variant for variant in VARIANTS if variant != FLOOR):
+        found = passes(config_of(variant, seed, options, still), weights, batches, platform)
+        pairs = [(loss, float((g - exact[i][1]).norm() / exact[i][1].norm())) for i, (loss, g) in enumerate(found)]
+        loss = sum(loss for loss, _ in pairs) / sum(loss for loss, _ in exact) - 1
+        errors[variant] = {"loss": loss, "gradient": statistics.fmean(error for _, error in pairs)}
+    return errors
+
+
+def passes(config: Any, weights: dict[str, Any], batches: Sequence[Any], platform: Any) -> Iterator[tuple[float, Any]]:
+    """Loss and gradient, all parameters in one row, of each batch."""
+    import torch
+
+    from megatron_r1.model.build import build_model, load_native_tensors
+    from megatron_r1.model.passes import forward_backward
+    from megatron_r1.stages.pretrain import next_token_forward
+    from megatron_r1.train.optimizer import Optimizer
+
+    model = build_model(config.model, config.parallel, platform, config.seed, config.precision)
+    load_native_tensors(model, weights)
+    optimizer = Optimizer(model, config.train)
+    for batch in batches:
+        optimizer.zero_gradients()
+        found = forward_backward(model, optimizer.model, [batch], next_token_forward, config.train.sequence_length)
+        gradient = torch.cat([parameter.main_grad.flatten() for parameter in model.parameters()])
+        yield float(found.logged[0]["loss"]), gradient
 
 
 def move_one_unit(model: Any) -> None:
@@ -203,6 +265,16 @@ def table(runs: dict[str, list[dict[str, Any]]], errors: dict[str, list[dict[str
     return "\n".join(lines)
 
 
+def same_weights_table(same_weights: list[dict[str, Any]]) -> str:
+    """One line a variant: relative error of the loss by seed, and of the gradient."""
+    lines = [f"{'at the weights that bf16 ends with':38} relative loss error by seed   relative gradient error by seed"]
+    for variant in (variant for variant in VARIANTS if variant != FLOOR):
+        losses = " ".join(f"{of_seed[variant]['loss']:+9.4%}" for of_seed in same_weights)
+        gradients = " ".join(f"{of_seed[variant]['gradient']:8.3%}" for of_seed in same_weights)
+        lines.append(f"{variant:38} {losses}   {gradients}")
+    return "\n".join(lines)
+
+
 def summary(options: argparse.Namespace, runs: dict[str, Any], errors: dict[str, Any]) -> dict[str, Any]:
     return {
         "steps": options.steps,
@@ -238,7 +310,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     right.set_yscale("log")
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     left.set(xlabel="step", ylabel="loss in nats per token")
-    right.set(xlabel="step", ylabel="size of the relative loss error, mean over seeds")
+    right.set(xlabel="step", ylabel="relative loss error, mean size")
     for axes in (left, right):
         axes.grid(True, linewidth=0.4, alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -11,7 +11,7 @@ scales, which is allowed, and said (`Fp8Plan.cut`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -97,7 +97,7 @@ def use_fp8(model: GPTModel, precision: PrecisionConfig, platform: Platform) -> 
         ConfigError: no linear layer would be quantised, or one is not known.
     """
     plan = Fp8Plan()
-    for name, module in model.named_modules():
+    for name, module in _named_in_the_whole(model):
         weight = _matrix(module)
         if weight is None:
             continue
@@ -147,6 +147,14 @@ def recipe_of(kind: str, precision: PrecisionConfig) -> LinearRecipe:
         power_of_two_gradients=kind in precision.power_of_two_gradients,
         kept=E5M6 if kind in precision.e5m6_inputs else E4M3,
     )
+
+
+def _named_in_the_whole(model: GPTModel) -> Iterator[tuple[str, Any]]:
+    """Modules by name, backbone layers by their number in the whole model: a pipeline stage counts its own from 0."""
+    numbers = {f"decoder.layers.{i}": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
+    for name, module in model.named_modules():
+        layer = ".".join(name.split(".")[:3])
+        yield (f"decoder.layers.{numbers[layer]}{name[len(layer) :]}" if layer in numbers else name), module
 
 
 def _matrix(module: Any) -> Tensor | None:
