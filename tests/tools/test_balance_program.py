@@ -38,5 +38,7 @@ def test_the_bias_balances_as_the_paper_says_and_costs_no_loss(tmp_path):
 
     subprocess.run([sys.executable, PROGRAM, "--root", tmp_path], check=True)
     found = {name: balance.measure(tmp_path / f"{name}_0") for name in balance.ARMS}
-    assert found["bias_fast"]["p95"] <= 1.3 < found["neither"]["p95"]
-    assert found["bias_fast"]["loss"] <= found["auxiliary"]["loss"] * 1.01
+    for arm in ("bias", "bias_fast"):
+        assert found[arm]["p95"] <= 1.3 < found["auxiliary"]["p95"] < found["neither"]["p95"]
+    # Seeds differ by more than this; "no worse" within what one run can tell.
+    assert found["bias"]["loss"] <= found["auxiliary"]["loss"] * 1.01
