@@ -189,13 +189,14 @@ def passes(config: Any, weights: dict[str, Any], batches: Sequence[Any], platfor
     from megatron_r1.stages.pretrain import next_token_forward
     from megatron_r1.train.optimizer import Optimizer
 
-    model = build_model(config.model, config.parallel, platform, config.seed, config.precision)
+    model = build_model(config.model, config.parallel, platform, config.seed, precision=config.precision)
     load_native_tensors(model, weights)
     optimizer = Optimizer(model, config.train)
     for batch in batches:
         optimizer.zero_gradients()
-        found = forward_backward(model, optimizer.model, [batch], next_token_forward, config.train.sequence_length)
-        gradient = torch.cat([parameter.main_grad.flatten() for parameter in model.parameters()])
+        found = forward_backward(model, optimizer.chunks, [batch], next_token_forward, config.train.sequence_length)
+        parameters: list[Any] = [*model.parameters()]
+        gradient = torch.cat([parameter.main_grad.flatten() for parameter in parameters])
         yield float(found.logged[0]["loss"]), gradient
 
 

@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
 from megatron_r1.config.precision import LINEARS, PrecisionConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.model.chunks import Model, chunks
 from megatron_r1.model.fp8.linear import LinearRecipe, multiply, parallel_multiply
 from megatron_r1.model.fp8.quantise import BLOCK, E4M3, E5M6, TILE, WHOLE
 from megatron_r1.model.parts import DuplicatedLinear, GroupedLinear
@@ -85,7 +85,7 @@ def kind_of(name: str) -> str:
     raise ConfigError("precision.linears", "fp8", f"{name} holds a matrix of a kind that is not known to FP8")
 
 
-def use_fp8(model: GPTModel, precision: PrecisionConfig, platform: Platform) -> Fp8Plan:
+def use_fp8(model: Model, precision: PrecisionConfig, platform: Platform) -> Fp8Plan:
     """Let the linear layers of a built model multiply in FP8.
 
     Args:
@@ -149,12 +149,13 @@ def recipe_of(kind: str, precision: PrecisionConfig) -> LinearRecipe:
     )
 
 
-def _named_in_the_whole(model: GPTModel) -> Iterator[tuple[str, Any]]:
+def _named_in_the_whole(model: Model) -> Iterator[tuple[str, Any]]:
     """Modules by name, backbone layers by their number in the whole model: a pipeline stage counts its own from 0."""
-    numbers = {f"decoder.layers.{i}": layer.layer_number - 1 for i, layer in enumerate(model.decoder.layers)}
-    for name, module in model.named_modules():
-        layer = ".".join(name.split(".")[:3])
-        yield (f"decoder.layers.{numbers[layer]}{name[len(layer) :]}" if layer in numbers else name), module
+    for part in chunks(model):
+        numbers = {f"decoder.layers.{i}": layer.layer_number - 1 for i, layer in enumerate(part.decoder.layers)}
+        for name, module in part.named_modules():
+            layer = ".".join(name.split(".")[:3])
+            yield (f"decoder.layers.{numbers[layer]}{name[len(layer) :]}" if layer in numbers else name), module
 
 
 def _matrix(module: Any) -> Tensor | None:
