@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import CheckpointDamaged
+from megatron_r1.files import canonical, digest_of
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -48,8 +49,8 @@ class Manifest:
             "files": {name: {"size": record.size, "sha256": record.sha256} for name, record in self.files.items()},
             "metadata": self.metadata,
         }
-        digest = hashlib.sha256(_canonical(body)).hexdigest()
-        return _canonical(body | {"sha256": digest}) + b"\n"
+        digest = hashlib.sha256(canonical(body)).hexdigest()
+        return canonical(body | {"sha256": digest}) + b"\n"
 
     @staticmethod
     def decode(raw: bytes, folder: Path) -> Manifest:
@@ -64,12 +65,6 @@ class Manifest:
         if not unchanged:
             raise _damaged(folder, MANIFEST_NAME, f"does not match its own hash, or is not of format {FORMAT}")
         return manifest
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file in hex, read in chunks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any]) -> Manifest:
@@ -148,11 +143,7 @@ def files_under(folder: Path) -> dict[str, Path]:
 def _digests(paths: list[Path]) -> list[str]:
     # hashlib releases the GIL, so that threads use every core: about 2 GB/s each.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(file_digest, paths))
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode("ascii")
+        return list(pool.map(digest_of, paths))
 
 
 def _damaged(folder: Path, name: str, what: str) -> CheckpointDamaged:

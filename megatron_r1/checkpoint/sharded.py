@@ -104,14 +104,14 @@ class WholeTensors(Mapping[str, Tensor]):
         """The box of `shape` at `offset`, whoever wrote its numbers.
 
         Raises:
-            DataError: no such tensor, another shape, or some of its numbers were never written.
+            DataError: no such tensor, another shape, or some of its numbers were never written, or twice.
         """
         if name not in self._shapes:
             raise DataError(f"{name}: missing from {self._folder}/{self._kind}-*.safetensors")
         if self._shapes[name] != tuple(whole_shape):
             raise DataError(f"{name}: has shape {self._shapes[name]}, must have {tuple(whole_shape)}")
         result: Tensor | None = None
-        found = 0
+        missing = torch.ones(shape, dtype=torch.bool)
         for stored in self._parts[name]:
             low = [max(a, b) for a, b in zip(offset, stored.offset, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, stored.offset, stored.shape, strict=True)]
@@ -123,8 +123,9 @@ class WholeTensors(Mapping[str, Tensor]):
             numbers = file.get_slice(stored.key)[there] if there else file.get_tensor(stored.key)
             if result is None:
                 result = torch.empty(shape, dtype=numbers.dtype)
-            result[here] = numbers
-            found += numbers.numel()
-        if result is None or found != prod(shape):
-            raise DataError(f"{name}: only {found} of {prod(shape)} numbers are in {self._folder}")
+            if not missing[here].all():
+                raise DataError(f"{name}: some of its numbers are twice in {self._folder}")
+            result[here], missing[here] = numbers, False
+        if result is None or missing.any():
+            raise DataError(f"{name}: {int(missing.sum())} of {prod(shape)} numbers are missing from {self._folder}")
         return result

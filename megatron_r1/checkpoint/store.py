@@ -26,6 +26,7 @@ from typing import IO, Any, Protocol, Self, TypeVar
 
 from megatron_r1.checkpoint.manifest import Manifest, files_under, verify, write_manifest
 from megatron_r1.errors import CheckpointDamaged, ExitCode, UserError
+from megatron_r1.files import sync
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -209,10 +210,10 @@ class CheckpointStore:
 
     def _seal(self, temporary: Path, metadata: dict[str, Any]) -> None:
         for path in files_under(temporary).values():
-            _fsync(path)
+            sync(path)
         write_manifest(temporary, metadata)
         for parent, _, _ in temporary.walk():
-            _fsync(parent)
+            sync(parent)
 
     def _publish(self, temporary: Path, final: Path) -> None:
         replaced = final.with_name(_REPLACED + final.name)
@@ -224,7 +225,7 @@ class CheckpointStore:
             if replaced.exists():
                 replaced.rename(final)
             raise
-        _fsync(self.folder)
+        sync(self.folder)
         _remove(replaced)
 
     def _discard(self, path: Path) -> None:
@@ -232,7 +233,7 @@ class CheckpointStore:
         trash = path.with_name(_TRASH + path.name)
         try:
             path.rename(trash)
-            _fsync(self.folder)
+            sync(self.folder)
         except OSError as error:
             logger.warning("cannot remove %s: %s", path, error)
             return
@@ -272,14 +273,6 @@ def _take_lock(path: Path) -> IO[str]:
     file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
     file.flush()
     return file
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

@@ -18,31 +18,35 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
         return
     check_degrees(config.parallel, ranks)
     if verb == "pretrain":
-        _check_batch(config, ranks)
-        if config.data.source == "indexed" and not config.data.indexed.datasets:
-            allowed = "must name a dataset: data.indexed.datasets.NAME.path=FOLDER"
-            raise ConfigError("data.indexed.datasets", "{}", allowed)
-    longest = config.model.max_sequence_length
-    if verb == "grpo" and config.rl.tokens_per_micro_batch < longest:
+        _check_pretraining(config, ranks)
+    if verb == "grpo":
+        _check_reinforcement(config)
+
+
+def _check_pretraining(config: RunConfig, ranks: int) -> None:
+    _check_batch(config, ranks)
+    if config.data.source == "indexed" and not config.data.indexed.datasets:
+        raise ConfigError("data.indexed.datasets", "{}", "must name a dataset: data.indexed.datasets.NAME.path=FOLDER")
+
+
+def _check_reinforcement(config: RunConfig) -> None:
+    """Answers have many lengths, and so have micro-batches: some ways to share work need them alike."""
+    degrees, longest = config.parallel, config.model.max_sequence_length
+    if config.rl.tokens_per_micro_batch < longest:
         raise ConfigError(
             "rl.tokens_per_micro_batch",
             config.rl.tokens_per_micro_batch,
             f"must be at least model.max_sequence_length={longest}, to hold one sample",
         )
-    if verb == "grpo" and config.parallel.context > 1:
-        raise ConfigError("parallel.context", config.parallel.context, "must be 1: only pretrain divides sequences")
-    if verb == "grpo" and config.parallel.expert > 1 and config.performance.dispatcher == "allgather":
-        raise ConfigError(
-            "performance.dispatcher", "allgather", "needs as many tokens on every rank: with answers, take alltoall"
-        )
-    divided = config.parallel.fewest_ranks() > 1
-    if verb == "grpo" and config.parallel.virtual_pipeline > 1:
-        raise ConfigError(
-            "parallel.virtual_pipeline",
-            config.parallel.virtual_pipeline,
-            "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths",
-        )
-    if verb == "grpo" and config.rollout.engine == "local" and divided:
+    if degrees.context > 1:
+        raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
+    if degrees.virtual_pipeline > 1:
+        allowed = "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths"
+        raise ConfigError("parallel.virtual_pipeline", degrees.virtual_pipeline, allowed)
+    if degrees.expert > 1 and config.performance.dispatcher == "allgather":
+        allowed = "needs as many tokens on every rank: with answers, take alltoall"
+        raise ConfigError("performance.dispatcher", "allgather", allowed)
+    if config.rollout.engine == "local" and degrees.fewest_ranks() > 1:
         raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
 
 

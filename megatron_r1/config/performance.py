@@ -38,8 +38,6 @@ class PerformanceConfig:
     """Run the shared experts beside the all-to-all of the routed ones."""
     overlap_gradient_reduction: bool = False
     """Sum gradients over data-parallel ranks beside the backward pass."""
-    overlap_parameter_gather: bool = False
-    """Gather updated weights beside the forward pass; needs overlap_gradient_reduction."""
     fuse_gradient_accumulation: bool = False
     """Add weight gradients to their fp32 buffer in the matrix product itself."""
     fuse_rope: bool = False
@@ -52,8 +50,6 @@ class PerformanceConfig:
         one_of(self, "dispatcher", DISPATCHERS)
         if self.delay_weight_gradients and not self.overlap_expert_communication:
             raise ConfigError("delay_weight_gradients", True, "needs overlap_expert_communication=true")
-        if self.overlap_parameter_gather and not self.overlap_gradient_reduction:
-            raise ConfigError("overlap_parameter_gather", True, "needs overlap_gradient_reduction=true")
         if self.overlap_expert_communication:
             self._check_overlap()
         if self.overlap_shared_experts and self.dispatcher == "allgather":

@@ -117,12 +117,20 @@ class RunConfig:
             ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
             ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
             ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),
-            ("tensor", self._sequence_parts(), "train.sequence_length", self.train.sequence_length),
+            ("tensor", degrees.tensor, "train.sequence_length", self.train.sequence_length),
             ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
             ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),
         ):
             if amount % degree:
                 raise ConfigError(f"parallel.{key}", degree, f"must divide {name}={amount}")
+        pieces = degrees.tensor * 2 * degrees.context
+        if degrees.context > 1 and self.train.sequence_length % pieces:
+            allowed = f"tensor x 2 x context={pieces} must divide train.sequence_length={self.train.sequence_length}"
+            raise ConfigError("parallel.context", degrees.context, allowed)
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        degrees, model = self.parallel, self.model
         if not degrees.pipeline_layers and model.num_layers % degrees.stages:
             key = "pipeline" if model.num_layers % degrees.pipeline else "virtual_pipeline"
             raise ConfigError(
@@ -137,18 +145,16 @@ class RunConfig:
                 f"must sum up to model.num_layers={model.num_layers}",
             )
 
-    def _sequence_parts(self) -> int:
-        """Equal parts that a training sequence is cut into: context-parallel ranks take two pieces each."""
-        context = self.parallel.context
-        return self.parallel.tensor * (2 * context if context > 1 else 1)
-
     def _check_expert_overlap(self) -> None:
         degrees, key = self.parallel, "performance.overlap_expert_communication"
         for needed, holds in (
             ("parallel.expert above 1", degrees.expert > 1),
             ("model.precision=bf16", self.model.precision == "bf16"),
-            ("parallel.virtual_pipeline above 1 where there is a pipeline", degrees.virtual_pipeline > 1),
+            (
+                "parallel.virtual_pipeline above 1 where there is a pipeline",
+                degrees.virtual_pipeline > 1 or degrees.pipeline == 1,
+            ),
             ("at most 1 multi-token layer", self.model.mtp.num_layers <= 1),
         ):
-            if not holds and not ("virtual" in needed and degrees.pipeline == 1):
+            if not holds:
                 raise ConfigError(key, True, f"needs {needed}")

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.files import canonical, digest_of, write_whole
 from megatron_r1.data.indexed import IndexedTokens
 from megatron_r1.errors import DataError
+from megatron_r1.files import canonical, digest_of, write_whole
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_r1.errors import DataError
+from megatron_r1.files import sync
 
 
 @contextmanager
@@ -30,8 +30,8 @@ def published(folder: Path) -> Iterator[Path]:
         yield unfinished
         for file in unfinished.iterdir():
             if not file.is_symlink():
-                _sync(file)
-        _sync(unfinished)
+                sync(file)
+        sync(unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -39,17 +39,9 @@ def published(folder: Path) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
         folder.rename(earlier)
     unfinished.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(earlier, ignore_errors=True)
 
 
 def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from pathlib import Path
 import orjson
 
 from megatron_r1.errors import DataError
+from megatron_r1.files import sync
 from megatron_r1.rollout.sample import Sample
 
 FORMAT = 1
@@ -47,7 +48,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        self._sync_folder()
+        sync(self.folder)
         return path
 
     def read(self, step: int) -> list[Sample] | None:
@@ -84,17 +85,10 @@ class Journal:
         for step in self.steps():
             if step < before_step:
                 self._path(step).unlink()
-        self._sync_folder()
+        sync(self.folder)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}{SUFFIX}"
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _sample(row: dict) -> Sample:

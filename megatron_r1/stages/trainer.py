@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +120,12 @@ class Trainer:
         self, folder: Path, state: TrainState, extra: dict[str, torch.Tensor], extra_shards: ExtraShards
     ) -> None:
         rank = dist.get_rank()
-        for kind, found in groupby(self._shards(extra_shards), key=itemgetter(0)):
-            parts = (Part(shard.name, shard.whole_shape, shard.offset, shard.tensor) for _, shard in found)
+        # All of it is gathered before any is written: a rank whose disk fails must not leave the others waiting.
+        kinds: dict[str, list[Part]] = {}
+        for kind, shard in self._shards(extra_shards):
+            part = Part(shard.name, shard.whole_shape, shard.offset, shard.tensor.detach().cpu())
+            kinds.setdefault(kind, []).append(part)
+        for kind, parts in kinds.items():
             write_parts(folder, kind, rank, parts)
         write_tensors(folder, "random", rank, {"cpu": torch.get_rng_state()}.items())
         if rank == 0 and extra:

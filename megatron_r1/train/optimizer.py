@@ -24,7 +24,6 @@ from torch import Tensor
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.model.chunks import Model, chunks
-from megatron_r1.model.spec import DTYPES
 from megatron_r1.train.adamw import RestingMomentsAdamW
 
 BUCKET = 40_000_000
@@ -78,10 +77,11 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
-        self.moment_type = DTYPES[settings.moment_precision] if model.config.bf16 else model.config.params_dtype
+        rounded = settings.moment_precision == "bf16"
+        # Moments are as precise as the weights that they step, which are never less than fp32.
+        self.moment_type = torch.bfloat16 if rounded else torch.promote_types(model.config.params_dtype, torch.float32)
         self.moments_rest_on = "cpu" if settings.offload else None
-        if settings.moment_precision != "fp32" or settings.offload:
-            self.moment_type = DTYPES[settings.moment_precision]
+        if rounded or settings.offload:
             for part in self._parts():
                 groups = part.optimizer.param_groups
                 part.optimizer = RestingMomentsAdamW(groups, self.moment_type, self.moments_rest_on)
@@ -143,7 +143,8 @@ def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> D
         grad_reduce_in_fp32=model.config.bf16,
         use_distributed_optimizer=True,
         overlap_grad_reduce=performance.overlap_gradient_reduction,
-        overlap_param_gather=performance.overlap_parameter_gather,
+        # Weights are gathered before a step ends: hooks save and average them, and engines get them, right after it.
+        overlap_param_gather=False,
     )
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     layout = DistributedOptimizer.compute_full_param_layout(

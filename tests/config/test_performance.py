@@ -19,7 +19,6 @@ OVERLAP = {"overlap_expert_communication": True}
         ({"recompute": ["attention"]}, "must be some of core_attn"),
         ({"dispatcher": "flex"}, "must be one of allgather, alltoall"),
         ({"delay_weight_gradients": True}, "needs overlap_expert_communication=true"),
-        ({"overlap_parameter_gather": True}, "needs overlap_gradient_reduction=true"),
         (OVERLAP | {"dispatcher": "allgather"}, "needs another dispatcher"),
         (OVERLAP | {"recompute": ["moe"]}, "cannot be while overlap_expert_communication=true"),
         (OVERLAP | {"overlap_shared_experts": True}, "cannot be while overlap_expert_communication=true"),

@@ -72,9 +72,7 @@ LAYOUTS = {
     "ep2-gathered": Case(
         2, (EXPERT, "performance.recompute=[moe]", "performance.dispatcher=allgather"), reinforce=False
     ),
-    "dp2-overlapped": Case(
-        2, ("performance.overlap_gradient_reduction=true", "performance.overlap_parameter_gather=true")
-    ),
+    "dp2-overlapped": Case(2, ("performance.overlap_gradient_reduction=true",)),
     "tp2-bf16-moments": Case(2, (TENSOR, "train.optimizer.moment_precision=bf16")),
     "pp2-without-mtp": Case(2, (PIPELINE, "model.mtp.num_layers=0")),
     "dense-tp2": Case(2, (*DENSE, TENSOR)),

@@ -40,7 +40,7 @@ def launch(layout: str, root: Path, action: str, sources: list[str]) -> dict:
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["tp2", "vpp2"], id="2 layouts"),
+        pytest.param(["dp2", "vpp2"], id="2 layouts"),
         pytest.param(list(LAYOUTS), id="all layouts", marks=pytest.mark.slow),
     ],
 )

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.files import digest_of
 from megatron_r1.data.indexed import IndexedWriter, token_dtype
 from megatron_r1.data.shards import shard_name, write_manifest
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.files import digest_of
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared/data/gsm8k"
 NO_GSM8K = "needs GSM8K's train.jsonl and test.jsonl in ../shared/data/gsm8k"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.files import canonical, sync_folder, write_whole
 from megatron_r1.data.indexed import IndexedWriter, token_dtype, with_suffix
 from megatron_r1.data.prepare.encode import Encoder
 from megatron_r1.data.prepare.sources import Piece, Row, read
 from megatron_r1.data.shards import shard_name
+from megatron_r1.files import canonical, sync, write_whole
 
 BATCH_CHARACTERS = 1 << 17
 """Text that is encoded at once."""
@@ -69,7 +69,7 @@ class ShardMaker:
             for file in files:
                 (self._folder / file).unlink()
             files = {}
-        sync_folder(self._folder)
+        sync(self._folder)
         record = {"name": name, "counts": counts, "files": files, **left_out}
         write_whole(record_path(self._folder, number), canonical(record))
         return record

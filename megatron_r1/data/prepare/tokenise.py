@@ -22,7 +22,6 @@ from typing import Any
 
 import orjson
 
-from megatron_r1.data.files import canonical, digest_of, write_whole
 from megatron_r1.data.prepare.decontaminate import Evaluation, NgramIndex
 from megatron_r1.data.prepare.encode import Encoder
 from megatron_r1.data.prepare.options import TokeniseOptions
@@ -32,6 +31,7 @@ from megatron_r1.data.prepare.sources import Piece, read, scan
 from megatron_r1.data.shards import QUARANTINE, TOKENIZER, read_manifest, write_manifest
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
+from megatron_r1.files import canonical, digest_of, write_whole
 
 POLL_S = 0.2
 

@@ -1,0 +1,41 @@
+"""Run on two data-parallel ranks: a save that only the second rank cannot write, then one that works.
+
+Started by test_failed_save.py under torchrun with a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+def main(folder: Path) -> None:
+    from megatron_r1.config.load import load
+    from megatron_r1.platform import select
+
+    select("cpu")
+    from megatron_r1.checkpoint.store import SaveFailed
+    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.stages.trainer import trainer
+
+    config = load("pretrain", [f"root='{folder}'", "platform=cpu", "threads=1", "data.num_documents=2000"])
+    with trainer(config, train_tokenizer(config.data), None) as this:
+        found = {}
+        for step, broken_rank in ((1, 1), (2, None)):
+
+            def write(into: Path, broken: bool = dist.get_rank() == broken_rank) -> None:
+                this._write(into / "absent" if broken else into, this.state, {}, tuple)
+
+            try:
+                this.store.commit(step, write, {})
+                found[step] = "saved"
+            except SaveFailed as error:
+                found[step] = str(error)
+        (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
