@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layouts import model_of
+from unsettle import unsettled
 
 from megatron_r1.config.model import ModelConfig, RopeConfig
 from megatron_r1.hf.export import export
@@ -23,16 +24,6 @@ def yarn() -> ModelConfig:
 
 
 SHAPES = {"tiny": lambda: model_of("tiny"), "direct query": lambda: model_of("direct_query"), "yarn": yarn}
-
-
-def with_random_bias(model):
-    """Balancing bias and norms as training leaves them: none of them neutral."""
-    generator = torch.Generator().manual_seed(9)
-    for name, tensor in native_tensors(model):
-        if tensor.dim() == 1:
-            spread = 0.05 if name.endswith("expert_bias") else 0.2
-            tensor.add_(torch.randn(tensor.shape, generator=generator) * spread)
-    return model
 
 
 def rows_of(model: ModelConfig, length: int = 33) -> torch.Tensor:
@@ -51,7 +42,7 @@ def test_log_probs_equal_those_of_transformers(shape, include_mtp, new_model, tm
     from transformers import AutoModelForCausalLM
 
     config = SHAPES[shape]()
-    model = with_random_bias(new_model(config))
+    model = unsettled(new_model(config))
     export(native_tensors(model), config, tmp_path / "hf", include_mtp=include_mtp)
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokens_BL = rows_of(config)
@@ -66,7 +57,7 @@ def test_log_probs_equal_those_of_transformers(shape, include_mtp, new_model, tm
 
 def test_weights_come_back_bitwise(new_model, tmp_path):
     config = model_of("direct_query")
-    model, other = with_random_bias(new_model(config)), new_model(config, seed=1)
+    model, other = unsettled(new_model(config)), new_model(config, seed=1)
     export(native_tensors(model), config, tmp_path / "hf")
     found = model_config_from_hf(tmp_path / "hf" / "config.json")
     load_native_tensors(other, dict(load_tensors(tmp_path / "hf", found)))
@@ -93,7 +84,7 @@ def test_multi_token_loss_follows_the_report(new_model):
 
     config = model_of("tiny")
     config.moe.bias_update_rate = 0.0  # the passes must leave the model as it was
-    model = with_random_bias(new_model(config))
+    model = unsettled(new_model(config))
     rows_BL = rows_of(config)
     layer, seen = model.mtp.layers[0], {}
     hook = model.decoder.register_forward_hook(lambda *arguments: seen.update(hidden_LBD=arguments[-1].detach()))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from draws import DENSE, MSCALES, dense_shape, sparse_shape
 from torch import Tensor
+from unsettle import unsettled
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.export import export, hf_tensors
@@ -41,16 +42,6 @@ def test_draws_cover_what_they_are_for():
     assert {s.attention.num_key_value_heads for s in dense} == {1, 2, 4}
     assert sum(s.rope.factor > 1 for s in dense) >= 3
     assert sum(s.tied_embeddings for s in dense) == len(dense) // 2
-
-
-def unsettled(model):
-    """Norms, biases and balancing bias as training leaves them: none of them neutral."""
-    generator = torch.Generator().manual_seed(9)
-    for name, tensor in native_tensors(model):
-        if tensor.dim() == 1:
-            spread = 0.05 if name.endswith("expert_bias") else 0.2
-            tensor.add_(torch.randn(tensor.shape, generator=generator) * spread)
-    return model
 
 
 def log_probs(logits_BLV: Tensor) -> Tensor:
