@@ -1,0 +1,134 @@
+"""Safetensors files that are written one tensor at a time and hashed on the way.
+
+safetensors' own `save_file` wants every tensor in memory at once, and a hash would have to read the file again. Here
+the header comes first, because names, types and shapes are known beforehand; then each tensor is written and let go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from megatron_r1.checkpoint.manifest import FileRecord
+
+TYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Spelling of types in a safetensors header."""
+_ALIGNMENT = 8
+_CHUNK = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor that a file holds."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFile:
+    """A safetensors file in the making; durable once `close` has returned.
+
+    Args:
+        path: of the file; it must not exist.
+        entries: what it will hold, in the order in which `write` will be called.
+        metadata: for the header.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None):
+        self._waiting, self._hash, self._size = list(reversed(entries)), hashlib.sha256(), 0
+        self._file = path.open("xb", buffering=0)
+        self._put(_header(entries, metadata or {}))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor, from whatever device.
+
+        Raises:
+            ValueError: it is not the one that was announced.
+        """
+        entry = self._waiting.pop() if self._waiting else None
+        if entry != Entry(name, tensor.dtype, tuple(tensor.shape)):
+            raise ValueError(f"{self._file.name}: {name} {tensor.dtype} {tuple(tensor.shape)}: must be {entry}")
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        for start in range(0, flat.size, _CHUNK):
+            self._put(flat[start : start + _CHUNK].data)
+
+    def close(self) -> FileRecord:
+        """Make the file durable; returns its size and hash.
+
+        Raises:
+            ValueError: a tensor was announced and never written.
+        """
+        with self._file:
+            if self._waiting:
+                raise ValueError(f"{self._file.name}: {self._waiting[-1].name} was announced and never written")
+            os.fsync(self._file.fileno())
+        return FileRecord(self._size, self._hash.hexdigest())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def _put(self, content: bytes | memoryview) -> None:
+        self._hash.update(content)
+        view = memoryview(content)
+        while view:  # an unbuffered write may take only a part
+            written = self._file.write(view)
+            view, self._size = view[written:], self._size + written
+
+
+def write_tensor_file(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
+    """Write a file of tensors that are all at hand; returns its size and hash."""
+    tensors = list(tensors)
+    entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
+    with TensorFile(path, entries, metadata) as file:
+        for name, tensor in tensors:
+            file.write(name, tensor)
+        return file.close()
+
+
+def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for entry in entries:
+        if entry.name in header:
+            raise ValueError(f"{entry.name}: announced twice")
+        end = offset + entry.nbytes
+        kind = TYPE_NAMES[entry.dtype]
+        header[entry.name] = {"dtype": kind, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
