@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,21 +68,32 @@ class Manifest:
         return manifest
 
 
-def write_manifest(folder: Path, metadata: dict[str, Any]) -> Manifest:
-    """Hash every file under `folder`, then write and fsync its manifest.
+Records = Mapping[str, FileRecord]
+"""Files by their path relative to a folder."""
+
+
+def write_manifest(folder: Path, metadata: dict[str, Any], records: Records | None = None) -> Manifest:
+    """Write and fsync the manifest of what is under `folder`.
 
     Args:
         metadata: values that JSON can hold; tuples become lists and keys become strings.
+        records: of the files that their writers hashed; the others are read and hashed here.
 
     Raises:
         TypeError, ValueError: `metadata` holds something that JSON cannot, a NaN for one.
-        OSError: a file cannot be read, or the manifest cannot be written.
+        OSError: a file is not there as its writer says or cannot be read, or the manifest cannot be written.
     """
-    paths = [path for name, path in sorted(files_under(folder).items()) if name != MANIFEST_NAME]
-    files = {
-        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, digest)
-        for path, digest in zip(paths, _digests(paths), strict=True)
+    records, paths = records or {}, files_under(folder)
+    for name, record in records.items():
+        if name not in paths or (size := paths[name].stat().st_size) != record.size:
+            found = f"{size} bytes" if name in paths else "nothing"
+            raise OSError(f"{folder / name}: {record.size} bytes were written and {found} is there")
+    others = [name for name in paths if name not in (MANIFEST_NAME, *records)]
+    digests = _digests([paths[name] for name in others])
+    hashed = {
+        name: FileRecord(paths[name].stat().st_size, digest) for name, digest in zip(others, digests, strict=True)
     }
+    files = dict(sorted({**records, **hashed}.items()))
     manifest = Manifest(files, json.loads(json.dumps(metadata, allow_nan=False)))
     with (folder / MANIFEST_NAME).open("wb") as file:
         file.write(manifest.encode())
@@ -101,8 +113,12 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.decode(raw, folder)
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, share: int = 0, shares: int = 1, seen: Callable[[int], None] = lambda _: None) -> Manifest:
     """Read the manifest of `folder` and hold every file against it, before anything else reads them.
+
+    Args:
+        share: of `shares` that readers divide the hashing into: this one hashes every so many-th file, by size.
+        seen: told the bytes of each file once it has been hashed.
 
     Raises:
         CheckpointDamaged: names the first file that is wrong, and how: missing, not listed, of another size or content.
@@ -121,11 +137,11 @@ def verify(folder: Path) -> Manifest:
                 raise _damaged(folder, name, "is not a plain file")
             if (size := path.stat().st_size) != record.size:
                 raise _damaged(folder, name, f"has {size} bytes instead of {record.size}")
-        for name, digest in zip(manifest.files, _digests([present[name] for name in manifest.files]), strict=True):
-            if digest != manifest.files[name].sha256:
-                raise _damaged(
-                    folder, name, f"has SHA-256 {digest[:12]}... instead of {manifest.files[name].sha256[:12]}..."
-                )
+        mine = sorted(manifest.files, key=lambda name: -manifest.files[name].size)[share::shares]
+        for name, digest in zip(mine, _digests([present[name] for name in mine]), strict=True):
+            if digest != (wanted := manifest.files[name]).sha256:
+                raise _damaged(folder, name, f"has SHA-256 {digest[:12]}... instead of {wanted.sha256[:12]}...")
+            seen(wanted.size)
     except OSError as error:
         raise _damaged(folder, Path(error.filename or "?").name, f"cannot be read ({error.strerror})") from error
     return manifest
@@ -140,10 +156,10 @@ def files_under(folder: Path) -> dict[str, Path]:
     }
 
 
-def _digests(paths: list[Path]) -> list[str]:
+def _digests(paths: list[Path]) -> Iterator[str]:
     # hashlib releases the GIL, so that threads use every core: about 2 GB/s each.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(digest_of, paths))
+        yield from pool.map(digest_of, paths)
 
 
 def _damaged(folder: Path, name: str, what: str) -> CheckpointDamaged:

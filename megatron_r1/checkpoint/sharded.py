@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_r1.checkpoint.manifest import FileRecord
+from megatron_r1.checkpoint.tensor_file import write_tensor_file
+from megatron_r1.checkpoint.tensors import tensor_path
 from megatron_r1.errors import DataError
 
 INDEX = "parts"
@@ -37,16 +39,19 @@ class Part:
     tensor: Tensor
 
 
-def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[Part]) -> None:
-    """Write this rank's parts of one kind; a rank that has none writes no file."""
-    tensors: dict[str, Tensor] = {}
-    index = []
-    for number, part in enumerate(parts):
-        # Parameters are views of shared buffers; each is stored as a tensor of its own.
-        tensors[str(number)] = part.tensor.detach().cpu().contiguous().clone()
-        index.append([part.name, part.whole_shape, part.offset])
-    if tensors:
-        save_file(tensors, folder / f"{kind}-{rank:05d}.safetensors", {INDEX: json.dumps(index)})
+def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[Part]) -> dict[str, FileRecord]:
+    """Write this rank's parts of one kind; a rank that has none writes no file.
+
+    Returns:
+        the file's name and record.
+    """
+    parts = list(parts)
+    if not parts:
+        return {}
+    index = [[part.name, part.whole_shape, part.offset] for part in parts]
+    tensors = [(str(number), part.tensor) for number, part in enumerate(parts)]
+    path = tensor_path(folder, kind, rank)
+    return {path.name: write_tensor_file(path, tensors, {INDEX: json.dumps(index)})}
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,12 @@ class WholeTensors(Mapping[str, Tensor]):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[_Stored]] = {}
         for number, path in enumerate(sorted(folder.glob(f"{kind}-*.safetensors"))):
-            file = self._open.enter_context(safe_open(path, "pt"))
-            self._files.append(file)
             try:
-                index = json.loads(file.metadata()[INDEX])
-            except (TypeError, KeyError, ValueError):
-                raise DataError(f"{path}: does not say which parts of which tensors it holds") from None
-            for key, (name, whole_shape, offset) in enumerate(index):
+                file = self._open.enter_context(safe_open(path, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"{path}: cannot be read: {error}") from None
+            self._files.append(file)
+            for key, (name, whole_shape, offset) in enumerate(_index(path, file)):
                 shape = tuple(file.get_slice(str(key)).get_shape())
                 if self._shapes.setdefault(name, tuple(whole_shape)) != tuple(whole_shape):
                     raise DataError(f"{path}: {name} has shape {whole_shape}, elsewhere {self._shapes[name]}")
@@ -129,3 +133,18 @@ class WholeTensors(Mapping[str, Tensor]):
         if result is None or missing.any():
             raise DataError(f"{name}: {int(missing.sum())} of {prod(shape)} numbers are missing from {self._folder}")
         return result
+
+
+def _index(path: Path, file: Any) -> list[tuple[str, list[int], list[int]]]:
+    """Name and shape of the whole tensor and offset in it, of each part in a file."""
+    try:
+        index = [(str(name), list(shape), list(offset)) for name, shape, offset in json.loads(file.metadata()[INDEX])]
+    except (TypeError, KeyError, ValueError, RecursionError):
+        raise DataError(f"{path}: does not say which parts of which tensors it holds") from None
+    if sorted(file.keys()) != sorted(map(str, range(len(index)))):
+        raise DataError(f"{path}: holds other parts than it says")
+    for key, (name, shape, offset) in enumerate(index):
+        extents = zip(offset, file.get_slice(str(key)).get_shape(), shape, strict=False)
+        if len(offset) != len(shape) or any(start < 0 or start + size > end for start, size, end in extents):
+            raise DataError(f"{path}: a part of {name} does not lie in its whole")
+    return index

@@ -8,28 +8,30 @@
 
 A commit is: write -> fsync every file -> manifest -> fsync -> rename -> fsync the parent. A process killed at any time
 leaves the earlier checkpoints as they were. A save that fails removes what it wrote and raises `SaveFailed`, which
-training may survive.
+training may survive. Writing may go on in the background while the run trains on; the rest is done when it is settled.
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
 import shutil
-import socket
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self, TypeVar
 
-from megatron_r1.checkpoint.manifest import Manifest, files_under, verify, write_manifest
-from megatron_r1.errors import CheckpointDamaged, ExitCode, UserError
+from megatron_r1.checkpoint.lock import FolderInUse, take_lock
+from megatron_r1.checkpoint.manifest import Manifest, Records, files_under, verify, write_manifest
+from megatron_r1.errors import CheckpointDamaged, UserError
 from megatron_r1.files import sync
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
+Write = Callable[[Path], Records | None]
+"""Writes a rank's files into a folder; returns the records of those that are durable and hashed already."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY, _TRASH, _REPLACED = ".tmp", ".trash-", ".replaced-"
@@ -39,17 +41,16 @@ class SaveFailed(UserError):
     """A checkpoint could not be saved; the earlier ones are untouched, and training may go on."""
 
 
-class FolderInUse(UserError):
-    """Another job writes its checkpoints to this folder."""
-
-    exit_code = ExitCode.BAD_CONFIG
-
-
 class Ranks(Protocol):
     """The ranks that save together. Rank 0 prepares, seals and publishes; all of them write."""
 
     @property
     def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
 
     def gather(self, value: Value) -> list[Value]:
         """Collective: each rank's value, in rank order, on every rank."""
@@ -59,7 +60,7 @@ class Ranks(Protocol):
 class OneRank:
     """The `Ranks` of a process that trains alone."""
 
-    rank = 0
+    rank, size = 0, 1
 
     def gather(self, value: Value) -> list[Value]:
         return [value]
@@ -81,10 +82,16 @@ def newest_verified(folder: Path) -> tuple[Path, Manifest] | None:
     Raises:
         CheckpointDamaged: there are checkpoints, and none of them verifies.
     """
+    return _newest(folder, [path for _, path in step_folders(folder)], verify)
+
+
+def _newest(
+    folder: Path, newest_first: list[Path], verified: Callable[[Path], Manifest]
+) -> tuple[Path, Manifest] | None:
     first: CheckpointDamaged | None = None
-    for _, path in step_folders(folder):
+    for path in newest_first:
         try:
-            manifest = verify(path)
+            manifest = verified(path)
         except CheckpointDamaged as error:
             logger.warning("%s; trying an older one", error)
             first = first or error
@@ -95,6 +102,17 @@ def newest_verified(folder: Path) -> tuple[Path, Manifest] | None:
     if first:
         raise CheckpointDamaged(f"{first}; no other checkpoint in {folder} verifies")
     return None
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that is being written."""
+
+    step: int
+    temporary: Path
+    metadata: dict[str, Any]
+    written: Future[Records | None]
+    """Of this rank."""
 
 
 class CheckpointStore:
@@ -115,6 +133,8 @@ class CheckpointStore:
         self.folder, self.keep, self.ranks = folder, keep, ranks or OneRank()
         self._lock: IO[str] | None = None
         self._known_good: set[str] = set()
+        self._save: _Save | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._together(self._open, leader_only=True)
 
     def __enter__(self) -> Self:
@@ -124,7 +144,8 @@ class CheckpointStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder. A save that was not settled is waited for and never becomes a checkpoint."""
+        self._writer.shutdown()
         if self._lock:
             self._lock.close()
             self._lock = None
@@ -133,7 +154,7 @@ class CheckpointStore:
         """Where the checkpoint of `step` is, once committed."""
         return self.folder / f"step-{step:08d}"
 
-    def commit(self, step: int, write: Callable[[Path], None], metadata: dict[str, Any]) -> Path:
+    def commit(self, step: int, write: Write, metadata: dict[str, Any]) -> Path:
         """Save one checkpoint: all of it, or nothing.
 
         Args:
@@ -143,31 +164,64 @@ class CheckpointStore:
         Raises:
             SaveFailed: on every rank, when any rank failed, a full disk for one. What was written has been removed.
         """
-        temporary = self.folder / (self.path(step).name + _TEMPORARY)
-        try:
-            self._together(lambda: self._prepare(temporary), leader_only=True)
-            self._together(lambda: write(temporary))
-            self._together(lambda: self._seal(temporary, metadata | {"step": step}), leader_only=True)
-            self._together(lambda: self._publish(temporary, self.path(step)), leader_only=True)
-        except SaveFailed:
-            if self.ranks.rank == 0:
-                _remove(temporary)
-            raise
-        self._known_good.add(self.path(step).name)
+        self.begin(step, write, metadata)
+        self.settle()
         return self.path(step)
 
+    def begin(self, step: int, write: Write, metadata: dict[str, Any], *, background: bool = False) -> None:
+        """Begin to save a checkpoint, which `settle` brings to its end; as `commit` otherwise.
+
+        At most one is under way: an earlier one must have been settled.
+
+        Args:
+            background: whether `write` runs in a thread while the caller goes on. It must not share what it writes
+                with anyone who changes it, and it must not talk to other ranks.
+
+        Raises:
+            SaveFailed: on every rank, when there is no room even for a folder.
+        """
+        if self._save:
+            raise ValueError(f"step {self._save.step} is still being saved")
+        temporary = self.folder / (self.path(step).name + _TEMPORARY)
+        self._together(lambda: self._prepare(temporary), leader_only=True)
+        written = self._writer.submit(write, temporary) if background else _done(write, temporary)
+        self._save = _Save(step, temporary, metadata | {"step": step}, written)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save has begun and was not settled; the same on every rank."""
+        return self._save is not None
+
+    def written(self) -> bool:
+        """Whether every rank has done writing, well or not, so that `settle` is quick."""
+        assert self._save
+        return all(self.ranks.gather(self._save.written.done()))
+
+    def settle(self) -> None:
+        """Wait for the save that has begun, if one has, and make it a checkpoint.
+
+        Raises:
+            SaveFailed: as `commit`.
+        """
+        save, self._save = self._save, None
+        if not save:
+            return
+        try:
+            records = {
+                name: record for of in self._together(save.written.result) for name, record in (of or {}).items()
+            }
+            self._together(lambda: self._seal(save.temporary, save.metadata, records), leader_only=True)
+            self._together(lambda: self._publish(save.temporary, self.path(save.step)), leader_only=True)
+        except SaveFailed:
+            if self.ranks.rank == 0:
+                _remove(save.temporary)
+            raise
+        self._known_good.add(self.path(save.step).name)
+
     def newest_verified(self) -> tuple[Path, Manifest] | None:
-        """As the function of this name; rank 0 reads and hashes, all ranks receive its answer."""
-        found: tuple[Path, Manifest] | None = None
-        failure = ""
-        if self.ranks.rank == 0:
-            try:
-                found = newest_verified(self.folder)
-            except CheckpointDamaged as error:
-                failure = str(error)
-        found, failure = self.ranks.gather((found, failure))[0]
-        if failure:
-            raise CheckpointDamaged(failure)
+        """As the function of this name; every rank hashes its share of the files, all receive one answer."""
+        folders = self.ranks.gather([path for _, path in step_folders(self.folder)])[0]
+        found = _newest(self.folder, folders, self._verify_together)
         if found:
             self._known_good.add(found[0].name)
         return found
@@ -183,6 +237,17 @@ class CheckpointStore:
             elif self._verifies(path):
                 verified += 1
 
+    def _verify_together(self, path: Path) -> Manifest:
+        manifest, failure = None, ""
+        try:
+            manifest = verify(path, self.ranks.rank, self.ranks.size)
+        except CheckpointDamaged as error:
+            failure = str(error)
+        failures = [failure for failure in self.ranks.gather(failure) if failure]
+        if failures or not manifest:
+            raise CheckpointDamaged(failures[0])
+        return manifest
+
     def _verifies(self, path: Path) -> bool:
         # Hashing again what this process itself committed or loaded would cost a full read at every save.
         if path.name not in self._known_good:
@@ -195,7 +260,7 @@ class CheckpointStore:
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.folder / ".lock")
+        self._lock = take_lock(self.folder / ".lock")
         for path in sorted(self.folder.iterdir()):
             original = self.folder / path.name.removeprefix(_REPLACED)
             if path.name.startswith(_REPLACED) and not original.exists():
@@ -208,10 +273,11 @@ class CheckpointStore:
         _remove(temporary)
         temporary.mkdir()
 
-    def _seal(self, temporary: Path, metadata: dict[str, Any]) -> None:
-        for path in files_under(temporary).values():
-            sync(path)
-        write_manifest(temporary, metadata)
+    def _seal(self, temporary: Path, metadata: dict[str, Any], records: Records) -> None:
+        for name, path in files_under(temporary).items():
+            if name not in records:
+                sync(path)
+        write_manifest(temporary, metadata, records)
         for parent, _, _ in temporary.walk():
             sync(parent)
 
@@ -240,39 +306,41 @@ class CheckpointStore:
         self._known_good.discard(path.name)
         _remove(trash)
 
-    def _together(self, action: Callable[[], None], leader_only: bool = False) -> None:
-        """Run `action`, then let every rank know whether any failed; the ranks raise together or go on together."""
+    def _together(self, action: Callable[[], Value], leader_only: bool = False) -> list[Value | None]:
+        """Run `action`, then let every rank know whether any failed; the ranks raise together or go on together.
+
+        Returns:
+            every rank's result.
+        """
         error: BaseException | None = None
+        result: Value | None = None
         if self.ranks.rank == 0 or not leader_only:
             try:
-                action()
+                result = action()
             except (KeyboardInterrupt, SystemExit):
                 raise
             except BaseException as caught:  # torch's CheckpointException is no Exception
                 error = caught
-        failures = self.ranks.gather(f"{type(error).__name__}: {error}" if error else "")
+        told = self.ranks.gather((result, f"{type(error).__name__}: {error}" if error else ""))
         if isinstance(error, FolderInUse):
             raise error
-        for rank, failure in enumerate(failures):
+        for rank, (_, failure) in enumerate(told):
             if failure:
-                where = f" on rank {rank}" if len(failures) > 1 else ""
+                where = f" on rank {rank}" if len(told) > 1 else ""
                 raise SaveFailed(f"cannot write to {self.folder}: {failure}{where}") from error
+        return [result for result, _ in told]
 
 
-def _take_lock(path: Path) -> IO[str]:
-    """Hold `path` until the returned file is closed or this process ends."""
-    file = path.open("a+")
+def _done(write: Write, folder: Path) -> Future[Records | None]:
+    """What the writer's thread would give, done here and now."""
+    future: Future[Records | None] = Future()
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise FolderInUse(f"{path.parent} is in use by {owner}: two jobs cannot write to one run") from error
-    file.truncate(0)
-    file.write(f"host {socket.gethostname()} pid {os.getpid()}\n")
-    file.flush()
-    return file
+        future.set_result(write(folder))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        future.set_exception(error)
+    return future
 
 
 def _remove(path: Path) -> None:

@@ -7,26 +7,39 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from megatron_r1.checkpoint.manifest import FileRecord
+from megatron_r1.checkpoint.tensor_file import write_tensor_file
+from megatron_r1.errors import DataError
 
 STATE_FILE = "state.json"
 
 
-def write_tensors(folder: Path, kind: str, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write this rank's tensors of one kind (``model``, ``optimizer``, ...)."""
-    # Parameters are views of shared buffers; each is stored as a tensor of its own.
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors}, _file(folder, kind, rank))
+def write_tensors(folder: Path, kind: str, rank: int, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, FileRecord]:
+    """Write this rank's tensors of one kind (``random``, ``extra``, ...); returns the file's name and record."""
+    path = tensor_path(folder, kind, rank)
+    return {path.name: write_tensor_file(path, tensors)}
 
 
 def read_tensors(folder: Path, kind: str, rank: int) -> dict[str, Tensor]:
-    """This rank's tensors of one kind, on the CPU; the checkpoint must have been verified before."""
-    return load_file(_file(folder, kind, rank))
+    """This rank's tensors of one kind, on the CPU; the checkpoint must have been verified before.
+
+    Raises:
+        DataError: the file is not what `write_tensors` wrote.
+    """
+    path = tensor_path(folder, kind, rank)
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def has_tensors(folder: Path, kind: str, rank: int) -> bool:
     """Whether the checkpoint holds tensors of this kind."""
-    return _file(folder, kind, rank).is_file()
+    return tensor_path(folder, kind, rank).is_file()
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
@@ -35,9 +48,21 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The plain values of a verified checkpoint."""
-    return json.loads((folder / STATE_FILE).read_text())
+    """The plain values of a verified checkpoint.
+
+    Raises:
+        DataError: the file is not what `write_state` wrote.
+    """
+    path = folder / STATE_FILE
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'is no JSON'}") from None
+    if not isinstance(state, dict):
+        raise DataError(f"{path}: must hold a JSON object")
+    return state
 
 
-def _file(folder: Path, kind: str, rank: int) -> Path:
+def tensor_path(folder: Path, kind: str, rank: int) -> Path:
+    """Where a rank's tensors of one kind are."""
     return folder / f"{kind}-{rank:05d}.safetensors"

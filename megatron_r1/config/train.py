@@ -59,6 +59,8 @@ class TrainConfig:
     """Steps in a row that may be skipped for non-finite gradients before the run stops."""
     checkpoint_interval: int = 200
     """Steps between checkpoints."""
+    background_saves: bool = False
+    """Whether a checkpoint is written while training goes on; that takes another copy of the weights on the host."""
     keep_checkpoints: int = 2
     """Verified checkpoints to keep."""
     log_interval: int = 10

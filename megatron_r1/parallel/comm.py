@@ -50,6 +50,10 @@ class AllRanks:
     def rank(self) -> int:
         return dist.get_rank()
 
+    @property
+    def size(self) -> int:
+        return dist.get_world_size()
+
     def gather(self, value: Value) -> list[Value]:
         """Collective: each rank's value, in rank order, on every rank."""
         if dist.get_world_size() == 1:

@@ -18,6 +18,9 @@ from megatron_r1.errors import ConfigError
 _FREE_TO_CHANGE = (
     "track.",
     "train.log_interval",
+    "train.checkpoint_interval",
+    "train.background_saves",
+    "train.keep_checkpoints",
     "threads",
     "platform",
     "parallel.",

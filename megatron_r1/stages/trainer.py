@@ -14,14 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_r1.checkpoint.sharded import Part, WholeTensors, write_parts
+from megatron_r1.checkpoint.sharded import WholeTensors
 from megatron_r1.checkpoint.store import CheckpointStore
-from megatron_r1.checkpoint.tensors import has_tensors, read_state, read_tensors, write_state, write_tensors
+from megatron_r1.checkpoint.tensors import has_tensors, read_state, read_tensors
 from megatron_r1.config.load import resolved
 from megatron_r1.config.performance import refuse_on_cpu
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError, Requeue
+from megatron_r1.errors import ConfigError, DataError, Requeue
 from megatron_r1.model.build import build_model
 from megatron_r1.model.fp8.apply import Fp8Plan, merged
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
@@ -29,6 +29,7 @@ from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import Platform, select
 from megatron_r1.stages.session import mark_done, open_run_folder
+from megatron_r1.stages.snapshot import LeaderSnapshot, Snapshot, random_state
 from megatron_r1.stages.weights import Weights, check_same_model
 from megatron_r1.track.tracker import Tracker
 from megatron_r1.train.ema import MovingAverage
@@ -90,10 +91,11 @@ class Trainer:
         hooks: list[Hook] = [
             CheckpointHook(
                 self.store,
-                lambda folder, state: self._write(folder, state, extra_tensors(), extra_shards),
+                lambda state: self.snapshot(state, extra_tensors, extra_shards).write,
                 {"config": resolved(self.config), "layout": layout(self.config)},
                 train.checkpoint_interval,
                 self.state.step,
+                train.background_saves,
             )
         ]
         if dist.get_rank() == 0:
@@ -116,23 +118,18 @@ class Trainer:
             yield from (("ema", shard) for shard in self.ema.shards())
         yield from extra()
 
-    def _write(
-        self, folder: Path, state: TrainState, extra: dict[str, torch.Tensor], extra_shards: ExtraShards
-    ) -> None:
+    def snapshot(self, state: TrainState, extra_tensors: ExtraTensors, extra_shards: ExtraShards) -> Snapshot:
+        """Collective: this rank's share of a checkpoint.
+
+        All of it is gathered before any is written: a rank whose disk fails must not leave the others waiting.
+        """
         rank = dist.get_rank()
-        # All of it is gathered before any is written: a rank whose disk fails must not leave the others waiting.
-        kinds: dict[str, list[Part]] = {}
-        for kind, shard in self._shards(extra_shards):
-            part = Part(shard.name, shard.whole_shape, shard.offset, shard.tensor.detach().cpu())
-            kinds.setdefault(kind, []).append(part)
-        for kind, parts in kinds.items():
-            write_parts(folder, kind, rank, parts)
-        write_tensors(folder, "random", rank, {"cpu": torch.get_rng_state()}.items())
-        if rank == 0 and extra:
-            write_tensors(folder, "extra", 0, extra.items())
-        if rank == 0:
-            write_state(folder, state.as_dict())
-            self.tokenizer.save(folder / "tokenizer")
+        taken = LeaderSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
+        taken.take(self._shards(extra_shards), copy=self.config.train.background_saves)
+        taken.tensors["random"] = random_state()
+        if rank == 0 and (extra := extra_tensors()):
+            taken.tensors["extra"] = {name: tensor.clone() for name, tensor in extra.items()}
+        return taken
 
 
 @contextmanager
@@ -190,7 +187,7 @@ def _resume(this: Trainer) -> None:
     if not found:
         return
     folder, manifest = found
-    this.resumed, this.state = folder, TrainState(**read_state(folder))
+    this.resumed, this.state = folder, _state(folder)
     with ExitStack() as stack:
         kinds = ("model", MASTER, *MOMENTS)
         tensors = {kind: stack.enter_context(WholeTensors(folder, kind)) for kind in kinds}
@@ -210,6 +207,13 @@ def _resume(this: Trainer) -> None:
     if rank == 0 and has_tensors(folder, "extra", 0):
         this.extra = read_tensors(folder, "extra", 0)
     logger.info("resuming %s at step %d", this.folder, this.state.step)
+
+
+def _state(folder: Path) -> TrainState:
+    state = read_state(folder)
+    if state.keys() != TrainState().as_dict().keys() or not all(type(value) is int for value in state.values()):
+        raise DataError(f"{folder}: its state is not one of this version: {', '.join(sorted(state))}")
+    return TrainState(**state)
 
 
 def layout(config: RunConfig) -> dict[str, int]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from megatron_r1.checkpoint.lock import FolderInUse
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, verify
-from megatron_r1.checkpoint.store import CheckpointStore, FolderInUse, SaveFailed, newest_verified, step_folders
+from megatron_r1.checkpoint.store import CheckpointStore, SaveFailed, newest_verified, step_folders
 from megatron_r1.errors import CheckpointDamaged
 
 
@@ -294,7 +295,7 @@ class ThreadRanks:
     """Two ranks as two threads."""
 
     def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier):
-        self.rank, self.values, self.barrier = rank, values, barrier
+        self.rank, self.size, self.values, self.barrier = rank, len(values), values, barrier
 
     def gather(self, value: Any) -> list[Any]:
         self.values[self.rank] = value

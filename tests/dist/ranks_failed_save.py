@@ -25,12 +25,9 @@ def main(folder: Path) -> None:
     with trainer(config, train_tokenizer(config.data), None) as this:
         found = {}
         for step, broken_rank in ((1, 0), (2, None)):
-
-            def write(into: Path, broken: bool = dist.get_rank() == broken_rank) -> None:
-                this._write(into / "absent" if broken else into, this.state, {}, tuple)
-
+            taken, broken = this.snapshot(this.state, dict, tuple), dist.get_rank() == broken_rank
             try:
-                this.store.commit(step, write, {})
+                this.store.commit(step, lambda to, t=taken, b=broken: t.write(to / "absent" if b else to), {})
                 found[step] = "saved"
             except SaveFailed as error:
                 found[step] = str(error)

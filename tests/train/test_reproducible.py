@@ -46,9 +46,12 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def pretrain(names: str, root: Path, stop_at: int = -1) -> int:
+IN_BACKGROUND = ["train.background_saves=true", "train.checkpoint_interval=1"]
+
+
+def pretrain(names: str, root: Path, *more: str, stop_at: int = -1) -> int:
     """Exit code of runs, one after the other in one process; `stop_at` steps are done when the signal comes."""
-    command = [sys.executable, "-W", "ignore", "-c", DRIVER, names, str(stop_at), *SETTINGS, f"root={root}"]
+    command = [sys.executable, "-W", "ignore", "-c", DRIVER, names, str(stop_at), *SETTINGS, f"root={root}", *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode in (0, 85), done.stderr
     return done.returncode
@@ -112,10 +115,11 @@ def test_the_moving_average_is_a_model_of_its_own(root):
 
 
 def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(root):
-    assert pretrain("stopped", root, stop_at=6) == 85
+    """And as if every step's checkpoint had not been written beside the next steps."""
+    assert pretrain("stopped", root, *IN_BACKGROUND, stop_at=6) == 85
     assert curve(root / "stopped") == curve(root / "first")[:6]
     assert not (root / "stopped" / "done.json").exists()
-    assert pretrain("stopped", root) == 0
+    assert pretrain("stopped", root, *IN_BACKGROUND) == 0
     assert curve(root / "stopped") == curve(root / "first")
     assert (root / "stopped" / "done.json").is_file()
     stopped, first = saved_state(root / "stopped"), saved_state(root / "first")

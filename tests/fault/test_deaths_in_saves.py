@@ -1,0 +1,66 @@
+"""A rank that dies at a named point of a save: the checkpoints before it are whole, and the run goes on from them."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import cycle, islice
+from pathlib import Path
+
+import pytest
+from dying_ranks import POINTS
+from jobs import INTERVAL, PRETRAIN, SHORT, Job, comparable, end_of, launched, undisturbed
+
+from megatron_r1.checkpoint.manifest import verify
+from megatron_r1.checkpoint.store import step_folders
+
+PROGRAM = (str(Path(__file__).parents[1] / "support" / "dying_ranks.py"),)
+
+
+def die(job: Job, point: str, chance: random.Random) -> str:
+    """One launch of the job in which a rank dies; where, and what was left."""
+    only = POINTS[point]
+    rank = chance.randrange(2) if only is None else only
+    passes = 0 if point == "verifying" else chance.randrange(2)
+    order = json.dumps({"point": point, "rank": rank, "passes": passes})
+    before = job.saved
+    with launched(job, MEGATRON_R1_DIES=order) as launcher:
+        assert end_of(job, launcher) != 0, f"no rank died at {point}"
+    assert job.saved >= before
+    for _, checkpoint in step_folders(job.folder / "checkpoints"):
+        verify(checkpoint)
+    done = (job.rows or [{"step": 0}])[-1]["step"]
+    return f"{point} on rank {rank}: row {done}, checkpoint {job.saved}"
+
+
+def survive(job: Job, expected: list[dict], points: list[str], lost: int, seed: int) -> None:
+    chance, seen = random.Random(seed), []
+    for point in points:
+        seen.append(die(job, point, chance))
+        done, saved = (int(words.split()[-1]) for words in seen[-1].split(": ")[1].split(", "))
+        assert done - saved <= lost, seen[-1]
+    with launched(Job(job.arguments, job.root, job.name)) as launcher:
+        assert end_of(job, launcher) == 0, job.log
+    assert comparable(job.rows) == expected
+    print(f"{len(points)} deaths inside saves, {len(points)} resumes:\n  " + "\n  ".join(seen))
+
+
+@pytest.mark.dist
+def test_the_run_goes_on(root, pretrained):
+    arguments = [*PRETRAIN, *SHORT, "train.background_saves=true"]
+    job = Job(arguments, root, "dies", PROGRAM)
+    survive(job, pretrained[0], ["mid_shard", "before_rename"], 2 * INTERVAL, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_the_run_goes_on_from_every_point(background, root):
+    """Both ranks hold experts, so that both have shards to write."""
+    arguments = [*PRETRAIN, "train.steps=120", f"train.checkpoint_interval={INTERVAL}", "parallel.expert=2"]
+    expected, _ = undisturbed(Job(arguments, root, f"experts-{background}"))
+    arguments += [f"train.background_saves={background}"]
+    points = list(islice(cycle([*list(POINTS)[1:], "verifying"]), 25))
+    lost = INTERVAL * (2 if background == "true" else 1)
+    survive(Job(arguments, root, f"dies-{background}", PROGRAM), expected, points, lost, 2)
