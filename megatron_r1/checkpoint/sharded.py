@@ -55,13 +55,23 @@ def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[Part]) -> di
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _Place:
     """Where a part lies on disk."""
 
     file: int
     key: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What is known of a whole tensor without reading its numbers."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors spells it."""
+    parts: int
 
 
 class WholeTensors(Mapping[str, Tensor]):
@@ -75,7 +85,7 @@ class WholeTensors(Mapping[str, Tensor]):
         self._open, self._folder, self._kind = ExitStack(), folder, kind
         self._files: list[Any] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._parts: dict[str, list[_Stored]] = {}
+        self._parts: dict[str, list[_Place]] = {}
         for number, path in enumerate(sorted(folder.glob(f"{kind}-*.safetensors"))):
             try:
                 file = self._open.enter_context(safe_open(path, "pt"))
@@ -86,7 +96,7 @@ class WholeTensors(Mapping[str, Tensor]):
                 shape = tuple(file.get_slice(str(key)).get_shape())
                 if self._shapes.setdefault(name, tuple(whole_shape)) != tuple(whole_shape):
                     raise DataError(f"{path}: {name} has shape {whole_shape}, elsewhere {self._shapes[name]}")
-                self._parts.setdefault(name, []).append(_Stored(number, str(key), tuple(offset), shape))
+                self._parts.setdefault(name, []).append(_Place(number, str(key), tuple(offset), shape))
 
     def __enter__(self) -> Self:
         return self
@@ -103,6 +113,12 @@ class WholeTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         return self.part(name, shape, (0,) * len(shape), shape)
+
+    def stored(self, name: str) -> Stored:
+        """Shape, type and number of parts of a tensor."""
+        parts = self._parts[name]
+        dtype = self._files[parts[0].file].get_slice(parts[0].key).get_dtype()
+        return Stored(self._shapes[name], dtype, len(parts))
 
     def part(self, name: str, whole_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The box of `shape` at `offset`, whoever wrote its numbers.

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -65,6 +66,8 @@ class TensorFile:
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None):
         self._waiting, self._hash, self._size = list(reversed(entries)), hashlib.sha256(), 0
+        # Both let go of the GIL: a chunk is hashed while it is written.
+        self._hasher = ThreadPoolExecutor(1)
         self._file = path.open("xb", buffering=0)
         self._put(_header(entries, metadata or {}))
 
@@ -97,14 +100,16 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hasher.shutdown()
         self._file.close()
 
     def _put(self, content: bytes | memoryview) -> None:
-        self._hash.update(content)
+        hashed = self._hasher.submit(self._hash.update, content)
         view = memoryview(content)
         while view:  # an unbuffered write may take only a part
             written = self._file.write(view)
             view, self._size = view[written:], self._size + written
+        hashed.result()
 
 
 def write_tensor_file(

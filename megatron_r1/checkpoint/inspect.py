@@ -1,0 +1,117 @@
+"""What is in a checkpoint, and how two of them differ, read one tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from megatron_r1.checkpoint.sharded import INDEX, Stored, WholeTensors
+from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
+
+BYTES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
+_PARTS_FILE = re.compile(r"(?P<kind>.+)-\d{5}\.safetensors")
+
+
+def kinds(folder: Path) -> list[str]:
+    """The kinds of tensors that ranks share in a checkpoint: ``model``, moments, ...; weights come first."""
+    found = {
+        match["kind"] for path in folder.iterdir() if (match := _PARTS_FILE.fullmatch(path.name)) and _shared(path)
+    }
+    return sorted(found, key=lambda kind: (kind != "model", kind))
+
+
+def _shared(path: Path) -> bool:
+    """Whether a file holds parts of whole tensors, rather than tensors of one rank alone."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return f'"{INDEX}"'.encode() in file.read(min(size, 1 << 16))
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A line of a listing."""
+
+    kind: str
+    name: str
+    stored: Stored
+
+    @property
+    def elements(self) -> int:
+        return prod(self.stored.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * BYTES[self.stored.dtype]
+
+
+def tensors(folder: Path) -> Iterator[Tensor]:
+    """Everything that ranks share in a checkpoint, by its headers alone.
+
+    Raises:
+        DataError: a file is not what a run wrote.
+    """
+    for kind in kinds(folder):
+        with WholeTensors(folder, kind) as whole:
+            for name in sorted(whole):
+                yield Tensor(kind, name, whole.stored(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What the numbers of a tensor are like."""
+
+    smallest: float
+    largest: float
+    root_mean_square: float
+    not_finite: int
+
+
+def values(folder: Path, tensor: Tensor) -> Values:
+    """Read one tensor and describe its finite numbers."""
+    with WholeTensors(folder, tensor.kind) as whole:
+        numbers_N = whole[tensor.name].double().flatten()
+    finite_N = numbers_N[numbers_N.isfinite()]
+    if not len(finite_N):
+        return Values(0.0, 0.0, 0.0, len(numbers_N))
+    rms = finite_N.square().mean().sqrt()
+    return Values(float(finite_N.min()), float(finite_N.max()), float(rms), len(numbers_N) - len(finite_N))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A tensor that is not the same in two checkpoints."""
+
+    kind: str
+    name: str
+    what: str
+
+
+def differences(first: Path, second: Path) -> Iterator[Difference]:
+    """Where two checkpoints differ by a bit, whatever layouts wrote them."""
+    ours, theirs = kinds(first), kinds(second)
+    for kind in sorted({*ours, *theirs}):
+        if kind not in ours or kind not in theirs:
+            yield Difference(kind, "*", f"only in {first if kind in ours else second}")
+            continue
+        with WholeTensors(first, kind) as ones, WholeTensors(second, kind) as others:
+            for name in sorted({*ones, *others}):
+                if what := _difference(ones, others, name, first, second):
+                    yield Difference(kind, name, what)
+
+
+def _difference(ones: WholeTensors, others: WholeTensors, name: str, first: Path, second: Path) -> str:
+    if name not in ones or name not in others:
+        return f"only in {first if name in ones else second}"
+    one, other = ones.stored(name), others.stored(name)
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return f"{one.dtype} {list(one.shape)} and {other.dtype} {list(other.shape)}"
+    mine_N, its_N = (tensors[name].reshape(-1) for tensors in (ones, others))
+    if torch.equal(mine_N.view(torch.uint8), its_N.view(torch.uint8)):
+        return ""
+    largest = float((mine_N.double() - its_N.double()).abs().max())
+    return f"differs by at most {largest:.3g}"

@@ -1,0 +1,120 @@
+"""What a checkpoint holds: `tools/inspect_checkpoint.py RUN|CHECKPOINT [--tensors GLOB] [--values] [--against OTHER]`.
+
+Reads headers only, except with --values and --against. With --against, the exit status is 1 where a bit differs,
+whatever layouts wrote the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_r1.checkpoint.inspect import Tensor, differences, tensors, values
+from megatron_r1.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.checkpoint.tensors import read_state
+from megatron_r1.errors import DataError, ExitCode, UserError
+
+DIFFERENT = 1
+WIDTH = 200
+"""Columns of a listing that goes to a file."""
+
+
+def checkpoint_in(named: Path) -> Path:
+    """The newest checkpoint of a run, or the checkpoint itself."""
+    if (named / MANIFEST_NAME).is_file():
+        return named
+    for _, path in step_folders(named / "checkpoints") + step_folders(named):
+        return path
+    raise DataError(f"{named}: is neither a run with checkpoints nor a checkpoint")
+
+
+def table(title: str, *columns: str) -> Table:
+    made = Table(title=title, title_justify="left", box=None)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return made
+
+
+def overview(checkpoint: Path, found: list[Tensor]) -> Table:
+    """A line for each kind of tensors."""
+    made = table(str(checkpoint), "kind", "tensors", "numbers", "bytes", "types", "parts")
+    for kind in dict.fromkeys(tensor.kind for tensor in found):
+        of_kind = [tensor for tensor in found if tensor.kind == kind]
+        made.add_row(
+            kind,
+            str(len(of_kind)),
+            f"{sum(tensor.elements for tensor in of_kind):,}",
+            f"{sum(tensor.nbytes for tensor in of_kind):,}",
+            " ".join(sorted({tensor.stored.dtype for tensor in of_kind})),
+            str(sum(tensor.stored.parts for tensor in of_kind)),
+        )
+    return made
+
+
+def made_with(checkpoint: Path) -> Table:
+    """Where the run stood, and how it was laid out."""
+    metadata: dict[str, Any] = read_manifest(checkpoint).metadata
+    made = table("made with", "what", "value")
+    layout = {key: value for key, value in metadata.get("layout", {}).items() if value not in (1, [], None, False)}
+    for what, value in {**read_state(checkpoint), "layout": layout or "one rank"}.items():
+        made.add_row(what, str(value))
+    return made
+
+
+def listing(checkpoint: Path, found: list[Tensor], pattern: str, with_values: bool) -> Table:
+    """A line for each tensor whose name fits."""
+    more = ("smallest", "largest", "rms", "not finite") if with_values else ()
+    made = table(pattern, "tensor", "kind", "shape", "type", "parts", *more)
+    for tensor in found:
+        if not fnmatch.fnmatchcase(tensor.name, pattern):
+            continue
+        stored = tensor.stored
+        line = [tensor.name, tensor.kind, "x".join(map(str, stored.shape)) or "-", stored.dtype, str(stored.parts)]
+        if with_values:
+            seen = values(checkpoint, tensor)
+            line += [f"{seen.smallest:.4g}", f"{seen.largest:.4g}", f"{seen.root_mean_square:.4g}"]
+            line.append(str(seen.not_finite))
+        made.add_row(*line)
+    return made
+
+
+def compare(checkpoint: Path, other: Path, console: Console) -> ExitCode | int:
+    """Say where two checkpoints differ."""
+    found = list(differences(checkpoint, other))
+    made = table(f"{checkpoint} against {other}", "tensor", "kind", "difference")
+    for difference in found:
+        made.add_row(difference.name, difference.kind, difference.what)
+    console.print(made if found else f"{checkpoint} and {other}: every tensor is equal to the last bit", soft_wrap=True)
+    return DIFFERENT if found else ExitCode.DONE
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="RUN|CHECKPOINT")
+    parser.add_argument("--tensors", metavar="GLOB", help="list the tensors whose names fit")
+    parser.add_argument("--values", action="store_true", help="read them and describe their numbers")
+    parser.add_argument("--against", type=Path, metavar="RUN|CHECKPOINT", help="compare to the last bit")
+    given, console = parser.parse_args(), Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    try:
+        checkpoint = checkpoint_in(given.folder)
+        if given.against:
+            return int(compare(checkpoint, checkpoint_in(given.against), console))
+        found = list(tensors(checkpoint))
+        console.print(made_with(checkpoint), "", overview(checkpoint, found))
+        if given.tensors or given.values:
+            console.print("", listing(checkpoint, found, given.tensors or "*", given.values))
+    except UserError as error:
+        print(f"inspect_checkpoint: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return int(ExitCode.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

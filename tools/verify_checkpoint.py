@@ -1,0 +1,65 @@
+"""Hold checkpoints against their manifests, to the last bit: `tools/verify_checkpoint.py RUN|CHECKPOINT ...`.
+
+Every checkpoint of a run is read, the newest first. The exit status is 0 when all verify and 88 when one is damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_r1.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
+from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.errors import CheckpointDamaged, DataError, ExitCode, UserError
+
+
+def checkpoints_in(named: Path) -> list[Path]:
+    """The checkpoints that a person means by a folder."""
+    if (named / MANIFEST_NAME).is_file():
+        return [named]
+    found = [path for _, path in step_folders(named / "checkpoints")] or [path for _, path in step_folders(named)]
+    if not found:
+        raise DataError(f"{named}: is neither a run with checkpoints nor a checkpoint")
+    return found
+
+
+def check(checkpoint: Path, bar: Progress) -> str:
+    """Verify one; what to say of it."""
+    size = sum(record.size for record in read_manifest(checkpoint).files.values())
+    task, started = bar.add_task(checkpoint.name, total=size), time.perf_counter()
+    try:
+        manifest = verify(checkpoint, seen=lambda count: bar.advance(task, count))
+    finally:
+        bar.remove_task(task)
+    seconds = time.perf_counter() - started
+    speed = f"{size / 1e6:.1f} MB in {seconds:.2f} s, {size / 1e9 / seconds:.2f} GB/s"
+    return f"{checkpoint}: step {manifest.metadata.get('step')}, {len(manifest.files)} files verify, {speed}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN|CHECKPOINT")
+    console, code = Console(stderr=True, highlight=False), ExitCode.DONE
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        folders = [path for named in parser.parse_args().folders for path in checkpoints_in(named)]
+        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+            for checkpoint in folders:
+                try:
+                    print(check(checkpoint, bar))
+                except CheckpointDamaged as error:
+                    print(f"damaged: {error}")
+                    code = ExitCode.CHECKPOINT_DAMAGED
+    except UserError as error:
+        print(f"verify_checkpoint: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
