@@ -32,6 +32,8 @@ def _check_pretraining(config: RunConfig, ranks: int) -> None:
 def _check_reinforcement(config: RunConfig) -> None:
     """Answers have many lengths, and so have micro-batches: some ways to share work need them alike."""
     degrees, longest = config.parallel, config.model.max_sequence_length
+    if config.rl.routing_replay and not config.model.moe.num_experts:
+        raise ConfigError("rl.routing_replay", True, "must be false: the model has no routers")
     if config.rl.tokens_per_micro_batch < longest:
         raise ConfigError(
             "rl.tokens_per_micro_batch",

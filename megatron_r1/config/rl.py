@@ -30,6 +30,8 @@ class RLConfig:
     """Divisor of the group advantage: population, sample or none."""
     old_log_probs: str = "rollout"
     """Denominator of the ratio: rollout (the engine's own log-probabilities) or trainer (computed again)."""
+    routing_replay: bool = False
+    """Whether the trainer's routers take the experts that the engine's took (R3)."""
     reference_reset_interval: int = 0
     """Rollouts between replacements of the reference policy by the current one; 0 never replaces it."""
     tokens_per_micro_batch: int = 8192

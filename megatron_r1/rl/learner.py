@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
+from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, tensor_parallel_group
 from megatron_r1.rl.advantage import group_advantages
@@ -44,10 +45,18 @@ class Learner:
         reference: ReferencePolicy | None,
         pad_token: int,
         device: str,
+        replay: RoutingReplay | None = None,
     ):
+        """
+        Args:
+            replay: lets the model's routers take the experts that the engine took.
+        """
         self._config, self._model, self._optimizer = config, model, optimizer
         self._reference, self._pad, self._device = reference, pad_token, device
-        self._policy = Policy(model, config.rollout.temperature)
+        temperature, self._replay = config.rollout.temperature, replay
+        self._policy = Policy(model, temperature, self._replay)
+        # The reference is another model: it routes for itself.
+        self._reference_policy = Policy(model, temperature)
         FROZEN.apply(model, 0)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -84,7 +93,14 @@ class Learner:
             consumed_tokens=state.consumed_tokens + sum(map(row_length, samples)),
             data_position=state.data_position + rl.prompts_per_rollout,
         )
-        return state, {**combined_metrics(results), "learning_rate": rate}
+        return state, {**combined_metrics(results), **self._routing_metrics(), "learning_rate": rate}
+
+    def _routing_metrics(self) -> dict[str, float]:
+        """Share of the engine's choices that the trainer's routers would have made otherwise, over all passes."""
+        if not self._replay:
+            return {}
+        told, otherwise = map(sum, zip(*AllRanks().gather(self._replay.count()), strict=True))
+        return {"routing_otherwise": otherwise / max(1, told)}
 
     def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor) -> Iterator[Rows]:
         """This rank's part of a mini-batch; every data-parallel rank gets the same number of micro-batches."""
@@ -121,7 +137,7 @@ class Learner:
         if not (self._reference and rl.kl_coefficient):
             return old, None
         with self._reference.in_place():
-            return old, self._policy.log_probs_by_sample(rows)
+            return old, self._reference_policy.log_probs_by_sample(rows)
 
     def _update(
         self,
@@ -156,7 +172,11 @@ class Learner:
 
             return self._policy.output(model, rows), loss_function
 
-        return update(self._model, self._optimizer, micro_batches, forward, rate, longest_input(micro_batches))
+        try:
+            return update(self._model, self._optimizer, micro_batches, forward, rate, longest_input(micro_batches))
+        finally:
+            if self._replay:
+                self._replay.done()
 
 
 def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Shapes: B answers of a micro-batch, L positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.passes import forward_only
+from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.parallel.mesh import tensor_parallel_group
 from megatron_r1.rl.logprob import token_log_probs
 from megatron_r1.rl.rows import Rows
@@ -21,12 +23,13 @@ from megatron_r1.rl.rows import Rows
 class Policy:
     """A model as a distribution over answers."""
 
-    def __init__(self, model: torch.nn.Module, temperature: float):
+    def __init__(self, model: torch.nn.Module, temperature: float, replay: RoutingReplay | None = None):
         """
         Args:
             temperature: as the engine samples with.
+            replay: lets routers take the experts that the engine took; None lets them choose.
         """
-        self._model, self._temperature = model, temperature
+        self._model, self._temperature, self._replay = model, temperature, replay
 
     def output(self, model: Any, rows: Rows) -> Tensor:
         """This stage's output: hidden states for the next one, logits [B, L, V / TP] on the last.
@@ -35,8 +38,13 @@ class Policy:
             model: the model in whatever wrapping the schedule has it.
         """
         positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.tokens_BL.device).expand_as(rows.inputs_BL)
-        with without_multi_token_prediction(self._model):
+        with self._telling(rows), without_multi_token_prediction(self._model):
             return model(rows.inputs_BL.contiguous(), positions_BL, None)
+
+    def _telling(self, rows: Rows) -> AbstractContextManager[None]:
+        if self._replay is None or rows.experts_BLNK is None:
+            return nullcontext()
+        return self._replay.telling(rows.experts_BLNK, backward=torch.is_grad_enabled())
 
     def log_probs(self, logits_BLV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Log-probabilities [B, L] of the rows' targets, and the entropy [B, L]."""

@@ -12,6 +12,7 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.rl.scoring import Scorer
 from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.routed import RoutedLayers
 from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
 
 
@@ -38,6 +39,7 @@ class Rollouts:
         rollout: RolloutConfig,
         rl: RLConfig,
         seed: int,
+        routed: RoutedLayers | None = None,
     ):
         """
         Args:
@@ -45,9 +47,11 @@ class Rollouts:
             engine: who answers.
             journal: rollouts already sampled.
             scorer: prompt and response text -> score.
+            routed: the layers whose experts are wanted with each answer.
         """
         self._prompts, self._engine, self._tokenizer, self._journal = prompts, engine, tokenizer, journal
         self._scorer, self._rollout, self._rl, self._seed = scorer, rollout, rl, seed
+        self._routed = routed
 
     def take(self, step: int, first_prompt: int) -> list[Sample]:
         """The samples of `step`, whole groups one after the other.
@@ -74,6 +78,7 @@ class Rollouts:
             max_tokens=self._rollout.max_response_tokens,
             stop_tokens=(self._tokenizer.eos,),
             seed=self._seed * 1_000_003 + step,
+            routed=self._routed,
         )
         completions = self._engine.engine.generate(requests, sampling)
         return [
@@ -95,6 +100,7 @@ class Rollouts:
             text=text,
             reward=score.total,
             reward_parts=score.parts,
+            routed_experts=completion.routed_experts,
         )
 
 

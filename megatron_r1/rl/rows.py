@@ -1,6 +1,7 @@
 """Samples as tensors: one row per answer, padded on the right.
 
-Shapes: B answers, L positions. Position t of log-probabilities, mask and targets belongs to token t + 1 of the row.
+Shapes: B answers, L positions, N sparse layers, K experts of a token. Position t of log-probabilities, mask and
+targets belongs to token t + 1 of the row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_r1.model.replay import NOT_TOLD
 from megatron_r1.rollout.sample import Sample
 
 
@@ -27,6 +29,8 @@ class Rows:
     advantages_B: Tensor
     samples_B: Tensor
     """Place of each row's sample in the rollout."""
+    experts_BLNK: Tensor | None = None
+    """Where the engine sent each input, by sparse layer; `NOT_TOLD` where that is not known. None where no row is."""
 
     @property
     def inputs_BL(self) -> Tensor:  # noqa: N802 (a tensor's shape)
@@ -72,6 +76,24 @@ def make_rows(
         mask_BL[row, start - 1 : end - 1] = True
         log_probs_BL[row, start - 1 : end - 1] = torch.tensor(sample.logprobs)
     places = torch.tensor(list(indices))
+    experts_BLNK = _experts(chosen, longest - 1)
     return Rows(
-        tokens_BL.to(device), mask_BL.to(device), log_probs_BL.to(device), advantages[places].to(device), places
+        tokens_BL.to(device),
+        mask_BL.to(device),
+        log_probs_BL.to(device),
+        advantages[places].to(device),
+        places,
+        None if experts_BLNK is None else experts_BLNK.to(device),
     )
+
+
+def _experts(samples: Sequence[Sample], length: int) -> Tensor | None:
+    told = [sample.routed_experts for sample in samples]
+    shape = next((experts.shape[1:] for experts in told if experts), None)
+    if shape is None:
+        return None
+    experts_BLNK = torch.full((len(samples), length, *shape), NOT_TOLD)
+    for row, experts in enumerate(told):
+        if experts:
+            experts_BLNK[row, : experts.shape[0]] = torch.from_numpy(experts.array())
+    return experts_BLNK

@@ -17,6 +17,7 @@ import orjson
 
 from megatron_r1.errors import DataError
 from megatron_r1.files import sync
+from megatron_r1.rollout.routed import RoutedExperts
 from megatron_r1.rollout.sample import Sample
 
 FORMAT = 1
@@ -94,4 +95,6 @@ class Journal:
 def _sample(row: dict) -> Sample:
     for name in ("prompt_tokens", "response_tokens", "logprobs"):
         row[name] = tuple(row[name])
+    if routed := row.get("routed_experts"):
+        row["routed_experts"] = RoutedExperts(tuple(routed["shape"]), routed["data"])
     return Sample(**row)

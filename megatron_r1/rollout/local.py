@@ -8,29 +8,37 @@ Shapes: B rows of the batch, L positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_r1.model.build import without_multi_token_prediction
+from megatron_r1.model.replay import RoutingReplay
+from megatron_r1.rollout.routed import RoutedExperts
 from megatron_r1.rollout.sample import Completion, Request, Sampling
+
+Routes = Callable[[], Tensor]
+"""Experts [T, N, K] of the last forward pass."""
 
 
 class LocalEngine:
     """Samples from a megatron-core model of this process; see `Engine` for the protocol."""
 
-    def __init__(self, model: GPTModel, batch_size: int, pad_token: int):
+    def __init__(self, model: GPTModel, batch_size: int, pad_token: int, routing: RoutingReplay | None = None):
         """
         Args:
             model: the model to sample from; its weights are used as they stand at each call.
             batch_size: rows decoded at a time.
             pad_token: fills the left of shorter prompts; it is masked and never seen.
+            routing: the model's routers, for those who want the experts that answers took.
         """
-        self._model, self._batch_size, self._pad = model, batch_size, pad_token
+        self._model, self._batch_size, self._pad, self._routing = model, batch_size, pad_token, routing
         self._version = "0"
 
     def update_weights(self, folder: Path, version: str) -> None:
@@ -52,17 +60,20 @@ class LocalEngine:
             for start in range(0, len(order), self._batch_size):
                 rows = order[start : start + self._batch_size]
                 batch = [requests[i] for i in rows]
-                completions.update(zip(rows, self._generate_batch(batch, sampling, generator), strict=True))
+                with self._routing.recording() if self._routing and sampling.routed else nullcontext() as routes:
+                    answers = list(self._generate_batch(batch, sampling, generator, routes))
+                completions.update(zip(rows, answers, strict=True))
         self._model.train(training)
         return [completions[i] for i in range(len(requests))]
 
     def _generate_batch(
-        self, requests: list[Request], sampling: Sampling, generator: torch.Generator
+        self, requests: list[Request], sampling: Sampling, generator: torch.Generator, routes: Routes | None
     ) -> Iterator[Completion]:
         tokens: list[list[int]] = [[] for _ in requests]
         log_probs: list[list[float]] = [[] for _ in requests]
         reasons = ["length"] * len(requests)
-        batch = _Batch(self._model, [request.prompt_tokens for request in requests], self._pad, sampling.max_tokens)
+        prompts = [request.prompt_tokens for request in requests]
+        batch = _Batch(self._model, prompts, self._pad, sampling.max_tokens, routes)
         for _ in range(sampling.max_tokens):
             chosen_B, log_probs_B = _draw(batch.logits_BV, sampling, generator)
             going = []
@@ -86,6 +97,7 @@ class LocalEngine:
                 logprobs=tuple(log_probs[row]),
                 finish_reason=reasons[row],
                 weight_version=self._version,
+                routed_experts=batch.routed(row, len(request.prompt_tokens) + len(tokens[row]) - 1) if routes else None,
             )
 
 
@@ -96,7 +108,7 @@ class _Batch:
     relative, hence the shift changes nothing, and padded positions are masked.
     """
 
-    def __init__(self, model: GPTModel, prompts: list[tuple[int, ...]], pad: int, room: int):
+    def __init__(self, model: GPTModel, prompts: list[tuple[int, ...]], pad: int, room: int, routes: Routes | None):
         unique = list(dict.fromkeys(prompts))
         place = {prompt: index for index, prompt in enumerate(unique)}
         self._model = model
@@ -109,11 +121,15 @@ class _Batch:
             self._padding_BL[index, : longest - len(prompt)] = True
         self.rows = list(range(len(unique)))
         self.logits_BV = torch.empty(0)
+        self.experts: list[list[np.ndarray]] = [[] for _ in unique]
+        """Of each request the experts [T, N, K] of the tokens that were read, in pieces."""
+        self._routes = routes
         self._context = StaticInferenceContext(len(unique), self._capacity)
         self._forward(tokens_BL)
         # Equal prompts were read once; from here on each request has a row of its own.
         self.keep([place[prompt] for prompt in prompts])
         self.rows = list(range(len(prompts)))
+        self.experts = [[*self.experts[place[prompt]]] for prompt in prompts]
 
     def keep(self, places: list[int]) -> None:
         """Go on with these rows only."""
@@ -127,6 +143,10 @@ class _Batch:
         for layer, (key, value) in cache.items():
             cache[layer] = (key[:, index], value[:, index])
         self._context.max_batch_size = len(places)
+
+    def routed(self, row: int, inputs: int) -> RoutedExperts:
+        """Where a request's tokens went. An answer's last token may have been read, but nothing follows it."""
+        return RoutedExperts.of(np.concatenate(self.experts[row])[:inputs])
 
     def read(self, tokens_B: Tensor) -> None:
         """Append one token to every row."""
@@ -146,6 +166,11 @@ class _Batch:
         )
         self._context.sequence_len_offset = end
         self.logits_BV = logits_BLV[:, -1].float()
+        if self._routes:
+            experts_LBNK = self._routes().unflatten(0, (tokens_BL.shape[1], len(tokens_BL))).cpu().numpy()
+            seen_BL = (~self._padding_BL[:, start:end]).cpu().numpy()
+            for place, row in enumerate(self.rows):
+                self.experts[row].append(experts_LBNK[seen_BL[place], place])
 
 
 def _draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:

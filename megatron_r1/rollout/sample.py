@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_r1.rollout.routed import RoutedExperts, RoutedLayers
+
 FINISH_REASONS = ("stop", "length")
 LOGPROB_SLACK = 1e-3
 """A log-prob may exceed 0 by rounding of the engine's softmax, never by more than this."""
@@ -42,6 +44,8 @@ class Sampling:
     """A response ends with the first of these tokens, which belongs to the response."""
     seed: int
     """For engines that can be seeded."""
+    routed: RoutedLayers | None = None
+    """The layers whose experts are wanted with each answer; None wants none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -52,7 +56,13 @@ class Sampling:
             raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
 
 
-def check_response(tokens: tuple[int, ...], logprobs: tuple[float, ...], finish_reason: str) -> None:
+def check_response(
+    prompt: tuple[int, ...],
+    tokens: tuple[int, ...],
+    logprobs: tuple[float, ...],
+    finish_reason: str,
+    routed: RoutedExperts | None,
+) -> None:
     """Raise ValueError, naming the fault, unless these make a response that can be trained on."""
     if not tokens:
         raise ValueError("the response has no tokens")
@@ -63,6 +73,9 @@ def check_response(tokens: tuple[int, ...], logprobs: tuple[float, ...], finish_
             raise ValueError(f"log-prob {logprob} at response token {position}: must be finite and at most 0")
     if finish_reason not in FINISH_REASONS:
         raise ValueError(f"finish reason {finish_reason!r}: must be one of {', '.join(FINISH_REASONS)}")
+    inputs = len(prompt) + len(tokens) - 1
+    if routed is not None and routed.shape[0] != inputs:
+        raise ValueError(f"routed experts of {routed.shape[0]} tokens: must be of the {inputs} that the model read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +94,11 @@ class Completion:
     """``stop``: the last token is a stop token; ``length``: `Sampling.max_tokens` was reached."""
     weight_version: str
     """Version of the weights that every token of the response was sampled with."""
+    routed_experts: RoutedExperts | None = None
+    """Where the engine sent each token that it read, if that was asked for."""
 
     def __post_init__(self) -> None:
-        check_response(self.response_tokens, self.logprobs, self.finish_reason)
+        check_response(self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +118,10 @@ class Sample:
     reward: float
     reward_parts: dict[str, float]
     """The reward's parts by name; they sum to `reward` before any weighting that the reward's own file states."""
+    routed_experts: RoutedExperts | None = None
+    """As of the completion."""
 
     def __post_init__(self) -> None:
-        check_response(self.response_tokens, self.logprobs, self.finish_reason)
+        check_response(self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts)
         if not math.isfinite(self.reward):
             raise ValueError(f"prompt {self.prompt_id}: reward {self.reward} is not finite")

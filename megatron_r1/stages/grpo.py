@@ -10,6 +10,7 @@ from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.parallel.mesh import leads
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
@@ -19,6 +20,7 @@ from megatron_r1.rl.scoring import rule_scorer
 from megatron_r1.rollout.choose import SyncedEngine, shared_sglang_engine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.local import LocalEngine
+from megatron_r1.rollout.routed import RoutedLayers
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import Weights, find_weights
 from megatron_r1.train.hooks import Hook, Hooks
@@ -39,8 +41,10 @@ def run(config: RunConfig) -> None:
             finish(this, this.state)
             return
         reference = ReferencePolicy(this.model, this.saved(SAVED)) if config.rl.kl_coefficient else None
-        learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device)
-        with rollout_engine(this, weights) as engine:
+        moe = config.model.moe
+        replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None
+        learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device, replay)
+        with rollout_engine(this, weights, replay) as engine:
             rollouts = None
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=reference.saved if reference else tuple)
             if leads():
@@ -55,6 +59,7 @@ def run(config: RunConfig) -> None:
                     config.rollout,
                     config.rl,
                     config.seed,
+                    RoutedLayers(config.model.num_layers, moe.first_dense_layers, moe.top_k) if replay else None,
                 )
             step = reinforcement_step(rollouts, learner, engine.update_weights)
             state = train(this.state, step, hooks, config.train.steps)
@@ -83,12 +88,12 @@ class PruneJournal(Hook):
 
 
 @contextmanager
-def rollout_engine(this: Trainer, weights: Weights) -> Iterator[SyncedEngine]:
+def rollout_engine(this: Trainer, weights: Weights, replay: RoutingReplay | None) -> Iterator[SyncedEngine]:
     """The configured engine, on rank 0, holding the trainer's weights under the version of the trainer's step."""
     rollout, version = this.config.rollout, str(this.state.step)
     if rollout.engine == "local":
         # Every rank has the whole model; rank 0 alone samples.
-        local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad) if leads() else None
+        local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad, replay) if leads() else None
         engine = SyncedEngine(local, None)
         engine.update_weights(version)
         yield engine

@@ -13,6 +13,7 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,14 @@ def post_training(config: Any) -> Any:
     config.model.moe.sequence_loss_coefficient = config.model.moe.bias_update_rate = 0.0
     config.rl.prompts_per_rollout, config.rl.group_size, config.rl.mini_batches = PROMPTS, GROUP, 1
     config.rl.tokens_per_micro_batch, config.rl.kl_coefficient, config.rollout.temperature = 120, 0.05, 0.7
+    config.rl.routing_replay = config.model.moe.num_experts > 0
     return config
 
 
 def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     """Metrics of one GRPO rollout in one mini-batch, and its whole gradients."""
     from megatron_r1.model.chunks import in_multi_token_layer
+    from megatron_r1.model.replay import RoutingReplay
     from megatron_r1.rl.learner import Learner
     from megatron_r1.rl.reference import ReferencePolicy
     from megatron_r1.train.optimizer import Optimizer
@@ -145,8 +148,9 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     reference = ReferencePolicy(model)
     for copy_of_weight in reference.copies:
         copy_of_weight *= REFERENCE_SCALE
-    learner = Learner(config, model, optimizer, reference, 0, "cpu")
-    _, row = learner.learn(list(samples()), TrainState())
+    replay = RoutingReplay(model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
+    learner = Learner(config, model, optimizer, reference, 0, "cpu", replay)
+    _, row = learner.learn(list(samples(config.model)), TrainState())
     return row, whole_gradients(model, optimizer)
 
 
@@ -155,18 +159,29 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
     from plain_grpo import plain_loss
 
     from megatron_r1.model.build import native_tensors
+    from megatron_r1.model.replay import NOT_TOLD, RoutingReplay
 
     model, reference = build(config, platform), build(config, platform)
     for _, tensor in native_tensors(reference):
         tensor *= REFERENCE_SCALE
     settings = config.rollout.temperature, config.rl.clip_epsilon, config.rl.kl_coefficient
-    loss = plain_loss(model, reference, list(samples()), *settings)
+    replay = RoutingReplay(model, config.model.moe.first_dense_layers)
+
+    def telling(sample: Any) -> AbstractContextManager:
+        if not sample.routed_experts:
+            return nullcontext()
+        told_TNK = torch.from_numpy(sample.routed_experts.array())
+        last_1NK = torch.full_like(told_TNK[:1], NOT_TOLD)  # nothing follows the last token, which is read here too
+        return replay.telling(torch.cat([told_TNK, last_1NK])[None], backward=False)
+
+    loss = plain_loss(model, reference, list(samples(config.model)), *settings, telling)
     loss.backward()
     return {"loss": float(loss.detach())}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def samples() -> Iterator[Any]:
-    """Answers of many lengths to prompts of many lengths, off-policy."""
+def samples(model: Any) -> Iterator[Any]:
+    """Answers of many lengths to prompts of many lengths, off-policy; every second one with experts it took."""
+    from megatron_r1.rollout.routed import RoutedExperts
     from megatron_r1.rollout.sample import Sample
 
     generator = torch.Generator().manual_seed(4)
@@ -174,14 +189,24 @@ def samples() -> Iterator[Any]:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (1,), generator=generator))
 
+    moe = model.moe
+
+    def experts(tokens: int) -> RoutedExperts | None:
+        if not moe.num_experts:
+            return None
+        scores = torch.rand(tokens, model.num_layers - moe.first_dense_layers, moe.num_experts, generator=generator, dtype=torch.float32)
+        return RoutedExperts.of(scores.topk(moe.top_k).indices.numpy())
+
     for group in range(PROMPTS):
         prompt = tuple(torch.randint(5, 512, (draw(3, 12),), generator=generator).tolist())
-        for _ in range(GROUP):
+        for number in range(GROUP):
             length = draw(1, 20)
             response = tuple(torch.randint(5, 512, (length,), generator=generator).tolist())
             log_probs = tuple((-6.3 + 0.4 * torch.randn(length, generator=generator, dtype=torch.float32)).tolist())
             reward = float(draw(0, 3))
-            yield Sample(str(group), group, prompt, response, log_probs, "0", "stop", "", reward, {"accuracy": reward})
+            told = experts(len(prompt) + length - 1) if number % 2 else None
+            parts = {"accuracy": reward}
+            yield Sample(str(group), group, prompt, response, log_probs, "0", "stop", "", reward, parts, told)
 
 
 def whole_gradients(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,16 +22,26 @@ def response_log_probs(model: Any, prompt: tuple[int, ...], response: tuple[int,
 
 
 def plain_loss(
-    model: Any, reference: Any, samples: Sequence[Any], temperature: float, epsilon: float, kl_coefficient: float
+    model: Any,
+    reference: Any,
+    samples: Sequence[Any],
+    temperature: float,
+    epsilon: float,
+    kl_coefficient: float,
+    telling: Callable[[Any], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
-    """The loss of one mini-batch: means over each answer's tokens, then over answers; population deviation."""
+    """The loss of one mini-batch: means over each answer's tokens, then over answers; population deviation.
+
+    `telling` gives what must hold while the model, not the reference, reads a sample.
+    """
     total = torch.zeros(())
     for sample in samples:
         group = [s.reward for s in samples if s.group == sample.group]
         mean = sum(group) / len(group)
         deviation = math.sqrt(sum((reward - mean) ** 2 for reward in group) / len(group))
         advantage = (sample.reward - mean) / deviation if deviation else 0.0
-        log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, temperature)
+        with telling(sample):
+            log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, temperature)
         with torch.no_grad():
             others = response_log_probs(reference, sample.prompt_tokens, sample.response_tokens, temperature)
         for token, old in enumerate(sample.logprobs):

@@ -15,6 +15,7 @@ import orjson
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.routed import RoutedExperts
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 
 ATTEMPTS = 3
@@ -70,8 +71,12 @@ class Client:
             "input_ids": [request.prompt_tokens for request in requests],
             "sampling_params": sampling_parameters(sampling),
             "return_logprob": True,
+            "return_routed_experts": sampling.routed is not None,
         }
         limit = LARGEST_REPLY + BYTES_A_TOKEN * len(requests) * (sampling.max_tokens + 16)
+        if routed := sampling.routed:
+            tokens = sum(len(request.prompt_tokens) + sampling.max_tokens for request in requests)
+            limit += 6 * tokens * routed.layers * routed.top_k  # base64 of int32
         replies = await self._call("/generate", body, limit=limit)
         if not isinstance(replies, list) or len(replies) != len(requests):
             count = len(replies) if isinstance(replies, list) else type(replies).__name__
@@ -225,7 +230,11 @@ def _completion(reply: Any, request: Request, sampling: Sampling, version: str) 
     if reason == "length" and tokens[-1] in sampling.stop_tokens:
         reason = "stop"  # the last allowed token is a stop token: SGLang looks at the length first
     logprobs = tuple(float(pair[0]) for pair in pairs)
-    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version)
+    routed = None
+    if sampling.routed:
+        inputs = len(request.prompt_tokens) + len(tokens) - 1
+        routed = RoutedExperts.from_sglang(meta["routed_experts"], inputs, sampling.routed)
+    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version, routed)
 
 
 async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
