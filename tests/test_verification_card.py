@@ -1,0 +1,35 @@
+"""The card of what is verified claims nothing without a command that exists and a figure."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CARD = ROOT / "tests" / "verification.md"
+ALLOWED = {"yes", "unverified", "-"}
+FAMILIES = 7
+
+
+def rows() -> list[list[str]]:
+    lines = [line for line in CARD.read_text().splitlines() if line.startswith("|")]
+    header, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(header) == 1 + FAMILIES + 2 and set("".join(rule)) == {"-"}
+    return rows
+
+
+def test_every_claim_is_answered_for_every_family():
+    found = rows()
+    assert len({row[0] for row in found}) == len(found) > 10
+    for row in found:
+        assert len(row) == 1 + FAMILIES + 2, row[0]
+        assert set(row[1 : 1 + FAMILIES]) <= ALLOWED, row[0]
+
+
+def test_what_is_verified_has_a_figure_and_a_command_that_is_there():
+    for claim, *answers, command, figures in rows():
+        paths = [word for word in re.findall(r"[\w/.-]+", command) if "/" in word]
+        assert all((ROOT / path).exists() for path in paths), claim
+        assert figures, claim
+        if "yes" in answers:
+            assert paths, claim
