@@ -8,7 +8,7 @@ from megatron_r1.config.checks import at_least
 from megatron_r1.errors import ConfigError
 
 TRAINING_VERBS = ("pretrain", "grpo")
-STAGE_VERBS = (*TRAINING_VERBS, "eval", "convert", "report")
+STAGE_VERBS = (*TRAINING_VERBS, "eval", "sample", "convert", "report")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,6 +16,7 @@ from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.track import TrackConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
@@ -68,6 +69,8 @@ class RunConfig:
     """The reinforcement-learning objective."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """How a model is measured."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """What a sampling job answers, and how it is written."""
     track: TrackConfig = field(default_factory=TrackConfig)
     """Where metrics go."""
     init: InitConfig = field(default_factory=InitConfig)

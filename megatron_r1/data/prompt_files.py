@@ -1,0 +1,103 @@
+"""Prompts out of a user's file, JSONL or Parquet: bad rows are named, never silently dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_r1.config.sample import SampleConfig
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.template import fill_template
+from megatron_r1.errors import ConfigError, DataError
+
+TASK = "file"
+"""Task of a prompt that no world made: its answer is judged as a number."""
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """What a file holds."""
+
+    prompts: list[Prompt]
+    bad_rows: list[str]
+    """file:row: reason."""
+
+
+def read_prompts(config: SampleConfig) -> PromptFile:
+    """The prompts of `config.prompts`, in order.
+
+    Raises:
+        ConfigError: the file is of no known kind.
+        DataError: it cannot be read, two rows have one name, or more rows are bad than are allowed.
+    """
+    path, seen = Path(config.prompts), set[str]()
+    prompts: list[Prompt] = []
+    bad: list[str] = []
+    for number, row in _rows(path):
+        if config.limit and len(prompts) == config.limit:
+            break
+        try:
+            prompt = _prompt(row, number, config)
+            if prompt.id in seen:
+                raise ValueError(f"{config.id_field} {prompt.id} has been seen before")
+        except ValueError as error:
+            bad.append(f"{path.name}:{number}: {error}")
+            if len(bad) > config.max_bad_rows:
+                raise DataError(f"{bad[-1]}; sample.max_bad_rows={config.max_bad_rows} may be bad") from None
+            continue
+        seen.add(prompt.id)
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts")
+    return PromptFile(prompts, bad)
+
+
+def _prompt(row: Any, number: int, config: SampleConfig) -> Prompt:
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    question = row.get(config.question_field)
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{config.question_field} is not text")
+    answer = row.get(config.answer_field)
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise ValueError(f"{config.answer_field} is neither text nor a number")
+    name = row.get(config.id_field, number) if config.id_field else number
+    text = fill_template(question) if config.template == "r1_zero" else question
+    return Prompt(str(name), question, "" if answer is None else str(answer), text, "", TASK)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows with their number from 1; a row that cannot be parsed comes as the ValueError."""
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError("sample.prompts", path, "must end in .jsonl or .parquet")
+    try:
+        yield from enumerate(_lines(path) if path.suffix == ".jsonl" else _parquet(path), start=1)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                yield ValueError(f"is not JSON ({error.msg})")
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except ValueError as error:  # pyarrow's own errors derive from it
+        raise DataError(f"{path}: is not a Parquet file ({' '.join(str(error).split())})") from error
+    with file:
+        for batch in file.iter_batches(1024):
+            yield from batch.to_pylist()

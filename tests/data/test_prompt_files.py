@@ -1,0 +1,78 @@
+"""Prompts out of files: every row is taken or named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_r1.config.sample import SampleConfig
+from megatron_r1.data.prompt_files import read_prompts
+from megatron_r1.data.template import fill_template
+from megatron_r1.errors import ConfigError, DataError
+
+ROWS = [{"question": "1+1?", "answer": "2", "name": "a"}, {"question": "2+2?", "answer": 4, "name": "b"}]
+
+
+def config_of(path, **changes) -> SampleConfig:
+    return SampleConfig(prompts=str(path), **changes)
+
+
+@pytest.fixture(params=["jsonl", "parquet"])
+def file(request, tmp_path):
+    path = tmp_path / f"prompts.{request.param}"
+    if request.param == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        rows = [row | {"answer": str(row["answer"])} for row in ROWS]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_rows_become_prompts(file):
+    found = read_prompts(config_of(file))
+    assert [(p.id, p.question, p.answer, p.text) for p in found.prompts] == [
+        ("1", "1+1?", "2", fill_template("1+1?")),
+        ("2", "2+2?", "4", fill_template("2+2?")),
+    ]
+    assert not found.bad_rows
+
+
+def test_fields_template_and_limit(file):
+    (prompt,) = read_prompts(config_of(file, id_field="name", template="none", question_field="name", limit=1)).prompts
+    assert (prompt.id, prompt.text) == ("a", "a")
+
+
+BAD = [
+    ("{", "is not JSON"),
+    ("[1]", "is not a JSON object"),
+    ('{"answer": "1"}', "question is not text"),
+    ('{"question": "  "}', "question is not text"),
+    ('{"question": "1?", "answer": [1]}', "answer is neither text nor a number"),
+    ('{"question": "1?", "name": "a"}', "name a has been seen before"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD)
+def test_bad_rows_are_named(tmp_path, line, reason):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + f"\n{line}\n" + json.dumps(ROWS[1]) + "\n")
+    with pytest.raises(DataError, match=f"prompts.jsonl:2: {reason}.*max_bad_rows=0"):
+        read_prompts(config_of(path, id_field="name"))
+    found = read_prompts(config_of(path, id_field="name", max_bad_rows=1))
+    assert [prompt.id for prompt in found.prompts] == ["a", "b"]
+    assert len(found.bad_rows) == 1 and found.bad_rows[0].startswith(f"prompts.jsonl:2: {reason}")
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"must end in .jsonl or .parquet"):
+        read_prompts(config_of(tmp_path / "prompts.csv"))
+    with pytest.raises(DataError, match="No such file"):
+        read_prompts(config_of(tmp_path / "prompts.jsonl"))
+    for name, content in (("prompts.jsonl", ""), ("prompts.parquet", "no parquet")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match="holds no prompts|is not a Parquet file"):
+            read_prompts(config_of(tmp_path / name))
