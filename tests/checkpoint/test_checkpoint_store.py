@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_r1.checkpoint.lock import FolderInUse
-from megatron_r1.checkpoint.manifest import MANIFEST_NAME, verify
+from megatron_r1.checkpoint.manifest import MANIFEST_NAME, FileRecord, read_manifest, verify
 from megatron_r1.checkpoint.store import CheckpointStore, SaveFailed, newest_verified, step_folders
 from megatron_r1.errors import CheckpointDamaged
 
@@ -351,3 +352,62 @@ def test_one_rank_fails_and_all_raise(tmp_path: Path, failing_rank: int) -> None
     assert first[1][0].name == "step-00000001"
     assert steps(tmp_path) == [3, 1]
     assert set(verify(tmp_path / "step-00000003").files) == {"shard-0", "shard-1"}
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_damage_that_one_rank_finds_sends_all_to_the_older_one(tmp_path: Path, shard: int) -> None:
+    """Two files of one size: each rank hashes one of them."""
+
+    def job(ranks: ThreadRanks) -> tuple[str, str]:
+        def shards(folder: Path) -> None:
+            (folder / f"shard-{ranks.rank}").write_text("x" * 100)
+
+        with CheckpointStore(tmp_path, ranks=ranks) as store:
+            store.commit(1, shards, {})
+            store.commit(2, shards, {})
+        ranks.barrier.wait(timeout=10)
+        if ranks.rank == 0:
+            (tmp_path / "step-00000002" / f"shard-{shard}").write_text("y" * 100)
+        ranks.barrier.wait(timeout=10)
+        with CheckpointStore(tmp_path, ranks=ranks) as store:
+            found = store.newest_verified()
+        return found[0].name, found[1].files[f"shard-{shard}"].sha256
+
+    first, second = on_two_ranks(job)
+    assert first == second and first[0] == "step-00000001"
+
+
+def test_the_hashes_of_those_who_wrote_are_taken_and_their_files_are_not_read_again(tmp_path: Path) -> None:
+    """A disk that changes what was written is noticed by who reads it."""
+    record = FileRecord(4, hashlib.sha256(b"told").hexdigest())
+
+    def lied_to(folder: Path) -> dict[str, FileRecord]:
+        (folder / "file").write_bytes(b"tolD")
+        (folder / "other").write_bytes(b"other")
+        return {"file": record}
+
+    with CheckpointStore(tmp_path) as store:
+        store.commit(1, write("a"), {})
+        store.commit(2, lied_to, {})
+        assert read_manifest(store.path(2)).files["file"] == record
+        assert store.newest_verified()[0] == store.path(1)
+
+
+@pytest.mark.parametrize("content", [b"shorter", None])
+def test_a_file_that_is_not_as_its_writer_says_fails_the_save(tmp_path: Path, content: bytes | None) -> None:
+    def torn(folder: Path) -> dict[str, FileRecord]:
+        if content:
+            (folder / "file").write_bytes(content)
+        return {"file": FileRecord(100, "0" * 64)}
+
+    with CheckpointStore(tmp_path) as store, pytest.raises(SaveFailed, match="100 bytes were written and"):
+        store.commit(1, torn, {})
+
+
+def test_a_second_save_must_wait_for_the_first(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path) as store:
+        store.begin(1, write("a"), {}, background=True)
+        with pytest.raises(ValueError, match="step 1 is still being saved"):
+            store.begin(2, write("b"), {})
+        store.settle()
+        assert steps(tmp_path) == [1] and not store.saving
