@@ -20,9 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry
 from megatron_r1.errors import DataError
 
 INDEX = "parts"
+_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,14 @@ class WholeTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Type and shape of every tensor by name, from headers alone."""
+        types = {
+            name: self._files[parts[0].file].get_slice(parts[0].key).get_dtype() for name, parts in self._parts.items()
+        }
+        return {name: Entry(name, _TYPES[types[name]], shape) for name, shape in self._shapes.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
