@@ -47,8 +47,6 @@ class TensorFolder(Mapping[str, Tensor]):
         index = folder / INDEX_FILE
         listed = _listed(index) if index.is_file() else {}
         for file_name in sorted(set(listed.values())) or ["model.safetensors"]:
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-                raise DataError(f"{index}: {file_name}: must name a .safetensors file beside it")
             for place in read_header(folder / file_name):
                 name = place.entry.name
                 if name in self.places:
@@ -87,6 +85,9 @@ def _listed(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise DataError(f"{index}: weight_map must say which file holds each tensor")
+    for file_name in sorted(set(weight_map.values())):
+        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+            raise DataError(f"{index}: {file_name}: must name a .safetensors file beside it")
     return weight_map
 
 

@@ -77,7 +77,7 @@ def test_there_and_back(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = FAMILIES[family]()
-    made = there_and_back(model, tmp_path, shard_gb=1e-4)
+    made = there_and_back(model, tmp_path, shard_gb=2e-5)
     assert len(list(made["bf16"].glob("*.safetensors"))) > 1
     plain = convert(f"hf:{made['fp8']}", tmp_path / "plain", format="bf16")
     for folder in (made["fp32"], made["bf16"], plain):
@@ -119,7 +119,7 @@ def test_an_fp8_folder_is_divided_anew_without_being_quantised_anew(tmp_path: Pa
     tensors = hf_of(folder)
     tensors = {name: t * 1.7 if name.endswith("_scale_inv") else t for name, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    again = convert(f"hf:{folder}", tmp_path / "b", shard_gb=1e-4)
+    again = convert(f"hf:{folder}", tmp_path / "b", shard_gb=2e-5)
     assert len(list(again.glob("*.safetensors"))) > 5
     assert same_bits(hf_of(again), tensors)
 
@@ -127,10 +127,10 @@ def test_an_fp8_folder_is_divided_anew_without_being_quantised_anew(tmp_path: Pa
 def test_the_audit_proves_it(tmp_path: Path) -> None:
     model = tiny()
     weights = native_weights(model)
-    folder = convert(native_run(tmp_path / "run", model, weights), tmp_path / "a", format="fp8", shard_gb=1e-4)
+    folder = convert(native_run(tmp_path / "run", model, weights), tmp_path / "a", format="fp8", shard_gb=2e-5)
     audit = read_audit(folder)
     assert check_audit(audit, TensorFolder(folder), weights) == len(hf_of(folder)) + len(weights)
-    native = convert(f"hf:{folder}", tmp_path / "b", to="native", shard_gb=1e-4)
+    native = convert(f"hf:{folder}", tmp_path / "b", to="native", shard_gb=2e-5)
     assert check_audit(read_audit(native), native_of(native), TensorFolder(folder))
     fused = "decoder.layers.1.mlp.experts.linear_fc1.weight3"
     parts = [f"model.layers.1.mlp.experts.3.{name}_proj.weight" for name in ("gate", "up")]
