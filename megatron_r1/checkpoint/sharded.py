@@ -52,13 +52,32 @@ def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[Part]) -> No
 
 
 @dataclass(frozen=True)
+class _Box:
+    """Some of a whole tensor's numbers."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def common(self, other: _Box) -> _Box | None:
+        """What both hold; None where that is nothing."""
+        low = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
+        ends = zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        size = [min(a + n, b + m) - start for (a, n, b, m), start in zip(ends, low, strict=True)]
+        return _Box(tuple(low), tuple(size)) if all(extent > 0 for extent in size) else None
+
+    def within(self, other: _Box) -> tuple[slice, ...]:
+        """This box as an index into the other one."""
+        starts = [a - b for a, b in zip(self.offset, other.offset, strict=True)]
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.shape, strict=True))
+
+
+@dataclass(frozen=True)
 class _Stored:
     """Where a part lies on disk."""
 
     file: int
     key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
+    box: _Box
 
 
 class WholeTensors(Mapping[str, Tensor]):
@@ -84,7 +103,7 @@ class WholeTensors(Mapping[str, Tensor]):
                 shape = tuple(file.get_slice(str(key)).get_shape())
                 if self._shapes.setdefault(name, tuple(whole_shape)) != tuple(whole_shape):
                     raise DataError(f"{path}: {name} has shape {whole_shape}, elsewhere {self._shapes[name]}")
-                self._parts.setdefault(name, []).append(_Stored(number, str(key), tuple(offset), shape))
+                self._parts.setdefault(name, []).append(_Stored(number, str(key), _Box(tuple(offset), shape)))
 
     def __enter__(self) -> Self:
         return self
@@ -120,22 +139,24 @@ class WholeTensors(Mapping[str, Tensor]):
             raise DataError(f"{name}: missing from {self._folder}/{self._kind}-*.safetensors")
         if self._shapes[name] != tuple(whole_shape):
             raise DataError(f"{name}: has shape {self._shapes[name]}, must have {tuple(whole_shape)}")
-        result: Tensor | None = None
-        missing = torch.ones(shape, dtype=torch.bool)
-        for stored in self._parts[name]:
-            low = [max(a, b) for a, b in zip(offset, stored.offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, stored.offset, stored.shape, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, stored.offset, strict=True))
-            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
-            file = self._files[stored.file]
-            numbers = file.get_slice(stored.key)[there] if there else file.get_tensor(stored.key)
-            if result is None:
-                result = torch.empty(shape, dtype=numbers.dtype)
-            if not missing[here].all():
+        wanted = _Box(tuple(offset), tuple(shape))
+        found = [(stored, box) for stored in self._parts[name] if (box := wanted.common(stored.box))]
+        for number, (_, box) in enumerate(found):
+            if any(box.common(other) for _, other in found[:number]):
                 raise DataError(f"{name}: some of its numbers are twice in {self._folder}")
-            result[here], missing[here] = numbers, False
-        if result is None or missing.any():
-            raise DataError(f"{name}: {int(missing.sum())} of {prod(shape)} numbers are missing from {self._folder}")
+        # Boxes that lie in the wanted one and not in one another fill it if they are as much as it is.
+        if missing := prod(shape) - sum(prod(box.shape) for _, box in found):
+            raise DataError(f"{name}: {missing} of {prod(shape)} numbers are missing from {self._folder}")
+        pieces = [(box.within(wanted), self._read(stored, box)) for stored, box in found]
+        if len(pieces) == 1:
+            return pieces[0][1]
+        result = torch.empty(shape, dtype=pieces[0][1].dtype)
+        for place, numbers in pieces:
+            result[place] = numbers
         return result
+
+    def _read(self, stored: _Stored, box: _Box) -> Tensor:
+        file = self._files[stored.file]
+        if box == stored.box:
+            return file.get_tensor(stored.key)
+        return file.get_slice(stored.key)[box.within(stored.box)]

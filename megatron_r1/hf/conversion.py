@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -96,14 +97,16 @@ def write_file(planned: PlannedFile, reader: Reader, target: Target, folder: Pat
     names_in_file = iter(entries)
     read: dict[str, Any] = {}
     written: dict[str, Any] = {}
-    with TensorFile(folder / planned.name, entries, metadata) as file:
+    # Its hashes are taken while the same tensors are written: both leave Python's lock to others.
+    with TensorFile(folder / planned.name, entries, metadata) as file, ThreadPoolExecutor(1) as hashing:
         for piece in planned.pieces:
             taken = reader.take(piece.row)
             encoded = target.encode(piece.row, taken.parts)
             here = {entry.name: encoded[entry.name] for entry in piece.entries}
+            hashes = hashing.submit(audit_of_row, taken.read, encoded, here)
             for tensor in here.values():
                 file.write(next(names_in_file).name, tensor)
-            audit = audit_of_row(taken.read, encoded, here)
+            audit = hashes.result()
             read.update(audit["read"])
             written.update(audit["written"])
         record = file.close()

@@ -58,10 +58,10 @@ def quantise_blocks(weight_MN: Tensor) -> Stored:
     values_MN = torch.empty(weight_MN.shape, dtype=FP8, device=weight_MN.device)
     scales_mn = torch.empty(scale_shape(tuple(weight_MN.shape)), dtype=torch.float32, device=weight_MN.device)
     for rows, blocks in _slabs(weight_MN):
-        if not bool(weight_MN[rows].isfinite().all()):
-            raise ValueError("holds an infinity or a NaN, which FP8 has no place for")
         quantised = quantise(weight_MN[rows], BLOCK)
         values_MN[rows], scales_mn[blocks] = quantised.values_MN.to(FP8), quantised.scales_mn
+    if _holds_nan(values_MN):
+        raise ValueError("holds an infinity or a NaN, which FP8 has no place for")
     return Stored(values_MN, scales_mn)
 
 
@@ -70,8 +70,25 @@ def dequantise_blocks(stored: Stored, dtype: torch.dtype) -> Tensor:
     assert stored.scale_inv is not None
     result_MN = torch.empty(stored.weight.shape, dtype=dtype, device=stored.weight.device)
     for rows, blocks in _slabs(stored.weight):
-        result_MN[rows] = dequantise(Quantised(stored.weight[rows].float(), stored.scale_inv[blocks], BLOCK))
+        result_MN[rows] = dequantise(Quantised(as_fp32(stored.weight[rows]), stored.scale_inv[blocks], BLOCK))
     return result_MN
+
+
+def as_fp32(values: Tensor) -> Tensor:
+    """E4M3 numbers in fp32, exactly.
+
+    Shifted by 7 bits they are fp16 numbers of a 256th, subnormal ones included: several times as fast as torch's cast,
+    which goes one by one. NaN has no such neighbour and is left to that cast.
+    """
+    if _holds_nan(values):
+        return values.float()
+    bits = values.view(torch.int8).to(torch.int16)
+    shifted = (bits << 7).bitwise_and_(0x3F80).bitwise_or_(bits.bitwise_and_(-0x8000))
+    return shifted.view(torch.float16).float().mul_(256)
+
+
+def _holds_nan(values: Tensor) -> bool:
+    return bool((values.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any())
 
 
 def _slabs(matrix_MN: Tensor) -> Iterator[tuple[slice, slice]]:

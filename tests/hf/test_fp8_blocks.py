@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_r1.hf.fp8_blocks import FP8, Stored, dequantise_blocks, quantise_blocks, scale_shape
+from megatron_r1.hf.fp8_blocks import FP8, Stored, as_fp32, dequantise_blocks, quantise_blocks, scale_shape
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -95,3 +95,12 @@ def test_zeros_and_what_has_no_place() -> None:
         weight[199, 0] = bad
         with pytest.raises(ValueError, match="infinity or a NaN"):
             quantise_blocks(weight)
+
+
+def test_every_number_of_eight_bits_in_fp32() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(FP8)
+    for values in (every, every[:127], every[128:255]):
+        ours, theirs = as_fp32(values), values.float()
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.nan_to_num().view(torch.int32), theirs.nan_to_num().view(torch.int32))
+    assert float(as_fp32(every[126:127])) == 448 and float(as_fp32(every[1:2])) == 2.0**-9
