@@ -18,6 +18,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from megatron_r1.config.conversion import ConversionConfig
 from megatron_r1.config.convert import resolved
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.run import InitConfig
+from megatron_r1.config.run import InitConfig, RunConfig
 from megatron_r1.files import sync
 from megatron_r1.hf.names import rows
 from megatron_r1.hf.target import NativeTarget
@@ -67,9 +68,15 @@ def shape(layers: int) -> ModelConfig:
     """DeepSeek-V3's proportions, 16 experts of the full 256: about 64 M parameters a layer."""
     model = load("convert", ["model=v3_671b"]).model
     moe = replace(model.moe, num_experts=16, ffn_hidden_size=1024, first_dense_layers=1)
-    small = {"hidden_size": 1024, "num_attention_heads": 16, "ffn_hidden_size": 4096, "vocab_size": 16384}
-    attention = replace(model.attention, q_lora_rank=768)
-    return replace(model, num_layers=layers, moe=moe, attention=attention, **small)
+    return replace(
+        model,
+        num_layers=layers,
+        hidden_size=1024,
+        num_attention_heads=16,
+        ffn_hidden_size=4096,
+        vocab_size=16384,
+        moe=moe,
+    )
 
 
 def write_source(model: ModelConfig, run_folder: Path) -> None:
@@ -113,9 +120,14 @@ def weights_of(source: str, folder: Path) -> tuple[str, list[Path]]:
     return f"hf:{run_folder / 'hf'}", list((run_folder / "hf").glob("*.safetensors"))
 
 
+@lru_cache
+def recipe() -> RunConfig:
+    return load("convert")
+
+
 def convert(case: Case, source: str, folder: Path, name: str, workers: int) -> None:
     config = replace(
-        load("convert"),
+        recipe(),
         init=InitConfig(from_=source),
         root=str(folder),
         name=name,
@@ -138,11 +150,9 @@ def main() -> None:
             source, files = weights_of(case.source, given.folder)
             size = sum(file.stat().st_size for file in files)
             shutil.rmtree(given.folder / "out", ignore_errors=True)
-            copy_s = timed(lambda files=files: copied(files, given.folder / "copy"))  # type: ignore[misc]
+            copy_s = timed(partial(copied, files, given.folder / "copy"))
             shutil.rmtree(given.folder / "copy")
-            convert_s = timed(
-                lambda case=case, source=source: convert(case, source, given.folder, "out", given.workers)
-            )  # type: ignore[misc]
+            convert_s = timed(partial(convert, case, source, given.folder, "out", given.workers))
             rates[case.title].append(size / convert_s)
             ratios[case.title].append(copy_s / convert_s)
     shutil.rmtree(given.folder)
