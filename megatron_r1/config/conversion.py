@@ -16,6 +16,8 @@ class ConversionConfig:
     """hf (the run's folder hf/) or native (a checkpoint that init.from takes)."""
     format: str = "same"
     """fp32, bf16, fp8 (as DeepSeek-V3 is released; hf only), or same: as init.from has it."""
+    vocab_size: int = 0
+    """Rows of embedding and head: more than init.from has are filled with zeros, fewer cut the last; 0 keeps them."""
     shard_gb: float = 5.0
     """Largest file, in 10^9 bytes; a single tensor may be larger."""
     workers: int = 1
@@ -27,6 +29,7 @@ class ConversionConfig:
         one_of(self, "to", ("hf", "native"))
         one_of(self, "format", ("same", "fp32", "bf16", "fp8"))
         at_least(self, 1, "workers")
+        at_least(self, 0, "vocab_size")
         if self.shard_gb <= 0:
             raise ConfigError("shard_gb", self.shard_gb, "must be above 0")
         if self.to == "native" and self.format == "fp8":

@@ -22,7 +22,8 @@ from megatron_r1.errors import UserError
 from megatron_r1.hf.audit import audit_of_row
 from megatron_r1.hf.names import rows
 from megatron_r1.hf.plan import PlannedFile, plan_files
-from megatron_r1.hf.source import Reader, Source, digest_of_value
+from megatron_r1.hf.row import Row
+from megatron_r1.hf.source import Source, Taken, digest_of_value
 from megatron_r1.hf.target import Target
 from megatron_r1.hf.work import Work
 
@@ -38,6 +39,7 @@ class Conversion:
     source: Source
     target: Target
     model: ModelConfig
+    """Of what is written: the source's, but for its type and the rows of its vocabulary."""
     shard_bytes: int
 
     def files(self) -> list[PlannedFile]:
@@ -85,13 +87,22 @@ def write_files(conversion: Conversion, work: Work, numbers: Sequence[int]) -> N
     if not numbers:
         return
     files = conversion.files()
+    there = {row.native: row for row in rows(conversion.source.model)}
     with conversion.source.open() as reader:
+
+        def take(row: Row) -> Taken:
+            taken = reader.take(there[row.native])
+            fitted = [part.with_rows(shape[0]) for part, shape in zip(taken.parts, row.part_shapes, strict=True)]
+            return Taken(fitted, taken.read)
+
         for number in numbers:
-            file, audit = write_file(files[number], reader, conversion.target, work.files)
+            file, audit = write_file(files[number], take, conversion.target, work.files)
             work.record(files[number].name, file, audit)
 
 
-def write_file(planned: PlannedFile, reader: Reader, target: Target, folder: Path) -> tuple[FileRecord, dict[str, Any]]:
+def write_file(
+    planned: PlannedFile, take: Callable[[Row], Taken], target: Target, folder: Path
+) -> tuple[FileRecord, dict[str, Any]]:
     """Write one file; returns its record and the audit of its tensors."""
     entries, metadata = target.header(planned.entries)
     names_in_file = iter(entries)
@@ -100,7 +111,7 @@ def write_file(planned: PlannedFile, reader: Reader, target: Target, folder: Pat
     # Its hashes are taken while the same tensors are written: both leave Python's lock to others.
     with TensorFile(folder / planned.name, entries, metadata) as file, ThreadPoolExecutor(1) as hashing:
         for piece in planned.pieces:
-            taken = reader.take(piece.row)
+            taken = take(piece.row)
             encoded = target.encode(piece.row, taken.parts)
             here = {entry.name: encoded[entry.name] for entry in piece.entries}
             hashes = hashing.submit(audit_of_row, taken.read, encoded, here)

@@ -43,6 +43,14 @@ class Stored(NamedTuple):
         """The numbers that it stands for, computed in fp32 and only then cast."""
         return self.weight.to(dtype) if self.scale_inv is None else dequantise_blocks(self, dtype)
 
+    def with_rows(self, rows: int) -> Stored:
+        """With rows of zeros at the end, or without the last ones; for what is not quantised."""
+        if rows == len(self.weight):
+            return self
+        assert self.scale_inv is None
+        more = self.weight.new_zeros(max(0, rows - len(self.weight)), *self.weight.shape[1:])
+        return Stored(torch.cat([self.weight[:rows], more]))
+
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the scales of a weight; blocks at the edges are partial."""

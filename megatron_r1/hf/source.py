@@ -52,6 +52,11 @@ class Reader(Protocol):
 class Source(Protocol):
     """Where tensors are."""
 
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of what is there."""
+        ...
+
     def open(self) -> AbstractContextManager[Reader]: ...
 
     def fingerprint(self) -> Any:

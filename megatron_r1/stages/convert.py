@@ -99,6 +99,7 @@ def find_origin(source: str, which: str, verified: bool) -> Origin:
 
 def _conversion(source: Any, model: ModelConfig, format: str, settings: ConversionConfig) -> Conversion:
     wanted = format if settings.format == "same" else settings.format
+    model = replace(model, vocab_size=settings.vocab_size or model.vocab_size)
     target: FolderTarget | NativeTarget = FolderTarget(wanted)
     if settings.to == "native":
         target = NativeTarget("bf16" if wanted == "fp8" else wanted)
@@ -109,7 +110,7 @@ def _conversion(source: Any, model: ModelConfig, format: str, settings: Conversi
 def _publish_folder(config: RunConfig, origin: Origin, conversion: Conversion, run_folder: Path) -> None:
     target, published = conversion.target, run_folder / "hf"
     assert isinstance(target, FolderTarget)
-    companions = _companions(origin, target.format)
+    companions = _companions(origin, conversion.model, target.format)
     check_replaceable(published)
 
     def finish(work: Work, audit: dict[str, Any]) -> Path:
@@ -158,16 +159,16 @@ def _convert(
     mark_done(run_folder, {"source": config.init.from_, "bytes": size})
 
 
-def _companions(origin: Origin, format: str) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+def _companions(origin: Origin, model: ModelConfig, format: str) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
     """What stands beside the weights: of a Hugging Face folder as it is there, else from the model."""
     if isinstance(origin.source, FolderSource):
         folder = origin.source.folder
         generation = folder / "generation_config.json"
         return (
-            in_format(read_json(folder / "config.json"), format),
+            in_format(read_json(folder / "config.json") | {"vocab_size": model.vocab_size}, format),
             read_json(generation) if generation.is_file() else generation_config(SpecialTokens()),
             folder,
         )
     tokenizer = origin.tokenizer_folder if origin.tokenizer_folder.is_dir() else None
     tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens()
-    return in_format(hf_config(origin.model, tokens), format), generation_config(tokens), tokenizer
+    return in_format(hf_config(model, tokens), format), generation_config(tokens), tokenizer

@@ -149,7 +149,7 @@ def started(checkpoint: Path, run: Path) -> tuple[subprocess.Popen[str], list[ps
     return process, workers
 
 
-@pytest.mark.parametrize("kill", ["a process", "all", "the first", "Ctrl-C"])
+@pytest.mark.parametrize("kill", ["a process", "the first", "Ctrl-C"])
 def test_a_kill_leaves_no_process_and_the_next_call_goes_on(
     kill: str, checkpoint: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_kill_leaves_no_process_and_the_next_call_goes_on(
     elif kill == "the first":
         process.kill()
     else:
-        os.killpg(process.pid, signal.SIGKILL if kill == "all" else signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=30)[1]
     assert process.returncode != 0
     if kill == "a process":
@@ -170,11 +170,8 @@ def test_a_kill_leaves_no_process_and_the_next_call_goes_on(
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert not (run / "hf").exists()
-    begun = failing_after(1000, OSError(), monkeypatch)
-    folder = convert(checkpoint, run, **SETTINGS, workers=1)
+    finished = {path.name.removesuffix(".json") for path in (run / "hf.tmp" / "records").iterdir()}
+    begun = failing_after(1000, OSError(), monkeypatch)  # seen in this process only
+    folder = convert(checkpoint, run, **SETTINGS, workers=3 if kill == "Ctrl-C" else 1)
     assert same_files(folder, undisturbed)
-    assert 0 < len(begun) <= len(list(folder.glob("*.safetensors"))) - 3
-
-
-def test_several_processes_write_the_same(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
-    assert same_files(convert(checkpoint, tmp_path / "run", **SETTINGS, workers=3), undisturbed)
+    assert len(finished) >= 3 and not finished & set(begun) and bool(begun) == (kill != "Ctrl-C")

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from megatron_r1.hf.config import hf_config, in_format, write_json
 from megatron_r1.hf.conversion import Conversion, convert_files
 from megatron_r1.hf.folder import INDEX_FILE
 from megatron_r1.hf.fp8_blocks import Stored
+from megatron_r1.hf.names import rows
 from megatron_r1.hf.plan import hf_index, totals
 from megatron_r1.hf.publish import publish
 from megatron_r1.hf.row import Row
@@ -54,6 +56,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--heads", type=int, default=128)
     parser.add_argument("--width", type=int, default=2048, help="of an expert")
     parser.add_argument("--shard-gb", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=2)
@@ -77,7 +80,13 @@ def layer(given: argparse.Namespace) -> ModelConfig:
         top_k=min(8, given.experts // 2),
     )
     return replace(
-        model, num_layers=1, hidden_size=given.hidden, vocab_size=128, moe=moe, mtp=replace(model.mtp, num_layers=0)
+        model,
+        num_layers=1,
+        hidden_size=given.hidden,
+        num_attention_heads=given.heads,
+        vocab_size=128,
+        moe=moe,
+        mtp=replace(model.mtp, num_layers=0),
     )
 
 
@@ -89,8 +98,7 @@ class Generated:
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
-        model = self.model
-        largest = model.hidden_size * max(model.num_attention_heads * 128, 2 * model.moe.ffn_hidden_size)
+        largest = max(prod(row.native_shape) for row in rows(self.model))
         numbers = torch.randn(largest + _OFFSETS, generator=torch.Generator().manual_seed(0)).bfloat16()
         yield _Windows(numbers)
 
@@ -105,7 +113,7 @@ class _Windows:
     def take(self, row: Row) -> Taken:
         digest = hashlib.sha256(row.native.encode()).digest()
         offset, power = int.from_bytes(digest[:4], "little") % _OFFSETS, int.from_bytes(digest[4:6], "little") / 65536
-        size = torch.Size(row.native_shape).numel()
+        size = prod(row.native_shape)
         tensor = self._numbers[offset : offset + size].view(row.native_shape) * (0.02 * 2 ** (8 * power))
         tensor = tensor.float() if row.float32 else tensor
         return Taken([Stored(part) for part in row.split(tensor)], {row.native: tensor})
@@ -143,7 +151,7 @@ def step(given: argparse.Namespace) -> None:
 
 def measured(given: argparse.Namespace, number: int) -> dict[str, Any]:
     """Run a step in a process of its own; its seconds, its memory, and the audit of what it wrote."""
-    options = [f"--{key}={getattr(given, key.replace('-', '_'))}" for key in ("experts", "hidden", "width", "workers")]
+    options = [f"--{key}={getattr(given, key)}" for key in ("experts", "hidden", "heads", "width", "workers")]
     options += [f"--shard-gb={given.shard_gb}", f"--folder={given.folder}", f"--step={number}"]
     started = time.perf_counter()
     done = subprocess.run(
@@ -177,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     shutil.rmtree(given.folder, ignore_errors=True)
     conversion = Conversion(Generated(layer(given)), FolderTarget("fp8"), layer(given), int(given.shard_gb * 1e9))
-    elements = sum(torch.Size(shape).numel() for shape in _weights(conversion))
+    elements = sum(map(prod, _weights(conversion)))
     print(f"{elements / 1e9:.2f} B parameters, {totals(conversion.files()).tensors} tensors, {given.workers} processes")
     results, most = [], 0.0
     for number, title in enumerate(STEPS):
