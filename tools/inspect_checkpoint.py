@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_r1.checkpoint.inspect import Tensor, differences, tensors, values
+from megatron_r1.checkpoint.inspect import Line, differences, shown, tensors, values
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
 from megatron_r1.checkpoint.tensors import read_state
 from megatron_r1.errors import DataError, ExitCode, UserError
 
@@ -42,18 +44,18 @@ def table(title: str, *columns: str) -> Table:
     return made
 
 
-def overview(checkpoint: Path, found: list[Tensor]) -> Table:
+def overview(checkpoint: Path, found: list[Line]) -> Table:
     """A line for each kind of tensors."""
     made = table(str(checkpoint), "kind", "tensors", "numbers", "bytes", "types", "parts")
-    for kind in dict.fromkeys(tensor.kind for tensor in found):
-        of_kind = [tensor for tensor in found if tensor.kind == kind]
+    for kind in dict.fromkeys(line.kind for line in found):
+        of_kind = [line for line in found if line.kind == kind]
         made.add_row(
             kind,
             str(len(of_kind)),
-            f"{sum(tensor.elements for tensor in of_kind):,}",
-            f"{sum(tensor.nbytes for tensor in of_kind):,}",
-            " ".join(sorted({tensor.stored.dtype for tensor in of_kind})),
-            str(sum(tensor.stored.parts for tensor in of_kind)),
+            f"{sum(prod(line.entry.shape) for line in of_kind):,}",
+            f"{sum(line.entry.nbytes for line in of_kind):,}",
+            " ".join(sorted({TYPE_NAMES[line.entry.dtype] for line in of_kind})),
+            str(sum(line.parts for line in of_kind)),
         )
     return made
 
@@ -68,20 +70,20 @@ def made_with(checkpoint: Path) -> Table:
     return made
 
 
-def listing(checkpoint: Path, found: list[Tensor], pattern: str, with_values: bool) -> Table:
+def listing(checkpoint: Path, found: list[Line], pattern: str, with_values: bool) -> Table:
     """A line for each tensor whose name fits."""
     more = ("smallest", "largest", "rms", "not finite") if with_values else ()
     made = table(pattern, "tensor", "kind", "shape", "type", "parts", *more)
-    for tensor in found:
-        if not fnmatch.fnmatchcase(tensor.name, pattern):
+    for line in found:
+        if not fnmatch.fnmatchcase(line.entry.name, pattern):
             continue
-        stored = tensor.stored
-        line = [tensor.name, tensor.kind, "x".join(map(str, stored.shape)) or "-", stored.dtype, str(stored.parts)]
+        kind, shape = shown(line.entry).split()
+        cells = [line.entry.name, line.kind, shape, kind, str(line.parts)]
         if with_values:
-            seen = values(checkpoint, tensor)
-            line += [f"{seen.smallest:.4g}", f"{seen.largest:.4g}", f"{seen.root_mean_square:.4g}"]
-            line.append(str(seen.not_finite))
-        made.add_row(*line)
+            seen = values(checkpoint, line)
+            cells += [f"{seen.smallest:.4g}", f"{seen.largest:.4g}", f"{seen.root_mean_square:.4g}"]
+            cells.append(str(seen.not_finite))
+        made.add_row(*cells)
     return made
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 
-from megatron_r1.checkpoint.sharded import INDEX, Stored, WholeTensors
-from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
+from megatron_r1.checkpoint.sharded import INDEX, WholeTensors
+from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry
 
-BYTES = {name: dtype.itemsize for dtype, name in TYPE_NAMES.items()}
 _PARTS_FILE = re.compile(r"(?P<kind>.+)-\d{5}\.safetensors")
 
 
@@ -33,23 +31,15 @@ def _shared(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
-    """A line of a listing."""
+class Line:
+    """Of a listing: a whole tensor, and the parts in which it is stored."""
 
     kind: str
-    name: str
-    stored: Stored
-
-    @property
-    def elements(self) -> int:
-        return prod(self.stored.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * BYTES[self.stored.dtype]
+    entry: Entry
+    parts: int
 
 
-def tensors(folder: Path) -> Iterator[Tensor]:
+def tensors(folder: Path) -> Iterator[Line]:
     """Everything that ranks share in a checkpoint, by its headers alone.
 
     Raises:
@@ -57,8 +47,8 @@ def tensors(folder: Path) -> Iterator[Tensor]:
     """
     for kind in kinds(folder):
         with WholeTensors(folder, kind) as whole:
-            for name in sorted(whole):
-                yield Tensor(kind, name, whole.stored(name))
+            for name, entry in sorted(whole.entries.items()):
+                yield Line(kind, entry, whole.parts(name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +61,10 @@ class Values:
     not_finite: int
 
 
-def values(folder: Path, tensor: Tensor) -> Values:
+def values(folder: Path, line: Line) -> Values:
     """Read one tensor and describe its finite numbers."""
-    with WholeTensors(folder, tensor.kind) as whole:
-        numbers_N = whole[tensor.name].double().flatten()
+    with WholeTensors(folder, line.kind) as whole:
+        numbers_N = whole[line.entry.name].double().flatten()
     finite_N = numbers_N[numbers_N.isfinite()]
     if not len(finite_N):
         return Values(0.0, 0.0, 0.0, len(numbers_N))
@@ -107,11 +97,15 @@ def differences(first: Path, second: Path) -> Iterator[Difference]:
 def _difference(ones: WholeTensors, others: WholeTensors, name: str, first: Path, second: Path) -> str:
     if name not in ones or name not in others:
         return f"only in {first if name in ones else second}"
-    one, other = ones.stored(name), others.stored(name)
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return f"{one.dtype} {list(one.shape)} and {other.dtype} {list(other.shape)}"
+    if (one := ones.entries[name]) != (other := others.entries[name]):
+        return f"{shown(one)} and {shown(other)}"
     mine_N, its_N = (tensors[name].reshape(-1) for tensors in (ones, others))
     if torch.equal(mine_N.view(torch.uint8), its_N.view(torch.uint8)):
         return ""
     largest = float((mine_N.double() - its_N.double()).abs().max())
     return f"differs by at most {largest:.3g}"
+
+
+def shown(entry: Entry) -> str:
+    """Type and shape of a tensor."""
+    return f"{TYPE_NAMES[entry.dtype]} {'x'.join(map(str, entry.shape)) or '-'}"

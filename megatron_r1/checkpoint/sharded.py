@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import FileRecord
-from megatron_r1.checkpoint.tensor_file import write_tensor_file
+from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry, write_tensor_file
 from megatron_r1.checkpoint.tensors import tensor_path
 from megatron_r1.errors import DataError
 
 INDEX = "parts"
+_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,32 @@ def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[Part]) -> di
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Box:
+    """Some of a whole tensor's numbers."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def common(self, other: _Box) -> _Box | None:
+        """What both hold; None where that is nothing."""
+        low = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
+        ends = zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        size = [min(a + n, b + m) - start for (a, n, b, m), start in zip(ends, low, strict=True)]
+        return _Box(tuple(low), tuple(size)) if all(extent > 0 for extent in size) else None
+
+    def within(self, other: _Box) -> tuple[slice, ...]:
+        """This box as an index into the other one."""
+        starts = [a - b for a, b in zip(self.offset, other.offset, strict=True)]
+        return tuple(slice(start, start + size) for start, size in zip(starts, self.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class _Stored:
     """Where a part lies on disk."""
 
     file: int
     key: str
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What is known of a whole tensor without reading its numbers."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors spells it."""
-    parts: int
+    box: _Box
 
 
 class WholeTensors(Mapping[str, Tensor]):
@@ -85,7 +95,7 @@ class WholeTensors(Mapping[str, Tensor]):
         self._open, self._folder, self._kind = ExitStack(), folder, kind
         self._files: list[Any] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._parts: dict[str, list[_Place]] = {}
+        self._parts: dict[str, list[_Stored]] = {}
         for number, path in enumerate(sorted(folder.glob(f"{kind}-*.safetensors"))):
             try:
                 file = self._open.enter_context(safe_open(path, "pt"))
@@ -96,7 +106,7 @@ class WholeTensors(Mapping[str, Tensor]):
                 shape = tuple(file.get_slice(str(key)).get_shape())
                 if self._shapes.setdefault(name, tuple(whole_shape)) != tuple(whole_shape):
                     raise DataError(f"{path}: {name} has shape {whole_shape}, elsewhere {self._shapes[name]}")
-                self._parts.setdefault(name, []).append(_Place(number, str(key), tuple(offset), shape))
+                self._parts.setdefault(name, []).append(_Stored(number, str(key), _Box(tuple(offset), shape)))
 
     def __enter__(self) -> Self:
         return self
@@ -110,15 +120,21 @@ class WholeTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shapes)
 
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Type and shape of every tensor by name, from headers alone."""
+        types = {
+            name: self._files[parts[0].file].get_slice(parts[0].key).get_dtype() for name, parts in self._parts.items()
+        }
+        return {name: Entry(name, _TYPES[types[name]], shape) for name, shape in self._shapes.items()}
+
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         return self.part(name, shape, (0,) * len(shape), shape)
 
-    def stored(self, name: str) -> Stored:
-        """Shape, type and number of parts of a tensor."""
-        parts = self._parts[name]
-        dtype = self._files[parts[0].file].get_slice(parts[0].key).get_dtype()
-        return Stored(self._shapes[name], dtype, len(parts))
+    def parts(self, name: str) -> int:
+        """How many parts of a tensor there are."""
+        return len(self._parts[name])
 
     def part(self, name: str, whole_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The box of `shape` at `offset`, whoever wrote its numbers.
@@ -130,25 +146,27 @@ class WholeTensors(Mapping[str, Tensor]):
             raise DataError(f"{name}: missing from {self._folder}/{self._kind}-*.safetensors")
         if self._shapes[name] != tuple(whole_shape):
             raise DataError(f"{name}: has shape {self._shapes[name]}, must have {tuple(whole_shape)}")
-        result: Tensor | None = None
-        missing = torch.ones(shape, dtype=torch.bool)
-        for stored in self._parts[name]:
-            low = [max(a, b) for a, b in zip(offset, stored.offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, stored.offset, stored.shape, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, stored.offset, strict=True))
-            here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
-            file = self._files[stored.file]
-            numbers = file.get_slice(stored.key)[there] if there else file.get_tensor(stored.key)
-            if result is None:
-                result = torch.empty(shape, dtype=numbers.dtype)
-            if not missing[here].all():
+        wanted = _Box(tuple(offset), tuple(shape))
+        found = [(stored, box) for stored in self._parts[name] if (box := wanted.common(stored.box))]
+        for number, (_, box) in enumerate(found):
+            if any(box.common(other) for _, other in found[:number]):
                 raise DataError(f"{name}: some of its numbers are twice in {self._folder}")
-            result[here], missing[here] = numbers, False
-        if result is None or missing.any():
-            raise DataError(f"{name}: {int(missing.sum())} of {prod(shape)} numbers are missing from {self._folder}")
+        # Boxes that lie in the wanted one and not in one another fill it if they are as much as it is.
+        if missing := prod(shape) - sum(prod(box.shape) for _, box in found):
+            raise DataError(f"{name}: {missing} of {prod(shape)} numbers are missing from {self._folder}")
+        pieces = [(box.within(wanted), self._read(stored, box)) for stored, box in found]
+        if len(pieces) == 1:
+            return pieces[0][1]
+        result = torch.empty(shape, dtype=pieces[0][1].dtype)
+        for place, numbers in pieces:
+            result[place] = numbers
         return result
+
+    def _read(self, stored: _Stored, box: _Box) -> Tensor:
+        file = self._files[stored.file]
+        if box == stored.box:
+            return file.get_tensor(stored.key)
+        return file.get_slice(stored.key)[box.within(stored.box)]
 
 
 def _index(path: Path, file: Any) -> list[tuple[str, list[int], list[int]]]:

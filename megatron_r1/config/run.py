@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.config.conversion import ConversionConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.evaluate import EvaluateConfig
 from megatron_r1.config.model import ModelConfig
@@ -75,6 +76,8 @@ class RunConfig:
     """Where metrics go."""
     init: InitConfig = field(default_factory=InitConfig)
     """Where the first weights come from."""
+    convert: ConversionConfig = field(default_factory=ConversionConfig)
+    """What convert makes of them."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Stages of a recipe."""
 

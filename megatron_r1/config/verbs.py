@@ -24,7 +24,9 @@ VERBS = {
     "grpo": Verb("megatron_r1.stages.grpo", "r1_zero", "reinforcement learning with verifiable rewards", True),
     "eval": Verb("megatron_r1.stages.evaluate", "eval", "held-out accuracy of one model or several", True),
     "sample": Verb("megatron_r1.stages.sample", "sample", "scored answers to a file of prompts", True),
-    "convert": Verb("megatron_r1.stages.convert", "convert", "checkpoint to Hugging Face folder"),
+    "convert": Verb(
+        "megatron_r1.stages.convert", "convert", "between checkpoints and Hugging Face folders, BF16 or FP8"
+    ),
     "pipeline": Verb("megatron_r1.stages.pipeline", "quickstart", "a recipe of several stages, resumable"),
     "report": Verb("megatron_r1.stages.report", "report", "report.html of the runs in a folder"),
     "doctor": Verb("megatron_r1.stages.doctor", "doctor", "what this machine can run, and what is missing"),

@@ -11,6 +11,7 @@ from megatron_r1.config.model import ModelConfig, RopeConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.families import family_of
 from megatron_r1.hf.families.family import written_rope, written_yarn
+from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG
 from megatron_r1.hf.publish import published
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -84,6 +85,41 @@ def hf_config(
         "vocab_size": model.vocab_size,
         **family.config(model, include_mtp),
     }
+
+
+def in_format(config: dict[str, Any], format: str) -> dict[str, Any]:
+    """A config.json for the same model's weights in another format: fp32, bf16 or fp8.
+
+    `auto_map` goes, because it names code that no folder from here carries.
+    """
+    config = {key: value for key, value in config.items() if key not in ("auto_map", "dtype", "quantization_config")}
+    config["torch_dtype"] = DTYPE_NAMES.get(format, "bfloat16")
+    return config | ({"quantization_config": QUANTIZATION_CONFIG} if format == "fp8" else {})
+
+
+def format_of(config: dict[str, Any]) -> str:
+    """The format that a config.json says its folder's weights have: fp32, bf16 or fp8.
+
+    Raises:
+        ValueError: another type or kind of quantisation.
+        KeyError: it does not say.
+    """
+    dtype = config.get("torch_dtype") or config["dtype"]
+    format = {name: precision for precision, name in DTYPE_NAMES.items()}.get(dtype)
+    if format is None:
+        raise ValueError(f"torch_dtype={dtype}: must be one of {', '.join(DTYPE_NAMES.values())}")
+    quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return format
+    if not isinstance(quantisation, dict):
+        raise ValueError(f"quantization_config={quantisation}: must be an object")
+    for key, value in QUANTIZATION_CONFIG.items():
+        needed = key in ("quant_method", "weight_block_size")
+        if (said := quantisation.get(key, None if needed else value)) != value:
+            raise ValueError(f"quantization_config.{key}={said}: must be {value}")
+    if format != "bf16":
+        raise ValueError(f"torch_dtype={dtype}: must be bfloat16 beside quantization_config")
+    return "fp8"
 
 
 def check_exportable(model: ModelConfig) -> None:

@@ -1,7 +1,8 @@
-"""From a model's tensors to a Hugging Face folder, published whole or not at all.
+"""From the tensors of a model in memory to a Hugging Face folder, published whole or not at all.
 
 A stream of whole megatron-core tensors becomes safetensors shards, their index, config.json, generation_config.json,
-tokenizer and chat template. Every tensor that the config calls for is written once; anything else is an error.
+tokenizer and chat template; for models on disk, of whatever size, there is conversion.py. Every tensor that the config
+calls for is written once; anything else is an error.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_r1.checkpoint.tensor_file import write_tensor_file
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import (
@@ -25,6 +27,7 @@ from megatron_r1.hf.config import (
     write_json,
 )
 from megatron_r1.hf.names import canonical, rows
+from megatron_r1.hf.plan import hf_file_name
 from megatron_r1.hf.publish import published
 from megatron_r1.hf.row import Row
 
@@ -67,10 +70,7 @@ def export(
         for name, tensor in hf_tensors(tensors, model, dtype=dtype, include_mtp=include_mtp):
             shards.add(name, tensor.to("cpu").contiguous())
         shards.close()
-        write_json(unfinished / "config.json", config)
-        write_json(unfinished / "generation_config.json", generation_config(tokens))
-        if tokenizer_folder:
-            _copy_tokenizer(tokenizer_folder, unfinished)
+        write_companions(unfinished, config, generation_config(tokens), tokenizer_folder)
     return folder
 
 
@@ -151,8 +151,8 @@ class _Shards:
             self.files[0][0].rename(self.folder / "model.safetensors")
             return
         weight_map: dict[str, str] = {}
-        for number, (file, names) in enumerate(self.files, start=1):
-            final = f"model-{number:05d}-of-{len(self.files):05d}.safetensors"
+        for number, (file, names) in enumerate(self.files):
+            final = hf_file_name(number, len(self.files))
             file.rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
@@ -160,13 +160,23 @@ class _Shards:
 
     def _write(self) -> None:
         file = self.folder / f"shard-{len(self.files)}"
-        save_file(self.pending, file, metadata={"format": "pt"})
+        write_tensor_file(file, self.pending.items(), {"format": "pt"})
         self.files.append((file, list(self.pending)))
         self.pending, self.pending_bytes = {}, 0
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files, chat template included, that are there; `special_tokens` has read the needed two."""
+def write_companions(
+    folder: Path, config: dict[str, Any], generation: dict[str, Any], tokenizer_folder: Path | None
+) -> None:
+    """Write what stands beside the weights: config.json, generation_config.json and the tokenizer's files."""
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation)
+    if tokenizer_folder:
+        copy_tokenizer(tokenizer_folder, folder)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy those of the tokenizer's files, chat template included, that are there."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

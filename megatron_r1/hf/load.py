@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import ConfigError, DataError
-from megatron_r1.hf.config import DTYPE_NAMES, read_json
+from megatron_r1.hf.config import format_of, read_json
 from megatron_r1.hf.families import FAMILIES
 from megatron_r1.hf.families.family import Family, read_rope
-from megatron_r1.hf.names import expected_shapes, rows
+from megatron_r1.hf.folder import TensorFolder, refuse
+from megatron_r1.hf.names import rows
+from megatron_r1.hf.plan import FORMATS
+from megatron_r1.hf.source import FolderReader, folder_problems
+
+
+class NativeTensors(Mapping[str, Tensor]):
+    """The whole megatron-core tensors of a Hugging Face folder, each read when asked for.
+
+    They have the folder's type; what is stored in FP8 is dequantised in fp32 and then cast to bf16.
+
+    Raises:
+        DataError: at once, when a file is damaged or missing, or a tensor is unknown, missing, doubled or of the wrong
+            shape or type; on reading, when a scale is no positive number, or the embedding or head repeated in a
+            multi-token layer differs from the first.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig, include_mtp: bool = True):
+        format = folder_format(folder / "config.json")
+        tensors = TensorFolder(folder)
+        refuse(folder, folder_problems(tensors, model, format, include_mtp))
+        self._reader, self._dtype = FolderReader(tensors, format), FORMATS[format]
+        self._rows = {row.native: row for row in rows(model, include_mtp)}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, name: str) -> Tensor:
+        row = self._rows[name]
+        dtype = torch.float32 if row.float32 else self._dtype
+        return row.join([part.to(dtype) for part in self._reader.take(row).parts])
 
 
 def load_tensors(folder: Path, model: ModelConfig, include_mtp: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield (native name, whole tensor on the CPU, in the stored type) for every tensor of `model`.
-
-    All names and shapes are checked before the first tensor is read.
-
-    Raises:
-        DataError: a file is damaged or missing; a tensor is unknown, missing, doubled, of the wrong shape, or the
-            embedding or head repeated in a multi-token layer differs from the first.
-    """
-    with ExitStack() as open_files:
-        where = _index(folder, open_files)
-        _check(folder, where, expected_shapes(model, include_mtp))
-        for row in rows(model, include_mtp):
-            parts = [where[name].get_tensor(name) for name in row.hf]
-            tensor = row.join(parts)
-            for copy in row.copies:
-                if not torch.equal(tensor, where[copy].get_tensor(copy)):
-                    raise DataError(f"{folder}: {copy} differs from {row.hf[0]}, which it repeats")
-            yield row.native, tensor.float() if row.float32 else tensor
+    """Yield (native name, whole tensor on the CPU) for every tensor of `model`; see `NativeTensors`."""
+    yield from NativeTensors(folder, model, include_mtp).items()
 
 
 def model_config_from_hf(config_json: Path) -> ModelConfig:
@@ -63,10 +78,7 @@ def model_config_from_hf(config_json: Path) -> ModelConfig:
 
 
 def _model_config(config: dict[str, Any], family: Family) -> ModelConfig:
-    dtype = config.get("torch_dtype") or config["dtype"]
-    precision = {name: precision for precision, name in DTYPE_NAMES.items()}.get(dtype)
-    if precision is None:
-        raise ValueError(f"torch_dtype={dtype}: must be one of {', '.join(DTYPE_NAMES.values())}")
+    format = format_of(config)
     return ModelConfig(
         num_layers=config["num_hidden_layers"],
         hidden_size=config["hidden_size"],
@@ -76,39 +88,21 @@ def _model_config(config: dict[str, Any], family: Family) -> ModelConfig:
         max_sequence_length=config["max_position_embeddings"],
         norm_epsilon=config["rms_norm_eps"],
         init_std=config["initializer_range"],
-        precision=precision,
+        precision="bf16" if format == "fp8" else format,
         rope=read_rope(config),
         **family.sections(config),
     )
 
 
-def _index(folder: Path, open_files: ExitStack) -> dict[str, Any]:
-    """Open every safetensors file of `folder`; returns the open file that holds each tensor."""
-    index = folder / "model.safetensors.index.json"
-    listed: dict[str, str] = read_json(index)["weight_map"] if index.is_file() else {}
-    where: dict[str, Any] = {}
-    for file_name in sorted(set(listed.values())) or ["model.safetensors"]:
-        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-            raise DataError(f"{index}: {file_name}: must name a .safetensors file beside it")
-        try:
-            file = open_files.enter_context(safe_open(folder / file_name, framework="pt"))
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{folder / file_name}: cannot be read: {error}") from error
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-            if name in where:
-                raise DataError(f"{folder}: {name} is stored twice")
-            if listed and listed.get(name) != file_name:
-                raise DataError(f"{folder / file_name}: holds {name}, which the index does not place there")
-            where[name] = file
-    return where
+def folder_format(config_json: Path) -> str:
+    """The format that the folder's weights are said to have: fp32, bf16 or fp8.
 
-
-def _check(folder: Path, where: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
-    if unknown := where.keys() - expected.keys():
-        raise DataError(f"{folder}: {min(unknown)}: no tensor of this model; unknown names in all: {len(unknown)}")
-    if missing := expected.keys() - where.keys():
-        raise DataError(f"{folder}: {min(missing)}: missing; tensors missing in all: {len(missing)}")
-    for name, shape in expected.items():
-        stored = tuple(where[name].get_slice(name).get_shape())
-        if stored != shape:
-            raise DataError(f"{folder}: {name}: has shape {stored}, must have {shape}")
+    Raises:
+        DataError: none of these, or it is not said.
+    """
+    try:
+        return format_of(read_json(config_json))
+    except KeyError as error:
+        raise DataError(f"{config_json}: {error.args[0]} is missing") from error
+    except ValueError as error:
+        raise DataError(f"{config_json}: {error}") from error

@@ -21,26 +21,40 @@ def published(folder: Path) -> Iterator[Path]:
         DataError: `folder` exists and is neither empty nor an earlier export, so it must not be replaced.
     """
     folder = Path(folder)
-    if folder.exists() and not _replaceable(folder):
-        raise DataError(f"{folder}: exists and is no Hugging Face folder; name a new folder")
-    unfinished, earlier = (folder.with_name(folder.name + suffix) for suffix in (".tmp", ".old"))
+    check_replaceable(folder)
+    unfinished = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for file in unfinished.iterdir():
-            if not file.is_symlink():
-                sync(file)
-        sync(unfinished)
+        publish(unfinished, folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def publish(unfinished: Path, folder: Path) -> None:
+    """Make what was written durable and give it the name `folder`; an earlier export there is replaced."""
+    for file in unfinished.iterdir():
+        if not file.is_symlink():
+            sync(file)
+    sync(unfinished)
+    earlier = folder.with_name(f"{folder.name}.old")
     if folder.exists():
         shutil.rmtree(earlier, ignore_errors=True)
         folder.rename(earlier)
     unfinished.rename(folder)
     sync(folder.parent)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """
+    Raises:
+        DataError: `folder` exists and is neither empty nor an earlier export, so it must not be replaced.
+    """
+    if folder.exists() and not _replaceable(folder):
+        raise DataError(f"{folder}: exists and is no Hugging Face folder; name a new folder")
 
 
 def _replaceable(folder: Path) -> bool:

@@ -27,6 +27,8 @@ class Row:
     """Parts alternate in the native tensor this many times: [q k v] for each key-value head."""
     float32: bool = False
     """Stored in float32 whatever the model's type is (the router's balancing bias)."""
+    quantised: bool = False
+    """Stored in FP8, each part with its block scales, where a release is in FP8 (linear layers but `eh_proj`)."""
 
     @property
     def native_shape(self) -> Shape:
@@ -54,6 +56,11 @@ def whole(native: str, hf: str, *shape: int, copies: tuple[str, ...] = (), float
     return Row(native, (hf,), (shape,), copies, float32=float32)
 
 
+def linear(native: str, hf: str, rows: int, columns: int) -> Row:
+    """The weight of a linear layer that both sides hold alike."""
+    return Row(native, (hf,), ((rows, columns),), quantised=True)
+
+
 def gated_feed_forward(native: str, expert: str, hf: str, hidden: int, width: int) -> Iterator[Row]:
     """The two maps of a gated feed-forward: the gate lies before the up-projection in the first.
 
@@ -61,8 +68,9 @@ def gated_feed_forward(native: str, expert: str, hf: str, hidden: int, width: in
         expert: number that megatron-core appends to the weights of one of several experts; else empty.
     """
     gate_and_up = (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight")
-    yield Row(f"{native}.linear_fc1.weight{expert}", gate_and_up, ((width, hidden), (width, hidden)))
-    yield whole(f"{native}.linear_fc2.weight{expert}", f"{hf}.down_proj.weight", hidden, width)
+    shapes = ((width, hidden), (width, hidden))
+    yield Row(f"{native}.linear_fc1.weight{expert}", gate_and_up, shapes, quantised=True)
+    yield linear(f"{native}.linear_fc2.weight{expert}", f"{hf}.down_proj.weight", hidden, width)
 
 
 def dense_feed_forward(native: str, hf: str, hidden: int, width: int) -> Iterator[Row]:

@@ -26,6 +26,7 @@ _FREE_TO_CHANGE = (
     "parallel.",
     "performance.",
     "rollout.sglang.",
+    "convert.workers",
 )
 """Keys that say how, not what: a resumed run may change them."""
 _PACKAGES = ("megatron_r1", "torch", "megatron-core", "transformer-engine", "sglang", "transformers", "tokenizers")

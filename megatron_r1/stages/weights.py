@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_r1.checkpoint.manifest import verify
+from megatron_r1.checkpoint.manifest import Manifest, read_manifest, verify
 from megatron_r1.checkpoint.sharded import WholeTensors
-from megatron_r1.checkpoint.store import newest_verified
+from megatron_r1.checkpoint.store import newest_verified, step_folders
 from megatron_r1.checkpoint.tensors import has_tensors
 from megatron_r1.config.convert import convert
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.hf.load import load_tensors, model_config_from_hf
+from megatron_r1.hf.load import NativeTensors, model_config_from_hf
 
 _SHAPELESS = ("init_std", "mtp.loss_coefficient", "moe.bias_update_rate", "moe.sequence_loss_coefficient")
 """Fields that say how a model is trained, not what it computes."""
@@ -47,25 +47,50 @@ def find_weights(source: str, key: str = "init.from", which: str = "model") -> W
         CheckpointDamaged: a checkpoint is there, but neither it nor an older one verifies.
         DataError: a Hugging Face folder is not what its config says.
     """
-    if source.startswith("hf:"):
-        folder = Path(source.removeprefix("hf:"))
-        if not (folder / "config.json").is_file():
-            raise ConfigError(key, source, "must be a folder with a config.json")
+    if folder := hf_folder(source, key):
         if which != "model":
             raise ConfigError("init.weights", which, f"must be model: {source} holds nothing else")
         model = model_config_from_hf(folder / "config.json")
-        return Weights(model, dict(load_tensors(folder, model)), folder, folder)
+        return Weights(model, NativeTensors(folder, model), folder, folder)
+    folder, model = find_checkpoint(source, key, which)
+    return Weights(model, WholeTensors(folder, which), folder / "tokenizer", folder)
+
+
+def hf_folder(source: str, key: str = "init.from") -> Path | None:
+    """The folder that ``hf:FOLDER`` names; None where `source` names something else.
+
+    Raises:
+        ConfigError: it has no config.json.
+    """
+    if not source.startswith("hf:"):
+        return None
+    folder = Path(source.removeprefix("hf:"))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(key, source, "must be a folder with a config.json")
+    return folder
+
+
+def find_checkpoint(source: str, key: str, which: str, verified: bool = True) -> tuple[Path, ModelConfig]:
+    """The checkpoint that a run directory or checkpoint directory names, and its model; raises as `find_weights`.
+
+    Args:
+        verified: hold all of it against its manifest and fall back to an older one; without, only the newest one's
+            manifest is read.
+    """
     folder = Path(source)
     if (folder / "manifest.json").is_file():
-        manifest = verify(folder)
-    elif found := newest_verified(folder / "checkpoints"):
+        manifest = verify(folder) if verified else read_manifest(folder)
+    elif found := newest_verified(folder / "checkpoints") if verified else _newest(folder / "checkpoints"):
         folder, manifest = found
     else:
         raise ConfigError(key, source, "must be a run with a checkpoint, a checkpoint, or hf:FOLDER")
     if not has_tensors(folder, which, 0):
         raise ConfigError("init.weights", which, f"must be model: {folder} holds no moving average (train.ema_decay)")
-    model = convert(ModelConfig, manifest.metadata["config"]["model"])
-    return Weights(model, WholeTensors(folder, which), folder / "tokenizer", folder)
+    return folder, convert(ModelConfig, manifest.metadata["config"]["model"])
+
+
+def _newest(folder: Path) -> tuple[Path, Manifest] | None:
+    return next(((path, read_manifest(path)) for _, path in step_folders(folder)), None)
 
 
 def check_same_model(wanted: ModelConfig, found: ModelConfig, source: str) -> None:

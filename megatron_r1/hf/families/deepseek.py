@@ -13,7 +13,7 @@ from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.families.family import Family
-from megatron_r1.hf.row import Row, dense_feed_forward, gated_feed_forward, whole
+from megatron_r1.hf.row import Row, dense_feed_forward, gated_feed_forward, linear, whole
 
 LATENT_NORM_EPSILON = 1e-6
 """DeepSeek's modelling code fixes this for the norms of the latents, whatever `rms_norm_eps` says."""
@@ -112,7 +112,6 @@ class _DeepSeekV3(_DeepSeek):
         "hidden_act": "silu",
         "moe_layer_freq": 1,
         "norm_topk_prob": True,
-        "quantization_config": None,
         "rope_interleave": True,
         "scoring_func": "sigmoid",
         "tie_word_embeddings": False,
@@ -142,7 +141,6 @@ class _DeepSeekV2(_DeepSeek):
         "mlp_bias": False,
         "moe_layer_freq": 1,
         "norm_topk_prob": False,
-        "quantization_config": None,
         "scoring_func": "softmax",
         "tie_word_embeddings": False,
     }
@@ -186,16 +184,16 @@ def _attention(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
     query = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
     query_rank, latent = attention.q_lora_rank, attention.kv_lora_rank
     if query_rank:
-        yield whole(f"{native}.linear_q_down_proj.weight", f"{hf}.q_a_proj.weight", query_rank, hidden)
+        yield linear(f"{native}.linear_q_down_proj.weight", f"{hf}.q_a_proj.weight", query_rank, hidden)
         yield whole(f"{native}.linear_q_up_proj.layer_norm_weight", f"{hf}.q_a_layernorm.weight", query_rank)
-        yield whole(f"{native}.linear_q_up_proj.weight", f"{hf}.q_b_proj.weight", query, query_rank)
+        yield linear(f"{native}.linear_q_up_proj.weight", f"{hf}.q_b_proj.weight", query, query_rank)
     else:
-        yield whole(f"{native}.linear_q_proj.weight", f"{hf}.q_proj.weight", query, hidden)
+        yield linear(f"{native}.linear_q_proj.weight", f"{hf}.q_proj.weight", query, hidden)
     down, up = latent + attention.qk_rope_head_dim, heads * (attention.qk_nope_head_dim + attention.v_head_dim)
-    yield whole(f"{native}.linear_kv_down_proj.weight", f"{hf}.kv_a_proj_with_mqa.weight", down, hidden)
+    yield linear(f"{native}.linear_kv_down_proj.weight", f"{hf}.kv_a_proj_with_mqa.weight", down, hidden)
     yield whole(f"{native}.linear_kv_up_proj.layer_norm_weight", f"{hf}.kv_a_layernorm.weight", latent)
-    yield whole(f"{native}.linear_kv_up_proj.weight", f"{hf}.kv_b_proj.weight", up, latent)
-    yield whole(f"{native}.linear_proj.weight", f"{hf}.o_proj.weight", hidden, heads * attention.v_head_dim)
+    yield linear(f"{native}.linear_kv_up_proj.weight", f"{hf}.kv_b_proj.weight", up, latent)
+    yield linear(f"{native}.linear_proj.weight", f"{hf}.o_proj.weight", hidden, heads * attention.v_head_dim)
 
 
 def _experts(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:

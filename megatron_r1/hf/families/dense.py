@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
 from megatron_r1.hf.families.family import Family
-from megatron_r1.hf.row import Row, dense_feed_forward, whole
+from megatron_r1.hf.row import Row, dense_feed_forward, linear, whole
 
 
 class _Dense(Family):
@@ -43,7 +43,7 @@ class _Dense(Family):
         # Qwen2's releases leave the head's width to be derived.
         if self is not QWEN2 or attention.head_dim * model.num_attention_heads != model.hidden_size:
             keys["head_dim"] = attention.head_dim
-        return keys | {key: value for key, value in self.fixed.items() if key != "quantization_config"}
+        return keys | self.fixed
 
     def sections(self, config: dict[str, Any]) -> dict[str, Any]:
         heads = config["num_attention_heads"]
@@ -63,7 +63,7 @@ class _Dense(Family):
 
 class _Qwen2(_Dense):
     model_type, architecture, qkv_bias = "qwen2", "Qwen2ForCausalLM", True
-    fixed: ClassVar = {"hidden_act": "silu", "quantization_config": None, "use_sliding_window": False}
+    fixed: ClassVar = {"hidden_act": "silu", "use_sliding_window": False}
 
 
 class _Qwen3(_Dense):
@@ -71,7 +71,6 @@ class _Qwen3(_Dense):
     fixed: ClassVar = {
         "attention_bias": False,
         "hidden_act": "silu",
-        "quantization_config": None,
         "use_sliding_window": False,
     }
 
@@ -83,7 +82,6 @@ class _Llama(_Dense):
         "hidden_act": "silu",
         "mlp_bias": False,
         "pretraining_tp": 1,
-        "quantization_config": None,
     }
 
 
@@ -101,7 +99,7 @@ def _layer(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
     def queries_keys_values(kind: str, *columns: int) -> Row:
         names = tuple(f"{other}.{part}_proj.{kind}" for part in "qkv")
         shapes = tuple((rows, *columns) for rows in (query, key_value, key_value))
-        return Row(f"{core}.linear_qkv.{kind}", names, shapes, groups=groups)
+        return Row(f"{core}.linear_qkv.{kind}", names, shapes, groups=groups, quantised=kind == "weight")
 
     # The norm before attention is fused into the first map.
     yield whole(f"{core}.linear_qkv.layer_norm_weight", f"{hf}.input_layernorm.weight", hidden)
@@ -111,7 +109,7 @@ def _layer(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
     if attention.qk_norm:
         yield whole(f"{core}.q_layernorm.weight", f"{other}.q_norm.weight", attention.head_dim)
         yield whole(f"{core}.k_layernorm.weight", f"{other}.k_norm.weight", attention.head_dim)
-    yield whole(f"{core}.linear_proj.weight", f"{other}.o_proj.weight", hidden, query)
+    yield linear(f"{core}.linear_proj.weight", f"{other}.o_proj.weight", hidden, query)
     yield from dense_feed_forward(native, hf, hidden, model.ffn_hidden_size)
 
 

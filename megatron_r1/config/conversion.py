@@ -1,0 +1,38 @@
+"""What the verb convert makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ConversionConfig:
+    """From `init.from` to a Hugging Face folder or a checkpoint of this project."""
+
+    to: str = "hf"
+    """hf (the run's folder hf/) or native (a checkpoint that init.from takes)."""
+    format: str = "same"
+    """fp32, bf16, fp8 (as DeepSeek-V3 is released; hf only), or same: as init.from has it."""
+    vocab_size: int = 0
+    """Rows of embedding and head: more than init.from has are filled with zeros, fewer cut the last; 0 keeps them."""
+    shard_gb: float = 5.0
+    """Largest file, in 10^9 bytes; a single tensor may be larger."""
+    workers: int = 1
+    """Processes that divide the files among themselves."""
+    dry_run: bool = False
+    """Read headers only and say what would be written; without init.from, print the index for `model`."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "to", ("hf", "native"))
+        one_of(self, "format", ("same", "fp32", "bf16", "fp8"))
+        at_least(self, 1, "workers")
+        at_least(self, 0, "vocab_size")
+        if self.shard_gb <= 0:
+            raise ConfigError("shard_gb", self.shard_gb, "must be above 0")
+        if self.to == "native" and self.format == "fp8":
+            raise ConfigError(
+                "format", "fp8", "must be fp32, bf16 or same with to=native: training keeps no FP8 weights"
+            )

@@ -1,0 +1,124 @@
+"""The proof that nothing was lost: every tensor that was read, every tensor that was written, which became which.
+
+`audit.json` of what was converted:
+
+    source, target   what was converted, and into what
+    files            file -> size, sha256
+    read             the source's tensor -> dtype, shape, sha256 of its bytes, and `to`: who holds its numbers now
+    written          tensor -> file, dtype, shape, sha256 of its bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
+from megatron_r1.errors import DataError
+from megatron_r1.hf.config import read_json
+from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX
+
+AUDIT_FILE = "audit.json"
+Audit = dict[str, Any]
+
+
+def described(tensor: Tensor) -> dict[str, Any]:
+    """A tensor's type, shape and SHA-256 as JSON has them."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.sha256(flat.data).hexdigest()
+    return {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": digest}
+
+
+def audit_of_row(read: Mapping[str, Tensor], row: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Audit:
+    """What one row of the table adds to the audit of one file.
+
+    Args:
+        read: the source's tensors.
+        row: all that they became.
+        here: what of it is in this file.
+    """
+    known: dict[int, dict[str, Any]] = {}  # by identity: what is only passed on, or repeated, is hashed once
+
+    def once(tensor: Tensor) -> dict[str, Any]:
+        if id(tensor) not in known:
+            known[id(tensor)] = described(tensor)
+        return dict(known[id(tensor)])
+
+    heirs = {name: [heir for heir in _heirs(name, row) if heir in here] for name in read}
+    return {
+        "read": {name: once(read[name]) | {"to": to} for name, to in heirs.items() if to},
+        "written": {name: once(tensor) for name, tensor in here.items()},
+    }
+
+
+def merged(audits: Mapping[str, Audit]) -> Audit:
+    """One audit of the audits of all files.
+
+    Raises:
+        DataError: a tensor that several files took numbers from was not the same each time.
+    """
+    read: dict[str, dict[str, Any]] = {}
+    written: dict[str, dict[str, Any]] = {}
+    for file, audit in audits.items():
+        for name, tensor in audit["read"].items():
+            first = read.setdefault(name, tensor | {"to": []})
+            if first["sha256"] != tensor["sha256"]:
+                raise DataError(f"{name}: changed while it was read")
+            first["to"] = first["to"] + tensor["to"]
+        written |= {name: {"file": file, **tensor} for name, tensor in audit["written"].items()}
+    return {"read": read, "written": written}
+
+
+def read_audit(folder: Path) -> Audit:
+    """The audit of a converted folder. Raises DataError."""
+    audit = read_json(folder / AUDIT_FILE)
+    if not isinstance(audit.get("read"), dict) or not isinstance(audit.get("written"), dict):
+        raise DataError(f"{folder / AUDIT_FILE}: is no audit of a conversion")
+    return audit
+
+
+def check_audit(audit: Audit, written: Mapping[str, Tensor], read: Mapping[str, Tensor] | None = None) -> int:
+    """Hold tensors against an audit: all of them, to the last bit, and nothing else.
+
+    Args:
+        written: the converted tensors: a TensorFolder, or a checkpoint's WholeTensors.
+        read: the source's, where they are still there.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        DataError: names the first that differs, or whose numbers went nowhere or came from nowhere.
+    """
+    heirs = {heir for tensor in audit["read"].values() for heir in tensor["to"]}
+    for name, tensor in audit["read"].items():
+        if not tensor["to"]:
+            raise DataError(f"{name}: was read, and nothing holds its numbers")
+    if strange := heirs ^ audit["written"].keys():
+        raise DataError(f"{min(strange)}: read and written tensors of the audit do not match")
+    _compare(audit["written"], written)
+    if read is not None:
+        _compare(audit["read"], read)
+    return len(audit["written"]) + (len(audit["read"]) if read is not None else 0)
+
+
+def _compare(said: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    if different := said.keys() ^ set(tensors):
+        name = min(different)
+        raise DataError(f"{name}: {'is missing' if name in said else 'is not in the audit'}")
+    for name, expected in said.items():
+        found = described(tensors[name])
+        for key, value in found.items():
+            if value != expected[key]:
+                raise DataError(f"{name}: {key} is {value}, in the audit {expected[key]}")
+
+
+def _heirs(name: str, row: Mapping[str, Tensor]) -> list[str]:
+    """Who holds a tensor's numbers: the tensor of its name with its scales, else all of the row."""
+    weight = name.removesuffix(SCALE_SUFFIX)
+    return [heir for heir in row if heir.removesuffix(SCALE_SUFFIX) == weight] or list(row)

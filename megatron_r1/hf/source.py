@@ -1,0 +1,190 @@
+"""Where a model's tensors are read from: a native checkpoint or a Hugging Face folder, behind one interface.
+
+A source is a small value that can be sent to another process. Opened, it gives the tensors of one row of the table at a
+time, as Hugging Face divides them, and says which stored tensors it took them from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_r1.checkpoint.manifest import MANIFEST_NAME
+from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.checkpoint.tensor_file import Entry
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.errors import DataError
+from megatron_r1.files import canonical as canonical_json
+from megatron_r1.hf.folder import INDEX_FILE, TensorFolder, problems
+from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, Stored
+from megatron_r1.hf.names import canonical, rows
+from megatron_r1.hf.plan import FORMATS, hf_entries
+from megatron_r1.hf.row import Row
+
+
+class Taken(NamedTuple):
+    """The tensors of one row."""
+
+    parts: list[Stored]
+    """As Hugging Face divides them."""
+    read: dict[str, Tensor]
+    """What they were taken from: the source's own names and tensors."""
+
+
+class Reader(Protocol):
+    """An open source."""
+
+    def take(self, row: Row) -> Taken:
+        """
+        Raises:
+            DataError: the numbers are not what the source says they are.
+        """
+        ...
+
+
+class Source(Protocol):
+    """Where tensors are."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Shape of what is there."""
+        ...
+
+    def open(self) -> AbstractContextManager[Reader]: ...
+
+    def fingerprint(self) -> Any:
+        """A JSON value that changes whenever what is read may have."""
+        ...
+
+
+@dataclass(frozen=True)
+class NativeSource:
+    """Whole tensors of one kind in a verified checkpoint."""
+
+    folder: Path
+    model: ModelConfig
+    kind: str = "model"
+
+    @contextmanager
+    def open(self) -> Iterator[Reader]:
+        with WholeTensors(self.folder, self.kind) as tensors:
+            yield _NativeReader(tensors)
+
+    def problems(self) -> list[str]:
+        """What the checkpoint lacks or has too much or in the wrong shape or type; reads headers only."""
+        with WholeTensors(self.folder, self.kind) as tensors:
+            entries = tensors.entries
+        found: dict[str, Entry] = {}
+        twice = []
+        for name, entry in entries.items():
+            if canonical(name) in found:
+                twice.append(f"{name}: given twice, by an old name and a new one")
+            found[canonical(name)] = entry
+        wanted = [Entry(row.native, torch.float32, row.native_shape) for row in rows(self.model)]
+        return twice + problems(wanted, found, {row.native: torch.bfloat16 for row in rows(self.model)})
+
+    def fingerprint(self) -> Any:
+        manifest = (self.folder / MANIFEST_NAME).read_bytes()
+        return ["native", self.kind, hashlib.sha256(manifest).hexdigest()]
+
+
+class _NativeReader:
+    def __init__(self, tensors: WholeTensors):
+        self._tensors = tensors
+        self._names = {canonical(name): name for name in tensors}
+
+    def take(self, row: Row) -> Taken:
+        name = self._names[row.native]
+        tensor = self._tensors[name]
+        return Taken([Stored(part) for part in row.split(tensor)], {name: tensor})
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A Hugging Face folder, in one of FORMATS."""
+
+    folder: Path
+    model: ModelConfig
+    format: str
+
+    @contextmanager
+    def open(self) -> Iterator[FolderReader]:
+        yield FolderReader(TensorFolder(self.folder), self.format)
+
+    def problems(self) -> list[str]:
+        """What the folder lacks or has too much or in the wrong shape or type; reads headers only.
+
+        Raises:
+            DataError: a file is damaged or missing, or a tensor is stored twice.
+        """
+        return folder_problems(TensorFolder(self.folder), self.model, self.format)
+
+    def check_scales(self) -> None:
+        """Read all scales, which are a few numbers in ten thousand, before hours go into the rest.
+
+        Raises:
+            DataError: a scale is no positive number.
+        """
+        folder = TensorFolder(self.folder)
+        for name in folder:
+            if name.endswith(SCALE_SUFFIX):
+                _scale(folder, name)
+
+    def fingerprint(self) -> Any:
+        paths = [self.folder / "config.json", self.folder / INDEX_FILE, *sorted(self.folder.glob("*.safetensors"))]
+        stats = [(path.name, path.stat()) for path in paths if path.exists()]
+        return ["hf", self.format, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
+
+
+class FolderReader:
+    """Reads rows from a folder whose headers were found to be right."""
+
+    def __init__(self, folder: TensorFolder, format: str):
+        self._folder, self._fp8 = folder, format == "fp8"
+
+    def take(self, row: Row) -> Taken:
+        read: dict[str, Tensor] = {}
+        parts = []
+        for name in row.hf:
+            read[name] = self._folder[name]
+            scale = None
+            if self._fp8 and row.quantised:
+                scale = read[name + SCALE_SUFFIX] = _scale(self._folder, name + SCALE_SUFFIX)
+            parts.append(Stored(read[name], scale))
+        for name in row.copies:
+            read[name] = self._folder[name]
+            if not torch.equal(read[name], read[row.hf[0]]):
+                raise DataError(f"{self._folder.folder}: {name} differs from {row.hf[0]}, which it repeats")
+        return Taken(parts, read)
+
+
+def folder_problems(folder: TensorFolder, model: ModelConfig, format: str, include_mtp: bool = True) -> list[str]:
+    """What a folder lacks or has too much or in the wrong shape or type."""
+    table = rows(model, include_mtp)
+    wanted = [entry for row in table for entry in hf_entries(row, format)]
+    # transformers casts the balancing bias with the rest of a model that is cast.
+    also = {name: FORMATS[format] for row in table if row.float32 for name in row.hf}
+    return problems(wanted, folder.entries, also)
+
+
+def digest_of_value(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _scale(folder: TensorFolder, name: str) -> Tensor:
+    scale = folder[name]
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise DataError(f"{folder.folder}: {name}: holds {_strangest(scale)}, must hold finite numbers above 0")
+    return scale
+
+
+def _strangest(scale: Tensor) -> float:
+    return float(scale[~(scale.isfinite() & (scale > 0))][0])

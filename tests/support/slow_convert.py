@@ -1,0 +1,29 @@
+"""A conversion in two processes, slow enough to be hit on its way: `slow_convert.py SOURCE RUN`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from conversions import convert
+
+from megatron_r1.errors import UserError
+from megatron_r1.hf import conversion
+
+proper = conversion.write_file
+
+
+def slow(*arguments):
+    time.sleep(0.2)
+    return proper(*arguments)
+
+
+# The processes that are started import this file before they work, and so are slow too.
+conversion.write_file = slow
+
+if __name__ == "__main__":
+    try:
+        convert(sys.argv[1], Path(sys.argv[2]), format="fp8", shard_gb=1e-4, workers=2)
+    except UserError as error:
+        sys.exit(f"refused: {error}")
