@@ -139,6 +139,12 @@ def test_the_audit_proves_it(tmp_path: Path) -> None:
     parts = [f"model.layers.1.mlp.experts.3.{name}_proj.weight" for name in ("gate", "up")]
     assert audit["read"][fused]["to"] == [each for part in parts for each in (part, f"{part}_scale_inv")]
     assert read_audit(native)["read"][f"{parts[1]}_scale_inv"]["to"] == [fused]
+    plain = convert(f"hf:{folder}", tmp_path / "c", format="bf16", shard_gb=2e-4)
+    assert check_audit(read_audit(plain), TensorFolder(plain), TensorFolder(folder))
+    assert [read_audit(plain)["read"][name]["to"] for name in (parts[0], f"{parts[1]}_scale_inv")] == [
+        [parts[0]],
+        [parts[1]],
+    ]
     copies = ["model.embed_tokens.weight", "model.layers.2.embed_tokens.weight"]
     assert audit["read"]["embedding.word_embeddings.weight"]["to"] == copies
 

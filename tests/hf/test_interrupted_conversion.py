@@ -172,6 +172,6 @@ def test_a_kill_leaves_no_process_and_the_next_call_goes_on(
     assert not (run / "hf").exists()
     finished = {path.name.removesuffix(".json") for path in (run / "hf.tmp" / "records").iterdir()}
     begun = failing_after(1000, OSError(), monkeypatch)  # seen in this process only
-    folder = convert(checkpoint, run, **SETTINGS, workers=3 if kill == "Ctrl-C" else 1)
+    folder = convert(checkpoint, run, **SETTINGS, workers=2 if kill == "Ctrl-C" else 1)
     assert same_files(folder, undisturbed)
     assert len(finished) >= 3 and not finished & set(begun) and bool(begun) == (kill != "Ctrl-C")

@@ -6,8 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-from conversions import convert
-
 from megatron_r1.errors import UserError
 from megatron_r1.hf import conversion
 
@@ -23,6 +21,8 @@ def slow(*arguments):
 conversion.write_file = slow
 
 if __name__ == "__main__":
+    from conversions import convert  # which the others need not wait for
+
     try:
         convert(sys.argv[1], Path(sys.argv[2]), format="fp8", shard_gb=1e-4, workers=2)
     except UserError as error:
