@@ -11,6 +11,7 @@ from megatron_r1.data.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.rl.scoring import Scorer
 from megatron_r1.rollout.choose import SyncedEngine
+from megatron_r1.rollout.engine import all_answered
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
 
@@ -75,7 +76,7 @@ class Rollouts:
             stop_tokens=(self._tokenizer.eos,),
             seed=self._seed * 1_000_003 + step,
         )
-        completions = self._engine.engine.generate(requests, sampling)
+        completions = all_answered(self._engine.engine.generate(requests, sampling))
         return [
             self._score(group, prompt, completion)
             for (group, prompt), completion in zip(asked, completions, strict=True)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_r1.config.rollout import SGLangConfig
+from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.sample import Request, Sampling
@@ -125,13 +125,13 @@ def test_doors_open_to_their_own_key_alone(engine):
     (server,) = engine.servers
     assert server.url.startswith("http://127.0.0.1:")
     for path in ("/update_weights_from_disk", "/pause_generation", "/load_lora_adapter_from_tensors", "/abort_request"):
-        for key in (None, "wrong", server.api_key):
+        for key in (None, "wrong", server.endpoint.api_key):
             assert status(server.url + path, key, b"{}") in (401, 403), (path, key)
     for path in ("/model_info", "/server_info"):
-        for key in (None, "wrong", server.admin_key):
+        for key in (None, "wrong", server.endpoint.admin_key):
             assert status(server.url + path, key) in (401, 403), (path, key)
     assert status(server.url + "/generate", None, b"{}") in (401, 403)
-    assert status(server.url + "/model_info", server.api_key) == 200
+    assert status(server.url + "/model_info", server.endpoint.api_key) == 200
 
 
 def test_keys_stand_in_no_command_line_environment_or_log(engine):
@@ -139,12 +139,12 @@ def test_keys_stand_in_no_command_line_environment_or_log(engine):
     process = psutil.Process(server.process.pid)
     for one in [process, *process.children(recursive=True)]:
         told = Path(f"/proc/{one.pid}/cmdline").read_bytes() + Path(f"/proc/{one.pid}/environ").read_bytes()
-        assert server.api_key.encode() not in told
-        assert server.admin_key.encode() not in told
+        assert server.endpoint.api_key.encode() not in told
+        assert server.endpoint.admin_key.encode() not in told
     log = server.log.read_text()
     assert "api_key" in log  # SGLang does write its arguments there
-    assert server.api_key not in log
-    assert server.admin_key not in log
+    assert server.endpoint.api_key not in log
+    assert server.endpoint.admin_key not in log
 
 
 def test_plugin_is_at_work(engine):
