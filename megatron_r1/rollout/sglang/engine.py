@@ -26,7 +26,7 @@ from megatron_r1.rollout.sglang.client import BadReply, Client, Endpoint, new_se
 from megatron_r1.rollout.sglang.member import Member
 from megatron_r1.rollout.sglang.pool import Pool
 from megatron_r1.rollout.sglang.router import Router
-from megatron_r1.rollout.sglang.server import Server, new_endpoint
+from megatron_r1.rollout.sglang.server import Server, new_endpoints
 from megatron_r1.rollout.sglang.starts import Starts
 from megatron_r1.rollout.sglang.supervise import CurrentWeights, Watched, watching
 
@@ -71,9 +71,7 @@ class SGLangEngine:
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
         self._starts = Starts(model_folder, config, log_folder, device, dtype, context_length)
-        self.endpoints = (
-            addresses.given(config) if config.addresses else [new_endpoint() for _ in range(config.servers)]
-        )
+        self.endpoints = addresses.given(config) if config.addresses else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a server that is restarted keeps its own."""
         self._weights = CurrentWeights(version, Path(model_folder))
         self._background = Background("sglang-pool")

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Server:
         endpoint: Endpoint | None = None,
     ):
         self.log = log
-        self.endpoint = endpoint or new_endpoint()
+        self.endpoint = endpoint or new_endpoints(1)[0]
         self.port = int(self.endpoint.url.rpartition(":")[2])
         self.folder = Path(tempfile.mkdtemp(prefix="sglang-"))
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -128,9 +129,14 @@ class Server:
             self.process.stdin.flush()
 
 
-def new_endpoint() -> Endpoint:
-    """A free port of the loopback and fresh keys."""
-    return Endpoint(f"http://{HOST}:{_free_port()}", secrets.token_hex(32), secrets.token_hex(32))
+def new_endpoints(count: int) -> list[Endpoint]:
+    """Free ports of the loopback, with fresh keys that they share."""
+    api_key, admin_key = secrets.token_hex(32), secrets.token_hex(32)
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [Endpoint(f"http://{HOST}:{probe.getsockname()[1]}", api_key, admin_key) for probe in probes]
 
 
 def _wait_for_group(group: int) -> None:
@@ -150,12 +156,6 @@ def group_members(group: int) -> list[int]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return members
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def _python_path(environment: Mapping[str, str]) -> str:
