@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from megatron_r1.rl.rollouts import Rollout, Rollouts
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.loop import CannotBegin, Step
 from megatron_r1.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 def reinforcement_step(rollouts: Rollouts | None, learner: Learner, publish: Callable[[str], None]) -> Step:
@@ -53,7 +56,7 @@ def reinforcement_step(rollouts: Rollouts | None, learner: Learner, publish: Cal
 
 
 def send(publish: Callable[[str], None], version: str) -> None:
-    """Publish the weights.
+    """Publish the weights; once more where a server failed in the middle of it, which may be back by then.
 
     Raises:
         CannotBegin: the engine is gone. Several ranks may be in the middle of it when one fails, and then cannot save
@@ -64,7 +67,11 @@ def send(publish: Callable[[str], None], version: str) -> None:
     except NoRolloutCapacity as error:
         if dist.get_world_size() > 1:
             raise
-        raise CannotBegin(error) from error
+        logger.error("weights %s: %s; they are sent once more", version, error)
+        try:
+            publish(version)
+        except NoRolloutCapacity as again:
+            raise CannotBegin(again) from again
 
 
 def shared(rollouts: Rollouts | None, state: TrainState) -> Rollout:

@@ -89,7 +89,7 @@ class Fake:
         if self.seconds:
             await asyncio.sleep(self.seconds)
         longest = body["sampling_params"]["max_new_tokens"]
-        names = body.get("rid") or ["" for _ in body["input_ids"]]
+        names = [f"{body.get('rid')}_{place}" for place in range(len(body["input_ids"]))]
         if longest == 0:
             return json_reply([{"output_ids": [], "meta_info": {"id": name}} for name in names])
         replies = [

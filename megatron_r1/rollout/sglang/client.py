@@ -82,21 +82,21 @@ class Client:
             NoRolloutCapacity: there was no reply, or (BadReply) it is none to these requests.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        names = [f"{NAME}-{next(_NUMBER)}" for _ in requests]
+        name = f"{NAME}-{next(_NUMBER)}"
         try:
             async with asyncio.timeout(timeout_s):
-                replies = await self._generate(requests, sampling, names)
+                replies = await self._generate(requests, sampling, name)
         except TimeoutError:
             raise NoRolloutCapacity(f"{self.url}/generate: no reply within {timeout_s:g} s") from None
         if not isinstance(replies, list) or len(replies) != len(requests):
             count = len(replies) if isinstance(replies, list) else type(replies).__name__
             raise BadReply(f"{self.url}/generate: {len(requests)} requests but the reply has {count}")
         return [
-            checked(reply, request, sampling, version, name)
-            for reply, request, name in zip(replies, requests, names, strict=True)
+            checked(reply, request, sampling, version, f"{name}_{place}")
+            for place, (reply, request) in enumerate(zip(replies, requests, strict=True))
         ]
 
-    async def _generate(self, requests: Sequence[Request], sampling: Sampling, names: Sequence[str]) -> Any:
+    async def _generate(self, requests: Sequence[Request], sampling: Sampling, name: str) -> Any:
         prompts = list(dict.fromkeys(request.prompt_tokens for request in requests))
         if len(prompts) < len(requests):
             read = {"input_ids": prompts, "sampling_params": {"max_new_tokens": 0}}
@@ -105,7 +105,7 @@ class Client:
             "input_ids": [request.prompt_tokens for request in requests],
             "sampling_params": sampling_parameters(sampling),
             "return_logprob": True,
-            "rid": names,
+            "rid": name,  # SGLang appends the place in the call; a router takes one name only
         }
         limit = LARGEST_REPLY + BYTES_A_TOKEN * len(requests) * (sampling.max_tokens + 16)
         return await self._call("/generate", body, limit=limit, attempts=1)

@@ -122,6 +122,8 @@ class SGLangEngine:
                     f"with the {length} prompt tokens of request {request.id} at most {self.context_length} in all",
                 )  # fmt: skip
         with self._in_use:
+            if self._open is None:
+                raise NoRolloutCapacity("the servers were stopped")
             if self._weights.doubt:
                 raise NoRolloutCapacity(self._weights.doubt)
             return self._background.run(self._pool.generate(requests, sampling, self.version))

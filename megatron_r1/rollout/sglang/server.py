@@ -92,7 +92,8 @@ class Server:
         """Whether something listens on the server's port."""
         with socket.socket() as probe:
             probe.settimeout(1.0)
-            return probe.connect_ex((HOST, self.port)) == 0
+            # A socket that connects to a free port may be given that very port, and then it talks to itself.
+            return probe.connect_ex((HOST, self.port)) == 0 and probe.getsockname() != probe.getpeername()
 
     def last_words(self) -> str:
         """The line of the log that tells most about a failure, on one line, with the log's path."""
