@@ -34,6 +34,9 @@ def _check_reinforcement(config: RunConfig) -> None:
     degrees, longest = config.parallel, config.model.max_sequence_length
     if config.rl.routing_replay and not config.model.moe.num_experts:
         raise ConfigError("rl.routing_replay", True, "must be false: the model has no routers")
+    told = config.rollout.engine == "local" or config.rollout.sglang.server.routed_experts
+    if config.rl.routing_replay and not told:
+        raise ConfigError("rl.routing_replay", True, "needs rollout.sglang.server.routed_experts=true")
     if config.rl.tokens_per_micro_batch < longest:
         raise ConfigError(
             "rl.tokens_per_micro_batch",

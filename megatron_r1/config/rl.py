@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.filters import FilterConfig
 from megatron_r1.errors import ConfigError
 
 
@@ -38,6 +39,8 @@ class RLConfig:
     """Padded tokens of one forward pass."""
     shuffle_rewards: bool = False
     """Control experiment: permute the rewards over the rollout, so that nothing can be learnt."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Which answers are learned from."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "prompts_per_rollout", "mini_batches", "inner_epochs", "tokens_per_micro_batch")

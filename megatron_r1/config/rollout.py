@@ -5,26 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
-
-
-@dataclass(kw_only=True, slots=True)
-class SGLangConfig:
-    """The SGLang servers that this program starts."""
-
-    servers: int = 1
-    """Servers to start; prompts are divided among them."""
-    start_timeout_s: float = 240.0
-    """Seconds a server may take until it answers."""
-    request_timeout_s: float = 300.0
-    """Seconds one batch of requests may take."""
-    max_running_requests: int = 512
-    """Requests that one server decodes at a time."""
-    max_total_tokens: int = 65_536
-    """Tokens that one server's key-value cache holds."""
-
-    def __post_init__(self) -> None:
-        within(self, 1, 64, "servers")
-        at_least(self, 1, "start_timeout_s", "request_timeout_s", "max_running_requests", "max_total_tokens")
+from megatron_r1.config.sglang import SGLangConfig
+from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,3 +37,7 @@ class RolloutConfig:
         within(self, 1e-6, 1.0, "top_p")
         at_least(self, 1, "max_response_tokens", "batch_size")
         within(self, 1, 65_536, "bucket_mb")
+        groups = self.sglang.server.data_parallel_attention
+        if groups > 1 and self.sync == "group":
+            allowed = "must be 1 with sync=group: SGLang takes weights over a group only without it"
+            raise ConfigError("sglang.server.data_parallel_attention", groups, allowed)

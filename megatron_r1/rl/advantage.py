@@ -8,6 +8,9 @@ divided by 0. Legend: N groups (prompts), G answers per group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -36,3 +39,16 @@ def group_advantages(rewards_NG: Float[Tensor, "N G"], std: str = "population") 
         deviation_N1 = (squares_N1 / max(exact_NG.shape[1] - (std == "sample"), 1)).sqrt()
         centred_NG = centred_NG / deviation_N1.masked_fill(equal_N1, 1.0)
     return centred_NG.masked_fill(equal_N1, 0.0).to(rewards_NG.dtype)
+
+
+def ragged_group_advantages(
+    rewards: Float[Tensor, " B"], sizes: Sequence[int], std: str = "population"
+) -> Float[Tensor, " B"]:
+    """`group_advantages` of groups that may differ in size, one after the other.
+
+    Args:
+        sizes: answers of each group; they add up to B.
+    """
+    if len(set(sizes)) <= 1:
+        return group_advantages(rewards.view(len(sizes), -1), std).flatten()
+    return torch.cat([group_advantages(group[None], std).flatten() for group in rewards.split(list(sizes))])

@@ -6,6 +6,7 @@ Shapes: N groups, G answers of a group, B answers of a micro-batch, L positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, tensor_parallel_group
-from megatron_r1.rl.advantage import group_advantages
+from megatron_r1.rl.advantage import ragged_group_advantages
 from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
 from megatron_r1.rl.objective import grpo_loss
 from megatron_r1.rl.policy import Policy, as_rows, longest_input
@@ -60,25 +61,25 @@ class Learner:
         FROZEN.apply(model, 0)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Train on a rollout; `state` counts one more rollout and its updates.
+        """Train on a rollout; `state` counts one more rollout and its updates. Its prompts are the caller's to count.
 
         Args:
             samples: whole groups, one after the other; the same on every rank.
         """
         rl, train = self._config.rl, self._config.train
-        rewards_NG = torch.tensor([sample.reward for sample in samples]).view(-1, rl.group_size)
+        rewards = torch.tensor([sample.reward for sample in samples])
+        sizes = [len(list(group)) for _, group in groupby(samples, key=lambda sample: sample.group)]
         # On whole groups, before they are divided among mini-batches.
-        advantages = group_advantages(rewards_NG, rl.advantage_std).flatten()
+        advantages = ragged_group_advantages(rewards, sizes, rl.advantage_std)
+        count = min(rl.mini_batches, len(samples))
         mini_batches = [
             (len(indices), list(self._micro_batches(samples, indices.tolist(), advantages)))
             for epoch in range(rl.inner_epochs)
-            for indices in shuffle_into_mini_batches(
-                len(samples), rl.mini_batches, (self._config.seed, state.step, epoch)
-            )
+            for indices in shuffle_into_mini_batches(len(samples), count, (self._config.seed, state.step, epoch))
         ]
         # Later epochs divide the same samples anew: among several ranks, some go to a rank that had not had them.
         alone = dist.get_world_size(data_parallel_group()) == 1
-        old, reference = self._fixed_log_probs(mini_batches[: rl.mini_batches] if alone else mini_batches)
+        old, reference = self._fixed_log_probs(mini_batches[:count] if alone else mini_batches)
         rate = learning_rate(train.schedule, state.step + 1, train.steps, state.consumed_tokens)
         results, skipped = [], state.skipped_in_row
         for num_answers, micro_batches in mini_batches:
@@ -91,7 +92,6 @@ class Learner:
             updates=state.updates + sum(not result.skipped for result in results),
             skipped_in_row=skipped,
             consumed_tokens=state.consumed_tokens + sum(map(row_length, samples)),
-            data_position=state.data_position + rl.prompts_per_rollout,
         )
         return state, {**combined_metrics(results), **self._routing_metrics(), "learning_rate": rate}
 
@@ -189,7 +189,7 @@ def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
     updates = [[entry for rank in told for entry in rank[number]] for number in range(len(results))]
     keys = updates[0][0].keys() - {"logprob_gap"}
     row = {key: sum(entry[key] for update in updates for entry in update) / len(results) for key in sorted(keys)}
-    row["entropy"] /= row.pop("tokens")
+    row["entropy"] /= row.pop("tokens") or 1.0
     row["logprob_gap"] = max(entry["logprob_gap"] for entry in updates[0])
     norms = [result.gradient_norm for result in results if not result.skipped]
     row["gradient_norm"] = sum(norms) / len(norms) if norms else float("nan")

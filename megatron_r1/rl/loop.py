@@ -1,21 +1,30 @@
-"""The loop of reinforcement learning: take a rollout, learn from it, send the weights, and again."""
+"""The loop of reinforcement learning: send the weights, take a rollout, learn from it, and again."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
+
+from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
 from megatron_r1.rl.learner import Learner
-from megatron_r1.rl.rollouts import Rollouts
+from megatron_r1.rl.rollouts import Rollout, Rollouts
 from megatron_r1.rollout.sample import Sample
-from megatron_r1.train.loop import Step
+from megatron_r1.train.loop import CannotBegin, Step
 from megatron_r1.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 def reinforcement_step(rollouts: Rollouts | None, learner: Learner, publish: Callable[[str], None]) -> Step:
     """One step of reinforcement learning, for the training loop.
+
+    All that can fail for want of an engine comes first, when weights and state still agree.
 
     Args:
         rollouts: gives each step's samples, on rank 0; the other ranks have none and are told.
@@ -25,20 +34,63 @@ def reinforcement_step(rollouts: Rollouts | None, learner: Learner, publish: Cal
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
-        samples = comm.broadcast(rollouts.take(state.step + 1, state.data_position) if rollouts else [])
+        send(publish, str(state.step))
+        sent = time.perf_counter()
+        rollout = shared(rollouts, state)
         sampled = time.perf_counter()
-        state, row = learner.learn(samples, state)
-        learned = time.perf_counter()
-        publish(str(state.step))
-        row |= answer_metrics(samples) | {
-            "rollout_seconds": sampled - started,
-            "train_seconds": learned - sampled,
-            "sync_seconds": time.perf_counter() - learned,
-            "consumed_tokens": state.consumed_tokens,
-        }
+        state, row = learner.learn(rollout.samples, state)
+        state = replace(state, data_position=state.data_position + rollout.prompts)
+        row |= (
+            answer_metrics(rollout.samples)
+            | rollout.counts
+            | {
+                "rollout_seconds": sampled - sent,
+                "train_seconds": time.perf_counter() - sampled,
+                "sync_seconds": sent - started,
+                "consumed_tokens": state.consumed_tokens,
+            }
+        )
         return state, row
 
     return step
+
+
+def send(publish: Callable[[str], None], version: str) -> None:
+    """Publish the weights; once more where a server failed in the middle of it, which may be back by then.
+
+    Raises:
+        CannotBegin: the engine is gone. Several ranks may be in the middle of it when one fails, and then cannot save
+            together: there the failure itself is raised.
+    """
+    try:
+        publish(version)
+    except NoRolloutCapacity as error:
+        if dist.get_world_size() > 1:
+            raise
+        logger.error("weights %s: %s; they are sent once more", version, error)
+        try:
+            publish(version)
+        except NoRolloutCapacity as again:
+            raise CannotBegin(again) from again
+
+
+def shared(rollouts: Rollouts | None, state: TrainState) -> Rollout:
+    """Collective: the rollout of the next step.
+
+    Raises:
+        CannotBegin: there is none to be had; on all ranks.
+    """
+    found: Rollout | NoRolloutCapacity | None = None
+    if rollouts:
+        try:
+            found = rollouts.take(state.step + 1, state.data_position)
+        except NoRolloutCapacity as error:
+            found = error
+    found = comm.broadcast(found)
+    if isinstance(found, NoRolloutCapacity):
+        raise CannotBegin(found)
+    assert found is not None
+    return found
 
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.data.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rl.filters import chosen, filtered
 from megatron_r1.rl.scoring import Scorer
 from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.journal import Journal
@@ -24,6 +27,18 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
 def response_text(response_tokens: tuple[int, ...], tokenizer: Tokenizer) -> str:
     """A response as rewards read it, without the end-of-document token."""
     return tokenizer.decode(response_tokens, skip_special=True)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What one step learns from."""
+
+    samples: list[Sample]
+    """Whole groups one after the other, numbered from 0."""
+    prompts: int
+    """Prompts taken from the data for it, those that were dropped included."""
+    counts: dict[str, int]
+    """Groups and answers that are not learned from, by why."""
 
 
 class Rollouts:
@@ -52,39 +67,85 @@ class Rollouts:
         self._prompts, self._engine, self._tokenizer, self._journal = prompts, engine, tokenizer, journal
         self._scorer, self._rollout, self._rl, self._seed = scorer, rollout, rl, seed
         self._routed = routed
+        self._filters = chosen(rl.filters)
+        self._lost_because = ""
 
-    def take(self, step: int, first_prompt: int) -> list[Sample]:
-        """The samples of `step`, whole groups one after the other.
+    def take(self, step: int, first_prompt: int) -> Rollout:
+        """The rollout of `step`, whole groups one after the other.
 
-        They are in the journal before they are returned: a run that is killed while it trains on them trains on the
-        same ones again.
+        It is in the journal before it is returned: a run that is killed while it trains on it trains on the same one
+        again, and goes on with the same prompts after it.
+
+        Raises:
+            NoRolloutCapacity: nobody is there to answer, or every prompt was lost.
         """
-        samples = self._journal.read(step)
-        if samples is None:
-            samples = self._sample(step, first_prompt)
-            if self._rl.shuffle_rewards:
-                samples = shuffle_rewards(samples, f"{self._seed} {step}")
-            self._journal.write(step, samples)
-        return samples
+        usual = Rollout([], self._rl.prompts_per_rollout, dict.fromkeys(self._names(), 0))
+        if (found := self._journal.read_all(step)) is not None:
+            samples, notes = found
+            return Rollout(samples, notes.pop("prompts", usual.prompts), usual.counts | notes)
+        rollout = self._sample(step, first_prompt)
+        samples = rollout.samples
+        if self._rl.shuffle_rewards:
+            samples = shuffle_rewards(samples, f"{self._seed} {step}")
+        remarkable = {"prompts": rollout.prompts, **rollout.counts}
+        self._journal.write(step, samples, remarkable if replace(rollout, samples=[]) != usual else None)
+        return replace(rollout, samples=samples)
 
-    def _sample(self, step: int, first_prompt: int) -> list[Sample]:
-        prompts = [self._prompts.at(first_prompt + i) for i in range(self._rl.prompts_per_rollout)]
+    def _names(self) -> list[str]:
+        """Under which names groups and answers are counted that are not learned from."""
+        answers = [name for name in self._filters if name != "equal"]
+        groups = ["lost_groups", *(["small_groups"] if answers else [])]
+        return groups + answers + (["equal_groups"] if "equal" in self._filters else [])
+
+    def _sample(self, step: int, first_prompt: int) -> Rollout:
+        """Rounds of prompts until there are groups enough, or no further round is allowed.
+
+        When no group at all teaches anything, those that were dropped for it are kept: a step needs something to do.
+        """
+        counts = Counter(dict.fromkeys(self._names(), 0))
+        kept: list[list[Sample]] = []
+        idle: list[list[Sample]] = []
+        taken = 0
+        for number in range(1 + self._rl.filters.extra_rounds):
+            if not (wanted := self._rl.prompts_per_rollout - len(kept)):
+                break
+            groups = self._round(step, number, first_prompt + taken, wanted)
+            taken += wanted
+            for group in groups:
+                left, removed = filtered(group, self._filters) if group else ([], Counter(lost_groups=1))
+                counts.update(removed)
+                if left:
+                    kept.append(left)
+                elif group:
+                    idle.append(group)
+        if not (kept or idle):
+            raise NoRolloutCapacity(f"step {step}: all {taken} prompts were lost; the last one: {self._lost_because}")
+        samples = [replace(sample, group=number) for number, group in enumerate(kept or idle) for sample in group]
+        return Rollout(samples, taken, dict(counts))
+
+    def _round(self, step: int, number: int, first_prompt: int, count: int) -> list[list[Sample]]:
+        """The scored answers to `count` prompts; an empty group where an answer was lost."""
+        prompts = [self._prompts.at(first_prompt + i) for i in range(count)]
         asked = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(self._rl.group_size)]
         tokens = [prompt_tokens(prompt, self._tokenizer) for prompt in prompts]
-        requests = [Request(f"{step}-{i}", tokens[group]) for i, (group, _) in enumerate(asked)]
+        name = f"{step}" if number == 0 else f"{step}.{number}"
+        requests = [Request(f"{name}-{i}", tokens[group]) for i, (group, _) in enumerate(asked)]
         sampling = Sampling(
             temperature=self._rollout.temperature,
             top_p=self._rollout.top_p,
             max_tokens=self._rollout.max_response_tokens,
             stop_tokens=(self._tokenizer.eos,),
-            seed=self._seed * 1_000_003 + step,
+            seed=self._seed * 1_000_003 + step + number * 7_368_787,
             routed=self._routed,
         )
-        completions = self._engine.engine.generate(requests, sampling)
-        return [
-            self._score(group, prompt, completion)
-            for (group, prompt), completion in zip(asked, completions, strict=True)
-        ]
+        outcomes = self._engine.engine.generate(requests, sampling)
+        groups: list[list[Sample]] = [[] for _ in prompts]
+        for (group, prompt), outcome in zip(asked, outcomes, strict=True):
+            if isinstance(outcome, Completion):
+                groups[group].append(self._score(group, prompt, outcome))
+            else:
+                self._lost_because = outcome.reason
+        return [group if len(group) == self._rl.group_size else [] for group in groups]
 
     def _score(self, group: int, prompt: Prompt, completion: Completion) -> Sample:
         text = response_text(completion.response_tokens, self._tokenizer)

@@ -23,7 +23,7 @@ class Rows:
     tokens_BL: Tensor
     """Prompt, response, padding; the last token is a target only."""
     mask_BL: Tensor
-    """Whether the target at this position is part of the response."""
+    """Whether the target at this position is learned from: it is part of the response."""
     rollout_log_probs_BL: Tensor
     """The engine's log-probabilities; 0 outside the response."""
     advantages_B: Tensor
@@ -73,7 +73,7 @@ def make_rows(
     for row, sample in enumerate(chosen):
         start, end = len(sample.prompt_tokens), row_length(sample)
         tokens_BL[row, :end] = torch.tensor(sample.prompt_tokens + sample.response_tokens)
-        mask_BL[row, start - 1 : end - 1] = True
+        mask_BL[row, start - 1 : end - 1] = sample.learned
         log_probs_BL[row, start - 1 : end - 1] = torch.tensor(sample.logprobs)
     places = torch.tensor(list(indices))
     experts_BLNK = _experts(chosen, longest - 1)

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sampling
 
 
 @runtime_checkable
 class Engine(Protocol):
     """Samples responses with weights that can be replaced."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion for each request, in the order of the requests; all with the same weight version."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Sequence[Outcome]:
+        """What became of each request, in the order of the requests; all completions have the same weight version.
+
+        Raises:
+            NoRolloutCapacity: nobody is left to answer.
+        """
         ...
 
     def update_weights(self, folder: Path, version: str) -> None:
@@ -24,3 +29,17 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back everything that the engine holds; may be called twice."""
         ...
+
+
+def all_answered(outcomes: Sequence[Outcome]) -> list[Completion]:
+    """The completions, where nothing may be missing.
+
+    Raises:
+        NoRolloutCapacity: a request was lost.
+    """
+    lost = [outcome for outcome in outcomes if isinstance(outcome, Lost)]
+    if lost:
+        raise NoRolloutCapacity(
+            f"{len(lost)} of {len(outcomes)} requests were lost; request {lost[0].request_id}: {lost[0].reason}"
+        )
+    return [outcome for outcome in outcomes if isinstance(outcome, Completion)]

@@ -1,6 +1,7 @@
 """Rollouts on disk before they are trained on: one file a step, whole or absent.
 
-A file is a header line (format, step, count of samples, sha256 of the rest) and one JSON line a sample. It is written
+A file is a header line (format, step, count of samples, notes if there are any, sha256 of notes and the rest) and one
+JSON line a sample. It is written
 beside its place, synced, renamed and the folder synced, so that a crash leaves either no file or a whole one; a file
 whose bytes are not those that were written is refused. Floats come back bit for bit.
 """
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -37,10 +39,17 @@ class Journal:
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
 
-    def write(self, step: int, samples: Sequence[Sample]) -> Path:
-        """Keep the samples of a step; an earlier file of the step is replaced. Returns the file's path."""
-        body = b"".join(orjson.dumps(asdict(sample), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
-        header = {"format": FORMAT, "step": step, "samples": len(samples), "sha256": hashlib.sha256(body).hexdigest()}
+    def write(self, step: int, samples: Sequence[Sample], notes: Mapping[str, int] | None = None) -> Path:
+        """Keep the samples of a step; an earlier file of the step is replaced. Returns the file's path.
+
+        Args:
+            notes: what else is to be known of how they came about.
+        """
+        body = b"".join(orjson.dumps(_row(sample), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
+        header: dict[str, Any] = {"format": FORMAT, "step": step, "samples": len(samples)}
+        if notes:
+            header["notes"] = dict(notes)
+        header["sha256"] = _digest(header, body)
         path = self._path(step)
         temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
@@ -57,6 +66,11 @@ class Journal:
 
         Raises DataError when the file is not what was written.
         """
+        found = self.read_all(step)
+        return found[0] if found else None
+
+    def read_all(self, step: int) -> tuple[list[Sample], dict[str, int]] | None:
+        """As `read`, with the notes; none give an empty dict."""
         path = self._path(step)
         try:
             content = path.read_bytes()
@@ -66,16 +80,19 @@ class Journal:
         try:
             header = orjson.loads(first_line)
             expected = {"format": FORMAT, "step": step, "samples": header["samples"], "sha256": header["sha256"]}
+            notes = header.get("notes", {})
+            if notes:
+                expected["notes"] = notes
         except (orjson.JSONDecodeError, KeyError, TypeError):
             raise DataError(f"{path}: damaged journal: its first line is no header") from None
         if header != expected:
             raise DataError(f"{path}: journal is of step {header.get('step')} and format {header.get('format')}")
-        if hashlib.sha256(body).hexdigest() != header["sha256"]:
+        if _digest(header, body) != header["sha256"]:
             raise DataError(f"{path}: damaged journal: its sha256 is not the one in its header")
         samples = [_sample(orjson.loads(line)) for line in body.splitlines()]
         if len(samples) != header["samples"]:
             raise DataError(f"{path}: damaged journal: {len(samples)} samples, {header['samples']} in its header")
-        return samples
+        return samples, notes
 
     def steps(self) -> list[int]:
         """The steps that have a file, ascending."""
@@ -90,6 +107,18 @@ class Journal:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}{SUFFIX}"
+
+
+def _digest(header: Mapping[str, Any], body: bytes) -> str:
+    notes = orjson.dumps(header["notes"]) if "notes" in header else b""
+    return hashlib.sha256(notes + body).hexdigest()
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    row = asdict(sample)
+    if sample.learned:
+        del row["learned"]  # as nearly all are
+    return row
 
 
 def _sample(row: dict) -> Sample:

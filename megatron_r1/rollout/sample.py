@@ -102,6 +102,18 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A request that got no answer that could be used."""
+
+    request_id: str
+    reason: str
+    """Why, on one line."""
+
+
+Outcome = Completion | Lost
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One scored response: what the trainer learns from and what the journal keeps."""
 
@@ -118,6 +130,8 @@ class Sample:
     reward: float
     reward_parts: dict[str, float]
     """The reward's parts by name; they sum to `reward` before any weighting that the reward's own file states."""
+    learned: bool = True
+    """Whether its tokens are learned from; else it only counts in its group's baseline."""
     routed_experts: RoutedExperts | None = None
     """As of the completion."""
 

@@ -53,6 +53,7 @@ class GroupSync:
         """
         self._engine, self._sender, self._tensors, self._model = engine, sender, tensors, model
         self._bucket_bytes = bucket_bytes
+        self._restarts = 0
 
     def push(self, version: str) -> None:
         """
@@ -61,6 +62,9 @@ class GroupSync:
             DataError: the weights are not those of the model; likewise.
         """
         with self._engine.receiving(version):
+            if self._engine.restarts != self._restarts:
+                self._sender.leave()  # a server that was started again is not in the group any more
+            self._restarts = self._engine.restarts
             weights = hf_tensors(self._tensors(), self._model, include_mtp=False)
             self._sender.send(weights, self._bucket_bytes, version=version)
 
@@ -90,6 +94,7 @@ class StageSync:
         """
         self._engine, self._sender, self._module, self._model = engine, sender, module, model
         self._bucket_bytes, self._leaders = bucket_bytes, stage_leaders()
+        self._restarts = 0
 
     def push(self, version: str) -> None:
         """
@@ -97,7 +102,10 @@ class StageSync:
             NoRolloutCapacity: a server failed; the engine refuses to answer until an update succeeds.
         """
         with self._engine.receiving(version) if self._engine else nullcontext():
-            comm.barrier()  # the session is open
+            restarts = comm.broadcast(self._engine.restarts if self._engine else None)  # and the session is open
+            if self._sender and restarts != self._restarts:
+                self._sender.leave()  # a server that was started again is not in the group any more
+            self._restarts = restarts
             for stage, leader in enumerate(self._leaders):
                 whole = whole_tensors(self._module, to_rank=leader, stage=stage)
                 if self._sender and comm.AllRanks().rank == leader:

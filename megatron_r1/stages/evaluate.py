@@ -24,6 +24,7 @@ from megatron_r1.rewards.format import format_reward
 from megatron_r1.rl.rollouts import prompt_tokens, response_text
 from megatron_r1.rl.scoring import is_right
 from megatron_r1.rollout.choose import SyncedEngine, sglang_engine
+from megatron_r1.rollout.engine import all_answered
 from megatron_r1.rollout.local import LocalEngine
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.stages.session import mark_done, open_run_folder
@@ -118,7 +119,7 @@ def _answers(
     sampling = Sampling(
         temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed
     )
-    completions = engine.engine.generate(requests, sampling)
+    completions = all_answered(engine.engine.generate(requests, sampling))
     texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
     return [texts[start : start + count] for start in range(0, len(texts), count)]
 

@@ -89,14 +89,12 @@ class PruneJournal(Hook):
 
 @contextmanager
 def rollout_engine(this: Trainer, weights: Weights, replay: RoutingReplay | None) -> Iterator[SyncedEngine]:
-    """The configured engine, on rank 0, holding the trainer's weights under the version of the trainer's step."""
-    rollout, version = this.config.rollout, str(this.state.step)
+    """The configured engine, on rank 0; each step sends it the trainer's weights before it samples."""
+    rollout = this.config.rollout
     if rollout.engine == "local":
         # Every rank has the whole model; rank 0 alone samples.
         local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad, replay) if leads() else None
-        engine = SyncedEngine(local, None)
-        engine.update_weights(version)
-        yield engine
+        yield SyncedEngine(local, None)
         return
     with shared_sglang_engine(
         rollout,
@@ -106,5 +104,4 @@ def rollout_engine(this: Trainer, weights: Weights, replay: RoutingReplay | None
         this.folder / "logs",
         this.platform.name,
     ) as engine:
-        engine.update_weights(version)
         yield engine

@@ -24,7 +24,7 @@ from megatron_r1.files import digest_of, write_whole
 from megatron_r1.rewards.extract import any_answer
 from megatron_r1.rl.rollouts import prompt_tokens, response_text
 from megatron_r1.rl.scoring import Scorer, is_right, rule_scorer
-from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.engine import Engine, all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.stages.evaluate import evaluation_engine
 from megatron_r1.stages.session import mark_done, open_run_folder
@@ -150,7 +150,7 @@ class Job:
             seed=config.seed * 1_000_003 + number,
         )
         scorer = rule_scorer(config.reward)
-        for (prompt, index), completion in zip(asked, engine.generate(requests, sampling), strict=True):
+        for (prompt, index), completion in zip(asked, all_answered(engine.generate(requests, sampling)), strict=True):
             text = response_text(completion.response_tokens, tokenizer)
             yield {
                 "id": prompt.id,

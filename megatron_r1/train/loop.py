@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from megatron_r1.errors import UserError
 from megatron_r1.parallel import comm
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
+
+
+class CannotBegin(Exception):
+    """A step cannot begin, and every rank knows it: weights and state are as the last step left them."""
+
+    def __init__(self, reason: UserError):
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class Step(Protocol):
@@ -23,9 +32,16 @@ def train(state: TrainState, step: Step, hooks: Hook, steps: int) -> TrainState:
         step: advances the state by one.
         hooks: what happens around the steps.
         steps: total steps of the run, those before a resume included.
+
+    Raises:
+        UserError: why a step could not begin; what was done before is saved first.
     """
     while state.step < steps:
-        state, row = step(state)
+        try:
+            state, row = step(state)
+        except CannotBegin as obstacle:
+            hooks.finish(state)
+            raise obstacle.reason from obstacle
         hooks.after_step(state, row)
         if comm.any_rank(hooks.stop_requested()):
             break

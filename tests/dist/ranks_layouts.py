@@ -206,7 +206,7 @@ def samples(model: Any) -> Iterator[Any]:
             reward = float(draw(0, 3))
             told = experts(len(prompt) + length - 1) if number % 2 else None
             parts = {"accuracy": reward}
-            yield Sample(str(group), group, prompt, response, log_probs, "0", "stop", "", reward, parts, told)
+            yield Sample(str(group), group, prompt, response, log_probs, "0", "stop", "", reward, parts, routed_experts=told)
 
 
 def whole_gradients(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:

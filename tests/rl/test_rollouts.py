@@ -45,7 +45,7 @@ def rollouts(tiny, config, tokenizer, tmp_path):
 
 
 def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer):
-    samples = rollouts().take(step=0, first_prompt=5)
+    samples = rollouts().take(step=0, first_prompt=5).samples
     prompts = TrainingPrompts(config.data)
     assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
     for sample in samples:
@@ -58,27 +58,30 @@ def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer):
 
 
 def test_a_step_is_sampled_once_and_read_from_the_journal_after(rollouts, tiny):
-    first = rollouts().take(step=2, first_prompt=0)
-    assert rollouts().take(step=2, first_prompt=100) == first
-    other = rollouts().take(step=3, first_prompt=0)
+    first = rollouts().take(step=2, first_prompt=0).samples
+    assert rollouts().take(step=2, first_prompt=100).samples == first
+    other = rollouts().take(step=3, first_prompt=0).samples
     assert [s.prompt_tokens for s in other] == [s.prompt_tokens for s in first]
     assert [s.response_tokens for s in other] != [s.response_tokens for s in first]
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(rollouts):
-    samples = rollouts().take(step=0, first_prompt=0)
+    samples = rollouts().take(step=0, first_prompt=0).samples
     numbered = [type(s)(**{**fields(s), "reward": float(i)}) for i, s in enumerate(samples)]
     shuffled = shuffle_rewards(numbered, seed=1)
     assert sorted(s.reward for s in shuffled) == [s.reward for s in numbered] != [s.reward for s in shuffled]
     assert [s.response_tokens for s in shuffled] == [s.response_tokens for s in numbered]
     assert shuffle_rewards(numbered, seed=1) == shuffled != shuffle_rewards(numbered, seed=2)
-    assert rollouts(shuffle_rewards=True).take(step=9, first_prompt=0) == rollouts().take(step=9, first_prompt=0)
+    assert (
+        rollouts(shuffle_rewards=True).take(step=9, first_prompt=0).samples
+        == rollouts().take(step=9, first_prompt=0).samples
+    )
 
 
 def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
     import torch
 
-    samples = rollouts().take(step=0, first_prompt=0)
+    samples = rollouts().take(step=0, first_prompt=0).samples
     rows = make_rows(samples, [7, 0, 11], torch.arange(12.0), pad_token=3, device="cpu")
     assert rows.samples_B.tolist() == [7, 0, 11] == rows.advantages_B.tolist()
     for row, place in enumerate([7, 0, 11]):

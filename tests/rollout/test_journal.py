@@ -32,6 +32,7 @@ def samples(draw) -> Sample:
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         text=draw(st.text(st.characters(exclude_categories=["Cs"]))),
         reward=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        learned=draw(st.booleans()),
         reward_parts=draw(st.dictionaries(st.text("abc"), st.floats(allow_nan=False, allow_infinity=False))),
     )
 
@@ -55,9 +56,10 @@ def test_absent_step_is_none_and_a_step_can_be_written_again(tmp_path):
     assert [path.name for path in journal.folder.iterdir()] == ["step-00000001.jsonl"]
 
 
-def test_every_torn_or_changed_file_is_refused(tmp_path):
+@pytest.mark.parametrize("notes", [None, {"prompts": 7}])
+def test_every_torn_or_changed_file_is_refused(tmp_path, notes):
     journal = Journal(tmp_path)
-    path = journal.write(1, SAMPLES)
+    path = journal.write(1, SAMPLES, notes)
     whole = path.read_bytes()
     damaged = [whole[:length] for length in range(len(whole))]
     damaged += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
@@ -67,7 +69,7 @@ def test_every_torn_or_changed_file_is_refused(tmp_path):
         with pytest.raises(DataError, match="step-00000001.jsonl"):
             journal.read(1)
     path.write_bytes(whole)
-    assert journal.read(1) == SAMPLES
+    assert journal.read_all(1) == (SAMPLES, notes or {})
 
 
 def test_file_of_another_step_is_refused(tmp_path):

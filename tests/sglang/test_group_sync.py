@@ -10,7 +10,7 @@ import torch
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.rollout import SGLangConfig
+from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import DataError, NoRolloutCapacity
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.model.build import native_tensors
@@ -169,7 +169,7 @@ def test_close_leaves_nothing(engine, model):
     assert answers(engine) == {"short"}
 
 
-def test_a_server_killed_in_the_middle_is_named_in_time(engine, sender, model):
+def test_a_server_killed_in_the_middle_is_named_in_time_and_back_with_the_next_update(engine, sender, model, change):
     began, version = time.monotonic(), engine.version
 
     def interrupted():
@@ -181,6 +181,41 @@ def test_a_server_killed_in_the_middle_is_named_in_time(engine, sender, model):
     with pytest.raises(NoRolloutCapacity, match="ended with status -9"), engine.receiving("killed"):
         sender.send(interrupted(), 1, version="killed")
     assert time.monotonic() - began < 25
-    with pytest.raises(NoRolloutCapacity, match="ended with status -9"):
-        group_sync(engine, sender, model).push("next")
     assert engine.version == version
+    change()
+    sync = group_sync(engine, sender, model)
+    sync.push("next")
+    assert answers(engine) == {"next"} and engine.restarts == 1
+    engine.checksums()  # are the same on both
+
+
+def test_a_server_that_lost_its_weights_is_left_out_until_the_next_update(engine, sender, model, change):
+    sync = group_sync(engine, sender, model)
+    sync.push("before")
+    restarts = engine.restarts
+    os.killpg(engine.servers[0].process.pid, signal.SIGKILL)
+    assert answers(engine) == {"before"}  # by the other one
+    assert wait_for(lambda: engine.restarts > restarts and "waits for the next update" in engine.states()[0])
+    assert answers(engine) == {"before"}
+    change()
+    sync.push("after")
+    engine.checksums()
+    assert engine.states() == ["", ""] and answers(engine) == {"after"}
+
+
+def test_servers_that_all_lost_their_weights_are_no_capacity(engine):
+    for server in engine.servers:
+        os.killpg(server.process.pid, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(NoRolloutCapacity, match="no server has the current weights any more: .*status -9"):
+        engine.generate(ASKED, SAMPLING)
+    assert time.monotonic() - began < 10
+
+
+def wait_for(condition, seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

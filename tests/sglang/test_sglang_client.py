@@ -4,6 +4,7 @@ import asyncio
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import orjson
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import BadReply, Client, completion
-from megatron_r1.rollout.sglang.engine import divide
+from megatron_r1.rollout.sglang.routing import choose, key_of, pieces
 from megatron_r1.rollout.sglang.server import LAUNCHER
 
 REQUEST = Request("r", (5, 6, 7))
@@ -99,6 +100,11 @@ def ask(handler: Callable, ask_client: Callable, timeout_s: float = 5.0) -> obje
     return asyncio.run(run())
 
 
+async def echo(request: web.Request) -> dict:
+    """The good reply, under the name that the request has."""
+    return changed("meta_info.id", orjson.loads(await request.read())["rid"] + "_0")
+
+
 def generate(client: Client) -> object:
     return client.generate([REQUEST], SAMPLING, "v1")
 
@@ -108,7 +114,7 @@ def test_keys_are_sent_to_their_doors():
 
     async def handler(request: web.Request) -> web.Response:
         seen[request.path] = request.headers["Authorization"]
-        body = [REPLY] if request.path == "/generate" else {"success": True, "weight_version": "v1"}
+        body = [await echo(request)] if request.path == "/generate" else {"success": True, "weight_version": "v1"}
         return web.json_response(body)
 
     async def both(client: Client) -> None:
@@ -144,7 +150,7 @@ def test_shared_prompt_is_read_once_before():
 )
 def test_useless_answers_are_named(body, status, told):
     async def handler(request: web.Request) -> web.Response:
-        return web.Response(body=body, status=status)
+        return web.Response(body=body, status=status, content_type="application/json")
 
     with pytest.raises(BadReply, match=told):
         ask(handler, generate)
@@ -160,21 +166,36 @@ def test_silence_ends_in_time():
 
 
 @pytest.mark.parametrize("cuts", [1, 10])
-def test_cut_connections_are_tried_again_a_few_times(cuts):
+def test_cut_connections_are_tried_again_a_few_times_where_nothing_is_done_twice(cuts):
     calls = []
 
     async def handler(request: web.Request) -> web.Response:
         calls.append(request.path)
         if len(calls) <= cuts:
             request.transport.abort()
-        return web.json_response([REPLY])
+        return web.json_response({"success": True, "weight_version": "v1"})
+
+    def update(client: Client) -> object:
+        return client.update_weights("folder", "v1")
 
     if cuts == 1:
-        assert len(ask(handler, generate)) == 1
+        ask(handler, update)
+        assert calls == ["/update_weights_from_disk"] * 2 + ["/model_info"]
     else:
+        with pytest.raises(NoRolloutCapacity, match="/update_weights_from_disk"):
+            ask(handler, update)
         with pytest.raises(NoRolloutCapacity, match="/generate"):
             ask(handler, generate)
-    assert len(calls) == min(cuts + 1, 3)
+        # Whether and where a generation is tried again is for the pool to say.
+        assert calls == ["/update_weights_from_disk"] * 3 + ["/generate"]
+
+
+def test_answer_to_another_request_is_one_that_is_wrong():
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response([changed("meta_info.id", "another")])
+
+    (reply,) = ask(handler, generate)
+    assert isinstance(reply, BadReply) and "'another', another request" in str(reply)
 
 
 def test_version_that_did_not_take_is_an_error():
@@ -185,22 +206,45 @@ def test_version_that_did_not_take_is_an_error():
         ask(handler, lambda client: client.update_weights("folder", "new"))
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20)), max_size=12), st.integers(1, 5))
-def test_shares_keep_order_and_prompts_together(runs, shares):
-    requests = [Request(str(i), (prompt, number)) for number, (prompt, count) in enumerate(runs) for i in range(count)]
-    divided = divide(requests, shares)
-    assert len(divided) == shares
-    assert [request for share in divided for request in share] == requests
-    if len(runs) >= shares:
-        homes = [{number for number, share in enumerate(divided) for one in share if one.prompt_tokens == prompt}
-                 for prompt in {request.prompt_tokens for request in requests}]  # fmt: skip
-        assert all(len(home) == 1 for home in homes)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20)), max_size=12), st.integers(1, 40))
+def test_calls_keep_order_and_prompts_together(runs, largest):
+    asked = [Request(str(i), (prompt, number)) for number, (prompt, count) in enumerate(runs) for i in range(count)]
+    calls = list(pieces(asked, largest))
+    assert [request for call in calls for request in call] == asked
+    assert all(0 < len(call) <= largest for call in calls)
+    for number, (prompt, count) in enumerate(runs):
+        homes = [
+            place for place, call in enumerate(calls) if any(one.prompt_tokens == (prompt, number) for one in call)
+        ]
+        assert len(homes) == 1 or count > largest
+    assert len(calls) <= 2 * -(-len(asked) // largest)
 
 
-def test_equal_groups_make_equal_shares():
-    requests = [Request(f"{prompt}-{i}", (prompt,)) for prompt in range(32) for i in range(16)]
-    assert [len(share) for share in divide(requests, 2)] == [256, 256]
-    assert [len(share) for share in divide(requests[:16], 4)] == [4, 4, 4, 4]
+@dataclass
+class Place:
+    name: str
+    in_flight: int = 0
+
+
+def test_prompts_keep_their_server_while_others_come_and_go():
+    names = [f"http://server-{number}" for number in range(5)]
+    keys = [key_of((number, number * number)) for number in range(1000)]
+    homes = [choose([Place(name) for name in names], key).name for key in keys]
+    assert min(homes.count(name) for name in names) > 150
+    without = [choose([Place(name) for name in names[1:]], key).name for key in keys]
+    assert all(after == before for before, after in zip(homes, without, strict=True) if before != names[0])
+    assert choose([Place(name) for name in reversed(names)], keys[0]).name == homes[0]
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200), st.integers(1, 7))
+def test_no_server_gets_more_than_the_mean_and_one_call(sizes, count):
+    servers = [Place(str(number)) for number in range(count)]
+    for place, size in enumerate(sizes):
+        mean = sum(server.in_flight for server in servers) / count
+        chosen = choose(servers, key_of((place,)))
+        assert chosen.in_flight <= mean
+        chosen.in_flight += size
+    assert max(server.in_flight for server in servers) <= sum(sizes) / count + max(sizes)
 
 
 def test_servers_do_not_take_themselves_for_ranks_of_the_launcher():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.config.rollout import SGLangConfig
+from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.server import group_members
@@ -20,11 +20,11 @@ pytestmark = [pytest.mark.sglang]
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
-from megatron_r1.config.rollout import SGLangConfig
-from megatron_r1.rollout.sglang.engine import server_arguments, server_environment
+from megatron_r1.config.sglang import SGLangConfig
+from megatron_r1.rollout.sglang.arguments import server_arguments, server_environment
 from megatron_r1.rollout.sglang.server import Server
 arguments = server_arguments(Path(sys.argv[1]), SGLangConfig(max_total_tokens=4096), device="cpu", dtype="float32",
-                             tensor_parallel=1, context_length=64, version="initial")
+                             context_length=64, version="initial")
 server = Server(arguments, server_environment("cpu", 1), Path(sys.argv[2]))
 print(json.dumps({"pid": server.process.pid, "folder": str(server.folder)}), flush=True)
 time.sleep(600)

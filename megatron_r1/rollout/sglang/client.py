@@ -6,7 +6,10 @@ A reply that is not what was asked for raises BadReply, which names what is wron
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import itertools
+import secrets
+from collections.abc import Awaitable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -19,9 +22,15 @@ from megatron_r1.rollout.routed import RoutedExperts
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 
 ATTEMPTS = 3
+CONNECT_S = 10.0
 LARGEST_REPLY = 1 << 20
 """Bytes of a reply beyond what its tokens need."""
-BYTES_A_TOKEN = 256
+BYTES_A_TOKEN = 96
+
+
+NAME = secrets.token_hex(8)
+"""Tells this program's requests from those of others at the same servers."""
+_NUMBER = itertools.count()
 
 
 class BadReply(NoRolloutCapacity):
@@ -48,40 +57,72 @@ class Client:
         api_key: opens generation.
         admin_key: opens control.
         timeout_s: seconds that one call may take.
+        session: keeps connections from call to call, in the loop that it was made in; without it each call has its own.
     """
 
-    def __init__(self, url: str, api_key: str, admin_key: str, timeout_s: float):
+    def __init__(
+        self, url: str, api_key: str, admin_key: str, timeout_s: float, session: aiohttp.ClientSession | None = None
+    ):
         self.url, self.timeout_s = url, timeout_s
         self._authorization = {False: f"Bearer {api_key}", True: f"Bearer {admin_key}"}
+        self._session = session
 
     @classmethod
-    def at(cls, endpoint: Endpoint, timeout_s: float) -> Self:
-        return cls(endpoint.url, endpoint.api_key, endpoint.admin_key, timeout_s)
+    def at(cls, endpoint: Endpoint, timeout_s: float, session: aiohttp.ClientSession | None = None) -> Self:
+        return cls(endpoint.url, endpoint.api_key, endpoint.admin_key, timeout_s, session)
 
-    async def generate(self, requests: Sequence[Request], sampling: Sampling, version: str) -> list[Completion]:
-        """One checked completion for each request, in their order, all in one call.
+    async def generate(
+        self, requests: Sequence[Request], sampling: Sampling, version: str, timeout_s: float | None = None
+    ) -> list[Completion | BadReply]:
+        """For each request, in their order, its checked completion or what is wrong with it, all in one call.
 
         Where prompts are asked for more than once they are read first, once each: requests that arrive together would
-        each read their own.
+        each read their own. Nothing is tried again.
+
+        Raises:
+            NoRolloutCapacity: there was no reply, or (BadReply) it is none to these requests.
         """
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        name = f"{NAME}-{next(_NUMBER)}"
+        try:
+            async with asyncio.timeout(timeout_s):
+                replies = await self._generate(requests, sampling, name)
+        except TimeoutError:
+            raise NoRolloutCapacity(f"{self.url}/generate: no reply within {timeout_s:g} s") from None
+        if not isinstance(replies, list) or len(replies) != len(requests):
+            count = len(replies) if isinstance(replies, list) else type(replies).__name__
+            raise BadReply(f"{self.url}/generate: {len(requests)} requests but the reply has {count}")
+        return [
+            checked(reply, request, sampling, version, f"{name}_{place}")
+            for place, (reply, request) in enumerate(zip(replies, requests, strict=True))
+        ]
+
+    async def _generate(self, requests: Sequence[Request], sampling: Sampling, name: str) -> Any:
         prompts = list(dict.fromkeys(request.prompt_tokens for request in requests))
         if len(prompts) < len(requests):
-            await self._call("/generate", {"input_ids": prompts, "sampling_params": {"max_new_tokens": 0}})
+            read = {"input_ids": prompts, "sampling_params": {"max_new_tokens": 0}}
+            await self._call("/generate", read, attempts=1, limit=LARGEST_REPLY + BYTES_A_TOKEN * 16 * len(prompts))
         body = {
             "input_ids": [request.prompt_tokens for request in requests],
             "sampling_params": sampling_parameters(sampling),
             "return_logprob": True,
             "return_routed_experts": sampling.routed is not None,
+            "rid": name,  # SGLang appends the place in the call; a router takes one name only
         }
         limit = LARGEST_REPLY + BYTES_A_TOKEN * len(requests) * (sampling.max_tokens + 16)
         if routed := sampling.routed:
             tokens = sum(len(request.prompt_tokens) + sampling.max_tokens for request in requests)
             limit += 6 * tokens * routed.layers * routed.top_k  # base64 of int32
-        replies = await self._call("/generate", body, limit=limit)
-        if not isinstance(replies, list) or len(replies) != len(requests):
-            count = len(replies) if isinstance(replies, list) else type(replies).__name__
-            raise BadReply(f"{self.url}/generate: {len(requests)} requests but the reply has {count}")
-        return [completion(reply, request, sampling, version) for reply, request in zip(replies, requests, strict=True)]
+        return await self._call("/generate", body, limit=limit, attempts=1)
+
+    async def progress(self) -> tuple[Any, ...]:
+        """What changes as the server works: tokens while it has requests, else the sign of life of its scheduler."""
+        await self._call("/health", None, attempts=1, parse=False)
+        reply = await self._call("/v1/loads?include=core", None, attempts=1)
+        try:
+            return tuple(marker for load in reply["loads"] for marker in _marker(load))
+        except (KeyError, TypeError) as error:
+            raise BadReply(f"{self.url}/v1/loads: the reply lacks a field: {error!r}") from None
 
     async def update_weights(self, folder: str, version: str) -> None:
         """Load the weights of a folder, drop the cache of the old ones, stamp the version and see it stamped."""
@@ -158,38 +199,65 @@ class Client:
         admin: bool = False,
         limit: int = LARGEST_REPLY,
         attempts: int = ATTEMPTS,
+        parse: bool = True,
     ) -> Any:
         """POST a JSON body (GET without one). Connection errors are tried again where a call may be repeated."""
+        if attempts == 1 and self._session:
+            return await self._within(self._once(path, body, admin, limit, parse), path)
         retrying = AsyncRetrying(
             stop=stop_after_attempt(attempts),
             wait=wait_random_exponential(multiplier=0.2, max=2.0),
             retry=retry_if_exception_type(aiohttp.ClientConnectionError),
             reraise=True,
         )
+        return await self._within(retrying(self._once, path, body, admin, limit, parse), path)
+
+    async def _within(self, call: Awaitable[Any], path: str) -> Any:
         try:
             async with asyncio.timeout(self.timeout_s):
-                return await retrying(self._once, path, body, admin, limit)
+                return await call
         except TimeoutError:
             raise NoRolloutCapacity(f"{self.url}{path}: no reply within {self.timeout_s:g} s") from None
         except aiohttp.ClientError as error:
             raise NoRolloutCapacity(f"{self.url}{path}: {type(error).__name__}: {error}") from error
 
-    async def _once(self, path: str, body: object | None, admin: bool, limit: int) -> Any:
+    async def _once(self, path: str, body: object | None, admin: bool, limit: int, parse: bool) -> Any:
         headers = {"Authorization": self._authorization[admin], "Content-Type": "application/json"}
         method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
-        timeout = aiohttp.ClientTimeout(total=None)  # the caller's deadline holds for all attempts together
         async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.request(method, self.url + path, data=data, headers=headers) as response,
+            nullcontext(self._session) if self._session else new_session() as session,
+            session.request(method, self.url + path, data=data, headers=headers, allow_redirects=False) as response,
         ):
             content = await _bounded(response, limit)
+        if not parse and response.status == 200:
+            return None
         try:
+            if response.content_type != "application/json":
+                raise ValueError(f"its content type is {response.content_type}")
             reply = orjson.loads(content)
-        except orjson.JSONDecodeError:
-            raise BadReply(f"{self.url}{path}: status {response.status}, not JSON: {content[:200]!r}") from None
+        except ValueError as error:
+            where, what = f"{self.url}{path}: status {response.status}", f"not JSON: {content[:200]!r} ({error})"
+            raise BadReply(f"{where}, {what}") from None
         if response.status != 200:
             raise BadReply(f"{self.url}{path}: status {response.status}: {str(reply)[:300]}")
         return reply
+
+
+def new_session() -> aiohttp.ClientSession:
+    """Connections without limits of their own: callers bound their number and their time.
+
+    SGLang closes what is idle for five seconds; what is kept for less is never used while that happens.
+    """
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3.0, use_dns_cache=True)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)
+    return aiohttp.ClientSession(connector=connector, timeout=timeout)
+
+
+def _marker(load: dict[str, Any]) -> tuple[Any, ...]:
+    waiting, running = load["num_waiting_reqs"], load["num_running_reqs"]
+    if not (waiting or running):
+        return (load["timestamp"],)
+    return running, waiting, load["num_used_tokens"], load["total_prefill_uncached_tokens"]
 
 
 def sampling_parameters(sampling: Sampling) -> dict[str, Any]:
@@ -200,6 +268,17 @@ def sampling_parameters(sampling: Sampling) -> dict[str, Any]:
         "max_new_tokens": sampling.max_tokens,
         "stop_token_ids": list(sampling.stop_tokens),
     }
+
+
+def checked(reply: Any, request: Request, sampling: Sampling, version: str, name: str) -> Completion | BadReply:
+    """The completion out of one reply of /generate, or what is wrong with it; `name` is what the server was told."""
+    try:
+        good = completion(reply, request, sampling, version)
+    except BadReply as error:
+        return error
+    if (answered := reply["meta_info"].get("id")) != name:
+        return BadReply(f"request {request.id}: the reply is to {str(answered)[:80]!r}, another request")
+    return good
 
 
 def completion(reply: Any, request: Request, sampling: Sampling, version: str) -> Completion:
@@ -238,6 +317,8 @@ def _completion(reply: Any, request: Request, sampling: Sampling, version: str) 
 
 
 async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    if (announced := response.content_length or 0) > limit:
+        raise BadReply(f"{response.url}: the reply of {announced} bytes is longer than {limit} bytes")
     content = bytearray()
     async for chunk in response.content.iter_any():
         content += chunk

@@ -10,28 +10,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import groupby
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_r1.config.rollout import SGLangConfig
+from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, Request, Sampling
-from megatron_r1.rollout.sglang import cpu
-from megatron_r1.rollout.sglang.client import Client, Endpoint
-from megatron_r1.rollout.sglang.server import Server
+from megatron_r1.rollout.sample import Outcome, Request, Sampling
+from megatron_r1.rollout.sglang import addresses
+from megatron_r1.rollout.sglang.background import Background
+from megatron_r1.rollout.sglang.client import BadReply, Client, Endpoint, new_session
+from megatron_r1.rollout.sglang.member import Member
+from megatron_r1.rollout.sglang.pool import Pool
+from megatron_r1.rollout.sglang.router import Router
+from megatron_r1.rollout.sglang.server import Server, new_endpoints
+from megatron_r1.rollout.sglang.starts import Starts
+from megatron_r1.rollout.sglang.supervise import CurrentWeights, Watched, watching
 
 CLOSE_SESSION_S = 10.0
-SPARE_TOKENS = 8
-"""SGLang keeps a few positions of the context for itself."""
+UPDATING = "its weights are being replaced"
 
 
 class SGLangEngine:
-    """`config.servers` servers of one model; a context manager.
+    """The servers of a configuration, of one model; a context manager.
+
+    Servers that die or hang are started again. While their weights are in a folder they get them from there; weights
+    that came over a process group come again with the next update, until which the server is left out.
 
     Args:
         model_folder: Hugging Face folder that SGLang can serve (config.json and safetensors; no tokenizer needed).
@@ -39,12 +46,12 @@ class SGLangEngine:
         log_folder: the servers' output goes to ``server-N.log`` in it.
         device: ``cpu`` or ``cuda``.
         dtype: ``float32`` or ``bfloat16``, of weights and activations.
-        tensor_parallel: ranks of one server.
         context_length: longest prompt and response together, in tokens.
         version: weight version that the model in `model_folder` is called.
 
     Raises:
         NoRolloutCapacity: a server did not start, ended, or did not answer as it should.
+        ConfigError: an option that this device does not offer.
     """
 
     def __init__(
@@ -54,42 +61,55 @@ class SGLangEngine:
         log_folder: Path,
         device: str,
         dtype: str,
-        tensor_parallel: int = 1,
         *,
         context_length: int,
         version: str = "initial",
     ):
-        self.config, self.context_length, self.version = config, context_length, version
-        self.tensor_parallel = tensor_parallel
+        self.config, self.context_length = config, context_length
+        self.tensor_parallel = config.server.tensor_parallel
         self._in_use = threading.RLock()
-        self._doubt = ""
-        self.servers: list[Server] = []
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
-        arguments = server_arguments(
-            model_folder, config, device=device, dtype=dtype, tensor_parallel=tensor_parallel,
-            context_length=context_length, version=version,
-        )  # fmt: skip
-        variables = server_environment(device, tensor_parallel)
-        deadline = time.monotonic() + config.start_timeout_s
+        self._starts = Starts(model_folder, config, log_folder, device, dtype, context_length)
+        self.endpoints = addresses.given(config) if config.addresses else new_endpoints(config.servers)
+        """The servers, for senders of weights in this process or another; a server that is restarted keeps its own."""
+        self._weights = CurrentWeights(version, Path(model_folder))
+        self._background = Background("sglang-pool")
+        self._open: AsyncExitStack | None = None
+        self._watched: list[Watched] = []
+        self._front: Member | None = None
         try:
-            for index in range(config.servers):
-                self.servers.append(Server(arguments, variables, Path(log_folder) / f"server-{index}.log"))
-            for server in self.servers:
-                server.wait_until_listening(deadline)
-            self._clients = [Client.at(endpoint, config.request_timeout_s) for endpoint in self.endpoints]
-            self._on_all([client.weight_version() for client in self._clients])
+            self._background.run(self._start())
         except BaseException:
             self.close()
             raise
 
     @property
-    def endpoints(self) -> list[Endpoint]:
-        """The servers, for senders of weights in this process or another."""
-        return [server.endpoint for server in self.servers]
+    def version(self) -> str:
+        """Version of the weights that answers come from."""
+        return self._weights.version
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion for each request, in their order; see the module's docstring for the log-probs.
+    @property
+    def servers(self) -> list[Server]:
+        """The processes that are this program's."""
+        return [one.server for one in self._watched if one.server]
+
+    @property
+    def restarts(self) -> int:
+        """Times that a server was started again."""
+        return sum(one.restarts for one in self._watched)
+
+    def states(self) -> list[str]:
+        """For each server why it takes no requests; empty where it does."""
+        return [one.member.closed_because for one in self._watched]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Calls, and requests by what became of them, since the start."""
+        return dict(self._pool.counts)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
+        """What became of each request, in their order; see the module's docstring for the log-probs.
 
         Requests with one prompt go to one server when they stand together, so that it reads the prompt once.
         Waits while weights are being received; after an update that failed half way there are no answers until one
@@ -101,27 +121,23 @@ class SGLangEngine:
                     "rollout.max_response_tokens", sampling.max_tokens,
                     f"with the {length} prompt tokens of request {request.id} at most {self.context_length} in all",
                 )  # fmt: skip
-        shares = divide(requests, len(self.servers))
-        calls = [
-            client.generate(share, sampling, self.version)
-            for client, share in zip(self._clients, shares, strict=True)
-            if share
-        ]
         with self._in_use:
-            if self._doubt:
-                for call in calls:
-                    call.close()
-                raise NoRolloutCapacity(self._doubt)
-            return [completion for share in self._on_all(calls) for completion in share]
+            if self._open is None:
+                raise NoRolloutCapacity("the servers were stopped")
+            if self._weights.doubt:
+                raise NoRolloutCapacity(self._weights.doubt)
+            return self._background.run(self._pool.generate(requests, sampling, self.version))
 
     def update_weights(self, folder: Path, version: str) -> None:
-        """Load the weights of `folder` into all servers at once; each drops its cache and confirms `version`."""
-        path = str(Path(folder).resolve())
+        """Load the weights of `folder` into all servers at once; each drops its cache and confirms `version`.
+
+        A server that is down gets them when it is back.
+
+        Raises:
+            NoRolloutCapacity: a server refused them.
+        """
         with self._in_use:
-            if self._doubt:
-                self._close_sessions()
-            self._on_all([client.update_weights(path, version) for client in self._clients])
-            self.version, self._doubt = version, ""
+            self._background.run(self._update(Path(folder), version))
 
     @contextmanager
     def receiving(self, version: str) -> Iterator[None]:
@@ -129,23 +145,21 @@ class SGLangEngine:
 
         At the end of the block every server must say that it serves `version`, so the last sender stamps it. When the
         block or a server fails, some weights may be new and others old: `version` stays what it was and `generate`
-        refuses, until another update succeeds.
+        refuses, until another update succeeds. Waits for servers that are being restarted.
         """
         with self._in_use:
-            if self._doubt:
-                self._close_sessions()
-            self._doubt = f"the servers' weights are of no one version: the update to {version!r} was not completed"
+            self._background.run(self._begin(version))
             try:
-                self._on_all([client.begin_update() for client in self._clients])
+                self._background.run(self._all([client.begin_update() for client in self._clients]))
                 yield
-                self._on_all([client.end_update() for client in self._clients])
-                self._on_all([client.confirm(version) for client in self._clients])
+                self._background.run(self._finish(version))
             except BaseException as error:
-                self._close_sessions()
+                self._background.run(self._close_sessions())
                 if isinstance(error, NoRolloutCapacity):
                     self.check()
                 raise
-            self.version, self._doubt = version, ""
+            finally:
+                self._background.run(self._end())
 
     def checksums(self) -> dict[str, str]:
         """Checksum of every weight, by SGLang's name.
@@ -153,7 +167,8 @@ class SGLangEngine:
         Raises:
             NoRolloutCapacity: two servers differ.
         """
-        first, *others = self._on_all([client.checksums() for client in self._clients])
+        calls = [client.checksums() for client in self._clients]
+        first, *others = self._background.run(self._all(calls))
         for client, other in zip(self._clients[1:], others, strict=True):
             if differing := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
                 raise NoRolloutCapacity(f"{client.url}: {len(differing)} weights are not the first server's: "
@@ -161,15 +176,21 @@ class SGLangEngine:
         return first
 
     def check(self) -> None:
-        """Raise NoRolloutCapacity when a server has ended."""
-        for server in self.servers:
-            server.check()
+        """Raise NoRolloutCapacity, with the reason, when a server is down."""
+        for one in self._watched:
+            if one.trouble:
+                raise NoRolloutCapacity(one.trouble)
+            if one.server:
+                one.server.check()
 
     def close(self) -> None:
-        """Kill all servers with everything that they spawned."""
-        for server in self.servers:
-            server.close()
-        self.servers = []
+        """Kill all servers with everything that they spawned; may be called twice."""
+        if self._open:
+            stack, self._open = self._open, None
+            self._background.run(stack.aclose())
+        self._watched = []
+        self._background.close()
+        self._starts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -177,80 +198,143 @@ class SGLangEngine:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _close_sessions(self) -> None:
-        """Close sessions that a failed update left open. A server that cannot will say so at the next update."""
-        for endpoint in self.endpoints:
+    @property
+    def _clients(self) -> list[Client]:
+        return [one.member.client for one in self._watched]
+
+    async def _start(self) -> None:
+        self._open = AsyncExitStack()
+        session = await self._open.enter_async_context(new_session())
+        clients = [Client.at(endpoint, self.config.request_timeout_s, session) for endpoint in self.endpoints]
+        members = [Member(client, self.config.pool) for client in clients]
+        if self.config.router:
+            front = Endpoint(self.config.router, self.endpoints[0].api_key, "")
+            self._front = Member(Client.at(front, self.config.request_timeout_s, session), self.config.pool, None)
+        in_pool = [self._front] if self._front else members
+        self._pool = Pool(in_pool, self.config.pool, self.config.request_timeout_s, self._hopeless)
+        self._watched = [
+            Watched(member, self.config, self._weights, self._pool.changed, self._launcher(place))
+            for place, member in enumerate(members)
+        ]
+        for one in self._watched:
+            self._open.push_async_callback(one.stop)
+            one.launch()
+        await self._all([one.come_up() for one in self._watched])
+        await self._all([one.rejoin(first=True) for one in self._watched])
+        await self._open.enter_async_context(watching(self._watched))
+        if self._front:
+            await self._use_router(Router(self.config.router, session))
+            self._front.open()
+
+    def _launcher(self, place: int) -> Any:
+        if self.config.addresses:
+            return None
+        return partial(self._starts.launch, place, self.endpoints[place], self._weights)
+
+    async def _use_router(self, router: Router) -> None:
+        """Tell the router of the servers that take requests, now and whenever that changes."""
+        assert self._open is not None
+        ours = {endpoint.url for endpoint in self.endpoints}
+
+        def wanted() -> dict[str, Endpoint]:
+            pairs = zip(self._watched, self.endpoints, strict=True)
+            return {endpoint.url: endpoint for one, endpoint in pairs if not one.member.closed_because}
+
+        await router.set_workers(wanted(), ours)
+        following = asyncio.ensure_future(router.follow(wanted, ours, self._pool.changed))
+
+        async def leave() -> None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
             with contextlib.suppress(NoRolloutCapacity):
-                asyncio.run(Client.at(endpoint, CLOSE_SESSION_S).end_update())
+                await router.set_workers({}, ours)
 
-    def _on_all(self, calls: Sequence[Any]) -> list[Any]:
-        """Run calls at the same time; the first failure ends the others. A dead server's own reason is told first."""
+        self._open.push_async_callback(leave)
 
-        async def together() -> list[Any]:
-            return await asyncio.gather(*calls)
+    def _hopeless(self) -> str:
+        if all(one.lost_for_good() for one in self._watched):
+            told = "; ".join(f"{one.member.name}: {one.trouble or one.member.closed_because}" for one in self._watched)
+            return f"no server has the current weights any more: {told}"
+        return ""
 
+    async def _update(self, folder: Path, version: str) -> None:
+        path, weights = str(folder.resolve()), self._weights
+        async with weights.lock:
+            up = await self._halt()
+            try:
+                if weights.doubt:
+                    await self._close_sessions()
+                calls = [one.member.client.update_weights(path, version) for one in up]
+                results = await asyncio.gather(*calls, return_exceptions=True)
+                for one, result in zip(up, results, strict=True):
+                    one.member.version = "" if isinstance(result, BaseException) else version
+                self._refuse(up, results)
+                weights.version, weights.source, weights.doubt = version, folder, ""
+            finally:
+                await self._release(up)
+
+    def _refuse(self, up: Sequence[Watched], results: Sequence[Any]) -> None:
+        """Raise what a server says against new weights; one that does not answer at all is started again on them."""
+        for one, result in zip(up, results, strict=True):
+            if not isinstance(result, BaseException):
+                continue
+            if isinstance(result, BadReply) or not isinstance(result, NoRolloutCapacity) or not one.can_return():
+                raise result
+            one.distrust(str(result))
+
+    async def _halt(self) -> list[Watched]:
+        """Stop giving out requests, wait for those under way; returns the servers that answer."""
+        for one in self._watched:
+            one.updating = True
+        await self._pool.drain(UPDATING)
+        return [one for one in self._watched if one.up and not one.gone()]
+
+    async def _release(self, up: Sequence[Watched]) -> None:
+        for one in up:
+            if not one.member.version:  # it did not say what it has
+                with contextlib.suppress(NoRolloutCapacity):
+                    one.member.version = await one.member.client.weight_version()
+        for one in self._watched:
+            one.updating = False
+            one.open_if_current()
+        if self._front:
+            self._front.open()
+        self._pool.changed.tell()
+
+    async def _begin(self, version: str) -> None:
+        await self._all([one.settled() for one in self._watched])
+        await self._weights.lock.acquire()
         try:
-            return asyncio.run(together())
-        except NoRolloutCapacity:
-            self.check()
+            await self._halt()
+            if self._weights.doubt:
+                await self._close_sessions()
+            doubt = f"the servers' weights are of no one version: the update to {version!r} was not completed"
+            self._weights.doubt = doubt
+        except BaseException:
+            await self._end()
             raise
 
+    async def _finish(self, version: str) -> None:
+        await self._all([client.end_update() for client in self._clients])
+        await self._all([client.confirm(version) for client in self._clients])
+        for one in self._watched:
+            one.member.version = version
+        self._weights.version, self._weights.source, self._weights.doubt = version, None, ""
 
-def server_arguments(
-    model_folder: Path,
-    config: SGLangConfig,
-    *,
-    device: str,
-    dtype: str,
-    tensor_parallel: int,
-    context_length: int,
-    version: str,
-) -> dict[str, Any]:
-    """Fields of SGLang's ServerArgs: token ids in and out, no network, idle servers sleep."""
-    arguments: dict[str, Any] = {
-        "model_path": str(Path(model_folder).resolve()),
-        "device": device,
-        "dtype": dtype,
-        "tp_size": tensor_parallel,
-        "context_length": context_length + SPARE_TOKENS,
-        "weight_version": version,
-        "max_running_requests": config.max_running_requests,
-        "max_total_tokens": config.max_total_tokens,
-        "skip_tokenizer_init": True,
-        "skip_server_warmup": True,
-        "sleep_on_idle": True,
-        "log_level": "info",
-        "log_level_http": "warning",
-    }
-    if device == "cpu":
-        arguments |= {"attention_backend": "torch_native", "disable_cuda_graph": True}
-    return arguments
+    async def _end(self) -> None:
+        await self._release([])
+        self._weights.lock.release()
 
+    async def _close_sessions(self) -> None:
+        """Close sessions that a failed update left open. A server that cannot will say so at the next update."""
+        calls = [Client.at(endpoint, CLOSE_SESSION_S).end_update() for endpoint in self.endpoints]
+        await asyncio.gather(*calls, return_exceptions=True)
 
-def server_environment(device: str, tensor_parallel: int) -> dict[str, str]:
-    """Environment variables of the servers, beside those of this process."""
-    variables = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # for SPARE_TOKENS, which no request reaches
-    }
-    if device == "cpu":
-        variables |= cpu.environment(tensor_parallel)
-    return variables
-
-
-def divide(requests: Sequence[Request], shares: int) -> list[list[Request]]:
-    """Cut requests into contiguous shares of about equal cost, between prompts rather than within one's run.
-
-    The cost of a run is its number of requests. With fewer runs than shares, runs are cut after all.
-    """
-    runs = [list(run) for _, run in groupby(requests, key=lambda request: request.prompt_tokens)]
-    if len(runs) < shares:
-        runs = [[request] for request in requests]
-    divided: list[list[Request]] = [[] for _ in range(shares)]
-    done = 0
-    for run in runs:
-        middle = done + len(run) / 2
-        divided[min(int(middle * shares / len(requests)), shares - 1)].extend(run)
-        done += len(run)
-    return divided
+    async def _all(self, calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Run calls at the same time; the first failure ends the others."""
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()

@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 PARENT_POLL_S = 1.0
 SEGMENT = re.compile(r"/dev/shm/(?:sglang_|sgl_shm_)\S+")
@@ -69,6 +70,27 @@ def _first_line() -> bytes:
     return bytes(line)
 
 
+def _keep_control_closed() -> None:
+    """Have control endpoints of included routers opened by the admin key alone, as their marks say.
+
+    SGLang 0.5.23 looks for the mark of the first route that matches. FastAPI from 0.16x on keeps an included router as
+    one route without a mark, so that the user key opened what is inside it.
+    """
+    from sglang.srt.utils import auth
+    from starlette.routing import Match
+
+    found_outside = auth._get_auth_level_from_app_and_scope
+
+    def level(app: Any, scope: dict[str, Any]) -> Any:
+        for included in app.router.routes:
+            for route in getattr(getattr(included, "original_router", None), "routes", ()):
+                if route.matches(scope)[0] == Match.FULL:
+                    return getattr(route.endpoint, "_auth_level", auth.AuthLevel.NORMAL)
+        return found_outside(app, scope)
+
+    auth._get_auth_level_from_app_and_scope = level
+
+
 def main() -> None:
     if os.getpgrp() != os.getpid():
         raise SystemExit("this server ends by killing its process group, so it must lead one: start it in a session")
@@ -83,6 +105,7 @@ def main() -> None:
 
     logging.getLogger().setLevel(logging.INFO)  # what plugins do is told: they come before the log level is read
     load_plugins()
+    _keep_control_closed()
     run_server(ServerArgs(**arguments))
 
 

@@ -102,7 +102,7 @@ class Sender:
 
     def close(self) -> None:
         """Leave the group on both sides; may be called twice."""
-        self._leave()
+        self.leave()
         self._threads.shutdown()
 
     def __enter__(self) -> Self:
@@ -134,11 +134,11 @@ class Sender:
             reason = str(error).splitlines()[0][:300]
             raise NoRolloutCapacity(f"sender {self.name}: the servers did not join its group: {reason}") from error
         self._group = _Group(name, process_group, store)
-        del process_group  # see `_leave`
+        del process_group  # see `leave`
         try:
             posts.result()
         except BaseException:
-            self._leave()
+            self.leave()
             raise
 
     def _broadcast(self, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
@@ -157,11 +157,11 @@ class Sender:
             self._work.wait()
             self._work = None
         except BaseException:
-            self._leave()
+            self.leave()
             raise
 
-    def _leave(self) -> None:
-        """Leave the group, which may be stuck in a broadcast.
+    def leave(self) -> None:
+        """Leave the group, which may be stuck in a broadcast; the next send makes a new one.
 
         A broadcast cannot be called off, but it fails at once when the other side closes. So the servers leave first;
         those that are stuck themselves follow when this side has closed, which is when its last reference goes: it is

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ HOST = "127.0.0.1"
 LAUNCHER = re.compile(r"(TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))")
 """Variables by which a launcher tells this program's ranks of each other; a server's ranks are none of these."""
 NOISE = ("Traceback", "File ", "warn", "^^^")
+HARMLESS = ("KeyError: '/", "/freeze_gc")
+"""Errors that servers write which are well."""
 
 
 class Server:
@@ -43,13 +46,19 @@ class Server:
         arguments: fields of SGLang's `ServerArgs`, without address and keys.
         environment: variables added to this process's own.
         log: file that the server's output is appended to.
+        endpoint: address and keys, of a server that ran before; without it they are new.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], environment: Mapping[str, str], log: Path):
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        environment: Mapping[str, str],
+        log: Path,
+        endpoint: Endpoint | None = None,
+    ):
         self.log = log
-        self.port = _free_port()
-        self.url = f"http://{HOST}:{self.port}"
-        self.api_key, self.admin_key = secrets.token_hex(32), secrets.token_hex(32)
+        self.endpoint = endpoint or new_endpoints(1)[0]
+        self.port = int(self.endpoint.url.rpartition(":")[2])
         self.folder = Path(tempfile.mkdtemp(prefix="sglang-"))
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
@@ -63,31 +72,28 @@ class Server:
                 start_new_session=True,
             )
         atexit.register(self.close)
-        address = {"host": HOST, "port": self.port, "api_key": self.api_key, "admin_api_key": self.admin_key}
-        self._send({**arguments, **address, "parent": os.getpid()})
+        keys = {"api_key": self.endpoint.api_key, "admin_api_key": self.endpoint.admin_key}
+        self._send({**arguments, "host": HOST, "port": self.port, **keys, "parent": os.getpid()})
 
     @property
-    def endpoint(self) -> Endpoint:
-        return Endpoint(self.url, self.api_key, self.admin_key)
+    def url(self) -> str:
+        return self.endpoint.url
 
     def check(self) -> None:
         """Raise NoRolloutCapacity, with the reason from the log, when the server's process has ended."""
         if self.process.poll() is not None:
-            raise NoRolloutCapacity(f"SGLang server ended with status {self.process.returncode}: {self.last_words()}")
+            raise NoRolloutCapacity(self.how_it_ended())
+
+    def how_it_ended(self) -> str:
+        """What is known of a server whose process has ended."""
+        return f"SGLang server ended with status {self.process.returncode}: {self.last_words()}"
 
     def accepts(self) -> bool:
         """Whether something listens on the server's port."""
         with socket.socket() as probe:
             probe.settimeout(1.0)
-            return probe.connect_ex((HOST, self.port)) == 0
-
-    def wait_until_listening(self, deadline: float) -> None:
-        """Return when the port is open; raises NoRolloutCapacity at the server's end or at `deadline` (monotonic s)."""
-        while not self.accepts():
-            self.check()
-            if time.monotonic() > deadline:
-                raise NoRolloutCapacity(f"SGLang server does not answer in time: {self.last_words()}")
-            time.sleep(0.05)
+            # A socket that connects to a free port may be given that very port, and then it talks to itself.
+            return probe.connect_ex((HOST, self.port)) == 0 and probe.getsockname() != probe.getpeername()
 
     def last_words(self) -> str:
         """The line of the log that tells most about a failure, on one line, with the log's path."""
@@ -95,7 +101,7 @@ class Server:
             file.seek(self._log_start)
             lines = file.read()[-64_000:].decode(errors="replace").splitlines()
         said = [line.strip() for line in lines if line.strip() and not line.strip().startswith(NOISE)]
-        errors = [line for line in said if "Error" in line and "KeyError: '/" not in line]
+        errors = [line for line in said if "Error" in line and not any(one in line for one in HARMLESS)]
         return f"{(errors or said or ['it wrote nothing'])[-1][:400]} (log: {self.log})"
 
     def close(self) -> None:
@@ -124,6 +130,16 @@ class Server:
             self.process.stdin.flush()
 
 
+def new_endpoints(count: int) -> list[Endpoint]:
+    """Free ports of the loopback, with fresh keys that they share."""
+    api_key, admin_key = secrets.token_hex(32), secrets.token_hex(32)
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [Endpoint(f"http://{HOST}:{probe.getsockname()[1]}", api_key, admin_key) for probe in probes]
+
+
 def _wait_for_group(group: int) -> None:
     """Return when no process of a killed group runs any more, so that ports and memory are free."""
     deadline = time.monotonic() + CLOSE_TIMEOUT_S
@@ -141,12 +157,6 @@ def group_members(group: int) -> list[int]:
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return members
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
 
 
 def _python_path(environment: Mapping[str, str]) -> str:

@@ -1,0 +1,82 @@
+"""Which answers are learned from: small pure strategies over the answers to one prompt, composed by configuration.
+
+A filter takes a group and gives what is left of it; a group of which fewer than two answers are left, or none to learn
+from, has no baseline or no use and is dropped. What was taken out is counted by name, so that nothing goes unseen.
+
+Sources: DAPO (Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale"), section 3.2, dynamic
+sampling: groups that are all right or all wrong have advantages of zero, and are over-sampled away; section 3.4,
+overlong filtering: the loss of truncated answers is masked, since a cut-off answer may have been a good one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from megatron_r1.config.filters import FilterConfig
+from megatron_r1.rollout.sample import Sample
+
+Group = Sequence[Sample]
+"""The answers to one prompt, scored."""
+Filter = Callable[[Group], list[Sample]]
+
+FEWEST_ANSWERS = 2
+
+
+def drop_repeats(group: Group) -> list[Sample]:
+    """Of answers that are the same token for token, the first: a copy would count its advantage twice."""
+    first: dict[tuple[int, ...], Sample] = {}
+    for sample in group:
+        first.setdefault(sample.response_tokens, sample)
+    return list(first.values())
+
+
+def drop_truncated(group: Group) -> list[Sample]:
+    """Without the answers that the length limit cut off."""
+    return [sample for sample in group if sample.finish_reason != "length"]
+
+
+def mask_truncated(group: Group) -> list[Sample]:
+    """Answers that the length limit cut off stay in the group's baseline and are not learned from (DAPO, 3.4)."""
+    return [replace(sample, learned=False) if sample.finish_reason == "length" else sample for sample in group]
+
+
+def drop_equal(group: Group) -> list[Sample]:
+    """Nothing, when all rewards of the group are equal (DAPO, 3.2: 0 < right answers < G)."""
+    return [] if len({sample.reward for sample in group}) == 1 else list(group)
+
+
+def chosen(config: FilterConfig) -> dict[str, Filter]:
+    """The configured filters by the name under which they count, in the order in which they work."""
+    filters: dict[str, Filter] = {}
+    if config.repeats == "drop":
+        filters["repeats"] = drop_repeats
+    if config.truncated != "keep":
+        filters["truncated"] = mask_truncated if config.truncated == "mask" else drop_truncated
+    if config.equal_groups == "drop":
+        filters["equal"] = drop_equal
+    return filters
+
+
+def filtered(group: Group, filters: dict[str, Filter]) -> tuple[list[Sample], Counter[str]]:
+    """What is left of a group, nothing where it is dropped; and what was taken out.
+
+    Counts: for each filter the answers that it took out or masked; `equal_groups` and `small_groups` are groups that
+    were dropped, the latter for having too few answers left or none to learn from.
+    """
+    counts: Counter[str] = Counter()
+    left = list(group)
+    for name, apply in filters.items():
+        before, left = left, apply(left)
+        if name == "equal":
+            counts["equal_groups"] += not left
+            continue
+        counts[name] += len(before) - len(left) + _masked(left) - _masked(before)
+        if len(left) < FEWEST_ANSWERS or _masked(left) == len(left):
+            return [], counts + Counter(small_groups=1)
+    return left, +counts
+
+
+def _masked(group: Group) -> int:
+    return sum(not sample.learned for sample in group)

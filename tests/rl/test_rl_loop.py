@@ -1,0 +1,78 @@
+"""The order of a step, and what a run does that has no engine any more: save, and end."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rl.loop import reinforcement_step
+from megatron_r1.rl.rollouts import Rollout
+from megatron_r1.rollout.sample import Sample
+from megatron_r1.train.hooks import Hook
+from megatron_r1.train.loop import train
+from megatron_r1.train.state import TrainState
+
+SAMPLES = [Sample("p", 0, (1,), (2,), (-0.5,), "v", "stop", "", 1.0, {"accuracy": 1.0})]
+
+
+class Run(Hook):
+    """A run that takes notes of its order, and fails where it is told to."""
+
+    def __init__(self, fails: tuple[str, ...] = ()):
+        self.notes: list[str] = []
+        self.fails = list(fails)
+
+    def note(self, what: str) -> None:
+        self.notes.append(what)
+        if what in self.fails:
+            self.fails.remove(what)
+            raise NoRolloutCapacity(what)
+
+    def publish(self, version: str) -> None:
+        self.note(f"send {version}")
+
+    def take(self, step: int, first_prompt: int) -> Rollout:
+        self.note(f"take {step} from {first_prompt}")
+        return Rollout(SAMPLES, 7, {"lost_groups": 0})
+
+    def learn(self, samples, state: TrainState) -> tuple[TrainState, dict]:
+        self.note("learn")
+        return state.advance(updates=state.updates + 1), {}
+
+    def after_step(self, state: TrainState, row: dict) -> None:
+        assert row["lost_groups"] == 0
+        self.note(f"row {state.step}")
+
+    def finish(self, state: TrainState) -> None:
+        self.note(f"save {state.step} at {state.data_position}")
+
+    def go(self) -> TrainState:
+        return train(TrainState(), reinforcement_step(self, self, self.publish), self, 2)
+
+
+def test_weights_are_sent_before_each_rollout_and_prompts_are_counted(one_rank):
+    run = Run()
+    assert run.go().data_position == 14
+    first = ["send 0", "take 1 from 0", "learn", "row 1"]
+    assert run.notes == [*first, "send 1", "take 2 from 7", "learn", "row 2", "save 2 at 14"]
+
+
+@pytest.mark.parametrize("fails", [("send 1", "send 1"), ("take 2 from 7",)])
+def test_without_an_engine_what_was_learnt_is_saved(one_rank, fails):
+    run = Run(fails)
+    with pytest.raises(NoRolloutCapacity, match=fails[0]):
+        run.go()
+    assert run.notes[-1] == "save 1 at 7" and run.notes.count("learn") == 1
+
+
+def test_weights_that_did_not_arrive_are_sent_once_more(one_rank):
+    run = Run(("send 1",))
+    assert run.go().step == 2
+    assert run.notes.count("send 1") == 2
+
+
+def test_what_fails_in_the_middle_of_learning_saves_nothing(one_rank):
+    run = Run(("learn",))
+    with pytest.raises(NoRolloutCapacity, match="learn"):
+        run.go()
+    assert not [note for note in run.notes if note.startswith("save")]

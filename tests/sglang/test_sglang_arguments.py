@@ -1,0 +1,104 @@
+"""Options of servers against the installed SGLang's own fields, and what a CPU refuses."""
+
+import ast
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.sglang import PoolConfig, ServerConfig, SGLangConfig, SpeculativeConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.rollout.sglang.arguments import options, refuse_on_cpu, server_arguments
+
+EVERYTHING = ServerConfig(
+    tensor_parallel=8, expert_parallel=8, data_parallel_attention=4, memory_fraction=0.8, chunked_prefill_tokens=4096,
+    quantization="fp8", kv_cache="fp8_e4m3", attention_backend="flashmla", expert_dispatch="deepep",
+    memory_saver=True, routed_experts=True, cuda_graph=False,
+    speculative=SpeculativeConfig(method="mtp", steps=3, draft_tokens=4),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fields() -> dict[str, str]:
+    """Name -> declaration of every field of SGLang's ServerArgs, read without importing SGLang."""
+    root = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "arg_groups" / "fields"
+    return {
+        node.target.id: ast.unparse(node.annotation)
+        for path in root.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+
+
+def test_every_option_is_a_field_of_sglang(fields, tmp_path):
+    config = SGLangConfig(server=EVERYTHING)
+    arguments = server_arguments(
+        tmp_path, config, device="cuda", dtype="bfloat16", context_length=64, version="v", weights=False
+    )
+    assert len(arguments) > 25 and arguments.keys() - fields.keys() == set()
+    kinds = {int: "int", float: "float", str: "str", bool: "bool"}
+    wrong = {name for name, value in arguments.items() if kinds[type(value)] not in fields[name]}
+    assert wrong <= {"moe_a2a_backend"} and "deepep" in fields["moe_a2a_backend"]
+
+
+def test_options_are_in_sglangs_words():
+    chosen = options(EVERYTHING)
+    expected = {
+        "tp_size": 8, "ep_size": 8, "dp_size": 4, "enable_dp_attention": True, "mem_fraction_static": 0.8,
+        "chunked_prefill_size": 4096, "quantization": "fp8", "kv_cache_dtype": "fp8_e4m3",
+        "attention_backend": "flashmla", "moe_a2a_backend": "deepep", "enable_memory_saver": True,
+        "enable_return_routed_experts": True,
+        "disable_cuda_graph": True, "speculative_algorithm": "NEXTN", "speculative_num_steps": 3,
+        "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4,
+    }  # fmt: skip
+    assert chosen == expected
+    assert options(ServerConfig()) == {"tp_size": 1, "ep_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("quantization", "fp8"),
+        ("kv_cache", "fp8_e5m2"),
+        ("expert_dispatch", "deepep"),
+        ("memory_saver", True),
+        ("data_parallel_attention", 2),
+        ("attention_backend", "flashinfer"),
+        ("speculative", SpeculativeConfig(method="mtp")),
+    ],
+)
+def test_what_needs_cuda_is_refused_on_a_cpu_in_one_line(tmp_path, key, value):
+    server = replace(ServerConfig(tensor_parallel=2, expert_parallel=2), **{key: value})
+    with pytest.raises(ConfigError, match=rf"^rollout\.sglang\.server\.{key}\S*=.*on a CPU") as error:
+        server_arguments(
+            tmp_path, SGLangConfig(server=server), device="cpu", dtype="float32", context_length=64, version="v"
+        )
+    assert "\n" not in str(error.value)
+    refuse_on_cpu(replace(ServerConfig(tensor_parallel=2), attention_backend="torch_native"))
+
+
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: ServerConfig(tensor_parallel=4, expert_parallel=3), "expert_parallel"),
+        (lambda: ServerConfig(tensor_parallel=4, expert_parallel=2, expert_dispatch="deepep"), "expert_dispatch"),
+        (lambda: ServerConfig(memory_fraction=1.5), "memory_fraction"),
+        (lambda: SpeculativeConfig(steps=3), "draft_tokens"),
+        (lambda: SGLangConfig(addresses=["host:1"]), "addresses"),
+        (lambda: SGLangConfig(addresses=["http://a:1", "http://a:1"]), "addresses"),
+        (lambda: SGLangConfig(router="http://host:1/"), "router"),
+        (lambda: PoolConfig(give_up_s=0), "give_up_s"),
+        (
+            lambda: RolloutConfig(
+                sglang=SGLangConfig(server=ServerConfig(tensor_parallel=2, data_parallel_attention=2))
+            ),
+            "sglang.server.data_parallel_attention",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, key):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert error.value.key == key
