@@ -23,6 +23,8 @@ class RolloutConfig:
     """Longest answer, in tokens."""
     batch_size: int = 256
     """Sequences that the local engine decodes at a time."""
+    ahead: int = 0
+    """Rollouts sampled ahead of the trainer: 0 takes turns, 1 samples while it learns (one step off-policy)."""
     sync: str = "group"
     """How new weights reach the servers: group (a process group, in memory) or disk (a folder that they read)."""
     bucket_mb: int = 64
@@ -37,6 +39,9 @@ class RolloutConfig:
         within(self, 1e-6, 1.0, "top_p")
         at_least(self, 1, "max_response_tokens", "batch_size")
         within(self, 1, 65_536, "bucket_mb")
+        within(self, 0, 1, "ahead")
+        if self.ahead and self.engine == "local":
+            raise ConfigError("ahead", self.ahead, "must be 0 with engine=local, whose weights are the trainer's own")
         groups = self.sglang.server.data_parallel_attention
         if groups > 1 and self.sync == "group":
             allowed = "must be 1 with sync=group: SGLang takes weights over a group only without it"

@@ -114,7 +114,7 @@ def _rl_figures(stage: Stage) -> Iterable[str]:
     yield _figure(curves(f"{name}-kl", rows, kl, "KL (nats per token)"), caption)
     entropy = {"entropy": "entropy"}
     yield _figure(curves(f"{name}-entropy", rows, entropy, "entropy (nats per token)"), "Entropy of the policy.")
-    times = {"rollout_seconds": "sampling", "train_seconds": "training"}
+    times = {"rollout_seconds": "waiting for answers", "train_seconds": "training"}
     yield _figure(time_shares(f"{name}-time", rows, times), "Where the time of a step goes.")
     clip = {"clip_fraction": "clipped"}
     yield _figure(curves(f"{name}-clip", rows, clip, "clipped share of tokens"), "Tokens whose ratio was held back.")

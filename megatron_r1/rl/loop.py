@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
+from megatron_r1.rl.ahead import TakesRollouts
 from megatron_r1.rl.learner import Learner
-from megatron_r1.rl.rollouts import Rollout, Rollouts
+from megatron_r1.rl.rollouts import Rollout
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.loop import CannotBegin, Step
 from megatron_r1.train.state import TrainState
@@ -21,7 +22,7 @@ from megatron_r1.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def reinforcement_step(rollouts: Rollouts | None, learner: Learner, publish: Callable[[str], None]) -> Step:
+def reinforcement_step(rollouts: TakesRollouts | None, learner: Learner, publish: Callable[[str], None]) -> Step:
     """One step of reinforcement learning, for the training loop.
 
     All that can fail for want of an engine comes first, when weights and state still agree.
@@ -38,13 +39,16 @@ def reinforcement_step(rollouts: Rollouts | None, learner: Learner, publish: Cal
         sent = time.perf_counter()
         rollout = shared(rollouts, state)
         sampled = time.perf_counter()
+        stale = staleness(rollout.samples, state.step)
         state, row = learner.learn(rollout.samples, state)
         state = replace(state, data_position=state.data_position + rollout.prompts)
         row |= (
             answer_metrics(rollout.samples)
             | rollout.counts
             | {
+                "staleness": stale,
                 "rollout_seconds": sampled - sent,
+                "engine_seconds": rollout.seconds,
                 "train_seconds": time.perf_counter() - sampled,
                 "sync_seconds": sent - started,
                 "consumed_tokens": state.consumed_tokens,
@@ -74,7 +78,7 @@ def send(publish: Callable[[str], None], version: str) -> None:
             raise CannotBegin(again) from again
 
 
-def shared(rollouts: Rollouts | None, state: TrainState) -> Rollout:
+def shared(rollouts: TakesRollouts | None, state: TrainState) -> Rollout:
     """Collective: the rollout of the next step.
 
     Raises:
@@ -91,6 +95,11 @@ def shared(rollouts: Rollouts | None, state: TrainState) -> Rollout:
         raise CannotBegin(found)
     assert found is not None
     return found
+
+
+def staleness(samples: Sequence[Sample], step: int) -> int:
+    """Steps by which the oldest weights that answered are older than those that learn."""
+    return max(step - int(sample.weight_version) for sample in samples)
 
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:

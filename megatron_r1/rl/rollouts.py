@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,8 @@ class Rollout:
     """Prompts taken from the data for it, those that were dropped included."""
     counts: dict[str, int]
     """Groups and answers that are not learned from, by why."""
+    seconds: float = 0.0
+    """That the engine took; 0 where the journal had it."""
 
 
 class Rollouts:
@@ -83,13 +86,14 @@ class Rollouts:
         if (found := self._journal.read_all(step)) is not None:
             samples, notes = found
             return Rollout(samples, notes.pop("prompts", usual.prompts), usual.counts | notes)
+        started = time.perf_counter()
         rollout = self._sample(step, first_prompt)
-        samples = rollout.samples
+        seconds, samples = time.perf_counter() - started, rollout.samples
         if self._rl.shuffle_rewards:
             samples = shuffle_rewards(samples, f"{self._seed} {step}")
         remarkable = {"prompts": rollout.prompts, **rollout.counts}
         self._journal.write(step, samples, remarkable if replace(rollout, samples=[]) != usual else None)
-        return replace(rollout, samples=samples)
+        return replace(rollout, samples=samples, seconds=seconds)
 
     def _names(self) -> list[str]:
         """Under which names groups and answers are counted that are not learned from."""

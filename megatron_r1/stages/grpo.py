@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import TrainingPrompts
@@ -12,6 +12,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.parallel.mesh import leads
+from megatron_r1.rl.ahead import AheadRollouts, TakesRollouts
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.reference import SAVED, ReferencePolicy
@@ -44,8 +45,8 @@ def run(config: RunConfig) -> None:
         moe = config.model.moe
         replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None
         learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device, replay)
-        with rollout_engine(this, weights, replay) as engine:
-            rollouts = None
+        with rollout_engine(this, weights, replay) as engine, ExitStack() as stack:
+            rollouts: TakesRollouts | None = None
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=reference.saved if reference else tuple)
             if leads():
                 journal = Journal(this.folder / "rollouts")
@@ -61,6 +62,8 @@ def run(config: RunConfig) -> None:
                     config.seed,
                     RoutedLayers(config.model.num_layers, moe.first_dense_layers, moe.top_k) if replay else None,
                 )
+                if config.rollout.ahead:
+                    rollouts = stack.enter_context(AheadRollouts(rollouts, config.train.steps))
             step = reinforcement_step(rollouts, learner, engine.update_weights)
             state = train(this.state, step, hooks, config.train.steps)
         finish(this, state)
