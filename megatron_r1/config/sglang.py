@@ -104,7 +104,7 @@ class PoolConfig:
     """Seconds that it is left alone until one call tries it; doubles with every try that fails."""
     health_interval_s: float = 5.0
     """Seconds between two looks at a server."""
-    hang_timeout_s: float = 120.0
+    hang_timeout_s: float = 300.0
     """Seconds without a sign of progress after which a server counts as hung."""
     restarts: int = 3
     """Restarts in a row, without an answer in between, after which a server is given up; 0 never restarts."""

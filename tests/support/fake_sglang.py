@@ -108,6 +108,8 @@ class Fake:
             return await self._drip(fault, request, content)
         if fault == "error_500":
             return web.json_response({"error": "out of memory"}, status=500)
+        if fault == "refused":
+            return web.json_response({"error": "too long"}, status=400)
         if fault == "half_json":
             return web.Response(body=content[: len(content) // 2], content_type="application/json")
         if fault == "wrong_content_type":

@@ -23,6 +23,8 @@ from megatron_r1.rollout.sample import Completion, Request, Sampling
 
 ATTEMPTS = 3
 CONNECT_S = 10.0
+REFUSALS = (400, 413, 422)
+"""Statuses that speak of the request rather than of the server."""
 LARGEST_REPLY = 1 << 20
 """Bytes of a reply beyond what its tokens need."""
 BYTES_A_TOKEN = 96
@@ -35,6 +37,10 @@ _NUMBER = itertools.count()
 
 class BadReply(NoRolloutCapacity):
     """An SGLang server answered something that cannot be used."""
+
+
+class Refused(BadReply):
+    """A server will not do what it was asked for, and neither will another one."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +245,8 @@ class Client:
             where, what = f"{self.url}{path}: status {response.status}", f"not JSON: {content[:200]!r} ({error})"
             raise BadReply(f"{where}, {what}") from None
         if response.status != 200:
-            raise BadReply(f"{self.url}{path}: status {response.status}: {str(reply)[:300]}")
+            kind = Refused if response.status in REFUSALS else BadReply
+            raise kind(f"{self.url}{path}: status {response.status}: {str(reply)[:300]}")
         return reply
 
 

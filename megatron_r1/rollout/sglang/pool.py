@@ -16,9 +16,12 @@ from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.breaker import Changed, RetryBudget, backoff_s
-from megatron_r1.rollout.sglang.client import BadReply
+from megatron_r1.rollout.sglang.client import BadReply, Refused
 from megatron_r1.rollout.sglang.member import Evicted, Member
 from megatron_r1.rollout.sglang.routing import choose, key_of, pieces
+
+REFUSALS = 3
+"""Servers may refuse a request so many times before it is lost."""
 
 
 class Pool:
@@ -128,7 +131,7 @@ class _Piece:
         self._key = key_of(requests[0].prompt_tokens)
         self._waiting = dict(enumerate(requests))
         self._outcomes: dict[int, Outcome] = {}
-        self._spent, self._reason = 0.0, ""
+        self._spent, self._refused, self._reason = 0.0, 0, ""
         self._avoid: set[Member] = set()
 
     async def outcomes(self) -> list[Outcome]:
@@ -144,7 +147,7 @@ class _Piece:
             # The work of a server that is gone was never done: another one doing it is no additional load.
             if not (free or member.gone()):
                 await self._pause(self._pool.take_budget(len(self._waiting)))
-            if self._spent >= self._pool.config.give_up_s:
+            if self._spent >= self._pool.config.give_up_s or self._refused >= REFUSALS:
                 self._give_up()
         return [self._outcomes[place] for place in range(len(self._requests))]
 
@@ -167,18 +170,19 @@ class _Piece:
             self._reason, free = str(error), True
         except NoRolloutCapacity as error:
             self._reason = str(error)
+            self._refused += isinstance(error, Refused)
         except BaseException:
             member.breaker.release(tried)
             raise
         self._spent += time.monotonic() - began
         member.answered += len(places) - len(self._waiting)
-        if not self._waiting:
+        self._avoid = {member} if self._waiting else set()
+        if len(self._waiting) < len(places):
             member.breaker.succeed()
         elif free:
             member.breaker.release(tried)
         else:
             member.breaker.fail(tried)
-            self._avoid = {member}
         if tried:
             pool.changed.tell()
         return free

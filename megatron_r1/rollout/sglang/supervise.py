@@ -122,6 +122,16 @@ class Watched:
 
     async def watch(self) -> None:
         """Look after the server until cancelled."""
+        try:
+            await self._watch()
+        except Exception as error:
+            # Nobody waits for this task: its end must show where requests wait.
+            logger.exception("%s: is not watched any more", self.member.name)
+            self.up, self.given_up, self.trouble = False, True, f"its watch failed: {error!r}"
+            self.member.evict(self.trouble)
+            self._changed.tell()
+
+    async def _watch(self) -> None:
         while not self.given_up:
             trouble = await self._trouble()
             logger.error("%s: %s", self.member.name, trouble)
@@ -232,7 +242,7 @@ class Watched:
                 await self.rejoin()
                 logger.warning("%s: is back", self.member.name)
                 return
-            except NoRolloutCapacity as error:
+            except (NoRolloutCapacity, OSError) as error:
                 self.trouble = str(error)
                 logger.error("%s: %s", self.member.name, error)
                 if not self.server:
