@@ -1,6 +1,7 @@
-"""Hold checkpoints against their manifests, to the last bit: `tools/verify_checkpoint.py RUN|CHECKPOINT ...`.
+"""Hold checkpoints against their manifests, to the last bit: `tools/verify_checkpoint.py RUN|CHECKPOINT|FOLDER ...`.
 
-Every checkpoint of a run is read, the newest first. The exit status is 0 when all verify and 88 when one is damaged.
+Every checkpoint of a run is read, the newest first; a Hugging Face folder that was converted here is held against its
+audit.json. The exit status is 0 when all verify and 88 when one is damaged.
 """
 
 from __future__ import annotations
@@ -16,16 +17,29 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
 from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.errors import CheckpointDamaged, DataError, ExitCode, UserError
+from megatron_r1.hf.audit import AUDIT_FILE, check_audit, read_audit
+from megatron_r1.hf.folder import TensorFolder
 
 
 def checkpoints_in(named: Path) -> list[Path]:
     """The checkpoints that a person means by a folder."""
-    if (named / MANIFEST_NAME).is_file():
+    if (named / MANIFEST_NAME).is_file() or _converted(named):
         return [named]
     found = [path for _, path in step_folders(named / "checkpoints")] or [path for _, path in step_folders(named)]
     if not found:
         raise DataError(f"{named}: is neither a run with checkpoints nor a checkpoint")
     return found
+
+
+def _converted(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / AUDIT_FILE).is_file()
+
+
+def check_converted(folder: Path) -> str:
+    """Hold a converted folder against its audit; what to say of it."""
+    started = time.perf_counter()
+    count = check_audit(read_audit(folder), TensorFolder(folder))
+    return f"{folder}: {count} tensors are as audit.json says, {time.perf_counter() - started:.2f} s"
 
 
 def check(checkpoint: Path, bar: Progress) -> str:
@@ -43,7 +57,7 @@ def check(checkpoint: Path, bar: Progress) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN|CHECKPOINT")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN|CHECKPOINT|FOLDER")
     console, code = Console(stderr=True, highlight=False), ExitCode.DONE
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
@@ -51,8 +65,8 @@ def main() -> int:
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
             for checkpoint in folders:
                 try:
-                    print(check(checkpoint, bar))
-                except CheckpointDamaged as error:
+                    print(check_converted(checkpoint) if _converted(checkpoint) else check(checkpoint, bar))
+                except (CheckpointDamaged, DataError) as error:
                     print(f"damaged: {error}")
                     code = ExitCode.CHECKPOINT_DAMAGED
     except UserError as error:

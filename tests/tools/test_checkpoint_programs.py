@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_r1.checkpoint.sharded import Part, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensors import write_state, write_tensors
 from megatron_r1.errors import ExitCode
+from megatron_r1.hf.audit import described
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 WHOLE = torch.arange(24.0).reshape(4, 6)
@@ -127,3 +130,18 @@ def test_inspect_tells_what_only_one_has(run, call, tmp_path):
     write_parts(other, "model", 1, [Part("extra", (2,), (0,), torch.zeros(2))])
     code, out, _ = call("inspect_checkpoint", step(run, 6), "--against", other)
     assert code == 1 and out.count("only in") == 2 and f"only in {other}" in out
+
+
+def test_a_converted_folder_is_held_against_its_audit(tmp_path, call):
+    folder, written = tmp_path / "hf", {"a.weight": WHOLE, "b.weight": ODD}
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file(written, folder / "model.safetensors")
+    audit = {"written": {name: described(tensor) | {"file": "model.safetensors"} for name, tensor in written.items()}}
+    audit["read"] = {name: described(tensor) | {"to": [name]} for name, tensor in written.items()}
+    (folder / "audit.json").write_text(json.dumps(audit))
+    code, out, _ = call("verify_checkpoint", folder)
+    assert code == 0 and "2 tensors are as audit.json says" in out
+    save_file(written | {"a.weight": WHOLE + 1}, folder / "model.safetensors")
+    code, out, _ = call("verify_checkpoint", folder)
+    assert code == ExitCode.CHECKPOINT_DAMAGED and "damaged: a.weight: sha256 is" in out
