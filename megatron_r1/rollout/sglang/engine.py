@@ -23,6 +23,7 @@ from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 from megatron_r1.rollout.sglang import cpu
 from megatron_r1.rollout.sglang.client import Client, Endpoint
+from megatron_r1.rollout.sglang.pause import FINISH, Pause
 from megatron_r1.rollout.sglang.server import Server
 
 CLOSE_SESSION_S = 10.0
@@ -124,8 +125,8 @@ class SGLangEngine:
             self.version, self._doubt = version, ""
 
     @contextmanager
-    def receiving(self, version: str) -> Iterator[None]:
-        """The session in which senders send new weights to `endpoints`, one after the other.
+    def receiving(self, version: str, pause: Pause = FINISH) -> Iterator[None]:
+        """The session in which senders send new weights to `endpoints`, in turns; servers are paused as `pause` says.
 
         At the end of the block every server must say that it serves `version`, so the last sender stamps it. When the
         block or a server fails, some weights may be new and others old: `version` stays what it was and `generate`
@@ -136,6 +137,8 @@ class SGLangEngine:
                 self._close_sessions()
             self._doubt = f"the servers' weights are of no one version: the update to {version!r} was not completed"
             try:
+                if pause.mode:
+                    self._on_all([client.pause(pause.mode) for client in self._clients])
                 self._on_all([client.begin_update() for client in self._clients])
                 yield
                 self._on_all([client.end_update() for client in self._clients])
@@ -145,6 +148,9 @@ class SGLangEngine:
                 if isinstance(error, NoRolloutCapacity):
                     self.check()
                 raise
+            finally:
+                if pause.mode:
+                    self._resume()
             self.version, self._doubt = version, ""
 
     def checksums(self) -> dict[str, str]:
@@ -182,6 +188,12 @@ class SGLangEngine:
         for endpoint in self.endpoints:
             with contextlib.suppress(NoRolloutCapacity):
                 asyncio.run(Client.at(endpoint, CLOSE_SESSION_S).end_update())
+
+    def _resume(self) -> None:
+        """Let paused servers go on, also after an update that failed: others may wait for their answers."""
+        for endpoint in self.endpoints:
+            with contextlib.suppress(NoRolloutCapacity):
+                asyncio.run(Client.at(endpoint, CLOSE_SESSION_S).resume())
 
     def _on_all(self, calls: Sequence[Any]) -> list[Any]:
         """Run calls at the same time; the first failure ends the others. A dead server's own reason is told first."""

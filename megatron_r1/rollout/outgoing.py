@@ -1,0 +1,115 @@
+"""What of a model goes to the servers, and as what: names, number formats, shapes, and the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.precision import LINEARS
+from megatron_r1.errors import DataError
+from megatron_r1.hf.config import DTYPE_NAMES
+from megatron_r1.hf.export import hf_tensors
+from megatron_r1.hf.names import rows
+from megatron_r1.hf.row import Row
+from megatron_r1.model.fp8.quantise import BLOCK, quantise
+from megatron_r1.rollout.sglang.buckets import Item, Outbound
+from megatron_r1.rollout.sglang.fused import SCALE_SUFFIX, Units
+
+FP8 = torch.float8_e4m3fn
+QUANTISED = tuple(name for name in LINEARS if name != "eh_proj")
+"""Linear layers that a release in FP8 holds quantised, by the end of their names."""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """The weights that servers are sent, from those that the trainer has."""
+
+    model: ModelConfig
+    include_mtp: bool = False
+    """Whether the multi-token layers go too; servers that do not draft with them let them pass."""
+    fp8: bool = False
+    """Whether the servers hold linear layers in FP8 with block scales; they are then quantised before they travel."""
+
+    @cached_property
+    def _rows(self) -> dict[str, Row]:
+        return {row.native: row for row in rows(self.model, self.include_mtp)}
+
+    @cached_property
+    def _quantised(self) -> frozenset[str]:
+        """Hugging Face names of what is quantised."""
+        if not self.fp8:
+            return frozenset()
+        return frozenset(name for row in self._rows.values() if is_quantised(row) for name in row.hf)
+
+    def names(self) -> list[str]:
+        """The megatron-core tensors that are sent."""
+        return list(self._rows)
+
+    def items(self, native: str) -> list[Item]:
+        """What becomes of a megatron-core tensor, in the order of `tensors`; empty when it is not sent."""
+        if native not in self._rows:
+            return []
+        row = self._rows[native]
+        dtype = torch.float32 if row.float32 else getattr(torch, DTYPE_NAMES[self.model.precision])
+        items = []
+        for name, shape in row.hf_shapes.items():
+            if name in self._quantised:
+                items += [Item(name, FP8, shape), Item(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))]
+            else:
+                items.append(Item(name, dtype, shape))
+        return items
+
+    def tensors(self, natives: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[Outbound]:
+        """Whole megatron-core tensors, one by one, as they are sent; they stay on their device.
+
+        Args:
+            natives: (name, tensor) pairs in any order.
+            complete: every tensor of the model must come; without, `natives` may be a part of them.
+
+        Raises:
+            DataError: a tensor is unknown, missing, doubled, has the wrong shape, or numbers that FP8 cannot hold.
+        """
+        pairs = hf_tensors(natives, self.model, include_mtp=self.include_mtp, complete=complete)
+        for name, tensor in pairs:
+            if name not in self._quantised:
+                yield Outbound(name, tensor)
+                continue
+            values_MN, scales_mn = quantise_blocks(name, tensor)
+            yield Outbound(name, values_MN)
+            yield Outbound(name + SCALE_SUFFIX, scales_mn)
+
+    def units(self, natives: Iterable[str]) -> Iterator[list[Item]]:
+        """What will be sent of these megatron-core tensors, put together as it belongs together."""
+        items = [item for native in natives for item in self.items(native)]
+        return Units(item.name for item in items).of(items)
+
+    def together(self, natives: Iterable[str]) -> Units:
+        """Puts together what `tensors` gives of these megatron-core tensors."""
+        return Units(item.name for native in natives for item in self.items(native))
+
+
+def is_quantised(row: Row) -> bool:
+    """Whether a release in FP8 holds a megatron-core tensor quantised."""
+    return row.native.rstrip("0123456789").removesuffix(".weight").endswith(QUANTISED) and len(row.native_shape) == 2
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a weight; blocks at the edges are partial."""
+    return tuple(-(-size // block) for size, block in zip(shape, BLOCK, strict=True))
+
+
+def quantise_blocks(name: str, weight_MN: Tensor) -> tuple[Tensor, Tensor]:
+    """E4M3 numbers and, for each block of 128 x 128, the fp32 number that they are multiplied by to get back.
+
+    Raises:
+        DataError: an infinity or a NaN.
+    """
+    if not bool(weight_MN.isfinite().all()):
+        raise DataError(f"{name}: holds an infinity or a NaN, which FP8 has no place for")
+    quantised = quantise(weight_MN, BLOCK)
+    return quantised.values_MN.to(FP8), quantised.scales_mn
