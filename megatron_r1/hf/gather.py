@@ -113,6 +113,7 @@ def assemble(
             for part in parts:
                 _fill(whole[part.place], part, next(local).tensor if part.rank == rank else None)
             yield name, whole
+            del whole  # not held while the next is put together
 
 
 def _fill(place: Tensor, part: Part, local: Tensor | None) -> None:

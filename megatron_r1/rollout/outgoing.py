@@ -59,7 +59,7 @@ class Outgoing:
         items = []
         for name, shape in row.hf_shapes.items():
             if name in self._quantised:
-                items += [Item(name, FP8, shape), Item(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))]
+                items += [Item(name + SCALE_SUFFIX, torch.float32, scale_shape(shape)), Item(name, FP8, shape)]
             else:
                 items.append(Item(name, dtype, shape))
         return items
@@ -76,12 +76,12 @@ class Outgoing:
         """
         pairs = hf_tensors(natives, self.model, include_mtp=self.include_mtp, complete=complete)
         for name, tensor in pairs:
-            if name not in self._quantised:
-                yield Outbound(name, tensor)
-                continue
-            values_MN, scales_mn = quantise_blocks(name, tensor)
-            yield Outbound(name, values_MN)
-            yield Outbound(name + SCALE_SUFFIX, scales_mn)
+            if name in self._quantised:
+                tensor, scales_mn = quantise_blocks(name, tensor)
+                yield Outbound(name + SCALE_SUFFIX, scales_mn)
+                del scales_mn
+            yield Outbound(name, tensor)
+            del tensor  # not held while the next is put together
 
     def units(self, natives: Iterable[str]) -> Iterator[list[Item]]:
         """What will be sent of these megatron-core tensors, put together as it belongs together."""

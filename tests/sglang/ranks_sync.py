@@ -1,15 +1,16 @@
 """Run on every rank of a layout: weight updates to real servers that run already, looked at after each.
 
-Started by test_group_sync.py with a folder that holds job.json: {"parallel": degrees, "updates": how many,
-"tensor_parallel": of a server} and `servers`, the servers' addresses. Writes seen.json: log-prob differences and
-checksums by version, and the bytes that were sent, counted at the calls that send them.
+Started by test_layout_sync.py with a folder that holds job.json: {"parallel": degrees, "updates": how many,
+"tensor_parallel": of a server, "refused": whether to send to nobody at last} and `servers`, the servers' addresses.
+Writes seen.json: log-prob differences and checksums by version; of the last update the bytes that were sent, counted at
+the calls that send them, and the most that new tensors held.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
-import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,9 +33,11 @@ def main(folder: Path) -> None:
     degrees = ParallelConfig(**job["parallel"])
     with process_groups(platform, degrees, seed=0, threads=1):
         from layouts import model_of
+        from live_bytes import LiveBytes
 
         from megatron_r1.hf.gather import stage_leaders
         from megatron_r1.model.build import build_model
+        from megatron_r1.model.shards import shards
         from megatron_r1.parallel.comm import AllRanks
         from megatron_r1.rollout.outgoing import Outgoing
         from megatron_r1.rollout.sglang.sender import Sender
@@ -45,7 +48,7 @@ def main(folder: Path) -> None:
         model.eval()
         engine = Attached(endpoints) if rank == 0 else None
         width, leads = job["tensor_parallel"], rank in stage_leaders()
-        seen: dict[str, Any] = {"gaps": [], "checksums": [], "seconds": []}
+        seen: dict[str, Any] = {"gaps": [], "checksums": []}
         sender = Sender(endpoints, f"{folder.name}-{rank}", width, timeout_s=60.0) if leads else None
         with sender or nullcontext():
             sync = StageSync(engine, sender, model, Outgoing(shape), BUCKET)
@@ -53,14 +56,37 @@ def main(folder: Path) -> None:
                 for version in range(1, job["updates"] + 1):
                     disturb(model, version)
                     sent.clear()
-                    began = time.monotonic()
-                    sync.push(str(version))
-                    seen["seconds"].append(time.monotonic() - began)
+                    with LiveBytes(shard.tensor for shard in shards(model)) as live:
+                        sync.push(str(version))
+                    seen["live"] = AllRanks().gather(live.most)
                     seen["sent"] = AllRanks().gather(dict(sent))
                     seen["gaps"].append(gap(model, engine, len(endpoints)))
                     seen["checksums"].append(engine.checksums() if engine else None)
+        if job["refused"]:
+            seen["refused"] = AllRanks().gather(refused(model, shape, leads))
         if rank == 0:
             (folder / "seen.json").write_text(json.dumps(seen))
+
+
+def refused(model: Any, shape: Any, leads: bool) -> str:
+    """What this rank is told when nobody receives."""
+    from attached import BUCKET
+
+    from megatron_r1.errors import NoRolloutCapacity
+    from megatron_r1.rollout.outgoing import Outgoing
+    from megatron_r1.rollout.sglang.client import Endpoint
+    from megatron_r1.rollout.sglang.sender import Sender
+    from megatron_r1.rollout.sync import StageSync
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = [Endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}", "", "")]
+        with Sender(nobody, f"refused-{dist.get_rank()}", timeout_s=3.0) if leads else nullcontext() as sender:
+            try:
+                StageSync(None, sender, model, Outgoing(shape), BUCKET).push("refused")
+            except NoRolloutCapacity as error:
+                return str(error)
+    return ""
 
 
 class CountedSends:

@@ -6,6 +6,7 @@ All layouts send to servers that run already, whose addresses are in a file, as 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.rollout import SGLangConfig
 from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.plan.layout import predicted
-from megatron_r1.rollout.plan.traffic import traffic
+from megatron_r1.rollout.plan.traffic import StageTraffic, traffic
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sync import DiskSync
 
@@ -32,6 +33,8 @@ LAYOUTS = {
 }
 SHAPE = model_of("tiny")
 SERVERS, WIDE = 2, 2
+FLAG = 4
+"""Bytes of the flag by which senders take turns."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,12 @@ def fill(engine: SGLangEngine, name: str, folder: Path, updates: int) -> dict:
     ranks, degrees = LAYOUTS[name]
     folder = folder / name
     folder.mkdir()
-    job = {"parallel": degrees, "updates": updates, "tensor_parallel": engine.tensor_parallel}
+    job = {
+        "parallel": degrees,
+        "updates": updates,
+        "tensor_parallel": engine.tensor_parallel,
+        "refused": name == "pp2",
+    }
     (folder / "job.json").write_text(json.dumps(job))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with announced(folder / "servers", engine.endpoints):
@@ -66,12 +74,16 @@ def fill(engine: SGLangEngine, name: str, folder: Path, updates: int) -> dict:
     return seen
 
 
+def plan_of(name: str) -> list[StageTraffic]:
+    ranks, degrees = LAYOUTS[name]
+    everything, stages = predicted(SHAPE, ParallelConfig(**degrees), ranks)
+    return traffic(everything, stages, Outgoing(SHAPE), BUCKET)
+
+
 def planned_sends(name: str, receivers: int) -> list[dict[str, int]]:
     """By rank, what CountedSends of ranks_sync.py must have counted."""
-    ranks, degrees = LAYOUTS[name]
-    sends: list[dict[str, int]] = [{} for _ in range(ranks)]
-    everything, stages = predicted(SHAPE, ParallelConfig(**degrees), ranks)
-    for stage in traffic(everything, stages, Outgoing(SHAPE), BUCKET):
+    sends: list[dict[str, int]] = [{} for _ in range(LAYOUTS[name][0])]
+    for stage in plan_of(name):
         sends[stage.leader] |= {"buckets": len(stage.buckets), "broadcast": stage.nbytes, "receivers": receivers}
         for rank, size in stage.gathered.items():
             sends[rank] |= {f"to {stage.leader}": size}
@@ -95,6 +107,10 @@ def test_every_layout_fills_the_servers_alike_and_sends_what_was_planned(one_lay
     assert seen["checksums"] == alone["checksums"]
     assert seen["checksums"][0] != seen["checksums"][1]
     assert seen["sent"] == planned_sends(name, SERVERS)
+    largest = max(size for stage in plan_of(name) for size in stage.buckets)
+    print(f"{name}: new tensors of {max(seen['live'])} bytes, {max(seen['live']) / largest:.2f} of the largest bucket")
+    assert largest < max(seen["live"]) <= 2 * largest + FLAG
+    assert all(re.search("did not join its group|another sender", told) for told in seen.get("refused", ()))
 
 
 @pytest.mark.timeout(600)

@@ -66,7 +66,8 @@ class Units:
             unit.append(tensor)
             if len(unit) > self._sizes.get(key, 0):
                 raise DataError(f"{tensor.name}: was not to be sent")
-            if len(unit) == self._sizes[key]:
+            del tensor, unit  # not held while the next comes
+            if len(waiting[key]) == self._sizes[key]:
                 yield waiting.pop(key)
         for unit in waiting.values():
             raise DataError(f"{unit[0].name}: what is loaded together with it did not come")

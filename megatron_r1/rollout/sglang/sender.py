@@ -70,6 +70,7 @@ class Sender:
         self._work: dist.Work | None = None
         self._replies: Future[list[Any]] | None = None
         self._label = ""
+        self._bucket: Bucket | None = None
         self._groups_made = 0
         self._threads = ThreadPoolExecutor(2, thread_name_prefix=f"send-{name}")
 
@@ -84,8 +85,9 @@ class Sender:
     ) -> int:
         """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
 
-        Beside the tensors themselves one bucket of memory is held, here and in each server. It is filled anew as soon
-        as it has been broadcast: while the servers still load it, where nobody else waits for them.
+        Beside the tensors themselves one bucket of memory is held: here as long as the sender lives, and in each server
+        while it receives. It is filled anew as soon as it has been broadcast, while the servers still load, where
+        nobody else waits for them.
 
         Args:
             units: tensors that belong together (fused.py), read one unit at a time and copied before the next is asked
@@ -101,10 +103,9 @@ class Sender:
             DataError: there are no tensors.
         """
         turns = turns or Alone()
-        device = "cuda" if self.backend == "nccl" else "cpu"
         sent = 0
         try:
-            for bucket, last in filled(Bucket(bucket_bytes, device), units):
+            for bucket, last in filled(self._empty_bucket(bucket_bytes), units):
                 self._settle()
                 if not turns.take(sent):
                     raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
@@ -127,6 +128,7 @@ class Sender:
     def close(self) -> None:
         """Leave the group on both sides; may be called twice."""
         self._leave()
+        self._bucket = None
         self._threads.shutdown()
 
     def __enter__(self) -> Self:
@@ -134,6 +136,14 @@ class Sender:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def _empty_bucket(self, capacity: int) -> Bucket:
+        """The bucket of the last send, whose memory has been touched before: new memory fills at half the speed."""
+        if self._bucket is None or self._bucket.capacity != capacity:
+            self._bucket = None
+            self._bucket = Bucket(capacity, "cuda" if self.backend == "nccl" else "cpu")
+        self._bucket.clear()
+        return self._bucket
 
     def _form(self) -> None:
         """Make the group as SGLang makes its end of it: the same helper, the same store prefix."""
