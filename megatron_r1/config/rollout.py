@@ -29,12 +29,18 @@ class RolloutConfig:
     """How new weights reach the servers: group (a process group, in memory) or disk (a folder that they read)."""
     bucket_mb: int = 64
     """Megabytes (2^20 bytes) of weights that sync=group sends at a time."""
+    sync_mtp: bool = False
+    """Whether sync=group sends the multi-token layers too; only servers that draft with them take them."""
+    pause: str = "finish"
+    """What becomes of answers to others at a sync=group: finish, abort, retract (read again) or in_place (go on). Those
+    to this run are waited for."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     """Servers of engine=sglang."""
 
     def __post_init__(self) -> None:
         one_of(self, "engine", ("sglang", "local"))
         one_of(self, "sync", ("group", "disk"))
+        one_of(self, "pause", ("finish", "abort", "retract", "in_place"))
         within(self, 0.0, 10.0, "temperature")
         within(self, 1e-6, 1.0, "top_p")
         at_least(self, 1, "max_response_tokens", "batch_size")

@@ -97,6 +97,7 @@ def hf_tensors(
     dtype = dtype or getattr(torch, DTYPE_NAMES[model.precision])
     for row, tensor in _matched(tensors, model, include_mtp, complete):
         yield from _parts(row, tensor.detach(), torch.float32 if row.float32 else dtype)
+        del tensor  # not held while the next is put together
 
 
 def _matched(
@@ -117,6 +118,7 @@ def _matched(
         seen.add(native)
         if native in written:
             yield written[native], tensor
+        del tensor  # not held while the next is put together
     if complete and (missing := written.keys() - seen):
         raise DataError(f"{min(missing)}: missing; tensors missing in all: {len(missing)}")
 

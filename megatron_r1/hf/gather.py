@@ -22,13 +22,17 @@ def stage_leaders() -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Where a shard lies, as other ranks need to know it."""
 
     rank: int
     place: tuple[slice, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+Directory = dict[str, tuple[tuple[int, ...], list[Part]]]
+"""Whole tensors by name: the shape, and the parts in one order that all ranks share."""
 
 
 def whole_tensors(
@@ -60,42 +64,68 @@ def gather_whole(owned: list[Shard], device: torch.device, to_rank: int = 0) -> 
         owned: this rank's; their memory may be anywhere.
         device: where ranks send from and receive at.
     """
+    yield from assemble(directory(owned), owned, device, to_rank)
+
+
+def directory(owned: list[Shard]) -> Directory:
+    """Collective over all ranks: every rank's owned shards, by whole tensor in name order.
+
+    Raises:
+        DataError: the ranks' shards do not make up a whole tensor.
+    """
+    rank = dist.get_rank()
+    told = [(s.name, s.whole_shape, Part(rank, s.place, tuple(s.tensor.shape), s.tensor.dtype)) for s in owned]
+    found: Directory = {}
+    for name, shape, part in (entry for entries in AllRanks().gather(told) for entry in entries):
+        found.setdefault(name, (shape, []))[1].append(part)
+    for name, (shape, parts) in found.items():
+        if sum(_size(part.shape) for part in parts) != _size(shape):
+            raise DataError(f"{name}: the ranks' shards do not make up the whole tensor")
+    return dict(sorted(found.items()))
+
+
+def assemble(
+    entries: Directory, owned: list[Shard], device: torch.device, to_rank: int = 0
+) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors, one at a time; collective over the ranks that have a part of `entries`, and `to_rank`.
+
+    Only `to_rank` gets them; the others send their parts and yield nothing.
+
+    Args:
+        entries: what to assemble, in this order.
+        owned: this rank's shards.
+        device: where ranks send from and receive at.
+    """
     mine: dict[str, list[Shard]] = {}
     for shard in owned:
         mine.setdefault(shard.name, []).append(shard)
     rank = dist.get_rank()
-    for name, (shape, parts) in sorted(_directory(owned, rank).items()):
-        if sum(_size(part.shape) for part in parts) != _size(shape):
-            raise DataError(f"{name}: the ranks' shards do not make up the whole tensor")
+    for name, (shape, parts) in entries.items():
         local = iter(mine.get(name, ()))
-        whole = None
-        for part in parts:
-            if len(parts) == 1 and part.rank == rank == to_rank:
-                whole = next(local).tensor
-            elif rank == to_rank:
-                if whole is None:
-                    whole = torch.empty(shape, dtype=part.dtype, device=device)
-                whole[part.place] = next(local).tensor if part.rank == rank else _receive(part, whole)
-            elif part.rank == rank:
-                dist.send(next(local).tensor.to(device).contiguous(), to_rank)
-        if rank == to_rank:
-            assert whole is not None
+        if rank != to_rank:
+            for part in parts:
+                if part.rank == rank:
+                    dist.send(next(local).tensor.to(device).contiguous(), to_rank)
+        elif len(parts) == 1 and parts[0].rank == rank:
+            yield name, next(local).tensor
+        else:
+            whole = torch.empty(shape, dtype=parts[0].dtype, device=device)
+            for part in parts:
+                _fill(whole[part.place], part, next(local).tensor if part.rank == rank else None)
             yield name, whole
+            del whole  # not held while the next is put together
 
 
-def _directory(owned: list[Shard], rank: int) -> dict[str, tuple[tuple[int, ...], list[_Part]]]:
-    """Every rank's owned shards, by whole tensor: its shape and its parts in one order that all ranks share."""
-    told = [(s.name, s.whole_shape, _Part(rank, s.place, tuple(s.tensor.shape), s.tensor.dtype)) for s in owned]
-    directory: dict[str, tuple[tuple[int, ...], list[_Part]]] = {}
-    for name, shape, part in (entry for entries in AllRanks().gather(told) for entry in entries):
-        directory.setdefault(name, (shape, []))[1].append(part)
-    return directory
-
-
-def _receive(part: _Part, like: Tensor) -> Tensor:
-    buffer = torch.empty(part.shape, dtype=part.dtype, device=like.device)
-    dist.recv(buffer, part.rank)
-    return buffer
+def _fill(place: Tensor, part: Part, local: Tensor | None) -> None:
+    """Put a part where it belongs: this rank's own, or the one that another rank sends."""
+    if local is not None:
+        place.copy_(local)
+    elif place.is_contiguous():
+        dist.recv(place, part.rank)
+    else:
+        buffer = torch.empty(part.shape, dtype=part.dtype, device=place.device)
+        dist.recv(buffer, part.rank)
+        place.copy_(buffer)
 
 
 def _size(shape: tuple[int, ...]) -> int:

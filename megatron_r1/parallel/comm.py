@@ -43,6 +43,18 @@ def barrier() -> None:
         dist.barrier()
 
 
+def tell(rank: int, flag: bool) -> None:
+    """Send a flag to one rank, which must `hear` it."""
+    dist.send(torch.tensor([float(flag)], device=_device()), rank)
+
+
+def hear(rank: int) -> bool:
+    """The flag that one rank sends to this one."""
+    value = torch.empty(1, device=_device())
+    dist.recv(value, rank)
+    return bool(value.item())
+
+
 class AllRanks:
     """All ranks of the job, for whoever must act together with the others."""
 

@@ -14,9 +14,11 @@ from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.hf.gather import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
 from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sglang.sender import Sender
-from megatron_r1.rollout.sync import DiskSync, GroupSync, NamedTensors, StageSync, Sync
+from megatron_r1.rollout.sync import DiskSync, GroupSync, NamedTensors, StageSync, WeightSync
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -24,7 +26,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 class SyncedEngine:
     """An engine and the way that weights take to it; without one it samples from the trainer's own weights."""
 
-    def __init__(self, engine: Engine | None, sync: Sync | None):
+    def __init__(self, engine: Engine | None, sync: WeightSync | None):
         """
         Args:
             engine: None on ranks that only give their part of the weights.
@@ -77,7 +79,8 @@ def sglang_engine(
                 timeout_s=rollout.sglang.request_timeout_s,
             )
         )
-        yield SyncedEngine(engine, GroupSync(engine, sender, tensors, model, rollout.bucket_mb << 20))
+        outgoing, pause = outgoing_weights(rollout, model), PAUSES[rollout.pause]
+        yield SyncedEngine(engine, GroupSync(engine, sender, tensors, outgoing, rollout.bucket_mb << 20, pause))
 
 
 @contextmanager
@@ -109,7 +112,8 @@ def shared_sglang_engine(
             sender = stack.enter_context(
                 Sender(endpoints, f"trainer-{rank}", width, group_backend(device), rollout.sglang.request_timeout_s)
             )
-        yield SyncedEngine(engine, StageSync(engine, sender, module, model, rollout.bucket_mb << 20))
+        outgoing, pause = outgoing_weights(rollout, model), PAUSES[rollout.pause]
+        yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, pause))
 
 
 class Contributor:
@@ -126,6 +130,11 @@ class Contributor:
 def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
     length, dtype = model.max_sequence_length, DTYPES[model.precision]
     return SGLangEngine(folder, rollout.sglang, logs, device, dtype, context_length=length)
+
+
+def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> Outgoing:
+    """What of the model the servers are sent."""
+    return Outgoing(model, include_mtp=rollout.sync_mtp, fp8=rollout.sglang.server.quantization == "fp8")
 
 
 def group_backend(device: str) -> str:

@@ -1,4 +1,9 @@
-"""How new weights reach the engine, stamped with a version: over a process group, or as a folder that it reads."""
+"""How new weights reach the engine, stamped with a version: over process groups, or as a folder that it reads.
+
+Strategies of one protocol: `GroupSync` sends from a rank that can see all weights, `StageSync` from a model that many
+ranks share, `DiskSync` by way of a folder. Nowhere is there a second copy of the model: beside the weights themselves a
+sending rank holds one bucket and what is put together for the next one.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +11,35 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
+from megatron_r1.errors import NoRolloutCapacity, UserError
 from megatron_r1.hf.config import serving_view
-from megatron_r1.hf.export import export, hf_tensors
-from megatron_r1.hf.gather import stage_leaders, whole_tensors
+from megatron_r1.hf.export import export
+from megatron_r1.hf.gather import Directory, assemble, directory
+from megatron_r1.model.shards import shards
 from megatron_r1.parallel import comm
+from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.mesh import pipeline_stage
 from megatron_r1.rollout.engine import Engine
-
-if TYPE_CHECKING:
-    from megatron_r1.rollout.sglang.engine import SGLangEngine
-    from megatron_r1.rollout.sglang.sender import Sender
+from megatron_r1.rollout.outgoing import Outgoing
+from megatron_r1.rollout.sglang.buckets import planned
+from megatron_r1.rollout.sglang.pause import FINISH, Pause
+from megatron_r1.rollout.sglang.sender import Sender
+from megatron_r1.rollout.sglang.turns import RoundRobin
 
 _MEMORY = Path("/dev/shm")
 
 NamedTensors = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
-class Sync(Protocol):
+class WeightSync(Protocol):
     """A way that weights take."""
 
     def push(self, version: str) -> None:
@@ -37,22 +47,42 @@ class Sync(Protocol):
         ...
 
 
+class Receiving(Protocol):
+    """An engine whose servers can be sent weights."""
+
+    @property
+    def restarts(self) -> int:
+        """Times that a server was started again, which takes it out of every group."""
+        ...
+
+    def receiving(self, version: str, pause: Pause = FINISH) -> AbstractContextManager[None]:
+        """The session in which its servers receive; at the end of the block all of them must serve `version`."""
+        ...
+
+
 class GroupSync:
-    """Sends the weights from memory to memory: one sender that holds them all, and the session around it."""
+    """Sends the weights from memory to memory: one sender that sees them all, and the session around it."""
 
     def __init__(
-        self, engine: SGLangEngine, sender: Sender, tensors: NamedTensors, model: ModelConfig, bucket_bytes: int
+        self,
+        engine: Receiving,
+        sender: Sender,
+        tensors: NamedTensors,
+        outgoing: Outgoing,
+        bucket_bytes: int,
+        pause: Pause = FINISH,
     ):
         """
         Args:
             engine: whose servers receive.
             sender: of this engine's endpoints.
             tensors: gives the weights as they stand, whole, by megatron-core name.
-            model: shape of the model.
+            outgoing: what of them is sent.
             bucket_bytes: bytes sent at a time.
+            pause: what becomes of answers that are under way.
         """
-        self._engine, self._sender, self._tensors, self._model = engine, sender, tensors, model
-        self._bucket_bytes = bucket_bytes
+        self._engine, self._sender, self._tensors, self._outgoing = engine, sender, tensors, outgoing
+        self._bucket_bytes, self._pause = bucket_bytes, pause
         self._restarts = 0
 
     def push(self, version: str) -> None:
@@ -61,60 +91,121 @@ class GroupSync:
             NoRolloutCapacity: a server failed; the engine refuses to answer until an update succeeds.
             DataError: the weights are not those of the model; likewise.
         """
-        with self._engine.receiving(version):
+        with self._engine.receiving(version, self._pause):
             if self._engine.restarts != self._restarts:
                 self._sender.leave()  # a server that was started again is not in the group any more
             self._restarts = self._engine.restarts
-            weights = hf_tensors(self._tensors(), self._model, include_mtp=False)
-            self._sender.send(weights, self._bucket_bytes, version=version)
+            tensors = self._outgoing.tensors(self._tensors(), complete=True)
+            units = self._outgoing.together(self._outgoing.names()).of(tensors)
+            self._sender.send(units, self._bucket_bytes, version=version, flush_cache=self._pause.flush_cache)
 
 
 class StageSync:
-    """Sends the weights of a model that many ranks share: each pipeline stage its own part, one after the other.
+    """Sends the weights of a model that many ranks share: each pipeline stage its own part, in turns with the others.
 
-    Tensor and expert shards are gathered to the stage's first rank, which sends over a group of its own; rank 0 holds
-    the session. Every method is collective.
+    Tensor and expert shards are gathered to the stage's first rank, which sends over a group of its own. While one
+    stage sends, the others gather and pack what they send next. Rank 0 holds the session. Every method is collective,
+    and when a rank fails all ranks raise.
     """
 
     def __init__(
         self,
-        engine: SGLangEngine | None,
+        engine: Receiving | None,
         sender: Sender | None,
         module: torch.nn.Module,
-        model: ModelConfig,
+        outgoing: Outgoing,
         bucket_bytes: int,
+        pause: Pause = FINISH,
     ):
         """
         Args:
             engine: whose servers receive; None but on rank 0.
             sender: of the engine's endpoints; None but on each stage's first rank.
             module: this rank's part of the model.
-            model: shape of the model.
+            outgoing: what of the model is sent.
             bucket_bytes: bytes sent at a time.
+            pause: what becomes of answers that are under way.
         """
-        self._engine, self._sender, self._module, self._model = engine, sender, module, model
-        self._bucket_bytes, self._leaders = bucket_bytes, stage_leaders()
+        self._engine, self._sender, self._module, self._outgoing = engine, sender, module, outgoing
+        self._bucket_bytes, self._pause = bucket_bytes, pause
+        self._rank = AllRanks().rank
+        stages = AllRanks().gather(pipeline_stage())
+        everything = directory([shard for shard in shards(module) if shard.owned])
+        self._parts = parts_of_stages(everything, stages, outgoing)
+        """By stage, what its ranks hold of what is sent."""
+        self._stage = pipeline_stage()
+        self._leaders = [stages.index(stage) for stage in range(len(self._parts))]
+        self._buckets = [len(planned(outgoing.units(part), bucket_bytes)) for part in self._parts]
         self._restarts = 0
 
     def push(self, version: str) -> None:
         """
         Raises:
-            NoRolloutCapacity: a server failed; the engine refuses to answer until an update succeeds.
+            NoRolloutCapacity: a server or another rank failed; the engine refuses to answer until an update succeeds.
+            DataError: the weights are not those of the model; likewise.
         """
-        with self._engine.receiving(version) if self._engine else nullcontext():
-            restarts = comm.broadcast(self._engine.restarts if self._engine else None)  # and the session is open
+        with ExitStack() as session:
+            if self._engine:
+                receiving = self._engine.receiving(version, self._pause)
+                _on_all_ranks(lambda: session.enter_context(receiving))
+            else:
+                _on_all_ranks(lambda: None)
+            restarts = comm.broadcast(self._engine.restarts if self._engine else None)
             if self._sender and restarts != self._restarts:
                 self._sender.leave()  # a server that was started again is not in the group any more
             self._restarts = restarts
-            for stage, leader in enumerate(self._leaders):
-                whole = whole_tensors(self._module, to_rank=leader, stage=stage)
-                if self._sender and comm.AllRanks().rank == leader:
-                    weights = hf_tensors(whole, self._model, include_mtp=False, complete=False)
-                    last = stage == len(self._leaders) - 1
-                    self._sender.send(weights, self._bucket_bytes, last=last, version=version if last else None)
-                else:
-                    deque(whole, maxlen=0)
-                comm.barrier()  # the next stage waits for its turn
+            _on_all_ranks(lambda: self._send(version))
+            _on_all_ranks(session.close)
+
+    def _send(self, version: str) -> None:
+        part, leader = self._parts[self._stage], self._leaders[self._stage]
+        owned = [shard for shard in shards(self._module) if shard.owned and shard.name in part]
+        whole = assemble(part, owned, next(self._module.parameters()).device, leader)
+        if self._rank != leader:
+            deque(whole, maxlen=0)
+            return
+        assert self._sender is not None
+        turns = RoundRobin(self._leaders, self._buckets, self._rank)
+        try:
+            units = self._outgoing.together(part).of(self._outgoing.tensors(whole, complete=False))
+            sent = self._sender.send(
+                units, self._bucket_bytes, version=version, turns=turns, flush_cache=self._pause.flush_cache
+            )
+            assert sent == turns.buckets, f"{sent} buckets went where {turns.buckets} were planned"
+        finally:
+            deque(whole, maxlen=0)  # the ranks that send their parts are not left waiting after a failure
+            turns.abandon()
+
+
+def parts_of_stages(everything: Directory, stages: list[int], outgoing: Outgoing) -> list[Directory]:
+    """What is sent of each pipeline stage's tensors.
+
+    Args:
+        everything: all ranks' shards.
+        stages: each rank's pipeline stage.
+        outgoing: what is sent.
+    """
+    sent = set(outgoing.names())
+    parts: list[Directory] = [{} for _ in range(max(stages) + 1)]
+    for name, (shape, held) in everything.items():
+        if name in sent:
+            parts[stages[held[0].rank]][name] = (shape, held)
+    return parts
+
+
+def _on_all_ranks(action: Callable[[], object]) -> None:
+    """Collective: do something on every rank; when it fails on one that is known to be its fault, all ranks raise."""
+    error: UserError | None = None
+    try:
+        action()
+    except UserError as raised:
+        error = raised
+    told = AllRanks().gather(str(error) if error else "")
+    if error:
+        raise error
+    for rank, message in enumerate(told):
+        if message:
+            raise NoRolloutCapacity(f"rank {rank}: {message}")
 
 
 class DiskSync:

@@ -1,52 +1,123 @@
-"""Run on every rank of a layout: ten weight updates to one real server, log-probabilities compared after each.
+"""Run on every rank of a layout: weight updates to real servers that run already, looked at after each.
 
-Started by test_layout_sync.py with a folder that holds job.json: {"parallel": {...}}.
+Started by test_layout_sync.py with a folder that holds job.json: {"parallel": degrees, "updates": how many,
+"tensor_parallel": of a server, "refused": whether to send to nobody at last} and `servers`, the servers' addresses.
+Writes seen.json: log-prob differences and checksums by version; of the last update the bytes that were sent, counted at
+the calls that send them, and the most that new tensors held.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-UPDATES = 10
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 
 def main(folder: Path) -> None:
-    from megatron_r1.config.data import DataConfig
-    from megatron_r1.config.model import ModelConfig
+    from attached import BUCKET, Attached, find
+
     from megatron_r1.config.parallel import ParallelConfig
-    from megatron_r1.config.rollout import RolloutConfig, SGLangConfig
-    from megatron_r1.data.tokenizer import train_tokenizer
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
 
-    platform = select("cpu")
-    degrees = ParallelConfig(**json.loads((folder / "job.json").read_text())["parallel"])
-    shape = ModelConfig(init_std=0.08)
-    train_tokenizer(DataConfig(num_documents=2000)).save(folder / "tokenizer")
-    rollout = RolloutConfig(sglang=SGLangConfig(max_running_requests=16, max_total_tokens=4096))
+    platform, job = select("cpu"), json.loads((folder / "job.json").read_text())
+    degrees = ParallelConfig(**job["parallel"])
     with process_groups(platform, degrees, seed=0, threads=1):
-        from megatron_r1.model.build import build_model
-        from megatron_r1.rollout.choose import shared_sglang_engine
+        from layouts import model_of
+        from live_bytes import LiveBytes
 
+        from megatron_r1.hf.gather import stage_leaders
+        from megatron_r1.model.build import build_model
+        from megatron_r1.model.shards import shards
+        from megatron_r1.parallel.comm import AllRanks
+        from megatron_r1.rollout.outgoing import Outgoing
+        from megatron_r1.rollout.sglang.sender import Sender
+        from megatron_r1.rollout.sync import StageSync
+
+        shape, rank, endpoints = model_of("tiny"), dist.get_rank(), find(folder / "servers")
         model = build_model(shape, degrees, platform, seed=0)
         model.eval()
-        gaps, checksums = [], []
-        with shared_sglang_engine(rollout, shape, model, folder / "tokenizer", folder / "logs", "cpu") as engine:
-            for version in range(UPDATES + 1):
-                if version:
+        engine = Attached(endpoints) if rank == 0 else None
+        width, leads = job["tensor_parallel"], rank in stage_leaders()
+        seen: dict[str, Any] = {"gaps": [], "checksums": []}
+        sender = Sender(endpoints, f"{folder.name}-{rank}", width, timeout_s=60.0) if leads else None
+        with sender or nullcontext():
+            sync = StageSync(engine, sender, model, Outgoing(shape), BUCKET)
+            with CountedSends() as sent:
+                for version in range(1, job["updates"] + 1):
                     disturb(model, version)
-                engine.update_weights(str(version))
-                gaps.append(gap(model, engine))
-                if dist.get_rank() == 0:
-                    checksums.append(engine.engine.checksums())
-        if dist.get_rank() == 0:
-            (folder / "seen.json").write_text(json.dumps({"gaps": gaps, "checksums": checksums}))
+                    sent.clear()
+                    with LiveBytes(shard.tensor for shard in shards(model)) as live:
+                        sync.push(str(version))
+                    seen["live"] = AllRanks().gather(live.most)
+                    seen["sent"] = AllRanks().gather(dict(sent))
+                    seen["gaps"].append(gap(model, engine, len(endpoints)))
+                    seen["checksums"].append(engine.checksums() if engine else None)
+        if job["refused"]:
+            seen["refused"] = AllRanks().gather(refused(model, shape, leads))
+        if rank == 0:
+            (folder / "seen.json").write_text(json.dumps(seen))
+
+
+def refused(model: Any, shape: Any, leads: bool) -> str:
+    """What this rank is told when nobody receives."""
+    from attached import BUCKET
+
+    from megatron_r1.errors import NoRolloutCapacity
+    from megatron_r1.rollout.outgoing import Outgoing
+    from megatron_r1.rollout.sglang.client import Endpoint
+    from megatron_r1.rollout.sglang.sender import Sender
+    from megatron_r1.rollout.sync import StageSync
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = [Endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}", "", "")]
+        with Sender(nobody, f"refused-{dist.get_rank()}", timeout_s=3.0) if leads else nullcontext() as sender:
+            try:
+                StageSync(None, sender, model, Outgoing(shape), BUCKET).push("refused")
+            except NoRolloutCapacity as error:
+                return str(error)
+    return ""
+
+
+class CountedSends:
+    """Counts the bytes of every send that gathers weights, by receiver, and of every broadcast to servers."""
+
+    def __enter__(self) -> Counter[str]:
+        from megatron_r1.hf import gather
+
+        counts: Counter[str] = Counter()
+        self._gather, self._send, self._broadcast = gather, gather.dist, dist.ProcessGroup.broadcast
+
+        class Counting:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(dist, name)
+
+            def send(self, tensor: torch.Tensor, to: int) -> None:
+                counts[f"to {to}"] += tensor.nbytes
+                dist.send(tensor, to)
+
+        def broadcast(group: dist.ProcessGroup, what: Any, *others: Any) -> Any:
+            if isinstance(what, torch.Tensor):  # torch's own calls give a list
+                counts["buckets"] += 1
+                counts["broadcast"] += what.nbytes
+                counts["receivers"] = group.size() - 1
+            return self._broadcast(group, what, *others)
+
+        gather.dist, dist.ProcessGroup.broadcast = Counting(), broadcast
+        return counts
+
+    def __exit__(self, *_: object) -> None:
+        self._gather.dist, dist.ProcessGroup.broadcast = self._send, self._broadcast
 
 
 def disturb(model: Any, version: int) -> None:
@@ -59,8 +130,8 @@ def disturb(model: Any, version: int) -> None:
         shard.tensor.add_(noise * (0.05 if shard.name.endswith("expert_bias") else 0.02))
 
 
-def gap(model: Any, engine: Any) -> float:
-    """Largest difference between the engine's log-probs of its answers and the trainer's, over all ranks' layout."""
+def gap(model: Any, engine: Any, servers: int) -> float:
+    """Largest difference between every server's log-probs of its answers and the trainer's, over all ranks' layout."""
     from megatron_r1.parallel import comm
     from megatron_r1.parallel.mesh import tensor_parallel_group
     from megatron_r1.rl.policy import Policy
@@ -70,9 +141,10 @@ def gap(model: Any, engine: Any) -> float:
     generator = torch.Generator().manual_seed(5)
     prompts = [tuple(torch.randint(5, 512, (n,), generator=generator).tolist()) for n in (4, 9, 17, 30)]
     completions = None
-    if dist.get_rank() == 0:
+    if engine:
         requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts)]
-        completions = engine.engine.generate(requests, Sampling(1.0, 1.0, 16, (), 0))
+        completions = engine.generate(requests, Sampling(1.0, 1.0, 16, (), 0))
+        assert len(completions) == servers * len(prompts)
     samples = [
         Sample("p", 0, c.prompt_tokens, c.response_tokens, c.logprobs, c.weight_version, "length", "", 0.0, {})
         for c in comm.broadcast(completions)

@@ -1,5 +1,6 @@
 """Weights over a process group into two real servers: the same as from disk, in every way of cutting, and failures."""
 
+import asyncio
 import os
 import signal
 import time
@@ -12,11 +13,16 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import DataError, NoRolloutCapacity
-from megatron_r1.hf.export import hf_tensors
 from megatron_r1.model.build import native_tensors
+from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.sglang.buckets import Outbound
+from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.fused import Units
+from megatron_r1.rollout.sglang.pause import FINISH, PAUSES
 from megatron_r1.rollout.sglang.sender import Sender
+from megatron_r1.rollout.sglang.turns import Alone
 from megatron_r1.rollout.sync import DiskSync, GroupSync
 
 pytestmark = [pytest.mark.sglang]
@@ -47,7 +53,7 @@ def disk(model, tmp_path_factory):
 def engine(disk, tmp_path_factory):
     config = SGLangConfig(servers=2, max_running_requests=16, max_total_tokens=4096, request_timeout_s=TIMEOUT_S)
     logs = tmp_path_factory.mktemp("logs")
-    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=64) as engine:
+    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=256) as engine:
         disk.engine = engine
         yield engine
 
@@ -71,12 +77,22 @@ def change(model):
     return change
 
 
-def weights(model) -> list[tuple[str, torch.Tensor]]:
-    return list(hf_tensors(native_tensors(model), SHAPE, include_mtp=False))
+def weights(model) -> list[Outbound]:
+    return list(Outgoing(SHAPE).tensors(native_tensors(model), complete=True))
 
 
-def group_sync(engine, sender, model, bucket_bytes=64 * MIB) -> GroupSync:
-    return GroupSync(engine, sender, lambda: native_tensors(model), SHAPE, bucket_bytes)
+def whole(tensors: list[Outbound]) -> list[list[Outbound]]:
+    """What belongs together, together."""
+    return list(Units(one.name for one in tensors).of(tensors))
+
+
+def apart(tensors: list[Outbound]) -> list[list[Outbound]]:
+    return [[one] for one in tensors]
+
+
+def group_sync(engine, sender, model, bucket_bytes=64 * MIB, pause=FINISH, include_mtp=False) -> GroupSync:
+    outgoing = Outgoing(SHAPE, include_mtp)
+    return GroupSync(engine, sender, lambda: native_tensors(model), outgoing, bucket_bytes, pause)
 
 
 def answers(engine) -> set[str]:
@@ -97,13 +113,67 @@ def test_group_and_disk_bring_the_same_weights(engine, sender, disk, model, chan
     assert answers(engine) == {"disk"}
 
 
+def test_joined_weights_that_come_apart_are_lost_by_the_server(engine, sender, model, change):
+    """What fused.py says of SGLang: half of a pair is dropped in silence, other joined weights find their places."""
+    before = engine.checksums()
+    change()
+    with engine.receiving("apart"):
+        sender.send(apart(weights(model)), 1, version="apart")
+    by_halves = engine.checksums()
+    group_sync(engine, sender, model, 1).push("together")
+    by_pairs = engine.checksums()
+    stale = {name for name in by_pairs if by_halves[name] != by_pairs[name]}
+    assert stale == {name for name in by_pairs if "fused_qkv_a_proj_with_mqa" in name}
+    assert len(stale) == SHAPE.num_layers and all(by_halves[name] == before[name] for name in stale)
+    assert any("gate_up_proj" in name for name in by_pairs)
+
+
+def test_servers_without_drafts_let_multi_token_layers_pass(engine, sender, model, change):
+    change()
+    group_sync(engine, sender, model).push("without")
+    without = engine.checksums()
+    change()
+    group_sync(engine, sender, model, 100_000, include_mtp=True).push("with")
+    with_mtp = engine.checksums()
+    assert with_mtp.keys() == without.keys() and all(with_mtp[name] != without[name] for name in without)
+    group_sync(engine, sender, model).push("without")
+    assert engine.checksums() == with_mtp
+
+
+@pytest.mark.parametrize("name", sorted(PAUSES))
+def test_answers_under_way_when_weights_change(engine, sender, model, change, name):
+    """A long answer at each server, asked for past the engine, which itself lets its answers finish first."""
+    change()
+    group_sync(engine, sender, model).push("old")
+    tokens = 200
+    body = {"input_ids": [7, 8, 9], "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
+    clients = [Client.at(endpoint, TIMEOUT_S) for endpoint in engine.endpoints]
+
+    async def meanwhile() -> list[dict]:
+        answers = [asyncio.ensure_future(client._call("/generate", body, attempts=1)) for client in clients]
+        await asyncio.sleep(0.15)
+        push = group_sync(engine, sender, model, pause=PAUSES[name]).push
+        await asyncio.to_thread(push, f"new-{name}")
+        return [(await answer)["meta_info"] for answer in answers]
+
+    for seen in asyncio.run(meanwhile()):
+        versions = [span["version"] for span in seen["weight_versions"]]
+        if name == "finish":
+            assert versions == ["old"] and seen["completion_tokens"] == tokens
+        elif name == "abort":
+            assert seen["finish_reason"]["type"] == "abort" and seen["completion_tokens"] < tokens
+        else:
+            assert versions == ["old", f"new-{name}"] and seen["completion_tokens"] == tokens
+    assert answers(engine) == {f"new-{name}"}
+
+
 def test_two_senders_share_a_session(engine, sender, model, change):
     change()
     everything = weights(model)
-    cut = next(place for place, (name, _) in enumerate(everything) if name.startswith("model.layers.1."))
+    cut = next(place for place, one in enumerate(everything) if one.name.startswith("model.layers.1."))
     with Sender(engine.endpoints, "stage-1", timeout_s=TIMEOUT_S) as second, engine.receiving("two"):
-        assert sender.send(everything[:cut], 50_000, last=False) > 1
-        second.send(everything[cut:], 50_000, version="two")
+        assert sender.send(whole(everything[:cut]), 50_000, version="two", turns=Alone(ends_session=False)) > 1
+        second.send(whole(everything[cut:]), 50_000, version="two")
     assert engine.version == "two"
     assert answers(engine) == {"two"}
     by_two = engine.checksums()
@@ -113,7 +183,7 @@ def test_two_senders_share_a_session(engine, sender, model, change):
 
 def test_a_session_without_a_stamp_is_refused(engine, sender, model):
     with pytest.raises(NoRolloutCapacity, match="after an update to 'unstamped'"), engine.receiving("unstamped"):
-        sender.send(weights(model), MIB)
+        sender.send(whole(weights(model)), MIB, version="unstamped", turns=Alone(ends_session=False))
     assert engine.version != "unstamped"
     group_sync(engine, sender, model).push("stamped")
     assert answers(engine) == {"stamped"}
@@ -121,10 +191,12 @@ def test_a_session_without_a_stamp_is_refused(engine, sender, model):
 
 def test_wrong_shape_is_told_in_time_and_mended_by_the_next_update(engine, sender, model):
     version, began = engine.version, time.monotonic()
-    wrong = [(name, tensor[:-1] if name == "lm_head.weight" else tensor) for name, tensor in weights(model)]
+    wrong = [
+        Outbound(one.name, one.tensor[:-1] if one.name == "lm_head.weight" else one.tensor) for one in weights(model)
+    ]
     told = r"sender trainer, bucket \d+ \(.*lm_head"
     with pytest.raises(NoRolloutCapacity, match=told) as error, engine.receiving("wrong"):
-        sender.send(wrong, 100_000, version="wrong")
+        sender.send(whole(wrong), 100_000, version="wrong")
     assert "\n" not in str(error.value)
     assert engine.endpoints[0].url in str(error.value) or engine.endpoints[1].url in str(error.value)
     assert time.monotonic() - began < 20
@@ -138,7 +210,7 @@ def test_wrong_shape_is_told_in_time_and_mended_by_the_next_update(engine, sende
 def test_weights_of_another_model_are_refused_and_mended(engine, sender, disk, model):
     some = list(native_tensors(model))[1:]
     with pytest.raises(DataError, match="missing"):
-        GroupSync(engine, sender, lambda: some, SHAPE, MIB).push("incomplete")
+        GroupSync(engine, sender, lambda: some, Outgoing(SHAPE), MIB).push("incomplete")
     with pytest.raises(NoRolloutCapacity, match="incomplete"):
         engine.generate(ASKED, SAMPLING)
     disk.push("from-disk")
@@ -150,7 +222,7 @@ def test_a_server_that_does_not_join_the_broadcast_ends_it(engine, model):
     began = time.monotonic()
     early = Sender(engine.endpoints, "early", timeout_s=TIMEOUT_S)
     with pytest.raises(NoRolloutCapacity, match="must run between"), early:
-        early.send(weights(model), MIB, version="early")
+        early.send(whole(weights(model)), MIB, version="early")
     assert time.monotonic() - began < 20
 
 
@@ -173,10 +245,10 @@ def test_a_server_killed_in_the_middle_is_named_in_time_and_back_with_the_next_u
     began, version = time.monotonic(), engine.version
 
     def interrupted():
-        for number, pair in enumerate(weights(model)):
+        for number, unit in enumerate(whole(weights(model))):
             if number == 20:
                 os.killpg(engine.servers[1].process.pid, signal.SIGKILL)
-            yield pair
+            yield unit
 
     with pytest.raises(NoRolloutCapacity, match="ended with status -9"), engine.receiving("killed"):
         sender.send(interrupted(), 1, version="killed")

@@ -1,9 +1,14 @@
-"""Weights on their way to a server: many tensors end to end in one stretch of bytes."""
+"""Weights on their way to a server: many tensors end to end in one stretch of bytes.
+
+How tensors are divided among buckets depends on names, types and shapes alone, and is decided in `Contents` and
+`filled`: for tensors that are sent, and for a plan of what would be.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -11,101 +16,141 @@ from torch import Tensor
 
 from megatron_r1.errors import DataError
 
-NamedTensor = tuple[str, Tensor]
 
-LATENT_DOWN = re.compile(r"(.*\.self_attn\.)(q_a_proj|q_proj|kv_a_proj_with_mqa)\.weight")
-"""SGLang fuses the two down-projections of a layer, of query and of keys and values, when both come in one load."""
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is known of a tensor before it is there."""
 
-
-class Bucket:
-    """Tensors end to end in one buffer, each at a multiple of its element size.
-
-    Args:
-        capacity: bytes that the bucket holds; tensors that need more get it for themselves, with a larger buffer.
-        device: where the buffer lies.
-    """
-
-    def __init__(self, capacity: int, device: str):
-        self._capacity = capacity
-        self._buffer = torch.empty(capacity, dtype=torch.uint8, device=device)
-        self._used = 0
-        self.names: list[str] = []
-        self._tensors: list[tuple[str, list[int]]] = []
+    name: str
+    """In Hugging Face."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
     @property
-    def content(self) -> Tensor:
-        """Shape (bytes used,), uint8."""
-        return self._buffer[: self._used]
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """A tensor under its Hugging Face name."""
+
+    name: str
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+
+class Contents[AnyItem: (Item, Outbound)]:
+    """What a bucket holds: tensors without gaps, each at a multiple of its element size.
+
+    Args:
+        capacity: bytes that the bucket holds; a unit that needs more gets a bucket for itself.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity, self.nbytes = capacity, 0
+        self.items: list[Item] = []
 
     def description(self) -> dict[str, Any]:
         """Names, types and shapes as SGLang reads them."""
         return {
-            "names": self.names,
-            "dtypes": [dtype for dtype, _ in self._tensors],
-            "shapes": [shape for _, shape in self._tensors],
+            "names": [item.name for item in self.items],
+            "dtypes": [str(item.dtype).removeprefix("torch.") for item in self.items],
+            "shapes": [list(item.shape) for item in self.items],
         }
 
-    def fits(self, tensors: list[NamedTensor]) -> bool:
-        """Whether the tensors go in behind what is there; SGLang knows no gaps between tensors."""
-        size = sum(tensor.nbytes for _, tensor in tensors)
-        aligned = all(self._used % tensor.element_size() == 0 for _, tensor in tensors)
-        return aligned and self._used + size <= self._capacity
+    def fits(self, unit: Sequence[AnyItem]) -> bool:
+        """Whether the unit goes in behind what is there; SGLang knows no gaps between tensors."""
+        end = self.nbytes
+        for item in unit:
+            if end % item.dtype.itemsize:
+                return False
+            end += item.nbytes
+        return end <= self.capacity
 
-    def add(self, tensors: list[NamedTensor]) -> None:
-        """Copy tensors in; an empty bucket takes them whatever their size."""
-        size = sum(tensor.nbytes for _, tensor in tensors)
-        if self._used + size > self._buffer.numel():
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=self._buffer.device)
-        for name, tensor in tensors:
-            place = self._buffer[self._used : self._used + tensor.nbytes]
-            place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
-            self._used += tensor.nbytes
-            self.names.append(name)
-            self._tensors.append((str(tensor.dtype).removeprefix("torch."), list(tensor.shape)))
+    def add(self, unit: Sequence[AnyItem]) -> None:
+        """Take a unit in; an empty bucket takes one whatever its size."""
+        for item in unit:
+            self.items.append(Item(item.name, item.dtype, item.shape))
+            self.nbytes += item.nbytes
 
     def clear(self) -> None:
-        self._used = 0
-        self.names, self._tensors = [], []
+        """Hold nothing any more."""
+        self.items, self.nbytes = [], 0
 
 
-def buckets(tensors: Iterable[NamedTensor], capacity: int, device: str) -> Iterator[tuple[Bucket, bool]]:
+class Bucket(Contents[Outbound]):
+    """A bucket that holds the tensors themselves.
+
+    Args:
+        capacity: see `Contents`.
+        device: where the buffer lies.
+    """
+
+    def __init__(self, capacity: int, device: str):
+        super().__init__(capacity)
+        self._device = device
+        self._buffer = self._empty(capacity)
+
+    @property
+    def content(self) -> Tensor:
+        """Shape (bytes used,), uint8."""
+        return self._buffer[: self.nbytes]
+
+    def add(self, unit: Sequence[Outbound]) -> None:
+        """Copy a unit in; one that is larger than the bucket takes another buffer, for itself."""
+        size, place = sum(item.nbytes for item in unit), self.nbytes
+        if place + size > self._buffer.numel():
+            del self._buffer
+            self._buffer = self._empty(size)
+        super().add(unit)
+        for item in unit:
+            target = self._buffer[place : place + item.nbytes]
+            target.view(item.dtype).view(item.shape).copy_(item.tensor.detach())
+            place += item.nbytes
+
+    def clear(self) -> None:
+        super().clear()
+        if self._buffer.numel() > self.capacity:
+            del self._buffer
+            self._buffer = self._empty(self.capacity)
+
+    def _empty(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+
+def filled[Filled: Contents](bucket: Filled, units: Iterable[Sequence[Any]]) -> Iterator[tuple[Filled, bool]]:
     """Fill a bucket again and again; each time with whether it is the last.
 
-    The same bucket is filled anew when the next one is asked for. One tensor (or pair, see `together`) is held beside
-    it; one that is larger than `capacity` makes a bucket of its own.
+    The same bucket is filled anew when the next one is asked for, and one unit is held beside it. A unit's tensors go
+    in by falling element size, so that small elements do not leave larger ones between their multiples.
 
     Raises:
-        DataError: there are no tensors, or half of a pair.
+        DataError: there are no tensors.
     """
-    bucket = Bucket(capacity, device)
-    for unit in together(tensors):
-        if bucket.names and not bucket.fits(unit):
+    for unit in units:
+        unit = sorted(unit, key=lambda item: -item.dtype.itemsize)
+        if bucket.items and not bucket.fits(unit):
             yield bucket, False
             bucket.clear()
         bucket.add(unit)
-    if not bucket.names:
+        del unit
+    if not bucket.items:
         raise DataError("no weights to send")
     yield bucket, True
 
 
-def together(tensors: Iterable[NamedTensor]) -> Iterator[list[NamedTensor]]:
-    """The tensors one by one, but a layer's two down-projections as a pair, when the second of them comes.
-
-    Where a layer projects its query directly, nothing is fused: the query shows that its partner may come alone.
-    """
-    waiting: dict[str, NamedTensor] = {}
-    direct: set[str] = set()
-    for name, tensor in tensors:
-        match = LATENT_DOWN.fullmatch(name)
-        if not match:
-            yield [(name, tensor)]
-        elif (layer := match[1]) in waiting:
-            yield [waiting.pop(layer), (name, tensor)]
-        elif match[2] == "q_proj" or layer in direct:
-            direct.add(layer)
-            yield [(name, tensor)]
-        else:
-            waiting[layer] = (name, tensor)
-    if waiting:
-        (name, _), *_ = waiting.values()
-        raise DataError(f"{name}: the projection that is loaded together with it did not come")
+def planned(units: Iterable[Sequence[Item]], capacity: int) -> list[list[Item]]:
+    """What the buckets will hold, for tensors of which only names, types and shapes are known."""
+    return [bucket.items for bucket, _ in filled(Contents[Item](capacity), units)]

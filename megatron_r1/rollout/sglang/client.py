@@ -156,6 +156,14 @@ class Client:
         """Close the session: the weights are made ready for use."""
         await self._control("/end_weight_update", {})
 
+    async def pause(self, mode: str) -> None:
+        """Stop generating; what becomes of answers under way see pause.py."""
+        await self._call("/pause_generation", {"mode": mode}, admin=True)
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        await self._call("/continue_generation", {"torch_empty_cache": False}, admin=True)
+
     async def join_group(self, name: str, backend: str, address: str, port: int, rank: int, world_size: int) -> None:
         """Have the server's ranks join a process group of which this program is rank 0; the first of them is `rank`."""
         body = {

@@ -16,6 +16,8 @@ from megatron_r1.errors import PlatformError
 
 GROUP, NAME = "sglang.srt.plugins", "megatron_r1_cpu"
 MARK = "SGLANG_USE_CPU_ENGINE"
+RETAINED = 1 << 30
+"""Bytes of freed memory that a server keeps rather than give back to the system."""
 
 
 def environment(tensor_parallel: int) -> dict[str, str]:
@@ -31,6 +33,10 @@ def environment(tensor_parallel: int) -> dict[str, str]:
         "SGLANG_PLUGINS": NAME,
         "OMP_NUM_THREADS": "1",  # more threads on shared cores cost more than they give
         "TORCHDYNAMO_DISABLE": "1",  # otherwise the first batch waits half a minute for a compiler
+        # A bucket of weights is received into memory of the same size again and again. By default glibc gives so much
+        # back to the system each time, which then zeroes every page anew: longer than the bucket travels.
+        "MALLOC_MMAP_THRESHOLD_": str(RETAINED),
+        "MALLOC_TRIM_THRESHOLD_": str(RETAINED),
     }
     if not importlib.util.find_spec("sgl_kernel"):
         variables["PYTHONPATH"] = str(Path(__file__).parent / "stubs")
@@ -53,6 +59,7 @@ def register() -> None:
         _plain_host_memory()
         _batched_attention()
         _forked_processes()
+        _loading_in_one_thread()
     except Exception as error:
         raise SystemExit(f"megatron_r1's CPU plugin does not fit this SGLang: {error!r}") from error
 
@@ -134,3 +141,14 @@ def _forked_processes() -> None:
         multiprocessing.set_start_method("fork", force=True)
 
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", fork, HookType.AFTER)
+
+
+def _loading_in_one_thread() -> None:
+    """DeepSeek's loader gives every tensor in host memory to a pool of threads, so that copies to a device overlap.
+
+    Where the host is the device they only wait for each other's interpreter lock, and for being started.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    loader = "sglang.srt.models.deepseek_common.deepseek_weight_loader"
+    HookRegistry.register(f"{loader}.should_async_load", lambda *_, **__: False, HookType.AROUND)

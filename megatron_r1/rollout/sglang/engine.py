@@ -24,6 +24,7 @@ from megatron_r1.rollout.sglang import addresses
 from megatron_r1.rollout.sglang.background import Background
 from megatron_r1.rollout.sglang.client import BadReply, Client, Endpoint, new_session
 from megatron_r1.rollout.sglang.member import Member
+from megatron_r1.rollout.sglang.pause import FINISH, Pause
 from megatron_r1.rollout.sglang.pool import Pool
 from megatron_r1.rollout.sglang.router import Router
 from megatron_r1.rollout.sglang.server import Server, new_endpoints
@@ -140,8 +141,8 @@ class SGLangEngine:
             self._background.run(self._update(Path(folder), version))
 
     @contextmanager
-    def receiving(self, version: str) -> Iterator[None]:
-        """The session in which senders send new weights to `endpoints`, one after the other.
+    def receiving(self, version: str, pause: Pause = FINISH) -> Iterator[None]:
+        """The session in which senders send new weights to `endpoints`, in turns; servers are paused as `pause` says.
 
         At the end of the block every server must say that it serves `version`, so the last sender stamps it. When the
         block or a server fails, some weights may be new and others old: `version` stays what it was and `generate`
@@ -150,6 +151,8 @@ class SGLangEngine:
         with self._in_use:
             self._background.run(self._begin(version))
             try:
+                if pause.mode:
+                    self._background.run(self._all([client.pause(pause.mode) for client in self._clients]))
                 self._background.run(self._all([client.begin_update() for client in self._clients]))
                 yield
                 self._background.run(self._finish(version))
@@ -159,6 +162,8 @@ class SGLangEngine:
                     self.check()
                 raise
             finally:
+                if pause.mode:
+                    self._background.run(self._resume())
                 self._background.run(self._end())
 
     def checksums(self) -> dict[str, str]:
@@ -328,6 +333,11 @@ class SGLangEngine:
     async def _close_sessions(self) -> None:
         """Close sessions that a failed update left open. A server that cannot will say so at the next update."""
         calls = [Client.at(endpoint, CLOSE_SESSION_S).end_update() for endpoint in self.endpoints]
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _resume(self) -> None:
+        """Let paused servers go on, also after an update that failed: others may wait for their answers."""
+        calls = [Client.at(endpoint, CLOSE_SESSION_S).resume() for endpoint in self.endpoints]
         await asyncio.gather(*calls, return_exceptions=True)
 
     async def _all(self, calls: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:

@@ -1,6 +1,6 @@
 """Sends weights to SGLang servers over a process group of its own: rank 0 sends, the servers' ranks receive.
 
-Several senders, in one process or in several, may serve the same servers one after the other: whoever owns the engine
+Several senders, in one process or in several, may serve the same servers in turns (turns.py): whoever owns the engine
 opens the session (`SGLangEngine.receiving`) and each sender sends its part. The group is made at the first send, used
 for all later ones, and made anew after a failure.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sglang.buckets import Bucket, NamedTensor, buckets
+from megatron_r1.rollout.sglang.address_file import address_towards
+from megatron_r1.rollout.sglang.buckets import Bucket, Outbound, filled
 from megatron_r1.rollout.sglang.client import Client, Endpoint
+from megatron_r1.rollout.sglang.turns import Alone, Turns
 
-HOST = "127.0.0.1"
-POLL_S = 0.05
+POLL_S = 0.001
 LAST_WORDS_S = 2.0
 """Seconds that a server may take to say why it left a broadcast."""
 FAREWELL_S = 10.0
@@ -47,7 +49,7 @@ class Sender:
         tensor_parallel: ranks of one server.
         backend: ``gloo`` (any devices) or ``nccl`` (sender and servers on GPUs of their own).
         timeout_s: seconds that the group may take to form, and one bucket to arrive and be loaded.
-        host: address of this machine at which the servers find the sender.
+        host: address of this machine at which the servers find the sender; by default the one that leads to them.
     """
 
     def __init__(
@@ -57,52 +59,76 @@ class Sender:
         tensor_parallel: int = 1,
         backend: str = "gloo",
         timeout_s: float = 300.0,
-        host: str = HOST,
+        host: str | None = None,
     ):
         self.name, self.backend = name, backend
         self._clients = [Client.at(endpoint, timeout_s) for endpoint in endpoints]
         self._last_clients = [Client.at(endpoint, FAREWELL_S) for endpoint in endpoints]
-        self._tensor_parallel, self._host = tensor_parallel, host
+        self._tensor_parallel, self._host = tensor_parallel, host or address_towards(endpoints[0].url)
         self._timeout = timedelta(seconds=timeout_s)
         self._group: _Group | None = None
         self._work: dist.Work | None = None
+        self._replies: Future[list[Any]] | None = None
+        self._label = ""
+        self._bucket: Bucket | None = None
         self._groups_made = 0
         self._threads = ThreadPoolExecutor(2, thread_name_prefix=f"send-{name}")
 
     def send(
-        self, tensors: Iterable[NamedTensor], bucket_bytes: int, *, last: bool = True, version: str | None = None
+        self,
+        units: Iterable[Sequence[Outbound]],
+        bucket_bytes: int,
+        *,
+        version: str,
+        turns: Turns | None = None,
+        flush_cache: bool = True,
     ) -> int:
         """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
 
-        Beside the tensors themselves one bucket of memory is held, here and in each server.
+        Beside the tensors themselves one bucket of memory is held: here as long as the sender lives, and in each server
+        while it receives. It is filled anew as soon as it has been broadcast, while the servers still load, where
+        nobody else waits for them.
 
         Args:
-            tensors: read one at a time; each is copied before the next is asked for.
-            bucket_bytes: most bytes of one bucket; a tensor that is larger makes one of its own.
-            last: this is the last sender of the session: with its last bucket the servers drop their cache.
-            version: what the last sender's last bucket stamps.
+            units: tensors that belong together (fused.py), read one unit at a time and copied before the next is asked
+                for.
+            bucket_bytes: most bytes of one bucket; a unit that is larger makes one of its own.
+            version: what the last bucket of all stamps.
+            turns: when this sender may send; None has the servers to itself.
+            flush_cache: with the last bucket of all the servers drop what they have cached of the old weights.
 
         Raises:
-            NoRolloutCapacity: a server did not take a bucket; the group is gone, and the next send makes a new one.
-            DataError: half of a pair that belongs together is missing, or there are no tensors.
+            NoRolloutCapacity: a server did not take a bucket, or another sender has failed; the group is gone, and the
+                next send makes a new one.
+            DataError: there are no tensors.
         """
-        if self._group is None:
-            self._form()
+        turns = turns or Alone()
         sent = 0
-        for bucket, is_last in buckets(tensors, bucket_bytes, "cuda" if self.backend == "nccl" else "cpu"):
-            sent += 1
-            ends = last and is_last
-            try:
-                self._broadcast(bucket, ends, version if ends else None)
-            except (NoRolloutCapacity, RuntimeError) as error:
-                held = f"{bucket.names[0]} .. {bucket.names[-1]}"
-                reason = str(error).splitlines()[0][:300]
-                raise NoRolloutCapacity(f"sender {self.name}, bucket {sent} ({held}): {reason}") from error
+        try:
+            for bucket, last in filled(self._empty_bucket(bucket_bytes), units):
+                self._settle()
+                if not turns.take(sent):
+                    raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
+                if self._group is None:
+                    self._form()
+                ends = turns.ends(sent, last)
+                sent += 1
+                held = f"{bucket.items[0].name} .. {bucket.items[-1].name}"
+                self._label = f"sender {self.name}, bucket {sent} ({held})"
+                self._broadcast(bucket, flush_cache and ends, version if ends else None)
+                if not turns.alone:
+                    self._settle()
+                    turns.give(sent - 1, True)
+            self._settle()
+        except BaseException:
+            self.leave()
+            raise
         return sent
 
     def close(self) -> None:
         """Leave the group on both sides; may be called twice."""
         self.leave()
+        self._bucket = None
         self._threads.shutdown()
 
     def __enter__(self) -> Self:
@@ -110,6 +136,14 @@ class Sender:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
+
+    def _empty_bucket(self, capacity: int) -> Bucket:
+        """The bucket of the last send, whose memory has been touched before: new memory fills at half the speed."""
+        if self._bucket is None or self._bucket.capacity != capacity:
+            self._bucket = None
+            self._bucket = Bucket(capacity, "cuda" if self.backend == "nccl" else "cpu")
+        self._bucket.clear()
+        return self._bucket
 
     def _form(self) -> None:
         """Make the group as SGLang makes its end of it: the same helper, the same store prefix."""
@@ -135,30 +169,42 @@ class Sender:
             raise NoRolloutCapacity(f"sender {self.name}: the servers did not join its group: {reason}") from error
         self._group = _Group(name, process_group, store)
         del process_group  # see `leave`
-        try:
-            posts.result()
-        except BaseException:
-            self.leave()
-            raise
+        posts.result()
 
     def _broadcast(self, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
+        """Send a bucket's bytes; returns when they have left, with the servers' replies to come (`_settle`)."""
         assert self._group is not None
         name, description = self._group.name, bucket.description()
-        posts = self._post(client.receive(name, description, flush_cache, version) for client in self._clients)
+        calls = [client.receive(name, description, flush_cache, version) for client in self._clients]
+        self._replies = self._post(calls)
         try:
             self._work = self._group.process_group.broadcast(bucket.content, 0)
-            while not posts.done():
-                wait([posts], timeout=POLL_S)
-                if self._work.is_completed() and self._work.exception() is not None:
-                    wait([posts], timeout=LAST_WORDS_S)
-                    break
-            if posts.done():
-                posts.result()
+            while not self._work.is_completed():
+                if self._replies.done():
+                    self._replies.result()
+                    time.sleep(POLL_S)
+                wait([self._replies], timeout=POLL_S)
+            if self._work.exception() is not None:
+                wait([self._replies], timeout=LAST_WORDS_S)
+                if self._replies.done():
+                    self._replies.result()
             self._work.wait()
             self._work = None
-        except BaseException:
-            self.leave()
-            raise
+        except (NoRolloutCapacity, RuntimeError) as error:
+            raise self._failure(error) from error
+
+    def _settle(self) -> None:
+        """Wait until the servers have loaded what was broadcast last."""
+        if (replies := self._replies) is None:
+            return
+        try:
+            replies.result()
+        except NoRolloutCapacity as error:
+            raise self._failure(error) from error
+        self._replies = None
+
+    def _failure(self, error: Exception) -> NoRolloutCapacity:
+        return NoRolloutCapacity(f"{self._label}: {str(error).splitlines()[0][:300]}")
 
     def leave(self) -> None:
         """Leave the group, which may be stuck in a broadcast; the next send makes a new one.
@@ -168,7 +214,7 @@ class Sender:
         held by this object alone, not by frames that a traceback keeps.
         """
         group, self._group = self._group, None
-        work, self._work = self._work, None
+        work, self._work, self._replies = self._work, None, None
         if group is None:
             return
         posts = self._post((client.leave_group(group.name) for client in self._last_clients), tolerant=True)

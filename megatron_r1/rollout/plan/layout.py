@@ -1,0 +1,108 @@
+"""Which rank of a layout holds which part of which weight, from the degrees of parallelism alone.
+
+A running trainer asks megatron-core's metadata (model/shards.py) and never this file. The rules below say the same of
+layouts that are not running; the tests hold the two against each other, part by part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.hf.gather import Directory, Part
+from megatron_r1.hf.names import rows
+from megatron_r1.hf.row import Row, Shape
+from megatron_r1.model.spec import DTYPES
+
+ROWS = re.compile(
+    r"(word_embeddings|output_layer|linear_q_proj|linear_q_up_proj|linear_kv_up_proj|linear_qkv|linear_fc1|eh_proj)"
+    r"\.(weight|bias)\d*$"
+)
+"""Weights whose rows (outputs) tensor-parallel ranks share; of a gated feed-forward those of gate and up each."""
+COLUMNS = re.compile(r"(linear_proj|linear_fc2)\.weight\d*$")
+"""Weights whose columns (inputs) they share. Every other weight is whole on each of them."""
+EXPERT = re.compile(r"\.mlp\.experts\.linear_fc[12]\.weight(\d+)$")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+def predicted(model: ModelConfig, parallel: ParallelConfig, ranks: int) -> tuple[Directory, list[int]]:
+    """What megatron-core's metadata will say: the parts of every weight by owner, and each rank's pipeline stage.
+
+    Raises:
+        ConfigError: layers or experts cannot be shared out evenly.
+    """
+    stages = _Stages(model, parallel)
+    a_stage = ranks // parallel.pipeline
+    everything: Directory = {}
+    for row in sorted(rows(model), key=lambda row: row.native):
+        first = stages.of(row.native) * a_stage
+        dtype = torch.float32 if row.float32 else DTYPES[model.precision]
+        parts = [Part(first + rank, place, _extent(place), dtype) for rank, place in _places(row, model, parallel)]
+        everything[row.native] = row.native_shape, parts
+    return everything, [rank // a_stage for rank in range(ranks)]
+
+
+def tensor_split(native: str) -> int | None:
+    """The dimension of a weight that tensor-parallel ranks share; None where each has it whole."""
+    return 0 if ROWS.search(native) else 1 if COLUMNS.search(native) else None
+
+
+def expert_number(native: str) -> int | None:
+    """Which routed expert a weight belongs to."""
+    match = EXPERT.search(native)
+    return int(match[1]) if match else None
+
+
+def _places(row: Row, model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """The parts of a weight: the rank, counted within its stage, that speaks for a part, and where the part lies."""
+    expert, split = expert_number(row.native), tensor_split(row.native)
+    shares = parallel.tensor if expert is None else parallel.expert_tensor
+    first = 0
+    if expert is not None:
+        each, rest = divmod(model.moe.num_experts, parallel.expert)
+        if rest:
+            raise ConfigError("parallel.expert", parallel.expert, f"must divide the {model.moe.num_experts} experts")
+        first = expert // each * shares
+    whole = tuple(slice(0, size) for size in row.native_shape)
+    if split is None:
+        yield first, whole
+        return
+    halves = 2 if "linear_fc1" in row.native else 1  # gate and up are shared out one by one
+    size = row.native_shape[split] // halves
+    if size % shares:
+        raise ConfigError("parallel.tensor", shares, f"must divide {size}, dimension {split} of {row.native}")
+    share = size // shares
+    for rank in range(shares):
+        for half in range(halves):
+            start = half * size + rank * share
+            yield first + rank, (*whole[:split], slice(start, start + share), *whole[split + 1 :])
+
+
+def _extent(place: tuple[slice, ...]) -> Shape:
+    return tuple(part.stop - part.start for part in place)
+
+
+class _Stages:
+    """Which pipeline rank holds a layer; where stages are interleaved, a rank holds several of them."""
+
+    def __init__(self, model: ModelConfig, parallel: ParallelConfig):
+        counts = parallel.pipeline_layers
+        if not counts:
+            each, rest = divmod(model.num_layers, parallel.stages)
+            if rest:
+                allowed = f"must divide the {model.num_layers} layers, or parallel.pipeline_layers must share them out"
+                raise ConfigError("parallel.pipeline", parallel.pipeline, allowed)
+            counts = [each] * parallel.stages
+        self._of_layer = [stage % parallel.pipeline for stage, count in enumerate(counts) for _ in range(count)]
+        self._last = parallel.pipeline - 1
+
+    def of(self, native: str) -> int:
+        match = _LAYER.match(native)
+        if match:
+            return self._of_layer[int(match[1])]
+        return 0 if native.startswith("embedding.") else self._last

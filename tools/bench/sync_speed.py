@@ -1,0 +1,179 @@
+"""A weight sync beside a raw broadcast of as many bytes: `tools/bench/sync_speed.py [--servers 1] [--rounds 7]`.
+
+Real SGLang servers on the CPU take a model's weights over gloo (GroupSync: pause, session, buckets, load, cache flush,
+version, confirmation), and as many plain processes take the same bytes in pieces of the same size into memory that is
+there already, and do nothing with them. The two take turns. Also told: where a sync's time goes, and how much this
+process's resident memory grows at most while it sends, in buckets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.rollout import SGLangConfig
+from megatron_r1.data.tokenizer import train_tokenizer
+from megatron_r1.parallel.mesh import process_groups
+from megatron_r1.platform import select
+from megatron_r1.rollout.outgoing import Outgoing
+from megatron_r1.rollout.sglang.buckets import planned
+from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.sender import Sender
+from megatron_r1.rollout.sync import DiskSync, GroupSync
+
+MIB = 1 << 20
+
+
+class TimedSender(Sender):
+    """A sender that knows where its time went."""
+
+    spent: dict[str, float]
+
+    def _broadcast(self, *given) -> None:
+        began = time.perf_counter()
+        super()._broadcast(*given)
+        self.spent["broadcasting"] += time.perf_counter() - began
+
+    def _settle(self) -> None:
+        began = time.perf_counter()
+        super()._settle()
+        self.spent["waiting for servers to load"] += time.perf_counter() - began
+
+    def send(self, *given, **options) -> int:
+        self.spent = {"broadcasting": 0.0, "waiting for servers to load": 0.0, "packing and the rest": 0.0}
+        began = time.perf_counter()
+        sent = super().send(*given, **options)
+        self.spent["packing and the rest"] = time.perf_counter() - began - sum(self.spent.values())
+        return sent
+
+
+def model_of(megabytes: int) -> ModelConfig:
+    """A DeepSeek model of about so many megabytes in fp32: mostly experts, in matrices of 6 MB (DeepSeek-V3: 29 MB)."""
+    return ModelConfig(
+        num_layers=4,
+        hidden_size=1024,
+        num_attention_heads=8,
+        ffn_hidden_size=2048,
+        vocab_size=4096,
+        attention=AttentionConfig(q_lora_rank=256, kv_lora_rank=128),
+        moe=MixtureConfig(num_experts=max(4, megabytes // 130 * 2), ffn_hidden_size=1536, num_groups=2),
+        mtp=MultiTokenConfig(num_layers=0),
+    )
+
+
+def raw_group(store_port: int, rank: int, size: int) -> Any:
+    store = dist.TCPStore("127.0.0.1", store_port, size, is_master=False)
+    return dist.ProcessGroupGloo(store, rank, size)
+
+
+def receive(port: int, rank: int, size: int, pieces: list[int], rounds: int) -> None:
+    """A plain process: receives the pieces again and again into one buffer."""
+    torch.set_num_threads(1)
+    group, buffer = raw_group(port, rank, size), torch.zeros(max(pieces), dtype=torch.uint8)
+    for _ in range(rounds):
+        group.barrier().wait()
+        for piece in pieces:
+            group.broadcast(buffer[:piece], 0).wait()
+        group.barrier().wait()
+
+
+def raw_seconds(group: dist.ProcessGroup, buffer: torch.Tensor, pieces: list[int]) -> float:
+    group.barrier().wait()
+    began = time.perf_counter()
+    for piece in pieces:
+        group.broadcast(buffer[:piece], 0).wait()
+    group.barrier().wait()
+    return time.perf_counter() - began
+
+
+def resident(key: str) -> int:
+    """Bytes of this process's memory: VmRSS, now, or VmHWM, the most since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(given: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
+    from megatron_r1.model.build import build_model, native_tensors
+
+    platform, shape = select("cpu"), model_of(given.megabytes)
+    stack.enter_context(process_groups(platform, ParallelConfig(), seed=0, threads=1))
+    model = build_model(shape, ParallelConfig(), platform, seed=0)
+    train_tokenizer(DataConfig(num_documents=2000)).save(folder / "tokenizer")
+    outgoing, bucket = Outgoing(shape), given.bucket_mb * MIB
+    natives = sorted(name for name, _ in native_tensors(model))
+    pieces = [sum(item.nbytes for item in items) for items in planned(outgoing.units(natives), bucket)]
+    size = sum(pieces)
+    with DiskSync(lambda: native_tensors(model), shape, folder / "tokenizer") as disk:
+        config = SGLangConfig(servers=given.servers, max_running_requests=16, max_total_tokens=4096)
+        engine = SGLangEngine(disk.write(), config, folder / "logs", "cpu", "float32", context_length=64)
+        stack.enter_context(engine)
+    sender = stack.enter_context(TimedSender(engine.endpoints, "bench"))
+    sync = GroupSync(engine, sender, lambda: native_tensors(model), outgoing, bucket)
+    ranks = 1 + given.servers
+    store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    for rank in range(1, ranks):
+        # Not more than the rounds below: a receiver ends by itself.
+        arguments = (store.port, rank, ranks, pieces, given.rounds + 1)
+        receiver = context.Process(target=receive, args=arguments, daemon=True)
+        receiver.start()
+        stack.callback(receiver.kill)
+    group, buffer = raw_group(store.port, 0, ranks), torch.ones(max(pieces), dtype=torch.uint8)
+    raw_seconds(group, buffer, pieces)
+    forget_peak()
+    before = resident("VmRSS")
+    sync.push("warm")
+    taken: dict[str, list[float]] = {"raw broadcast": [], "sync": []}
+    spent: dict[str, list[float]] = {}
+    for number in range(given.rounds):
+        taken["raw broadcast"].append(raw_seconds(group, buffer, pieces))
+        began = time.perf_counter()
+        sync.push(str(number))
+        taken["sync"].append(time.perf_counter() - began)
+        spent["session and confirmation"] = spent.get("session and confirmation", [])
+        spent["session and confirmation"].append(taken["sync"][-1] - sum(sender.spent.values()))
+        for part, seconds in sender.spent.items():
+            spent.setdefault(part, []).append(seconds)
+    grown = resident("VmHWM") - before
+    print(
+        f"{size / 1e6:.1f} MB in {len(pieces)} buckets of at most {max(pieces) / MIB:.0f} MiB, {given.servers} servers"
+    )
+    for name, found in taken.items():
+        ratios = [raw / mine for raw, mine in zip(taken["raw broadcast"], found, strict=True)]
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        speed = size / 1e9 / statistics.median(found)
+        print(f"{name:<14} {speed:5.2f} GB/s  {statistics.median(ratios):.2f} of the raw broadcast ({spread})")
+    for part, found in spent.items():
+        print(f"  {part:<28} {statistics.median(found):.3f} s ({min(found):.3f}-{max(found):.3f})")
+    print(f"memory grows by {grown / MIB:.1f} MiB, {grown / max(bucket, max(pieces)):.2f} buckets")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=400, help="of weights, about")
+    parser.add_argument("--bucket-mb", type=int, default=64, help="2^20 bytes sent at a time")
+    parser.add_argument("--servers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        measure(given, Path(folder), stack)
+
+
+if __name__ == "__main__":
+    main()
