@@ -137,7 +137,7 @@ class WholeTensors(Mapping[str, Tensor]):
         return len(self._parts[name])
 
     def part(self, name: str, whole_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The box of `shape` at `offset`, whoever wrote its numbers.
+        """The box of `shape` at `offset`, whoever wrote its numbers: for reading, as it may be the mapped file itself.
 
         Raises:
             DataError: no such tensor, another shape, or some of its numbers were never written, or twice.
