@@ -81,7 +81,6 @@ class Member:
             except asyncio.CancelledError:
                 if task.cancelled() and self.closed_because and not _is_cancelled():
                     raise Evicted(f"{self.name}: {self.closed_because}") from None
-                task.cancel()
                 raise
             finally:
                 self._calls.discard(task)
