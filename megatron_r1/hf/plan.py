@@ -47,9 +47,13 @@ class PlannedFile:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def hf_entries(row: Row, format: str) -> list[Entry]:
-    """The Hugging Face tensors of a row in one of FORMATS, a weight before its scales."""
-    dtype = torch.float32 if row.float32 else FORMATS[format]
+def hf_entries(row: Row, format: str, plain: torch.dtype | None = None) -> list[Entry]:
+    """The Hugging Face tensors of a row in one of FORMATS, a weight before its scales.
+
+    Args:
+        plain: type of what is not quantised, by default the format's.
+    """
+    dtype = torch.float32 if row.float32 else plain or FORMATS[format]
     if format != "fp8" or not row.quantised:
         return [Entry(name, dtype, shape) for name, shape in row.hf_shapes.items()]
     entries: list[Entry] = []

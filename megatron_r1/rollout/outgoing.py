@@ -6,17 +6,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
+from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
-from megatron_r1.hf.config import DTYPE_NAMES
 from megatron_r1.hf.export import hf_tensors
-from megatron_r1.hf.fp8_blocks import FP8, SCALE_SUFFIX, quantise_blocks, scale_shape
+from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, quantise_blocks
 from megatron_r1.hf.names import rows
+from megatron_r1.hf.plan import FORMATS, hf_entries
 from megatron_r1.hf.row import Row
-from megatron_r1.rollout.sglang.buckets import Item, Outbound
+from megatron_r1.rollout.sglang.buckets import Outbound
 from megatron_r1.rollout.sglang.fused import Units
 
 
@@ -45,19 +45,12 @@ class Outgoing:
         """The megatron-core tensors that are sent."""
         return list(self._rows)
 
-    def items(self, native: str) -> list[Item]:
+    def items(self, native: str) -> list[Entry]:
         """What becomes of a megatron-core tensor, in the order of `tensors`; empty when it is not sent."""
         if native not in self._rows:
             return []
-        row = self._rows[native]
-        dtype = torch.float32 if row.float32 else getattr(torch, DTYPE_NAMES[self.model.precision])
-        items = []
-        for name, shape in row.hf_shapes.items():
-            if name in self._quantised:
-                items += [Item(name + SCALE_SUFFIX, torch.float32, scale_shape(shape)), Item(name, FP8, shape)]
-            else:
-                items.append(Item(name, dtype, shape))
-        return items
+        precision = self.model.precision
+        return hf_entries(self._rows[native], "fp8" if self.fp8 else precision, FORMATS[precision])
 
     def tensors(self, natives: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[Outbound]:
         """Whole megatron-core tensors, one by one, as they are sent; they stay on their device.
@@ -77,12 +70,14 @@ class Outgoing:
                 except ValueError as error:
                     raise DataError(f"{name}: {error}") from None
                 assert scales_mn is not None
+                yield Outbound(name, tensor)
                 yield Outbound(name + SCALE_SUFFIX, scales_mn)
-                del scales_mn
+                del tensor, scales_mn
+                continue
             yield Outbound(name, tensor)
             del tensor  # not held while the next is put together
 
-    def units(self, natives: Iterable[str]) -> Iterator[list[Item]]:
+    def units(self, natives: Iterable[str]) -> Iterator[list[Entry]]:
         """What will be sent of these megatron-core tensors, put together as it belongs together."""
         items = [item for native in natives for item in self.items(native)]
         return Units(item.name for item in items).of(items)

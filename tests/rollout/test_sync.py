@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import model_of
 
+from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.hf.names import expected_shapes, native_shapes
 from megatron_r1.rollout.outgoing import Outgoing
-from megatron_r1.rollout.sglang.buckets import Bucket, Item, Outbound, filled, planned
+from megatron_r1.rollout.sglang.buckets import Bucket, Outbound, filled, planned
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.fused import Units, joined_name
 
@@ -59,7 +60,7 @@ def test_every_tensor_arrives_once_in_order_and_as_planned(sizes, capacity):
     assert lasts == [False] * (len(lasts) - 1) + [True]
     assert [name for name, _ in arrived] == [name for name, _ in tensors]
     assert all(torch.equal(left, right) for (_, left), (_, right) in zip(arrived, tensors, strict=True))
-    items = [[Item(name, tensor.dtype, tuple(tensor.shape))] for name, tensor in tensors]
+    items = [[Entry(name, tensor.dtype, tuple(tensor.shape))] for name, tensor in tensors]
     assert planned(items, capacity) == told
 
 
@@ -166,7 +167,7 @@ def test_what_is_sent_is_what_was_announced(shape, fp8, include_mtp):
     native = {name: torch.randn(size) for name, size in native_shapes(model).items()}
     sent = list(outgoing.tensors(native.items(), complete=True))
     announced = [item for name in native for item in outgoing.items(name)]
-    assert [Item(one.name, one.dtype, one.shape) for one in sent] == announced
+    assert [Entry(one.name, one.dtype, one.shape) for one in sent] == announced
     assert {one.name for one in sent if not one.name.endswith("_scale_inv")} == expected_shapes(
         model, include_mtp=include_mtp
     ).keys()

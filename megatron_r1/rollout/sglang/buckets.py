@@ -8,27 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.errors import DataError
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """What is known of a tensor before it is there."""
-
-    name: str
-    """In Hugging Face."""
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +37,7 @@ class Outbound:
         return self.tensor.nbytes
 
 
-class Contents[AnyItem: (Item, Outbound)]:
+class Contents[AnyEntry: (Entry, Outbound)]:
     """What a bucket holds: tensors without gaps, each at a multiple of its element size.
 
     Args:
@@ -60,7 +46,7 @@ class Contents[AnyItem: (Item, Outbound)]:
 
     def __init__(self, capacity: int):
         self.capacity, self.nbytes = capacity, 0
-        self.items: list[Item] = []
+        self.items: list[Entry] = []
 
     def description(self) -> dict[str, Any]:
         """Names, types and shapes as SGLang reads them."""
@@ -70,7 +56,7 @@ class Contents[AnyItem: (Item, Outbound)]:
             "shapes": [list(item.shape) for item in self.items],
         }
 
-    def fits(self, unit: Sequence[AnyItem]) -> bool:
+    def fits(self, unit: Sequence[AnyEntry]) -> bool:
         """Whether the unit goes in behind what is there; SGLang knows no gaps between tensors."""
         end = self.nbytes
         for item in unit:
@@ -79,10 +65,10 @@ class Contents[AnyItem: (Item, Outbound)]:
             end += item.nbytes
         return end <= self.capacity
 
-    def add(self, unit: Sequence[AnyItem]) -> None:
+    def add(self, unit: Sequence[AnyEntry]) -> None:
         """Take a unit in; an empty bucket takes one whatever its size."""
         for item in unit:
-            self.items.append(Item(item.name, item.dtype, item.shape))
+            self.items.append(Entry(item.name, item.dtype, item.shape))
             self.nbytes += item.nbytes
 
     def clear(self) -> None:
@@ -151,6 +137,6 @@ def filled[Filled: Contents](bucket: Filled, units: Iterable[Sequence[Any]]) -> 
     yield bucket, True
 
 
-def planned(units: Iterable[Sequence[Item]], capacity: int) -> list[list[Item]]:
+def planned(units: Iterable[Sequence[Entry]], capacity: int) -> list[list[Entry]]:
     """What the buckets will hold, for tensors of which only names, types and shapes are known."""
-    return [bucket.items for bucket, _ in filled(Contents[Item](capacity), units)]
+    return [bucket.items for bucket, _ in filled(Contents[Entry](capacity), units)]
