@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
@@ -40,7 +40,7 @@ class Rollout:
     """Prompts taken from the data for it, those that were dropped included."""
     counts: dict[str, int]
     """Groups and answers that are not learned from, by why."""
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
     """That the engine took; 0 where the journal had it."""
 
 

@@ -12,7 +12,7 @@ from megatron_r1.train.hooks import Hook
 from megatron_r1.train.loop import train
 from megatron_r1.train.state import TrainState
 
-SAMPLES = [Sample("p", 0, (1,), (2,), (-0.5,), "v", "stop", "", 1.0, {"accuracy": 1.0})]
+SAMPLES = [Sample("p", 0, (1,), (2,), (-0.5,), "0", "stop", "", 1.0, {"accuracy": 1.0})]
 
 
 class Run(Hook):
