@@ -24,7 +24,6 @@ from megatron_r1.hf.config import serving_view
 from megatron_r1.hf.export import export
 from megatron_r1.hf.gather import Directory, assemble, directory
 from megatron_r1.model.shards import shards
-from megatron_r1.parallel import comm
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import pipeline_stage
 from megatron_r1.rollout.engine import Engine
@@ -150,7 +149,7 @@ class StageSync:
                 _on_all_ranks(lambda: session.enter_context(receiving))
             else:
                 _on_all_ranks(lambda: None)
-            restarts = comm.broadcast(self._engine.restarts if self._engine else None)
+            restarts = AllRanks().gather(self._engine.restarts if self._engine else 0)[0]
             if self._sender and restarts != self._restarts:
                 self._sender.leave()  # a server that was started again is not in the group any more
             self._restarts = restarts

@@ -234,9 +234,9 @@ def part(name: str, whole: tuple[int, int], offset: tuple[int, int], shape: tupl
 
 def without_half_of_the_head(folder: Path) -> None:
     with WholeTensors(folder, "model") as tensors:
-        weights = dict(tensors)
-    parts = [Part(name, tuple(t.shape), (0,) * t.dim(), t) for name, t in weights.items()]
-    (folder / "model-00001.safetensors").unlink()
+        parts = [Part(name, tuple(t.shape), (0,) * t.dim(), t.clone()) for name, t in tensors.items()]
+    for path in folder.glob("model-*.safetensors"):
+        path.unlink()
     cut = [replace(p, tensor=p.tensor[:256]) if p.name == "output_layer.weight" else p for p in parts]
     write_parts(folder, "model", 0, cut)
 

@@ -16,7 +16,7 @@ from launching import run_to_the_end
 from layouts import model_of
 
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.config.rollout import SGLangConfig
+from megatron_r1.config.sglang import ServerConfig, SGLangConfig
 from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.plan.layout import predicted
 from megatron_r1.rollout.plan.traffic import StageTraffic, traffic
@@ -117,9 +117,9 @@ def test_every_layout_fills_the_servers_alike_and_sends_what_was_planned(one_lay
 
 @pytest.mark.timeout(600)
 def test_a_server_of_two_ranks(start_folder, tmp_path):
-    config = SGLangConfig(max_running_requests=16, max_total_tokens=4096)
-    start = {"device": "cpu", "dtype": "float32", "context_length": 64}
-    with SGLangEngine(start_folder, config, tmp_path / "logs", tensor_parallel=WIDE, **start) as engine:
+    server = ServerConfig(tensor_parallel=WIDE)
+    config = SGLangConfig(max_running_requests=16, max_total_tokens=4096, server=server)
+    with SGLangEngine(start_folder, config, tmp_path / "logs", "cpu", "float32", context_length=64) as engine:
         seen = fill(engine, "tp2-ep2", tmp_path, 2)
         assert seen["sent"] == planned_sends("tp2-ep2", WIDE)
         assert {name.rpartition("@")[2] for name in seen["checksums"][0][0]} == {"0", "1"}

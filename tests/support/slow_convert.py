@@ -13,7 +13,7 @@ proper = conversion.write_file
 
 
 def slow(*arguments):
-    time.sleep(0.2)
+    time.sleep(0.6)
     return proper(*arguments)
 
 

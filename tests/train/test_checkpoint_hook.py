@@ -92,7 +92,9 @@ def test_the_next_save_waits_for_the_one_before(store, disk):
 
 def test_a_failed_save_is_survived_and_told_with_its_step(store, disk, caplog):
     this = hook(store, disk)
-    after(this, 2, 3)
+    after(this, 2)
+    store._save.written.result(timeout=20)
+    after(this, 3)
     disk.broken = True
     after(this, 4)
     store._save.written.exception(timeout=20)
