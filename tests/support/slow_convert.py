@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,8 @@ conversion.write_file = slow
 if __name__ == "__main__":
     from conversions import convert  # which the others need not wait for
 
+    # A shell that starts a command in the background lets it ignore Ctrl-C, and so all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         convert(sys.argv[1], Path(sys.argv[2]), format="fp8", shard_gb=1e-4, workers=2)
     except UserError as error:
