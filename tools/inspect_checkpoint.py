@@ -16,25 +16,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_r1.checkpoint.inspect import Line, differences, shown, tensors, values
-from megatron_r1.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.checkpoint.inspect import Line, checkpoints_in, differences, shown, tensors, values
+from megatron_r1.checkpoint.manifest import read_manifest
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
 from megatron_r1.checkpoint.tensors import read_state
-from megatron_r1.errors import DataError, ExitCode, UserError
+from megatron_r1.errors import ExitCode, UserError
 
 DIFFERENT = 1
 WIDTH = 200
 """Columns of a listing that goes to a file."""
-
-
-def checkpoint_in(named: Path) -> Path:
-    """The newest checkpoint of a run, or the checkpoint itself."""
-    if (named / MANIFEST_NAME).is_file():
-        return named
-    for _, path in step_folders(named / "checkpoints") + step_folders(named):
-        return path
-    raise DataError(f"{named}: is neither a run with checkpoints nor a checkpoint")
 
 
 def table(title: str, *columns: str) -> Table:
@@ -105,9 +95,9 @@ def main() -> int:
     parser.add_argument("--against", type=Path, metavar="RUN|CHECKPOINT", help="compare to the last bit")
     given, console = parser.parse_args(), Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     try:
-        checkpoint = checkpoint_in(given.folder)
+        checkpoint = checkpoints_in(given.folder)[0]
         if given.against:
-            return int(compare(checkpoint, checkpoint_in(given.against), console))
+            return int(compare(checkpoint, checkpoints_in(given.against)[0], console))
         found = list(tensors(checkpoint))
         console.print(made_with(checkpoint), "", overview(checkpoint, found))
         if given.tensors or given.values:

@@ -14,21 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_r1.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
-from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.checkpoint.inspect import checkpoints_in
+from megatron_r1.checkpoint.manifest import read_manifest, verify
 from megatron_r1.errors import CheckpointDamaged, DataError, ExitCode, UserError
 from megatron_r1.hf.audit import AUDIT_FILE, check_audit, read_audit
 from megatron_r1.hf.folder import TensorFolder
-
-
-def checkpoints_in(named: Path) -> list[Path]:
-    """The checkpoints that a person means by a folder."""
-    if (named / MANIFEST_NAME).is_file() or _converted(named):
-        return [named]
-    found = [path for _, path in step_folders(named / "checkpoints")] or [path for _, path in step_folders(named)]
-    if not found:
-        raise DataError(f"{named}: is neither a run with checkpoints nor a checkpoint")
-    return found
 
 
 def _converted(folder: Path) -> bool:
@@ -61,7 +51,11 @@ def main() -> int:
     console, code = Console(stderr=True, highlight=False), ExitCode.DONE
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        folders = [path for named in parser.parse_args().folders for path in checkpoints_in(named)]
+        folders = [
+            path
+            for named in parser.parse_args().folders
+            for path in ([named] if _converted(named) else checkpoints_in(named))
+        ]
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
             for checkpoint in folders:
                 try:

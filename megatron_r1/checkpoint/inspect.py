@@ -9,10 +9,27 @@ from pathlib import Path
 
 import torch
 
+from megatron_r1.checkpoint.manifest import MANIFEST_NAME
 from megatron_r1.checkpoint.sharded import INDEX, WholeTensors
+from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry
+from megatron_r1.errors import DataError
 
 _PARTS_FILE = re.compile(r"(?P<kind>.+)-\d{5}\.safetensors")
+
+
+def checkpoints_in(named: Path) -> list[Path]:
+    """The checkpoints that a person means by a folder, the newest first: a run's, or the folder itself.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if (named / MANIFEST_NAME).is_file():
+        return [named]
+    found = [path for _, path in step_folders(named / "checkpoints") + step_folders(named)]
+    if not found:
+        raise DataError(f"{named}: is neither a run with checkpoints nor a checkpoint")
+    return found
 
 
 def kinds(folder: Path) -> list[str]:

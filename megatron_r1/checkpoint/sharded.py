@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import FileRecord
-from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry, write_tensor_file
+from megatron_r1.checkpoint.tensor_file import TYPES, Entry, write_tensor_file
 from megatron_r1.checkpoint.tensors import tensor_path
 from megatron_r1.errors import DataError
 
 INDEX = "parts"
-_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class WholeTensors(Mapping[str, Tensor]):
         types = {
             name: self._files[parts[0].file].get_slice(parts[0].key).get_dtype() for name, parts in self._parts.items()
         }
-        return {name: Entry(name, _TYPES[types[name]], shape) for name, shape in self._shapes.items()}
+        return {name: Entry(name, TYPES[types[name]], shape) for name, shape in self._shapes.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol, Self, TypeVar
 
 from megatron_r1.checkpoint.lock import FolderInUse, take_lock
-from megatron_r1.checkpoint.manifest import Manifest, Records, files_under, verify, write_manifest
+from megatron_r1.checkpoint.manifest import FileRecord, Manifest, Records, files_under, verify, write_manifest
 from megatron_r1.errors import CheckpointDamaged, UserError
 from megatron_r1.files import sync
 
@@ -207,9 +207,9 @@ class CheckpointStore:
         if not save:
             return
         try:
-            records = {
-                name: record for of in self._together(save.written.result) for name, record in (of or {}).items()
-            }
+            records: dict[str, FileRecord] = {}
+            for of_rank in self._together(save.written.result):
+                records |= of_rank or {}
             self._together(lambda: self._seal(save.temporary, save.metadata, records), leader_only=True)
             self._together(lambda: self._publish(save.temporary, self.path(save.step)), leader_only=True)
         except SaveFailed:

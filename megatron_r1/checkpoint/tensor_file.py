@@ -35,6 +35,7 @@ TYPE_NAMES = {
     torch.bool: "BOOL",
 }
 """Spelling of types in a safetensors header."""
+TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _ALIGNMENT = 8
 _CHUNK = 1 << 26
 

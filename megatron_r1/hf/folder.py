@@ -16,12 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry
+from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, TYPES, Entry
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
-_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +107,9 @@ def read_header(path: Path) -> list[Place]:
     header.pop("__metadata__", None)
     places = []
     for name, said in header.items():
-        if said["dtype"] not in _TYPES:
-            raise DataError(f"{path}: {name}: has type {said['dtype']}, must be one of {', '.join(_TYPES)}")
-        entry = Entry(name, _TYPES[said["dtype"]], tuple(said["shape"]))
+        if said["dtype"] not in TYPES:
+            raise DataError(f"{path}: {name}: has type {said['dtype']}, must be one of {', '.join(TYPES)}")
+        entry = Entry(name, TYPES[said["dtype"]], tuple(said["shape"]))
         places.append(Place(entry, path, 8 + length + said["data_offsets"][0]))
     return sorted(places, key=lambda place: place.start)
 

@@ -8,7 +8,6 @@ NAME.tmp/lock        held while a call is at work here
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.checkpoint.lock import take_lock
 from megatron_r1.checkpoint.manifest import FileRecord
-from megatron_r1.checkpoint.store import FolderInUse
 from megatron_r1.errors import DataError
 from megatron_r1.files import canonical, digest_of, write_whole
 
@@ -83,13 +82,8 @@ def work_folder(root: Path, settings: str) -> Iterator[Work]:
         FolderInUse: another call is at work there.
     """
     root.mkdir(parents=True, exist_ok=True)
-    lock_path, note = root / "lock", root / "settings"
-    with lock_path.open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FolderInUse(f"{root} is in use: another conversion writes there") from error
-        work = Work(root)
+    with take_lock(root / "lock", "another conversion writes there"):
+        work, note = Work(root), root / "settings"
         if not note.is_file() or note.read_text() != settings:
             for name in ("files", "records"):
                 shutil.rmtree(root / name, ignore_errors=True)

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import Prompt, heldout_prompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.platform import select
 from megatron_r1.report.intervals import clustered
 from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
 from megatron_r1.rl.rollouts import prompt_tokens, response_text
 from megatron_r1.rl.scoring import is_right
-from megatron_r1.rollout.choose import SyncedEngine, sglang_engine
+from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.engine import all_answered
-from megatron_r1.rollout.local import LocalEngine
 from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.stages.answering import answering_engine
 from megatron_r1.stages.session import mark_done, open_run_folder
-from megatron_r1.stages.weights import Weights, check_same_model, find_weights
+from megatron_r1.stages.weights import check_same_model, find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +52,7 @@ def run(config: RunConfig) -> None:
     prompts = heldout_prompts(config.data, config.evaluate.prompts)
     results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
     current = dict(first.tensors)
-    with evaluation_engine(config, first, current, folder) as engine:
+    with answering_engine(config, first, current, folder) as engine:
         for name, found in models.items():
             logger.info("evaluating %s (%s)", name, found.folder)
             current.update(found.tensors)
@@ -122,34 +119,6 @@ def _answers(
     completions = all_answered(engine.engine.generate(requests, sampling))
     texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
     return [texts[start : start + count] for start in range(0, len(texts), count)]
-
-
-@contextmanager
-def evaluation_engine(
-    config: RunConfig, first: Weights, current: dict[str, Tensor], folder: Path
-) -> Iterator[SyncedEngine]:
-    """The configured engine; `update_weights` makes it answer with what `current` then holds."""
-    platform = select(config.platform)
-    if config.rollout.engine == "sglang":
-        with sglang_engine(
-            config.rollout, first.model, lambda: current.items(), first.tokenizer_folder, folder / "logs", platform.name
-        ) as engine:
-            yield engine
-        return
-    from megatron_r1.model.build import build_model
-    from megatron_r1.model.shards import load_whole_tensors
-    from megatron_r1.parallel.mesh import process_groups
-
-    with process_groups(platform, config.parallel, config.seed, config.threads):
-        model = build_model(first.model, config.parallel, platform, config.seed)
-        local = LocalEngine(model, config.rollout.batch_size, Tokenizer.load(first.tokenizer_folder).pad)
-
-        class Loading(SyncedEngine):
-            def update_weights(self, version: str) -> None:
-                load_whole_tensors(model, current)
-                super().update_weights(version)
-
-        yield Loading(local, None)
 
 
 def show(results: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from megatron_r1.rl.rollouts import prompt_tokens, response_text
 from megatron_r1.rl.scoring import Scorer, is_right, rule_scorer
 from megatron_r1.rollout.engine import Engine, all_answered
 from megatron_r1.rollout.sample import Request, Sampling
-from megatron_r1.stages.evaluate import evaluation_engine
+from megatron_r1.stages.answering import answering_engine
 from megatron_r1.stages.session import mark_done, open_run_folder
 from megatron_r1.stages.weights import find_weights
 
@@ -48,7 +48,7 @@ def run(config: RunConfig) -> None:
     job = Job(folder / PARTS, prompts, config, plan_of(config, prompts, found.folder))
     todo = list(job.missing())
     if todo:
-        with evaluation_engine(config, found, dict(found.tensors), folder) as engine:
+        with answering_engine(config, found, dict(found.tensors), folder) as engine:
             engine.update_weights(found.folder.name)
             job.do(todo, engine.engine, tokenizer)
     target, totals = publish(job, folder, config.sample.format)
@@ -93,7 +93,8 @@ class Job:
     folder: Path
     prompts: Sequence[Prompt]
     config: RunConfig
-    plan: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any]
+    """What all parts depend on."""
 
     def __post_init__(self) -> None:
         """Raises DataError: the parts that are there are of another job."""
