@@ -51,11 +51,8 @@ def main() -> int:
     console, code = Console(stderr=True, highlight=False), ExitCode.DONE
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        folders = [
-            path
-            for named in parser.parse_args().folders
-            for path in ([named] if _converted(named) else checkpoints_in(named))
-        ]
+        given = parser.parse_args().folders
+        folders = [path for named in given for path in ([named] if _converted(named) else checkpoints_in(named))]
         with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
             for checkpoint in folders:
                 try:

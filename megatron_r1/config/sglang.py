@@ -123,9 +123,11 @@ class SGLangConfig:
     """The SGLang servers of a run."""
 
     servers: int = 1
-    """Servers to start; without effect where `addresses` names some."""
+    """Servers to start, or to wait for in `address_file`; without effect where `addresses` names some."""
     addresses: list[str] = field(default_factory=list)
     """Servers that run already, as http://host:port; keys in SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    address_file: str = ""
+    """File that a launcher writes such addresses into, one a line; `servers` of them are waited for."""
     router: str = ""
     """http://host:port of an sglang-router that requests go through; it is told of the servers that are started."""
     start_timeout_s: float = 240.0
@@ -150,5 +152,12 @@ class SGLangConfig:
             for value in values:
                 if not value.startswith(("http://", "https://")) or value.endswith("/"):
                     raise ConfigError(name, value, "must be http://host:port")
+        if self.addresses and self.address_file:
+            raise ConfigError("address_file", self.address_file, "must be empty where addresses names servers")
         if len(set(self.addresses)) < len(self.addresses):
             raise ConfigError("addresses", self.addresses, "must name every server once")
+
+    @property
+    def started_elsewhere(self) -> bool:
+        """Whether somebody else starts, restarts and stops the servers."""
+        return bool(self.addresses or self.address_file)

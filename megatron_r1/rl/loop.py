@@ -118,5 +118,5 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "format": sum(sample.reward_parts.get("format", 0.0) > 0 for sample in samples) / count,
         "response_length": sum(len(sample.response_tokens) for sample in samples) / count,
         "cut_off": sum(sample.finish_reason == "length" for sample in samples) / count,
-        "equal_groups": sum(len(set(rewards)) == 1 for rewards in groups.values()) / len(groups),
+        "equal_share": sum(len(set(rewards)) == 1 for rewards in groups.values()) / len(groups),
     }

@@ -5,8 +5,11 @@ import time
 
 import pytest
 
+from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.sglang.address_file import address_towards, read_addresses, write_addresses
+from megatron_r1.rollout.sglang.addresses import ADMIN_KEY, API_KEY, given
+from megatron_r1.rollout.sglang.client import Endpoint
 
 URLS = ["http://node-1:30000", "https://10.0.0.7:1"]
 
@@ -58,3 +61,16 @@ def test_the_way_to_a_server_gives_this_machines_address():
     assert address_towards("http://127.0.0.1:30000") == "127.0.0.1"
     with pytest.raises(NoRolloutCapacity, match="no way to it"):
         address_towards("http://no-such-host.invalid:1")
+
+
+def test_the_configured_file_gives_the_servers_with_the_keys_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv(API_KEY, "user")
+    monkeypatch.setenv(ADMIN_KEY, "admin")
+    write_addresses(tmp_path / "servers", URLS)
+    config = SGLangConfig(servers=2, address_file=str(tmp_path / "servers"), start_timeout_s=1)
+    assert config.started_elsewhere and not SGLangConfig().started_elsewhere
+    assert given(config) == [Endpoint(url, "user", "admin") for url in URLS]
+    with pytest.raises(NoRolloutCapacity, match="has 2 of 3"):
+        given(SGLangConfig(servers=3, address_file=str(tmp_path / "servers"), start_timeout_s=1))
+    with pytest.raises(ConfigError, match="address_file=f: must be empty"):
+        SGLangConfig(addresses=URLS, address_file="f")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from megatron_r1.config.sglang import SGLangConfig
+from megatron_r1.rollout.sglang.address_file import read_addresses
 from megatron_r1.rollout.sglang.client import Endpoint
 
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"
@@ -12,6 +14,14 @@ API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"
 
 
 def given(config: SGLangConfig) -> list[Endpoint]:
-    """The servers of `rollout.sglang.addresses`."""
+    """The servers of `rollout.sglang.addresses` or of `address_file`, which is waited for.
+
+    Raises:
+        ConfigError: a line of the file is no address.
+        NoRolloutCapacity: the file does not name all servers in time.
+    """
     keys = os.environ.get(API_KEY, ""), os.environ.get(ADMIN_KEY, "")
-    return [Endpoint(address, *keys) for address in config.addresses]
+    urls = config.addresses
+    if config.address_file:
+        urls = read_addresses(Path(config.address_file), config.servers, config.start_timeout_s)
+    return [Endpoint(url, *keys) for url in urls]

@@ -72,7 +72,7 @@ class SGLangEngine:
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
         self._starts = Starts(model_folder, config, log_folder, device, dtype, context_length)
-        self.endpoints = addresses.given(config) if config.addresses else new_endpoints(config.servers)
+        self.endpoints = addresses.given(config) if config.started_elsewhere else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a server that is restarted keeps its own."""
         self._weights = CurrentWeights(version, Path(model_folder))
         self._background = Background("sglang-pool")
@@ -232,7 +232,7 @@ class SGLangEngine:
             self._front.open()
 
     def _launcher(self, place: int) -> Any:
-        if self.config.addresses:
+        if self.config.started_elsewhere:
             return None
         return partial(self._starts.launch, place, self.endpoints[place], self._weights)
 

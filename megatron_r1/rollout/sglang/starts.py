@@ -34,7 +34,9 @@ class Starts:
             server_arguments, config=config, device=device, dtype=dtype, context_length=context_length
         )
         self._arguments(model_folder, version=NO_WEIGHTS)  # refuses before anything is started
-        self._environment = {} if config.addresses else server_environment(device, config.server.tensor_parallel)
+        self._environment = (
+            {} if config.started_elsewhere else server_environment(device, config.server.tensor_parallel)
+        )
         self._shape = Path(tempfile.mkdtemp(prefix="megatron_r1-shape-"))
         for name in SHAPE:
             if (Path(model_folder) / name).is_file():
