@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -81,4 +82,20 @@ def test_ranks_that_disagree_about_a_shape_are_refused(tmp_path):
 def test_a_file_of_another_program_is_refused(tmp_path):
     save_file({"weight": WHOLE}, tmp_path / "model-00000.safetensors")
     with pytest.raises(DataError, match="does not say which parts"):
+        WholeTensors(tmp_path, "model")
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ([["weight", [4, 6], [1, 0]]], "a part of weight does not lie in its whole"),
+        ([["weight", [4, 6], [-1, 0]]], "a part of weight does not lie in its whole"),
+        ([["weight", [4, 6], [0]]], "a part of weight does not lie in its whole"),
+        ([["weight", [4, 6], [0, 0]], ["bias", [6], [0]]], "holds other parts than it says"),
+        ([], "holds other parts than it says"),
+    ],
+)
+def test_an_index_that_does_not_fit_the_file_is_refused(tmp_path, index, said):
+    save_file({"0": WHOLE}, tmp_path / "model-00000.safetensors", {"parts": json.dumps(index)})
+    with pytest.raises(DataError, match=said):
         WholeTensors(tmp_path, "model")
