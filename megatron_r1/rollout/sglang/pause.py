@@ -1,5 +1,8 @@
 """What becomes of answers that are under way when weights change.
 
+This program's own are waited for before any update begins (`SGLangEngine.receiving`), so a pause concerns those of
+others who ask the same servers.
+
 | pause | answers under way | after the update they | caches of the old weights |
 |---|---|---|---|
 | finish | are waited for: the update begins when they are done | | dropped |
