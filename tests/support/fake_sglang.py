@@ -204,8 +204,8 @@ class Running:
         post = urllib.request.Request(self.url + "/fake/behave", json.dumps(options).encode(), method="POST")
         urllib.request.urlopen(post, timeout=10).read()
 
-    def counts(self) -> dict[str, int]:
-        return json.loads(urllib.request.urlopen(self.url + "/fake/counts", timeout=10).read())
+    def counts(self) -> Counter[str]:
+        return Counter(json.loads(urllib.request.urlopen(self.url + "/fake/counts", timeout=10).read()))
 
 
 @contextmanager
