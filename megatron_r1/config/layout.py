@@ -44,8 +44,13 @@ def _check_reinforcement(config: RunConfig) -> None:
             f"must be at least model.max_sequence_length={longest}, to hold one sample",
         )
     if config.rollout.ahead and config.rl.old_log_probs != "rollout":
-        allowed = "must be rollout with rollout.ahead=1: answers are of older weights, and the ratio must know it"
+        allowed = "must be rollout with rollout.ahead: answers are of older weights, and the ratio must know it"
         raise ConfigError("rl.old_log_probs", config.rl.old_log_probs, allowed)
+    if config.rollout.ahead and config.rl.routing_replay and config.rollout.pause != "finish":
+        allowed = (
+            "must be finish with rl.routing_replay: what is read again takes other experts than when it was sampled"
+        )
+        raise ConfigError("rollout.pause", config.rollout.pause, allowed)
     if degrees.context > 1:
         raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
     if degrees.virtual_pipeline > 1:

@@ -24,7 +24,8 @@ class RolloutConfig:
     batch_size: int = 256
     """Sequences that the local engine decodes at a time."""
     ahead: int = 0
-    """Rollouts sampled ahead of the trainer: 0 takes turns, 1 samples while it learns (one step off-policy)."""
+    """Rollouts begun before their step, while the trainer learns, and most updates by which a token may be older than
+    the weights that learn from it: 0 takes turns, 1 is one step off-policy, more is asynchronous."""
     sync: str = "group"
     """How new weights reach the servers: group (a process group, in memory) or disk (a folder that they read)."""
     bucket_mb: int = 64
@@ -32,8 +33,8 @@ class RolloutConfig:
     sync_mtp: bool = False
     """Whether sync=group sends the multi-token layers too; only servers that draft with them take them."""
     pause: str = "finish"
-    """What becomes of answers to others at a sync=group: finish, abort, retract (read again) or in_place (go on). Those
-    to this run are waited for."""
+    """What becomes of answers under way when weights change: finish (are waited for), retract (go on under the new
+    weights, after their beginning was read again), in_place (go on from the old cache) or abort (those of others)."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     """Servers of engine=sglang."""
 
@@ -45,7 +46,11 @@ class RolloutConfig:
         within(self, 1e-6, 1.0, "top_p")
         at_least(self, 1, "max_response_tokens", "batch_size")
         within(self, 1, 65_536, "bucket_mb")
-        within(self, 0, 1, "ahead")
+        within(self, 0, 64, "ahead")
+        if self.ahead and self.pause == "abort":
+            raise ConfigError(
+                "pause", "abort", "must be finish, retract or in_place with ahead: no answer may be cut short"
+            )
         if self.ahead and self.engine == "local":
             raise ConfigError("ahead", self.ahead, "must be 0 with engine=local, whose weights are the trainer's own")
         groups = self.sglang.server.data_parallel_attention

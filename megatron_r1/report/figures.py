@@ -70,15 +70,25 @@ def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: b
     return _drawn(name, found, metrics, ylabel, log)
 
 
-def comparison(name: str, runs: Mapping[str, Rows], metric: str, ylabel: str) -> str:
+def by_minutes(rows: Rows) -> Rows:
+    """The rows of a stage of reinforcement learning, their steps replaced by the minutes spent until their end."""
+    spent, timed = 0.0, []
+    for row in rows:
+        spent += sum(row.get(part, math.nan) for part in ("sync_seconds", "rollout_seconds", "train_seconds")) / 60
+        timed.append({**row, "step": spent})
+    return timed if math.isfinite(spent) else []
+
+
+def comparison(name: str, runs: Mapping[str, Rows], metric: str, ylabel: str, xlabel: str = "step") -> str:
     """One figure with a line per run that recorded the metric; empty if fewer than two did.
 
     Args:
         name: of the figure; line ids are `curve-NAME-RUN`.
         runs: rows by name of the run.
+        xlabel: what the rows' steps are.
     """
     found = {run: thinned(points) for run, rows in runs.items() if len((points := series(rows, metric))[0])}
-    return _drawn(name, found, {run: run for run in found}, ylabel, log=False) if len(found) > 1 else ""
+    return _drawn(name, found, {run: run for run in found}, ylabel, False, xlabel) if len(found) > 1 else ""
 
 
 def heat_map(name: str, table: Mapping[str, Sequence[float]], xlabel: str, label: str) -> str:
@@ -103,8 +113,10 @@ def heat_map(name: str, table: Mapping[str, Sequence[float]], xlabel: str, label
     return _svg(figure, axes, legend=False)
 
 
-def _drawn(name: str, found: dict[str, Points], labels: dict[str, str], ylabel: str, log: bool) -> str:
-    figure, axes = _axes("step", ylabel)
+def _drawn(
+    name: str, found: dict[str, Points], labels: dict[str, str], ylabel: str, log: bool, xlabel: str = "step"
+) -> str:
+    figure, axes = _axes(xlabel, ylabel)
     for (key, (steps, values)), colour in zip(found.items(), COLOURS, strict=False):
         noisy = len(values) > 60
         width, alpha = (0.8, 0.3) if noisy else (1.6, 1.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.report import results
-from megatron_r1.report.figures import comparison, curves, heat_map, time_shares
+from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, time_shares
 from megatron_r1.report.read import Recipe, Stage, read_recipe
 from megatron_r1.report.style import CSS
 
@@ -37,8 +37,8 @@ def render(recipe: Recipe) -> str:
         f"<h1>{escape(recipe.name)}</h1>",
         f'<p class="dim">Stages: {stages}. Written {written}.</p>',
         "<h2>Before and after</h2>" + results.headline(recipe.results),
-        "<h2>Pre-training</h2>" + _side_by_side(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
-        "<h2>Reinforcement learning</h2>" + _of_kind(recipe, "rl", _rl_figures),
+        "<h2>Pre-training</h2>" + _pretrain_together(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
+        "<h2>Reinforcement learning</h2>" + _rl_together(recipe) + _of_kind(recipe, "rl", _rl_figures),
         "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
         "<h2>Configuration and versions</h2>" + _settings(recipe.stages),
         "<h2>Files</h2>" + _files(recipe.files),
@@ -62,7 +62,20 @@ def _of_kind(recipe: Recipe, kind: str, figures_of: Callable[[Stage], Iterable[s
     return "".join(parts) or results.missing("No stage of this kind has recorded anything.")
 
 
-def _side_by_side(recipe: Recipe) -> str:
+def _rl_together(recipe: Recipe) -> str:
+    """What several stages of reinforcement learning have in common, in one figure each."""
+    stages = recipe.of_kind("rl")
+    runs = {stage.name: stage.rows for stage in stages}
+    figures = _figure(
+        comparison("all-accuracy", runs, "accuracy", "accuracy"), "Share of right answers in each stage's rollouts."
+    )
+    timed = {stage.name: by_minutes(stage.rows) for stage in stages}
+    caption = "The same over the time that each stage took."
+    figures += _figure(comparison("all-minutes", timed, "accuracy", "accuracy", xlabel="minutes"), caption)
+    return f'<div class="figures">{figures}</div>' if figures else ""
+
+
+def _pretrain_together(recipe: Recipe) -> str:
     """What several pre-training stages have in common, in one figure each."""
     runs = {stage.name: stage.rows for stage in recipe.of_kind("pretrain")}
     figures = _figure(comparison("all-loss", runs, "loss", "loss (nats per token)"), "Training loss of each stage.")
@@ -116,6 +129,14 @@ def _rl_figures(stage: Stage) -> Iterable[str]:
     yield _figure(curves(f"{name}-entropy", rows, entropy, "entropy (nats per token)"), "Entropy of the policy.")
     times = {"rollout_seconds": "waiting for answers", "train_seconds": "training"}
     yield _figure(time_shares(f"{name}-time", rows, times), "Where the time of a step goes.")
+    idle = {"trainer_idle": "trainer", "engine_idle": "engine"}
+    caption = (
+        "Share of a step's time in which the trainer did not learn, and in which the engine had nothing to answer."
+    )
+    yield _figure(curves(f"{name}-idle", rows, idle, "idle share"), caption)
+    stale = {"staleness": "oldest token", "mean_staleness": "mean over tokens"}
+    caption = "Updates between the weights that sampled a token and those that learn from it."
+    yield _figure(curves(f"{name}-stale", rows, stale, "staleness (updates)"), caption)
     clip = {"clip_fraction": "clipped"}
     yield _figure(curves(f"{name}-clip", rows, clip, "clipped share of tokens"), "Tokens whose ratio was held back.")
     norm = {"gradient_norm": "gradient norm"}

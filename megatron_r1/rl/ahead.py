@@ -1,13 +1,19 @@
-"""Rollouts sampled while the trainer learns: one step off-policy.
+"""Rollouts sampled while the trainer learns: asynchronous reinforcement learning with bounded staleness.
 
-While a step learns from its rollout, the engine samples the next one with the weights that it has, which are those from
-before the step. So every token is sampled by weights one step old, its log-probability at that time travels with it,
-and the objective's ratio corrects for the difference. Weights are sent when both are done.
+While a step learns from its rollout, the engine works on those of the next steps, at most `ahead` of them, the earliest
+first. A rollout is begun when at most `ahead` updates of the weights lie between what the engine has then and what will
+learn from it, so no token is ever staler than that; and rollouts are learned from in the order of their prompts, so
+long answers are not left behind by short ones. What happens to answers under way when new weights arrive is the
+engine's choice (rollout.pause): they end under the old ones, or go on under the new ones. Either way each token's
+log-probability is of the weights that sampled it, and the objective's ratio corrects for the difference.
+
+Bounding staleness where work is admitted is AReaL's way (Fu et al., 2025, section 5.1).
 """
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,39 +23,64 @@ from megatron_r1.rl.rollouts import Rollout
 class TakesRollouts(Protocol):
     """Gives each step its rollout."""
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that the engine has spent answering so far."""
+        ...
+
     def take(self, step: int, first_prompt: int) -> Rollout:
         """The rollout of a step, from this prompt on."""
         ...
 
 
 class AheadRollouts:
-    """Takes rollouts of `rollouts` one step ahead, up to the last step; a context manager."""
+    """Takes rollouts of `rollouts` ahead of their steps; a context manager.
 
-    def __init__(self, rollouts: TakesRollouts, last_step: int):
-        self._rollouts, self._last_step = rollouts, last_step
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        self._next: tuple[int, int, Future[Rollout]] | None = None
+    Args:
+        ahead: rollouts beyond the current one that may be begun.
+        prompts: prompts of each rollout.
+        last_step: no rollouts are begun for steps after it.
+        abandon: ends what `rollouts` is doing in other threads.
+    """
+
+    def __init__(
+        self,
+        rollouts: TakesRollouts,
+        ahead: int,
+        prompts: int,
+        last_step: int,
+        abandon: Callable[[], None] = lambda: None,
+    ):
+        self._rollouts, self._ahead, self._prompts, self._last_step = rollouts, ahead, prompts, last_step
+        self._abandon = abandon
+        self._threads = ThreadPoolExecutor(ahead + 1, thread_name_prefix="rollouts")
+        self._begun: dict[tuple[int, int], Future[Rollout]] = {}
+        """By step and first prompt."""
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._rollouts.busy_seconds
 
     def take(self, step: int, first_prompt: int) -> Rollout:
-        """The rollout of `step`; the one after it is begun, with the weights that the engine has now.
+        """The rollout of `step`; those after it are begun.
 
         Raises:
             NoRolloutCapacity: nobody was there to answer.
         """
-        waiting, self._next = self._next, None
-        # Prompts depend on how many the step before has used up, which is known when its rollout is.
-        if waiting and waiting[:2] == (step, first_prompt):
-            rollout = waiting[2].result()
-        else:
-            rollout = self._rollouts.take(step, first_prompt)
-        if step < self._last_step:
-            after = step + 1, first_prompt + rollout.prompts
-            self._next = (*after, self._thread.submit(self._rollouts.take, *after))
-        return rollout
+        for distance in range(min(self._ahead, self._last_step - step) + 1):
+            place = step + distance, first_prompt + distance * self._prompts
+            if place not in self._begun:
+                self._begun[place] = self._threads.submit(self._rollouts.take, *place)
+        return self._begun.pop((step, first_prompt)).result()
 
     def close(self) -> None:
-        """Wait for what has begun and forget it: it is in the journal, or will be sampled anew."""
-        self._thread.shutdown(cancel_futures=True)
+        """Abandon what has begun: what is not in the journal will be sampled anew."""
+        for future in self._begun.values():
+            future.cancel()
+        while not all(future.done() for future in self._begun.values()):
+            self._abandon()
+            wait(self._begun.values(), timeout=0.1)
+        self._threads.shutdown()
 
     def __enter__(self) -> Self:
         return self

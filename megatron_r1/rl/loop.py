@@ -22,7 +22,9 @@ from megatron_r1.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def reinforcement_step(rollouts: TakesRollouts | None, learner: Learner, publish: Callable[[str], None]) -> Step:
+def reinforcement_step(
+    rollouts: TakesRollouts | None, learner: Learner, publish: Callable[[str], None], prompts: int
+) -> Step:
     """One step of reinforcement learning, for the training loop.
 
     All that can fail for want of an engine comes first, when weights and state still agree.
@@ -31,7 +33,10 @@ def reinforcement_step(rollouts: TakesRollouts | None, learner: Learner, publish
         rollouts: gives each step's samples, on rank 0; the other ranks have none and are told.
         learner: trains on them.
         publish: sends the weights to the engine under a version.
+        prompts: that one rollout takes from the data.
     """
+
+    idle = IdleShares(rollouts)
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
@@ -41,12 +46,13 @@ def reinforcement_step(rollouts: TakesRollouts | None, learner: Learner, publish
         sampled = time.perf_counter()
         stale = staleness(rollout.samples, state.step)
         state, row = learner.learn(rollout.samples, state)
-        state = replace(state, data_position=state.data_position + rollout.prompts)
+        state = replace(state, data_position=state.data_position + prompts)
         row |= (
             answer_metrics(rollout.samples)
             | rollout.counts
             | {
-                "staleness": stale,
+                **stale,
+                **idle.since_last_time(waited=sampled - started),
                 "rollout_seconds": sampled - sent,
                 "engine_seconds": rollout.seconds,
                 "train_seconds": time.perf_counter() - sampled,
@@ -97,9 +103,43 @@ def shared(rollouts: TakesRollouts | None, state: TrainState) -> Rollout:
     return found
 
 
-def staleness(samples: Sequence[Sample], step: int) -> int:
-    """Steps by which the oldest weights that answered are older than those that learn."""
-    return max(step - int(sample.weight_version) for sample in samples)
+def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:
+    """Steps by which the weights that sampled a token are older than those that learn: at most, and on average; and the
+    share of answers that weights changed under."""
+    tokens = [(step - int(version), count) for sample in samples for version, count in tokens_by_version(sample)]
+    return {
+        "staleness": max(stale for stale, _ in tokens),
+        "mean_staleness": sum(stale * count for stale, count in tokens) / sum(count for _, count in tokens),
+        "continued": sum(bool(sample.later_versions) for sample in samples) / len(samples),
+    }
+
+
+def tokens_by_version(sample: Sample) -> list[tuple[str, int]]:
+    """Versions of the weights that sampled a response, in order, and how many tokens each."""
+    changes = [(0, sample.weight_version), *sample.later_versions]
+    ends = [*(place for place, _ in sample.later_versions), len(sample.response_tokens)]
+    return [(version, end - start) for (start, version), end in zip(changes, ends, strict=True)]
+
+
+class IdleShares:
+    """How much of the time trainer and engine wait for each other; known where the engine is."""
+
+    def __init__(self, rollouts: TakesRollouts | None):
+        self._rollouts = rollouts
+        self._at, self._busy = time.perf_counter(), rollouts.busy_seconds if rollouts else 0.0
+
+    def since_last_time(self, waited: float) -> dict[str, float]:
+        """Shares of the time since the last call.
+
+        Args:
+            waited: seconds of it that the trainer did not learn.
+        """
+        if not self._rollouts:
+            return {}
+        now, busy = time.perf_counter(), self._rollouts.busy_seconds
+        seconds, worked = now - self._at, busy - self._busy
+        self._at, self._busy = now, busy
+        return {"trainer_idle": waited / seconds, "engine_idle": max(0.0, 1.0 - worked / seconds)}
 
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:

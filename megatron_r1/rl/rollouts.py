@@ -36,16 +36,22 @@ class Rollout:
 
     samples: list[Sample]
     """Whole groups one after the other, numbered from 0."""
-    prompts: int
-    """Prompts taken from the data for it, those that were dropped included."""
     counts: dict[str, int]
-    """Groups and answers that are not learned from, by why."""
+    """Groups and answers that are not learned from, by why; and prompts that were asked in their place."""
     seconds: float = field(default=0.0, compare=False)
     """That the engine took; 0 where the journal had it."""
 
 
+REFILLS = 1 << 40
+"""Where the prompts begin that take the place of those that teach nothing. They are far from the others, so no step's
+prompts depend on the luck of another."""
+
+
 class Rollouts:
-    """The rollouts of a run, by step: the same step always takes the same prompts, and is sampled once."""
+    """The rollouts of a run, by step: the same step always takes the same prompts, and is sampled once.
+
+    Several threads may take rollouts, each of another step.
+    """
 
     def __init__(
         self,
@@ -82,24 +88,29 @@ class Rollouts:
         Raises:
             NoRolloutCapacity: nobody is there to answer, or every prompt was lost.
         """
-        usual = Rollout([], self._rl.prompts_per_rollout, dict.fromkeys(self._names(), 0))
+        usual = dict.fromkeys(self._names(), 0)
         if (found := self._journal.read_all(step)) is not None:
             samples, notes = found
-            return Rollout(samples, notes.pop("prompts", usual.prompts), usual.counts | notes)
+            return Rollout(samples, usual | notes)
         started = time.perf_counter()
         rollout = self._sample(step, first_prompt)
         seconds, samples = time.perf_counter() - started, rollout.samples
         if self._rl.shuffle_rewards:
             samples = shuffle_rewards(samples, f"{self._seed} {step}")
-        remarkable = {"prompts": rollout.prompts, **rollout.counts}
-        self._journal.write(step, samples, remarkable if replace(rollout, samples=[]) != usual else None)
+        self._journal.write(step, samples, rollout.counts if rollout.counts != usual else None)
         return replace(rollout, samples=samples, seconds=seconds)
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that the engine has spent answering so far."""
+        return self._engine.engine.busy_seconds
 
     def _names(self) -> list[str]:
         """Under which names groups and answers are counted that are not learned from."""
         answers = [name for name in self._filters if name != "equal"]
         groups = ["lost_groups", *(["small_groups"] if answers else [])]
-        return groups + answers + (["equal_groups"] if "equal" in self._filters else [])
+        equal = ["equal_groups"] if "equal" in self._filters else []
+        return groups + answers + equal + (["refill_prompts"] if self._rl.filters.extra_rounds else [])
 
     def _sample(self, step: int, first_prompt: int) -> Rollout:
         """Rounds of prompts until there are groups enough, or no further round is allowed.
@@ -109,12 +120,16 @@ class Rollouts:
         counts = Counter(dict.fromkeys(self._names(), 0))
         kept: list[list[Sample]] = []
         idle: list[list[Sample]] = []
-        taken = 0
+        place = first_prompt
         for number in range(1 + self._rl.filters.extra_rounds):
             if not (wanted := self._rl.prompts_per_rollout - len(kept)):
                 break
-            groups = self._round(step, number, first_prompt + taken, wanted)
-            taken += wanted
+            if number == 1:
+                place = REFILLS + first_prompt * self._rl.filters.extra_rounds
+            groups = self._round(step, number, place, wanted)
+            place += wanted
+            if number:
+                counts["refill_prompts"] += wanted
             for group in groups:
                 left, removed = filtered(group, self._filters) if group else ([], Counter(lost_groups=1))
                 counts.update(removed)
@@ -123,9 +138,9 @@ class Rollouts:
                 elif group:
                     idle.append(group)
         if not (kept or idle):
-            raise NoRolloutCapacity(f"step {step}: all {taken} prompts were lost; the last one: {self._lost_because}")
+            raise NoRolloutCapacity(f"step {step}: all its prompts were lost; the last one: {self._lost_because}")
         samples = [replace(sample, group=number) for number, group in enumerate(kept or idle) for sample in group]
-        return Rollout(samples, taken, dict(counts))
+        return Rollout(samples, dict(counts))
 
     def _round(self, step: int, number: int, first_prompt: int, count: int) -> list[list[Sample]]:
         """The scored answers to `count` prompts; an empty group where an answer was lost."""
@@ -166,6 +181,7 @@ class Rollouts:
             reward=score.total,
             reward_parts=score.parts,
             routed_experts=completion.routed_experts,
+            later_versions=completion.later_versions,
         )
 
 

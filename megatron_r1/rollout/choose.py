@@ -79,8 +79,8 @@ def sglang_engine(
                 timeout_s=rollout.sglang.request_timeout_s,
             )
         )
-        outgoing, pause = outgoing_weights(rollout, model), PAUSES[rollout.pause]
-        yield SyncedEngine(engine, GroupSync(engine, sender, tensors, outgoing, rollout.bucket_mb << 20, pause))
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        yield SyncedEngine(engine, GroupSync(engine, sender, tensors, outgoing, rollout.bucket_mb << 20, flush))
 
 
 @contextmanager
@@ -112,8 +112,8 @@ def shared_sglang_engine(
             sender = stack.enter_context(
                 Sender(endpoints, f"trainer-{rank}", width, group_backend(device), rollout.sglang.request_timeout_s)
             )
-        outgoing, pause = outgoing_weights(rollout, model), PAUSES[rollout.pause]
-        yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, pause))
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, flush))
 
 
 class Contributor:
@@ -129,7 +129,8 @@ class Contributor:
 
 def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
     length, dtype = model.max_sequence_length, DTYPES[model.precision]
-    return SGLangEngine(folder, rollout.sglang, logs, device, dtype, context_length=length)
+    pause = PAUSES[rollout.pause]
+    return SGLangEngine(folder, rollout.sglang, logs, device, dtype, context_length=length, pause=pause)
 
 
 def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> Outgoing:

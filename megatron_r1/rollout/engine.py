@@ -15,7 +15,10 @@ class Engine(Protocol):
     """Samples responses with weights that can be replaced."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Sequence[Outcome]:
-        """What became of each request, in the order of the requests; all completions have the same weight version.
+        """What became of each request, in the order of the requests.
+
+        Completions come from the weights that are current when they are asked for. Where weights may be replaced
+        meanwhile, by another thread, later ones come from newer weights, and one may have several versions.
 
         Raises:
             NoRolloutCapacity: nobody is left to answer.
@@ -24,6 +27,15 @@ class Engine(Protocol):
 
     def update_weights(self, folder: Path, version: str) -> None:
         """Sample from now on with the weights of a Hugging Face folder; later completions carry `version`."""
+        ...
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds that it has spent answering so far."""
+        ...
+
+    def abandon(self) -> None:
+        """End the calls of `generate` that other threads are in, if there may be any."""
         ...
 
     def close(self) -> None:

@@ -118,12 +118,15 @@ def _row(sample: Sample) -> dict[str, Any]:
     row = asdict(sample)
     if sample.learned:
         del row["learned"]  # as nearly all are
+    if not sample.later_versions:
+        del row["later_versions"]
     return row
 
 
 def _sample(row: dict) -> Sample:
     for name in ("prompt_tokens", "response_tokens", "logprobs"):
         row[name] = tuple(row[name])
+    row["later_versions"] = tuple((place, version) for place, version in row.get("later_versions", ()))
     if routed := row.get("routed_experts"):
         row["routed_experts"] = RoutedExperts(tuple(routed["shape"]), routed["data"])
     return Sample(**row)

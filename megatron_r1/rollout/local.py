@@ -8,6 +8,7 @@ Shapes: B rows of the batch, L positions, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,16 +41,21 @@ class LocalEngine:
         """
         self._model, self._batch_size, self._pad, self._routing = model, batch_size, pad_token, routing
         self._version = "0"
+        self.busy_seconds = 0.0
 
     def update_weights(self, folder: Path, version: str) -> None:
         """Take note of the version: the weights themselves are the trainer's."""
         self._version = version
+
+    def abandon(self) -> None:
+        """Nobody but the caller's own thread may be in `generate`."""
 
     def close(self) -> None:
         """Nothing to release."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in the order of the requests."""
+        began = time.monotonic()
         generator = torch.Generator().manual_seed(sampling.seed)
         # Prompts of similar length share a batch; equal prompts stay together and are read once.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_tokens), requests[i].prompt_tokens))
@@ -64,6 +70,7 @@ class LocalEngine:
                     answers = list(self._generate_batch(batch, sampling, generator, routes))
                 completions.update(zip(rows, answers, strict=True))
         self._model.train(training)
+        self.busy_seconds += time.monotonic() - began
         return [completions[i] for i in range(len(requests))]
 
     def _generate_batch(

@@ -1,7 +1,7 @@
 """What goes into a rollout engine and what comes out, as frozen records.
 
 A `Completion` cannot be built from something that the trainer could not train on: each response token has a finite
-log-prob, and the reason for the end is known.
+log-prob and is of known weights, and the reason for the end is known.
 """
 
 from __future__ import annotations
@@ -56,12 +56,17 @@ class Sampling:
             raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
 
 
+LaterVersions = tuple[tuple[int, str], ...]
+"""Where weights changed under a response: place of the first token that newer weights sampled, and their version."""
+
+
 def check_response(
     prompt: tuple[int, ...],
     tokens: tuple[int, ...],
     logprobs: tuple[float, ...],
     finish_reason: str,
     routed: RoutedExperts | None,
+    later_versions: LaterVersions,
 ) -> None:
     """Raise ValueError, naming the fault, unless these make a response that can be trained on."""
     if not tokens:
@@ -73,6 +78,11 @@ def check_response(
             raise ValueError(f"log-prob {logprob} at response token {position}: must be finite and at most 0")
     if finish_reason not in FINISH_REASONS:
         raise ValueError(f"finish reason {finish_reason!r}: must be one of {', '.join(FINISH_REASONS)}")
+    places = [0, *(place for place, _ in later_versions), len(tokens)]
+    if places != sorted(set(places)):
+        raise ValueError(
+            f"weights changed at response tokens {places[1:-1]}: must ascend between 1 and {len(tokens) - 1}"
+        )
     inputs = len(prompt) + len(tokens) - 1
     if routed is not None and routed.shape[0] != inputs:
         raise ValueError(f"routed experts of {routed.shape[0]} tokens: must be of the {inputs} that the model read")
@@ -93,12 +103,16 @@ class Completion:
     finish_reason: str
     """``stop``: the last token is a stop token; ``length``: `Sampling.max_tokens` was reached."""
     weight_version: str
-    """Version of the weights that every token of the response was sampled with."""
+    """Version of the weights that the first token was sampled with, and all others unless `later_versions` says so."""
     routed_experts: RoutedExperts | None = None
     """Where the engine sent each token that it read, if that was asked for."""
+    later_versions: LaterVersions = ()
 
     def __post_init__(self) -> None:
-        check_response(self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts)
+        check_response(
+            self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts,
+            self.later_versions,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +148,13 @@ class Sample:
     """Whether its tokens are learned from; else it only counts in its group's baseline."""
     routed_experts: RoutedExperts | None = None
     """As of the completion."""
+    later_versions: LaterVersions = ()
+    """As of the completion."""
 
     def __post_init__(self) -> None:
-        check_response(self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts)
+        check_response(
+            self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts,
+            self.later_versions,
+        )  # fmt: skip
         if not math.isfinite(self.reward):
             raise ValueError(f"prompt {self.prompt_id}: reward {self.reward} is not finite")

@@ -29,7 +29,6 @@ from megatron_r1.parallel.mesh import pipeline_stage
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.sglang.buckets import planned
-from megatron_r1.rollout.sglang.pause import FINISH, Pause
 from megatron_r1.rollout.sglang.sender import Sender
 from megatron_r1.rollout.sglang.turns import RoundRobin
 
@@ -54,7 +53,7 @@ class Receiving(Protocol):
         """Times that a server was started again, which takes it out of every group."""
         ...
 
-    def receiving(self, version: str, pause: Pause = FINISH) -> AbstractContextManager[None]:
+    def receiving(self, version: str) -> AbstractContextManager[None]:
         """The session in which its servers receive; at the end of the block all of them must serve `version`."""
         ...
 
@@ -69,7 +68,7 @@ class GroupSync:
         tensors: NamedTensors,
         outgoing: Outgoing,
         bucket_bytes: int,
-        pause: Pause = FINISH,
+        flush_cache: bool = True,
     ):
         """
         Args:
@@ -78,10 +77,10 @@ class GroupSync:
             tensors: gives the weights as they stand, whole, by megatron-core name.
             outgoing: what of them is sent.
             bucket_bytes: bytes sent at a time.
-            pause: what becomes of answers that are under way.
+            flush_cache: whether the servers drop the cache of the old weights, as the engine's pause says.
         """
         self._engine, self._sender, self._tensors, self._outgoing = engine, sender, tensors, outgoing
-        self._bucket_bytes, self._pause = bucket_bytes, pause
+        self._bucket_bytes, self._flush_cache = bucket_bytes, flush_cache
         self._restarts = 0
 
     def push(self, version: str) -> None:
@@ -90,13 +89,13 @@ class GroupSync:
             NoRolloutCapacity: a server failed; the engine refuses to answer until an update succeeds.
             DataError: the weights are not those of the model; likewise.
         """
-        with self._engine.receiving(version, self._pause):
+        with self._engine.receiving(version):
             if self._engine.restarts != self._restarts:
                 self._sender.leave()  # a server that was started again is not in the group any more
             self._restarts = self._engine.restarts
             tensors = self._outgoing.tensors(self._tensors(), complete=True)
             units = self._outgoing.together(self._outgoing.names()).of(tensors)
-            self._sender.send(units, self._bucket_bytes, version=version, flush_cache=self._pause.flush_cache)
+            self._sender.send(units, self._bucket_bytes, version=version, flush_cache=self._flush_cache)
 
 
 class StageSync:
@@ -114,7 +113,7 @@ class StageSync:
         module: torch.nn.Module,
         outgoing: Outgoing,
         bucket_bytes: int,
-        pause: Pause = FINISH,
+        flush_cache: bool = True,
     ):
         """
         Args:
@@ -123,10 +122,10 @@ class StageSync:
             module: this rank's part of the model.
             outgoing: what of the model is sent.
             bucket_bytes: bytes sent at a time.
-            pause: what becomes of answers that are under way.
+            flush_cache: whether the servers drop the cache of the old weights, as the engine's pause says.
         """
         self._engine, self._sender, self._module, self._outgoing = engine, sender, module, outgoing
-        self._bucket_bytes, self._pause = bucket_bytes, pause
+        self._bucket_bytes, self._flush_cache = bucket_bytes, flush_cache
         self._rank = AllRanks().rank
         stages = AllRanks().gather(pipeline_stage())
         everything = directory([shard for shard in shards(module) if shard.owned])
@@ -145,7 +144,7 @@ class StageSync:
         """
         with ExitStack() as session:
             if self._engine:
-                receiving = self._engine.receiving(version, self._pause)
+                receiving = self._engine.receiving(version)
                 _on_all_ranks(lambda: session.enter_context(receiving))
             else:
                 _on_all_ranks(lambda: None)
@@ -168,7 +167,7 @@ class StageSync:
         try:
             units = self._outgoing.together(part).of(self._outgoing.tensors(whole, complete=False))
             sent = self._sender.send(
-                units, self._bucket_bytes, version=version, turns=turns, flush_cache=self._pause.flush_cache
+                units, self._bucket_bytes, version=version, turns=turns, flush_cache=self._flush_cache
             )
             assert sent == turns.buckets, f"{sent} buckets went where {turns.buckets} were planned"
         finally:

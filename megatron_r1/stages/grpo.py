@@ -47,6 +47,7 @@ def run(config: RunConfig) -> None:
         learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device, replay)
         with rollout_engine(this, weights, replay) as engine, ExitStack() as stack:
             rollouts: TakesRollouts | None = None
+            prompts = config.rl.prompts_per_rollout
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=reference.saved if reference else tuple)
             if leads():
                 journal = Journal(this.folder / "rollouts")
@@ -62,9 +63,10 @@ def run(config: RunConfig) -> None:
                     config.seed,
                     RoutedLayers(config.model.num_layers, moe.first_dense_layers, moe.top_k) if replay else None,
                 )
-                if config.rollout.ahead:
-                    rollouts = stack.enter_context(AheadRollouts(rollouts, config.train.steps))
-            step = reinforcement_step(rollouts, learner, engine.update_weights)
+                if ahead := config.rollout.ahead:
+                    last, abandon = config.train.steps, engine.engine.abandon
+                    rollouts = stack.enter_context(AheadRollouts(rollouts, ahead, prompts, last, abandon))
+            step = reinforcement_step(rollouts, learner, engine.update_weights, prompts)
             state = train(this.state, step, hooks, config.train.steps)
         finish(this, state)
 

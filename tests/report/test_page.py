@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import orjson
 import pytest
 
-from megatron_r1.report.figures import comparison, curves, heat_map, series, thinned, time_shares
+from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, series, thinned, time_shares
 from megatron_r1.report.page import write_report
 from megatron_r1.report.read import read_recipe
 from megatron_r1.track.record import Record
@@ -82,6 +82,11 @@ def rl_row(step, generator):
         "learning_rate": 1e-4,
         "rollout_seconds": 2 + generator.random(),
         "train_seconds": 3.0,
+        "sync_seconds": 0.1,
+        "trainer_idle": 0.4,
+        "engine_idle": 0.6,
+        "staleness": 2,
+        "mean_staleness": 1.5,
         "logprob_gap": 1e-5 * (1 + generator.random()),
     }
 
@@ -189,7 +194,7 @@ def test_curves_are_present_with_labels_and_units(page):
     expected = {f"curve-r1_zero-{metric}" for metric in (*metrics, "entropy-entropy", "time-rollout_seconds")}
     expected |= {"curve-pretrain-loss-loss", "curve-pretrain-loss-mtp_loss", "curve-pretrain-load-router_load_max"}
     expected |= {"curve-pretrain-load-mtp_router_load_max", "curve-pretrain-violation-router_violation"}
-    expected |= {"curve-pretrain-experts"}
+    expected |= {"curve-pretrain-experts", "curve-r1_zero-idle-engine_idle", "curve-r1_zero-stale-mean_staleness"}
     assert expected <= page.ids
     for label in ("loss (nats per token)", "response length (tokens)", "KL (nats per token)", "tokens per second"):
         assert label in page.text
@@ -265,9 +270,14 @@ def test_heat_map_has_a_cell_for_every_value_and_more_colour_for_more_load():
 def test_stages_are_drawn_side_by_side(recipe):
     assert not any(name.startswith("curve-all-") for name in written(recipe).ids)
     shutil.copytree(recipe / "pretrain", recipe / "other")
-    assert {f"curve-all-{kind}-{run}" for kind in ("loss", "load") for run in ("pretrain", "other")} <= written(
-        recipe
-    ).ids
+    shutil.copytree(recipe / "r1_zero", recipe / "ahead")
+    kinds = {"loss": ("pretrain", "other"), "load": ("pretrain", "other"), "minutes": ("r1_zero", "ahead")}
+    assert {f"curve-all-{kind}-{run}" for kind, runs in kinds.items() for run in runs} <= written(recipe).ids
+
+
+def test_minutes_add_up_and_need_all_parts():
+    rows = [{"step": step, "sync_seconds": 6, "rollout_seconds": 24, "train_seconds": 30.0} for step in (3, 4)]
+    assert [row["step"] for row in by_minutes(rows)] == [1.0, 2.0] and by_minutes([*rows, {"step": 5}]) == []
 
 
 def test_figures_without_values_are_empty():

@@ -18,7 +18,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards.score import Score
 from megatron_r1.rl.advantage import group_advantages, ragged_group_advantages
 from megatron_r1.rl.filters import chosen, drop_equal, drop_repeats, drop_truncated, filtered, mask_truncated
-from megatron_r1.rl.rollouts import Rollouts
+from megatron_r1.rl.rollouts import REFILLS, Rollouts
 from megatron_r1.rl.rows import make_rows
 from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.journal import Journal
@@ -102,7 +102,10 @@ class Scripted:
             for request, token in zip(requests, script, strict=True)
         ]
 
+    busy_seconds = 0.0
+
     def update_weights(self, folder, version) -> None: ...
+    def abandon(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -142,15 +145,16 @@ def two_kinds(tokenizer) -> tuple[int, int]:
     return lengths[0], lengths[1]
 
 
-def test_dropped_groups_are_refilled_and_their_prompts_are_consumed(rollouts, config, two_kinds):
+def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts, config, two_kinds):
     zero, one = two_kinds
     script = [[zero, one], [one, one], [zero, zero], [one, one], [one, zero], [zero, one]]
     taker, engine = rollouts(script, equal_groups="drop", extra_rounds=5)
     rollout = taker.take(step=4, first_prompt=10)
     assert [len(requests) for requests, _ in engine.asked] == [6, 4, 2]
-    assert (rollout.prompts, rollout.counts) == (6, {"lost_groups": 0, "equal_groups": 3})
-    prompts = TrainingPrompts(config.data)
-    assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(10 + i).id for i in (0, 4, 5)]
+    assert rollout.counts == {"lost_groups": 0, "equal_groups": 3, "refill_prompts": 3}
+    prompts, refills = TrainingPrompts(config.data), REFILLS + 10 * 5
+    places = [10, refills + 1, refills + 2]
+    assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(place).id for place in places]
     assert [sample.group for sample in rollout.samples] == [0, 0, 1, 1, 2, 2]
     assert len({sampling.seed for _, sampling in engine.asked}) == 3
     names = [request.id for requests, _ in engine.asked for request in requests]
@@ -164,7 +168,7 @@ def test_rounds_are_bounded_and_a_short_rollout_is_what_is_left(rollouts, two_ki
     taker, engine = rollouts([[zero, one], [one, one], [one, one], [one, one], [one, one]],
                              equal_groups="drop", extra_rounds=1)  # fmt: skip
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.prompts, len(engine.asked)) == (2, 5, 2)
+    assert (len(rollout.samples), rollout.counts["refill_prompts"], len(engine.asked)) == (2, 2, 2)
 
 
 def test_where_nothing_teaches_anything_the_groups_are_kept(rollouts, two_kinds):
@@ -178,10 +182,10 @@ def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one], [None, one], [one, zero]])
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.prompts, rollout.counts) == (4, 3, {"lost_groups": 1})
+    assert (len(rollout.samples), rollout.counts) == (4, {"lost_groups": 1})
     assert rollouts([])[0].take(step=1, first_prompt=0) == rollout
     taker, _ = rollouts([[None, one]] * 3)
-    with pytest.raises(NoRolloutCapacity, match="all 3 prompts were lost; the last one: no reply"):
+    with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no reply"):
         taker.take(step=2, first_prompt=0)
 
 
@@ -189,5 +193,5 @@ def test_an_ordinary_rollout_leaves_no_notes(rollouts, two_kinds, tmp_path):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one]] * 3)
     rollout = taker.take(step=1, first_prompt=0)
-    assert (rollout.prompts, rollout.counts) == (3, {"lost_groups": 0})
+    assert rollout.counts == {"lost_groups": 0}
     assert Journal(tmp_path / "rollouts").read_all(1)[1] == {}

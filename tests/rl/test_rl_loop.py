@@ -21,6 +21,7 @@ class Run(Hook):
     def __init__(self, fails: tuple[str, ...] = ()):
         self.notes: list[str] = []
         self.fails = list(fails)
+        self.busy_seconds = 0.0
 
     def note(self, what: str) -> None:
         self.notes.append(what)
@@ -33,7 +34,7 @@ class Run(Hook):
 
     def take(self, step: int, first_prompt: int) -> Rollout:
         self.note(f"take {step} from {first_prompt}")
-        return Rollout(SAMPLES, 7, {"lost_groups": 0})
+        return Rollout(SAMPLES, {"lost_groups": 0})
 
     def learn(self, samples, state: TrainState) -> tuple[TrainState, dict]:
         self.note("learn")
@@ -47,7 +48,7 @@ class Run(Hook):
         self.note(f"save {state.step} at {state.data_position}")
 
     def go(self) -> TrainState:
-        return train(TrainState(), reinforcement_step(self, self, self.publish), self, 2)
+        return train(TrainState(), reinforcement_step(self, self, self.publish, prompts=7), self, 2)
 
 
 def test_weights_are_sent_before_each_rollout_and_prompts_are_counted(one_rank):

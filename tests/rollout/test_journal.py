@@ -33,6 +33,9 @@ def samples(draw) -> Sample:
         text=draw(st.text(st.characters(exclude_categories=["Cs"]))),
         reward=draw(st.floats(allow_nan=False, allow_infinity=False)),
         learned=draw(st.booleans()),
+        later_versions=tuple(
+            (place, draw(st.text("ab"))) for place in sorted(draw(st.sets(st.integers(0, count - 1)))) if place
+        ),
         reward_parts=draw(st.dictionaries(st.text("abc"), st.floats(allow_nan=False, allow_infinity=False))),
     )
 

@@ -17,9 +17,12 @@ from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import BadReply, Client, completion
 from megatron_r1.rollout.sglang.routing import choose, key_of, pieces
 from megatron_r1.rollout.sglang.server import LAUNCHER
+from megatron_r1.rollout.sglang.versions import Versions
 
 REQUEST = Request("r", (5, 6, 7))
 SAMPLING = Sampling(1.0, 1.0, 3, (9,), 0)
+V1 = Versions("v1").from_now_on()
+SPAN = {"version": "v1", "start": 0, "end": 2}
 REPLY = {
     "output_ids": [8, 9],
     "meta_info": {
@@ -45,9 +48,27 @@ def changed(path: str, value: object) -> dict:
 
 
 def test_good_reply():
-    one = completion(REPLY, REQUEST, SAMPLING, "v1")
+    one = completion(REPLY, REQUEST, SAMPLING, V1)
     assert (one.request_id, one.prompt_tokens, one.finish_reason) == ("r", (5, 6, 7), "stop")
     assert (one.response_tokens, one.logprobs) == ((8, 9), (-0.5, -0.25))
+    assert (one.weight_version, one.later_versions) == ("v1", ())
+
+
+def test_a_reply_may_come_from_weights_given_since_it_was_asked_for_but_not_from_older_ones():
+    versions = Versions("v0")
+    before = versions.from_now_on()
+    versions.give("v1")
+    allowed = versions.from_now_on()
+    spans = [{"version": "v1", "start": 0, "end": 1}, {"version": "v2", "start": 1, "end": 2}]
+    reply = changed("meta_info", REPLY["meta_info"] | {"weight_versions": spans, "weight_version": "v2"})
+    with pytest.raises(BadReply, match="'v2' where 'v1' was expected"):
+        completion(reply, REQUEST, SAMPLING, allowed)
+    versions.give("v2")
+    for asked in (before, allowed):
+        one = completion(reply, REQUEST, SAMPLING, asked)
+        assert (one.weight_version, one.later_versions) == ("v1", ((1, "v2"),))
+    with pytest.raises(BadReply, match="'v1' where 'v2' was expected"):
+        completion(reply, REQUEST, SAMPLING, versions.from_now_on())
 
 
 @pytest.mark.parametrize(
@@ -61,6 +82,9 @@ def test_good_reply():
         ("meta_info.output_token_logprobs", [[-0.5, 8, None], [None, 9, None]], "wrong type"),
         ("meta_info.output_token_logprobs", [[0.5, 8, None], [-0.1, 9, None]], "log-prob 0.5"),
         ("meta_info.weight_version", "v0", "'v0' where 'v1'"),
+        ("meta_info.weight_versions", [SPAN | {"version": "v0"}], "'v0' where 'v1'"),
+        ("meta_info.weight_versions", [SPAN | {"end": 1}], "of other tokens than the 2"),
+        ("meta_info.weight_versions", [SPAN | {"end": 1}, SPAN], "of other tokens than the 2"),
         ("meta_info.prompt_tokens", 2, "2 prompt tokens"),
         ("meta_info.finish_reason", {"type": "abort"}, "'abort'"),
         ("meta_info.finish_reason", None, "wrong type"),
@@ -71,13 +95,13 @@ def test_good_reply():
 )
 def test_bad_reply_is_named(path, value, told):
     with pytest.raises(BadReply, match=told) as error:
-        completion(changed(path, value), REQUEST, SAMPLING, "v1")
+        completion(changed(path, value), REQUEST, SAMPLING, V1)
     assert "request r" in str(error.value)
 
 
 def test_stop_token_in_the_last_place_is_a_stop():
     reply = changed("meta_info.finish_reason", {"type": "length"})
-    one = completion(reply, REQUEST, Sampling(1.0, 1.0, 2, (9,), 0), "v1")
+    one = completion(reply, REQUEST, Sampling(1.0, 1.0, 2, (9,), 0), V1)
     assert one.finish_reason == "stop"
 
 
@@ -106,7 +130,7 @@ async def echo(request: web.Request) -> dict:
 
 
 def generate(client: Client) -> object:
-    return client.generate([REQUEST], SAMPLING, "v1")
+    return client.generate([REQUEST], SAMPLING, V1)
 
 
 def test_keys_are_sent_to_their_doors():
@@ -118,7 +142,7 @@ def test_keys_are_sent_to_their_doors():
         return web.json_response(body)
 
     async def both(client: Client) -> None:
-        await client.generate([REQUEST], SAMPLING, "v1")
+        await client.generate([REQUEST], SAMPLING, V1)
         await client.update_weights("folder", "v1")
 
     ask(handler, both)
@@ -134,7 +158,7 @@ def test_shared_prompt_is_read_once_before():
         bodies.append(orjson.loads(await request.read()))
         return web.json_response([REPLY] * len(bodies[-1]["input_ids"]))
 
-    ask(handler, lambda client: client.generate([REQUEST, REQUEST], SAMPLING, "v1"))
+    ask(handler, lambda client: client.generate([REQUEST, REQUEST], SAMPLING, V1))
     assert [(len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]) for body in bodies] == [(1, 0), (2, 3)]
 
 

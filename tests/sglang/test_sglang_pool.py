@@ -17,6 +17,7 @@ from megatron_r1.rollout.sample import Completion, Lost, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
 from megatron_r1.rollout.sglang.member import Member
 from megatron_r1.rollout.sglang.pool import Pool
+from megatron_r1.rollout.sglang.versions import Versions
 
 SAMPLING = Sampling(1.0, 1.0, 16, (), 0)
 DEADLINE_S = 6.0
@@ -31,20 +32,20 @@ def requests(count: int, each: int = 1) -> list[Request]:
 
 
 @asynccontextmanager
-async def pool_of(running, timeout_s=5.0, hopeless=str, **config):
+async def pool_of(running, timeout_s=5.0, hopeless=str, version="v", **config):
     config = PoolConfig(**(QUICK | config))
     async with new_session() as session:
         members = [Member(Client(one.url, KEY, "", timeout_s, session), config, "v") for one in running]
         for member in members:
             member.open()
-        yield Pool(members, config, timeout_s, hopeless)
+        yield Pool(members, config, timeout_s, Versions(version), hopeless)
 
 
 def ask(running, asked, version="v", **options):
     async def run():
-        async with pool_of(running, **options) as pool:
+        async with pool_of(running, version=version, **options) as pool:
             began = time.monotonic()
-            outcomes = await pool.generate(asked, SAMPLING, version)
+            outcomes = await pool.generate(asked, SAMPLING)
             return outcomes, time.monotonic() - began, pool
 
     return asyncio.run(run())
@@ -137,7 +138,7 @@ def test_breaker_closes_again_when_its_server_is_well(healthy):
         async with pool_of(healthy[:1], breaker_failures=3, breaker_cooldown_s=0.1, give_up_s=30.0) as pool:
             healthy[0].behave(fault="error_500")
             asked = requests(20)
-            answers = asyncio.ensure_future(pool.generate(asked, SAMPLING, "v"))
+            answers = asyncio.ensure_future(pool.generate(asked, SAMPLING))
             await asyncio.sleep(0.5)
             assert not pool.members[0].breaker.closed
             await asyncio.to_thread(healthy[0].behave, fault="")
@@ -171,7 +172,7 @@ def test_server_killed_while_it_answers(healthy):
                 for member, one in zip(pool.members, running, strict=True):
                     member.gone = lambda process=one.process: process.poll() is not None
                 asked = requests(100)
-                answers = asyncio.ensure_future(pool.generate(asked, SAMPLING, "v"))
+                answers = asyncio.ensure_future(pool.generate(asked, SAMPLING))
                 await asyncio.sleep(0.15)
                 os.kill(running[0].process.pid, signal.SIGKILL)
                 return asked, await answers, pool
@@ -187,23 +188,27 @@ def test_evicted_calls_go_elsewhere_and_drained_ones_end(healthy):
     healthy[1].behave(seconds=0.2)
 
     async def run():
-        async with pool_of(healthy[:2], timeout_s=60.0, give_up_s=60.0, retry_floor_per_s=0.01) as pool:
+        async with pool_of(
+            healthy[:2], timeout_s=60.0, give_up_s=60.0, retry_floor_per_s=0.01, capacity_timeout_s=0.5
+        ) as pool:
             asked = requests(40)
-            answers = asyncio.ensure_future(pool.generate(asked, SAMPLING, "v"))
+            answers = asyncio.ensure_future(pool.generate(asked, SAMPLING))
             await asyncio.sleep(0.1)
             assert pool.members[0].in_flight > 0
             pool.members[0].evict("it hangs")
             outcomes = await answers
             pool.members[0].open()
             healthy[0].behave(fault="", seconds=0.2)
-            more = asyncio.ensure_future(pool.generate(asked, SAMPLING, "v"))
+            more = asyncio.ensure_future(pool.generate(asked, SAMPLING))
             await asyncio.sleep(0.1)
             under_way = sum(member.in_flight for member in pool.members)
-            await pool.drain("update")
+            pool.hold("update")
+            await pool.drained()
             assert under_way > 0 == sum(member.in_flight for member in pool.members)
+            await asyncio.sleep(pool.config.capacity_timeout_s)  # no want of servers, however long it lasts
             for member in pool.members:
                 member.open()
-            pool.changed.tell()
+            pool.release()
             return asked, outcomes, await more
 
     began = time.monotonic()
@@ -229,9 +234,45 @@ def test_an_interrupted_rollout_leaves_nothing_under_way(healthy):
         async with pool_of(healthy[:1], timeout_s=60.0) as pool:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.3):
-                    await pool.generate(requests(10), SAMPLING, "v")
+                    await pool.generate(requests(10), SAMPLING)
             await asyncio.sleep(0)
             return pool.members[0]
 
     member = asyncio.run(run())
     assert (member.in_flight, member._calls) == (0, set())
+
+
+def test_who_asked_first_is_answered_first(healthy):
+    healthy[0].behave(seconds=0.05)
+
+    async def run():
+        async with pool_of(healthy[:1], in_flight_per_server=4) as pool:
+            asked, ended = requests(16), []
+
+            async def caller(name: str) -> None:
+                assert check(asked, await pool.generate(asked, SAMPLING)) == 0
+                ended.append(name)
+
+            await asyncio.gather(*[caller(name) for name in "abc"])
+            assert pool.members[0].busy.seconds >= 0.05 * 3 * 16 / 4
+            return ended
+
+    assert asyncio.run(run()) == ["a", "b", "c"]
+
+
+def test_abandoned_callers_are_told(healthy):
+    healthy[0].behave(fault="hang")
+
+    async def run():
+        async with pool_of(healthy[:1], timeout_s=60.0) as pool:
+            answers = asyncio.ensure_future(pool.generate(requests(4), SAMPLING))
+            await asyncio.sleep(0.2)
+            pool.abandon()
+            with pytest.raises(NoRolloutCapacity, match="abandoned"):
+                await answers
+            assert pool.members[0].in_flight == 0
+            healthy[0].behave(fault="")
+            asked = requests(4)
+            assert check(asked, await pool.generate(asked, SAMPLING)) == 0
+
+    asyncio.run(run())

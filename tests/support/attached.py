@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_r1.rollout.sglang.address_file import read_addresses, write_addresses
 from megatron_r1.rollout.sglang.client import Client, Endpoint
-from megatron_r1.rollout.sglang.pause import FINISH, Pause
 
 KEYS = "MEGATRON_R1_TEST_KEYS"
 TIMEOUT_S = 60.0
@@ -47,7 +46,7 @@ class Attached:
         self.restarts = 0
 
     @contextmanager
-    def receiving(self, version: str, pause: Pause = FINISH) -> Iterator[None]:
+    def receiving(self, version: str) -> Iterator[None]:
         self.all(client.begin_update() for client in self._clients)
         try:
             yield
@@ -62,7 +61,7 @@ class Attached:
 
     def generate(self, requests: Any, sampling: Any) -> list[Any]:
         """Every server's answers to all requests, one server after the other."""
-        answers = self.all(client.generate(requests, sampling, self._version) for client in self._clients)
+        answers = self.all(client.generate(requests, sampling, (self._version,)) for client in self._clients)
         return [one for answered in answers for one in answered]
 
     def all(self, calls: Any) -> list[Any]:

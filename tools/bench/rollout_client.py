@@ -24,6 +24,7 @@ from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
 from megatron_r1.rollout.sglang.member import Member
 from megatron_r1.rollout.sglang.pool import Pool
+from megatron_r1.rollout.sglang.versions import Versions
 
 SUPPORT = Path(__file__).resolve().parents[2] / "tests" / "support"
 SAMPLING = Sampling(1.0, 1.0, 32, (), 0)
@@ -48,7 +49,7 @@ async def pool_at(urls: list[str], in_flight: int, key: str) -> AsyncIterator[Po
         members = [Member(Client(url, key, "", 60.0, session), config, "v") for url in urls]
         for member in members:
             member.open()
-        yield Pool(members, config, 60.0)
+        yield Pool(members, config, 60.0, Versions("v"))
 
 
 def requests(count: int, prompt_tokens: int = 32) -> list[Request]:
@@ -72,7 +73,7 @@ async def rates(urls: list[str], key: str, in_flight: int, count: int, rounds: i
     async with pool_at(urls, in_flight, key) as pool:
         for _ in range(rounds):
             began, core_began = time.perf_counter(), time.process_time()
-            all_answered(await pool.generate(asked, SAMPLING, "v"))
+            all_answered(await pool.generate(asked, SAMPLING))
             found.append(Rate(count / (time.perf_counter() - began), count / (time.process_time() - core_began)))
     return found
 
@@ -87,7 +88,7 @@ async def soak(urls: list[str], key: str, in_flight: int, seconds: float, each_s
             if not looks or now - looks[-1].seconds >= each_s:
                 gc.collect()
                 looks.append(Look(now, done, process.memory_info().rss, process.num_fds()))
-            all_answered(await pool.generate(asked, SAMPLING, "v"))
+            all_answered(await pool.generate(asked, SAMPLING))
             done += len(asked)
     return looks
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Container, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -20,6 +20,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.routed import RoutedExperts
 from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.rollout.sglang.versions import versions_of
 
 ATTEMPTS = 3
 CONNECT_S = 10.0
@@ -78,9 +79,11 @@ class Client:
         return cls(endpoint.url, endpoint.api_key, endpoint.admin_key, timeout_s, session)
 
     async def generate(
-        self, requests: Sequence[Request], sampling: Sampling, version: str, timeout_s: float | None = None
+        self, requests: Sequence[Request], sampling: Sampling, versions: Container[str], timeout_s: float | None = None
     ) -> list[Completion | BadReply]:
         """For each request, in their order, its checked completion or what is wrong with it, all in one call.
+
+        All tokens must come from weights of one of `versions`, which may grow meanwhile.
 
         Where prompts are asked for more than once they are read first, once each: requests that arrive together would
         each read their own. Nothing is tried again.
@@ -99,7 +102,7 @@ class Client:
             count = len(replies) if isinstance(replies, list) else type(replies).__name__
             raise BadReply(f"{self.url}/generate: {len(requests)} requests but the reply has {count}")
         return [
-            checked(reply, request, sampling, version, f"{name}_{place}")
+            checked(reply, request, sampling, versions, f"{name}_{place}")
             for place, (reply, request) in enumerate(zip(replies, requests, strict=True))
         ]
 
@@ -130,9 +133,9 @@ class Client:
         except (KeyError, TypeError) as error:
             raise BadReply(f"{self.url}/v1/loads: the reply lacks a field: {error!r}") from None
 
-    async def update_weights(self, folder: str, version: str) -> None:
+    async def update_weights(self, folder: str, version: str, flush_cache: bool = True) -> None:
         """Load the weights of a folder, drop the cache of the old ones, stamp the version and see it stamped."""
-        body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+        body = {"model_path": folder, "weight_version": version, "flush_cache": flush_cache}
         await self._control("/update_weights_from_disk", body, attempts=ATTEMPTS)
         await self.confirm(version)
 
@@ -285,10 +288,12 @@ def sampling_parameters(sampling: Sampling) -> dict[str, Any]:
     }
 
 
-def checked(reply: Any, request: Request, sampling: Sampling, version: str, name: str) -> Completion | BadReply:
+def checked(
+    reply: Any, request: Request, sampling: Sampling, versions: Container[str], name: str
+) -> Completion | BadReply:
     """The completion out of one reply of /generate, or what is wrong with it; `name` is what the server was told."""
     try:
-        good = completion(reply, request, sampling, version)
+        good = completion(reply, request, sampling, versions)
     except BadReply as error:
         return error
     if (answered := reply["meta_info"].get("id")) != name:
@@ -296,24 +301,23 @@ def checked(reply: Any, request: Request, sampling: Sampling, version: str, name
     return good
 
 
-def completion(reply: Any, request: Request, sampling: Sampling, version: str) -> Completion:
+def completion(reply: Any, request: Request, sampling: Sampling, versions: Container[str]) -> Completion:
     """A completion out of one reply of /generate; raises BadReply naming the request and what is wrong."""
     try:
-        return _completion(reply, request, sampling, version)
+        return _completion(reply, request, sampling, versions)
     except (KeyError, TypeError, IndexError) as error:
         raise BadReply(f"request {request.id}: the reply lacks a field or has the wrong type: {error!r}") from None
     except ValueError as error:
         raise BadReply(f"request {request.id}: {error}") from None
 
 
-def _completion(reply: Any, request: Request, sampling: Sampling, version: str) -> Completion:
+def _completion(reply: Any, request: Request, sampling: Sampling, versions: Container[str]) -> Completion:
     meta = reply["meta_info"]
     tokens = tuple(int(token) for token in reply["output_ids"])
     pairs = meta["output_token_logprobs"]
     if tuple(pair[1] for pair in pairs) != tokens:
         raise ValueError(f"log-probs are of {len(pairs)} tokens that are not the {len(tokens)} response tokens")
-    if meta["weight_version"] != version:
-        raise ValueError(f"weight version {meta['weight_version']!r} where {version!r} was expected")
+    version, later_versions = versions_of(meta, len(tokens), versions)
     if meta["prompt_tokens"] != len(request.prompt_tokens):
         raise ValueError(f"{meta['prompt_tokens']} prompt tokens were read of {len(request.prompt_tokens)}")
     reason = meta["finish_reason"]["type"]
@@ -328,7 +332,7 @@ def _completion(reply: Any, request: Request, sampling: Sampling, version: str) 
     if sampling.routed:
         inputs = len(request.prompt_tokens) + len(tokens) - 1
         routed = RoutedExperts.from_sglang(meta["routed_experts"], inputs, sampling.routed)
-    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version, routed)
+    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version, routed, later_versions)
 
 
 async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:

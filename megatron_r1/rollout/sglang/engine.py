@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
@@ -30,6 +29,7 @@ from megatron_r1.rollout.sglang.router import Router
 from megatron_r1.rollout.sglang.server import Server, new_endpoints
 from megatron_r1.rollout.sglang.starts import Starts
 from megatron_r1.rollout.sglang.supervise import CurrentWeights, Watched, watching
+from megatron_r1.rollout.sglang.versions import Versions
 
 CLOSE_SESSION_S = 10.0
 UPDATING = "its weights are being replaced"
@@ -49,6 +49,7 @@ class SGLangEngine:
         dtype: ``float32`` or ``bfloat16``, of weights and activations.
         context_length: longest prompt and response together, in tokens.
         version: weight version that the model in `model_folder` is called.
+        pause: what becomes of answers that are under way when weights change.
 
     Raises:
         NoRolloutCapacity: a server did not start, ended, or did not answer as it should.
@@ -65,16 +66,17 @@ class SGLangEngine:
         *,
         context_length: int,
         version: str = "initial",
+        pause: Pause = FINISH,
     ):
         self.config, self.context_length = config, context_length
         self.tensor_parallel = config.server.tensor_parallel
-        self._in_use = threading.RLock()
+        self._pause = pause
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
         self._starts = Starts(model_folder, config, log_folder, device, dtype, context_length)
         self.endpoints = addresses.given(config) if config.started_elsewhere else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a server that is restarted keeps its own."""
-        self._weights = CurrentWeights(version, Path(model_folder))
+        self._weights = CurrentWeights(Versions(version), Path(model_folder))
         self._background = Background("sglang-pool")
         self._open: AsyncExitStack | None = None
         self._watched: list[Watched] = []
@@ -109,12 +111,18 @@ class SGLangEngine:
         """Calls, and requests by what became of them, since the start."""
         return dict(self._pool.counts)
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds since the start in which a server had something to answer, the mean over servers."""
+        members = self._pool.members
+        return sum(member.busy.seconds for member in members) / len(members)
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
         """What became of each request, in their order; see the module's docstring for the log-probs.
 
-        Requests with one prompt go to one server when they stand together, so that it reads the prompt once.
-        Waits while weights are being received; after an update that failed half way there are no answers until one
-        succeeds.
+        Requests with one prompt go to one server when they stand together, so that it reads the prompt once. Several
+        threads may ask; servers get first what was asked for first. Nothing is sent while weights are being replaced;
+        after an update that failed half way there are no answers until one succeeds.
         """
         for request in requests:
             if (length := len(request.prompt_tokens)) + sampling.max_tokens > self.context_length:
@@ -122,12 +130,13 @@ class SGLangEngine:
                     "rollout.max_response_tokens", sampling.max_tokens,
                     f"with the {length} prompt tokens of request {request.id} at most {self.context_length} in all",
                 )  # fmt: skip
-        with self._in_use:
-            if self._open is None:
-                raise NoRolloutCapacity("the servers were stopped")
-            if self._weights.doubt:
-                raise NoRolloutCapacity(self._weights.doubt)
-            return self._background.run(self._pool.generate(requests, sampling, self.version))
+        if self._open is None:
+            raise NoRolloutCapacity("the servers were stopped")
+        return self._background.run(self._generate(requests, sampling))
+
+    def abandon(self) -> None:
+        """End all calls of `generate` that threads are in: there they raise NoRolloutCapacity."""
+        self._background.loop.call_soon_threadsafe(self._pool.abandon)
 
     def update_weights(self, folder: Path, version: str) -> None:
         """Load the weights of `folder` into all servers at once; each drops its cache and confirms `version`.
@@ -137,34 +146,28 @@ class SGLangEngine:
         Raises:
             NoRolloutCapacity: a server refused them.
         """
-        with self._in_use:
-            self._background.run(self._update(Path(folder), version))
+        self._background.run(self._update(Path(folder), version))
 
     @contextmanager
-    def receiving(self, version: str, pause: Pause = FINISH) -> Iterator[None]:
-        """The session in which senders send new weights to `endpoints`, in turns; servers are paused as `pause` says.
+    def receiving(self, version: str) -> Iterator[None]:
+        """The session in which senders send new weights to `endpoints`, in turns.
 
         At the end of the block every server must say that it serves `version`, so the last sender stamps it. When the
         block or a server fails, some weights may be new and others old: `version` stays what it was and `generate`
         refuses, until another update succeeds. Waits for servers that are being restarted.
         """
-        with self._in_use:
-            self._background.run(self._begin(version))
-            try:
-                if pause.mode:
-                    self._background.run(self._all([client.pause(pause.mode) for client in self._clients]))
-                self._background.run(self._all([client.begin_update() for client in self._clients]))
-                yield
-                self._background.run(self._finish(version))
-            except BaseException as error:
-                self._background.run(self._close_sessions())
-                if isinstance(error, NoRolloutCapacity):
-                    self.check()
-                raise
-            finally:
-                if pause.mode:
-                    self._background.run(self._resume())
-                self._background.run(self._end())
+        self._background.run(self._begin(version))
+        try:
+            self._background.run(self._all([client.begin_update() for client in self._clients]))
+            yield
+            self._background.run(self._finish(version))
+        except BaseException as error:
+            self._background.run(self._give_up_session())
+            if isinstance(error, NoRolloutCapacity):
+                self.check()
+            raise
+        finally:
+            self._background.run(self._end())
 
     def checksums(self) -> dict[str, str]:
         """Checksum of every weight, by SGLang's name.
@@ -216,7 +219,8 @@ class SGLangEngine:
             front = Endpoint(self.config.router, self.endpoints[0].api_key, "")
             self._front = Member(Client.at(front, self.config.request_timeout_s, session), self.config.pool, None)
         in_pool = [self._front] if self._front else members
-        self._pool = Pool(in_pool, self.config.pool, self.config.request_timeout_s, self._hopeless)
+        timeout_s = self.config.request_timeout_s
+        self._pool = Pool(in_pool, self.config.pool, timeout_s, self._weights.versions, self._hopeless)
         self._watched = [
             Watched(member, self.config, self._weights, self._pool.changed, self._launcher(place))
             for place, member in enumerate(members)
@@ -262,19 +266,29 @@ class SGLangEngine:
             return f"no server has the current weights any more: {told}"
         return ""
 
+    async def _generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
+        await self._pool.released()
+        if self._weights.doubt:
+            raise NoRolloutCapacity(self._weights.doubt)
+        return await self._pool.generate(requests, sampling)
+
     async def _update(self, folder: Path, version: str) -> None:
         path, weights = str(folder.resolve()), self._weights
+        up: list[Watched] = []
         async with weights.lock:
-            up = await self._halt()
             try:
+                up = await self._halt()
                 if weights.doubt:
                     await self._close_sessions()
-                calls = [one.member.client.update_weights(path, version) for one in up]
+                flush = self._pause.flush_cache
+                calls = [one.member.client.update_weights(path, version, flush) for one in up]
                 results = await asyncio.gather(*calls, return_exceptions=True)
                 for one, result in zip(up, results, strict=True):
                     one.member.version = "" if isinstance(result, BaseException) else version
+                if any(isinstance(result, BaseException) for result in results):
+                    self._evict("its weights may be neither the old ones nor the new ones")
                 self._refuse(up, results)
-                weights.version, weights.source, weights.doubt = version, folder, ""
+                self._given(version, folder)
             finally:
                 await self._release(up)
 
@@ -288,13 +302,32 @@ class SGLangEngine:
             one.distrust(str(result))
 
     async def _halt(self) -> list[Watched]:
-        """Stop giving out requests, wait for those under way; returns the servers that answer."""
+        """Stop giving out requests, wait for those under way or pause them; returns the servers that answer."""
         for one in self._watched:
             one.updating = True
-        await self._pool.drain(UPDATING)
-        return [one for one in self._watched if one.up and not one.gone()]
+        self._pool.hold(UPDATING)
+        up = [one for one in self._watched if one.up and not one.gone()]
+        if self._pause.mode:
+            await self._all([one.member.client.pause(self._pause.mode) for one in up])
+            for member in self._pool.members:
+                member.busy.stop()
+        else:
+            await self._pool.drained()
+        return up
+
+    def _evict(self, reason: str) -> None:
+        """Have answers that are under way asked for again, elsewhere or later."""
+        for member in self._pool.members:
+            member.evict(reason)
+
+    def _given(self, version: str, folder: Path | None) -> None:
+        """All servers that answer have these weights."""
+        self._weights.versions.give(version)
+        self._weights.source, self._weights.doubt = folder, ""
 
     async def _release(self, up: Sequence[Watched]) -> None:
+        if self._pause.mode:
+            await self._resume()
         for one in up:
             if not one.member.version:  # it did not say what it has
                 with contextlib.suppress(NoRolloutCapacity):
@@ -302,9 +335,12 @@ class SGLangEngine:
         for one in self._watched:
             one.updating = False
             one.open_if_current()
-        if self._front:
+        if self._front and not self._weights.doubt:
             self._front.open()
-        self._pool.changed.tell()
+        for member in self._pool.members:
+            if member.in_flight:
+                member.busy.run()
+        self._pool.release()
 
     async def _begin(self, version: str) -> None:
         await self._all([one.settled() for one in self._watched])
@@ -324,11 +360,15 @@ class SGLangEngine:
         await self._all([client.confirm(version) for client in self._clients])
         for one in self._watched:
             one.member.version = version
-        self._weights.version, self._weights.source, self._weights.doubt = version, None, ""
+        self._given(version, None)
 
     async def _end(self) -> None:
         await self._release([])
         self._weights.lock.release()
+
+    async def _give_up_session(self) -> None:
+        self._evict(self._weights.doubt)
+        await self._close_sessions()
 
     async def _close_sessions(self) -> None:
         """Close sessions that a failed update left open. A server that cannot will say so at the next update."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,8 @@ class Member:
         self.answered = 0
         """Requests that it answered as it should, since it started."""
         self._calls: set[asyncio.Task[Any]] = set()
+        self.busy = Stopwatch()
+        """Time during which it had something to do."""
 
     @property
     def name(self) -> str:
@@ -79,7 +82,7 @@ class Member:
             try:
                 return await task
             except asyncio.CancelledError:
-                if task.cancelled() and self.closed_because and not _is_cancelled():
+                if task.cancelled() and self.closed_because and not current_task_is_cancelled():
                     raise Evicted(f"{self.name}: {self.closed_because}") from None
                 raise
             finally:
@@ -93,13 +96,37 @@ class Member:
     @contextmanager
     def _counted(self, requests: int) -> Iterator[None]:
         self.in_flight += requests
+        self.busy.run()
         try:
             yield
         finally:
             self.in_flight -= requests
+            if not self.in_flight:
+                self.busy.stop()
 
 
-def _is_cancelled() -> bool:
+class Stopwatch:
+    """Adds up the time between `run` and `stop`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._total = clock, 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._total + (0.0 if self._since is None else self._clock() - self._since)
+
+    def run(self) -> None:
+        """Nothing changes where it runs already."""
+        if self._since is None:
+            self._since = self._clock()
+
+    def stop(self) -> None:
+        """Nothing changes where it stands already."""
+        self._total, self._since = self.seconds, None
+
+
+def current_task_is_cancelled() -> bool:
     """Whether the running task itself was cancelled, rather than what it waits for."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,12 +1,9 @@
 """What becomes of answers that are under way when weights change.
 
-This program's own are waited for before any update begins (`SGLangEngine.receiving`), so a pause concerns those of
-others who ask the same servers.
-
 | pause | answers under way | after the update they | caches of the old weights |
 |---|---|---|---|
 | finish | are waited for: the update begins when they are done | | dropped |
-| abort | end where they are, with the reason `abort` | | dropped |
+| abort | end where they are, with the reason `abort`: only for others' answers | | dropped |
 | retract | give up their cache and wait | are read again and go on under the new weights | dropped |
 | in_place | stand still | go on, on keys and values of the old weights | kept, for later requests too |
 

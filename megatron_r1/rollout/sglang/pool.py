@@ -3,6 +3,8 @@
 Requests of one prompt travel together, to the server that prefers their prompt (routing.py). A call that fails, or an
 answer that is not what was asked for, is a failure of that server: the requests concerned go to another one, after a
 pause that grows, as far as the retry budget allows (breaker.py), until `give_up_s` is spent.
+
+Several callers may ask at a time: servers get the requests in the order in which they were asked for.
 """
 
 from __future__ import annotations
@@ -11,15 +13,19 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.breaker import Changed, RetryBudget, backoff_s
 from megatron_r1.rollout.sglang.client import BadReply, Refused
-from megatron_r1.rollout.sglang.member import Evicted, Member
+from megatron_r1.rollout.sglang.member import Evicted, Member, current_task_is_cancelled
 from megatron_r1.rollout.sglang.routing import choose, key_of, pieces
+from megatron_r1.rollout.sglang.slots import Slots
+from megatron_r1.rollout.sglang.versions import Versions
 
+HELD_LOOK_S = 60.0
 REFUSALS = 3
 """Servers may refuse a request so many times before it is lost."""
 
@@ -31,6 +37,7 @@ class Pool:
         members: the servers, or a router in their place.
         config: how.
         request_timeout_s: seconds that one call may take.
+        versions: of the weights; answers come from those that are current when they are asked for, or newer ones.
         hopeless: says why no server will ever be there again; empty as long as one may.
     """
 
@@ -39,56 +46,85 @@ class Pool:
         members: Sequence[Member],
         config: PoolConfig,
         request_timeout_s: float,
+        versions: Versions,
         hopeless: Callable[[], str] = str,
     ):
         self.members, self.config, self.request_timeout_s = list(members), config, request_timeout_s
-        self._hopeless = hopeless
+        self._versions, self._hopeless = versions, hopeless
+        self.held = False
+        """Requests wait, however long, since servers are about to be given new weights."""
         self.changed = Changed()
         """To be told when a member opens or closes."""
         self.counts: Counter[str] = Counter()
         """Calls, and requests by what became of them: sent, answered, lost, sent_again."""
         self._budget = RetryBudget(config.retry_share, config.retry_floor_per_s * len(self.members))
         self._none_since: float | None = None
+        self._slots = Slots(config.in_flight_per_server * len(self.members))
+        self._asking: set[asyncio.Task[Any]] = set()
 
-    async def generate(self, requests: Sequence[Request], sampling: Sampling, version: str) -> list[Outcome]:
+    async def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
         """What became of each request, in their order.
 
-        Args:
-            version: of the weights that all answers must come from.
-
         Raises:
-            NoRolloutCapacity: there was no server for `capacity_timeout_s`, or there will not be one.
+            NoRolloutCapacity: there was no server for `capacity_timeout_s`, or there will not be one; or `abandon`.
         """
-        self._none_since = None
-        calls = list(pieces(requests, self.config.requests_per_call))
-        largest = max(map(len, calls), default=1)
-        slots = asyncio.Semaphore(max(1, self.config.in_flight_per_server * len(self.members) // largest))
+        if not self._asking:
+            self._none_since = None
 
         async def serve(piece: list[Request]) -> list[Outcome]:
-            async with slots:
-                return await _Piece(self, piece, sampling, version).outcomes()
+            async with self._slots.taken(len(piece)):
+                return await _Piece(self, piece, sampling, self._versions).outcomes()
 
-        tasks = [asyncio.ensure_future(serve(piece)) for piece in calls]
+        tasks = [asyncio.ensure_future(serve(piece)) for piece in pieces(requests, self.config.requests_per_call)]
+        self._asking.update(tasks)
         try:
             return [outcome for outcomes in await asyncio.gather(*tasks) for outcome in outcomes]
+        except asyncio.CancelledError:
+            if current_task_is_cancelled():
+                raise
+            raise NoRolloutCapacity("the requests were abandoned") from None
         finally:
             for task in tasks:
                 task.cancel()
+            self._asking.difference_update(tasks)
 
-    async def drain(self, reason: str) -> None:
-        """Give no member any more requests, and return when those under way have ended."""
+    def abandon(self) -> None:
+        """End all calls of `generate`."""
+        for task in self._asking:
+            task.cancel()
+
+    def hold(self, reason: str) -> None:
+        """Give no member any more requests; those under way may end."""
+        self.held = True
         for member in self.members:
             if not member.closed_because:
                 member.close(reason)
+
+    async def drained(self) -> None:
+        """Return when the requests under way have ended."""
         await asyncio.gather(*[member.idle() for member in self.members])
 
-    async def acquire(self, key: bytes, version: str, avoid: set[Member]) -> Member:
+    async def released(self) -> None:
+        """Return when no new weights are waited for."""
+        while self.held:
+            await self.changed.wait(HELD_LOOK_S)
+
+    def release(self) -> None:
+        """Requests need not wait for new weights any more."""
+        self.held = False
+        self.changed.tell()
+
+    async def acquire(self, key: bytes, avoid: set[Member]) -> Member:
         """The member for a prompt, rather none of `avoid`; waits for one.
 
         Raises:
             NoRolloutCapacity: see `generate`.
         """
         while True:
+            if self.held:
+                await self.released()
+                self._none_since = None
+            version = self._versions.current
             ready = [member for member in self.members if member.ready(version)]
             now = time.monotonic()
             if any(member.breaker.closed for member in ready):
@@ -126,8 +162,8 @@ class Pool:
 class _Piece:
     """The requests of one call, until each has an outcome."""
 
-    def __init__(self, pool: Pool, requests: list[Request], sampling: Sampling, version: str):
-        self._pool, self._requests, self._sampling, self._version = pool, requests, sampling, version
+    def __init__(self, pool: Pool, requests: list[Request], sampling: Sampling, versions: Versions):
+        self._pool, self._requests, self._sampling, self._versions = pool, requests, sampling, versions
         self._key = key_of(requests[0].prompt_tokens)
         self._waiting = dict(enumerate(requests))
         self._outcomes: dict[int, Outcome] = {}
@@ -138,7 +174,7 @@ class _Piece:
         self._pool.sent_first(len(self._requests))
         attempt = 0
         while self._waiting:
-            member = await self._pool.acquire(self._key, self._version, self._avoid)
+            member = await self._pool.acquire(self._key, self._avoid)
             free = await self._try(member)
             if not self._waiting:
                 break
@@ -164,8 +200,10 @@ class _Piece:
         pool.counts["calls"] += 1
         asked = [self._waiting[place] for place in places]
         try:
-            replies = await member.call(member.client.generate(asked, self._sampling, self._version, left), len(asked))
-            self._take(places, replies)
+            versions = self._versions.from_now_on()
+            self._take(
+                places, await member.call(member.client.generate(asked, self._sampling, versions, left), len(asked))
+            )
         except Evicted as error:
             self._reason, free = str(error), True
         except NoRolloutCapacity as error:

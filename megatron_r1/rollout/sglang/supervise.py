@@ -20,6 +20,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.breaker import Changed, backoff_s
 from megatron_r1.rollout.sglang.member import Member
 from megatron_r1.rollout.sglang.server import Server
+from megatron_r1.rollout.sglang.versions import Versions
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +34,18 @@ RESTART_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 class CurrentWeights:
     """What servers must serve."""
 
-    version: str
+    versions: Versions
     source: Path | None
     """Folder that holds them; None where only servers and the trainer's memory do."""
     doubt: str = ""
     """Why nobody knows what the servers have, after an update that failed half way; else empty."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while they are replaced, and while a server that was started again gets them."""
+
+    @property
+    def version(self) -> str:
+        """The version that all servers must have."""
+        return self.versions.current
 
     @property
     def folder(self) -> Path | None:
@@ -170,7 +176,7 @@ class Watched:
 
     def open_if_current(self) -> None:
         """Take requests again after weights were replaced."""
-        if self.up and self.member.version == self._weights.version:
+        if self.up and not self._weights.doubt and self.member.version == self._weights.version:
             self.member.open()
 
     def lost_for_good(self) -> bool:
