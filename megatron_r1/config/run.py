@@ -8,6 +8,7 @@ from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.checks import at_least, one_of
 from megatron_r1.config.conversion import ConversionConfig
 from megatron_r1.config.data import DataConfig
+from megatron_r1.config.diagnose import DiagnoseConfig
 from megatron_r1.config.evaluate import EvaluateConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
@@ -72,6 +73,8 @@ class RunConfig:
     """How a model is measured."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """What a sampling job answers, and how it is written."""
+    diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
+    """Which saved batch a diagnosis looks at."""
     track: TrackConfig = field(default_factory=TrackConfig)
     """Where metrics go."""
     init: InitConfig = field(default_factory=InitConfig)

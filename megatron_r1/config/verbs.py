@@ -24,6 +24,7 @@ VERBS = {
     "grpo": Verb("megatron_r1.stages.grpo", "r1_zero", "reinforcement learning with verifiable rewards", True),
     "eval": Verb("megatron_r1.stages.evaluate", "eval", "held-out accuracy of one model or several", True),
     "sample": Verb("megatron_r1.stages.sample", "sample", "scored answers to a file of prompts", True),
+    "diagnose": Verb("megatron_r1.stages.diagnose", "diagnose", "why a run's engine and trainer disagree", True),
     "convert": Verb(
         "megatron_r1.stages.convert", "convert", "between checkpoints and Hugging Face folders, BF16 or FP8"
     ),

@@ -5,11 +5,14 @@ Shapes: T tokens, E experts, G groups, K chosen experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.nn.functional import linear
 
 from megatron_r1.config.model import MixtureConfig
 
@@ -53,3 +56,20 @@ def choose_groups_as_released(model: torch.nn.Module, moe: MixtureConfig) -> Non
         return
     for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
         router.router_replay = GroupChoice(best)
+
+
+@contextmanager
+def routers_in_bf16(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block routers compute their logits in bf16, as engines do that know nothing better."""
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+
+    def narrow(router: Any) -> Any:
+        return lambda inputs: linear(inputs.bfloat16(), router.weight.bfloat16()).float()
+
+    try:
+        for router in routers:
+            router.gating = narrow(router)
+        yield
+    finally:
+        for router in routers:
+            del router.gating  # the class's own again

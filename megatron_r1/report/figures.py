@@ -91,6 +91,28 @@ def comparison(name: str, runs: Mapping[str, Rows], metric: str, ylabel: str, xl
     return _drawn(name, found, {run: run for run in found}, ylabel, False, xlabel) if len(found) > 1 else ""
 
 
+def bars(name: str, shares: Mapping[str, float], xlabel: str) -> str:
+    """Shares as horizontal bars, the first on top, cut off at 0 and 1; empty for none."""
+    if not shares:
+        return ""
+    figure, axes = _axes(xlabel, "")
+    figure.set_size_inches(7.0, 0.8 + 0.32 * len(shares))
+    values = [min(1.0, max(0.0, value)) for value in shares.values()]
+    for patch in axes.barh(range(len(values)), values, color=COLOURS[0], height=0.6):
+        patch.set_gid(f"curve-{name}")
+    axes.set_yticks(range(len(values)), list(shares))
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    return _svg(figure, axes, legend=False)
+
+
+def written_alone(svg: str) -> str:
+    """A figure as a file of its own, black on white where a page would choose the colours."""
+    return svg.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" style="background: white" ', 1)
+
+
 def heat_map(name: str, table: Mapping[str, Sequence[float]], xlabel: str, label: str) -> str:
     """Values around 1 as colours: a line per name of the table, a column per number; empty for an empty table."""
     if not table:

@@ -50,7 +50,7 @@ class Journal:
         if notes:
             header["notes"] = dict(notes)
         header["sha256"] = _digest(header, body)
-        path = self._path(step)
+        path = self.path(step)
         temporary = path.with_suffix(".tmp")
         with open(temporary, "wb") as file:
             file.write(orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE))
@@ -71,7 +71,7 @@ class Journal:
 
     def read_all(self, step: int) -> tuple[list[Sample], dict[str, int]] | None:
         """As `read`, with the notes; none give an empty dict."""
-        path = self._path(step)
+        path = self.path(step)
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -102,10 +102,11 @@ class Journal:
         """Remove the files of all steps below `before_step`."""
         for step in self.steps():
             if step < before_step:
-                self._path(step).unlink()
+                self.path(step).unlink()
         sync(self.folder)
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """Where the samples of a step lie."""
         return self.folder / f"step-{step:08d}{SUFFIX}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from jobs import COMMON, Job, run_alone
 
@@ -22,7 +24,8 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(tmp_path):
     base = Job(["pretrain", *COMMON, *SMALL, "train.steps=3"], tmp_path, "base")
     assert (done := run_alone(base)).returncode == 0, done.stderr
     ahead = [f"rollout.ahead={AHEAD}", "rollout.pause=retract", f"init.from='{tmp_path}/base'"]
-    job = Job(["grpo", *COMMON, f"train.steps={STEPS}", *GRPO, *ahead], tmp_path, "ahead")
+    often = ["train.checkpoint_interval=1", f"train.keep_checkpoints={STEPS}"]  # a rollout's weights can be compared
+    job = Job(["grpo", *COMMON, f"train.steps={STEPS}", *GRPO, *ahead, *often], tmp_path, "ahead")
     assert (done := run_alone(job)).returncode == 0, done.stderr
     assert len(job.rows) == STEPS
     journal = Journal(job.folder / "rollouts")
@@ -37,3 +40,11 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(tmp_path):
     assert max(row["staleness"] for row in job.rows) > 0
     # The engine's own log-probabilities are those of the weights that it had: a rollout ago they were the trainer's.
     assert job.rows[0]["logprob_gap"] < 1e-4
+    asked = Job(["diagnose", *COMMON, f"init.from='{tmp_path}/ahead'"], tmp_path, "diagnosis")
+    assert (done := run_alone(asked)).returncode == 0, done.stderr
+    assert "engine and trainer agree" in json.loads((asked.folder / "diagnosis.json").read_text())["verdict"]
+    wrong = Job(["diagnose", *COMMON, "rollout.temperature=0.8", f"init.from='{tmp_path}/ahead'"], tmp_path, "wrong")
+    assert (done := run_alone(wrong)).returncode == 0, done.stderr
+    verdict = json.loads((wrong.folder / "diagnosis.json").read_text())["verdict"]
+    assert verdict.startswith("temperature: that the engine sampled at 1 explains") and verdict in done.stderr
+    assert "<svg" in (wrong.folder / "diagnosis.svg").read_text()

@@ -29,7 +29,10 @@ PRETRAIN = [
 INTERVAL = 2
 """Steps between checkpoints of short runs."""
 SHORT = ["train.steps=40", f"train.checkpoint_interval={INTERVAL}"]
-WALL_CLOCK = ("tokens_per_second", "mfu", "rollout_seconds", "engine_seconds", "train_seconds", "sync_seconds")
+WALL_CLOCK = (
+    "tokens_per_second", "mfu", "rollout_seconds", "engine_seconds", "train_seconds", "sync_seconds", "trainer_idle",
+    "engine_idle",
+)  # fmt: skip
 ATTEMPT_S = 100.0
 SERVER_GRACE_S = 5.0
 """A server looks once a second whether the rank that started it still lives."""
