@@ -151,13 +151,13 @@ class Learner:
         # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
         scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
 
-        def forward(model: Any, rows: Rows) -> tuple[Tensor, Callable]:
-            def loss_function(logits_BLV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                log_probs_BL, entropy_BL = self._policy.log_probs(logits_BLV, rows)
+        def forward(model: Any, rows: Rows) -> tuple[Any, Callable]:
+            def loss_function(scores: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                log_probs_BL, entropy_BL = scores.log_probs, scores.entropy.detach()
                 loss, metrics = grpo_loss(
                     log_probs_BL,
-                    as_rows(old, rows, log_probs_BL) if old is not None else rows.rollout_log_probs_BL,
-                    as_rows(reference, rows, log_probs_BL) if reference is not None else None,
+                    as_rows(old, rows) if old is not None else rows.rollout_log_probs_BL,
+                    as_rows(reference, rows) if reference is not None else None,
                     rows.advantages_B,
                     rows.mask_BL,
                     num_answers=num_answers,
@@ -170,7 +170,7 @@ class Learner:
                 extra = {"logprob_gap": gap_BL.max(), "entropy": entropy, "tokens": rows.mask_BL.sum()}
                 return loss * scale, metrics | extra
 
-            return self._policy.output(model, rows), loss_function
+            return self._policy.scores(model, rows), loss_function
 
         try:
             return update(self._model, self._optimizer, micro_batches, forward, rate, longest_input(micro_batches))
