@@ -16,6 +16,7 @@ from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.passes import forward_only
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.model.scores import last_hidden_states, model_scores
+from megatron_r1.parallel.mesh import is_last_stage
 from megatron_r1.parallel.vocabulary import Other, TokenScores
 from megatron_r1.rl.rows import Rows
 
@@ -64,6 +65,20 @@ class Policy:
         def forward(model: Any, rows: Rows) -> Tensor:
             with self._telling(rows), without_multi_token_prediction(self._model):
                 return last_hidden_states(model, *_inputs(rows))
+
+        return self._by_sample(micro_batches, forward)
+
+    def divergence_by_sample(
+        self, micro_batches: Sequence[Rows], other: Callable[[Rows], Other | None]
+    ) -> dict[int, Tensor]:
+        """Each sample's exact divergence [L] to another model at each position, likewise."""
+
+        def forward(model: Any, rows: Rows) -> Tensor:
+            output = self.scores(model, rows, other(rows) if is_last_stage() else None)
+            if not isinstance(output, TokenScores):
+                return output
+            assert output.divergence is not None
+            return output.divergence
 
         return self._by_sample(micro_batches, forward)
 
