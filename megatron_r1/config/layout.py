@@ -43,8 +43,12 @@ def _check_reinforcement(config: RunConfig) -> None:
             config.rl.tokens_per_micro_batch,
             f"must be at least model.max_sequence_length={longest}, to hold one sample",
         )
-    if config.rollout.ahead and config.rl.old_log_probs != "rollout":
-        allowed = "must be rollout with rollout.ahead: answers are of older weights, and the ratio must know it"
+    corrected = config.rl.correction.kind != "none"
+    if config.rollout.ahead and config.rl.old_log_probs != "rollout" and not corrected:
+        allowed = (
+            "must be rollout with rollout.ahead, or rl.correction.kind something else than none: "
+            "answers are of older weights, and either the ratio or the correction must know it"
+        )
         raise ConfigError("rl.old_log_probs", config.rl.old_log_probs, allowed)
     if config.rollout.ahead and config.rl.routing_replay and config.rollout.pause != "finish":
         allowed = (

@@ -10,6 +10,51 @@ from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
+class CorrectionConfig:
+    """Weights for answers that the engine sampled with other probabilities than the trainer's; see rl/correction.py."""
+
+    kind: str = "none"
+    """none, truncated (weights beyond the limits become the limits) or masked (they become 0); needs
+    old_log_probs=trainer."""
+    level: str = "token"
+    """What has a weight: token or sequence (the product over an answer's tokens)."""
+    low: float = 0.0
+    """Least weight trainer/engine."""
+    high: float = 2.0
+    """Largest weight trainer/engine."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "kind", ("none", "truncated", "masked"))
+        one_of(self, "level", ("token", "sequence"))
+        within(self, 0.0, 1.0, "low")
+        within(self, 1.0, 1e6, "high")
+
+
+@dataclass(kw_only=True, slots=True)
+class MismatchConfig:
+    """When trainer and engine disagree so much on sampled tokens, before any update, that a warning is due; 0 is never.
+
+    With rollout.ahead=1 the answers' weights are a rollout older, and the numbers hold that difference too.
+    """
+
+    gap_alarm: float = 0.0
+    """Largest absolute difference of a token's log-probability, in nats."""
+    k3_alarm: float = 0.05
+    """Estimate of KL(engine || trainer), in nats per token."""
+    limited_alarm: float = 0.05
+    """Share of tokens whose weight trainer/engine is outside of low and high."""
+    low: float = 0.5
+    """Weights below this count."""
+    high: float = 2.0
+    """Weights above this count."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "gap_alarm", "k3_alarm", "limited_alarm")
+        within(self, 0.0, 1.0, "low")
+        within(self, 1.0, 1e6, "high")
+
+
+@dataclass(kw_only=True, slots=True)
 class RLConfig:
     """The objective and how a rollout is used."""
 
@@ -21,12 +66,24 @@ class RLConfig:
     """Optimizer steps per rollout; its samples are split among them at random."""
     inner_epochs: int = 1
     """Passes over each rollout."""
+    objective: str = "grpo"
+    """The policy term: grpo (a ratio per token, DeepSeekMath), grpo_sequence (of whole answers, the V3 and R1 reports),
+    on_policy (no ratio: one update per rollout), gspo, gspo_token or cispo; see rl/terms.py."""
+    average: str = "answer"
+    """How tokens become one loss: answer (mean over each answer's tokens, then over answers), token (mean over all
+    tokens, DAPO) or constant (sum over tokens by rollout.max_response_tokens, Dr.GRPO)."""
     clip_epsilon: float = 0.2
     """Clip range of the probability ratio; R1's first stage uses 10."""
+    clip_epsilon_high: float = 0.0
+    """Clip range above 1, where it is not clip_epsilon (DAPO's clip-higher); 0 takes clip_epsilon."""
     kl_coefficient: float = 1e-3
-    """Weight of the k3 penalty towards the reference policy; 0 drops the reference policy."""
-    loss_level: str = "token"
-    """Where the ratio is taken: token (DeepSeekMath) or sequence (the V3 and R1 reports)."""
+    """Weight of the penalty towards the reference policy; 0 drops the reference policy."""
+    kl_estimator: str = "k3"
+    """How the penalty is taken: k1, k2 or k3 from sampled tokens, or exact over the whole vocabulary."""
+    kl_in: str = "loss"
+    """Where the penalty goes: loss, or reward (summed over an answer's tokens, before advantages are taken)."""
+    entropy_coefficient: float = 0.0
+    """Weight of the policy's entropy, which is maximised."""
     advantage_std: str = "population"
     """Divisor of the group advantage: population, sample or none."""
     old_log_probs: str = "rollout"
@@ -41,15 +98,31 @@ class RLConfig:
     """Control experiment: permute the rewards over the rollout, so that nothing can be learnt."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which answers are learned from."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """Weights for the difference between trainer and engine."""
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
+    """When that difference is worth a warning."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "prompts_per_rollout", "mini_batches", "inner_epochs", "tokens_per_micro_batch")
         at_least(self, 2, "group_size")
         within(self, 1e-6, 100.0, "clip_epsilon")
-        at_least(self, 0, "kl_coefficient", "reference_reset_interval")
-        one_of(self, "loss_level", ("token", "sequence"))
+        at_least(self, 0, "kl_coefficient", "reference_reset_interval", "entropy_coefficient")
+        within(self, 0.0, 100.0, "clip_epsilon_high")
+        one_of(self, "objective", ("grpo", "grpo_sequence", "on_policy", "gspo", "gspo_token", "cispo"))
+        one_of(self, "average", ("answer", "token", "constant"))
+        one_of(self, "kl_estimator", ("k1", "k2", "k3", "exact"))
+        one_of(self, "kl_in", ("loss", "reward"))
         one_of(self, "old_log_probs", ("rollout", "trainer"))
         one_of(self, "advantage_std", ("population", "sample", "none"))
+        if self.correction.kind != "none" and self.old_log_probs != "trainer":
+            allowed = (
+                "must be trainer with correction.kind: the ratio to the engine's log-probabilities corrects already"
+            )
+            raise ConfigError("old_log_probs", self.old_log_probs, allowed)
+        if self.objective == "on_policy" and self.mini_batches * self.inner_epochs > 1:
+            key = "mini_batches" if self.mini_batches > 1 else "inner_epochs"
+            raise ConfigError(key, getattr(self, key), "must be 1 with objective=on_policy, which knows no old policy")
         samples = self.prompts_per_rollout * self.group_size
         if samples % self.mini_batches:
             raise ConfigError("mini_batches", self.mini_batches, f"must divide the {samples} samples of a rollout")

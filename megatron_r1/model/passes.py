@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_r1.model.chunks import Model, chunks
 
-LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 """Model output -> (loss, what to log); the loss is averaged over micro-batches."""
-Forward = Callable[[Any, Any], tuple[Tensor, LossFunction]]
+Forward = Callable[[Any, Any], tuple[Any, LossFunction]]
 """Model and micro-batch -> (output, loss function)."""
 
 

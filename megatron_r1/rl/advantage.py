@@ -41,6 +41,40 @@ def group_advantages(rewards_NG: Float[Tensor, "N G"], std: str = "population") 
     return centred_NG.masked_fill(equal_N1, 0.0).to(rewards_NG.dtype)
 
 
+def process_advantages(
+    step_rewards: Sequence[Sequence[float]],
+    step_ends: Sequence[Sequence[int]],
+    length: int,
+    std: str = "population",
+) -> Float[Tensor, "G L"]:
+    """Advantages of tokens from rewards of the steps of each answer of a group (DeepSeekMath, section 4.1.3).
+
+    Rewards are normalised over all steps of all answers; a token's advantage is the sum of those of the steps that end
+    at it or later.
+
+    Args:
+        step_rewards: of each answer, in order; an answer may have none.
+        step_ends: the last token of each step, as an index into its answer, ascending.
+        length: tokens of the longest answer, L.
+        std: as of `group_advantages`, over all steps.
+    Raises:
+        ValueError: ends that do not ascend, lie beyond `length` or are not as many as rewards.
+    """
+    flat = [reward for rewards in step_rewards for reward in rewards]
+    result_GL = torch.zeros(len(step_rewards), length)
+    if not flat:
+        return result_GL
+    normalised = iter(group_advantages(torch.tensor([flat], dtype=torch.float64), std)[0].tolist())
+    for row_L, rewards, ends in zip(result_GL, step_rewards, step_ends, strict=True):
+        if len(ends) != len(rewards) or list(ends) != sorted(set(ends)) or any(not 0 <= end < length for end in ends):
+            raise ValueError(
+                f"step_ends={list(ends)}: must ascend below {length}, one for each of {len(rewards)} rewards"
+            )
+        for end in ends:
+            row_L[: end + 1] += next(normalised)
+    return result_GL
+
+
 def ragged_group_advantages(
     rewards: Float[Tensor, " B"], sizes: Sequence[int], std: str = "population"
 ) -> Float[Tensor, " B"]:

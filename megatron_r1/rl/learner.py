@@ -5,7 +5,9 @@ Shapes: N groups, G answers of a group, B answers of a micro-batch, L positions.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,11 +18,21 @@ from torch import Tensor
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, tensor_parallel_group
+from megatron_r1.parallel.mesh import (
+    data_parallel_group,
+    is_last_stage,
+    leads,
+    speaks_for_its_data,
+    tensor_parallel_group,
+)
+from megatron_r1.parallel.vocabulary import TokenScores
 from megatron_r1.rl.advantage import ragged_group_advantages
+from megatron_r1.rl.averages import Totals
 from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
-from megatron_r1.rl.objective import grpo_loss
-from megatron_r1.rl.policy import Policy, as_rows, longest_input
+from megatron_r1.rl.fixed import Fixed, fixed, penalties_of_answers
+from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
+from megatron_r1.rl.objective import Answers, objective_of
+from megatron_r1.rl.policy import Policy, longest_input
 from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rl.rows import Rows, make_rows, row_length
 from megatron_r1.rollout.sample import Sample
@@ -31,12 +43,21 @@ from megatron_r1.train.schedule import learning_rate
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import UpdateResult, update
 
-BySample = dict[int, Tensor]
-"""Log-probabilities of this rank's samples."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one update learns from."""
+
+    totals: Totals
+    """Over all micro-batches and ranks."""
+    micro_batches: list[Rows]
+    """This rank's."""
 
 
 class Learner:
-    """Group relative policy optimization on one rollout at a time, over all ranks."""
+    """Reinforcement learning on one rollout of groups at a time, by the configured objective, over all ranks."""
 
     def __init__(
         self,
@@ -58,6 +79,7 @@ class Learner:
         self._policy = Policy(model, temperature, self._replay)
         # The reference is another model: it routes for itself.
         self._reference_policy = Policy(model, temperature)
+        self._objective = objective_of(config.rl)
         FROZEN.apply(model, 0)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -73,17 +95,24 @@ class Learner:
         advantages = ragged_group_advantages(rewards, sizes, rl.advantage_std)
         count = min(rl.mini_batches, len(samples))
         mini_batches = [
-            (len(indices), list(self._micro_batches(samples, indices.tolist(), advantages)))
+            self._mini_batch(samples, indices.tolist(), advantages)
             for epoch in range(rl.inner_epochs)
             for indices in shuffle_into_mini_batches(len(samples), count, (self._config.seed, state.step, epoch))
         ]
         # Later epochs divide the same samples anew: among several ranks, some go to a rank that had not had them.
         alone = dist.get_world_size(data_parallel_group()) == 1
-        old, reference = self._fixed_log_probs(mini_batches[:count] if alone else mini_batches)
+        seen = [rows for batch in (mini_batches[:count] if alone else mini_batches) for rows in batch.micro_batches]
+        told = fixed(rl, self._model, self._policy, self._reference_policy, self._reference, seen)
+        extra = {}
+        if rl.kl_in == "reward" and rl.kl_coefficient:
+            penalties = rl.kl_coefficient * penalties_of_answers(rl, samples, self._policy, told, seen)
+            advantages = ragged_group_advantages(rewards - penalties, sizes, rl.advantage_std)
+            mini_batches = [batch_with(batch, advantages) for batch in mini_batches]
+            extra = {"kl_in_reward": float(penalties.mean())}
         rate = learning_rate(train.schedule, state.step + 1, train.steps, state.consumed_tokens)
         results, skipped = [], state.skipped_in_row
-        for num_answers, micro_batches in mini_batches:
-            result = self._update(micro_batches, num_answers, old, reference, rate)
+        for batch in mini_batches:
+            result = self._update(batch, told, rate)
             skipped = count_skips(skipped, result.skipped, train.max_skipped_steps, state.step + 1)
             results.append(result)
         if self._reference and rl.reference_reset_interval and (state.step + 1) % rl.reference_reset_interval == 0:
@@ -93,7 +122,10 @@ class Learner:
             skipped_in_row=skipped,
             consumed_tokens=state.consumed_tokens + sum(map(row_length, samples)),
         )
-        return state, {**combined_metrics(results), **self._routing_metrics(), "learning_rate": rate}
+        row = {**combined_metrics(results), **self._routing_metrics(), **extra, "learning_rate": rate}
+        for alarm in alarms(row, rl.mismatch) if leads() else ():
+            logger.warning("step %d: %s", state.step, alarm)
+        return state, row
 
     def _routing_metrics(self) -> dict[str, float]:
         """Share of the engine's choices that the trainer's routers would have made otherwise, over all passes."""
@@ -101,6 +133,11 @@ class Learner:
             return {}
         told, otherwise = map(sum, zip(*AllRanks().gather(self._replay.count()), strict=True))
         return {"routing_otherwise": otherwise / max(1, told)}
+
+    def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor) -> MiniBatch:
+        learned = sum(len(samples[index].response_tokens) for index in indices if samples[index].learned)
+        totals = Totals(len(indices), learned, self._config.rollout.max_response_tokens)
+        return MiniBatch(totals, list(self._micro_batches(samples, indices, advantages)))
 
     def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor) -> Iterator[Rows]:
         """This rank's part of a mini-batch; every data-parallel rank gets the same number of micro-batches."""
@@ -127,50 +164,32 @@ class Learner:
         """Sequence parallelism shares each row's positions out."""
         return dist.get_world_size(tensor_parallel_group())
 
-    def _fixed_log_probs(
-        self, mini_batches: Sequence[tuple[int, list[Rows]]]
-    ) -> tuple[BySample | None, BySample | None]:
-        """What stays fixed during the rollout: the sampling policy's log-probabilities, and the reference's."""
-        rl = self._config.rl
-        rows = [rows for _, micro_batches in mini_batches for rows in micro_batches]
-        old = self._policy.log_probs_by_sample(rows) if rl.old_log_probs == "trainer" else None
-        if not (self._reference and rl.kl_coefficient):
-            return old, None
-        with self._reference.in_place():
-            return old, self._reference_policy.log_probs_by_sample(rows)
-
-    def _update(
-        self,
-        micro_batches: Sequence[Rows],
-        num_answers: int,
-        old: BySample | None,
-        reference: BySample | None,
-        rate: float,
-    ) -> UpdateResult:
-        rl = self._config.rl
+    def _update(self, batch: MiniBatch, told: Fixed, rate: float) -> UpdateResult:
+        rl, micro_batches = self._config.rl, batch.micro_batches
         # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
         scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
 
-        def forward(model: Any, rows: Rows) -> tuple[Tensor, Callable]:
-            def loss_function(logits_BLV: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                log_probs_BL, entropy_BL = self._policy.log_probs(logits_BLV, rows)
-                loss, metrics = grpo_loss(
-                    log_probs_BL,
-                    as_rows(old, rows, log_probs_BL) if old is not None else rows.rollout_log_probs_BL,
-                    as_rows(reference, rows, log_probs_BL) if reference is not None else None,
+        def forward(model: Any, rows: Rows) -> tuple[Any, Callable]:
+            def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+                answers = Answers(
+                    scores.log_probs,
+                    told.old_rows(rows),
                     rows.advantages_B,
                     rows.mask_BL,
-                    num_answers=num_answers,
-                    epsilon=rl.clip_epsilon,
-                    kl_coefficient=rl.kl_coefficient,
-                    level=rl.loss_level,
+                    told.reference_rows(rows),
+                    scores.divergence,
+                    scores.entropy,
+                    rows.rollout_log_probs_BL,
                 )
-                gap_BL = (log_probs_BL.detach() - rows.rollout_log_probs_BL).abs().where(rows.mask_BL, 0.0)
-                entropy = entropy_BL.where(rows.mask_BL, 0.0).sum()
-                extra = {"logprob_gap": gap_BL.max(), "entropy": entropy, "tokens": rows.mask_BL.sum()}
-                return loss * scale, metrics | extra
+                loss, metrics = self._objective.loss(answers, batch.totals)
+                entropy = scores.entropy.detach().where(rows.mask_BL, 0.0).sum()
+                limits = rl.mismatch.low, rl.mismatch.high
+                apart = mismatch_sums(scores.log_probs, rows.rollout_log_probs_BL, rows.mask_BL, *limits)
+                return loss * scale, metrics | apart | {"entropy": entropy, "tokens": rows.mask_BL.sum()}
 
-            return self._policy.output(model, rows), loss_function
+            # Where the penalty is in the reward, the whole distribution has served.
+            other = told.other(rows) if rl.kl_in == "loss" and is_last_stage() else None
+            return self._policy.scores(model, rows, other), loss_function
 
         try:
             return update(self._model, self._optimizer, micro_batches, forward, rate, longest_input(micro_batches))
@@ -179,18 +198,23 @@ class Learner:
                 self._replay.done()
 
 
+def batch_with(batch: MiniBatch, advantages: Tensor) -> MiniBatch:
+    """The same mini-batch with other advantages."""
+    return MiniBatch(batch.totals, [rows.with_advantages(advantages) for rows in batch.micro_batches])
+
+
 def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
     """Metrics of a rollout, the same on every rank: means over its updates.
 
-    The engine's gap is that of the first update, before weights moved.
+    What trainer and engine disagree on is that of the first update, before weights moved.
     """
     mine = [[{key: float(value) for key, value in entry.items()} for entry in r.passes.logged] for r in results]
     told = [entries for entries in AllRanks().gather(mine if speaks_for_its_data() else None) if entries]
     updates = [[entry for rank in told for entry in rank[number]] for number in range(len(results))]
-    keys = updates[0][0].keys() - {"logprob_gap"}
+    keys = updates[0][0].keys() - {*KEYS}
     row = {key: sum(entry[key] for update in updates for entry in update) / len(results) for key in sorted(keys)}
     row["entropy"] /= row.pop("tokens") or 1.0
-    row["logprob_gap"] = max(entry["logprob_gap"] for entry in updates[0])
+    row |= summary(updates[0])
     norms = [result.gradient_norm for result in results if not result.skipped]
     row["gradient_norm"] = sum(norms) / len(norms) if norms else float("nan")
     row["skipped"] = sum(result.skipped for result in results)

@@ -1,11 +1,11 @@
 """Log-probabilities of answers under a model, on any layout.
 
-Shapes: B answers of a micro-batch, L positions, V vocabulary.
+Shapes: B answers of a micro-batch, L positions, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.passes import forward_only
 from megatron_r1.model.replay import RoutingReplay
-from megatron_r1.parallel.mesh import tensor_parallel_group
-from megatron_r1.rl.logprob import token_log_probs
+from megatron_r1.model.scores import last_hidden_states, model_scores
+from megatron_r1.parallel.mesh import is_last_stage
+from megatron_r1.parallel.vocabulary import Other, TokenScores
 from megatron_r1.rl.rows import Rows
 
 
@@ -31,24 +32,20 @@ class Policy:
         """
         self._model, self._temperature, self._replay = model, temperature, replay
 
-    def output(self, model: Any, rows: Rows) -> Tensor:
-        """This stage's output: hidden states for the next one, logits [B, L, V / TP] on the last.
+    def scores(self, model: Any, rows: Rows, other: Other | None = None) -> TokenScores | Tensor:
+        """Scores [B, L] of the rows' targets on the last stage; hidden states for the next one on others.
 
         Args:
             model: the model in whatever wrapping the schedule has it.
+            other: another model's hidden states [L, B, D] and head, for the exact divergence to it.
         """
-        positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.tokens_BL.device).expand_as(rows.inputs_BL)
         with self._telling(rows), without_multi_token_prediction(self._model):
-            return model(rows.inputs_BL.contiguous(), positions_BL, None)
+            return model_scores(model, *_inputs(rows), rows.targets_BL, temperature=self._temperature, other=other)
 
     def _telling(self, rows: Rows) -> AbstractContextManager[None]:
         if self._replay is None or rows.experts_BLNK is None:
             return nullcontext()
         return self._replay.telling(rows.experts_BLNK, backward=torch.is_grad_enabled())
-
-    def log_probs(self, logits_BLV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [B, L] of the rows' targets, and the entropy [B, L]."""
-        return token_log_probs(logits_BLV, rows.targets_BL, self._temperature, tensor_parallel_group())
 
     def log_probs_by_sample(self, micro_batches: Sequence[Rows]) -> dict[int, Tensor]:
         """Each sample's row of log-probabilities under the weights as they stand, without gradient.
@@ -57,14 +54,45 @@ class Policy:
         """
 
         def forward(model: Any, rows: Rows) -> Tensor:
-            output = self.output(model, rows)
-            return self.log_probs(output, rows)[0] if model.post_process else output
+            output = self.scores(model, rows)
+            return output.log_probs if isinstance(output, TokenScores) else output
 
+        return self._by_sample(micro_batches, forward)
+
+    def hidden_by_sample(self, micro_batches: Sequence[Rows]) -> dict[int, Tensor]:
+        """Each sample's last hidden states [L, D], likewise: what the exact divergence to this policy needs."""
+
+        def forward(model: Any, rows: Rows) -> Tensor:
+            with self._telling(rows), without_multi_token_prediction(self._model):
+                return last_hidden_states(model, *_inputs(rows))
+
+        return self._by_sample(micro_batches, forward)
+
+    def divergence_by_sample(
+        self, micro_batches: Sequence[Rows], other: Callable[[Rows], Other | None]
+    ) -> dict[int, Tensor]:
+        """Each sample's exact divergence [L] to another model at each position, likewise."""
+
+        def forward(model: Any, rows: Rows) -> Tensor:
+            output = self.scores(model, rows, other(rows) if is_last_stage() else None)
+            if not isinstance(output, TokenScores):
+                return output
+            assert output.divergence is not None
+            return output.divergence
+
+        return self._by_sample(micro_batches, forward)
+
+    def _by_sample(self, micro_batches: Sequence[Rows], forward: Callable[[Any, Rows], Tensor]) -> dict[int, Tensor]:
         outputs = forward_only(self._model, micro_batches, forward, longest_input(micro_batches))
         result: dict[int, Tensor] = {}
-        for rows, log_probs_BL in zip(micro_batches, outputs, strict=False):
-            result |= zip(rows.samples_B.tolist(), log_probs_BL, strict=True)
+        for rows, output_BL in zip(micro_batches, outputs, strict=False):
+            result |= zip(rows.samples_B.tolist(), output_BL, strict=True)
         return result
+
+
+def _inputs(rows: Rows) -> tuple[Tensor, Tensor]:
+    positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.tokens_BL.device).expand_as(rows.inputs_BL)
+    return rows.inputs_BL.contiguous(), positions_BL
 
 
 def longest_input(micro_batches: Sequence[Rows]) -> int:
@@ -72,10 +100,11 @@ def longest_input(micro_batches: Sequence[Rows]) -> int:
     return max(rows.inputs_BL.shape[1] for rows in micro_batches)
 
 
-def as_rows(by_sample: dict[int, Tensor], rows: Rows, like_BL: Tensor) -> Tensor:
-    """Log-probabilities kept by sample, as rows of this micro-batch, 0 beyond what was kept."""
-    result_BL = torch.zeros_like(like_BL)
-    for row, sample in enumerate(rows.samples_B.tolist()):
-        length = min(result_BL.shape[1], len(by_sample[sample]))
-        result_BL[row, :length] = by_sample[sample][:length]
-    return result_BL
+def as_rows(by_sample: dict[int, Tensor], rows: Rows) -> Tensor:
+    """Values kept by sample, [L] or [L, D] each, as rows of this micro-batch, 0 beyond what was kept."""
+    kept = [by_sample[sample] for sample in rows.samples_B.tolist()]
+    length = rows.inputs_BL.shape[1]
+    result = kept[0].new_zeros(len(kept), length, *kept[0].shape[1:])
+    for row, values in enumerate(kept):
+        result[row, : len(values)] = values[:length]
+    return result

@@ -40,6 +40,10 @@ class Rows:
     def targets_BL(self) -> Tensor:  # noqa: N802 (a tensor's shape)
         return self.tokens_BL[:, 1:]
 
+    def with_advantages(self, advantages: Tensor) -> Rows:
+        """The same rows with other advantages, of all samples of the rollout."""
+        return replace(self, advantages_B=advantages[self.samples_B].to(self.advantages_B))
+
     def masked(self) -> Rows:
         """The same rows with nothing to learn from: they only keep the other ranks company."""
         return replace(self, mask_BL=torch.zeros_like(self.mask_BL))

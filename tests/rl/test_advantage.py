@@ -12,6 +12,7 @@ from jaxtyping import TypeCheckError, jaxtyped
 from megatron_r1.rl import advantage
 
 group_advantages = jaxtyped(typechecker=beartype)(advantage.group_advantages)
+process_advantages = jaxtyped(typechecker=beartype)(advantage.process_advantages)
 
 EXAMPLE = [0.1, 1.1, 1.0, 0.1]
 
@@ -74,3 +75,23 @@ def test_unknown_divisor_and_wrong_shape_are_refused():
         group_advantages(torch.zeros(1, 2), "variance")
     with pytest.raises(TypeCheckError):
         group_advantages(torch.zeros(4))
+
+
+def test_step_rewards_are_normalised_over_the_group_and_summed_from_the_token_on():
+    rewards, ends = [[1.0, 0.0], [], [0.5]], [[1, 3], [], [2]]
+    mean, deviation = 0.5, statistics.pstdev([1.0, 0.0, 0.5])
+    first, second, third = ((reward - mean) / deviation for reward in (1.0, 0.0, 0.5))
+    expected = [[first + second] * 2 + [second] * 2 + [0.0], [0.0] * 5, [third] * 3 + [0.0] * 2]
+    assert process_advantages(rewards, ends, 5).tolist() == [pytest.approx(row, abs=1e-7) for row in expected]
+    plain = process_advantages(rewards, ends, 5, "none")
+    assert plain[0].tolist() == pytest.approx([0.0, 0.0, -0.5, -0.5, 0.0])
+    assert (
+        not process_advantages([[0.3], [0.3, 0.3]], [[0], [0, 1]], 2).any()
+        and not process_advantages([[]], [[]], 3).any()
+    )
+
+
+@pytest.mark.parametrize("ends", [[1, 0], [0, 5], [0], [-1, 1], [1, 1]])
+def test_steps_that_do_not_fit_their_answer_are_refused(ends):
+    with pytest.raises(ValueError, match="step_ends="):
+        process_advantages([[1.0, 0.0]], [ends], 5)

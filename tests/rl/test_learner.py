@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from layouts import model_of
 from plain_grpo import plain_loss, response_log_probs
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.model.build import native_tensors
+from megatron_r1.model.build import native_tensors, without_multi_token_prediction
 from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.rl.advantage import ragged_group_advantages
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
@@ -153,3 +155,115 @@ def test_the_reference_is_put_in_place_and_taken_out_again(new_model):
     with reference.in_place():
         assert all(torch.equal(tensor, before[name]) for name, tensor in native_tensors(model))
     assert any(name.endswith("expert_bias") for name in kept)
+
+
+def exact_divergence(model, reference, sample) -> torch.Tensor:
+    """KL(policy || reference) over the whole vocabulary at each token of an answer, at the rollout's temperature."""
+    tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+    positions = torch.arange(tokens.shape[1])[None]
+    with without_multi_token_prediction(model), without_multi_token_prediction(reference):
+        log_p, log_q = ((one(tokens, positions, None)[0] / 0.7).log_softmax(-1) for one in (model, reference))
+    start = len(sample.prompt_tokens) - 1
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[start:-1]
+
+
+def two_models(new_model, config):
+    """A model and the reference that it is learnt beside, as a model of its own."""
+    model, other = trainable(new_model(config.model)), new_model(config.model)
+    shifted = shifted_reference(model)
+    for name, tensor in native_tensors(other):
+        tensor.copy_(shifted[name])
+    return model, other
+
+
+def test_the_exact_penalty_is_that_of_the_whole_vocabulary(new_model):
+    gradients, row, _ = learnt(new_model, shape="tiny_dense", kl_estimator="exact", tokens_per_micro_batch=40)
+    config = config_of("tiny_dense")
+    model, other = two_models(new_model, config)
+    samples = make_samples(model, 0.3)
+    divergences = [exact_divergence(model, other, sample).mean() for sample in samples]
+    assert row["kl"] == pytest.approx(float(torch.stack(divergences).mean().detach()), rel=1e-4)
+    surrogate = plain_loss(model, other, samples, temperature=0.7, epsilon=0.2, kl_coefficient=0.0)
+    (surrogate + 0.05 * torch.stack(divergences).mean()).backward()
+    assert_close(gradients, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+
+
+@pytest.mark.parametrize("estimator", ["k1", "exact"])
+def test_a_penalty_in_the_reward_changes_advantages_alone(new_model, estimator):
+    gradients, row, _ = learnt(new_model, shape="tiny_dense", kl_in="reward", kl_estimator=estimator)
+    config = config_of("tiny_dense")
+    model, other = two_models(new_model, config)
+    samples = make_samples(model, 0.3)
+    penalties = []
+    with torch.no_grad():
+        for sample in samples:
+            if estimator == "exact":
+                penalties.append(0.05 * float(exact_divergence(model, other, sample).sum()))
+                continue
+            told = sample.prompt_tokens, sample.response_tokens, 0.7
+            penalties.append(0.05 * float((torch.tensor(sample.logprobs) - response_log_probs(other, *told)).sum()))
+    assert row["kl_in_reward"] == pytest.approx(sum(penalties) / 4, rel=1e-4) and row["stay_stable_part"] == 0
+    changed = [replace(s, reward=s.reward - penalty) for s, penalty in zip(samples, penalties, strict=True)]
+    plain_loss(model, other, changed, temperature=0.7, epsilon=0.2, kl_coefficient=0.0).backward()
+    assert_close(gradients, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+
+
+def test_a_correction_weighs_tokens_by_trainer_over_engine(new_model):
+    """At the first update the ratio is 1: the gradient is that of weight x advantage x log p."""
+    config = config_of("tiny_dense", old_log_probs="trainer", kl_coefficient=0.0)
+    config.rl.correction.kind, config.rl.correction.high = "truncated", 1.1
+    model = trainable(new_model(config.model))
+    samples, optimizer = make_samples(model, 0.3), Optimizer(model, config.train)
+    _, row = Learner(config, model, optimizer, None, 0, "cpu").learn(samples, TrainState())
+    found = {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model = trainable(new_model(config.model))
+    advantages = ragged_group_advantages(torch.tensor(REWARDS, dtype=torch.float64), [2, 2])
+    total = torch.zeros(())
+    for sample, advantage in zip(samples, advantages.tolist(), strict=True):
+        log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, 0.7)
+        weights = (log_probs.detach() - torch.tensor(sample.logprobs)).exp().clamp(max=1.1)
+        total = total - (weights * advantage * log_probs).mean() / len(samples)
+    total.backward()
+    assert_close(found, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert 0 < row["correction_limited"] < 1 and row["change_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert row["mismatch_k3"] > 0 and 0 < row["mismatch_limited"] < 1
+
+
+def test_an_entropy_bonus_and_the_average_over_tokens_reach_the_update(new_model):
+    gradients, row, _ = learnt(
+        new_model, shape="tiny_dense", kl_coefficient=0.0, entropy_coefficient=0.1, average="token",
+        tokens_per_micro_batch=40,
+    )  # fmt: skip
+    model = trainable(new_model(config_of("tiny_dense").model))
+    samples = make_samples(model, 0.3)
+    advantages = ragged_group_advantages(torch.tensor(REWARDS), [2, 2]).tolist()
+    tokens, total, entropies = sum(length for _, length in LENGTHS), torch.zeros(()), []
+    for sample, advantage in zip(samples, advantages, strict=True):
+        whole = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        with without_multi_token_prediction(model):
+            logits = model(whole, torch.arange(whole.shape[1])[None], None)[0, len(sample.prompt_tokens) - 1 : -1]
+        log_p = (logits / 0.7).log_softmax(-1)
+        chosen = log_p.gather(-1, torch.tensor(sample.response_tokens)[:, None])[:, 0]
+        ratio = (chosen - torch.tensor(sample.logprobs)).exp()
+        gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        entropies.append(entropy.detach())
+        total = total - (gain + 0.1 * entropy).sum() / tokens
+    total.backward()
+    assert_close(gradients, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert row["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
+    assert row["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
+
+
+def test_the_reference_is_the_policy_again_every_so_many_rollouts(new_model, caplog):
+    config = config_of("tiny_dense", reference_reset_interval=2)
+    config.rl.mismatch.gap_alarm = 0.01
+    model = trainable(new_model(config.model))
+    samples, optimizer, reference = make_samples(model, 0.3), Optimizer(model, config.train), ReferencePolicy(model)
+    learner, state, rows = Learner(config, model, optimizer, reference, 0, "cpu"), TrainState(), []
+    for _ in range(3):
+        state, row = learner.learn(samples, state)
+        rows.append(row)
+    # Each update is at the policy that its passes see: 0 as long as that is the reference.
+    assert rows[0]["kl"] < 1e-9 < rows[1]["kl"] and rows[2]["kl"] < 1e-9
+    assert "step 1: logprob_gap=" in caplog.text and "is above rl.mismatch.gap_alarm=0.01" in caplog.text

@@ -7,12 +7,27 @@ import torch
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
-from megatron_r1.rl import objective
+from megatron_r1.rl import penalties, ratios, terms
+from megatron_r1.rl.averages import Totals, answer_mean
+from megatron_r1.rl.objective import Answers, Objective
+from megatron_r1.rl.terms import Clip
 
-k3, clipped_objective, grpo_loss, ratio_of = (
+k3, ratio_of, grpo, grpo_sequence = (
     jaxtyped(typechecker=beartype)(function)
-    for function in (objective.k3, objective.clipped_objective, objective.grpo_loss, objective.ratio_of)
+    for function in (penalties.k3, ratios.ratio_of, terms.grpo, terms.grpo_sequence)
 )
+LEVELS = {"token": (grpo, "grpo"), "sequence": (grpo_sequence, "grpo_sequence")}
+
+
+def grpo_loss(new, old, reference, advantages, mask, *, num_answers, epsilon, kl_coefficient=0.0, level="token"):
+    """Both papers' GRPO."""
+    objective = Objective(Clip(epsilon, epsilon), LEVELS[level][1], kl_coefficient=kl_coefficient)
+    return objective.loss(Answers(new, old, advantages, mask, reference), Totals(num_answers))
+
+
+def clipped_objective(new, old, advantages, mask, epsilon, level="token"):
+    """Of each answer."""
+    return answer_mean(LEVELS[level][0](new, old, advantages, mask, Clip(epsilon, epsilon)).smaller_of, mask)
 
 
 def logs(*probabilities):
@@ -98,7 +113,7 @@ def test_sequence_level_by_hand():
     assert loss.item() == pytest.approx(0.5 * kl - (1.5 - 1.6) / 2)
 
 
-@pytest.mark.parametrize("level", objective.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("epsilon", [0.1, 0.2, 10.0])
 @pytest.mark.parametrize("seed", range(4))
 def test_loss_equals_a_loop_over_tokens(level, epsilon, seed):
@@ -111,7 +126,7 @@ def test_loss_equals_a_loop_over_tokens(level, epsilon, seed):
     assert metrics["loss"].item() == loss.item()
 
 
-@pytest.mark.parametrize("level", objective.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("epsilon", [0.2, 10.0])
 def test_gradient_equals_numerical_gradient(level, epsilon):
     new, old, reference, advantages, mask = random_case(11, answers=4, length=3)
@@ -135,7 +150,7 @@ def test_exponential_continues_as_its_tangent():
     )
 
 
-@pytest.mark.parametrize("level", objective.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_on_policy_value_is_the_advantage_and_gradient_is_policy_gradient(level):
     new, _, _, advantages, mask = random_case(5)
     new.requires_grad_()
@@ -160,7 +175,7 @@ def test_epsilon_of_ten_holds_back_only_large_ratios_of_good_answers():
     assert new.grad[:, 0].tolist() == pytest.approx([-0.01, 10.9, 0.0, -12.0])
 
 
-@pytest.mark.parametrize("level", objective.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_micro_batches_add_up(level):
     *tensors, advantages, mask = random_case(7, answers=6)
     tensors[0].requires_grad_()
@@ -178,7 +193,7 @@ def test_micro_batches_add_up(level):
         torch.testing.assert_close(sum(part[name] for _, part in parts), value)
 
 
-@pytest.mark.parametrize("level", objective.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 def test_padding_and_empty_answers_leave_no_trace(level):
     new, old, reference, advantages, mask = random_case(9)
     clean = [torch.where(mask, tensor, 0.0) for tensor in (new, old, reference)]
@@ -199,7 +214,7 @@ def test_padding_and_empty_answers_leave_no_trace(level):
     assert loss.item() == 0 and all(value.item() == 0 for value in metrics.values())
 
 
-@pytest.mark.parametrize("level", objective.LEVELS)
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("gap", [-50.0, 50.0])
 @pytest.mark.parametrize("advantage", [-1.0, 1.0])
 def test_far_policies_stay_finite_in_float32(level, gap, advantage):
@@ -215,8 +230,11 @@ def test_far_policies_stay_finite_in_float32(level, gap, advantage):
 
 def test_wrong_level_missing_reference_and_wrong_shapes_are_refused():
     new, old, _, advantages, mask = random_case(0)
+    for wrong in ({"term": "word"}, {"average": "word"}, {"penalty": "word"}):
+        with pytest.raises(ValueError, match="=word: must be one of"):
+            Objective(Clip(0.2, 0.2), **wrong)
     with pytest.raises(ValueError, match="level=word"):
-        clipped_objective(new, old, advantages, mask, 0.2, "word")
+        ratios.at_level(new, mask, "word")
     with pytest.raises(ValueError, match="kl_coefficient=0.1"):
         grpo_loss(new, old, None, advantages, mask, num_answers=5, epsilon=0.2, kl_coefficient=0.1)
     with pytest.raises(TypeCheckError):

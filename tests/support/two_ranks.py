@@ -33,7 +33,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 from megatron_r1.hf.gather import gather_whole  # noqa: E402
 from megatron_r1.model.build import build_model, load_native_tensors, native_tensors  # noqa: E402
 from megatron_r1.parallel import comm  # noqa: E402
-from megatron_r1.rl.logprob import token_log_probs  # noqa: E402
 from megatron_r1.stages.pretrain import next_token_forward  # noqa: E402
 from megatron_r1.train.ema import MovingAverage  # noqa: E402
 from megatron_r1.train.optimizer import Optimizer  # noqa: E402
@@ -48,7 +47,6 @@ def main(folder: Path) -> None:
             "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
             "threads": torch.get_num_threads(),
             "comm": what_ranks_say(),
-            "log_probs": log_probs_of_half_a_vocabulary(),
             "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query", "grouped_bias", "grouped_norm")},
             "updates": two_updates(folder),
             **{shape: updates_of_a_dense_model(folder, shape) for shape in ("grouped_bias", "grouped_norm")},
@@ -66,21 +64,6 @@ def what_ranks_say() -> dict[str, Any]:
         "broadcast": comm.broadcast({"from": rank}, source=1),
         "gather": comm.AllRanks().gather(f"rank {rank}"),
     }
-
-
-def log_probs_of_half_a_vocabulary() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(5)
-    logits_BLV = torch.randn(3, 4, 22, generator=generator) * 3
-    targets_BL = torch.randint(0, 22, (3, 4), generator=generator)
-    weights_BL = torch.randn(3, 4, generator=generator)
-    mine_BLV = logits_BLV.chunk(2, -1)[dist.get_rank()].clone().requires_grad_()
-    group = parallel_state.get_tensor_model_parallel_group()
-    log_probs_BL, entropy_BL = token_log_probs(mine_BLV, targets_BL, 0.7, group)
-    (log_probs_BL * weights_BL).sum().backward()
-    return {name: tensor.tolist() for name, tensor in [
-        ("logits", logits_BLV), ("targets", targets_BL), ("weights", weights_BL), ("log_probs", log_probs_BL),
-        ("entropy", entropy_BL), ("gradient", mine_BLV.grad),
-    ]}  # fmt: skip
 
 
 def layout(shape: str) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""A model's scores of tokens, by its own head but never with the logits of all tokens: see `parallel.vocabulary`.
+
+Every stage that looks at probabilities takes them from here. Shapes: B rows, L positions, D width, K targets.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from megatron_r1.model.chunks import Model, chunks
+from megatron_r1.parallel.mesh import tensor_parallel_group
+from megatron_r1.parallel.vocabulary import CHUNK_LOGITS, Head, Other, TokenScores, score_tokens
+
+
+def model_scores(
+    model: Any,
+    inputs_BL: Tensor,
+    positions_BL: Tensor,
+    targets: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    words: int | None = None,
+    other: Other | None = None,
+    chunk_logits: int = CHUNK_LOGITS,
+    **more: Any,
+) -> TokenScores | Tensor:
+    """Scores [B, L] of each position's target, on the last pipeline stage; the stage's hidden states on others.
+
+    Cross-entropy is minus `log_probs`; perplexity the exponential of its mean. In a training pass, multi-token
+    prediction adds its own loss as ever (with the logits of all tokens), unless it is switched off; it needs
+    `labels` among `more`.
+
+    Args:
+        model: the model in whatever wrapping the schedule has it.
+        targets: [B, L] token ids, or [B, L, K] for scores of K words at each position: then `log_probs` has K too.
+        temperature: logits are divided by it; the engine's, where its samples are scored.
+        words: size of the vocabulary, where the head has rows beyond it.
+        other: another model with its hidden states as [L, B, D] (`last_hidden_states`), for the divergence.
+        chunk_logits: see `score_tokens`.
+        more: what megatron-core's forward takes besides.
+    """
+
+    def score(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> TokenScores:
+        weight_VD = output_layer.weight if output_weight is None else output_weight
+        scores = score_tokens(
+            _on_every_rank(hidden_states, output_layer),
+            targets.transpose(0, 1),
+            Head(weight_VD, tensor_parallel_group(), words),
+            temperature=temperature,
+            other=other,
+            chunk_logits=chunk_logits,
+        )
+        divergence = None if scores.divergence is None else scores.divergence.t()
+        return TokenScores(scores.log_probs.transpose(0, 1), scores.entropy.t(), divergence)
+
+    return model(inputs_BL, positions_BL, attention_mask, output_processor=score, **more)
+
+
+def last_hidden_states(
+    model: Any, inputs_BL: Tensor, positions_BL: Tensor, attention_mask: Tensor | None = None, **more: Any
+) -> Tensor:
+    """What the head reads, [B, L, D], whole on every tensor-parallel rank; other stages give their hidden states."""
+
+    def whole(*, hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:
+        return _on_every_rank(hidden_states, output_layer).transpose(0, 1)
+
+    return model(inputs_BL, positions_BL, attention_mask, output_processor=whole, **more)
+
+
+def head_weight(model: Model) -> Tensor:
+    """This rank's rows of the head, [V, D], of its last part, which must be on the last stage; tied or its own."""
+    last = chunks(model)[-1]
+    if last.share_embeddings_and_output_weights:
+        return last.shared_embedding_or_output_weight()
+    return last.output_layer.weight
+
+
+def _on_every_rank(hidden: Tensor, output_layer: Any) -> Tensor:
+    """Hidden states [L, B, D] of all positions; backward sums the ranks' parts, as megatron-core's head does."""
+    if output_layer.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden, group=tensor_parallel_group())
+    return copy_to_tensor_model_parallel_region(hidden, group=tensor_parallel_group())

@@ -1,0 +1,57 @@
+"""How values of tokens become one loss: the averages that papers differ in, by name.
+
+Pure. Each gives a number per answer and a divisor that is the whole mini-batch's, so that parts of a mini-batch add up.
+Legend: B answers, L token positions, U is L, or 1 for values that belong to whole answers.
+"""
+
+# ruff: noqa: F722 - shapes stand in annotations as text
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Totals(NamedTuple):
+    """What a mini-batch holds, over all its micro-batches and ranks."""
+
+    answers: int
+    tokens: int = 0
+    """Tokens that are learned from."""
+    longest: int = 0
+    """Length limit of an answer, in tokens."""
+
+
+class Average(NamedTuple):
+    """Numbers per answer, whose sum is divided by a number of the mini-batch."""
+
+    per_answer: Callable[[Tensor, Tensor], Tensor]
+    """Values [B, U] and mask [B, L] -> [B]."""
+    divisor: Callable[[Totals], int]
+
+
+def answer_mean(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
+    """Mean over each answer's own tokens, 1/|o| sum_t; the value itself at sequence level; 0 for an empty answer."""
+    lengths_B1 = mask_BL.sum(dim=1, keepdim=True)
+    if values_BU.shape[1] != mask_BL.shape[1]:
+        return torch.where(lengths_B1 > 0, values_BU, 0.0).squeeze(1)
+    return (torch.where(mask_BL, values_BU, 0.0) / lengths_B1.clamp(min=1)).sum(dim=1)
+
+
+def answer_sum(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
+    """Sum over each answer's tokens; a value of the whole answer counts once for each of them."""
+    return torch.where(mask_BL, values_BU, 0.0).sum(dim=1)
+
+
+AVERAGES: dict[str, Average] = {
+    # 1/G sum_i 1/|o_i| sum_t (DeepSeekMath, equation 3): a long answer's tokens count less.
+    "answer": Average(answer_mean, lambda totals: totals.answers),
+    # 1/sum_i |o_i| sum_i sum_t (DAPO, equation 8): every token counts the same.
+    "token": Average(answer_sum, lambda totals: max(totals.tokens, 1)),
+    # 1/G sum_i 1/longest sum_t (Dr.GRPO, section 3.2): the same in every mini-batch, whatever its lengths.
+    "constant": Average(answer_sum, lambda totals: totals.answers * totals.longest),
+}

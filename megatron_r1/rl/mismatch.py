@@ -1,0 +1,74 @@
+"""How far the trainer's probabilities of sampled tokens are from the engine's, before any update; and when to warn.
+
+Pure. Sums over tokens add up over micro-batches and ranks; `summary` makes the row's numbers of them. Where answers are
+of the trainer's current weights, all of it is a difference of two programs: kernels, precision, routing, templates,
+weights that did not arrive. Legend: B answers, L token positions.
+"""
+
+# ruff: noqa: F722 - shapes stand in annotations as text
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from megatron_r1.config.rl import MismatchConfig
+from megatron_r1.rl.penalties import k3
+from megatron_r1.rl.ratios import ratio_of
+
+KEYS = ("logprob_gap", "mismatch_k1", "mismatch_k3", "mismatch_limited", "mismatch_tokens")
+
+
+def mismatch_sums(
+    logprobs_BL: Float[Tensor, "B L"],
+    rollout_logprobs_BL: Float[Tensor, "B L"],
+    mask_BL: Bool[Tensor, "B L"],
+    low: float,
+    high: float,
+) -> dict[str, Tensor]:
+    """Sums over tokens, and the largest difference.
+
+    Args:
+        low, high: weights trainer/engine outside of these count as limited, as a correction would.
+    Returns:
+        `logprob_gap`: largest |difference| in nats. Sums over tokens: `mismatch_k1`, log(engine/trainer);
+        `mismatch_k3`, the never negative estimate of KL(engine || trainer); `mismatch_limited`; `mismatch_tokens`.
+    """
+    trainer_BL, rollout_BL = (x.detach().where(mask_BL, 0.0) for x in (logprobs_BL, rollout_logprobs_BL))
+    ratio_BL = ratio_of(trainer_BL - rollout_BL)
+    inside_BL = (ratio_BL >= low) & (ratio_BL <= high)
+    return {
+        "logprob_gap": (trainer_BL - rollout_BL).abs().max(),
+        "mismatch_k1": (rollout_BL - trainer_BL).sum(),
+        "mismatch_k3": k3(rollout_BL, trainer_BL).sum(),
+        "mismatch_limited": (mask_BL & ~inside_BL).sum().to(trainer_BL.dtype),
+        "mismatch_tokens": mask_BL.sum().to(trainer_BL.dtype),
+    }
+
+
+def summary(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over tokens, and the largest difference, of the sums of all micro-batches and ranks."""
+    tokens = sum(part["mismatch_tokens"] for part in parts) or 1.0
+    means = {
+        key: sum(part[key] for part in parts) / tokens for key in ("mismatch_k1", "mismatch_k3", "mismatch_limited")
+    }
+    # max() passes over a NaN unless it comes first.
+    gaps = torch.tensor([part["logprob_gap"] for part in parts], dtype=torch.float64)
+    return {"logprob_gap": float(gaps.max()), **means}
+
+
+def alarms(row: Mapping[str, float], thresholds: MismatchConfig) -> list[str]:
+    """A line for each threshold that the row's numbers are above, or that they cannot be compared with."""
+    limits = {
+        "logprob_gap": thresholds.gap_alarm,
+        "mismatch_k3": thresholds.k3_alarm,
+        "mismatch_limited": thresholds.limited_alarm,
+    }
+    return [
+        f"{key}={row[key]:.3g} is above rl.mismatch.{name}_alarm={limit:g}: trainer and engine disagree on the samples"
+        for (key, limit), name in zip(limits.items(), ("gap", "k3", "limited"), strict=True)
+        if limit and not row[key] <= limit
+    ]

@@ -1,0 +1,54 @@
+"""A model's scores against the softmax of its logits: several targets, tied embeddings, rows that are no words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layouts import model_of
+
+from megatron_r1.model.build import without_multi_token_prediction
+from megatron_r1.model.scores import head_weight, last_hidden_states, model_scores
+from megatron_r1.parallel.vocabulary import Other
+
+
+def batch(seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BL = torch.randint(5, 500, (3, 11), generator=generator)
+    return tokens_BL, torch.arange(11).expand(3, 11), torch.randint(0, 500, (3, 11, 4), generator=generator)
+
+
+@pytest.mark.parametrize("words", [None, 500])
+@pytest.mark.parametrize("tied", [True, False])
+def test_scores_are_the_softmax_of_the_logits(new_model, tied, words):
+    shape = model_of("tiny_dense")
+    shape.tied_embeddings = tied
+    model, reference = new_model(shape), new_model(shape, seed=1)
+    tokens_BL, positions_BL, targets_BLK = batch()
+    with torch.no_grad():
+        other = Other(last_hidden_states(reference, tokens_BL, positions_BL).transpose(0, 1), head_weight(reference))
+    scores = model_scores(
+        model, tokens_BL, positions_BL, targets_BLK, temperature=0.7, words=words, other=other, chunk_logits=2000
+    )
+    loss = scores.log_probs.sum() + scores.entropy.sum() + scores.divergence.sum()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    log_p, log_q = (
+        (one(tokens_BL, positions_BL, None)[..., :words] / 0.7).log_softmax(-1) for one in (model, reference)
+    )
+    expected = log_p.gather(-1, targets_BLK), -(log_p.exp() * log_p).sum(-1), (log_p.exp() * (log_p - log_q)).sum(-1)
+    for value, exact in zip(scores, expected, strict=True):
+        torch.testing.assert_close(value, exact.detach(), rtol=1e-5, atol=1e-5, check_dtype=False)
+    sum(values.sum() for values in expected).backward()
+    for name, parameter in model.named_parameters():
+        difference = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert difference < 1e-4, (name, float(difference))
+
+
+def test_one_target_drops_its_dimension_and_predictions_beyond_the_next_can_be_left_out(tiny):
+    tokens_BL, positions_BL, targets_BLK = batch()
+    with torch.no_grad(), without_multi_token_prediction(tiny):
+        one = model_scores(tiny, tokens_BL, positions_BL, targets_BLK[..., 0])
+        four = model_scores(tiny, tokens_BL, positions_BL, targets_BLK)
+    assert one.log_probs.shape == one.entropy.shape == (3, 11) and one.divergence is None
+    assert torch.equal(one.log_probs, four.log_probs[..., 0]) and torch.equal(one.entropy, four.entropy)

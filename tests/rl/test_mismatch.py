@@ -1,0 +1,52 @@
+"""What trainer and engine disagree on: numbers by hand, parts that add up, and lines of warning."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_r1.config.rl import MismatchConfig
+from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
+
+TRAINER = torch.tensor([[-1.0, -2.0, torch.nan], [-0.5, torch.nan, torch.nan]], dtype=torch.float64)
+ROLLOUT = torch.tensor([[-1.1, -1.0, 9.0], [-0.5, 9.0, 9.0]], dtype=torch.float64)
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def floats(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {key: float(value) for key, value in sums.items()}
+
+
+def test_numbers_by_hand_and_parts_that_add_up():
+    row = summary([floats(mismatch_sums(TRAINER, ROLLOUT, MASK, 0.5, 2.0))])
+    # Differences trainer - engine: 0.1, -1, 0; weights e^0.1 and 1 are inside of 0.5..2, e^-1 is not.
+    assert row == pytest.approx(
+        {
+            "logprob_gap": 1.0,
+            "mismatch_k1": (-0.1 + 1.0) / 3,
+            "mismatch_k3": (math.exp(0.1) - 1.1 + math.exp(-1.0)) / 3,
+            "mismatch_limited": 1 / 3,
+        }
+    )
+    parts = [floats(mismatch_sums(TRAINER[i : i + 1], ROLLOUT[i : i + 1], MASK[i : i + 1], 0.5, 2.0)) for i in (0, 1)]
+    assert summary(parts) == pytest.approx(row) and parts[0].keys() == {*KEYS}
+    nothing = floats(mismatch_sums(TRAINER, ROLLOUT, torch.zeros_like(MASK), 0.5, 2.0))
+    assert set(summary([nothing]).values()) == {0.0}
+
+
+def test_a_warning_for_each_threshold_that_is_crossed():
+    row = {"logprob_gap": 1.0, "mismatch_k1": 0.1, "mismatch_k3": 0.2, "mismatch_limited": 0.3}
+    assert alarms(row, MismatchConfig(k3_alarm=0.2, limited_alarm=0.3)) == []
+    assert alarms(row, MismatchConfig(k3_alarm=0.0, limited_alarm=0.0)) == []
+    lines = alarms(row, MismatchConfig(gap_alarm=0.5, k3_alarm=0.1, limited_alarm=0.2))
+    assert [line.partition("=")[0] for line in lines] == ["logprob_gap", "mismatch_k3", "mismatch_limited"]
+    assert lines[1].startswith("mismatch_k3=0.2 is above rl.mismatch.k3_alarm=0.1")
+
+
+def test_what_is_not_a_number_is_noticed_wherever_it_stands():
+    good = {"logprob_gap": 0.1, "mismatch_k1": 0.0, "mismatch_k3": 0.0, "mismatch_limited": 0.0, "mismatch_tokens": 2.0}
+    row = summary([good, good | {"logprob_gap": math.nan, "mismatch_k3": math.nan}, good])
+    assert math.isnan(row["logprob_gap"]) and math.isnan(row["mismatch_k3"])
+    assert len(alarms(row, MismatchConfig(gap_alarm=0.5))) == 2
