@@ -30,7 +30,8 @@ class RolloutConfig:
     bucket_mb: int = 64
     """Megabytes (2^20 bytes) of weights that sync=group sends at a time."""
     sync_mtp: bool = False
-    """Whether sync=group sends the multi-token layers too; only servers that draft with them take them."""
+    """Whether the servers are given the multi-token layers too, at the start and with every sync. Those that draft with
+    them need them; others let them pass."""
     pause: str = "finish"
     """What becomes of answers to others at a sync=group: finish, abort, retract (read again) or in_place (go on). Those
     to this run are waited for."""
@@ -48,6 +49,10 @@ class RolloutConfig:
         within(self, 0, 1, "ahead")
         if self.ahead and self.engine == "local":
             raise ConfigError("ahead", self.ahead, "must be 0 with engine=local, whose weights are the trainer's own")
+        if self.sglang.server.speculative.method == "mtp" and not self.sync_mtp:
+            raise ConfigError(
+                "sync_mtp", False, "must be true with sglang.server.speculative.method=mtp, which drafts by them"
+            )
         groups = self.sglang.server.data_parallel_attention
         if groups > 1 and self.sync == "group":
             allowed = "must be 1 with sync=group: SGLang takes weights over a group only without it"
