@@ -31,7 +31,8 @@ class RolloutConfig:
     bucket_mb: int = 64
     """Megabytes (2^20 bytes) of weights that sync=group sends at a time."""
     sync_mtp: bool = False
-    """Whether sync=group sends the multi-token layers too; only servers that draft with them take them."""
+    """Whether the servers are given the multi-token layers too, at the start and with every sync. Those that draft with
+    them need them; others let them pass."""
     pause: str = "finish"
     """What becomes of answers under way when weights change: finish (are waited for), retract (go on under the new
     weights, after their beginning was read again), in_place (go on from the old cache) or abort (those of others)."""
@@ -53,6 +54,10 @@ class RolloutConfig:
             )
         if self.ahead and self.engine == "local":
             raise ConfigError("ahead", self.ahead, "must be 0 with engine=local, whose weights are the trainer's own")
+        if self.sglang.server.speculative.method == "mtp" and not self.sync_mtp:
+            raise ConfigError(
+                "sync_mtp", False, "must be true with sglang.server.speculative.method=mtp, which drafts by them"
+            )
         groups = self.sglang.server.data_parallel_attention
         if groups > 1 and self.sync == "group":
             allowed = "must be 1 with sync=group: SGLang takes weights over a group only without it"

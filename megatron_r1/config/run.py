@@ -112,6 +112,9 @@ class RunConfig:
                 self.rollout.max_response_tokens,
                 f"must be below model.max_sequence_length={longest}",
             )
+        if (method := self.rollout.sglang.server.speculative.method) == "mtp" and not self.model.mtp.num_layers:
+            allowed = "needs model.mtp.num_layers of at least 1: there is nothing to draft with"
+            raise ConfigError("rollout.sglang.server.speculative.method", method, allowed)
 
     def _check_parallel(self) -> None:
         degrees, model = self.parallel, self.model

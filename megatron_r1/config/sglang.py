@@ -119,15 +119,42 @@ class PoolConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SlurmConfig:
+    """Servers on nodes of this SLURM job that another of its steps or components starts."""
+
+    nodes: str = "none"
+    """Whose nodes have servers: none (they are not found by SLURM), job (all nodes), or component (of a heterogeneous
+    job)."""
+    component: int = 0
+    """Number of the component, with nodes=component."""
+    skip_nodes: int = 0
+    """How many of those nodes, from the first, have no server: the trainer's own."""
+    ports: list[int] = field(default_factory=lambda: [30_000])
+    """Port of each server of a node."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "nodes", ("none", "job", "component"))
+        at_least(self, 0, "component", "skip_nodes")
+        if (
+            not self.ports
+            or len(set(self.ports)) < len(self.ports)
+            or not all(0 < port < 65_536 for port in self.ports)
+        ):
+            raise ConfigError("ports", self.ports, "must be different numbers between 1 and 65535")
+
+
+@dataclass(kw_only=True, slots=True)
 class SGLangConfig:
     """The SGLang servers of a run."""
 
     servers: int = 1
-    """Servers to start, or to wait for in `address_file`; without effect where `addresses` names some."""
+    """Servers to start, or to wait for in `address_file`; without effect where `addresses` or `slurm` names some."""
     addresses: list[str] = field(default_factory=list)
     """Servers that run already, as http://host:port; keys in SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     address_file: str = ""
     """File that a launcher writes such addresses into, one a line; `servers` of them are waited for."""
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    """Servers at known ports of this SLURM job's nodes, which are waited for."""
     router: str = ""
     """http://host:port of an sglang-router that requests go through; it is told of the servers that are started."""
     start_timeout_s: float = 240.0
@@ -154,10 +181,13 @@ class SGLangConfig:
                     raise ConfigError(name, value, "must be http://host:port")
         if self.addresses and self.address_file:
             raise ConfigError("address_file", self.address_file, "must be empty where addresses names servers")
+        if self.slurm.nodes != "none" and (self.addresses or self.address_file):
+            allowed = "must be none where addresses or address_file names servers"
+            raise ConfigError("slurm.nodes", self.slurm.nodes, allowed)
         if len(set(self.addresses)) < len(self.addresses):
             raise ConfigError("addresses", self.addresses, "must name every server once")
 
     @property
     def started_elsewhere(self) -> bool:
         """Whether somebody else starts, restarts and stops the servers."""
-        return bool(self.addresses or self.address_file)
+        return bool(self.addresses or self.address_file or self.slurm.nodes != "none")

@@ -32,6 +32,7 @@ from megatron_r1.hf.publish import published
 from megatron_r1.hf.row import Row
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+SHARD_BYTES = 5_000_000_000
 
 
 def export(
@@ -42,7 +43,7 @@ def export(
     dtype: torch.dtype | None = None,
     include_mtp: bool = True,
     tokenizer_folder: Path | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `folder` from whole (unsharded) megatron-core tensors in any order.
 
@@ -65,12 +66,31 @@ def export(
     folder, dtype = Path(folder), dtype or getattr(torch, DTYPE_NAMES[model.precision])
     tokens = special_tokens(tokenizer_folder) if tokenizer_folder else SpecialTokens()
     config = hf_config(model, tokens, str(dtype).removeprefix("torch."), include_mtp)
+    named = hf_tensors(tensors, model, dtype=dtype, include_mtp=include_mtp)
+    return write_folder(named, folder, config, generation_config(tokens), tokenizer_folder, shard_bytes)
+
+
+def write_folder(
+    named: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    config: dict[str, Any],
+    generation: dict[str, Any],
+    tokenizer_folder: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write `folder` from tensors as they shall stand there, by their Hugging Face names; arguments as of `export`.
+
+    Args:
+        named: (Hugging Face name, tensor) pairs.
+        config: the content of config.json.
+        generation: the content of generation_config.json.
+    """
     with published(folder) as unfinished:
         shards = _Shards(unfinished, shard_bytes)
-        for name, tensor in hf_tensors(tensors, model, dtype=dtype, include_mtp=include_mtp):
+        for name, tensor in named:
             shards.add(name, tensor.to("cpu").contiguous())
         shards.close()
-        write_companions(unfinished, config, generation_config(tokens), tokenizer_folder)
+        write_companions(unfinished, config, generation, tokenizer_folder)
     return folder
 
 

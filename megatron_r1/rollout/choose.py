@@ -63,7 +63,8 @@ def sglang_engine(
         device: ``cpu`` or ``cuda``.
     """
     with ExitStack() as stack:
-        disk = stack.enter_context(DiskSync(tensors, model, tokenizer_folder))
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        disk = stack.enter_context(DiskSync(tensors, model, tokenizer_folder, outgoing))
         engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device))
         if rollout.sync == "disk":
             disk.engine = engine
@@ -79,7 +80,6 @@ def sglang_engine(
                 timeout_s=rollout.sglang.request_timeout_s,
             )
         )
-        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
         yield SyncedEngine(engine, GroupSync(engine, sender, tensors, outgoing, rollout.bucket_mb << 20, flush))
 
 
@@ -96,7 +96,8 @@ def shared_sglang_engine(
     """
     leads = comm.AllRanks().rank == 0
     with ExitStack() as stack:
-        disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder))
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder, outgoing))
         engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device)) if leads else None
         if not leads:
             deque(whole_tensors(module), maxlen=0)
@@ -112,7 +113,6 @@ def shared_sglang_engine(
             sender = stack.enter_context(
                 Sender(endpoints, f"trainer-{rank}", width, group_backend(device), rollout.sglang.request_timeout_s)
             )
-        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
         yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, flush))
 
 
@@ -134,7 +134,7 @@ def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Pat
 
 
 def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> Outgoing:
-    """What of the model the servers are sent."""
+    """What of the model the servers are given, at the start and with every sync."""
     return Outgoing(model, include_mtp=rollout.sync_mtp, fp8=rollout.sglang.server.quantization == "fp8")
 
 

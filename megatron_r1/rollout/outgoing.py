@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
+from megatron_r1.hf.config import SpecialTokens, hf_config
 from megatron_r1.hf.export import hf_tensors
-from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, quantise_blocks
+from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise_blocks
 from megatron_r1.hf.names import rows
 from megatron_r1.hf.plan import FORMATS, hf_entries
 from megatron_r1.hf.row import Row
@@ -44,6 +46,11 @@ class Outgoing:
     def names(self) -> list[str]:
         """The megatron-core tensors that are sent."""
         return list(self._rows)
+
+    def config(self, tokens: SpecialTokens) -> dict[str, Any]:
+        """The config.json of a folder that holds what is sent."""
+        config = hf_config(self.model, tokens, include_mtp=self.include_mtp)
+        return config | ({"quantization_config": QUANTIZATION_CONFIG} if self.fp8 else {})
 
     def items(self, native: str) -> list[Entry]:
         """What becomes of a megatron-core tensor, in the order of `tensors`; empty when it is not sent."""

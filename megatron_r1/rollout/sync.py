@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import NoRolloutCapacity, UserError
-from megatron_r1.hf.config import serving_view
-from megatron_r1.hf.export import export
+from megatron_r1.hf.config import generation_config, serving_view, special_tokens
+from megatron_r1.hf.export import write_folder
 from megatron_r1.hf.gather import Directory, assemble, directory
 from megatron_r1.model.shards import shards
 from megatron_r1.parallel.comm import AllRanks
@@ -209,17 +209,21 @@ def _on_all_ranks(action: Callable[[], object]) -> None:
 class DiskSync:
     """Writes the weights as a folder that SGLang serves; two folders take turns, so that none is read half written.
 
-    The folders live in memory where the system offers that, and are removed at `close`.
+    The folder holds, bit for bit, what a `GroupSync` of the same `Outgoing` sends. The folders live in memory where the
+    system offers that, and are removed at `close`.
     """
 
-    def __init__(self, tensors: NamedTensors, model: ModelConfig, tokenizer_folder: Path):
+    def __init__(
+        self, tensors: NamedTensors, model: ModelConfig, tokenizer_folder: Path, outgoing: Outgoing | None = None
+    ):
         """
         Args:
             tensors: gives the weights as they stand, whole, by megatron-core name.
             model: shape of the model.
             tokenizer_folder: names the special tokens.
+            outgoing: what is written, and in which formats; by default all but the multi-token layers.
         """
-        self._tensors, self._model, self._tokenizer = tensors, model, tokenizer_folder
+        self._tensors, self._outgoing, self._tokenizer = tensors, outgoing or Outgoing(model), tokenizer_folder
         place = _MEMORY if _MEMORY.is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="megatron_r1-weights-", dir=place))
         self._turn = 0
@@ -227,10 +231,12 @@ class DiskSync:
         """Who reads the folders; started on the first of them, so not known before."""
 
     def write(self) -> Path:
-        """Export the weights as they stand; returns the folder to serve, without the multi-token layers."""
+        """Export the weights as they stand; returns the folder to serve."""
         self._turn = 1 - self._turn
         weights = self._folder / f"weights-{self._turn}"
-        export(self._tensors(), self._model, weights, include_mtp=False, tokenizer_folder=self._tokenizer)
+        named = ((one.name, one.tensor) for one in self._outgoing.tensors(self._tensors(), complete=True))
+        tokens = special_tokens(self._tokenizer)
+        write_folder(named, weights, self._outgoing.config(tokens), generation_config(tokens), self._tokenizer)
         return serving_view(weights, self._folder / f"view-{self._turn}")
 
     def push(self, version: str) -> None:

@@ -83,6 +83,16 @@ REFUSALS = [
         "must be at most model.max_sequence_length=256",
     ),
     ("grpo rollout.max_response_tokens=256", "rollout.max_response_tokens=256", "model.max_sequence_length=256"),
+    (
+        "grpo rollout.sglang.server.speculative.method=mtp",
+        "rollout.sync_mtp=false",
+        "must be true with sglang.server.speculative.method=mtp",
+    ),
+    (
+        "grpo model.mtp.num_layers=0 rollout.sync_mtp=true rollout.sglang.server.speculative.method=mtp",
+        "rollout.sglang.server.speculative.method=mtp",
+        "needs model.mtp.num_layers of at least 1",
+    ),
     ("grpo rl.tokens_per_micro_batch=8", "rl.tokens_per_micro_batch=8", "model.max_sequence_length=256"),
     ("pipeline pipeline.stages.report.needs=[gone]", "pipeline.stages.report.needs=gone", "must be one of pretrain"),
     ("pretrain model.attention.kind=linear", "model.attention.kind=linear", "must be one of latent, grouped"),

@@ -46,9 +46,9 @@ class TimedSender(Sender):
         super()._broadcast(*given)
         self.spent["broadcasting"] += time.perf_counter() - began
 
-    def _settle(self) -> None:
+    def _settle(self, *given, **options) -> None:
         began = time.perf_counter()
-        super()._settle()
+        super()._settle(*given, **options)
         self.spent["waiting for servers to load"] += time.perf_counter() - began
 
     def send(self, *given, **options) -> int:
@@ -159,6 +159,8 @@ def measure(given: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         speed = size / 1e9 / statistics.median(found)
         print(f"{name:<14} {speed:5.2f} GB/s  {statistics.median(ratios):.2f} of the raw broadcast ({spread})")
+    fastest = min(taken["raw broadcast"]) / min(taken["sync"])
+    print(f"the fastest sync: {fastest:.2f} of the fastest raw broadcast ({min(taken['raw broadcast']):.3f} s)")
     for part, found in spent.items():
         print(f"  {part:<28} {statistics.median(found):.3f} s ({min(found):.3f}-{max(found):.3f})")
     print(f"memory grows by {grown / MIB:.1f} MiB, {grown / max(bucket, max(pieces)):.2f} buckets")

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_r1.model.passes import forward_only
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.rl.batching import micro_batches_by_tokens
-from megatron_r1.rl.objective import k3
-from megatron_r1.rl.policy import Policy, longest_input
+from megatron_r1.rl.penalties import k3
+from megatron_r1.rl.policy import Policy
 from megatron_r1.rl.rows import Rows, make_rows, row_length
 from megatron_r1.rollout.sample import Sample
 
@@ -93,7 +92,7 @@ class Trial:
         for part in self._parts(self.samples):
             rows = self._rows(self.samples, part)
             with self.replay.recording() as routes:
-                forward_only(self.model, [rows], policy.output, longest_input([rows]))
+                policy.log_probs_by_sample([rows])
                 experts_BLNK = routes().unflatten(0, (-1, len(part))).transpose(0, 1)
             for place, experts_LNK in zip(part, experts_BLNK, strict=True):
                 found[place] = experts_LNK[: row_length(self.samples[place]) - 1].cpu()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_r1.config.sglang import SGLangConfig
+from megatron_r1.rollout.sglang import slurm
 from megatron_r1.rollout.sglang.address_file import read_addresses
 from megatron_r1.rollout.sglang.client import Endpoint
 
@@ -14,14 +15,17 @@ API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_API_KEY"
 
 
 def given(config: SGLangConfig) -> list[Endpoint]:
-    """The servers of `rollout.sglang.addresses` or of `address_file`, which is waited for.
+    """The servers of `rollout.sglang.addresses`, of `address_file` or of `slurm`; the last two are waited for.
 
     Raises:
-        ConfigError: a line of the file is no address.
-        NoRolloutCapacity: the file does not name all servers in time.
+        ConfigError: a line of the file is no address, or this SLURM job has no such nodes.
+        NoRolloutCapacity: the file does not name all servers in time, or one on the job's nodes does not answer.
     """
     keys = os.environ.get(API_KEY, ""), os.environ.get(ADMIN_KEY, "")
     urls = config.addresses
     if config.address_file:
         urls = read_addresses(Path(config.address_file), config.servers, config.start_timeout_s)
+    if config.slurm.nodes != "none":
+        urls = slurm.addresses(config.slurm, os.environ)
+        slurm.wait_for(urls, config.start_timeout_s)
     return [Endpoint(url, *keys) for url in urls]

@@ -89,7 +89,12 @@ def options(server: ServerConfig) -> dict[str, Any]:
 
 
 def refuse_on_cpu(server: ServerConfig) -> None:
-    """
+    """Refuse what needs CUDA.
+
+    Drafting does in SGLang 0.5.23: its draft worker synchronises with CUDA as it shares the embedding, torch_native
+    attention has no drafting form, and where these are mended answers are verified on the CPU against the most likely
+    token whatever the temperature, so that they would not be samples of the policy.
+
     Raises:
         ConfigError: an option needs CUDA.
     """

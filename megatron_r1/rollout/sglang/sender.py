@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from megatron_r1.rollout.sglang.client import Client, Endpoint
 from megatron_r1.rollout.sglang.turns import Alone, Turns
 
 POLL_S = 0.001
+MOST_UNDER_WAY = 2
+"""Buckets that servers are told of before they have loaded the first: the call for one travels while one is loaded."""
 LAST_WORDS_S = 2.0
 """Seconds that a server may take to say why it left a broadcast."""
 FAREWELL_S = 10.0
@@ -68,11 +71,11 @@ class Sender:
         self._timeout = timedelta(seconds=timeout_s)
         self._group: _Group | None = None
         self._work: dist.Work | None = None
-        self._replies: Future[list[Any]] | None = None
-        self._label = ""
+        self._replies: deque[tuple[str, Future[list[Any]]]] = deque()
+        """Of buckets that servers may not have loaded yet: what each is called, and their replies."""
         self._bucket: Bucket | None = None
         self._groups_made = 0
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix=f"send-{name}")
+        self._threads = ThreadPoolExecutor(MOST_UNDER_WAY + 1, thread_name_prefix=f"send-{name}")
 
     def send(
         self,
@@ -86,8 +89,8 @@ class Sender:
         """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
 
         Beside the tensors themselves one bucket of memory is held: here as long as the sender lives, and in each server
-        while it receives. It is filled anew as soon as it has been broadcast, while the servers still load, where
-        nobody else waits for them.
+        while it receives. Where nobody else waits for the servers, it is filled anew as soon as it has been broadcast,
+        while they still load, and they are told of it then: they go from one bucket to the next without a pause.
 
         Args:
             units: tensors that belong together (fused.py), read one unit at a time and copied before the next is asked
@@ -106,7 +109,7 @@ class Sender:
         sent = 0
         try:
             for bucket, last in filled(self._empty_bucket(bucket_bytes), units):
-                self._settle()
+                self._settle(but=MOST_UNDER_WAY - 1)
                 if not turns.take(sent):
                     raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
                 if self._group is None:
@@ -114,8 +117,8 @@ class Sender:
                 ends = turns.ends(sent, last)
                 sent += 1
                 held = f"{bucket.items[0].name} .. {bucket.items[-1].name}"
-                self._label = f"sender {self.name}, bucket {sent} ({held})"
-                self._broadcast(bucket, flush_cache and ends, version if ends else None)
+                label = f"sender {self.name}, bucket {sent} ({held})"
+                self._broadcast(label, bucket, flush_cache and ends, version if ends else None)
                 if not turns.alone:
                     self._settle()
                     turns.give(sent - 1, True)
@@ -171,40 +174,38 @@ class Sender:
         del process_group  # see `leave`
         posts.result()
 
-    def _broadcast(self, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
+    def _broadcast(self, label: str, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
         """Send a bucket's bytes; returns when they have left, with the servers' replies to come (`_settle`)."""
         assert self._group is not None
         name, description = self._group.name, bucket.description()
         calls = [client.receive(name, description, flush_cache, version) for client in self._clients]
-        self._replies = self._post(calls)
+        self._replies.append((label, replies := self._post(calls)))
         try:
             self._work = self._group.process_group.broadcast(bucket.content, 0)
             while not self._work.is_completed():
-                if self._replies.done():
-                    self._replies.result()
+                self._hear()
+                if replies.done():
                     time.sleep(POLL_S)
-                wait([self._replies], timeout=POLL_S)
+                wait([replies], timeout=POLL_S)
             if self._work.exception() is not None:
-                wait([self._replies], timeout=LAST_WORDS_S)
-                if self._replies.done():
-                    self._replies.result()
+                wait([replies], timeout=LAST_WORDS_S)
+                self._hear()
             self._work.wait()
             self._work = None
-        except (NoRolloutCapacity, RuntimeError) as error:
-            raise self._failure(error) from error
+        except RuntimeError as error:
+            raise _failure(label, error) from error
 
-    def _settle(self) -> None:
-        """Wait until the servers have loaded what was broadcast last."""
-        if (replies := self._replies) is None:
-            return
-        try:
-            replies.result()
-        except NoRolloutCapacity as error:
-            raise self._failure(error) from error
-        self._replies = None
+    def _hear(self) -> None:
+        """Raise what a server has said against a bucket, the first before the next."""
+        for label, replies in self._replies:
+            if replies.done():
+                _result(label, replies)
 
-    def _failure(self, error: Exception) -> NoRolloutCapacity:
-        return NoRolloutCapacity(f"{self._label}: {str(error).splitlines()[0][:300]}")
+    def _settle(self, but: int = 0) -> None:
+        """Wait until the servers have loaded what was broadcast, but for so many buckets, the last ones."""
+        while len(self._replies) > but:
+            _result(*self._replies[0])
+            self._replies.popleft()
 
     def leave(self) -> None:
         """Leave the group, which may be stuck in a broadcast; the next send makes a new one.
@@ -214,7 +215,8 @@ class Sender:
         held by this object alone, not by frames that a traceback keeps.
         """
         group, self._group = self._group, None
-        work, self._work, self._replies = self._work, None, None
+        work, self._work = self._work, None
+        self._replies.clear()
         if group is None:
             return
         posts = self._post((client.leave_group(group.name) for client in self._last_clients), tolerant=True)
@@ -233,3 +235,15 @@ class Sender:
             return await asyncio.gather(*coroutines, return_exceptions=tolerant)
 
         return self._threads.submit(lambda: asyncio.run(together()))
+
+
+def _result(label: str, replies: Future[list[Any]]) -> None:
+    """Wait for the servers' replies about a bucket; raise what one of them says against it."""
+    try:
+        replies.result()
+    except NoRolloutCapacity as error:
+        raise _failure(label, error) from error
+
+
+def _failure(label: str, error: Exception) -> NoRolloutCapacity:
+    return NoRolloutCapacity(f"{label}: {str(error).splitlines()[0][:300]}")

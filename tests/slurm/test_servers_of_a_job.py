@@ -1,0 +1,43 @@
+"""A real heterogeneous SLURM job: one component's trainer finds and asks the SGLang server that the other starts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm_cluster import NODES, absent, free_ports, slurm_cluster
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.model.build import native_tensors
+from megatron_r1.rollout.sglang.addresses import ADMIN_KEY, API_KEY
+from megatron_r1.rollout.sync import DiskSync
+
+pytestmark = [pytest.mark.sglang, pytest.mark.skipif(bool(absent()), reason=absent() or "none")]
+
+
+def test_a_trainer_finds_the_server_that_another_component_of_its_job_starts(new_model, tmp_path):
+    from megatron_r1.config.data import DataConfig
+    from megatron_r1.data.tokenizer import train_tokenizer
+
+    shape = ModelConfig(init_std=0.08)
+    train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")
+    (port,) = free_ports(1)
+    with DiskSync(lambda: native_tensors(new_model(shape)), shape, tmp_path / "tokenizer") as disk:
+        (tmp_path / "model").symlink_to(disk.write())
+        steps = f"{sys.executable} {Path(__file__).parent / 'steps_of_a_job.py'}"
+        job = (
+            f"srun --het-group=1 {steps} serve {tmp_path} {port} & "
+            f"srun --het-group=0 {steps} ask {tmp_path} {port}; asked=$?; "
+            "[ $asked = 0 ] && wait; exit $asked"
+        )
+        trainer, servers = ([f"--nodelist={node}", "--ntasks=1"] for node in NODES)
+        with slurm_cluster(tmp_path) as environment:
+            environment |= {API_KEY: "user", ADMIN_KEY: "admin"}
+            command = ["salloc", *trainer, ":", *servers, "bash", "-c", job]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads((tmp_path / "answers.json").read_text())
+    assert seen["urls"] == [f"http://{NODES[1]}:{port}"] and seen["started"] == 0
+    assert seen["versions"] == ["initial"], "the server was not given the trainer's weights"
+    assert [len(tokens) for tokens in seen["tokens"]] == [4]

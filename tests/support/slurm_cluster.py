@@ -1,0 +1,86 @@
+"""A SLURM cluster of two nodes on this machine: a real controller and two node daemons, in the foreground of this
+process, which leave nothing behind.
+
+Its nodes are called `trainer` and `localhost`; the second name leads to this machine, so that what runs there is found
+by its node's name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+NODES = ("trainer", "localhost")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "salloc")
+START_S = 30.0
+
+
+def absent() -> str:
+    """Why there can be no cluster here; empty where there can."""
+    if missing := [name for name in PROGRAMS if not shutil.which(name)]:
+        return f"needs SLURM (Debian: slurm-wlm, munge): no {missing[0]}"
+    return "" if os.geteuid() == 0 else "SLURM's daemons want to be root"
+
+
+@contextmanager
+def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
+    """The cluster; gives the environment in which SLURM's commands reach it."""
+    ports = free_ports(3)
+    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    (folder / "state").mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    (folder / "slurm.conf").write_text(configuration(folder, ports))
+    files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    munge = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files]
+    commands = [munge, ["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)]
+    with ExitStack() as stack, (folder / "daemons.log").open("w") as log:
+        for command in commands:
+            daemon = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            stack.callback(daemon.wait)
+            stack.callback(daemon.terminate)
+            if command is munge:
+                wait_until((folder / "munge.socket").exists, folder)
+        show = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+
+        def idle() -> bool:
+            told = subprocess.run(show, env=environment, capture_output=True, text=True)
+            return told.stdout.strip() == str(len(NODES))
+
+        wait_until(idle, folder)
+        yield environment
+
+
+def configuration(folder: Path, ports: list[int]) -> str:
+    controller, *nodes = ports
+    lines = [
+        "ClusterName=test", "SlurmctldHost=localhost", f"SlurmctldPort={controller}", "SlurmUser=root",
+        "SlurmdUser=root", "AuthType=auth/munge", f"AuthInfo=socket={folder}/munge.socket",
+        f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool-%n",
+        f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/%n.pid",
+        "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_Core", "SchedulerParameters=bf_interval=1", "MpiDefault=none", "KillWait=2",
+    ]  # fmt: skip
+    lines += [f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=2" for node, port in zip(NODES, nodes, strict=True)]
+    return "\n".join([*lines, "PartitionName=all Nodes=ALL Default=YES", ""])
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def wait_until(condition, folder: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while not condition():
+        assert time.monotonic() < deadline, (folder / "daemons.log").read_text()[-2000:]
+        time.sleep(0.1)
