@@ -82,7 +82,7 @@ class TensorFile:
         entry = self._waiting.pop() if self._waiting else None
         if entry != Entry(name, tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{self._file.name}: {name} {tensor.dtype} {tuple(tensor.shape)}: must be {entry}")
-        # `Tensor.numpy` would forbid for good that the tensor's memory is ever freed and taken again (train/offload.py).
+        # After `Tensor.numpy` torch would never again free a tensor's memory and take it back (train/offload.py).
         flat = np.from_dlpack(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8))
         for start in range(0, flat.size, _CHUNK):
             self._put(flat[start : start + _CHUNK].data)
