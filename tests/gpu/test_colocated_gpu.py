@@ -22,7 +22,8 @@ COMMON = [
 ]  # fmt: skip
 GRPO = [
     "rollout.max_response_tokens=24", "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.mini_batches=2",
-    "rollout.placement=colocated", "rollout.sglang.server.memory_saver=true", "rollout.sglang.server.memory_fraction=0.3",
+    "rollout.placement=colocated", "rollout.sglang.server.memory_saver=true",
+    "rollout.sglang.server.memory_fraction=0.3",
 ]  # fmt: skip
 
 
