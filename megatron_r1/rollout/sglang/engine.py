@@ -296,7 +296,7 @@ class SGLangEngine:
 
     async def _update(self, folder: Path, version: str) -> None:
         path, weights = str(folder.resolve()), self._weights
-        self._memory.check()
+        self._memory.check_weights()
         async with weights.lock:
             up = await self._halt()
             try:
@@ -340,7 +340,7 @@ class SGLangEngine:
         self._pool.changed.tell()
 
     async def _begin(self, version: str) -> None:
-        self._memory.check()
+        self._memory.check_weights()
         await self._all([one.settled() for one in self._watched])
         await self._weights.lock.acquire()
         try:

@@ -106,12 +106,12 @@ class EngineMemory:
         """Whether a server waits for the engine's turn to be started again."""
         return any(one.gone() and not one.given_up for one in self._servers)
 
-    def check(self, tags: Sequence[str] = WEIGHTS) -> None:
+    def check_weights(self) -> None:
         """
         Raises:
-            NoRolloutCapacity: a server has given this back.
+            NoRolloutCapacity: a server has no memory for its weights, so that they cannot be replaced.
         """
-        if any(one.memory.given_back & set(tags) for one in self._servers):
+        if any(one.memory.given_back & set(WEIGHTS) for one in self._servers):
             raise NoRolloutCapacity(TRAINERS_TURN)
 
     async def give_back(self) -> None:
