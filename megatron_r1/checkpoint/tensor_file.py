@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,7 +82,8 @@ class TensorFile:
         entry = self._waiting.pop() if self._waiting else None
         if entry != Entry(name, tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{self._file.name}: {name} {tensor.dtype} {tuple(tensor.shape)}: must be {entry}")
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        # After `Tensor.numpy` torch would never again free a tensor's memory and take it back (train/offload.py).
+        flat = np.from_dlpack(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8))
         for start in range(0, flat.size, _CHUNK):
             self._put(flat[start : start + _CHUNK].data)
 

@@ -26,10 +26,13 @@ class RolloutConfig:
     ahead: int = 0
     """Rollouts begun before their step, while the trainer learns, and most updates by which a token may be older than
     the weights that learn from it: 0 takes turns, 1 is one step off-policy, more is asynchronous."""
+    placement: str = "separate"
+    """Where the servers run: separate (on devices of their own) or colocated (on the trainer's, in turns with it)."""
     sync: str = "group"
-    """How new weights reach the servers: group (a process group, in memory) or disk (a folder that they read)."""
+    """How new weights reach the servers: group (a process group, in memory), ipc (memory that colocated ones share with
+    the trainer) or disk (a folder that they read)."""
     bucket_mb: int = 64
-    """Megabytes (2^20 bytes) of weights that sync=group sends at a time."""
+    """Megabytes (2^20 bytes) of weights that sync=group or ipc sends at a time."""
     sync_mtp: bool = False
     """Whether the servers are given the multi-token layers too, at the start and with every sync. Those that draft with
     them need them; others let them pass."""
@@ -41,7 +44,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "engine", ("sglang", "local"))
-        one_of(self, "sync", ("group", "disk"))
+        one_of(self, "placement", ("separate", "colocated"))
+        one_of(self, "sync", ("group", "ipc", "disk"))
         one_of(self, "pause", ("finish", "abort", "retract", "in_place"))
         within(self, 0.0, 10.0, "temperature")
         within(self, 1e-6, 1.0, "top_p")
@@ -59,6 +63,30 @@ class RolloutConfig:
                 "sync_mtp", False, "must be true with sglang.server.speculative.method=mtp, which drafts by them"
             )
         groups = self.sglang.server.data_parallel_attention
-        if groups > 1 and self.sync == "group":
-            allowed = "must be 1 with sync=group: SGLang takes weights over a group only without it"
+        if groups > 1 and self.sync != "disk":
+            allowed = f"must be 1 with sync={self.sync}: SGLang takes weights from memory only without it"
             raise ConfigError("sglang.server.data_parallel_attention", groups, allowed)
+        if self.placement == "colocated":
+            self._check_colocated()
+        elif self.sync == "ipc":
+            raise ConfigError("sync", "ipc", "must be group or disk with placement=separate")
+
+    def _check_colocated(self) -> None:
+        """Servers on the trainer's devices stop and start with its turns, so they must be this run's own and alone."""
+        with_it = "with placement=colocated"
+        for key, value, holds, allowed in (
+            ("engine", self.engine, self.engine == "sglang", f"must be sglang {with_it}"),
+            ("ahead", self.ahead, not self.ahead, f"must be 0 {with_it}: engine and trainer take turns"),
+            ("pause", self.pause, self.pause == "finish", f"must be finish {with_it}: the servers serve nobody else"),
+            ("sglang.addresses", self.sglang.addresses, not self.sglang.addresses, f"must be empty {with_it}"),
+            ("sglang.address_file", self.sglang.address_file, not self.sglang.address_file, f"must be empty {with_it}"),
+            ("sglang.router", self.sglang.router, not self.sglang.router, f"must be empty {with_it}"),
+            (
+                "sglang.server.data_parallel_attention",
+                self.sglang.server.data_parallel_attention,
+                self.sglang.server.data_parallel_attention == 1,
+                f"must be 1 {with_it}: only one of its groups says whether it is idle",
+            ),
+        ):
+            if not holds:
+                raise ConfigError(key, value, allowed)

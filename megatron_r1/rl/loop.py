@@ -14,6 +14,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
 from megatron_r1.rl.ahead import TakesRollouts
 from megatron_r1.rl.learner import Learner
+from megatron_r1.rl.placement import Placement, Separate
 from megatron_r1.rl.rollouts import Rollout
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.loop import CannotBegin, Step
@@ -23,7 +24,11 @@ logger = logging.getLogger(__name__)
 
 
 def reinforcement_step(
-    rollouts: TakesRollouts | None, learner: Learner, publish: Callable[[str], None], prompts: int
+    rollouts: TakesRollouts | None,
+    learner: Learner,
+    publish: Callable[[str], None],
+    prompts: int,
+    placement: Placement | None = None,
 ) -> Step:
     """One step of reinforcement learning, for the training loop.
 
@@ -34,15 +39,19 @@ def reinforcement_step(
         learner: trains on them.
         publish: sends the weights to the engine under a version.
         prompts: that one rollout takes from the data.
+        placement: whose turn it is with the devices; None is `Separate`.
     """
+    turns = placement or Separate()
 
     idle = IdleShares(rollouts)
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
-        send(publish, str(state.step))
-        sent = time.perf_counter()
-        rollout = shared(rollouts, state)
+        with turns.sending():
+            send(publish, str(state.step))
+            sent = time.perf_counter()
+            with turns.sampling():
+                rollout = shared(rollouts, state)
         sampled = time.perf_counter()
         stale = staleness(rollout.samples, state.step)
         state, row = learner.learn(rollout.samples, state)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,10 +15,12 @@ from megatron_r1.hf.gather import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.outgoing import Outgoing
+from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sglang.sender import Sender
-from megatron_r1.rollout.sync import DiskSync, GroupSync, NamedTensors, StageSync, WeightSync
+from megatron_r1.rollout.sglang.shared import SharedSender
+from megatron_r1.rollout.sync import DiskSync, GroupSync, NamedTensors, Sends, StageSync, WeightSync
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -71,21 +73,19 @@ def sglang_engine(
             yield SyncedEngine(engine, disk)
             return
         disk.close()  # the servers have read what they start from
-        sender = stack.enter_context(
-            Sender(
-                engine.endpoints,
-                "trainer",
-                engine.tensor_parallel,
-                group_backend(device),
-                timeout_s=rollout.sglang.request_timeout_s,
-            )
-        )
+        sender = stack.enter_context(_sender(rollout, engine.endpoints, "trainer", engine.tensor_parallel, device))
         yield SyncedEngine(engine, GroupSync(engine, sender, tensors, outgoing, rollout.bucket_mb << 20, flush))
 
 
 @contextmanager
 def shared_sglang_engine(
-    rollout: RolloutConfig, model: ModelConfig, module: torch.nn.Module, tokenizer_folder: Path, logs: Path, device: str
+    rollout: RolloutConfig,
+    model: ModelConfig,
+    module: torch.nn.Module,
+    tokenizer_folder: Path,
+    logs: Path,
+    device: str,
+    starting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[SyncedEngine]:
     """Collective: SGLang servers of rank 0 that get their weights from all ranks.
 
@@ -93,14 +93,21 @@ def shared_sglang_engine(
 
     Args:
         module: this rank's part of the model.
+        starting: entered by all ranks while the servers start; colocated ones then give their memory back.
     """
     leads = comm.AllRanks().rank == 0
     with ExitStack() as stack:
         outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
         disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder, outgoing))
-        engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device)) if leads else None
+        folder = disk.write() if leads else None
         if not leads:
             deque(whole_tensors(module), maxlen=0)
+        engine = None
+        with starting():
+            if folder:
+                engine = stack.enter_context(_servers(folder, rollout, model, logs, device))
+            if engine and rollout.placement == "colocated":
+                engine.give_back_memory()
         if rollout.sync == "disk":
             disk.engine = engine
             yield SyncedEngine(engine, disk if leads else Contributor(module))
@@ -110,9 +117,7 @@ def shared_sglang_engine(
         endpoints, width = comm.broadcast((engine.endpoints, engine.tensor_parallel) if engine else None)
         sender = None
         if (rank := comm.AllRanks().rank) in stage_leaders():
-            sender = stack.enter_context(
-                Sender(endpoints, f"trainer-{rank}", width, group_backend(device), rollout.sglang.request_timeout_s)
-            )
+            sender = stack.enter_context(_sender(rollout, endpoints, f"trainer-{rank}", width, device))
         yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, flush))
 
 
@@ -138,6 +143,16 @@ def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> Outgoing:
     return Outgoing(model, include_mtp=rollout.sync_mtp, fp8=rollout.sglang.server.quantization == "fp8")
 
 
-def group_backend(device: str) -> str:
+def _sender(
+    rollout: RolloutConfig, endpoints: Sequence[Endpoint], name: str, tensor_parallel: int, device: str
+) -> AbstractContextManager[Sends]:
+    timeout_s = rollout.sglang.request_timeout_s
+    if rollout.sync == "ipc":
+        return SharedSender(endpoints, name, tensor_parallel, device, timeout_s)
+    return Sender(endpoints, name, tensor_parallel, group_backend(device, rollout.placement), timeout_s)
+
+
+def group_backend(device: str, placement: str = "separate") -> str:
     """Backend of the group that weights travel over. NCCL wants every rank on a GPU of its own; gloo takes any."""
-    return "nccl" if device == "cuda" and torch.cuda.device_count() > 1 else "gloo"
+    apart = device == "cuda" and torch.cuda.device_count() > 1 and placement == "separate"
+    return "nccl" if apart else "gloo"

@@ -1,7 +1,8 @@
-"""How new weights reach the engine, stamped with a version: over process groups, or as a folder that it reads.
+"""How new weights reach the engine, stamped with a version: in memory, or as a folder that it reads.
 
 Strategies of one protocol: `GroupSync` sends from a rank that can see all weights, `StageSync` from a model that many
-ranks share, `DiskSync` by way of a folder. Nowhere is there a second copy of the model: beside the weights themselves a
+ranks share, `DiskSync` by way of a folder. The first two send over a process group (`Sender`) or through memory that
+trainer and servers share (`SharedSender`). Nowhere is there a second copy of the model: beside the weights themselves a
 sending rank holds one bucket and what is put together for the next one.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -28,9 +29,8 @@ from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import pipeline_stage
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.outgoing import Outgoing
-from megatron_r1.rollout.sglang.buckets import planned
-from megatron_r1.rollout.sglang.sender import Sender
-from megatron_r1.rollout.sglang.turns import RoundRobin
+from megatron_r1.rollout.sglang.buckets import Outbound, planned
+from megatron_r1.rollout.sglang.turns import RoundRobin, Turns
 
 _MEMORY = Path("/dev/shm")
 
@@ -58,13 +58,33 @@ class Receiving(Protocol):
         ...
 
 
+class Sends(Protocol):
+    """A way to bring buckets of weights to an engine's servers: `Sender` or `SharedSender`."""
+
+    def send(
+        self,
+        units: Iterable[Sequence[Outbound]],
+        bucket_bytes: int,
+        *,
+        version: str,
+        turns: Turns | None = None,
+        flush_cache: bool = True,
+    ) -> int:
+        """See `Sender.send`."""
+        ...
+
+    def leave(self) -> None:
+        """Forget the servers as they were; the next send finds them anew."""
+        ...
+
+
 class GroupSync:
     """Sends the weights from memory to memory: one sender that sees them all, and the session around it."""
 
     def __init__(
         self,
         engine: Receiving,
-        sender: Sender,
+        sender: Sends,
         tensors: NamedTensors,
         outgoing: Outgoing,
         bucket_bytes: int,
@@ -109,7 +129,7 @@ class StageSync:
     def __init__(
         self,
         engine: Receiving | None,
-        sender: Sender | None,
+        sender: Sends | None,
         module: torch.nn.Module,
         outgoing: Outgoing,
         bucket_bytes: int,

@@ -15,6 +15,7 @@ from megatron_r1.parallel.mesh import leads
 from megatron_r1.rl.ahead import AheadRollouts, TakesRollouts
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
+from megatron_r1.rl.placement import Colocated, Separate
 from megatron_r1.rl.reference import SAVED, ReferencePolicy
 from megatron_r1.rl.rollouts import Rollouts
 from megatron_r1.rl.scoring import rule_scorer
@@ -22,10 +23,12 @@ from megatron_r1.rollout.choose import SyncedEngine, shared_sglang_engine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.local import LocalEngine
 from megatron_r1.rollout.routed import RoutedLayers
+from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import Weights, find_weights
 from megatron_r1.train.hooks import Hook, Hooks
 from megatron_r1.train.loop import train
+from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.state import TrainState
 
 SHOWN = ("reward", "accuracy", "format", "response_length", "kl", "entropy", "rollout_seconds", "train_seconds")
@@ -45,7 +48,9 @@ def run(config: RunConfig) -> None:
         moe = config.model.moe
         replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None
         learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device, replay)
-        with rollout_engine(this, weights, replay) as engine, ExitStack() as stack:
+        colocated = config.rollout.placement == "colocated"
+        placement = Colocated(TrainerMemory(this.model, this.optimizer)) if colocated else Separate()
+        with rollout_engine(this, weights, replay, placement) as engine, ExitStack() as stack:
             rollouts: TakesRollouts | None = None
             prompts = config.rl.prompts_per_rollout
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=reference.saved if reference else tuple)
@@ -66,7 +71,7 @@ def run(config: RunConfig) -> None:
                 if ahead := config.rollout.ahead:
                     last, abandon = config.train.steps, engine.engine.abandon
                     rollouts = stack.enter_context(AheadRollouts(rollouts, ahead, prompts, last, abandon))
-            step = reinforcement_step(rollouts, learner, engine.update_weights, prompts)
+            step = reinforcement_step(rollouts, learner, engine.update_weights, prompts, placement)
             state = train(this.state, step, hooks, config.train.steps)
         finish(this, state)
 
@@ -93,7 +98,9 @@ class PruneJournal(Hook):
 
 
 @contextmanager
-def rollout_engine(this: Trainer, weights: Weights, replay: RoutingReplay | None) -> Iterator[SyncedEngine]:
+def rollout_engine(
+    this: Trainer, weights: Weights, replay: RoutingReplay | None, placement: Separate | Colocated
+) -> Iterator[SyncedEngine]:
     """The configured engine, on rank 0; each step sends it the trainer's weights before it samples."""
     rollout = this.config.rollout
     if rollout.engine == "local":
@@ -101,6 +108,9 @@ def rollout_engine(this: Trainer, weights: Weights, replay: RoutingReplay | None
         local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad, replay) if leads() else None
         yield SyncedEngine(local, None)
         return
+    if isinstance(placement, Colocated) and this.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
+        allowed = "must be true with rollout.placement=colocated on a GPU: without it servers keep their memory"
+        raise ConfigError("rollout.sglang.server.memory_saver", False, allowed)
     with shared_sglang_engine(
         rollout,
         this.config.model,
@@ -108,5 +118,9 @@ def rollout_engine(this: Trainer, weights: Weights, replay: RoutingReplay | None
         weights.tokenizer_folder,
         this.folder / "logs",
         this.platform.name,
+        placement.starting,
     ) as engine:
+        if isinstance(placement, Colocated) and leads():
+            assert isinstance(engine.engine, SGLangEngine)
+            placement.engine = engine.engine
         yield engine

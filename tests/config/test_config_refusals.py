@@ -107,6 +107,16 @@ REFUSALS = [
         "attention.num_key_value_heads=2",
     ),
     ("pretrain model.tied_embeddings=true", "model.tied_embeddings=true", "must be false with latent attention"),
+    ("grpo rollout.placement=apart", "rollout.placement=apart", "must be one of separate, colocated"),
+    ("grpo rollout.placement=colocated rollout.ahead=1", "rollout.ahead=1", "must be 0 with placement=colocated"),
+    (
+        "grpo rollout.placement=colocated rollout.sglang.addresses=['http://a:1']",
+        "rollout.sglang.addresses=['http://a:1']",
+        "must be empty with placement=colocated",
+    ),
+    ("grpo rollout.placement=colocated rollout.pause=abort", "rollout.pause=abort", "must be finish with"),
+    ("grpo rollout=local rollout.placement=colocated", "rollout.engine=local", "must be sglang with"),
+    ("grpo rollout.sync=ipc", "rollout.sync=ipc", "must be group or disk with placement=separate"),
     # choices, grammar, files, interpolation
     ("pretrain model=huge", "model=huge", "must be one of llama3_1_8b"),
     ("pretrain +model=huge", "model=huge", "must be one of llama3_1_8b"),

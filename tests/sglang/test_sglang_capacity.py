@@ -1,4 +1,4 @@
-"""A run whose servers all die: status 87, with a checkpoint from which it goes on."""
+"""A run whose servers all die: status 87, with a checkpoint from which it goes on, whoever had the memory last."""
 
 import json
 import os
@@ -36,10 +36,17 @@ def servers_of(process: psutil.Process) -> list[psutil.Process]:
     return [one for one in process.children() if "megatron_r1.rollout.sglang.launch" in one.cmdline()]
 
 
-def test_all_servers_dead_is_status_87_with_a_checkpoint(tmp_path):
-    subprocess.run(command("pretrain", tmp_path, "name=base", *PRETRAIN), check=True, timeout=100, capture_output=True)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    root = tmp_path_factory.mktemp("base")
+    subprocess.run(command("pretrain", root, "name=base", *PRETRAIN), check=True, timeout=100, capture_output=True)
+    return root / "base"
+
+
+@pytest.mark.parametrize("placement", [(), ("rollout.placement=colocated", "rollout.sync=ipc")])
+def test_all_servers_dead_is_status_87_with_a_checkpoint(base, tmp_path, placement):
     run, log = tmp_path / "zero", tmp_path / "log"
-    arguments = command("grpo", tmp_path, "name=zero", f"init.from='{tmp_path / 'base'}'", *GRPO)
+    arguments = command("grpo", tmp_path, "name=zero", f"init.from='{base}'", *GRPO, *placement)
     with open(log, "w") as output:
         process = subprocess.Popen(arguments, stdout=output, stderr=output, start_new_session=True)
     try:

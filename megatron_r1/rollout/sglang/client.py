@@ -6,6 +6,7 @@ A reply that is not what was asked for raises BadReply, which names what is wron
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import secrets
 from collections.abc import Awaitable, Container, Sequence
@@ -188,6 +189,37 @@ class Client:
         """
         body = {"load_format": "flattened_bucket", "group_name": group, "flush_cache": flush_cache, **tensors}
         await self._control("/update_weights_from_distributed", body | {"weight_version": version})
+
+    async def receive_shared(self, handles: Sequence[bytes], flush_cache: bool, version: str | None) -> None:
+        """Load a bucket out of memory that the server maps (shared.py); returns when that is done.
+
+        Args:
+            handles: by rank of the server.
+            flush_cache: see `receive`.
+        """
+        tensors = [base64.b64encode(handle).decode() for handle in handles]
+        body = {"load_format": "flattened_bucket", "serialized_named_tensors": tensors, "flush_cache": flush_cache}
+        await self._control("/update_weights_from_tensor", body | {"weight_version": version})
+
+    async def stop_all(self) -> None:
+        """End whatever the server still generates, such as for calls that were given up."""
+        await self._call("/abort_request", {"rid": "", "abort_all": True}, admin=True, attempts=1, parse=False)
+
+    async def flush(self, wait_s: float) -> None:
+        """Drop the cache; the server can only when it is idle, which it is waited for.
+
+        Raises:
+            BadReply: it was not, in that time.
+        """
+        await self._call(f"/flush_cache?timeout={wait_s:g}", {}, admin=True, attempts=1, parse=False)
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        """Give memory back. A server dies of this unless it is idle and holds what the tags name (memory.py)."""
+        await self._call("/release_memory_occupation", {"tags": list(tags)}, admin=True, attempts=1)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        """Take memory again. A server dies of this unless it has given back what the tags name (memory.py)."""
+        await self._call("/resume_memory_occupation", {"tags": list(tags)}, admin=True, attempts=1)
 
     async def checksums(self) -> dict[str, str]:
         """Checksum of every weight that the server holds, by SGLang's name; by rank where it has several."""

@@ -60,6 +60,7 @@ def register() -> None:
         _batched_attention()
         _forked_processes()
         _loading_in_one_thread()
+        _the_device_is_the_cpu()
     except Exception as error:
         raise SystemExit(f"megatron_r1's CPU plugin does not fit this SGLang: {error!r}") from error
 
@@ -152,3 +153,18 @@ def _loading_in_one_thread() -> None:
 
     loader = "sglang.srt.models.deepseek_common.deepseek_weight_loader"
     HookRegistry.register(f"{loader}.should_async_load", lambda *_, **__: False, HookType.AROUND)
+
+
+def _the_device_is_the_cpu() -> None:
+    """Asked for the device without a name, a CUDA build of torch answers CUDA, there or not.
+
+    SGLang asks so when it has given back memory, and waits for that device.
+    """
+    import torch
+
+    of_device = torch.get_device_module
+
+    def cpu_unless_named(device: Any = None) -> Any:
+        return of_device("cpu" if device is None else device)
+
+    torch.get_device_module = cpu_unless_named  # type: ignore[assignment]

@@ -23,6 +23,7 @@ from megatron_r1.rollout.sglang import addresses
 from megatron_r1.rollout.sglang.background import Background
 from megatron_r1.rollout.sglang.client import BadReply, Client, Endpoint, new_session
 from megatron_r1.rollout.sglang.member import Member
+from megatron_r1.rollout.sglang.memory import TRAINERS_TURN, EngineMemory
 from megatron_r1.rollout.sglang.pause import FINISH, Pause
 from megatron_r1.rollout.sglang.pool import Pool
 from megatron_r1.rollout.sglang.router import Router
@@ -169,6 +170,31 @@ class SGLangEngine:
         finally:
             self._background.run(self._end())
 
+    @property
+    def missing(self) -> bool:
+        """Whether a server has ended and waits for the engine's turn (`take_memory`, `start_missing`)."""
+        return self._memory.missing
+
+    def give_back_memory(self) -> None:
+        """Free the servers' memory for a trainer, when they have answered; until it is taken again they cannot answer.
+
+        A server that fails is ended, so that the memory is free when this returns. What was in it is lost: an update of
+        the weights must follow when it is taken.
+        """
+        self._background.run(self._memory.give_back())
+
+    def take_memory(self, tags: Sequence[str]) -> None:
+        """Take memory again; a server that fails is started again, and then holds all of its own.
+
+        Args:
+            tags: `memory.WEIGHTS` before an update of the weights, `memory.CACHE` after it.
+        """
+        self._background.run(self._memory.take(tags))
+
+    def start_missing(self) -> None:
+        """Start the servers that ended in the trainer's turn; afterwards the memory of all is given back."""
+        self._background.run(self._memory.start_missing())
+
     def checksums(self) -> dict[str, str]:
         """Checksum of every weight, by SGLang's name.
 
@@ -225,6 +251,7 @@ class SGLangEngine:
             Watched(member, self.config, self._weights, self._pool.changed, self._launcher(place))
             for place, member in enumerate(members)
         ]
+        self._memory = EngineMemory(self._watched, self._pool, self._weights)
         for one in self._watched:
             self._open.push_async_callback(one.stop)
             one.launch()
@@ -261,6 +288,8 @@ class SGLangEngine:
         self._open.push_async_callback(leave)
 
     def _hopeless(self) -> str:
+        if all(one.memory.given_back for one in self._watched):
+            return TRAINERS_TURN
         if all(one.lost_for_good() for one in self._watched):
             told = "; ".join(f"{one.member.name}: {one.trouble or one.member.closed_because}" for one in self._watched)
             return f"no server has the current weights any more: {told}"
@@ -274,6 +303,7 @@ class SGLangEngine:
 
     async def _update(self, folder: Path, version: str) -> None:
         path, weights = str(folder.resolve()), self._weights
+        self._memory.check_weights()
         up: list[Watched] = []
         async with weights.lock:
             try:
@@ -343,6 +373,7 @@ class SGLangEngine:
         self._pool.release()
 
     async def _begin(self, version: str) -> None:
+        self._memory.check_weights()
         await self._all([one.settled() for one in self._watched])
         await self._weights.lock.acquire()
         try:

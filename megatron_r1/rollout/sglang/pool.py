@@ -94,11 +94,14 @@ class Pool:
             task.cancel()
 
     def hold(self, reason: str) -> None:
-        """Give no member any more requests; those under way may end."""
+        """Have requests wait, however long; those under way may end."""
         self.held = True
-        for member in self.members:
-            if not member.closed_because:
-                member.close(reason)
+        self._close(reason)
+
+    async def drain(self, reason: str) -> None:
+        """Give no member any more requests, and return when those under way have ended."""
+        self._close(reason)
+        await self.drained()
 
     async def drained(self) -> None:
         """Return when the requests under way have ended."""
@@ -139,6 +142,11 @@ class Pool:
             if left <= 0:
                 raise NoRolloutCapacity(f"no server for {self.config.capacity_timeout_s:g} s: {self._reasons()}")
             await self.changed.wait(min([left, *self._tries_in(version)]) + 0.001)
+
+    def _close(self, reason: str) -> None:
+        for member in self.members:
+            if not member.closed_because:
+                member.close(reason)
 
     def take_budget(self, requests: int) -> float:
         """Seconds to wait until so many requests may be sent again."""

@@ -19,6 +19,7 @@ from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.breaker import Changed, backoff_s
 from megatron_r1.rollout.sglang.member import Member
+from megatron_r1.rollout.sglang.memory import TRAINERS_TURN, ServerMemory
 from megatron_r1.rollout.sglang.server import Server
 from megatron_r1.rollout.sglang.versions import Versions
 
@@ -94,6 +95,11 @@ class Watched:
         self.member, self._config, self._weights, self._changed = member, config, weights, changed
         self._launch = launch
         self.server: Server | None = None
+        self.memory = ServerMemory(member.client)
+        """What its process holds."""
+        self.turn = asyncio.Event()
+        """Unset, it is not started again: a trainer has its devices."""
+        self.turn.set()
         member.gone = self.gone
         self.up = False
         """It answers, whatever its weights."""
@@ -110,6 +116,7 @@ class Watched:
         """Start the process, if it is this program's."""
         if self._launch:
             self.server = self._launch()
+            self.memory.renewed()
 
     async def come_up(self) -> None:
         """Return when the server answers.
@@ -161,6 +168,9 @@ class Watched:
         """
         async with self._weights.lock:
             weights, client = self._weights, self.member.client
+            if self.memory.given_back:
+                self.member.close(TRAINERS_TURN)
+                return
             if weights.doubt:
                 self.member.close(f"it waits for the next update: {weights.doubt}")
                 return
@@ -176,7 +186,8 @@ class Watched:
 
     def open_if_current(self) -> None:
         """Take requests again after weights were replaced."""
-        if self.up and not self._weights.doubt and self.member.version == self._weights.version:
+        current = self.member.version == self._weights.version and not self._weights.doubt
+        if self.up and current and not self.memory.given_back:
             self.member.open()
 
     def lost_for_good(self) -> bool:
@@ -262,6 +273,7 @@ class Watched:
         await self.stop()
         self.member.version = ""
         self._changed.tell()
+        await self.turn.wait()
         self.launch()
 
 

@@ -1,0 +1,124 @@
+"""Where the engine runs, and so who has the devices' memory when.
+
+| step | `Separate` | `Colocated`: the devices hold |
+|---|---|---|
+| weights are sent | | the trainer's weights, the engine's weights, one bucket |
+| answers are sampled | | the engine's weights and cache |
+| the trainer learns, and what follows until the next step | | the trainer's weights, gradients and optimizer state |
+| servers are started | | the engine |
+
+A strategy is entered by all ranks, nested: `sending` around all that the engine does in a step, `sampling` inside it.
+When a step cannot begin for want of an engine (CannotBegin, on all ranks), the trainer has its memory again, to save
+what it has learnt. After any other failure nothing is put in order: the run ends, and ranks may have failed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+from megatron_r1.parallel import comm
+from megatron_r1.rollout.sglang.memory import CACHE, WEIGHTS
+from megatron_r1.train.loop import CannotBegin
+from megatron_r1.train.offload import TrainerMemory
+
+
+class Placement(Protocol):
+    """Gives memory to whoever needs it."""
+
+    def starting(self) -> AbstractContextManager[None]:
+        """Around the start of servers, which end the block without memory."""
+        ...
+
+    def sending(self) -> AbstractContextManager[None]:
+        """Around the update of the engine's weights and the sampling."""
+        ...
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """Around the sampling."""
+        ...
+
+
+class Separate:
+    """The engine has devices of its own."""
+
+    starting = sending = sampling = staticmethod(nullcontext)
+
+
+class TakesTurns(Protocol):
+    """An engine whose memory can be given back."""
+
+    @property
+    def missing(self) -> bool: ...
+
+    def give_back_memory(self) -> None: ...
+
+    def take_memory(self, tags: Sequence[str]) -> None: ...
+
+    def start_missing(self) -> None: ...
+
+
+class Colocated:
+    """Engine and trainer share their devices.
+
+    Args:
+        memory: this rank's trainer.
+
+    Attributes:
+        engine: on rank 0; set when it has started.
+    """
+
+    def __init__(self, memory: TrainerMemory):
+        self._weights, self._rest = memory.weights, memory.rest
+        self.engine: TakesTurns | None = None
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        self._rest.leave()
+        self._weights.leave()
+        comm.barrier()
+        yield
+        comm.barrier()
+        self._weights.come_back()
+        self._rest.come_back()
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        self._rest.leave()
+        self._start_missing()
+        comm.barrier()
+        if self.engine:
+            self.engine.take_memory(WEIGHTS)
+        try:
+            yield
+        except CannotBegin:
+            self._trainers_turn()
+            raise
+        self._trainers_turn()
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        self._weights.leave()
+        comm.barrier()
+        if self.engine:
+            self.engine.take_memory(CACHE)
+        yield  # `sending` ends this block too
+
+    def _trainers_turn(self) -> None:
+        if self.engine:
+            self.engine.give_back_memory()
+        comm.barrier()
+        self._weights.come_back()
+        self._rest.come_back()
+
+    def _start_missing(self) -> None:
+        """A server takes as much memory to start as to answer: those that ended in the trainer's turn start alone."""
+        if not comm.any_rank(bool(self.engine and self.engine.missing)):
+            return
+        self._weights.leave()
+        comm.barrier()
+        if self.engine:
+            self.engine.start_missing()
+        comm.barrier()
+        self._weights.come_back()

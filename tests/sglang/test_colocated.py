@@ -1,0 +1,211 @@
+"""A trainer and a real server that take turns: the server's memory, its weights by shared memory, and whole steps.
+
+On a CPU a server gives nothing back, but it takes the calls, and dies of them in a wrong order just the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.run import RunConfig
+from megatron_r1.config.sglang import PoolConfig, SGLangConfig
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.model.build import native_tensors
+from megatron_r1.rl.learner import Learner
+from megatron_r1.rl.loop import reinforcement_step
+from megatron_r1.rl.placement import Colocated, Separate
+from megatron_r1.rl.rollouts import Rollout
+from megatron_r1.rollout.outgoing import Outgoing
+from megatron_r1.rollout.sample import Request, Sample, Sampling
+from megatron_r1.rollout.sglang.client import Client
+from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.memory import CACHE, WEIGHTS
+from megatron_r1.rollout.sglang.sender import Sender
+from megatron_r1.rollout.sglang.shared import SharedSender
+from megatron_r1.rollout.sync import DiskSync, GroupSync
+from megatron_r1.train.offload import TrainerMemory
+from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.state import TrainState
+
+pytestmark = [pytest.mark.sglang]
+SHAPE = ModelConfig(init_std=0.08)
+GREEDY = Sampling(0.0, 1.0, 8, (), 0)
+ASKED = [Request(f"{n}", (5 + n, 6, 7 * n + 1)) for n in range(4)]
+TIMEOUT_S = 60.0
+MIB = 1 << 20
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def engine(new_model, tmp_path_factory):
+    from megatron_r1.config.data import DataConfig
+    from megatron_r1.data.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(DataConfig(num_documents=2000)).save(folder)
+    config = SGLangConfig(
+        max_running_requests=16, max_total_tokens=4096, request_timeout_s=TIMEOUT_S,
+        pool=PoolConfig(health_interval_s=0.5),
+    )  # fmt: skip
+    model, logs = new_model(SHAPE, seed=9), tmp_path_factory.mktemp("logs")
+    with (
+        DiskSync(lambda: native_tensors(model), SHAPE, folder) as disk,
+        SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=256) as engine,
+    ):
+        yield engine
+
+
+def push(engine: SGLangEngine, model, version: str, bucket_bytes: int = MIB) -> None:
+    sender = SharedSender(engine.endpoints, "trainer", engine.tensor_parallel, "cpu", TIMEOUT_S)
+    GroupSync(engine, sender, lambda: native_tensors(model), Outgoing(SHAPE), bucket_bytes).push(version)
+
+
+@torch.no_grad()
+def disturbed(model, seed: int):
+    noise = torch.Generator().manual_seed(seed)
+    for _, tensor in native_tensors(model):
+        tensor.add_(torch.randn(tensor.shape, generator=noise) * 0.02)
+    return model
+
+
+def shared_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("torch_*")}
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 100_000, 64 * MIB])
+def test_shared_memory_and_a_group_bring_the_same_weights(engine, new_model, bucket_bytes):
+    before, files = engine.checksums(), shared_files()
+    model = disturbed(new_model(SHAPE), bucket_bytes)
+    push(engine, model, f"shared-{bucket_bytes}", bucket_bytes)
+    shared = engine.checksums()
+    assert engine.version == f"shared-{bucket_bytes}" and all(shared[name] != before[name] for name in before)
+    assert shared_files() == files, "shared memory is left behind"
+    push(engine, new_model(SHAPE), "others")
+    with Sender(engine.endpoints, "trainer", timeout_s=TIMEOUT_S) as sender:
+        GroupSync(engine, sender, lambda: native_tensors(model), Outgoing(SHAPE), MIB).push("group")
+    assert engine.checksums() == shared
+
+
+def test_no_order_of_calls_ends_the_server(engine, new_model):
+    model = new_model(SHAPE)
+    engine.take_memory(CACHE)  # nothing was given back
+    engine.give_back_memory()
+    engine.give_back_memory()
+    with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
+        engine.generate(ASKED, GREEDY)
+    with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
+        push(engine, model, "too early")
+    engine.take_memory(WEIGHTS)
+    engine.take_memory(WEIGHTS)
+    push(engine, model, "sent")
+    with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
+        engine.generate(ASKED, GREEDY)  # without a cache
+    engine.take_memory(CACHE)
+    assert {one.weight_version for one in engine.generate(ASKED, GREEDY)} == {"sent"}
+    engine.give_back_memory()
+    engine.take_memory(CACHE)
+    engine.take_memory(WEIGHTS)
+    with pytest.raises(NoRolloutCapacity, match="need an update"):
+        engine.generate(ASKED, GREEDY)  # on weights that nobody knows
+    push(engine, model, "again")
+    assert {one.weight_version for one in engine.generate(ASKED, GREEDY)} == {"again"}
+    assert engine.restarts == 0
+
+
+def test_what_a_server_still_generates_is_ended_first(engine, new_model):
+    """Such as the answer to a call that was given up: SGLang dies when its memory is given back meanwhile."""
+    push(engine, new_model(SHAPE), "busy")
+    body = {"input_ids": [7, 8, 9], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
+
+    async def meanwhile() -> dict:
+        client = Client.at(engine.endpoints[0], TIMEOUT_S)
+        answer = asyncio.ensure_future(client._call("/generate", body, attempts=1))
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(engine.give_back_memory)
+        return (await answer)["meta_info"]
+
+    seen = asyncio.run(meanwhile())
+    assert seen["finish_reason"]["type"] == "abort" and 0 < seen["completion_tokens"] < 240
+    engine.take_memory([*WEIGHTS, *CACHE])
+    assert engine.restarts == 0
+
+
+class Asking:
+    """Rollouts of greedy answers, so that two runs have the same; looks at the trainer's memory meanwhile."""
+
+    def __init__(self, engine: SGLangEngine, model, offloaded: bool):
+        self._engine, self._model, self._offloaded = engine, model, offloaded
+        self.samples: list[Sample] = []
+
+    def take(self, step: int, first_prompt: int) -> Rollout:
+        held = sum(tensor.untyped_storage().nbytes() for tensor in self._model.parameters())
+        held += sum(p.main_grad.untyped_storage().nbytes() for p in self._model.parameters() if p.requires_grad)
+        assert (held == 0) == self._offloaded
+        samples = [
+            Sample(f"p{n}", n // 2, one.prompt_tokens, one.response_tokens, one.logprobs, one.weight_version, "length",
+                   "", float(sum(one.response_tokens) % 2), {"accuracy": 1.0})
+            for n, one in enumerate(self._engine.generate(ASKED, GREEDY))
+        ]  # fmt: skip
+        self.samples += samples
+        return Rollout(samples, len(samples), {})
+
+
+def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[Sample], dict[str, torch.Tensor]]:
+    """The answers of some steps, and the weights after them."""
+    config = RunConfig(model=SHAPE)
+    config.rl.old_log_probs, config.rl.kl_coefficient, config.train.steps = "trainer", 0.0, STEPS
+    config.train.schedule.warmup_steps, config.train.schedule.learning_rate = 0, 1e-3
+    config.train.optimizer.clip_norm = 1.0
+    model = new_model(SHAPE, seed=1)
+    optimizer = Optimizer(model, config.train)
+    placement = Colocated(TrainerMemory(model, optimizer)) if colocated else Separate()
+    if isinstance(placement, Colocated):
+        with placement.starting():
+            engine.give_back_memory()
+        placement.engine = engine
+    rollouts, state = Asking(engine, model, colocated), TrainState()
+    learner = Learner(config, model, optimizer, None, 0, "cpu")
+    step = reinforcement_step(rollouts, learner, lambda version: push(engine, model, version), placement)
+    for number in range(STEPS):
+        if colocated and number == 1:
+            ended_in_the_trainers_turn(engine)
+        state, row = step(state)
+        assert row["logprob_gap"] < 20  # tempered against greedy: the numbers are there
+    if colocated:
+        engine.take_memory([*WEIGHTS, *CACHE])
+    return rollouts.samples, {name: tensor.clone() for name, tensor in native_tensors(model)}
+
+
+def ended_in_the_trainers_turn(engine: SGLangEngine) -> None:
+    """Kill the server; it must not be started while the trainer has the memory."""
+    os.killpg(engine.servers[0].process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while not engine.restarts:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert engine.missing and engine.servers[0].process.poll() is not None, "it was started in the trainer's turn"
+
+
+def test_steps_in_turns_are_the_steps_of_an_engine_of_its_own(engine, new_model):
+    separate, expected = reinforced(engine, new_model, colocated=False)
+    restarts = engine.restarts
+    colocated, weights = reinforced(engine, new_model, colocated=True)
+    assert engine.restarts == restarts + 1 and not engine.missing
+    told = [
+        [(one.prompt_tokens, one.response_tokens, one.weight_version) for one in run] for run in (separate, colocated)
+    ]
+    assert told[0] == told[1] and {one.weight_version for one in colocated} == {"0", "1", "2"}
+    for here, there in zip(separate, colocated, strict=True):
+        assert here.logprobs == pytest.approx(there.logprobs, abs=1e-5)
+    moved = new_model(SHAPE, seed=1)
+    assert any(not torch.equal(tensor, weights[name]) for name, tensor in native_tensors(moved)), "nothing was learnt"
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
