@@ -82,7 +82,7 @@ def build(config: Any, platform: Any) -> Any:
 def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     """Losses of some steps, and the whole gradients of the first."""
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import _mean_loss, next_token_forward
+    from megatron_r1.stages.pretrain import mean_loss, next_token_forward
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.step import update
 
@@ -95,7 +95,7 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         rows = torch.randint(5, 512, (8, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
         result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2)
-        losses.append(_mean_loss(result))
+        losses.append(mean_loss(result))
         norms.append(result.gradient_norm)
         loads = {layer: load_E.tolist() for layer, load_E in result.passes.expert_load.items()}
         routing.append({"mtp_loss": result.passes.mtp_loss, **loads})
@@ -109,7 +109,7 @@ def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     from packing_cases import packed_batch
 
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import _mean_loss
+    from megatron_r1.stages.pretrain import mean_loss
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.packed import PackedReader
     from megatron_r1.train.step import update
@@ -119,7 +119,7 @@ def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     reader, group = PackedReader(cross, config.model.mtp.num_layers, platform.device), data_parallel_group()
     rows = reader.micro_batches(packed_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
     result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=2)
-    return {"losses": [_mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model, optimizer)
+    return {"losses": [mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model, optimizer)
 
 
 def post_training(config: Any) -> Any:
