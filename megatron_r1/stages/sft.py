@@ -108,17 +108,9 @@ def with_steps(config: RunConfig, sequences: int) -> RunConfig:
 
 
 def reader_of(this: Trainer) -> SupervisedReader:
-    """What reads the batches.
-
-    Raises:
-        ConfigError: the platform cannot keep examples apart.
-    """
+    """What reads the batches."""
     config = this.config
-    packed = config.sft.packing == "best_fit"
-    if packed and this.platform.transformer_engine:
-        allowed = "must be none with Transformer Engine: there attention is causal over the whole sequence"
-        raise ConfigError("sft.packing", config.sft.packing, allowed)
-    degrees = config.parallel
+    packed, degrees = config.sft.packing == "best_fit", config.parallel
     # Interleaved pipeline stages expect all micro-batches to be alike.
     trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else degrees.tensor * (2 * degrees.context or 1)
     return SupervisedReader(packed, config.model.mtp.num_layers, this.platform.device, trimmed_to)
@@ -139,7 +131,8 @@ def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatche
         rate = learning_rate(settings.schedule, state.step + 1, settings.steps, state.consumed_tokens)
         micro_batches = reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
         rows = min(settings.micro_batch_size, size // ranks)
-        result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, length, rows)
+        shape = reader.shape(length, rows)
+        result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
         seconds = time.perf_counter() - started
         metrics = packing_metrics(batch, ranks)
         computed = sum(AllRanks().gather(sum(part.pieces_BL.numel() for part in micro_batches))) * ranks // world_size()
@@ -194,7 +187,8 @@ class HeldoutLoss:
             output, functions[id(rows)] = self._reader.forward(model, rows)
             return output
 
-        outputs = forward_only(self._this.model, micro_batches, forward, self._this.config.train.sequence_length)
+        length, _ = self._reader.shape(self._this.config.train.sequence_length, len(micro_batches[0].tokens_BL))
+        outputs = forward_only(self._this.model, micro_batches, forward, length)
         return sum(
             float(functions[id(rows)](output_BL)[1]["loss"]) / rows.weight
             for rows, output_BL in zip(micro_batches, outputs, strict=False)

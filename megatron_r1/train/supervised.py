@@ -9,10 +9,16 @@ Shapes: B sequences, L positions; position t predicts token t + 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import torch
+from torch import Tensor
 
 from megatron_r1.data.chat.batches import ChatBatch
-from megatron_r1.train.packed import PackedReader
+from megatron_r1.model.apart import sequences_apart
+from megatron_r1.train.packed import PackedReader, PackedRows, extra_predictions_weighted, positions_in_pieces
 
 
 class SupervisedReader(PackedReader):
@@ -26,8 +32,38 @@ class SupervisedReader(PackedReader):
             trimmed_to: micro-batches end with their longest sequence, at a multiple of this; 0 leaves them whole.
         """
         # A sequence of one example needs no mask but the causal one: what comes after it is padding.
-        super().__init__(not packed, extra_predictions, device)
-        self._trimmed_to = trimmed_to
+        super().__init__(True, extra_predictions, device)
+        self._packed, self._trimmed_to = packed, trimmed_to
+
+    def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
+        """Cross-entropy of the learned tokens.
+
+        Where examples share sequences, those of all sequences of the micro-batch are laid end to end, and attention,
+        rotary positions and multi-token prediction know where each begins.
+        """
+        if not self._packed:
+            return super().forward(model, rows)
+        inputs_BL, labels_BL = rows.tokens_BL[:, :-1], rows.tokens_BL[:, 1:]
+        positions_BL = positions_in_pieces(rows.pieces_BL)
+
+        def loss_function(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = (output_1T.float().view_as(rows.counted_BL) * rows.counted_BL).sum() * rows.weight
+            # megatron-core divides the returned loss in place by the number of micro-batches.
+            return loss, {"loss": loss.detach().clone()}
+
+        with extra_predictions_weighted(model, rows.extra_weight):
+            output_1T = model(
+                *(tensor.reshape(1, -1) for tensor in (inputs_BL, positions_BL)),
+                None,
+                labels=labels_BL.reshape(1, -1),
+                loss_mask=rows.extra_BL.reshape(1, -1),
+                packed_seq_params=sequences_apart(bounds(positions_BL)),
+            )
+        return output_1T, loss_function
+
+    def shape(self, length: int, rows: int) -> tuple[int, int]:
+        """Length and number of what the model gets of a micro-batch of `rows` sequences."""
+        return (length * rows, 1) if self._packed else (length, rows)
 
     def counted(self, batch: ChatBatch) -> np.ndarray:
         pieces_BL = batch.pieces_BL
@@ -42,6 +78,16 @@ class SupervisedReader(PackedReader):
             return whole
         longest = max(1, int(tokens_of(batch)[part].max()) - 1)
         return min(whole, -(-longest // self._trimmed_to) * self._trimmed_to)
+
+
+def bounds(positions_BL: Tensor) -> Tensor:
+    """Where examples begin when rows are laid end to end, and the end of the last: int32 [N + 1].
+
+    Padding at the end of a row is a sequence of its own.
+    """
+    flat_T = positions_BL.flatten()
+    starts_N = (flat_T == 0).nonzero().flatten()
+    return torch.cat([starts_N, starts_N.new_tensor([len(flat_T)])]).int()
 
 
 def tokens_of(batch: ChatBatch) -> np.ndarray:

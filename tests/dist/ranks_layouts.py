@@ -146,7 +146,7 @@ def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, d
     group, size = data_parallel_group(), 1 if alone else 2
     batch = one_example_a_row(batch) if alone else batch
     rows = reader.micro_batches(batch, dist.get_rank(group), dist.get_world_size(group), size)
-    result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=size)
+    result = update(model, optimizer, rows, reader.forward, 1e-3, *reader.shape(32, size))
     row = {"losses": [mean_loss(result)], "norms": [result.gradient_norm]}
     return row, whole_gradients(model, optimizer)
 

@@ -76,10 +76,11 @@ def logits(model, batch, vocab_size):
     )
     try:
         with torch.no_grad(), without_multi_token_prediction(model):
-            shuffled_BLV, _ = PACKED.forward(model, rows)
+            shuffled_1TV, _ = PACKED.forward(model, rows)
     finally:
         without_loss.remove()
     [order] = PACKED.shares(batch, 1)
+    shuffled_BLV = shuffled_1TV.view(6, LENGTH, -1)
     logits_BLV = torch.empty_like(shuffled_BLV)
     logits_BLV[torch.from_numpy(order)] = shuffled_BLV
     return logits_BLV
