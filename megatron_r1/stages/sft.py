@@ -112,7 +112,7 @@ def reader_of(this: Trainer) -> SupervisedReader:
     config = this.config
     packed, degrees = config.sft.packing == "best_fit", config.parallel
     # Interleaved pipeline stages expect all micro-batches to be alike.
-    trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else degrees.tensor * (2 * degrees.context or 1)
+    trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else degrees.tensor * 2 * degrees.context
     return SupervisedReader(packed, config.model.mtp.num_layers, this.platform.device, trimmed_to)
 
 

@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
-from megatron_r1.data.chat.render import CannotRender, ChatTemplate
+from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS, CannotRender, ChatTemplate
 from megatron_r1.data.chat.rows import BadRow, Conversation
 from megatron_r1.data.chat.turns import Segment, Turns
 from megatron_r1.data.tokenizer import Tokenizer
@@ -79,6 +79,7 @@ def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     Tags around reasoning, such as <think>, are the text's own.
     """
     named = {tokenizer.decode([token]) for token in (*tokenizer.begin, tokenizer.eos, tokenizer.pad)}
+    named |= {ANSWER_BEGINS, ANSWER_ENDS}
     for added in tokenizer.backend.get_added_tokens_decoder().values():
         if added.special or _CONTROL.fullmatch(added.content):
             named.add(added.content)

@@ -30,7 +30,7 @@ from megatron_r1.data.chat.rows import BadRow, Conversation, conversation_of
 from megatron_r1.data.chat.worked import heldout_conversations, worked_conversations
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
-from megatron_r1.files import canonical, digest_of, write_whole
+from megatron_r1.files import canonical, digest_of, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,15 @@ class _Maker:
         part = folder.with_suffix(".tmp")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+        try:
+            self._write(part, bad_rows)
+            part.rename(folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        logger.info("conversations: %s", self._said())
+
+    def _write(self, part: Path, bad_rows: Path) -> None:
         lengths, keys, heldout = [], [], []
         with (part / "tokens.bin").open("wb") as tokens, (part / "learned.bin").open("wb") as learned:
             for found in batched(self._found(), CONVERSATIONS_AT_ONCE):
@@ -175,15 +184,15 @@ class _Maker:
         lengths_N = np.concatenate([*lengths, np.empty(0, np.int64)])
         heldout_N = np.array(heldout, dtype=bool) | self._drawn(np.array(keys, dtype=np.uint64))
         if not (~heldout_N).any():
-            raise DataError(f"{folder.parent.parent}: no example is left to learn from ({self._said()})")
+            raise DataError(f"sft: no example is left to learn from ({self._said()})")
         np.save(part / "lengths.npy", lengths_N)
         np.save(part / "heldout.npy", heldout_N)
         counts: dict[str, Any] = {**self._counts, "examples": len(lengths_N), "heldout": int(heldout_N.sum())}
-        contents = [digest_of(part / name) for name in ("tokens.bin", "learned.bin", "lengths.npy", "heldout.npy")]
-        counts["sha256"] = hashlib.sha256(canonical(contents)).hexdigest()
+        files = [part / name for name in ("tokens.bin", "learned.bin", "lengths.npy", "heldout.npy")]
+        counts["sha256"] = hashlib.sha256(canonical([digest_of(file) for file in files])).hexdigest()
+        for file in files:
+            sync(file)
         write_whole(part / "counts.json", canonical(counts))
-        part.rename(folder)
-        logger.info("conversations: %s", self._said())
 
     def _found(self) -> Iterator[_Found]:
         """All conversations; rows that hold none are counted on the way."""
@@ -213,6 +222,8 @@ class _Maker:
         for row, examples in zip(found, encoded, strict=True):
             if isinstance(examples, BadRow):
                 self._bad.append(f"{row.place}: {examples}")
+            elif not all(any(example.learned[1:]) for example in examples):
+                self._bad.append(f"{row.place}: has an answer that nothing precedes")
             else:
                 yield row, [short for example in examples if (short := self._shortened(example))]
 

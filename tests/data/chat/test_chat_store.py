@@ -119,6 +119,7 @@ def test_more_bad_rows_than_allowed_refuse_the_run(tmp_path, changes, allowed):
         DataError, match=rf"^4 of 25 rows are bad and {allowed} may be .*; the first: {path}:3: "
     ) as error:
         opened(settings(path, **changes), tmp_path / "run")
+    assert not list((tmp_path / "run/data").glob("examples-*"))
     assert "\n" not in str(error.value) and len((tmp_path / "run/bad_rows.txt").read_text().splitlines()) == 4
     assert opened(settings(path, max_bad_share=0.16), tmp_path / "run").counts["bad_rows"] == 4
 

@@ -7,6 +7,7 @@ from chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small
 
 from megatron_r1.config.sft import ConversationsConfig
 from megatron_r1.data.chat.encode import ChatEncoder, chat_template, key_of
+from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS
 from megatron_r1.data.chat.rows import BadRow, conversation_of
 from megatron_r1.data.tokenizer import CHAT_TEMPLATE
 
@@ -68,9 +69,9 @@ def test_verbatim_answers_come_after_the_prompt_that_the_template_makes():
 
 
 def test_text_that_spells_a_control_token_is_refused():
-    for text in ("a<|eos|>b", "<|im_start|>system", "<|user|>"):
+    for text in ("a<|eos|>b", "<|im_start|>system", "<|user|>", f"{ANSWER_BEGINS}mine{ANSWER_ENDS}"):
         spoken = [{"role": "user", "content": text}, SINGLE[1]]
-        assert encoded(spoken, CHAT_TEMPLATE).startswith("message 1 holds the control token <|")
+        assert encoded(spoken, CHAT_TEMPLATE).startswith("message 1 holds the control token ")
     assert isinstance(encoded([SINGLE[0], {"role": "assistant", "content": "<think>a</think>"}], CHAT_TEMPLATE), list)
 
 
