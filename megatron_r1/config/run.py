@@ -19,6 +19,7 @@ from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sample import SampleConfig
+from megatron_r1.config.sft import SftConfig
 from megatron_r1.config.track import TrackConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
@@ -69,6 +70,8 @@ class RunConfig:
     """What an answer is worth."""
     rl: RLConfig = field(default_factory=RLConfig)
     """The reinforcement-learning objective."""
+    sft: SftConfig = field(default_factory=SftConfig)
+    """What supervised fine-tuning learns from."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """How a model is measured."""
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -21,6 +21,7 @@ class Verb:
 
 VERBS = {
     "pretrain": Verb("megatron_r1.stages.pretrain", "pretrain", "train a base model on text", True),
+    "sft": Verb("megatron_r1.stages.sft", "sft", "supervised fine-tuning on conversations", True),
     "grpo": Verb("megatron_r1.stages.grpo", "r1_zero", "reinforcement learning with verifiable rewards", True),
     "eval": Verb("megatron_r1.stages.evaluate", "eval", "held-out accuracy of one model or several", True),
     "sample": Verb("megatron_r1.stages.sample", "sample", "scored answers to a file of prompts", True),

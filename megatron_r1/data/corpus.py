@@ -85,7 +85,7 @@ def tokenise(config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     parts = []
     for texts in batched(documents(config), DOCUMENTS_AT_ONCE):
-        flat = [token for ids in tokenizer.encode_batch(texts) for token in (tokenizer.bos, *ids, tokenizer.eos)]
+        flat = [token for ids in tokenizer.encode_batch(texts) for token in (*tokenizer.begin, *ids, tokenizer.eos)]
         parts.append(np.array(flat, dtype=dtype))
     return np.concatenate(parts)
 

@@ -53,9 +53,15 @@ class TrainingPrompts:
 
 
 def heldout_prompts(config: DataConfig, count: int) -> list[Prompt]:
-    """The first `count` held-out prompts, each with another expression; a longer list begins with the shorter.
+    """The first `count` held-out problems as prompts; raises as `heldout_problems`."""
+    problems = heldout_problems(config, count)
+    return [as_prompt(problem, f"heldout-{index}") for index, problem in enumerate(problems)]
 
-    They do not depend on `config.seed`, so runs with different seeds are measured on the same prompts.
+
+def heldout_problems(config: DataConfig, count: int) -> list[Problem]:
+    """The first `count` held-out problems, each with another expression; a longer list begins with the shorter.
+
+    They do not depend on `config.seed`, so runs with different seeds are measured on the same problems.
 
     Raises:
         DataError: the split does not hold that many.
@@ -63,8 +69,8 @@ def heldout_prompts(config: DataConfig, count: int) -> list[Prompt]:
     rng = random.Random("heldout prompts")
     pool = list(heldout_expressions(config.heldout_fraction))
     seen: set[str] = set()
-    prompts: list[Prompt] = []
-    for index in range(count):
+    problems: list[Problem] = []
+    for _ in range(count):
         if rng.random() < config.reasoning_gym_share:
             problem = draw_unseen(rng, config.heldout_fraction, seen)
         else:
@@ -72,12 +78,12 @@ def heldout_prompts(config: DataConfig, count: int) -> list[Prompt]:
                 pool.pop(0)
             if not pool:
                 raise DataError(
-                    f"prompts={count}: heldout_fraction={config.heldout_fraction} holds out only {len(prompts)}"
+                    f"prompts={count}: heldout_fraction={config.heldout_fraction} holds out only {len(problems)}"
                 )
             problem = family_problem(pool.pop(0), rng, config)
         seen.add(problem.expression)
-        prompts.append(as_prompt(problem, f"heldout-{index}"))
-    return prompts
+        problems.append(problem)
+    return problems
 
 
 def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> Problem:

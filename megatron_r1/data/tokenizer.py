@@ -67,20 +67,32 @@ class Tokenizer:
 
     Args:
         backend: what `tokenizer.json` holds.
-        settings: what `tokenizer_config.json` holds; it names the begin, end and padding tokens.
+        settings: what `tokenizer_config.json` holds; it names the end token, and those of begin and padding where there
+            are any. Without one, a text begins with nothing, and padding is the end token.
     """
 
     def __init__(self, backend: Backend, settings: Mapping[str, Any] = ARITHMETIC_SETTINGS):
         self.backend, self.settings = backend, settings
-        self.pad, self.bos, self.eos = (self._named(role) for role in ("pad_token", "bos_token", "eos_token"))
+        self.eos = self._named("eos_token")
+        self.pad = self._named("pad_token") if settings.get("pad_token") else self.eos
+        self.bos = self._named("bos_token") if settings.get("bos_token") else None
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     def _named(self, role: str) -> int:
-        value = self.settings.get(role)
-        token = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(token, str):
+        if (token := self.text_of(role)) is None:
             raise DataError(f"tokenizer={role}: tokenizer_config.json does not name this token")
         return self.id(token)
+
+    def text_of(self, role: str) -> str | None:
+        """The token of a role, such as `eos_token`; None where the settings name none."""
+        value = self.settings.get(role)
+        token = value.get("content") if isinstance(value, dict) else value
+        return token if isinstance(token, str) else None
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """What a text begins with: the begin token, or nothing where the vocabulary has none, as Qwen's."""
+        return () if self.bos is None else (self.bos,)
 
     def id(self, token: str) -> int:
         """Id of one token of the vocabulary, e.g. `<think>`."""
@@ -117,7 +129,7 @@ class Tokenizer:
         """Read `tokenizer.json` and `tokenizer_config.json`, as `save` or a published model's folder has them.
 
         Raises:
-            DataError: one of the two cannot be read, or a begin, end or padding token is missing.
+            DataError: one of the two cannot be read, or there is no end token.
         """
         path, described = (Path(folder) / name for name in ("tokenizer.json", "tokenizer_config.json"))
         text = _read(path)
@@ -131,6 +143,8 @@ class Tokenizer:
             raise DataError(f"tokenizer={described}: is not JSON ({error})") from error
         if not isinstance(settings, dict):
             raise DataError(f"tokenizer={described}: must hold one JSON object")
+        if (apart := Path(folder) / "chat_template.jinja").is_file():
+            settings["chat_template"] = _read(apart)
         return cls(backend, settings)
 
     def fingerprint(self) -> str:

@@ -159,8 +159,9 @@ class CoreAttention(torch.nn.Module):
     """Scaled dot-product attention whose query-key and value widths may differ, as latent attention needs.
 
     Takes query [L, B, H, D_qk], key [L, B, G, D_qk] and value [L, B, G, D_v]; returns [L, B, H * D_v]. G is H, or
-    divides it where several query heads share a key-value head. A boolean mask
-    [B, 1, L_query, L_key], true where a position must not be seen, replaces the causal one.
+    divides it where several query heads share a key-value head. A boolean mask [B, 1, L_query, L_key], true where a
+    position must not be seen, replaces the causal one. Packed sequences come end to end, without a batch dimension, and
+    each sees itself alone.
     """
 
     def __init__(
@@ -188,6 +189,30 @@ class CoreAttention(torch.nn.Module):
         mine_L = of_rank_L[dist.get_rank(context_parallel_group())]
         return torch.cat(of_rank_L)[None, :] > mine_L[:, None]
 
+    def _apart(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: Tensor) -> Tensor:
+        """Causal attention inside each of the sequences that lie end to end: [T, H * D_v].
+
+        Those of one length are computed together, so that nothing is padded.
+        """
+        if self.sharing > 1:
+            raise ValueError("context parallelism: on a CPU sequences cannot be kept apart")
+        lengths = bounds.diff()
+        places, outputs = [], []
+        for length in lengths.unique().tolist():
+            starts_N = bounds[:-1][lengths == length].long()
+            places_NL = starts_N[:, None] + torch.arange(length, device=bounds.device)
+            out_NHLD = F.scaled_dot_product_attention(
+                query_THD[places_NL].transpose(1, 2),
+                key_TGD[places_NL].transpose(1, 2),
+                value_TGD[places_NL].transpose(1, 2),
+                is_causal=True,
+                scale=self.softmax_scale,
+                enable_gqa=key_TGD.shape[1] != query_THD.shape[1],
+            )
+            places.append(places_NL.flatten())
+            outputs.append(out_NHLD.transpose(1, 2).flatten(2).flatten(0, 1))
+        return torch.cat(outputs)[torch.cat(places).argsort()]
+
     def forward(
         self,
         query: Tensor,
@@ -199,7 +224,7 @@ class CoreAttention(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         if packed_seq_params is not None:
-            raise ValueError("packed sequences need Transformer Engine")
+            return self._apart(query, key, value, packed_seq_params.cu_seqlens_q)
         query_BHLD, key_BHLD, value_BHLD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
         if self.sharing > 1:

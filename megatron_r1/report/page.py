@@ -38,6 +38,7 @@ def render(recipe: Recipe) -> str:
         f'<p class="dim">Stages: {stages}. Written {written}.</p>',
         "<h2>Before and after</h2>" + results.headline(recipe.results),
         "<h2>Pre-training</h2>" + _pretrain_together(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
+        *_fine_tuning(recipe),
         "<h2>Reinforcement learning</h2>" + _rl_together(recipe) + _of_kind(recipe, "rl", _rl_figures),
         "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
         "<h2>Configuration and versions</h2>" + _settings(recipe.stages),
@@ -113,6 +114,30 @@ def _last_loads(rows: Sequence[dict[str, Any]]) -> tuple[int, dict[str, list[flo
     """The last recorded table of the experts' loads by layer, and its step."""
     tables = ((row["step"], row["router_load"]) for row in reversed(rows) if isinstance(row.get("router_load"), dict))
     return next(tables, (0, {}))
+
+
+def _fine_tuning(recipe: Recipe) -> Iterable[str]:
+    """The section on supervised fine-tuning, in recipes that have it."""
+    if recipe.of_kind("sft"):
+        yield "<h2>Supervised fine-tuning</h2>" + _of_kind(recipe, "sft", _sft_figures)
+
+
+def _sft_figures(stage: Stage) -> Iterable[str]:
+    name, rows = stage.name, stage.rows
+    loss = {"loss": "learned", "heldout_loss": "held out", "mtp_loss": "token after next"}
+    caption = "Loss on the answers' tokens, of what is learned and of what is held out."
+    yield _figure(curves(f"{name}-loss", rows, loss, "loss (nats per token)"), caption)
+    tokens = {"tokens": "all", "learned_tokens": "learned"}
+    yield _figure(curves(f"{name}-tokens", rows, tokens, "tokens per step"), "Tokens of a step, padding left out.")
+    packing = {"packing_efficiency": "tokens", "padding_share": "padding"}
+    yield _figure(curves(f"{name}-packing", rows, packing, "share of a step's places"), "How full sequences are.")
+    imbalance = {"token_imbalance": "fullest rank"}
+    caption = "Tokens of the data-parallel rank that has most, above the mean of all."
+    yield _figure(curves(f"{name}-imbalance", rows, imbalance, "share above the mean"), caption)
+    norm = {"gradient_norm": "gradient norm"}
+    yield _figure(curves(f"{name}-norm", rows, norm, "gradient norm", log=True), "Gradient norm before clipping.")
+    rate = {"learning_rate": "learning rate"}
+    yield _figure(curves(f"{name}-rate", rows, rate, "learning rate"), "Learning-rate schedule.")
 
 
 def _rl_figures(stage: Stage) -> Iterable[str]:

@@ -26,9 +26,10 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """rl, pretrain, or other: told by what the rows hold."""
+        """rl, sft, pretrain, or other: told by what the rows hold."""
         keys = set().union(*self.rows[:1], *self.rows[-1:])
-        return "rl" if "reward" in keys else "pretrain" if "loss" in keys else "other"
+        known = {"reward": "rl", "learned_tokens": "sft", "loss": "pretrain"}
+        return next((kind for key, kind in known.items() if key in keys), "other")
 
 
 @dataclass(frozen=True)

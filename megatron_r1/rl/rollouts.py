@@ -22,7 +22,7 @@ from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
 
 def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     """A prompt as the engine gets it: the beginning of a document, then the prompt's text."""
-    return (tokenizer.bos, *tokenizer.encode(prompt.text))
+    return (*tokenizer.begin, *tokenizer.encode(prompt.text))
 
 
 def response_text(response_tokens: tuple[int, ...], tokenizer: Tokenizer) -> str:

@@ -84,7 +84,7 @@ def pretraining_step(this: Trainer, corpus: Corpus | PackedCorpus) -> Step:
             ),
         )
         return state, {
-            "loss": _mean_loss(result),
+            "loss": mean_loss(result),
             **update_metrics(result),
             "learning_rate": rate,
             "batch_size": size,
@@ -153,7 +153,7 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
     return metrics | load_metrics(result.passes.expert_load)
 
 
-def _mean_loss(result: UpdateResult) -> float:
+def mean_loss(result: UpdateResult) -> float:
     """Mean loss over micro-batches and data-parallel ranks, the same on every rank."""
     mine = [float(entry["loss"]) for entry in result.passes.logged] if speaks_for_its_data() else []
     losses = [loss for rank in AllRanks().gather(mine) for loss in rank]

@@ -51,29 +51,46 @@ class PackedReader:
         """
         self._cross, self._extra, self._device = cross_document_attention, extra_predictions, device
 
-    def micro_batches(self, batch: PackedBatch, rank: int, ranks: int, size: int) -> list[PackedRows]:
+    def micro_batches(self, batch: Any, rank: int, ranks: int, size: int) -> list[PackedRows]:
         """This data-parallel rank's share of a global batch.
 
         Args:
+            batch: of the kind that `counted` knows.
             size: sequences of a micro-batch.
         """
-        counted_BL = counted_targets(batch, self._cross)
+        counted_BL = self.counted(batch)
         extra_BL = counted_extra(counted_BL, self._extra)
-        rows = np.arange(len(counted_BL))[rank::ranks]
+        rows = self.shares(batch, ranks)[rank]
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         means = len(parts) * ranks
         targets, extras = max(1, int(counted_BL.sum())), max(1, int(extra_BL.sum()))
-        return [
-            PackedRows(
-                self._tensor(batch.tokens_BL[part]),
-                self._tensor(batch.pieces_BL[part, :-1]),
-                self._tensor(counted_BL[part]).float(),
-                self._tensor(extra_BL[part]).float(),
-                means / targets,
-                means * int(extra_BL[part].sum()) / extras,
+        micro_batches = []
+        for part in parts:
+            length = self.length(batch, part)
+            micro_batches.append(
+                PackedRows(
+                    self._tensor(batch.tokens_BL[part, : length + 1]),
+                    self._tensor(batch.pieces_BL[part, :length]),
+                    self._tensor(counted_BL[part, :length]).float(),
+                    self._tensor(extra_BL[part, :length]).float(),
+                    means / targets,
+                    means * int(extra_BL[part].sum()) / extras,
+                )
             )
-            for part in parts
-        ]
+        return micro_batches
+
+    def counted(self, batch: Any) -> np.ndarray:
+        """Which positions' targets count: bool [B, L]."""
+        return counted_targets(batch, self._cross)
+
+    def shares(self, batch: Any, ranks: int) -> list[np.ndarray]:
+        """The sequences of each data-parallel rank, equally many."""
+        rows = np.arange(len(batch.tokens_BL))
+        return [rows[rank::ranks] for rank in range(ranks)]
+
+    def length(self, batch: Any, part: np.ndarray) -> int:
+        """Inputs of a micro-batch of these sequences."""
+        return batch.tokens_BL.shape[1] - 1
 
     def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
         """Cross-entropy of the counted targets."""

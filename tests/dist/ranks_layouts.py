@@ -47,10 +47,13 @@ def main(folder: Path) -> None:
                 found["packed"] = packed(config, platform, cross=True)
             if precision == "fp64" and config.parallel.context == 1:
                 found["apart"] = packed(config, platform, cross=False)
+                found["supervised"] = supervised(post_training(config), platform)
             if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
             if dist.get_world_size() == 1:
                 found["plain"] = reinforce_plainly(post_training(config), platform)
+                if precision == "fp64":
+                    found["alone"] = supervised(post_training(config), platform, alone=True)
             if dist.get_rank() == 0:
                 for name, (numbers, gradients) in found.items():
                     (folder / f"{name}-{precision}.json").write_text(json.dumps(numbers))
@@ -82,7 +85,7 @@ def build(config: Any, platform: Any) -> Any:
 def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     """Losses of some steps, and the whole gradients of the first."""
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import _mean_loss, next_token_forward
+    from megatron_r1.stages.pretrain import mean_loss, next_token_forward
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.step import update
 
@@ -95,7 +98,7 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         rows = torch.randint(5, 512, (8, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
         result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2)
-        losses.append(_mean_loss(result))
+        losses.append(mean_loss(result))
         norms.append(result.gradient_norm)
         loads = {layer: load_E.tolist() for layer, load_E in result.passes.expert_load.items()}
         routing.append({"mtp_loss": result.passes.mtp_loss, **loads})
@@ -109,7 +112,7 @@ def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     from packing_cases import packed_batch
 
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import _mean_loss
+    from megatron_r1.stages.pretrain import mean_loss
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.packed import PackedReader
     from megatron_r1.train.step import update
@@ -119,7 +122,33 @@ def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     reader, group = PackedReader(cross, config.model.mtp.num_layers, platform.device), data_parallel_group()
     rows = reader.micro_batches(packed_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
     result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=2)
-    return {"losses": [_mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model, optimizer)
+    return {"losses": [mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model, optimizer)
+
+
+def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, dict]:
+    """Loss of a step of fine-tuning on packed examples, and its whole gradients.
+
+    `alone` gives every example a forward pass of its own, as long as it is, under the causal mask.
+    """
+    from packing_cases import chat_batch, one_example_a_row
+
+    from megatron_r1.parallel.mesh import data_parallel_group
+    from megatron_r1.stages.pretrain import mean_loss
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.routing import FROZEN
+    from megatron_r1.train.step import update
+    from megatron_r1.train.supervised import SupervisedReader
+
+    model, batch = build(config, platform), chat_batch(8, 32)
+    FROZEN.apply(model, 0)
+    optimizer = Optimizer(model, config.train, config.performance)
+    reader = SupervisedReader(not alone, config.model.mtp.num_layers, platform.device, int(alone))
+    group, size = data_parallel_group(), 1 if alone else 2
+    batch = one_example_a_row(batch) if alone else batch
+    rows = reader.micro_batches(batch, dist.get_rank(group), dist.get_world_size(group), size)
+    result = update(model, optimizer, rows, reader.forward, 1e-3, *reader.shape(32, size))
+    row = {"losses": [mean_loss(result)], "norms": [result.gradient_norm]}
+    return row, whole_gradients(model, optimizer)
 
 
 def post_training(config: Any) -> Any:

@@ -41,8 +41,8 @@ class Case:
     @property
     def cannot(self) -> set[str]:
         """What this layout does not compute, of all that one rank does."""
-        apart = {"apart-fp64"} if CONTEXT in self.overrides else set()
-        return apart | {"plain-fp32", "plain-fp64"} | (set() if self.reinforce else {"grpo-fp32", "grpo-fp64"})
+        apart = {"apart-fp64", "supervised-fp64"} if CONTEXT in self.overrides else set()
+        return apart | {"plain-fp32", "plain-fp64", "alone-fp64"} | (set() if self.reinforce else {"grpo-fp32", "grpo-fp64"})
 
 
 TENSOR, PIPELINE, EXPERT, CONTEXT = (f"parallel.{name}=2" for name in ("tensor", "pipeline", "expert", "context"))
@@ -143,7 +143,7 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
         difference, name = worst(here[kind].gradients, one[kind].gradients)
         print(f"{layout} {kind}: largest relative difference of a gradient {difference:.1e} ({name})")
         assert difference < allowed
-    for kind in here.keys() & {"packed-fp64", "apart-fp64"}:
+    for kind in here.keys() & {"packed-fp64", "apart-fp64", "supervised-fp64"}:
         assert here[kind].row["losses"] == pytest.approx(one[kind].row["losses"], rel=1e-9)
     for precision in ("fp64", "fp32"):
         found, expected = (numbers[f"pretrain-{precision}"].row["losses"] for numbers in (here, one))
@@ -155,6 +155,17 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
         assert found == {layer: load_E for layer, load_E in expected.items() if layer != "mtp_loss"}
     if case.reinforce:
         assert here["grpo-fp32"].row == pytest.approx(one["grpo-fp32"].row, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("shape", ["tiny", pytest.param("tiny_dense", marks=pytest.mark.slow)])
+def test_packed_examples_are_learned_as_each_alone(one_rank_alike, shape):
+    one = one_rank_alike(Case(overrides=DENSE if shape == "tiny_dense" else ()))
+    packed, alone = one["supervised-fp64"], one["alone-fp64"]
+    difference, name = worst(packed.gradients, alone.gradients)
+    loss = packed.row["losses"][0] / alone.row["losses"][0] - 1
+    print(f"{shape} packed against alone: loss {loss:.1e}, largest difference of a gradient {difference:.1e} ({name})")
+    assert difference < EXACT and abs(loss) < EXACT
 
 
 @pytest.mark.dist

@@ -89,3 +89,21 @@ def test_the_moving_average_on_cuda_is_that_of_the_steps_weights(tmp_path):
     assert model.keys() == ema.keys()
     for name, tensor in model.items():
         torch.testing.assert_close(ema[name], tensor.float(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.timeout(1400)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_packed_fine_tuning_learns_as_unpacked_on_cuda(tmp_path, precision):
+    common = (f"root='{tmp_path}'", "platform=cuda", f"model.precision={precision}", "track=off")
+    done = run("pretrain", *common, "name=base", "data.num_documents=2000", "train.steps=60")
+    assert done.returncode == 0, done.stderr
+    losses = {}
+    for packing in ("best_fit", "none"):
+        chosen = (f"name={packing}", f"sft.packing={packing}", "sft.num_conversations=400")
+        done = run("sft", *common, *chosen, f"init.from='{tmp_path / 'base'}'")
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (tmp_path / packing / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["heldout_loss"] < 0.8 * rows[0]["heldout_loss_before"]
+        losses[packing] = rows[0]["heldout_loss_before"]
+    # The same weights on the same examples, packed and each alone.
+    assert losses["best_fit"] == pytest.approx(losses["none"], rel=1e-4 if precision == "fp32" else 1e-2)

@@ -68,6 +68,20 @@ def pretrain_row(step, generator):
     }
 
 
+def sft_row(step, generator):
+    return {
+        "loss": 0.5 - step / 100,
+        **({} if step % 5 else {"heldout_loss": 0.6 - step / 100}),
+        "tokens": 900 + generator.randrange(50),
+        "learned_tokens": 300 + generator.randrange(50),
+        "packing_efficiency": 0.9,
+        "padding_share": 0.1,
+        "token_imbalance": 0.01,
+        "gradient_norm": 1.0,
+        "learning_rate": 1e-5,
+    }
+
+
 def rl_row(step, generator):
     accuracy = 0.8 / (1 + math.exp(-(step - 20) / 5))
     return {
@@ -135,7 +149,7 @@ def written(recipe):
 
 def fill(folder):
     generator = random.Random(0)
-    for name, steps, row_of in (("pretrain", 300, pretrain_row), ("r1_zero", 50, rl_row)):
+    for name, steps, row_of in (("pretrain", 300, pretrain_row), ("cold_start", 20, sft_row), ("r1_zero", 50, rl_row)):
         stage = folder / name
         (stage / "checkpoints" / "step-00000050").mkdir(parents=True)
         (stage / "checkpoints" / "step-00000050" / "weights.safetensors").write_bytes(b"\0" * 2048)
@@ -195,6 +209,8 @@ def test_curves_are_present_with_labels_and_units(page):
     expected |= {"curve-pretrain-loss-loss", "curve-pretrain-loss-mtp_loss", "curve-pretrain-load-router_load_max"}
     expected |= {"curve-pretrain-load-mtp_router_load_max", "curve-pretrain-violation-router_violation"}
     expected |= {"curve-pretrain-experts", "curve-r1_zero-idle-engine_idle", "curve-r1_zero-stale-mean_staleness"}
+    expected |= {f"curve-cold_start-{metric}" for metric in ("loss-loss", "loss-heldout_loss", "packing-padding_share")}
+    assert "Supervised fine-tuning" in page.text
     assert expected <= page.ids
     for label in ("loss (nats per token)", "response length (tokens)", "KL (nats per token)", "tokens per second"):
         assert label in page.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.data.packed import PackedBatch
 
 PAD = 2
@@ -39,4 +40,32 @@ def one_piece_a_row(batch: PackedBatch) -> PackedBatch:
         result.tokens_BL[row, : len(tokens_L)] = tokens_L
         result.pieces_BL[row, : len(tokens_L)] = 1
         result.begins_BL[row, : len(begins_L)] = begins_L
+    return result
+
+
+def chat_batch(rows: int, length: int, seed: int = 0, longest: int = 12) -> ChatBatch:
+    """Random examples, each a prompt and then answers with prompts between them; most rows end in padding."""
+    packed, chance = packed_batch(rows, length, seed, longest), np.random.default_rng([seed, 1])
+    learned_BL = np.zeros(packed.pieces_BL.shape, bool)
+    for row, pieces_L in enumerate(packed.pieces_BL):
+        for number in range(1, pieces_L.max() + 1):
+            places = np.flatnonzero(pieces_L == number)
+            learned_BL[row, places] = (chance.random(len(places)) < 0.3).cumsum() % 2
+            learned_BL[row, places[-1]], learned_BL[row, places[0]] = True, False
+    return ChatBatch(packed.tokens_BL, packed.pieces_BL, learned_BL)
+
+
+def one_example_a_row(batch: ChatBatch) -> ChatBatch:
+    """The same examples, each alone in a row."""
+    examples = [
+        (row, number) for row, pieces_L in enumerate(batch.pieces_BL) for number in range(1, pieces_L.max() + 1)
+    ]
+    shape = (len(examples), batch.tokens_BL.shape[1])
+    result = ChatBatch(np.full(shape, PAD), np.zeros(shape, np.int64), np.zeros(shape, bool))
+    for at, (row, number) in enumerate(examples):
+        places = batch.pieces_BL[row] == number
+        count = places.sum()
+        result.tokens_BL[at, :count] = batch.tokens_BL[row, places]
+        result.learned_BL[at, :count] = batch.learned_BL[row, places]
+        result.pieces_BL[at, :count] = 1
     return result

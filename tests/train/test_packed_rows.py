@@ -7,42 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gradients import gradients_of, worst
 from layouts import model_of
 from packing_cases import one_piece_a_row, packed_batch
 
 from megatron_r1.config.data import DatasetConfig
 from megatron_r1.config.run import RunConfig
-from megatron_r1.config.train import TrainConfig
 from megatron_r1.data.packed import PackedBatch, PackedCorpus
 from megatron_r1.errors import ConfigError
 from megatron_r1.stages.pretrain import reader_of
-from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.packed import PackedReader, counted_extra, counted_targets, hidden_from, positions_in_pieces
-from megatron_r1.train.step import update
 
 LENGTH = 32
 BATCH = packed_batch(6, LENGTH)
-
-
-def gradients_of(model, micro_batches, reader) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of one update, and the mean of the losses that it logged."""
-    config = TrainConfig()
-    config.optimizer.clip_norm = 0.0
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
-    result = update(model, Optimizer(model, config), micro_batches, reader.forward, 1e-3, LENGTH)
-    gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(before[name])
-        for name, buffer in model.named_buffers():
-            if name in biases:
-                buffer.copy_(biases[name])
-    return gradients, float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean())
-
-
-def worst(found, expected) -> float:
-    return max(float((found[name] - expected[name]).norm() / (expected[name].norm() + 1e-12)) for name in expected)
 
 
 @pytest.mark.parametrize("cross", [True, False])

@@ -47,7 +47,7 @@ class Encoder:
         """
         self._tokenizer, self._contamination = tokenizer, contamination
         tokenizer.backend.encode_special_tokens = True
-        named = [tokenizer.decode([token]) for token in (tokenizer.bos, tokenizer.eos, tokenizer.pad)]
+        named = [tokenizer.decode([token]) for token in (*tokenizer.begin, tokenizer.eos, tokenizer.pad)]
         # Vocabularies differ in which of their control tokens count as special: the others are still seen in a text.
         self._control = [
             token
@@ -79,7 +79,7 @@ class Encoder:
     def _documents(self, parts: Sequence[tuple[str, ...]]) -> list[IdLists]:
         """Lists of token ids that make each document when laid end to end."""
         ids = iter(self._tokenizer.encode_batch([text for part in parts for text in part]))
-        begin, end = [self._tokenizer.bos], [self._tokenizer.eos]
+        begin, end = [*self._tokenizer.begin], [self._tokenizer.eos]
         return [
             (begin, *((next(ids),) if len(part) == 1 else self._middle.arrange(next(ids), next(ids), next(ids))), end)
             for part in parts

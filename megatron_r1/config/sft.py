@@ -1,0 +1,78 @@
+"""Supervised fine-tuning: which conversations, how they become tokens, and which of those are learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class ConversationsConfig:
+    """One source of conversations: rows with messages, or with a prompt and a response."""
+
+    path: str = ""
+    """A .jsonl or .parquet file, or the folder of a Hugging Face dataset."""
+    split: str = "train"
+    """Of a folder, the split to read."""
+    messages_field: str = "messages"
+    """Field that holds a list of {role, content}; rows without it are prompt and response."""
+    prompt_field: str = "prompt"
+    """Field that holds the question."""
+    response_field: str = "response"
+    """Field that holds the answer."""
+    system_field: str = "system"
+    """Field that holds the system prompt; a row may lack it."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ConfigError("path", self.path, "must name a .jsonl or .parquet file or a dataset's folder")
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig:
+    """Supervised fine-tuning; DeepSeek-V3 report, section 5.1, and DeepSeek-R1 report, sections 2.3.1 and 2.3.3."""
+
+    source: str = "arithmetic"
+    """What to learn from: arithmetic (worked problems of the generated world, as cold-start data) or files."""
+    datasets: dict[str, ConversationsConfig] = field(default_factory=dict)
+    """Name -> source of conversations; read where source is files."""
+    num_conversations: int = 4000
+    """Conversations to generate; where source is arithmetic."""
+    chat_template: str = "r1_zero"
+    """r1_zero (one question in DeepSeek-R1-Zero's words), tokenizer (the tokenizer's own), or a file with one."""
+    system_prompt: str = ""
+    """Put before conversations that have none of their own."""
+    learn: str = "all"
+    """Which answers: all of a conversation, the last alone, or each as an example of its own, after the prompt that
+    the template makes of the turns before it."""
+    answers: str = "template"
+    """template (as the template writes an answer) or verbatim (as it stands in the row, and the end token): for
+    templates that cut the reasoning out of answers."""
+    too_long: str = "drop"
+    """What becomes of an example longer than a sequence: drop or truncate, at its end."""
+    packing: str = "best_fit"
+    """best_fit (several examples share a sequence, none sees another) or none (one to a sequence)."""
+    epochs: int = 2
+    """Times that every example is learned; train.steps may end the run before."""
+    heldout: int = 128
+    """Conversations that are not learned but measured."""
+    heldout_interval: int = 50
+    """Steps between measurements of the loss on them; it is measured before the first step and after the last too."""
+    max_bad_rows: int = 0
+    """Rows that may be left out, each named in bad_rows.txt, before the run is refused."""
+    max_bad_share: float = 0.0
+    """The same as a share of all rows; the larger of the two counts."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "source", ("arithmetic", "files"))
+        one_of(self, "learn", ("all", "last", "each"))
+        one_of(self, "answers", ("template", "verbatim"))
+        one_of(self, "too_long", ("drop", "truncate"))
+        one_of(self, "packing", ("best_fit", "none"))
+        at_least(self, 1, "num_conversations", "epochs", "heldout_interval")
+        at_least(self, 0, "heldout", "max_bad_rows")
+        within(self, 0.0, 1.0, "max_bad_share")
+        if not self.chat_template:
+            raise ConfigError("chat_template", self.chat_template, "must be r1_zero, tokenizer or a file")

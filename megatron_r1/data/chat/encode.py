@@ -1,0 +1,125 @@
+"""Conversations to token ids with what is learned of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS, CannotRender, ChatTemplate
+from megatron_r1.data.chat.rows import BadRow, Conversation
+from megatron_r1.data.chat.turns import Segment, Turns
+from megatron_r1.data.tokenizer import Tokenizer
+
+_CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>")
+"""Tokens that steer a chat, in the spelling that vocabularies share; not all mark them as special."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence of tokens to learn from."""
+
+    tokens: list[int]
+    learned: list[bool]
+    """Whether each token is an answer's, hence a target."""
+
+
+class ChatEncoder:
+    """Encodes conversations.
+
+    Args:
+        tokenizer: of the model.
+        template: makes the text.
+        learn: all, last or each; answers: template or verbatim, as in `SftConfig`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, learn: str, answers: str):
+        self._tokenizer = tokenizer
+        self._control = control_tokens(tokenizer)
+        self._turns = Turns(template, tokenizer.decode([tokenizer.eos]), self._control, learn, answers)
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[Example] | BadRow]:
+        """Each conversation's examples, or what is wrong with it."""
+        cut = [self._cut(messages) for messages in conversations]
+        texts = [s.text for examples in cut if isinstance(examples, list) for each in examples for s in each]
+        ids = iter(self._tokenizer.encode_batch(texts))
+        encoded: list[list[Example] | BadRow] = []
+        for examples in cut:
+            if isinstance(examples, list):
+                encoded.append([_joined((next(ids), segment.learned) for segment in each) for each in examples])
+            else:
+                encoded.append(examples)
+        return encoded
+
+    def _cut(self, messages: Conversation) -> list[list[Segment]] | BadRow:
+        try:
+            self._check_text(messages)
+            return [_merged(segments) for segments in self._turns.examples(messages)]
+        except BadRow as error:
+            return error
+        except CannotRender as error:
+            return BadRow(str(error))
+
+    def _check_text(self, messages: Conversation) -> None:
+        """A text that spells a control token would become it, and a user could speak as the system."""
+        for number, message in enumerate(messages, 1):
+            for part in message.values():
+                if isinstance(part, str) and (found := self._control.search(part)):
+                    raise BadRow(f"message {number} holds the control token {found[0]}")
+
+
+def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Matches every token of the vocabulary that a text of a person or model must not hold.
+
+    Tags around reasoning, such as <think>, are the text's own.
+    """
+    named = {tokenizer.decode([token]) for token in (*tokenizer.begin, tokenizer.eos, tokenizer.pad)}
+    named |= {ANSWER_BEGINS, ANSWER_ENDS}
+    for added in tokenizer.backend.get_added_tokens_decoder().values():
+        if added.special or _CONTROL.fullmatch(added.content):
+            named.add(added.content)
+    return re.compile("|".join(re.escape(text) for text in sorted(named, key=len, reverse=True)))
+
+
+def chat_template(tokenizer: Tokenizer, source: str, name: str) -> ChatTemplate:
+    """A template that may name the tokenizer's tokens as transformers lets it."""
+    roles = [role for role in tokenizer.settings if role.endswith("_token")]
+    named = {role: text for role in roles if (text := tokenizer.text_of(role)) is not None}
+    return ChatTemplate(source, named, name)
+
+
+def key_of(messages: Conversation, seed: int) -> int:
+    """A number of 64 bits that the content decides, so that equal conversations have the same."""
+    text = json.dumps([seed, messages], sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _merged(segments: Iterable[Segment]) -> list[Segment]:
+    """Neighbours of one kind as one, without what follows the last answer."""
+    merged = [
+        Segment("".join(segment.text for segment in group), learned)
+        for learned, group in groupby((s for s in segments if s.text), key=lambda segment: segment.learned)
+    ]
+    return merged[:-1] if merged and not merged[-1].learned else merged
+
+
+def _joined(parts: Iterable[tuple[list[int], bool]]) -> Example:
+    tokens: list[int] = []
+    learned: list[bool] = []
+    for ids, is_answer in parts:
+        tokens += ids
+        learned += [is_answer] * len(ids)
+    return Example(tokens, learned)
+
+
+def as_arrays(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens (int32) and what is learned (bool) of all examples end to end, and the tokens of each (int64)."""
+    lengths_N = np.fromiter((len(example.tokens) for example in examples), np.int64, len(examples))
+    tokens_T = np.fromiter((token for example in examples for token in example.tokens), np.int32, int(lengths_N.sum()))
+    learned_T = np.fromiter((flag for example in examples for flag in example.learned), bool, len(tokens_T))
+    return tokens_T, learned_T, lengths_N

@@ -1,0 +1,146 @@
+"""Chat templates, which are programs that others wrote: rendered in Jinja's sandbox, as transformers does.
+
+Whatever renders with `tokenizer.apply_chat_template` renders here to the same text. `strftime_now` is missing on
+purpose: templates that know the date by it then fall back to a fixed one, so that a resumed run reads the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from megatron_r1.data.template import R1_ZERO_TEMPLATE
+from megatron_r1.errors import DataError
+
+Message = Mapping[str, Any]
+
+ANSWER_BEGINS, ANSWER_ENDS = "\ue000<answer\ue000", "\ue000answer>\ue000"
+"""Around what `{% generation %}` encloses, until the text is cut there; of private use, so that no text holds them."""
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def _r1_zero() -> str:
+    before, after = R1_ZERO_TEMPLATE.split("{prompt}")
+    return (
+        "{{ bos_token }}{% for message in messages %}"
+        "{% if loop.index0 == 0 and message['role'] == 'user' %}"
+        f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(after)} }}}}"
+        "{% elif loop.index0 == 1 and message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+        "{% else %}{{ raise_exception('the template r1_zero takes one question and its answer') }}{% endif %}"
+        "{% endfor %}"
+    )
+
+
+R1_ZERO = _r1_zero()
+"""DeepSeek-R1-Zero's template as a chat template: what reinforcement learning and evaluation ask in."""
+
+
+class CannotRender(ValueError):
+    """The template refuses these messages."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    answers: list[tuple[int, int]]
+    """Characters from and to that the template marks as an answer; empty where it marks nothing."""
+
+
+class ChatTemplate:
+    """One template.
+
+    Args:
+        source: Jinja text.
+        tokens: what the template may name besides: bos_token, eos_token and the like.
+        name: to call it by in errors.
+
+    Raises:
+        DataError: it is no template.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str], name: str):
+        self.source, self.name, self._tokens = source, name, dict(tokens)
+        self.marks_answers = _MARKED.search(source) is not None
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise DataError(f"chat template {name}: line {error.lineno}: {error.message}") from error
+
+    def render(self, messages: Sequence[Message], answer_follows: bool = False) -> Rendered:
+        """The text of a conversation, or, where `answer_follows`, up to where an answer begins.
+
+        Raises:
+            CannotRender: the template refuses these messages.
+            DataError: the template tries what the sandbox forbids.
+        """
+        try:
+            text = self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=answer_follows,
+                tools=None,
+                documents=None,
+                **self._tokens,
+            )
+        except SecurityError as error:
+            raise DataError(f"chat template {self.name}: tries what no template may: {error}") from error
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            raise CannotRender(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+        except RecursionError as error:
+            raise DataError(f"chat template {self.name}: never comes to an end") from error
+        return _unmarked(text)
+
+
+def _unmarked(text: str) -> Rendered:
+    pieces, answers, at = [], [], 0
+    for part in text.split(ANSWER_BEGINS):
+        inside, closed, after = part.partition(ANSWER_ENDS)
+        if closed:
+            answers.append((at, at + len(inside)))
+        pieces += [inside, after]
+        at += len(inside) + len(after)
+    return Rendered("".join(pieces), answers)
+
+
+class _Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`: what the model is to write."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (ANSWER_BEGINS, ANSWER_ENDS))
+        # What is set inside is not seen outside, as in transformers.
+        return [begin.set_lineno(line), nodes.Scope(body).set_lineno(line), end.set_lineno(line)]
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,261 @@
+"""The examples of a run: read, checked and tokenised once, then kept in its folder and memory-mapped.
+
+Every row is learned, measured, or accounted for by number and by name. A run that goes on finds what it began with, or
+is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import batched
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.config.sft import SftConfig
+from megatron_r1.data.chat.encode import ChatEncoder, Example, as_arrays, chat_template, key_of
+from megatron_r1.data.chat.files import files_of, raw_rows
+from megatron_r1.data.chat.render import R1_ZERO
+from megatron_r1.data.chat.rows import BadRow, Conversation, conversation_of
+from megatron_r1.data.chat.worked import heldout_conversations, worked_conversations
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.files import canonical, digest_of, sync, write_whole
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+CONVERSATIONS_AT_ONCE = 1000
+BAD_ROWS = "bad_rows.txt"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenised examples; N of them, T tokens in all."""
+
+    tokens_T: np.ndarray
+    """Token ids, end to end: int32."""
+    learned_T: np.ndarray
+    """Whether each token is a target: bool."""
+    lengths_N: np.ndarray
+    """Tokens of each: int64."""
+    heldout_N: np.ndarray
+    """Whether each is measured and not learned: bool."""
+    counts: dict[str, int]
+    """Rows, and what became of them."""
+
+
+class _Found(NamedTuple):
+    """A conversation on its way."""
+
+    place: str
+    """file:line."""
+    conversation: Conversation
+    heldout: bool
+
+
+def template_source(sft: SftConfig, tokenizer: Tokenizer) -> str:
+    """The text of the chat template that a run learns in.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    key = "sft.chat_template"
+    if sft.chat_template == "r1_zero":
+        return R1_ZERO
+    if sft.chat_template == "tokenizer":
+        found = tokenizer.settings.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+        if not isinstance(found, str):
+            raise ConfigError(key, "tokenizer", "the tokenizer has no chat template: name r1_zero or a file")
+        return found
+    try:
+        return Path(sft.chat_template).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(key, sft.chat_template, "must be r1_zero, tokenizer or a file that can be read") from None
+
+
+def open_examples(
+    sft: SftConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int, seed: int, run_folder: Path
+) -> Examples:
+    """The examples of a config; several processes may ask at once, and one of them makes them.
+
+    Args:
+        sequence_length: inputs per sequence; an example may have one token more, a target only.
+        seed: of what is held out.
+        run_folder: keeps the examples under `data/`, and bad_rows.txt.
+
+    Raises:
+        ConfigError: a source or the template cannot be found.
+        DataError: too many rows are bad, or the data are no longer those that the run began with.
+    """
+    template = template_source(sft, tokenizer)
+    settings = [FORMAT_VERSION, asdict(sft), asdict(data), sequence_length, seed, template, tokenizer.fingerprint()]
+    inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for _, file in _files(sft)]
+    name = hashlib.sha256(canonical([settings, inputs])).hexdigest()[:16]
+    kept = run_folder / "data"
+    kept.mkdir(parents=True, exist_ok=True)
+    folder, pinned = kept / f"examples-{name}", kept / "examples.sha256"
+    with _one_at_a_time(kept / "examples.lock"):
+        if not folder.is_dir():
+            encoder = ChatEncoder(
+                tokenizer, chat_template(tokenizer, template, sft.chat_template), sft.learn, sft.answers
+            )
+            _Maker(sft, data, encoder, sequence_length, seed).make(folder, run_folder / BAD_ROWS)
+        content = json.loads((folder / "counts.json").read_text())["sha256"]
+        if not pinned.is_file():
+            write_whole(pinned, content.encode())
+        elif pinned.read_text() != content:
+            raise DataError(f"{run_folder}: its conversations are no longer those that it began with")
+    return _open(folder)
+
+
+def _open(folder: Path) -> Examples:
+    counts = json.loads((folder / "counts.json").read_text())
+    counts.pop("sha256")
+    lengths_N = np.load(folder / "lengths.npy", allow_pickle=False)
+    heldout_N = np.load(folder / "heldout.npy", allow_pickle=False)
+    tokens_T = np.memmap(folder / "tokens.bin", np.int32, "r")
+    return Examples(tokens_T, np.memmap(folder / "learned.bin", bool, "r"), lengths_N, heldout_N, counts)
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed, or the process dies
+        yield
+
+
+def _files(sft: SftConfig) -> Iterator[tuple[str, Path]]:
+    """The files of all sources, with the name of the source."""
+    for name, source in sft.datasets.items() if sft.source == "files" else ():
+        yield from ((name, file) for file in files_of(source, f"sft.datasets.{name}"))
+
+
+class _Maker:
+    """Makes the folder of examples."""
+
+    def __init__(self, sft: SftConfig, data: DataConfig, encoder: ChatEncoder, sequence_length: int, seed: int):
+        self._sft, self._data, self._encoder, self._seed = sft, data, encoder, seed
+        self._longest = sequence_length + 1
+        self._counts: Counter[str] = Counter()
+        self._bad: list[str] = []
+
+    def make(self, folder: Path, bad_rows: Path) -> None:
+        """Write `folder` whole, and the names of bad rows.
+
+        Raises:
+            DataError: too many rows are bad, or nothing is left.
+        """
+        part = folder.with_suffix(".tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        try:
+            self._write(part, bad_rows)
+            part.rename(folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        logger.info("conversations: %s", self._said())
+
+    def _write(self, part: Path, bad_rows: Path) -> None:
+        lengths, keys, heldout = [], [], []
+        with (part / "tokens.bin").open("wb") as tokens, (part / "learned.bin").open("wb") as learned:
+            for found in batched(self._found(), CONVERSATIONS_AT_ONCE):
+                for row, examples in self._encoded(found):
+                    tokens_T, learned_T, lengths_N = as_arrays(examples)
+                    tokens_T.tofile(tokens)
+                    learned_T.tofile(learned)
+                    lengths.append(lengths_N)
+                    keys += [key_of(row.conversation, self._seed)] * len(examples)
+                    heldout += [row.heldout] * len(examples)
+        self._check_bad_rows(bad_rows)
+        lengths_N = np.concatenate([*lengths, np.empty(0, np.int64)])
+        heldout_N = np.array(heldout, dtype=bool) | self._drawn(np.array(keys, dtype=np.uint64))
+        if not (~heldout_N).any():
+            raise DataError(f"sft: no example is left to learn from ({self._said()})")
+        np.save(part / "lengths.npy", lengths_N)
+        np.save(part / "heldout.npy", heldout_N)
+        counts: dict[str, Any] = {**self._counts, "examples": len(lengths_N), "heldout": int(heldout_N.sum())}
+        files = [part / name for name in ("tokens.bin", "learned.bin", "lengths.npy", "heldout.npy")]
+        counts["sha256"] = hashlib.sha256(canonical([digest_of(file) for file in files])).hexdigest()
+        for file in files:
+            sync(file)
+        write_whole(part / "counts.json", canonical(counts))
+
+    def _found(self) -> Iterator[_Found]:
+        """All conversations; rows that hold none are counted on the way."""
+        if self._sft.source == "arithmetic":
+            learned = worked_conversations(self._data, self._sft.num_conversations)
+            measured = heldout_conversations(self._data, self._sft.heldout)
+            for heldout, conversations in ((False, learned), (True, measured)):
+                for number, conversation in enumerate(conversations, 1):
+                    self._counts["rows"] += 1
+                    yield _Found(f"{'held-out' if heldout else 'arithmetic'}:{number}", conversation, heldout)
+            return
+        for name, file in _files(self._sft):
+            source = self._sft.datasets[name]
+            for row in raw_rows(file):
+                self._counts["rows"] += 1
+                place = f"{row.file}:{row.number}"
+                try:
+                    if isinstance(row.content, BadRow):
+                        raise row.content
+                    yield _Found(place, conversation_of(row.content, source, self._sft.system_prompt), False)
+                except BadRow as error:
+                    self._bad.append(f"{place}: {error}")
+
+    def _encoded(self, found: Sequence[_Found]) -> Iterator[tuple[_Found, list[Example]]]:
+        """Those that can be learned from, with their examples; the others are counted."""
+        encoded = self._encoder.encode([row.conversation for row in found])
+        for row, examples in zip(found, encoded, strict=True):
+            if isinstance(examples, BadRow):
+                self._bad.append(f"{row.place}: {examples}")
+            elif not all(any(example.learned[1:]) for example in examples):
+                self._bad.append(f"{row.place}: has an answer that nothing precedes")
+            else:
+                yield row, [short for example in examples if (short := self._shortened(example))]
+
+    def _shortened(self, example: Example) -> Example | None:
+        """The example as it fits a sequence; None where it is left out."""
+        if len(example.tokens) <= self._longest:
+            return example
+        if self._sft.too_long == "truncate" and any(example.learned[1 : self._longest]):
+            self._counts["truncated"] += 1
+            return Example(example.tokens[: self._longest], example.learned[: self._longest])
+        self._counts["dropped_too_long"] += 1
+        return None
+
+    def _check_bad_rows(self, path: Path) -> None:
+        self._counts["bad_rows"] = len(self._bad)
+        if not self._bad:
+            path.unlink(missing_ok=True)
+            return
+        path.write_text("\n".join(self._bad) + "\n", encoding="utf-8")
+        allowed = max(self._sft.max_bad_rows, int(self._sft.max_bad_share * self._counts["rows"]))
+        if len(self._bad) > allowed:
+            raise DataError(
+                f"{len(self._bad)} of {self._counts['rows']} rows are bad and {allowed} may be (sft.max_bad_rows, "
+                f"sft.max_bad_share); the first: {self._bad[0]}; all of them: {path}"
+            )
+
+    def _drawn(self, keys_N: np.ndarray) -> np.ndarray:
+        """Which examples are held out of files: bool [N]; equal conversations are on one side."""
+        if self._sft.source != "files" or not self._sft.heldout:
+            return np.zeros(len(keys_N), bool)
+        smallest = np.unique(keys_N)[: self._sft.heldout]
+        return np.isin(keys_N, smallest)
+
+    def _said(self) -> str:
+        return ", ".join(f"{name} {count}" for name, count in sorted(self._counts.items()))

@@ -1,0 +1,87 @@
+"""Templates render as transformers renders them, and cannot do what a template must not."""
+
+from __future__ import annotations
+
+import pytest
+from chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small_tokenizer
+
+from megatron_r1.data.chat.encode import ChatEncoder, chat_template
+from megatron_r1.data.chat.render import R1_ZERO, CannotRender, ChatTemplate
+from megatron_r1.data.template import fill_template
+from megatron_r1.data.tokenizer import CHAT_TEMPLATE
+from megatron_r1.errors import DataError
+
+HOSTILE = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append(1) }}",
+    "{{ messages.__init__.__globals__ }}",
+    "{% for m in messages %}{{ m.update({'content': ''}) }}{% endfor %}",
+    "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+]
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    small_tokenizer().save(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, QWEN, QWEN_MARKED, REASONING])
+@pytest.mark.parametrize("messages", [SINGLE, SEVERAL, REASONED])
+def test_text_is_what_transformers_renders(theirs, source, messages):
+    template = chat_template(small_tokenizer(), source, "test")
+    for several in (messages, messages[:-1]):
+        for answer_follows in (False, True):
+            asked = {"chat_template": source, "tokenize": False, "add_generation_prompt": answer_follows}
+            try:
+                expected = theirs.apply_chat_template(several, **asked)
+            except Exception as error:
+                assert "no system here" in str(error)
+                with pytest.raises(CannotRender, match="no system here"):
+                    template.render(several, answer_follows)
+                continue
+            assert template.render(several, answer_follows).text == expected
+
+
+def test_marked_answers_are_what_transformers_marks(theirs):
+    """Their mask is of tokens, and agrees where the answers do, by the end token."""
+    found = theirs.apply_chat_template(
+        SEVERAL, chat_template=QWEN_MARKED, return_assistant_tokens_mask=True, return_dict=True
+    )
+    encoder = ChatEncoder(small_tokenizer(), chat_template(small_tokenizer(), QWEN_MARKED, "test"), "all", "template")
+    [[example]] = encoder.encode([SEVERAL])
+    count = len(example.tokens)
+    assert example.tokens == found["input_ids"][:count]
+    assert [int(flag) for flag in example.learned] == found["assistant_masks"][:count]
+    assert not any(found["assistant_masks"][count:])
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+def test_templates_stay_in_the_sandbox(source):
+    with pytest.raises((DataError, CannotRender)) as refused:
+        ChatTemplate(source, {}, "hostile").render(SINGLE)
+    assert "\n" not in str(refused.value)
+    assert SINGLE[0]["content"] == "What is 2 + 3?"
+
+
+def test_a_template_that_reaches_out_is_an_error_of_the_data():
+    with pytest.raises(DataError, match=r"^chat template hostile: tries what no template may"):
+        ChatTemplate("{{ messages.append(1) }}", {}, "hostile").render(SINGLE)
+
+
+def test_a_template_that_is_none_is_refused_with_its_line():
+    with pytest.raises(DataError, match=r"^chat template broken: line 2: "):
+        ChatTemplate("\n{% for %}", {}, "broken")
+
+
+def test_r1_zero_asks_what_reinforcement_learning_asks():
+    template = chat_template(small_tokenizer(), R1_ZERO, "r1_zero")
+    rendered = template.render(SINGLE)
+    assert rendered.text == "<|bos|>" + fill_template("What is 2 + 3?") + "5, I think.<|eos|>"
+    assert rendered.text[slice(*rendered.answers[0])] == "5, I think.<|eos|>"
+    assert template.render(SINGLE[:1], answer_follows=True).text == "<|bos|>" + fill_template("What is 2 + 3?")
+    with pytest.raises(CannotRender, match="one question and its answer"):
+        template.render(SEVERAL)
