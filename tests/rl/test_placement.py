@@ -30,6 +30,7 @@ class Watching:
         self.placement.engine = self
         self.missing, self.fails = missing, fails
         self.notes: list[str] = []
+        self.busy_seconds = 0.0
 
     @property
     def held(self) -> str:
@@ -56,14 +57,14 @@ class Watching:
 
     def take(self, step: int, first_prompt: int) -> Rollout:
         self.note("sample")
-        return Rollout(SAMPLES, 1, {})
+        return Rollout(SAMPLES, {})
 
     def learn(self, samples, state: TrainState) -> tuple[TrainState, dict]:
         self.note("learn")
         return state.advance(updates=1), {}
 
     def step(self) -> list[str]:
-        step = reinforcement_step(self, self, lambda version: self.note("send"), self.placement)  # type: ignore[arg-type]
+        step = reinforcement_step(self, self, lambda version: self.note("send"), 1, self.placement)  # type: ignore[arg-type]
         step(TrainState())
         return self.notes
 

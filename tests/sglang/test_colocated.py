@@ -144,6 +144,7 @@ class Asking:
     def __init__(self, engine: SGLangEngine, model, offloaded: bool):
         self._engine, self._model, self._offloaded = engine, model, offloaded
         self.samples: list[Sample] = []
+        self.busy_seconds = 0.0
 
     def take(self, step: int, first_prompt: int) -> Rollout:
         held = sum(tensor.untyped_storage().nbytes() for tensor in self._model.parameters())
@@ -155,7 +156,7 @@ class Asking:
             for n, one in enumerate(self._engine.generate(ASKED, GREEDY))
         ]  # fmt: skip
         self.samples += samples
-        return Rollout(samples, len(samples), {})
+        return Rollout(samples, {})
 
 
 def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[Sample], dict[str, torch.Tensor]]:
@@ -173,7 +174,7 @@ def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[S
         placement.engine = engine
     rollouts, state = Asking(engine, model, colocated), TrainState()
     learner = Learner(config, model, optimizer, None, 0, "cpu")
-    step = reinforcement_step(rollouts, learner, lambda version: push(engine, model, version), placement)
+    step = reinforcement_step(rollouts, learner, lambda version: push(engine, model, version), 1, placement)
     for number in range(STEPS):
         if colocated and number == 1:
             ended_in_the_trainers_turn(engine)
