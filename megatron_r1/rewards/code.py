@@ -78,8 +78,8 @@ def read_tests(text: str) -> CodeTests:
         DataError: they are not what the module says.
     """
     try:
-        found = json.loads(text)
-        tests = CodeTests(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+        found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
+        tests = CodeTests(**found)
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"the tests of a code prompt are not as they should be: {error}") from None
     parts: list[Any] = [*tests.inputs, *tests.outputs, *tests.tests, tests.entry_point, tests.setup]

@@ -60,5 +60,3 @@ class Rule:
 
     def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
         return [self.function(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-
-

@@ -125,8 +125,8 @@ def rollouts(config, tokenizer, tmp_path):
         config.rl.filters = FilterConfig(**filters)
         engine = Scripted(answers)
 
-        def scorer(_, text: str) -> Score:
-            return Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)})
+        def scorer(_, texts: list[str]) -> list[Score]:
+            return [Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)}) for text in texts]
 
         journal = Journal(tmp_path / "rollouts")
         prompts, synced = TrainingPrompts(config.data), SyncedEngine(engine, None)
@@ -148,7 +148,7 @@ def test_dropped_groups_are_refilled_and_their_prompts_are_consumed(rollouts, co
     taker, engine = rollouts(script, equal_groups="drop", extra_rounds=5)
     rollout = taker.take(step=4, first_prompt=10)
     assert [len(requests) for requests, _ in engine.asked] == [6, 4, 2]
-    assert (rollout.prompts, rollout.counts) == (6, {"lost_groups": 0, "equal_groups": 3})
+    assert (rollout.prompts, rollout.counts) == (6, {"lost_groups": 0, "unscored_groups": 0, "equal_groups": 3})
     prompts = TrainingPrompts(config.data)
     assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(10 + i).id for i in (0, 4, 5)]
     assert [sample.group for sample in rollout.samples] == [0, 0, 1, 1, 2, 2]
@@ -178,7 +178,7 @@ def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one], [None, one], [one, zero]])
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.prompts, rollout.counts) == (4, 3, {"lost_groups": 1})
+    assert (len(rollout.samples), rollout.prompts, rollout.counts) == (4, 3, {"lost_groups": 1, "unscored_groups": 0})
     assert rollouts([])[0].take(step=1, first_prompt=0) == rollout
     taker, _ = rollouts([[None, one]] * 3)
     with pytest.raises(NoRolloutCapacity, match="all 3 prompts were lost; the last one: no reply"):
@@ -189,5 +189,5 @@ def test_an_ordinary_rollout_leaves_no_notes(rollouts, two_kinds, tmp_path):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one]] * 3)
     rollout = taker.take(step=1, first_prompt=0)
-    assert (rollout.prompts, rollout.counts) == (3, {"lost_groups": 0})
+    assert (rollout.prompts, rollout.counts) == (3, {"lost_groups": 0, "unscored_groups": 0})
     assert Journal(tmp_path / "rollouts").read_all(1)[1] == {}

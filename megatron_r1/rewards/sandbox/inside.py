@@ -10,9 +10,17 @@ Standard input: one line of JSON, {"word", "setup", "entry_point", "tests"}. Sta
 that passed, `WORD INDEX`. Exit status 3: the program is no Python, standard error says why.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import CodeType
+    from typing import Any
 
 LONGEST_LINE = 1 << 24
 LARGEST_PLAIN_INT = 1 << 256
@@ -20,7 +28,7 @@ NO_PYTHON = 3
 TAGS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
-def encode(value, depth=0):
+def encode(value: Any, depth: int = 0) -> Any:
     """Plain data as JSON; containers that JSON lacks become {tag: contents}."""
     if depth > 200:
         raise TypeError("is nested too deeply")
@@ -42,7 +50,7 @@ def encode(value, depth=0):
     raise TypeError(f"{type(value).__name__} is no plain data")
 
 
-def decode(value):
+def decode(value: Any) -> Any:
     """What `encode` was given."""
     if isinstance(value, list):
         return [decode(item) for item in value]
@@ -57,15 +65,15 @@ def decode(value):
         return complex(*content)
     if tag == "bytes":
         return bytes.fromhex(content)
-    return TAGS[tag](decode(item) for item in content)
+    return TAGS[str(tag)](decode(item) for item in content)
 
 
-def serve(code, requests, replies, entry_point):
+def serve(code: CodeType, requests: int, replies: int, entry_point: str) -> None:
     """The child: the program, answering calls until nobody asks any more."""
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
-    program = {"__name__": "program"}
+    program: dict[str, Any] = {"__name__": "program"}
     exec(code, program)
     with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "wb") as told:
         for line in asked:
@@ -78,11 +86,11 @@ def serve(code, requests, replies, entry_point):
             told.flush()
 
 
-def remote(requests, replies):
+def remote(requests: int, replies: int) -> Callable[..., Any]:
     """A function that calls the child's."""
     asked, told = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
 
-    def call(*arguments, **named):
+    def call(*arguments: Any, **named: Any) -> Any:
         asked.write(json.dumps(encode([list(arguments), named])).encode() + b"\n")
         asked.flush()
         line = told.readline(LONGEST_LINE)
@@ -96,7 +104,7 @@ def remote(requests, replies):
     return call
 
 
-def main(entry_point):
+def main(entry_point: str) -> None:
     """Fork, read the tests, run each."""
     try:
         with open("/program.py", encoding="utf-8") as file:
@@ -121,7 +129,7 @@ def main(entry_point):
         os.dup2(null, standard)
     function = remote(down[1], up[0])
     for index, test in enumerate(job["tests"]):
-        tests = {"__name__": "tests"}
+        tests: dict[str, Any] = {"__name__": "tests"}
         try:
             exec(compile(job["setup"], "setup.py", "exec"), tests)
             tests[entry_point] = function
