@@ -94,6 +94,7 @@ def bwrap_command(
     program: list[str],
     files: dict[str, int],
     status: int,
+    gate: int,
     seccomp: int,
     memory_mib: int,
 ) -> list[str]:
@@ -104,6 +105,7 @@ def bwrap_command(
         program: what is run inside.
         files: path inside -> descriptor of its contents.
         status: descriptor on which bubblewrap says how it went.
+        gate: descriptor on which bubblewrap waits for a byte before it starts the program.
         seccomp: descriptor of the filter.
         memory_mib: address space of one process.
     """
@@ -146,7 +148,7 @@ def bwrap_command(
         *contents,
         *("--remount-ro", "/"),
         *("--chdir", WORK),
-        *("--json-status-fd", str(status), "--seccomp", str(seccomp)),
+        *("--json-status-fd", str(status), "--block-fd", str(gate), "--seccomp", str(seccomp)),
         *limits,
         *user,
         *program,

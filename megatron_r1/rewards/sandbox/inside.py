@@ -28,6 +28,10 @@ NO_PYTHON = 3
 TAGS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
+class Gone(BaseException):
+    """The program is not there any more; not an Exception, so that no test takes it for one of the program's."""
+
+
 def encode(value: Any, depth: int = 0) -> Any:
     """Plain data as JSON; containers that JSON lacks become {tag: contents}."""
     if depth > 200:
@@ -75,11 +79,12 @@ def serve(code: CodeType, requests: int, replies: int, entry_point: str) -> None
         os.dup2(null, standard)
     program: dict[str, Any] = {"__name__": "program"}
     exec(code, program)
+    function = program[entry_point]
     with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "wb") as told:
         for line in asked:
             try:
                 arguments, named = decode(json.loads(line))
-                reply = {"value": encode(program[entry_point](*arguments, **named))}
+                reply = {"value": encode(function(*arguments, **named))}
             except Exception as error:
                 reply = {"error": type(error).__name__}
             told.write(json.dumps(reply).encode() + b"\n")
@@ -91,10 +96,16 @@ def remote(requests: int, replies: int) -> Callable[..., Any]:
     asked, told = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
 
     def call(*arguments: Any, **named: Any) -> Any:
-        asked.write(json.dumps(encode([list(arguments), named])).encode() + b"\n")
-        asked.flush()
+        question = json.dumps(encode([list(arguments), named])).encode() + b"\n"
+        try:
+            asked.write(question)
+            asked.flush()
+        except OSError:
+            raise Gone from None
         line = told.readline(LONGEST_LINE)
-        reply = json.loads(line) if line.endswith(b"\n") else {"error": "RuntimeError"}
+        if not line.endswith(b"\n"):
+            raise Gone
+        reply = json.loads(line)
         if "value" in reply:
             return decode(reply["value"])
         kind = getattr(__builtins__, str(reply["error"]), RuntimeError)

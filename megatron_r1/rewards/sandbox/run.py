@@ -97,8 +97,8 @@ class Sandbox:
         slot = self._slots.get()
         try:
             run = _Run(self.config, output_bytes or self.config.output_kib << 10, memory_mib or self.config.memory_mib)
-            with self._started(program, files or {}, slot, run.memory_mib) as (process, status):
-                return run.to_the_end(process, status, given)
+            with self._started(program, files or {}, slot, run.memory_mib) as (process, status, gate):
+                return run.to_the_end(process, status, gate, given)
         except OSError as error:
             raise SandboxDown(f"{error.strerror or error}") from error
         finally:
@@ -107,30 +107,32 @@ class Sandbox:
     @contextlib.contextmanager
     def _started(
         self, program: list[str], files: dict[str, bytes], slot: int, memory_mib: int
-    ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-        """The process of bubblewrap, and the descriptor from which its words are read."""
+    ) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
+        """The process of bubblewrap, the descriptor from which its words are read, and the one that lets it go on."""
         with ExitStack() as stack:
-            read_status, write_status = os.pipe()
+            (read_status, write_status), (read_gate, write_gate) = os.pipe(), os.pipe()
             stack.callback(os.close, read_status)
+            stack.callback(os.close, write_gate)
             with ExitStack() as passed:
                 passed.callback(os.close, write_status)
+                passed.callback(os.close, read_gate)
                 contents = {path: _in_memory(path, body, passed) for path, body in files.items()}
                 seccomp = _in_memory("seccomp", self._filter, passed)
                 command = bwrap_command(
-                    self._tools, self.config, slot, program, contents, write_status, seccomp, memory_mib
+                    self._tools, self.config, slot, program, contents, write_status, read_gate, seccomp, memory_mib
                 )
                 process = subprocess.Popen(
                     command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
-                    pass_fds=(*contents.values(), write_status, seccomp),
+                    pass_fds=(*contents.values(), write_status, read_gate, seccomp),
                     env={},
                     cwd="/",
                 )
             stack.enter_context(process)
             stack.callback(process.kill)
-            yield process, read_status
+            yield process, read_status, write_gate
 
 
 def _in_memory(name: str, body: bytes, stack: ExitStack) -> int:
@@ -151,13 +153,13 @@ class _Run:
         self._init: int | None = None  # pidfd of the first process of the program's namespace
         self._init_pid = 0
 
-    def to_the_end(self, process: subprocess.Popen[bytes], status: int, given: bytes) -> Finished:
+    def to_the_end(self, process: subprocess.Popen[bytes], status: int, gate: int, given: bytes) -> Finished:
         """Feed, read and watch it, and see that nothing of it is left."""
         with ExitStack() as stack:
             stack.callback(self._close)
             exited = os.pidfd_open(process.pid)
             stack.callback(os.close, exited)
-            ended = self._attend(process, status, exited, given)
+            ended = self._attend(process, status, gate, exited, given)
             self._kill(process)
             self._drain(process, status)
         code = self._exit_code()
@@ -166,7 +168,7 @@ class _Run:
             raise SandboxDown(said or f"bubblewrap ended with {process.returncode}")
         return Finished(ended, code or 0, bytes(self._said["output"]), bytes(self._said["errors"]))
 
-    def _attend(self, process: subprocess.Popen[bytes], status: int, exited: int, given: bytes) -> str:
+    def _attend(self, process: subprocess.Popen[bytes], status: int, gate: int, exited: int, given: bytes) -> str:
         assert process.stdin and process.stdout and process.stderr
         started, left = time.monotonic(), memoryview(given)
         with selectors.DefaultSelector() as selector:
@@ -191,8 +193,8 @@ class _Run:
                             process.stdin.close()
                     elif key.data != "exited" and not self._read(key.fd, key.data):
                         selector.unregister(key.fileobj)
-                if self._init is None:
-                    self._find_init(process)
+                if self._init is None and self._find_init(process):
+                    os.write(gate, b"\n")  # not before its end can be waited for
                 if len(self._said["output"]) > self.output_bytes or len(self._said["errors"]) > self.output_bytes:
                     return "output"
                 if "exited" in names:
@@ -233,8 +235,8 @@ class _Run:
                 before = len(self._said[name])
                 self._read(descriptor, name)
 
-    def _find_init(self, process: subprocess.Popen[bytes]) -> None:
-        """Take hold of the namespace's first process, once bubblewrap has said which it is."""
+    def _find_init(self, process: subprocess.Popen[bytes]) -> bool:
+        """Take hold of the namespace's first process, once bubblewrap has said which it is; whether it was found."""
         for line in self._said["status"].splitlines():
             pid = json.loads(line).get("child-pid") if line.endswith(b"}") else None
             if not pid:
@@ -246,7 +248,7 @@ class _Run:
                     self._init, self._init_pid = pidfd, pid
                 else:
                     os.close(pidfd)
-            return
+        return self._init is not None
 
     def _over(self) -> str:
         """Which limit all processes of the program together break."""
@@ -254,7 +256,8 @@ class _Run:
             return ""
         if memory_held(self._init_pid) > self.memory_mib << 20:
             return "memory"
-        return "disk" if files_made(f"/proc/{self._init_pid}/root{WORK}") > MOST_FILES else ""
+        made = files_made(f"/proc/{self._init_pid}/root{WORK}", self.config.disk_mib << 20)
+        return "disk" if made > MOST_FILES else ""
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
         """End what is left of it; returns when the kernel has taken all its processes away."""

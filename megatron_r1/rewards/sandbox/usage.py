@@ -22,9 +22,13 @@ def memory_held(pid: int) -> int:
     return total
 
 
-def files_made(folder: str) -> int:
-    """Files and folders in the file system at `folder`; 0 where it cannot be seen."""
+def files_made(folder: str, size: int) -> int:
+    """Files and folders in the file system at `folder`; 0 where it cannot be seen, or is not one of `size` bytes.
+
+    (Before the sandbox is complete, its first process still sees the machine's own file system there.)
+    """
     with contextlib.suppress(OSError):
         found = os.statvfs(folder)
-        return found.f_files - found.f_ffree
+        if found.f_blocks * found.f_frsize == size:
+            return found.f_files - found.f_ffree
     return 0

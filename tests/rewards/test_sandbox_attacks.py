@@ -1,0 +1,141 @@
+"""Programs that attack: none gets out, none outlives its run, none passes; honest ones beside them are judged right.
+
+The long form runs each five times and holds the speed (`-m slow`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from attacks import BY_CALLS, BY_OUTPUT, CALL_TESTS, SECRET
+
+from megatron_r1.config.reward import SandboxConfig
+from megatron_r1.rewards.code import CodeTests, judge
+from megatron_r1.rewards.sandbox.command import FIRST_USER
+from megatron_r1.rewards.sandbox.run import Sandbox
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+
+LIMITS = SandboxConfig(wall_s=3.0, cpu_s=1, memory_mib=128, disk_mib=16, output_kib=256)
+CLEAN_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    return Sandbox(LIMITS)
+
+
+@pytest.fixture
+def canaries(tmp_path, monkeypatch):
+    """What an attack must not reach: a file, a variable, two sockets, this process. Yields name -> text, and callers."""
+    file = tmp_path / "canary-file"
+    file.write_text(SECRET)
+    monkeypatch.setenv("CANARY", SECRET)
+    callers: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as port, socket.socket(socket.AF_UNIX) as named:
+        named.bind("\0canary-socket")
+        named.listen()
+        for listener in (port, named):
+            threading.Thread(target=_answer, args=(listener, callers), daemon=True).start()
+        names = {"CANARY_FILE": str(file), "CANARY_PORT": str(port.getsockname()[1]), "CANARY_PID": str(os.getpid())}
+        yield names, callers
+        for listener in (port, named):
+            listener.shutdown(socket.SHUT_RDWR)
+    assert file.read_text() == SECRET
+
+
+def _answer(listener: socket.socket, callers: list[object]) -> None:
+    while True:
+        try:
+            line, address = listener.accept()
+        except OSError:
+            return
+        callers.append(address)
+        with line:
+            line.sendall(SECRET.encode())
+
+
+def survivors() -> list[str]:
+    """Processes in another process namespace that run as this user or as one that only sandboxes have."""
+    own, found = os.readlink("/proc/self/ns/pid"), []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            user = folder.stat().st_uid
+            if user >= FIRST_USER or (user == os.geteuid() and os.readlink(folder / "ns/pid") != own):
+                found.append(f"{folder.name}: {(folder / 'cmdline').read_text()[:200]}")
+        except OSError:
+            continue
+    return found
+
+
+def attack(name: str, sandbox: Sandbox, names: dict[str, str]) -> None:
+    """One attack: it is over within its limits, and has passed no test."""
+    started = time.monotonic()
+    if name in BY_OUTPUT:
+        program = BY_OUTPUT[name]
+        for key, value in names.items():
+            program = program.replace(key, value)
+        result = judge(program, CodeTests("python", inputs=("",), outputs=(SECRET,)), sandbox)
+    else:
+        result = judge(BY_CALLS[name], CodeTests("python", entry_point="solve", tests=CALL_TESTS), sandbox)
+    assert result.passed == 0, name
+    assert time.monotonic() - started < LIMITS.wall_s + CLEAN_S, name
+
+
+def all_attacks(sandbox: Sandbox, names: dict[str, str], times: int) -> None:
+    jobs = [*BY_OUTPUT, *BY_CALLS] * times
+    with ThreadPoolExecutor(LIMITS.parallel) as threads:
+        list(threads.map(lambda name: attack(name, sandbox, names), jobs))
+
+
+def test_no_attack_gets_out_stays_or_passes(sandbox, canaries):
+    names, callers = canaries
+    all_attacks(sandbox, names, times=1)
+    assert survivors() == [] and callers == []
+    assert sandbox.run(["/usr/bin/echo", "well"]).output == b"well\n"
+
+
+@pytest.mark.parametrize("name", ["equal to everything", "an integer that equals everything"])
+def test_attacks_that_work_where_program_and_tests_are_one(name):
+    """In one process, as it is often done, these pass: what is refused above is more than a program that fails."""
+    exec(compile(f"{BY_CALLS[name]}\n" + "\n".join(CALL_TESTS), name, "exec"), {"__name__": "one"})
+
+
+def honest(sandbox: Sandbox, number: int) -> bool:
+    tests = CodeTests("python", inputs=(f"{number}\n",), outputs=(f"{number * number}\n",))
+    return judge("print(int(input()) ** 2)", tests, sandbox).passed == 1
+
+
+def speed(sandbox: Sandbox, seconds: float) -> float:
+    """Honest programs a second, all of them judged right."""
+    started, done = time.monotonic(), 0
+    with ThreadPoolExecutor(sandbox.config.parallel) as threads:
+        while (passed := time.monotonic() - started) < seconds:
+            assert all(threads.map(lambda number: honest(sandbox, number), range(10)))
+            done += 10
+    return done / passed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_times_each_and_honest_programs_go_on(sandbox, canaries):
+    names, callers = canaries
+    print(f"\nload {os.getloadavg()[0]:.1f}, alone: {(alone := speed(sandbox, 10)):.0f} honest programs a second")
+    attackers = Sandbox(LIMITS)
+    with ThreadPoolExecutor(1) as beside:
+        campaign = beside.submit(all_attacks, attackers, names, 5)
+        pressed = []
+        while not campaign.done():
+            pressed.append(speed(sandbox, 5))
+        campaign.result()
+    assert survivors() == [] and callers == []
+    under = sum(pressed) / len(pressed)
+    print(f"load {os.getloadavg()[0]:.1f}, under attack: {under:.0f}, at worst over 5 s {min(pressed):.0f}")
+    assert alone >= 60 and under >= 25
