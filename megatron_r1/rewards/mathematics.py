@@ -20,8 +20,10 @@ MODULE = "megatron_r1.rewards.math_worker"
 WRAPPED = (("\\boxed{", "}"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}\\]*)\}|\\[,;! ]|~")
 CURRENCY = re.compile(r"(?:\\?\$|[\u20ac\u00a3\u00a5])\s*")
-QUANTITY = re.compile(r"([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?)\s*([^\W\d_][^\d=+*/^\\{}()]{0,40})")
-NO_UNITS = re.compile(r"\b(?:or|and|not|to|by|times|plus|minus|e|i|x|y|z|n|pi|sqrt)\b", re.IGNORECASE)
+QUANTITY = re.compile(r"([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?) *([^\W\d_][^\W\d_.]*(?: [^\W\d_.]+){0,2}\.?)")
+NO_UNITS = re.compile(
+    r"\b(?:or|and|not|to|by|is|are|if|than|times|plus|minus|true|false|e|i|x|y|z|n|pi|sqrt)\b", re.IGNORECASE
+)
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 

@@ -92,9 +92,7 @@ def test_programs_on_inputs_and_outputs(sandbox, language, program, passed, ende
 @needs_bubblewrap
 def test_a_program_that_hangs_is_not_run_on_every_test():
     sandbox = Sandbox(SandboxConfig(wall_s=2.0))
-    result = judge(
-        "print(4)\nwhile input(): pass\nwhile True: pass", CodeTests("python", ("\n",) * 50, ("4",) * 50), sandbox
-    )
+    result = judge("print(4)\nwhile True: pass", CodeTests("python", ("\n",) * 50, ("4",) * 50), sandbox)
     assert (result.passed, result.ended) == (0, "time")
 
 

@@ -34,7 +34,7 @@ def sandbox() -> Sandbox:
 
 @pytest.fixture
 def canaries(tmp_path, monkeypatch):
-    """What an attack must not reach: a file, a variable, two sockets, this process. Yields name -> text, and callers."""
+    """What an attack must not reach: a file, a variable, two sockets, this process; and who called the sockets."""
     file = tmp_path / "canary-file"
     file.write_text(SECRET)
     monkeypatch.setenv("CANARY", SECRET)

@@ -105,7 +105,7 @@ for path in ("CANARY_FILE", "/etc/passwd", "/etc/shadow", "/root/.bashrc", "/pro
     + """
 for host in ("127.0.0.1", "::1", "10.0.2.2", "169.254.169.254", "8.8.8.8"):
     try:
-        with socket.create_connection((host, CANARY_PORT), 0.3) as line: found(line.recv(100)); print("canary-" + "5f1d")
+        with socket.create_connection((host, CANARY_PORT), 0.3) as line: print("canary-" + "5f1d")
     except OSError: pass""",
     "sockets beside the network": READ
     + """
