@@ -7,7 +7,7 @@ import re
 LONGEST_CHOICE = 2000
 CHOICE = re.compile(
     r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?[:\s]+)?"
-    r"[\s(\[{$*\"']*(?:\\(?:text|mathrm|mathbf)\{)?\(?([A-Za-z])(?:\}|\)|\]|\.|:|\*|\$|\"|'|\s*$)(.*)",
+    r"[\s(\[{$*\"']*(?:\\(?:text|mathrm|mathbf|boxed)\{)?\(?([A-Za-z])(?:\}|\)|\]|\.|:|\*|\$|\"|'|\s*$)(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 SECOND = re.compile(r"(?:^|[\s(,/&])(?:or|and|,|/|&)?\s*\(?[A-Z]\)?[\s).,]*$")

@@ -20,7 +20,7 @@ MODULE = "megatron_r1.rewards.math_worker"
 WRAPPED = (("\\boxed{", "}"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}\\]*)\}|\\[,;! ]|~")
 CURRENCY = re.compile(r"(?:\\?\$|[\u20ac\u00a3\u00a5])\s*")
-QUANTITY = re.compile(r"([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?) *([^\W\d_][^\W\d_.]*(?: [^\W\d_.]+){0,2}\.?)")
+QUANTITY = re.compile(r"([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?) *([^\W\d_][^\W\d_.]*(?: [^\W\d_.]+){0,2}\.?|\\?%)")
 NO_UNITS = re.compile(
     r"\b(?:or|and|not|to|by|is|are|if|than|times|plus|minus|true|false|e|i|x|y|z|n|pi|sqrt)\b", re.IGNORECASE
 )
@@ -54,7 +54,7 @@ def quantity(text: str) -> tuple[str, str]:
     match = QUANTITY.fullmatch(plain)
     if match is None or NO_UNITS.search(match.group(2)):
         return plain, ""
-    return match.group(1), match.group(2).strip(" .").casefold()
+    return match.group(1), match.group(2).strip(" .\\").casefold()
 
 
 def at_once(answer: str, truth: str) -> bool | None:

@@ -12,7 +12,8 @@ import re
 from collections import Counter
 
 HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-WORD = re.compile(rf"\\[A-Za-z]+|[{HAN}]|(?:(?![{HAN}])[^\W\d_])+(?:['\u2019-](?:(?![{HAN}])[^\W\d_])+)*")
+LETTER = rf"[^\W\d_{HAN}]"
+WORD = re.compile(rf"\\[A-Za-z]+|[{HAN}]|{LETTER}+(?:['\u2019-]{LETTER}+)*")
 ENGLISH = re.compile(r"[A-Za-z'\u2019-]+")
 ONE_HAN = re.compile(f"[{HAN}]")
 

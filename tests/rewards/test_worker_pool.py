@@ -117,8 +117,7 @@ def judge_all(answers: list[str], config: MathConfig, most_s: float) -> tuple[Ma
 
 def test_hostile_answers_are_wrong_in_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    answers = [answer for answer in hostile_answers() if len(answer) > 1000 or "^{" not in answer][:60]
-    verifier, before, after = judge_all(answers, MathConfig(deadline_s=1.0), most_s=6.0)
+    verifier, before, after = judge_all(hostile_answers()[::4], MathConfig(deadline_s=1.0), most_s=6.0)
     verifier.close()
     assert after > before / 4 and list(tmp_path.iterdir()) == []
 
