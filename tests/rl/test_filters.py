@@ -15,6 +15,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import train_tokenizer
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score
 from megatron_r1.rl.advantage import group_advantages, ragged_group_advantages
 from megatron_r1.rl.filters import chosen, drop_equal, drop_repeats, drop_truncated, filtered, mask_truncated
@@ -182,6 +183,25 @@ def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
     assert rollouts([])[0].take(step=1, first_prompt=0) == rollout
     taker, _ = rollouts([[None, one]] * 3)
     with pytest.raises(NoRolloutCapacity, match="all 3 prompts were lost; the last one: no reply"):
+        taker.take(step=2, first_prompt=0)
+
+
+def test_unscored_answers_cost_their_group_and_are_counted_apart(rollouts, two_kinds):
+    """A judge that is down is not a wrong answer: nothing is learned from the group."""
+    zero, one = two_kinds
+    taker, _ = rollouts([[zero, one], [one, one], [None, zero]])
+    scorer = taker._scorer
+
+    def down(prompts, texts):
+        scores = scorer(prompts, texts)
+        return [Unscored("no sandbox") if place == 2 else score for place, score in enumerate(scores)]
+
+    taker._scorer = down
+    rollout = taker.take(step=1, first_prompt=0)
+    assert (len(rollout.samples), rollout.counts) == (2, {"lost_groups": 1, "unscored_groups": 1})
+    taker, _ = rollouts([[zero, one]] * 3)
+    taker._scorer = lambda prompts, texts: [Unscored("no sandbox")] * len(texts)
+    with pytest.raises(NoRolloutCapacity, match="all 3 prompts were lost; the last one: no sandbox"):
         taker.take(step=2, first_prompt=0)
 
 
