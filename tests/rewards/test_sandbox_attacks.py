@@ -19,7 +19,7 @@ from attacks import BY_CALLS, BY_OUTPUT, CALL_TESTS, SECRET
 
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.rewards.code import CodeTests, judge
-from megatron_r1.rewards.sandbox.command import FIRST_USER
+from megatron_r1.rewards.sandbox.command import SLOTS, real_users, user_of
 from megatron_r1.rewards.sandbox.run import Sandbox
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -64,12 +64,14 @@ def _answer(listener: socket.socket, callers: list[object]) -> None:
 
 
 def survivors() -> list[str]:
-    """Processes in another process namespace that run as this user or as one that only sandboxes have."""
+    """Processes that run as users of this process's sandboxes, or as this user in another process namespace."""
     own, found = os.readlink("/proc/self/ns/pid"), []
+    users = range(int(user_of(0)), int(user_of(SLOTS - 1)) + 1)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             user = folder.stat().st_uid
-            if user >= FIRST_USER or (user == os.geteuid() and os.readlink(folder / "ns/pid") != own):
+            elsewhere = not real_users() and user == os.geteuid() and os.readlink(folder / "ns/pid") != own
+            if user in users or elsewhere:
                 found.append(f"{folder.name}: {(folder / 'cmdline').read_text()[:200]}")
         except OSError:
             continue
