@@ -62,7 +62,7 @@ class CodeResult:
     passed: int
     tests: int
     ended: str
-    """done, no_program, compile_error, or how the last run that was cut short ended: time, memory, disk, output."""
+    """done, compile_error, or what cut a run short: time, memory, disk, processes or output."""
     said: str = ""
     """What the compiler said."""
 

@@ -145,6 +145,17 @@ def test_a_sandbox_that_fails_later_says_so(sandbox, monkeypatch):
 
 
 @needs_bubblewrap
+def test_in_a_user_namespace_too(monkeypatch):
+    """What users other than root have; for root the kernel does not limit processes there, and the sandbox does."""
+    monkeypatch.setattr(command, "real_users", lambda: False)
+    sandbox = Sandbox(SandboxConfig(wall_s=20.0))
+    shown = python(sandbox, "import os\nprint(os.getuid(), os.access('/', os.W_OK), os.access('/dev/shm', os.W_OK))")
+    assert shown.output == b"65534 False False\n"
+    sleepers = "import os, time\nfor _ in range(100): os.fork() or time.sleep(60)\ntime.sleep(60)"
+    assert python(sandbox, sleepers).ended in ("processes", "itself")
+
+
+@needs_bubblewrap
 def test_programs_that_run_at_the_same_time_are_different_users():
     if not command.real_users():
         pytest.skip("only root can take other user numbers")

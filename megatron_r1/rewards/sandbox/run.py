@@ -26,11 +26,13 @@ from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import PlatformError
 from megatron_r1.rewards.sandbox.command import PYTHON, SLOTS, WORK, bwrap_command, find_tools
 from megatron_r1.rewards.sandbox.seccomp import seccomp_filter
-from megatron_r1.rewards.sandbox.usage import files_made, memory_held
+from megatron_r1.rewards.sandbox.usage import files_made, held
 
 WATCHED_AFTER_S, WATCHED_EVERY_S = 0.1, 0.05
 MOST_FILES = 10_000
 """In the folder that can be written: each costs the kernel memory, whatever its size."""
+OWN_PROCESSES = 4
+"""Of the sandbox itself."""
 PATIENCE_S = 20.0
 """For the kernel to have taken everything away after a kill."""
 CHUNK = 1 << 16
@@ -45,7 +47,7 @@ class Finished:
     """How a program ended."""
 
     ended: str
-    """itself, time, memory, disk or output: by itself, or by which limit."""
+    """itself, time, memory, disk, processes or output: by itself, or by which limit."""
     code: int
     """Exit status, 128 + n for signal n; of meaning where it ended by itself."""
     output: bytes
@@ -254,8 +256,12 @@ class _Run:
         """Which limit all processes of the program together break."""
         if self._init is None:
             return ""
-        if memory_held(self._init_pid) > self.memory_mib << 20:
+        most = self.config.processes + OWN_PROCESSES
+        memory, threads = held(self._init_pid, most)
+        if memory > self.memory_mib << 20:
             return "memory"
+        if threads > most:  # where the kernel does not hold the limit, as it does not for every kind of root
+            return "processes"
         made = files_made(f"/proc/{self._init_pid}/root{WORK}", self.config.disk_mib << 20)
         return "disk" if made > MOST_FILES else ""
 

@@ -8,18 +8,22 @@ import os
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_held(pid: int) -> int:
-    """Bytes in memory of a process and its descendants; a page that two share counts twice."""
-    total, todo = 0, [pid]
-    while todo:
+def held(pid: int, most: int) -> tuple[int, int]:
+    """Bytes in memory and threads of a process and its descendants; a page that two share counts twice.
+
+    Stops counting beyond `most` threads.
+    """
+    total, threads, todo = 0, 0, [pid]
+    while todo and threads <= most:
         folder = f"/proc/{todo.pop()}"
         with contextlib.suppress(OSError):  # it may have ended since
             with open(f"{folder}/statm", encoding="ascii") as file:
                 total += int(file.read().split()[1]) * PAGE
             for thread in os.listdir(f"{folder}/task"):
+                threads += 1
                 with open(f"{folder}/task/{thread}/children", encoding="ascii") as file:
                     todo += map(int, file.read().split())
-    return total
+    return total, threads
 
 
 def files_made(folder: str, size: int) -> int:
