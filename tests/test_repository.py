@@ -95,6 +95,8 @@ def keyword(call: ast.Call, wanted: str) -> object:
     return values[0].value if values and isinstance(values[0], ast.Constant) else (values[0] if values else None)
 
 
+SANDBOXED = "megatron_r1/rewards/sandbox/inside.py"
+"""The one file that executes what it reads: it runs inside the sandbox only."""
 FORBIDDEN_CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "marshal.loads"}
 FORBIDDEN_NAMES = {
     ("pickle", "load"),
@@ -168,7 +170,8 @@ def test_ordinary_code_is_let_through(text: str) -> None:
 
 
 def test_nothing_read_is_executed() -> None:
-    found = [f"{name(path)}:{line}: {what}" for path in CODE for line, what in forbidden(tree(path))]
+    outside = [path for path in CODE if name(path) != SANDBOXED]
+    found = [f"{name(path)}:{line}: {what}" for path in outside for line, what in forbidden(tree(path))]
     assert found == []
 
 
@@ -294,4 +297,4 @@ def test_wheel_carries_the_configs(tmp_path: Path) -> None:
         [sys.executable, "-m", "zipfile", "-l", wheel], check=True, timeout=30, capture_output=True, text=True
     ).stdout
     shipped = set(re.findall(r"^megatron_r1/_configs/(\S+)", listing, re.MULTILINE))
-    assert shipped == {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    assert shipped == {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.*")}

@@ -46,7 +46,8 @@ def load(verb: str, overrides: Sequence[str] = (), config_name: str | None = Non
     recipe = (config_name or VERBS[verb].recipe).removesuffix(".yaml")
     if recipe not in recipes():
         raise ConfigError("--config-name", recipe, f"must be one of {', '.join(recipes())}")
-    return convert(RunConfig, _compose(recipe, [_checked(line) for line in overrides]))
+    lines = [line for written in overrides for line in _spelt_out(written)]
+    return convert(RunConfig, _compose(recipe, [_checked(line) for line in lines]))
 
 
 def write_yaml(config: RunConfig, path: Path) -> None:
@@ -96,6 +97,14 @@ def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def _spelt(flat: dict[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else ABSENT
+
+
+def _spelt_out(line: str) -> list[str]:
+    """`reward=FILE.py:NAME` is short for the preset of a function of one's own, with that function."""
+    key, _, value = line.partition("=")
+    if key.lstrip("+") == "reward" and ".py:" in value:
+        return ["reward=own", f"reward.function={value}"]
+    return [line]
 
 
 def _checked(line: str) -> str:

@@ -3,7 +3,8 @@
 `tagged_answer` is what training rewards: the inside of the answer tags and nothing else. `any_answer` is what
 measuring a base model needs: it takes the answer from whatever format the response has.
 
-Every search is linear in the length of the response.
+`boxed_answer` reads what mathematics writes, and `answer_of` chooses by configuration. Every search is linear in the
+length of the response.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ OPEN, CLOSE = "<answer>", "</answer>"
 NUMBER = re.compile(r"[-+]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?")
 AFTER_STATEMENT = re.compile(r"(?:answer is|\u7b54\u6848\u662f|\u7b54\u6848\u4e3a)[\s:\uff1a$]*")
 BOXED = "\\boxed{"
+BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
+THOUGHT = "</think>"
 
 
 def answer_elements(text: str) -> list[str]:
@@ -37,6 +40,38 @@ def tagged_answer(text: str) -> str | None:
     """
     contents = set(answer_elements(text))
     return contents.pop() if len(contents) == 1 else None
+
+
+def boxed_answers(text: str) -> list[str]:
+    """Stripped contents of every `\\boxed{...}` that stands in no other one, braces balanced."""
+    found, depth, start, inside = [], 0, 0, 0  # inside: the depth at which the box was opened, 0 outside of one
+    for match in BRACES.finditer(text):
+        token = match.group()
+        if token.endswith("{") and token != "\\{":
+            depth += 1
+            if token != "{" and not inside:
+                start, inside = match.end(), depth
+        elif token == "}" and depth:
+            if depth == inside:
+                found.append(text[start : match.start()].strip())
+                inside = 0
+            depth -= 1
+    return [content for content in found if content]
+
+
+def boxed_answer(text: str) -> str | None:
+    """What stands in the box after the reasoning; nothing where there is none, or where several boxes disagree."""
+    contents = set(boxed_answers(text.rpartition(THOUGHT)[2]))
+    return contents.pop() if len(contents) == 1 else None
+
+
+def answer_of(text: str, where: str) -> str | None:
+    """The answer of a response: inside the tags, boxed, or any (tags where there are some, a box, the last number)."""
+    if where == "tags" or (where == "any" and OPEN in text):
+        return tagged_answer(text)
+    if where == "boxed" or BOXED in text.rpartition(THOUGHT)[2]:
+        return boxed_answer(text)
+    return any_answer(text)
 
 
 def any_answer(text: str) -> str | None:

@@ -12,12 +12,14 @@ from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.data.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rewards.reward import Unscored
+from megatron_r1.rewards.score import Score
 from megatron_r1.rl.filters import chosen, filtered
 from megatron_r1.rl.scoring import Scorer
 from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed import RoutedLayers
-from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
+from megatron_r1.rollout.sample import Completion, Lost, Request, Sample, Sampling
 
 
 def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -70,7 +72,7 @@ class Rollouts:
             prompts: the endless list of prompts.
             engine: who answers.
             journal: rollouts already sampled.
-            scorer: prompt and response text -> score.
+            scorer: prompts and response texts -> scores.
             routed: the layers whose experts are wanted with each answer.
         """
         self._prompts, self._engine, self._tokenizer, self._journal = prompts, engine, tokenizer, journal
@@ -108,7 +110,7 @@ class Rollouts:
     def _names(self) -> list[str]:
         """Under which names groups and answers are counted that are not learned from."""
         answers = [name for name in self._filters if name != "equal"]
-        groups = ["lost_groups", *(["small_groups"] if answers else [])]
+        groups = ["lost_groups", "unscored_groups", *(["small_groups"] if answers else [])]
         equal = ["equal_groups"] if "equal" in self._filters else []
         return groups + answers + equal + (["refill_prompts"] if self._rl.filters.extra_rounds else [])
 
@@ -131,19 +133,19 @@ class Rollouts:
             if number:
                 counts["refill_prompts"] += wanted
             for group in groups:
-                left, removed = filtered(group, self._filters) if group else ([], Counter(lost_groups=1))
+                if isinstance(group, str):
+                    counts[group] += 1
+                    continue
+                left, removed = filtered(group, self._filters)
                 counts.update(removed)
-                if left:
-                    kept.append(left)
-                elif group:
-                    idle.append(group)
+                (kept if left else idle).append(left or group)
         if not (kept or idle):
             raise NoRolloutCapacity(f"step {step}: all its prompts were lost; the last one: {self._lost_because}")
         samples = [replace(sample, group=number) for number, group in enumerate(kept or idle) for sample in group]
         return Rollout(samples, dict(counts))
 
-    def _round(self, step: int, number: int, first_prompt: int, count: int) -> list[list[Sample]]:
-        """The scored answers to `count` prompts; an empty group where an answer was lost."""
+    def _round(self, step: int, number: int, first_prompt: int, count: int) -> list[list[Sample] | str]:
+        """The scored answers to `count` prompts; a group that cannot be used is the name under which it counts."""
         prompts = [self._prompts.at(first_prompt + i) for i in range(count)]
         asked = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(self._rl.group_size)]
         tokens = [prompt_tokens(prompt, self._tokenizer) for prompt in prompts]
@@ -158,31 +160,39 @@ class Rollouts:
             routed=self._routed,
         )
         outcomes = self._engine.engine.generate(requests, sampling)
-        groups: list[list[Sample]] = [[] for _ in prompts]
-        for (group, prompt), outcome in zip(asked, outcomes, strict=True):
-            if isinstance(outcome, Completion):
-                groups[group].append(self._score(group, prompt, outcome))
-            else:
-                self._lost_because = outcome.reason
-        return [group if len(group) == self._rl.group_size else [] for group in groups]
+        groups: list[list[Sample] | str] = [[] for _ in prompts]
+        answered = [(*place, outcome) for place, outcome in zip(asked, outcomes, strict=True)]
+        completions = [(group, prompt, answer) for group, prompt, answer in answered if isinstance(answer, Completion)]
+        texts = [response_text(answer.response_tokens, self._tokenizer) for _, _, answer in completions]
+        scores = self._scorer([prompt for _, prompt, _ in completions], texts)
+        for (group, prompt, completion), text, score in zip(completions, texts, scores, strict=True):
+            members = groups[group]
+            if isinstance(score, Unscored):
+                self._lost_because, groups[group] = score.reason, "unscored_groups"
+            elif isinstance(members, list):
+                members.append(scored_sample(group, prompt, completion, text, score))
+        for group, _, outcome in answered:
+            if isinstance(outcome, Lost):
+                self._lost_because, groups[group] = outcome.reason, "lost_groups"
+        return groups
 
-    def _score(self, group: int, prompt: Prompt, completion: Completion) -> Sample:
-        text = response_text(completion.response_tokens, self._tokenizer)
-        score = self._scorer(prompt, text)
-        return Sample(
-            prompt_id=prompt.id,
-            group=group,
-            prompt_tokens=completion.prompt_tokens,
-            response_tokens=completion.response_tokens,
-            logprobs=completion.logprobs,
-            weight_version=completion.weight_version,
-            finish_reason=completion.finish_reason,
-            text=text,
-            reward=score.total,
-            reward_parts=score.parts,
-            routed_experts=completion.routed_experts,
-            later_versions=completion.later_versions,
-        )
+
+def scored_sample(group: int, prompt: Prompt, completion: Completion, text: str, score: Score) -> Sample:
+    """An answer with what it is worth."""
+    return Sample(
+        prompt_id=prompt.id,
+        group=group,
+        prompt_tokens=completion.prompt_tokens,
+        response_tokens=completion.response_tokens,
+        logprobs=completion.logprobs,
+        weight_version=completion.weight_version,
+        finish_reason=completion.finish_reason,
+        text=text,
+        reward=score.total,
+        reward_parts=score.parts,
+        routed_experts=completion.routed_experts,
+        later_versions=completion.later_versions,
+    )
 
 
 def shuffle_rewards(samples: list[Sample], seed: str) -> list[Sample]:

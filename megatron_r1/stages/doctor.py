@@ -27,6 +27,7 @@ def run(config: RunConfig) -> None:
     table.add_row("cores", str(os.cpu_count()))
     table.add_row("NVIDIA tools", shutil.which("nvidia-smi") or "none")
     table.add_row("NVIDIA Apex", _apex())
+    table.add_row("bubblewrap", shutil.which("bwrap") or "none: programs that a model wrote cannot be judged")
     failure = None
     try:
         platform = select(config.platform)

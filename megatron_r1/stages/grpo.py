@@ -39,6 +39,7 @@ def run(config: RunConfig) -> None:
     check(config)
     weights = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)))
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
     with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
         if this.state.step >= config.train.steps:
@@ -62,7 +63,7 @@ def run(config: RunConfig) -> None:
                     engine,
                     tokenizer,
                     journal,
-                    rule_scorer(config.reward),
+                    scorer,
                     config.rollout,
                     config.rl,
                     config.seed,

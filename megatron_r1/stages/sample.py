@@ -19,11 +19,13 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompt_files import read_prompts
 from megatron_r1.data.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.errors import ConfigError, DataError, UserError
 from megatron_r1.files import digest_of, write_whole
 from megatron_r1.rewards.extract import any_answer
+from megatron_r1.rewards.reward import Unscored
+from megatron_r1.rewards.score import Score
 from megatron_r1.rl.rollouts import prompt_tokens, response_text
-from megatron_r1.rl.scoring import Scorer, is_right, rule_scorer
+from megatron_r1.rl.scoring import VERIFIERS, Scorer, is_right, rule_scorer
 from megatron_r1.rollout.engine import Engine, all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.stages.answering import answering_engine
@@ -48,9 +50,10 @@ def run(config: RunConfig) -> None:
     job = Job(folder / PARTS, prompts, config, plan_of(config, prompts, found.folder))
     todo = list(job.missing())
     if todo:
+        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)))
         with answering_engine(config, found, dict(found.tensors), folder) as engine:
             engine.update_weights(found.folder.name)
-            job.do(todo, engine.engine, tokenizer)
+            job.do(todo, engine.engine, tokenizer, scorer)
     target, totals = publish(job, folder, config.sample.format)
     _tell(target, totals, len(bad_rows))
     mark_done(folder, totals)
@@ -115,7 +118,7 @@ class Job:
         """Numbers of the parts that are not there yet."""
         return (number for number, path in enumerate(self.paths) if not path.is_file())
 
-    def do(self, numbers: Sequence[int], engine: Engine, tokenizer: Tokenizer) -> None:
+    def do(self, numbers: Sequence[int], engine: Engine, tokenizer: Tokenizer, scorer: Scorer) -> None:
         """Sample and write parts."""
         console = Console(stderr=True)
         columns = (TextColumn("sample"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -125,7 +128,7 @@ class Job:
             task = bar.add_task("sample", total=len(self.prompts), speed="")
             bar.advance(task, len(self.prompts) - sum(len(self._prompts_of(number)) for number in numbers))
             for number in numbers:
-                rows = list(self._sample(number, engine, tokenizer))
+                rows = list(self._sample(number, engine, tokenizer, scorer))
                 body = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
                 write_whole(self.paths[number], body)
                 tokens += sum(row["response_tokens"] for row in rows)
@@ -137,7 +140,7 @@ class Job:
         start = self._starts[number]
         return self.prompts[start : start + self.config.sample.prompts_per_part]
 
-    def _sample(self, number: int, engine: Engine, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    def _sample(self, number: int, engine: Engine, tokenizer: Tokenizer, scorer: Scorer) -> Iterator[dict[str, Any]]:
         config, prompts = self.config, self._prompts_of(number)
         asked = [(prompt, index) for prompt in prompts for index in range(config.sample.samples)]
         tokens = {prompt.id: prompt_tokens(prompt, tokenizer) for prompt in prompts}
@@ -150,9 +153,10 @@ class Job:
             stop_tokens=(tokenizer.eos,),
             seed=config.seed * 1_000_003 + number,
         )
-        scorer = rule_scorer(config.reward)
-        for (prompt, index), completion in zip(asked, all_answered(engine.generate(requests, sampling)), strict=True):
-            text = response_text(completion.response_tokens, tokenizer)
+        completions = all_answered(engine.generate(requests, sampling))
+        texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
+        scores = scored([prompt for prompt, _ in asked], texts, scorer)
+        for (prompt, index), completion, text, score in zip(asked, completions, texts, scores, strict=True):
             yield {
                 "id": prompt.id,
                 "sample": index,
@@ -164,13 +168,29 @@ class Job:
                 "logprob": sum(completion.logprobs),
                 "finish_reason": completion.finish_reason,
                 "weight_version": completion.weight_version,
-                **_scores(prompt, text, scorer),
+                "reward": score.total,
+                "reward_parts": score.parts,
+                "right": right_somehow(prompt, text, score),
             }
 
 
-def _scores(prompt: Prompt, text: str, scorer: Scorer) -> dict[str, Any]:
-    score = scorer(prompt, text)
-    return {"reward": score.total, "reward_parts": score.parts, "right": is_right(prompt, any_answer(text))}
+def scored(prompts: Sequence[Prompt], texts: Sequence[str], scorer: Scorer) -> list[Score]:
+    """The scores of all texts.
+
+    Raises:
+        UserError: one could not be scored, for no fault of its own; the job goes on from here when it is started again.
+    """
+    scores = scorer(prompts, texts)
+    if failed := [score for score in scores if isinstance(score, Unscored)]:
+        raise UserError(f"{len(failed)} of {len(texts)} answers could not be scored: {failed[0].reason}")
+    return [score for score in scores if isinstance(score, Score)]
+
+
+def right_somehow(prompt: Prompt, text: str, score: Score) -> bool:
+    """Whether an answer is right, for a number in whatever form, for another task as its verifier says."""
+    if prompt.task in VERIFIERS and prompt.task != "number":
+        return score.parts.get("accuracy", 0.0) > 0
+    return is_right(prompt, any_answer(text))
 
 
 def publish(job: Job, folder: Path, format: str) -> tuple[Path, dict[str, Any]]:

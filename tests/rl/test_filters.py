@@ -15,6 +15,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import train_tokenizer
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score
 from megatron_r1.rl.advantage import group_advantages, ragged_group_advantages
 from megatron_r1.rl.filters import chosen, drop_equal, drop_repeats, drop_truncated, filtered, mask_truncated
@@ -128,8 +129,8 @@ def rollouts(config, tokenizer, tmp_path):
         config.rl.filters = FilterConfig(**filters)
         engine = Scripted(answers)
 
-        def scorer(_, text: str) -> Score:
-            return Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)})
+        def scorer(_, texts: list[str]) -> list[Score]:
+            return [Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)}) for text in texts]
 
         journal = Journal(tmp_path / "rollouts")
         prompts, synced = TrainingPrompts(config.data), SyncedEngine(engine, None)
@@ -151,7 +152,7 @@ def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts,
     taker, engine = rollouts(script, equal_groups="drop", extra_rounds=5)
     rollout = taker.take(step=4, first_prompt=10)
     assert [len(requests) for requests, _ in engine.asked] == [6, 4, 2]
-    assert rollout.counts == {"lost_groups": 0, "equal_groups": 3, "refill_prompts": 3}
+    assert rollout.counts == {"lost_groups": 0, "unscored_groups": 0, "equal_groups": 3, "refill_prompts": 3}
     prompts, refills = TrainingPrompts(config.data), REFILLS + 10 * 5
     places = [10, refills + 1, refills + 2]
     assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(place).id for place in places]
@@ -182,10 +183,29 @@ def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one], [None, one], [one, zero]])
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.counts) == (4, {"lost_groups": 1})
+    assert (len(rollout.samples), rollout.counts) == (4, {"lost_groups": 1, "unscored_groups": 0})
     assert rollouts([])[0].take(step=1, first_prompt=0) == rollout
     taker, _ = rollouts([[None, one]] * 3)
     with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no reply"):
+        taker.take(step=2, first_prompt=0)
+
+
+def test_unscored_answers_cost_their_group_and_are_counted_apart(rollouts, two_kinds):
+    """A judge that is down is not a wrong answer: nothing is learned from the group."""
+    zero, one = two_kinds
+    taker, _ = rollouts([[zero, one], [one, one], [None, zero]])
+    scorer = taker._scorer
+
+    def down(prompts, texts):
+        scores = scorer(prompts, texts)
+        return [Unscored("no sandbox") if place == 2 else score for place, score in enumerate(scores)]
+
+    taker._scorer = down
+    rollout = taker.take(step=1, first_prompt=0)
+    assert (len(rollout.samples), rollout.counts) == (2, {"lost_groups": 1, "unscored_groups": 1})
+    taker, _ = rollouts([[zero, one]] * 3)
+    taker._scorer = lambda prompts, texts: [Unscored("no sandbox")] * len(texts)
+    with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no sandbox"):
         taker.take(step=2, first_prompt=0)
 
 
@@ -193,5 +213,5 @@ def test_an_ordinary_rollout_leaves_no_notes(rollouts, two_kinds, tmp_path):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one]] * 3)
     rollout = taker.take(step=1, first_prompt=0)
-    assert rollout.counts == {"lost_groups": 0}
+    assert rollout.counts == {"lost_groups": 0, "unscored_groups": 0}
     assert Journal(tmp_path / "rollouts").read_all(1)[1] == {}

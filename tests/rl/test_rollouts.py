@@ -53,7 +53,7 @@ def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer):
         assert sample.prompt_id == prompt.id
         assert sample.prompt_tokens == prompt_tokens(prompt, tokenizer) and sample.prompt_tokens[0] == tokenizer.bos
         assert sample.text == response_text(sample.response_tokens, tokenizer)
-        assert sample.reward == rule_scorer(config.reward)(prompt, sample.text).total
+        assert sample.reward == rule_scorer(config.reward)([prompt], [sample.text])[0].total
     assert len({sample.response_tokens for sample in samples[:4]}) > 1
 
 

@@ -1,0 +1,190 @@
+"""Code reward: a program is compiled where its language needs it, run on tests in the sandbox, and scored by how many
+it passes (DeepSeek-R1, section 2.2.2: feedback by a compiler on predefined test cases).
+
+Two kinds of tests. By input and output: the program is run once a test, in a sandbox of its own, and what it prints is
+compared here, so that no expected output ever comes near it. By calls of a function (Python): see sandbox/inside.py.
+
+The truth of a `code` prompt is one JSON object: {"language": "python" or "cpp", "inputs": [...], "outputs": [...]}, or
+{"language": "python", "entry_point": NAME, "setup": CODE, "tests": [CODE, ...]}.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config.reward import SandboxConfig
+from megatron_r1.errors import DataError
+from megatron_r1.rewards.extract import CLOSE, OPEN
+from megatron_r1.rewards.reward import Question, Unscored, Value
+from megatron_r1.rewards.sandbox.command import PYTHON, WORK
+from megatron_r1.rewards.sandbox.inside import NO_PYTHON
+from megatron_r1.rewards.sandbox.run import Finished, Sandbox, SandboxDown
+
+TASK = "code"
+LANGUAGES = ("python", "cpp")
+FENCE = "```"
+LONGEST_PROGRAM = 1 << 18
+BINARY_BYTES = 64 << 20
+COMPILER_MEMORY = 4
+"""Times the memory of a program."""
+COMPILE = f"g++ -std=c++17 -O1 -pipe -x c++ /program.cpp -o {WORK}/program >&2 && exec cat {WORK}/program"
+HARNESS = Path(__file__).parent / "sandbox" / "inside.py"
+
+
+@dataclass(frozen=True, slots=True)
+class CodeTests:
+    """What a program is tried on."""
+
+    language: str
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    entry_point: str = ""
+    setup: str = ""
+    """Code that the tests need, run before each."""
+    tests: tuple[str, ...] = ()
+    """Code that calls `entry_point` and raises where it is wrong."""
+
+    def __len__(self) -> int:
+        return len(self.tests) or len(self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class CodeResult:
+    """How a program did."""
+
+    passed: int
+    tests: int
+    ended: str
+    """done, compile_error, or what cut a run short: time, memory, disk, processes or output."""
+    said: str = ""
+    """What the compiler said."""
+
+    @property
+    def pass_rate(self) -> float:
+        return self.passed / self.tests
+
+
+def read_tests(text: str) -> CodeTests:
+    """The tests of a prompt.
+
+    Raises:
+        DataError: they are not what the module says.
+    """
+    try:
+        found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
+        tests = CodeTests(**found)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"the tests of a code prompt are not as they should be: {error}") from None
+    parts: list[Any] = [*tests.inputs, *tests.outputs, *tests.tests, tests.entry_point, tests.setup]
+    by_call = bool(tests.tests) and tests.entry_point.isidentifier() and tests.language == "python"
+    by_text = not tests.tests and len(tests.inputs) == len(tests.outputs) > 0
+    if tests.language not in LANGUAGES or not all(isinstance(part, str) for part in parts) or not (by_call or by_text):
+        raise DataError(
+            "the tests of a code prompt are not as they should be: "
+            "language python or cpp, and as many inputs as outputs or an entry_point with tests"
+        )
+    return tests
+
+
+def find_program(text: str) -> str | None:
+    """The program of a response: the last fenced block of its answer element, or of all after the reasoning where
+    there is none; without a fence, the whole answer element."""
+    tagged = OPEN in text
+    part = text.rpartition(OPEN)[2].partition(CLOSE)[0] if tagged else text.rpartition("</think>")[2]
+    pieces = part.split(FENCE)
+    if len(pieces) < 3:
+        found = part if tagged and len(pieces) == 1 else None
+    else:
+        last = len(pieces) - 2 if len(pieces) % 2 else len(pieces) - 3
+        found = re.sub(r"\A[\w+#-]*[ \t]*\n", "", pieces[last])
+    return found if found and found.strip() and len(found) <= LONGEST_PROGRAM else None
+
+
+def same_output(output: bytes, expected: str) -> bool:
+    """Equal but for white space at the ends of lines and empty lines at the end."""
+
+    def plain(text: str) -> list[str]:
+        return [line.rstrip() for line in text.rstrip().split("\n")]
+
+    return plain(output.decode(errors="replace")) == plain(expected)
+
+
+def judge(program: str, tests: CodeTests, sandbox: Sandbox) -> CodeResult:
+    """Run a program on its tests.
+
+    Raises:
+        SandboxDown: the sandbox failed, and nothing is known about the program.
+    """
+    if tests.tests:
+        return _by_calls(program, tests, sandbox)
+    body = program.encode(errors="replace")
+    command, files = [*PYTHON, "/program.py"], {"/program.py": body}
+    if tests.language == "cpp":
+        compiled = sandbox.run(
+            ["/bin/sh", "-c", COMPILE],
+            {"/program.cpp": body},
+            output_bytes=BINARY_BYTES,
+            memory_mib=sandbox.config.memory_mib * COMPILER_MEMORY,
+        )
+        if not compiled.well:
+            said = " ".join(compiled.errors.decode(errors="replace").split())[:500]
+            return CodeResult(0, len(tests), "compile_error", said or compiled.ended)
+        command, files = ["/program"], {"/program": compiled.output}
+    passed, ended = 0, "done"
+    for given, expected in zip(tests.inputs, tests.outputs, strict=True):
+        run = sandbox.run(command, files, given.encode())
+        passed += run.well and same_output(run.output, expected)
+        ended = ended if run.ended == "itself" else run.ended
+        if run.ended != "itself" or (passed == 0 and _does_not_compile(run)):
+            break  # a program that hangs once would hang on every test
+    return CodeResult(passed, len(tests), "compile_error" if passed == 0 and _does_not_compile(run) else ended)
+
+
+def _by_calls(program: str, tests: CodeTests, sandbox: Sandbox) -> CodeResult:
+    word = secrets.token_hex(16)
+    job = {"word": word, "setup": tests.setup, "entry_point": tests.entry_point, "tests": tests.tests}
+    files = {"/program.py": program.encode(errors="replace"), "/harness.py": HARNESS.read_bytes()}
+    run = sandbox.run([*PYTHON, "/harness.py", tests.entry_point], files, json.dumps(job).encode() + b"\n")
+    if run.ended == "itself" and run.code == NO_PYTHON:
+        return CodeResult(0, len(tests), "compile_error", run.errors.decode(errors="replace")[:500])
+    said = set(run.output.decode(errors="replace").splitlines())
+    passed = sum(f"{word} {index}" in said for index in range(len(tests)))
+    return CodeResult(passed, len(tests), "done" if run.ended == "itself" else run.ended)
+
+
+def _does_not_compile(run: Finished) -> bool:
+    """Whether Python refused the text of /program.py itself."""
+    lines = run.errors.splitlines()
+    return run.code == 1 and bool(lines) and lines[-1].split(b":")[0] in (b"SyntaxError", b"IndentationError")
+
+
+class CodeReward:
+    """The share of its tests that a response's program passes."""
+
+    name = "accuracy"
+
+    def __init__(self, config: SandboxConfig):
+        """Raises PlatformError: there is no sandbox here."""
+        self._sandbox, self._per_test = Sandbox(config), config.per_test
+        self._parallel = config.parallel
+
+    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+        with ThreadPoolExecutor(self._parallel, "sandbox") as threads:
+            return list(threads.map(self._one, prompts, texts))
+
+    def _one(self, prompt: Question, text: str) -> Value:
+        tests, program = read_tests(prompt.answer), find_program(text)
+        if program is None:
+            return 0.0
+        try:
+            result = judge(program, tests, self._sandbox)
+        except SandboxDown as error:
+            return Unscored(f"sandbox: {error}")
+        return result.pass_rate if self._per_test else float(result.passed == result.tests)

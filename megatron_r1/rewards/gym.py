@@ -1,0 +1,69 @@
+"""reasoning-gym's own verifiers, for tasks `reasoning_gym:NAME`; the truth is the library's entry as JSON.
+
+The verifiers run in worker processes with a deadline (gym_worker.py). Some of them evaluate the answer as Python, so
+that an answer could run anything: those are refused by name, before any answer is seen.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+from megatron_r1.config.reward import MathConfig
+from megatron_r1.errors import DataError
+from megatron_r1.rewards.reward import Unscored
+from megatron_r1.rewards.workers import Died, Timeout, WorkerPool, WorkersDown
+
+PREFIX = "reasoning_gym:"
+MODULE = "megatron_r1.rewards.gym_worker"
+EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify|parse_latex|__import__)\s*\(|\b(?:pickle|subprocess)\b")
+
+
+@cache
+def check_task(name: str) -> None:
+    """Raises DataError: the library has no such task, or its verifier would run what a model wrote."""
+    from reasoning_gym.factory import DATASETS
+
+    if name not in DATASETS:
+        raise DataError(f"task={PREFIX}{name}: reasoning-gym has no task of this name")
+    kinds = [kind for kind in DATASETS[name][0].__mro__ if kind.__module__.startswith("reasoning_gym.")]
+    if any(EVALUATES.search(inspect.getsource(inspect.getmodule(kind) or kind)) for kind in kinds):
+        raise DataError(f"task={PREFIX}{name}: its verifier evaluates answers as Python, which is never done here")
+
+
+class GymVerifier:
+    """Judges answers to reasoning-gym's tasks; its workers start when the first answer needs them."""
+
+    def __init__(self, config: MathConfig):
+        self._config = config
+        self.pool = WorkerPool(MODULE, [str(config.deadline_s)], config.workers, config.deadline_s)
+
+    def right(self, answer: str | None, task: str, truth: str) -> bool | Unscored:
+        """Whether the library's verifier gives full marks; partial credit counts as wrong.
+
+        Raises:
+            DataError: the task cannot be judged here.
+        """
+        name = task.removeprefix(PREFIX)
+        check_task(name)
+        if answer is None or len(answer) > self._config.longest:
+            return False
+        try:
+            return bool(self.pool.ask({"task": name, "answer": answer, "entry": truth}))
+        except (Timeout, Died):
+            return False
+        except WorkersDown as error:
+            return Unscored(f"reasoning-gym workers: {error}")
+
+    def all_right(
+        self, answers: Sequence[str | None], tasks: Sequence[str], truths: Sequence[str]
+    ) -> list[bool | Unscored]:
+        """Verdicts on many answers, as many at a time as there are workers."""
+        with ThreadPoolExecutor(self._config.workers, "gym") as threads:
+            return list(threads.map(self.right, answers, tasks, truths))
+
+    def close(self) -> None:
+        self.pool.close()

@@ -1,0 +1,31 @@
+"""Language consistency: the share of the reasoning's words that are of the wanted language.
+
+DeepSeek-R1, section 2.3.2 (equation 7 of the Nature version): Num(Words_target) / Num(Words) over the chain of
+thought, added to the other rewards.
+"""
+
+from __future__ import annotations
+
+from megatron_r1.rewards.words import languages
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+def reasoning(text: str) -> str:
+    """What stands between the first think tag, or the beginning, and the end of the reasoning, or of the text."""
+    _, opened, after = text.partition(OPEN)
+    return (after if opened else text).partition(CLOSE)[0]
+
+
+def language_consistency(text: str, target: str) -> float:
+    """Share of `target` words (en or zh) in the reasoning, 0 to 1; 0 where it has no words."""
+    counts = languages(reasoning(text))
+    total = counts.total()
+    return counts[target] / total if total else 0.0
+
+
+def language_asked(question: str) -> str:
+    """The language of a question: the one that more of its words are of; English where none is."""
+    counts = languages(question)
+    # A Chinese word takes two characters on average, and Chinese questions quote English names.
+    return "zh" if counts["zh"] > counts["en"] else "en"

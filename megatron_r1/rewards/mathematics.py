@@ -1,0 +1,104 @@
+"""Accuracy by mathematics: whether an answer equals the truth as an expression, whatever its form.
+
+Two plain numbers are compared exactly and at once, as `accuracy.same_number` does. A number may have a unit (`14 cm`,
+`$14`, `14 apples`), which is wrong only where the truth has another. Everything else goes to math-verify in a worker
+process (math_worker.py). An answer that needs longer than the deadline, or that kills its judge, is wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from megatron_r1.config.reward import MathConfig
+from megatron_r1.rewards.accuracy import parse_number
+from megatron_r1.rewards.reward import Unscored
+from megatron_r1.rewards.workers import Died, Timeout, WorkerPool, WorkersDown
+
+MODULE = "megatron_r1.rewards.math_worker"
+WRAPPED = (("\\boxed{", "}"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
+TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}\\]*)\}|\\[,;! ]|~")
+CURRENCY = re.compile(r"(?:\\?\$|[\u20ac\u00a3\u00a5])\s*")
+QUANTITY = re.compile(r"([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?) *([^\W\d_][^\W\d_.]*(?: [^\W\d_.]+){0,2}\.?|\\?%)")
+NO_UNITS = re.compile(
+    r"\b(?:or|and|not|to|by|is|are|if|than|times|plus|minus|true|false|e|i|x|y|z|n|pi|sqrt)\b", re.IGNORECASE
+)
+BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+def unwrapped(text: str) -> str:
+    """Without the box or the dollar signs that stand around the whole of it."""
+    text = text.strip()
+    for before, after in WRAPPED:
+        inner = text[len(before) : -len(after)]
+        wraps = len(text) > len(before) + len(after) and text.startswith(before) and text.endswith(after)
+        if wraps and balanced(inner) and "$" not in inner:
+            return unwrapped(inner)
+    return text
+
+
+def balanced(text: str) -> bool:
+    """Whether every brace has its partner: an answer cannot end the expression that it is put in."""
+    depth = 0
+    for token in BRACES.findall(text):
+        depth += (token == "{") - (token == "}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def quantity(text: str) -> tuple[str, str]:
+    """A number and its unit; the whole text and no unit where it is not both."""
+    plain = CURRENCY.sub("", TEXT.sub(lambda match: f" {match.group(1) or ''}", text)).strip()
+    match = QUANTITY.fullmatch(plain)
+    if match is None or NO_UNITS.search(match.group(2)):
+        return plain, ""
+    return match.group(1), match.group(2).strip(" .\\").casefold()
+
+
+def at_once(answer: str, truth: str) -> bool | None:
+    """The verdict on two numbers, with or without units; nothing where one is something else."""
+    (number, unit), (true_number, true_unit) = quantity(answer), quantity(truth)
+    value, true_value = parse_number(number), parse_number(true_number)
+    if value is None or true_value is None:
+        return None
+    return value == true_value and (not unit or not true_unit or unit == true_unit)
+
+
+def contradicts_itself(answer: str) -> bool:
+    """Whether it is an equation between different numbers."""
+    values = {parse_number(part) for part in answer.split("=")} - {None}
+    return len(values) > 1
+
+
+class MathVerifier:
+    """Judges answers as mathematics; its workers start when the first answer needs them."""
+
+    def __init__(self, config: MathConfig):
+        self._config = config
+        self.pool = WorkerPool(MODULE, [str(config.deadline_s)], config.workers, config.deadline_s)
+
+    def right(self, answer: str | None, truth: str) -> bool | Unscored:
+        """Whether an answer is right; Unscored when no worker can be had."""
+        if answer is None or len(answer) > self._config.longest:
+            return False
+        answer, truth = unwrapped(answer), unwrapped(truth)
+        if (verdict := at_once(answer, truth)) is not None:
+            return verdict
+        if not answer or not balanced(answer) or "\\boxed" in answer or contradicts_itself(answer):
+            return False
+        try:
+            return bool(self.pool.ask({"truth": truth, "answer": answer}))
+        except (Timeout, Died):
+            return False
+        except WorkersDown as error:
+            return Unscored(f"math workers: {error}")
+
+    def all_right(self, answers: Sequence[str | None], truths: Sequence[str]) -> list[bool | Unscored]:
+        """Verdicts on many answers, as many at a time as there are workers."""
+        with ThreadPoolExecutor(self._config.workers, "math") as threads:
+            return list(threads.map(self.right, answers, truths))
+
+    def close(self) -> None:
+        self.pool.close()

@@ -1,0 +1,155 @@
+"""What a program in the sandbox sees, as the command line of bubblewrap.
+
+It sees the system's programs and libraries and this Python without its site-packages, all read-only; one folder in
+memory that it can write, which is gone afterwards; no network, no /proc, no environment, no other process. It runs
+as a user of its own: where the caller is root, as a user number that nothing else has; otherwise inside a user
+namespace. (A user namespace alone would not do for root: the kernel exempts the real root from the limit on
+processes, whatever number it has inside.)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_r1.config.reward import SandboxConfig
+from megatron_r1.errors import PlatformError
+
+WORK = "/tmp"
+"""The folder that a program can write."""
+NOBODY = "65534"
+FIRST_USER = 1 << 30
+"""Above every user number that systems hand out, below 2^31."""
+SLOTS = 256
+"""User numbers of one process: no two programs that run at the same time share one."""
+OPEN_FILES = 64
+SYSTEM_FOLDERS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-B")
+"""This interpreter, without the packages installed for it."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Where the programs are that make a sandbox."""
+
+    bwrap: str
+    prlimit: str
+    setpriv: str
+
+
+def find_tools() -> Tools:
+    """The programs on this machine.
+
+    Raises:
+        PlatformError: one is missing; nothing is ever run without a sandbox instead.
+    """
+    found = {}
+    for name, package in (("bwrap", "bubblewrap"), ("prlimit", "util-linux"), ("setpriv", "util-linux")):
+        path = shutil.which(name)
+        if path is None:
+            raise PlatformError(f"programs are run in a sandbox only, and {name} is missing: install {package}")
+        found[name] = path
+    return Tools(**found)
+
+
+def real_users() -> bool:
+    """Whether this process can take any user number: it is the machine's own root."""
+    if os.geteuid() != 0:
+        return False
+    first, outside, count = map(int, Path("/proc/self/uid_map").read_text(encoding="ascii").split()[:3])
+    return (first, outside) == (0, 0) and count > FIRST_USER * 2 - 1
+
+
+def user_of(slot: int) -> str:
+    """The user number of a slot; processes have at most 2^22 numbers, so none is given twice."""
+    return str(FIRST_USER + os.getpid() * SLOTS + slot)
+
+
+def view(config: SandboxConfig) -> list[str]:
+    """The file system of a program, as options of bubblewrap."""
+    options = ["--ro-bind", "/usr", "/usr"]
+    for folder in SYSTEM_FOLDERS:
+        if os.path.islink(folder):
+            options += ["--symlink", os.readlink(folder), folder]
+        elif os.path.isdir(folder):
+            options += ["--ro-bind", folder, folder]
+    prefix = Path(sys.base_prefix).resolve()
+    if not prefix.is_relative_to("/usr"):
+        for parent in reversed(prefix.parents[:-1]):  # bubblewrap would make them for root's eyes alone
+            options += ["--perms", "0755", "--dir", str(parent)]
+        options += ["--ro-bind", str(prefix), str(prefix)]
+    options += ["--ro-bind-try", "/etc/alternatives", "/etc/alternatives"]
+    options += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    options += ["--dev", "/dev", "--remount-ro", "/dev"]
+    return [*options, "--perms", "1777", "--size", str(config.disk_mib << 20), "--tmpfs", WORK]
+
+
+def bwrap_command(
+    tools: Tools,
+    config: SandboxConfig,
+    slot: int,
+    program: list[str],
+    files: dict[str, int],
+    status: int,
+    gate: int,
+    seccomp: int,
+    memory_mib: int,
+) -> list[str]:
+    """The whole command.
+
+    Args:
+        slot: which of the programs that run at the same time this is.
+        program: what is run inside.
+        files: path inside -> descriptor of its contents.
+        status: descriptor on which bubblewrap says how it went.
+        gate: descriptor on which bubblewrap waits for a byte before it starts the program.
+        seccomp: descriptor of the filter.
+        memory_mib: address space of one process.
+    """
+    private = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    user: list[str] = []
+    if real_users():
+        number = user_of(slot)
+        private += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
+        user = [tools.setpriv, "--reuid", number, "--regid", number, "--clear-groups", "--"]
+    else:
+        private += ["--unshare-user", "--uid", NOBODY, "--gid", NOBODY]
+    contents = [
+        part
+        for path, descriptor in files.items()
+        for part in ("--perms", "0555", "--ro-bind-data", str(descriptor), path)
+    ]
+    limits = [
+        tools.prlimit,
+        f"--as={memory_mib << 20}",
+        f"--cpu={config.cpu_s}",
+        f"--fsize={config.disk_mib << 20}",
+        f"--nofile={OPEN_FILES}",
+        f"--nproc={config.processes}",
+        "--core=0",
+        "--memlock=0",
+        "--msgqueue=0",
+        "--rtprio=0",
+        "--",
+    ]
+    return [
+        tools.bwrap,
+        *private,
+        "--hostname",
+        "sandbox",
+        "--die-with-parent",
+        "--new-session",
+        "--clearenv",
+        *("--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", WORK, "--setenv", "LANG", "C.UTF-8"),
+        *view(config),
+        *contents,
+        *("--remount-ro", "/"),
+        *("--chdir", WORK),
+        *("--json-status-fd", str(status), "--block-fd", str(gate), "--seccomp", str(seccomp)),
+        *limits,
+        *user,
+        *program,
+    ]
