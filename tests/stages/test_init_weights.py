@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 
 from megatron_r1.config.convert import convert, resolved
 from megatron_r1.config.load import load
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.model import MixtureConfig, ModelConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.stages.weights import check_same_model
 
@@ -66,6 +67,12 @@ def test_weights_that_do_not(found, wanted, key):
 def test_dense_weights_do_not_serve_a_sparse_model():
     with pytest.raises(ConfigError, match=r"^model\.attention\.kind=latent: must be grouped"):
         check_same_model(model_of(""), model_of("ffn_hidden_size=256 tied_embeddings=0", "tiny_dense"), "runs/base")
+
+
+def test_a_dense_model_serves_whatever_is_said_of_experts_that_it_has_not():
+    dense = preset("tiny_dense")
+    check_same_model(dense, replace(dense, moe=MixtureConfig.none()), "hf:folder")
+    assert dense.moe != MixtureConfig.none()
 
 
 def test_each_context_recipe_starts_from_the_one_before():
