@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from megatron_r1.config.checks import at_least
 from megatron_r1.errors import ConfigError
 
-TRAINING_VERBS = ("pretrain", "grpo")
+TRAINING_VERBS = ("pretrain", "reward", "grpo")
 STAGE_VERBS = (*TRAINING_VERBS, "eval", "sample", "convert", "report")
 
 
