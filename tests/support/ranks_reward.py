@@ -30,7 +30,9 @@ def main(folder: Path) -> None:
             with process_groups(platform, parallel, seed=0, threads=1):
                 metrics, gradients, scores = one_update(platform, parallel, objective == "pairwise", 0.5)
                 if dist.get_rank() == 0:
-                    (folder / f"{layout}-{objective}.json").write_text(json.dumps({"metrics": metrics, "scores": scores}))
+                    (folder / f"{layout}-{objective}.json").write_text(
+                        json.dumps({"metrics": metrics, "scores": scores})
+                    )
                     torch.save(gradients, folder / f"{layout}-{objective}.pt")
 
 
