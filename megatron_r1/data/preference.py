@@ -87,9 +87,8 @@ def encode(items: Iterable[Item], encoder: Encoder, longest: int) -> tuple[list[
     examples, dropped = [], 0
     for item in items:
         if encoder.reasoning and not all(side.judgement for side in item.sides):
-            raise DataError(
-                f"judgement={item.first.question[:40]!r}: has none, and reward_model.reasoning_weight is not 0"
-            )
+            prompt = f"prompt={item.first.question[:40]!r}"
+            raise DataError(f"{prompt}: has no judgement, which reward_model.reasoning_weight above 0 learns")
         example = encoder.example(item)
         if example.length <= longest:
             examples.append(example)

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_r1.report import results
 from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, time_shares
 from megatron_r1.report.read import Recipe, Stage, read_recipe
+from megatron_r1.report.reward_models import reward_model_figures
 from megatron_r1.report.style import CSS
 
 # Nothing is loaded and nothing runs, whatever a model may have written.
@@ -38,6 +39,7 @@ def render(recipe: Recipe) -> str:
         f'<p class="dim">Stages: {stages}. Written {written}.</p>',
         "<h2>Before and after</h2>" + results.headline(recipe.results),
         "<h2>Pre-training</h2>" + _pretrain_together(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
+        "<h2>Reward models</h2>" + _of_kind(recipe, "reward_model", reward_model_figures),
         "<h2>Reinforcement learning</h2>" + _rl_together(recipe) + _of_kind(recipe, "rl", _rl_figures),
         "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
         "<h2>Configuration and versions</h2>" + _settings(recipe.stages),

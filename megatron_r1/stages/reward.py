@@ -164,5 +164,5 @@ def mean_metrics(result: UpdateResult) -> dict[str, float]:
 def tell(this: Trainer, results: dict[str, Any]) -> None:
     """Leave the results in the run's folder and on the terminal."""
     if leads():
-        (this.folder / "results.json").write_text(json.dumps(results, indent=1))
+        (this.folder / "accuracy.json").write_text(json.dumps(results, indent=1))
         show(results)

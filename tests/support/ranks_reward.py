@@ -11,28 +11,27 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dist")]
 
-import torch
-import torch.distributed as dist
-
-from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.parallel.mesh import process_groups
-from megatron_r1.platform import select
-
-LAYOUTS = {"tp2": ParallelConfig(tensor=2), "pp2": ParallelConfig(pipeline=2), "dp2": ParallelConfig()}
+LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}}
 
 
 def main(folder: Path) -> None:
+    import torch
+    import torch.distributed as dist
     from reward_cases import one_update
 
+    from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.parallel.mesh import process_groups
+    from megatron_r1.platform import select
+
     platform = select("cpu")
-    for layout, parallel in LAYOUTS.items():
+    for layout, degrees in LAYOUTS.items():
+        parallel = ParallelConfig(**degrees)
         for objective in ("pairwise", "pointwise"):
             with process_groups(platform, parallel, seed=0, threads=1):
                 metrics, gradients, scores = one_update(platform, parallel, objective == "pairwise", 0.5)
                 if dist.get_rank() == 0:
-                    (folder / f"{layout}-{objective}.json").write_text(
-                        json.dumps({"metrics": metrics, "scores": scores})
-                    )
+                    found = {"metrics": metrics, "scores": scores}
+                    (folder / f"{layout}-{objective}.json").write_text(json.dumps(found))
                     torch.save(gradients, folder / f"{layout}-{objective}.pt")
 
 

@@ -102,9 +102,8 @@ class Judge:
                 self.counts["failed"] += 1
                 if isinstance(error, JudgeRefused):
                     raise
-                last = (
-                    error if isinstance(error, JudgeFailed) else JudgeFailed(f"{type(error).__name__} {error}".strip())
-                )
+                told = error if isinstance(error, JudgeFailed) else f"{type(error).__name__} {error}".strip()
+                last = JudgeFailed(told)
             else:
                 self.counts["verdicts"] += 1
                 return verdict
