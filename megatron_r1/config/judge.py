@@ -24,6 +24,8 @@ class JudgeConfig:
     """Of the judge's sampling."""
     max_tokens: int = 1024
     """Longest verdict, its analysis included."""
+    analysis_characters: int = 2000
+    """Longest analysis before the verdict, so that a judge which rambles still comes to one; 0 sets no limit."""
     timeout_s: float = 120.0
     """Seconds that one call may take."""
     attempts: int = 3
@@ -34,6 +36,7 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         one_of(self, "asks", ("comparison", "correctness"))
         within(self, 0.0, 2.0, "temperature")
+        at_least(self, 0, "analysis_characters")
         at_least(self, 1, "votes", "max_tokens", "attempts", "concurrency")
         within(self, 0.1, 3600.0, "timeout_s")
         if self.asks == "comparison" and self.votes % 2:

@@ -26,6 +26,7 @@ from megatron_r1.errors import ConfigError
 CONFIG_FILES = sorted(Path(megatron_r1.config.__file__).parent.glob("*.py"))
 NEEDS = {
     ("train", "pretrain_v3"): ["model.max_sequence_length=4096"],
+    ("train", "reward_r1"): ["model.max_sequence_length=8192"],
     ("performance", "deepseek"): ["parallel.expert=2", "model.precision=bf16"],
 }
 """What an option asks of other sections, beyond the tiny model on one rank."""

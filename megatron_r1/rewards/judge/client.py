@@ -117,7 +117,7 @@ class Judge:
             "messages": ask.messages,
             "temperature": config.temperature,
             "max_tokens": config.max_tokens,
-            "response_format": ask.response_format,
+            "response_format": ask.response_format(config.analysis_characters),
         }
         # A redirect would take the key elsewhere.
         async with session.post(self._url, json=body, allow_redirects=False) as response:

@@ -42,14 +42,18 @@ class Ask:
     allowed: tuple[Any, ...]
     """Values that it may have: true and false, or some strings."""
 
-    @property
-    def response_format(self) -> dict[str, Any]:
-        """The reply's JSON schema as the API takes it."""
+    def response_format(self, analysis_characters: int) -> dict[str, Any]:
+        """The reply's JSON schema as the API takes it.
+
+        Args:
+            analysis_characters: longest analysis; 0 sets no limit.
+        """
         words = isinstance(self.allowed[0], str)
         verdict = {"type": "string", "enum": [*self.allowed]} if words else {"type": "boolean"}
+        analysis = {"type": "string"} | ({"maxLength": analysis_characters} if analysis_characters else {})
         schema = {
             "type": "object",
-            "properties": {"analysis": {"type": "string"}, self.field: verdict},
+            "properties": {"analysis": analysis, self.field: verdict},
             "required": ["analysis", self.field],
             "additionalProperties": False,
         }

@@ -73,6 +73,7 @@ def test_the_judge_sees_the_summary_alone_and_as_data():
     assert "hidden" not in json.dumps(asked)
     schema = asked["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["verdict"]["enum"] == ["A>>B", "A>B", "A=B", "B>A", "B>>A"]
+    assert schema["properties"]["analysis"]["maxLength"] == 2000
 
 
 def test_correctness_is_the_share_of_votes():
