@@ -40,7 +40,7 @@ class DataConfig:
     """A source of pre-training text, reinforcement-learning prompts and held-out problems."""
 
     source: str = "arithmetic"
-    """What to pre-train on: arithmetic (the generated world) or indexed (tokenised datasets)."""
+    """What to pre-train on: arithmetic or assistant (generated worlds), or indexed (tokenised datasets)."""
     seed: int = 0
     """Seed of the generated world; another seed draws other documents, never another held-out split."""
     num_documents: int = 100_000
@@ -48,16 +48,18 @@ class DataConfig:
     vocab_size: int = 512
     """Vocabulary of the tokenizer that is trained on the source."""
     heldout_fraction: float = 0.15
-    """Share of expressions that no training text or prompt contains."""
+    """Share of expressions, and of the assistant world's questions, that no training text or prompt contains."""
     reasoning_gym_share: float = 0.2
     """Share of prompts drawn from reasoning-gym tasks."""
+    arithmetic_share: float = 0.3
+    """Share of worked arithmetic among the assistant world's documents."""
     indexed: IndexedConfig = field(default_factory=IndexedConfig)
     """Tokenised datasets; read where source is indexed."""
 
     def __post_init__(self) -> None:
-        one_of(self, "source", ("arithmetic", "indexed"))
+        one_of(self, "source", ("arithmetic", "assistant", "indexed"))
         at_least(self, 0, "seed")
         at_least(self, 100, "num_documents")
         at_least(self, 512, "vocab_size")
         within(self, 0.01, 0.5, "heldout_fraction")
-        within(self, 0.0, 1.0, "reasoning_gym_share")
+        within(self, 0.0, 1.0, "reasoning_gym_share", "arithmetic_share")

@@ -21,6 +21,8 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
         _check_pretraining(config, ranks)
     if verb == "grpo":
         _check_reinforcement(config)
+    if verb == "reward":
+        _check_reward_model(config, ranks)
 
 
 def _check_pretraining(config: RunConfig, ranks: int) -> None:
@@ -65,6 +67,21 @@ def _check_reinforcement(config: RunConfig) -> None:
         raise ConfigError("performance.dispatcher", "allgather", allowed)
     if config.rollout.engine == "local" and degrees.fewest_ranks() > 1:
         raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
+
+
+def _check_reward_model(config: RunConfig, ranks: int) -> None:
+    _check_batch(config, ranks)
+    degrees = config.parallel
+    if degrees.context > 1:
+        raise ConfigError(
+            "parallel.context", degrees.context, "must be 1: a score is read from one token of a whole row"
+        )
+    if degrees.virtual_pipeline > 1:
+        allowed = "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths"
+        raise ConfigError("parallel.virtual_pipeline", degrees.virtual_pipeline, allowed)
+    if degrees.expert > 1 and config.performance.dispatcher == "allgather":
+        allowed = "needs as many tokens on every rank: with answers, take alltoall"
+        raise ConfigError("performance.dispatcher", "allgather", allowed)
 
 
 def check_degrees(degrees: ParallelConfig, ranks: int) -> None:

@@ -16,6 +16,7 @@ from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.pipeline import PipelineConfig
 from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.config.reward import RewardConfig
+from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sample import SampleConfig
@@ -72,6 +73,8 @@ class RunConfig:
     """The reinforcement-learning objective."""
     sft: SftConfig = field(default_factory=SftConfig)
     """What supervised fine-tuning learns from."""
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    """What a reward model learns from."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """How a model is measured."""
     sample: SampleConfig = field(default_factory=SampleConfig)

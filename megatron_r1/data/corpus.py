@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.arithmetic import documents
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.data.worlds import world_of
 from megatron_r1.errors import DataError
 
 FORMAT_VERSION = 1
@@ -84,7 +84,7 @@ def tokenise(config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
     """All documents of a config as flat token ids: uint16 where the vocabulary fits, else int32."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     parts = []
-    for texts in batched(documents(config), DOCUMENTS_AT_ONCE):
+    for texts in batched(world_of(config).documents(config), DOCUMENTS_AT_ONCE):
         flat = [token for ids in tokenizer.encode_batch(texts) for token in (*tokenizer.begin, *ids, tokenizer.eos)]
         parts.append(np.array(flat, dtype=dtype))
     return np.concatenate(parts)

@@ -3,7 +3,7 @@
 What the arithmetic world's own promises:
 
 - every text survives `decode(encode(text))`, whatever Unicode it holds;
-- numbers from 0 to 199 are one token each;
+- numbers from 0 to 199 are one token each (in the assistant world, which has more words, to 99);
 - a phrase that the documents repeat is one token, spaces and all, and the R1-Zero template costs at most 48 tokens;
 - a prompt of any kind and its response may be tokenised apart or together: the tokens are the same.
 
@@ -26,8 +26,8 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from tokenizers import Tokenizer as Backend
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.arithmetic import documents
 from megatron_r1.data.template import fill_template
+from megatron_r1.data.worlds import World, world_of
 from megatron_r1.errors import DataError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -36,9 +36,8 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 ADDED = (PAD, BOS, EOS, *ROLES, *TAGS)
 """Tokens that are never split, with ids from 0. All but the tags are special: `skip_special` drops them."""
 
-LARGEST_NUMBER = 199
-PIECES = Regex(r"\d{1,3}|\n|(?:\. )?Assistant:|User: ?|[AQ]: |[\u95ee\u7b54]\uff1a")
-"""Where a text is cut: numbers, line breaks, and the markers around a question."""
+PIECES = r"\d{1,3}|\n|(?:\. )?Assistant:|User: ?|[AQ]: |[\u95ee\u7b54]\uff1a"
+"""Where a text is cut, in any world: numbers, line breaks, and the markers around a question."""
 
 TRAINING_DOCUMENTS = 10_000
 RAREST_PHRASE = 10
@@ -166,8 +165,10 @@ def train_tokenizer(config: DataConfig) -> Tokenizer:
     Numbers and the pieces that documents are made of, phrases with their spaces, enter whole; the places that are
     left go to byte-level BPE merges, learned inside words, for all other text.
     """
-    counts = _count_pieces(config)
-    numbers = [str(number) for number in range(10, LARGEST_NUMBER + 1)]
+    world = world_of(config)
+    cut = Regex("|".join(filter(None, (PIECES, world.pieces))))
+    counts = _count_pieces(config, world, cut)
+    numbers = [str(number) for number in range(10, world.largest_number + 1)]
     room = config.vocab_size - len(ADDED) - len(numbers) - len(BYTES)
     phrases = [_bytes(piece) for piece, count in counts.most_common() if count >= RAREST_PHRASE]
     phrases = [phrase for phrase in phrases if len(phrase) > 1][:room]
@@ -179,10 +180,10 @@ def train_tokenizer(config: DataConfig) -> Tokenizer:
     words.train_from_iterator((piece for piece, count in sorted(counts.items()) for _ in range(count)), trainer)
     learned = json.loads(words.to_str())["model"]
     entries = dict.fromkeys([*ADDED, *sorted(learned["vocab"], key=learned["vocab"].get), *phrases, *numbers])
-    return Tokenizer(_backend(list(entries), [tuple(merge) for merge in learned["merges"]]))
+    return Tokenizer(_backend(list(entries), [tuple(merge) for merge in learned["merges"]], cut))
 
 
-def _backend(entries: list[str], merges: list[tuple[str, str]]) -> Backend:
+def _backend(entries: list[str], merges: list[tuple[str, str]], cut: Regex) -> Backend:
     """The pipeline around a vocabulary: cut, look a piece up whole, else apply the merges."""
     backend = Backend(
         models.BPE(
@@ -192,7 +193,7 @@ def _backend(entries: list[str], merges: list[tuple[str, str]]) -> Backend:
         )
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(cut, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, BOS, EOS, *ROLES)])
@@ -205,12 +206,12 @@ def _bytes(piece: str) -> str:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(piece)[0][0]
 
 
-def _count_pieces(config: DataConfig) -> Counter[str]:
+def _count_pieces(config: DataConfig, world: World, cut: Regex) -> Counter[str]:
     """How often each piece stands in the template and in the first documents, numbers and tags left out."""
-    split = pre_tokenizers.Split(PIECES, "isolated")
+    split = pre_tokenizers.Split(cut, "isolated")
     tags = re.compile("|".join(TAGS))
     counts: Counter[str] = Counter()
-    for text in (fill_template(""), *islice(documents(config), TRAINING_DOCUMENTS)):
+    for text in (fill_template(""), *islice(world.documents(config), TRAINING_DOCUMENTS)):
         for part in tags.split(text):
             counts.update(piece for piece, _ in split.pre_tokenize_str(part) if not piece.isdecimal())
     return counts

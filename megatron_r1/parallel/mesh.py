@@ -96,6 +96,18 @@ def is_last_stage() -> bool:
     return parallel_state.is_pipeline_last_stage()
 
 
+def told_by_last_stage[Value](value: Value) -> Value:
+    """Collective over the stages that work on the same data: what the last one says, on each of them."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
+    return box[0]
+
+
 def speaks_for_its_data() -> bool:
     """Whether, of the ranks that work on the same data, this is the one whose loss and metrics count."""
     return is_last_stage() and dist.get_rank(tensor_parallel_group()) == 0

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_r1.report import results
 from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, time_shares
 from megatron_r1.report.read import Recipe, Stage, read_recipe
+from megatron_r1.report.reward_models import reward_model_figures
 from megatron_r1.report.style import CSS
 
 # Nothing is loaded and nothing runs, whatever a model may have written.
@@ -38,7 +39,8 @@ def render(recipe: Recipe) -> str:
         f'<p class="dim">Stages: {stages}. Written {written}.</p>',
         "<h2>Before and after</h2>" + results.headline(recipe.results),
         "<h2>Pre-training</h2>" + _pretrain_together(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
-        *_fine_tuning(recipe),
+        *_if_any(recipe, "Supervised fine-tuning", "sft", _sft_figures),
+        *_if_any(recipe, "Reward models", "reward_model", reward_model_figures),
         "<h2>Reinforcement learning</h2>" + _rl_together(recipe) + _of_kind(recipe, "rl", _rl_figures),
         "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
         "<h2>Configuration and versions</h2>" + _settings(recipe.stages),
@@ -116,10 +118,10 @@ def _last_loads(rows: Sequence[dict[str, Any]]) -> tuple[int, dict[str, list[flo
     return next(tables, (0, {}))
 
 
-def _fine_tuning(recipe: Recipe) -> Iterable[str]:
-    """The section on supervised fine-tuning, in recipes that have it."""
-    if recipe.of_kind("sft"):
-        yield "<h2>Supervised fine-tuning</h2>" + _of_kind(recipe, "sft", _sft_figures)
+def _if_any(recipe: Recipe, title: str, kind: str, figures_of: Callable[[Stage], Iterable[str]]) -> Iterable[str]:
+    """A section, in recipes that have stages of its kind."""
+    if recipe.of_kind(kind):
+        yield f"<h2>{title}</h2>" + _of_kind(recipe, kind, figures_of)
 
 
 def _sft_figures(stage: Stage) -> Iterable[str]:

@@ -23,12 +23,14 @@ class Stage:
     config: str
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
+    accuracy: dict[str, Any] = field(default_factory=dict)
+    """Of a reward model, how right it is on held-out items, and how right length alone."""
 
     @property
     def kind(self) -> str:
-        """rl, sft, pretrain, or other: told by what the rows hold."""
+        """rl, reward_model, sft, pretrain, or other: told by what the rows hold."""
         keys = set().union(*self.rows[:1], *self.rows[-1:])
-        known = {"reward": "rl", "learned_tokens": "sft", "loss": "pretrain"}
+        known = {"score_loss": "reward_model", "reward": "rl", "learned_tokens": "sft", "loss": "pretrain"}
         return next((kind for key, kind in known.items() if key in keys), "other")
 
 
@@ -67,7 +69,8 @@ STAGE_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "results.json
 
 
 def _stage(path: Path) -> Stage:
-    return Stage(path.name, _text(path / "config.yaml"), _json(path / "environment.json"), _steps(path))
+    accuracy = _json(path / "accuracy.json")
+    return Stage(path.name, _text(path / "config.yaml"), _json(path / "environment.json"), _steps(path), accuracy)
 
 
 def _begun(path: Path) -> tuple[float, str]:

@@ -19,7 +19,7 @@ def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | Pa
         DataError: a dataset is unfinished or damaged.
     """
     indexed, length = config.data.indexed, config.train.sequence_length
-    if config.data.source == "arithmetic":
+    if config.data.source != "indexed":
         tokenizer = Tokenizer.load(weights.tokenizer_folder) if weights else train_tokenizer(config.data)
         return build_corpus(config.data, tokenizer, length, config.seed, run_folder(config) / "data"), tokenizer
     tokenizer = Tokenizer.load(weights.tokenizer_folder if weights else tokenizer_folder(indexed))

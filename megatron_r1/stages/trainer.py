@@ -23,6 +23,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError, Requeue
 from megatron_r1.model.build import build_model
+from megatron_r1.model.chunks import Model
 from megatron_r1.model.fp8.apply import Fp8Plan, merged
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
 from megatron_r1.parallel.comm import AllRanks
@@ -134,7 +135,11 @@ class Trainer:
 
 @contextmanager
 def trainer(
-    config: RunConfig, tokenizer: Tokenizer, weights: Weights | None, trainable: Callable[[str], bool] = lambda _: True
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    weights: Weights | None,
+    trainable: Callable[[str], bool] = lambda _: True,
+    prepare: Callable[[Model], None] = lambda _: None,
 ) -> Iterator[Trainer]:
     """Set up training: from the run's newest checkpoint, else from `weights`, else from random initial weights.
 
@@ -143,6 +148,7 @@ def trainer(
         tokenizer: saved with every checkpoint.
         weights: initial weights; None draws them.
         trainable: parameter name -> whether the optimizer changes it.
+        prepare: adds to the model what is no part of a language model, before weights are read.
     """
     folder = open_run_folder(config)
     platform = select(config.platform)
@@ -157,6 +163,7 @@ def trainer(
         # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
         preempt = PreemptHook()
         model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.precision)
+        prepare(model)
         tell_precision(model, folder)
         if weights:
             check_same_model(config.model, weights.model, str(weights.folder))

@@ -28,6 +28,7 @@ NEEDS = {
     ("train", "pretrain_v3"): ["model.max_sequence_length=4096"],
     ("train", "sft_v3"): ["model.max_sequence_length=32768"],
     ("train", "sft_r1"): ["model.max_sequence_length=32768"],
+    ("train", "reward_r1"): ["model.max_sequence_length=8192"],
     ("performance", "deepseek"): ["parallel.expert=2", "model.precision=bf16"],
 }
 """What an option asks of other sections, beyond the tiny model on one rank."""

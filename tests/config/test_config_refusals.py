@@ -59,7 +59,7 @@ REFUSALS = [
     ("pretrain train.schedule.learning_rate=-1", "train.schedule.learning_rate=-1.0", "must lie between"),
     ("grpo reward.format_style=loose", "reward.format_style=loose", "must be one of strict, lenient"),
     ("pretrain platform=gpu", "platform=gpu", "must be one of auto, cpu, cuda"),
-    ("pretrain data.source=web", "data.source=web", "must be one of arithmetic, indexed"),
+    ("pretrain data.source=web", "data.source=web", "must be one of arithmetic, assistant, indexed"),
     (
         "pretrain data=indexed data.indexed.datasets.a.path=b data.indexed.datasets.a.weight=0",
         "data.indexed.datasets.a.weight=0.0",

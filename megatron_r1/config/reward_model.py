@@ -1,0 +1,50 @@
+"""Reward models: what they learn from and how it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardModelConfig:
+    """A scalar head on a language model; DeepSeek-R1 report (v2), section 3.1."""
+
+    objective: str = "pairwise"
+    """pairwise (the better of two responses, Bradley-Terry: helpfulness) or pointwise (safe or not, cross-entropy)."""
+    reads: str = "summary"
+    """What of a response is judged: summary (what follows the reasoning: helpfulness) or response (all of it)."""
+    source: str = "assistant"
+    """Where judged responses come from: assistant (generated, see data.source=assistant) or file."""
+    file: str = ""
+    """JSONL of source=file: prompt, chosen, rejected; or prompt, response, safe."""
+    heldout_file: str = ""
+    """The same, of what is measured and never learned; where source is file."""
+    template: str = "r1_zero"
+    """What surrounds a question: r1_zero (the template of DeepSeek-R1-Zero) or none (the question is the prompt)."""
+    num_items: int = 16_000
+    """Pairs or labelled responses to generate; where source is assistant."""
+    reasoning_weight: float = 0.0
+    """Weight of the token loss on the judge's reasoning, which then stands between response and score; 0 has none."""
+    max_reasoning_tokens: int = 32
+    """Longest reasoning that the model writes before it scores; where reasoning_weight is not 0."""
+    epochs: int = 1
+    """Times that every item is learned; train.steps may end the run before."""
+    heldout: int = 512
+    """Items that are measured; where source is assistant."""
+    heldout_interval: int = 100
+    """Steps between measurements; there is one after the last step too."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "objective", ("pairwise", "pointwise"))
+        one_of(self, "reads", ("summary", "response"))
+        one_of(self, "source", ("assistant", "file"))
+        one_of(self, "template", ("r1_zero", "none"))
+        at_least(self, 1, "num_items", "max_reasoning_tokens", "epochs", "heldout", "heldout_interval")
+        at_least(self, 0, "reasoning_weight")
+        for name in ("file", "heldout_file"):
+            if (self.source == "file") != bool(value := getattr(self, name)):
+                allowed = "must name a .jsonl file" if self.source == "file" else "must be empty: source is assistant"
+                raise ConfigError(name, value, allowed)

@@ -1,0 +1,1 @@
+"""A language model as a judge: what it is asked, what its replies mean, how votes are counted."""

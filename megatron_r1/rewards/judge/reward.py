@@ -1,0 +1,81 @@
+"""The judge's verdicts as a reward, and as preferences to learn a reward model from.
+
+A comparison is asked in both orders equally often, and each order counts half: a judge that prefers what it reads first
+then says nothing (DeepSeek-R1 report v2, section 3.1, asks four times in random order and takes the mean).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from megatron_r1.config.judge import JudgeConfig
+from megatron_r1.rewards.judge.client import Judge
+from megatron_r1.rewards.judge.questions import MARGINS, Ask, comparison, correctness
+from megatron_r1.rewards.reward import Question, Unscored, Value
+from megatron_r1.rewards.summary import summary
+
+Triple = tuple[str, str, str]
+"""Question, first answer, second answer."""
+
+
+class JudgeReward:
+    """A value from 0 to 1 for each answer: how it compares with the reference, or how many votes call it correct.
+
+    The judge sees an answer's summary, not its reasoning. An answer without a verdict is `Unscored`, never 0.
+    """
+
+    name = "judge"
+
+    def __init__(self, config: JudgeConfig, part: Callable[[str], str] = summary):
+        """
+        Args:
+            part: response -> what of it is judged.
+
+        Raises:
+            ConfigError: no endpoint is named.
+        """
+        self._config, self._part, self.judge = config, part, Judge(config)
+
+    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+        """A value for each response text, in order."""
+        parts = [self._part(text) for text in texts]
+        if self._config.asks == "comparison":
+            triples = [(prompt.question, part, prompt.answer) for prompt, part in zip(prompts, parts, strict=True)]
+            margins = self.margins(triples)
+            return [margin if isinstance(margin, Unscored) else (margin + 2) / 4 for margin in margins]
+        votes = self._config.votes
+        asks = [
+            correctness(prompt.question, prompt.answer, part)
+            for prompt, part in zip(prompts, parts, strict=True)
+            for _ in range(votes)
+        ]
+        replies = self.judge.ask_all(asks)
+        return [mean_of_orders([replies[start : start + votes]]) for start in range(0, len(replies), votes)]
+
+    def margins(self, triples: Sequence[Triple]) -> list[Value]:
+        """How much better each first answer is than the second, from -2 to 2: the mean over both orders."""
+        half = max(1, self._config.votes // 2)
+        asks: list[Ask] = []
+        for question, first, second in triples:
+            asks += [comparison(question, first, second)] * half + [comparison(question, second, first)] * half
+        replies = [MARGINS[reply] if isinstance(reply, str) else reply for reply in self.judge.ask_all(asks)]
+        result: list[Value] = []
+        for start in range(0, len(replies), 2 * half):
+            plain, swapped = replies[start : start + half], replies[start + half : start + 2 * half]
+            result.append(mean_of_orders([plain, [-reply if isinstance(reply, float) else reply for reply in swapped]]))
+        return result
+
+
+def mean_of_orders(orders: Sequence[Sequence[Any]]) -> Value:
+    """The mean of each order's mean of verdicts, numbers; exceptions among them are no votes.
+
+    An order without any vote leaves the answer unscored: the other one alone would carry the judge's preference for a
+    position. The last failure is the reason.
+    """
+    counted = [[float(reply) for reply in replies if not isinstance(reply, Exception)] for replies in orders]
+    if all(counted):
+        return fmean(map(fmean, counted))
+    last = [reply for replies in orders for reply in replies if isinstance(reply, Exception)][-1]
+    return Unscored(f"judge: {type(last).__name__}: {last}")

@@ -1,0 +1,81 @@
+"""The verb reward from a base model to a scorer: resumed bit for bit, measured, and read as it was trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import run_to_the_end
+
+from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.track.record import read_metrics
+
+SUPPORT = Path(__file__).parents[1] / "support"
+TIMED = {"tokens_per_second", "seconds", "time"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reward-runs")
+    run_to_the_end([sys.executable, str(SUPPORT / "reward_runs.py"), str(folder)], seconds=110)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[str, Any]:
+    return json.loads((folder / "found.json").read_text())
+
+
+def rows(folder: Path, run: str) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(folder / run / "metrics.jsonl")]
+
+
+def test_one_epoch_is_learned_and_held_out_items_are_measured(folder):
+    whole = rows(folder, "whole")
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6], "48 items in batches of 8"
+    assert [row["step"] for row in whole if "heldout_accuracy" in row] == [4, 6]
+    assert whole[-1]["epoch"] == 1.0
+    assert whole[0]["score_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert whole[-1]["reasoning_loss"] < whole[0]["reasoning_loss"]
+    results = json.loads((folder / "whole" / "accuracy.json").read_text())
+    assert results["items"] == 12
+    assert results["accuracy"]["mean"] == whole[-1]["heldout_accuracy"]
+    assert results["length_baselines"]["tokens"]["mean"] == 0.5
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(folder, found):
+    assert "SIGTERM: stopped after step 3" in found["stopped"]
+    assert rows(folder, "stopped") == rows(folder, "whole")
+    for kind in ("model", "exp_avg", "exp_avg_sq"):
+        one, other = (
+            WholeTensors(folder / run / "checkpoints" / "step-00000006", kind) for run in ("whole", "stopped")
+        )
+        assert one.keys() == other.keys()
+        assert "reward_head.weight" in one
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_scorer_scores_in_batches_as_alone(found):
+    for run, name in (("whole", "helpfulness"), ("safety", "harmlessness")):
+        scores = found["scores"][run]
+        assert scores["name"] == name
+        assert scores["together"] == pytest.approx(scores["alone"], rel=1e-4, abs=1e-6)
+        assert scores["together"][0] != scores["together"][1]
+        assert scores["draws_nothing"]
+
+
+def test_helpfulness_reads_the_summary_and_harmlessness_everything(found):
+    helpful, safe = found["scores"]["whole"], found["scores"]["safety"]
+    assert helpful["thought"] == helpful["together"]
+    assert safe["thought"][0] != safe["together"][0]
+    assert safe["thought"][1] == safe["together"][1], "its reasoning is the same"
+    assert all(0 < value < 1 for value in safe["together"]), "a probability"
+
+
+def test_what_is_no_reward_model_is_refused(found):
+    assert "must be a run of the verb reward" in found["scores"]["base"]
+    assert found["refused"].startswith("init.from=: reward needs a model to start from")

@@ -1,0 +1,68 @@
+"""Judged responses of random tokens, and one update of a reward model on them, for one rank and for several."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from layouts import model_of
+
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.train import TrainConfig
+from megatron_r1.data.preference import Example, Row
+
+PAD, END = 0, 2
+
+
+def examples_of(pairwise: bool, count: int = 8, reasoning: bool = True) -> list[Example]:
+    """Rows of many lengths; with reasoning, the last few tokens of each are learned."""
+    generator = torch.Generator().manual_seed(3)
+
+    def row() -> Row:
+        length, learned = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((6, 24), (2, 5)))
+        tokens = [*torch.randint(5, 512, (length - 1,), generator=generator).tolist(), END]
+        return Row(tokens, length - learned if reasoning else length)
+
+    return [
+        Example(tuple(row() for _ in range(1 + pairwise)), bool(torch.rand(1, generator=generator) < 0.5))
+        for _ in range(count)
+    ]
+
+
+def one_update(
+    platform: Any, parallel: ParallelConfig, pairwise: bool, reasoning_weight: float
+) -> tuple[dict[str, float], dict[str, torch.Tensor], list[float]]:
+    """Metrics of an update on eight items, its whole gradients, and scores that the first weights give to some rows.
+
+    The head is no longer zero, so that gradients reach the whole model.
+    """
+    from ranks_layouts import whole_gradients
+
+    from megatron_r1.model.build import build_model
+    from megatron_r1.model.reward_head import HEAD, add_reward_head
+    from megatron_r1.parallel.mesh import data_parallel_group
+    from megatron_r1.stages.reward import mean_metrics
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.reward_model import RewardModel
+    from megatron_r1.train.routing import FROZEN
+    from megatron_r1.train.step import update
+
+    model = build_model(model_of("tiny"), parallel, platform, 0)
+    add_reward_head(model)
+    for name, parameter in model.named_parameters():
+        if HEAD in name:
+            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+            parameter.data.copy_(drawn * 0.1)
+        parameter.requires_grad_(not name.startswith("mtp."))
+    FROZEN.apply(model, 0)
+    settings = TrainConfig(steps=100)
+    settings.optimizer.clip_norm = 0.0
+    optimizer = Optimizer(model, settings)
+    this = RewardModel(model, pairwise, reasoning_weight, PAD, "cpu", parallel.tensor)
+    examples, group = examples_of(pairwise), data_parallel_group()
+    scores = this.scores([row.tokens for example in examples for row in example.rows], 3)
+    rows = this.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)
+    length = max(each.inputs_BL.shape[1] for each in rows)
+    result = update(model, optimizer, rows, this.forward, 1e-3, length)
+    return mean_metrics(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), scores

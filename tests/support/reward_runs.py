@@ -1,0 +1,118 @@
+"""Reward models from a base model to a scorer, run in one process: tests/stages/test_reward_verb.py.
+
+python reward_runs.py FOLDER pre-trains a small base for some steps; trains a reward model on it, once without a stop
+and once stopped by a signal and gone on with; loads the first as a scorer; and writes FOLDER/found.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STOP_AFTER = 3
+RUN = (
+    "track=off",
+    "platform=cpu",
+    "threads=1",
+    "data=assistant",
+    "data.num_documents=300",
+    "model.num_layers=2",
+    "model.mtp.num_layers=0",
+    "train.schedule.warmup_steps=1",
+    "train.checkpoint_interval=2",
+)
+REWARD = (
+    "init.from={}/base",
+    "reward_model.num_items=48",
+    "reward_model.heldout=12",
+    "reward_model.heldout_interval=4",
+    "reward_model.reasoning_weight=0.5",
+    "reward_model.max_reasoning_tokens=3",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=4",
+)
+
+
+def main(folder: Path) -> None:
+    from megatron_r1.config.load import load
+    from megatron_r1.errors import ConfigError, Requeue
+    from megatron_r1.platform import select
+
+    select("cpu")
+    from megatron_r1.stages import pretrain, reward
+    from megatron_r1.train.hooks.measure import MeasureHook
+
+    def run(stage: Any, verb: str, *overrides: str, recipe: str | None = None) -> None:
+        lines = [line.format(folder) for line in (*RUN, f"root={folder}", *overrides)]
+        stage.run(load(verb, lines, recipe))
+
+    def stopping(plain: Callable) -> Callable:
+        def after_step(self: MeasureHook, state: Any, row: dict) -> None:
+            plain(self, state, row)
+            if state.step == STOP_AFTER:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return after_step
+
+    run(pretrain, "pretrain", "name=base", "train.steps=3")
+    run(reward, "reward", "name=whole", *REWARD)
+    plain = MeasureHook.after_step
+    MeasureHook.after_step = stopping(plain)
+    try:
+        run(reward, "reward", "name=stopped", *REWARD)
+        raise AssertionError("was not stopped")
+    except Requeue as stopped:
+        told = str(stopped)
+    MeasureHook.after_step = plain
+    run(reward, "reward", "name=stopped", *REWARD)
+    run(reward, "reward", "name=safety", *REWARD, "reward_model.reasoning_weight=0.0", recipe="reward_safety")
+    found = {"stopped": told, "scores": score(folder)}
+    try:
+        run(reward, "reward", "name=none")
+    except ConfigError as error:
+        found["refused"] = str(error)
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """What scorers of the runs say of a few answers, together and one by one."""
+    import torch
+
+    from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.data.prompts import Prompt
+    from megatron_r1.errors import ConfigError
+    from megatron_r1.parallel.mesh import process_groups
+    from megatron_r1.platform import select
+    from megatron_r1.stages.reward_scorer import RewardModelScorer
+
+    prompts = [
+        Prompt(str(i), f"Write in capitals: {word}", "", "", "", "capitals") for i, word in enumerate(("cat", "sun"))
+    ]
+    answers = ["<think> one</think> <answer> CAT</answer>", "<think> two</think> <answer> sun</answer>"]
+    thought = [answer.replace(" one", " another thought") for answer in answers]
+    platform, found = select("cpu"), {}
+    with process_groups(platform, ParallelConfig(), seed=0, threads=1):
+        for run in ("whole", "safety"):
+            before = torch.get_rng_state()
+            scorer = RewardModelScorer(str(folder / run), ParallelConfig(), platform)
+            found[run] = {
+                "name": scorer.name,
+                "together": scorer.score(prompts, answers),
+                "alone": [scorer.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)],
+                "thought": scorer.score(prompts, thought),
+                "draws_nothing": bool((torch.get_rng_state() == before).all()),
+            }
+        try:
+            RewardModelScorer(str(folder / "base"), ParallelConfig(), platform)
+        except ConfigError as error:
+            found["base"] = str(error)
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
