@@ -86,7 +86,7 @@ def trl_dpo_loss(chosen_PL: Tensor, rejected_PL: Tensor, reference: tuple[Tensor
 
     both = torch.cat([chosen_PL, rejected_PL])
     told = SimpleNamespace(
-        log_probs=both, entropy=torch.zeros_like(both), mean_logits=torch.zeros_like(both), loss=None, aux_loss=None
+        log_probs=both, entropy=torch.zeros_like(both), mean_logits=torch.zeros_like(both), is_top1=both == 0
     )
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=False),
