@@ -288,7 +288,7 @@ class SGLangEngine:
         self._open.push_async_callback(leave)
 
     def _hopeless(self) -> str:
-        if all(one.memory.given_back for one in self._watched):
+        if all(one.memory.given_back and not (one.gone() or one.given_up) for one in self._watched):
             return TRAINERS_TURN
         if all(one.lost_for_good() for one in self._watched):
             told = "; ".join(f"{one.member.name}: {one.trouble or one.member.closed_because}" for one in self._watched)

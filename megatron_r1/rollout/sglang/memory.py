@@ -111,7 +111,7 @@ class EngineMemory:
         Raises:
             NoRolloutCapacity: a server has no memory for its weights, so that they cannot be replaced.
         """
-        if any(one.memory.given_back & set(WEIGHTS) for one in self._servers):
+        if any(one.memory.given_back & set(WEIGHTS) for one in self._servers if not (one.gone() or one.given_up)):
             raise NoRolloutCapacity(TRAINERS_TURN)
 
     async def give_back(self) -> None:
