@@ -67,9 +67,12 @@ def _prompt(row: Any, number: int, config: SampleConfig) -> Prompt:
     answer = row.get(config.answer_field)
     if answer is not None and not isinstance(answer, str | int | float):
         raise ValueError(f"{config.answer_field} is neither text nor a number")
+    task = row.get(config.task_field, TASK)
+    if not isinstance(task, str):
+        raise ValueError(f"{config.task_field} is not text")
     name = row.get(config.id_field, number) if config.id_field else number
     text = fill_template(question) if config.template == "r1_zero" else question
-    return Prompt(str(name), question, "" if answer is None else str(answer), text, "", TASK)
+    return Prompt(str(name), question, "" if answer is None else str(answer), text, "", task)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

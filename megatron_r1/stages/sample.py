@@ -22,6 +22,7 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError, UserError
 from megatron_r1.files import digest_of, write_whole
 from megatron_r1.rewards.extract import any_answer
+from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score
 from megatron_r1.rl.rollouts import prompt_tokens, response_text
@@ -188,7 +189,7 @@ def scored(prompts: Sequence[Prompt], texts: Sequence[str], scorer: Scorer) -> l
 
 def right_somehow(prompt: Prompt, text: str, score: Score) -> bool:
     """Whether an answer is right, for a number in whatever form, for another task as its verifier says."""
-    if prompt.task in VERIFIERS and prompt.task != "number":
+    if (prompt.task in VERIFIERS and prompt.task != "number") or prompt.task.startswith(GYM):
         return score.parts.get("accuracy", 0.0) > 0
     return is_right(prompt, any_answer(text))
 

@@ -76,3 +76,12 @@ def test_other_files_are_refused(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match="holds no prompts|is not a Parquet file"):
             read_prompts(config_of(tmp_path / name))
+
+
+def test_rows_may_say_how_they_are_judged(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"question": "2^8?", "task": "math"}, {"question": "1?"}, {"question": "2?", "task": 3}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts(config_of(path, max_bad_rows=1))
+    assert [prompt.task for prompt in found.prompts] == ["math", "file"]
+    assert found.bad_rows == ["prompts.jsonl:3: task is not text"]
