@@ -8,7 +8,7 @@ from megatron_r1.config.data import DataConfig
 from megatron_r1.data.arithmetic import worked_documents
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.template import fill_template
-from megatron_r1.data.tokenizer import ADDED, LARGEST_NUMBER, ROLES, TAGS, Tokenizer, train_tokenizer
+from megatron_r1.data.tokenizer import ADDED, ROLES, TAGS, Tokenizer, train_tokenizer
 from megatron_r1.errors import DataError
 
 CONFIG = DataConfig(num_documents=3000)
@@ -43,7 +43,7 @@ def test_template_is_short(vocab_size):
 
 
 def test_numbers_are_single_tokens():
-    assert all(len(TOKENIZER.encode(str(number))) == 1 for number in range(LARGEST_NUMBER + 1))
+    assert all(len(TOKENIZER.encode(str(number))) == 1 for number in range(200))
     assert all(len(TOKENIZER.encode(f"{n} + {n} = {n}")) == 5 for n in (0, 10, 110, 101, 199))
 
 
