@@ -30,7 +30,7 @@ def test_curves_and_accuracy_are_shown(tmp_path):
 
 def test_a_run_without_accuracy_has_curves_alone(tmp_path):
     (tmp_path / "safety").mkdir()
-    (tmp_path / "safety" / "metrics.jsonl").write_text(json.dumps({"step": 1, "score_loss": 0.7, "margin": 0.0}))
+    (tmp_path / "safety" / "metrics.jsonl").write_text(json.dumps({"step": 1, "score_loss": 0.7, "margin": 0.0}) + "\n")
     (tmp_path / "safety" / "accuracy.json").write_text('{"accuracy": 3')
     html = render(read_recipe(tmp_path))
     assert "curve-safety-loss-score_loss" in html
