@@ -33,7 +33,7 @@ class Prompt:
     """The R1-Zero template with the question; the response follows without a space."""
     expression: str
     task: str
-    """family, chain_sum or basic_arithmetic; or a task of the assistant world, whose answer is one of many good ones."""
+    """family, chain_sum or basic_arithmetic; or one of the assistant world, whose answer is one of many good ones."""
 
 
 class TrainingPrompts:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dist")]
 
-LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}}
+CASES = (("tp2", "pairwise"), ("tp2", "pointwise"), ("pp2", "pairwise"), ("dp2", "pointwise"))
+DEGREES = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}}
 
 
 def main(folder: Path) -> None:
@@ -24,15 +25,14 @@ def main(folder: Path) -> None:
     from megatron_r1.platform import select
 
     platform = select("cpu")
-    for layout, degrees in LAYOUTS.items():
-        parallel = ParallelConfig(**degrees)
-        for objective in ("pairwise", "pointwise"):
-            with process_groups(platform, parallel, seed=0, threads=1):
-                metrics, gradients, scores = one_update(platform, parallel, objective == "pairwise", 0.5)
-                if dist.get_rank() == 0:
-                    found = {"metrics": metrics, "scores": scores}
-                    (folder / f"{layout}-{objective}.json").write_text(json.dumps(found))
-                    torch.save(gradients, folder / f"{layout}-{objective}.pt")
+    for layout, objective in CASES:
+        parallel = ParallelConfig(**DEGREES[layout])
+        with process_groups(platform, parallel, seed=0, threads=1):
+            metrics, gradients, scores = one_update(platform, parallel, objective == "pairwise", 0.5)
+            if dist.get_rank() == 0:
+                found = {"metrics": metrics, "scores": scores}
+                (folder / f"{layout}-{objective}.json").write_text(json.dumps(found))
+                torch.save(gradients, folder / f"{layout}-{objective}.pt")
 
 
 if __name__ == "__main__":
