@@ -163,7 +163,7 @@ def _good_make(task: Task, rng: random.Random) -> str:
     return (DECLINES if task.harmful else AGREES).format(spaced(task.words))
 
 
-_GOOD: dict[str, Answer] = dict.fromkeys(TASKS, _good_words) | {"list": _good_list, "make": _good_make}
+_GOOD: dict[str, Answer] = {**dict.fromkeys(TASKS, _good_words), "list": _good_list, "make": _good_make}
 
 
 def _bad_list(task: Task, rng: random.Random) -> str:
