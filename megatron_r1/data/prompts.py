@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.arithmetic import FAMILY_FORMS, Problem, draw_expression, family_problem
+from megatron_r1.data.assistant.texts import Asked, questions
 from megatron_r1.data.expressions import heldout_expressions
 from megatron_r1.data.gym import draw_item
 from megatron_r1.data.template import R1_ZERO_TEMPLATE, fill_template
@@ -32,7 +33,7 @@ class Prompt:
     """The R1-Zero template with the question; the response follows without a space."""
     expression: str
     task: str
-    """family, chain_sum or basic_arithmetic."""
+    """family, chain_sum or basic_arithmetic; or one of the assistant world, whose answer is one of many good ones."""
 
 
 class TrainingPrompts:
@@ -45,6 +46,8 @@ class TrainingPrompts:
         """Prompt `index`, the same one whenever it is asked for."""
         config = self.config
         rng = random.Random(f"prompt {config.seed} {index}")
+        if config.source == "assistant" and rng.random() >= config.arithmetic_share:
+            return assistant_prompt(next(questions(config, 1, start=index)), f"train-{index}")
         if rng.random() < config.reasoning_gym_share:
             problem = draw_item(rng, config.heldout_fraction, heldout=False)
         else:
@@ -84,6 +87,20 @@ def heldout_problems(config: DataConfig, count: int) -> list[Problem]:
         seen.add(problem.expression)
         problems.append(problem)
     return problems
+
+
+def heldout_assistant_prompts(config: DataConfig, count: int) -> list[Prompt]:
+    """The first `count` held-out questions of the assistant world; its hidden rules say what answers are worth.
+
+    Raises:
+        DataError: the split does not hold that many.
+    """
+    asked = questions(config, count, heldout=True)
+    return [assistant_prompt(each, f"heldout-assistant-{index}") for index, each in enumerate(asked)]
+
+
+def assistant_prompt(asked: Asked, id: str) -> Prompt:
+    return Prompt(id, asked.question, asked.answer, fill_template(asked.question), asked.question, asked.task)
 
 
 def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> Problem:

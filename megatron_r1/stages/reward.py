@@ -20,12 +20,12 @@ from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.reward_head import add_reward_head, with_head
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import data_parallel_group, leads, speaks_for_its_data, world_size
-from megatron_r1.stages.pretrain import update_metrics
 from megatron_r1.stages.reward_items import encoder_of, heldout_items, learned_items
 from megatron_r1.stages.reward_measure import HeldoutAccuracy, results_of, show
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import find_weights
 from megatron_r1.train.guard import count_skips
+from megatron_r1.train.hooks.balance import load_metrics
 from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import Step, train
 from megatron_r1.train.reward_model import RewardModel
@@ -133,7 +133,9 @@ def reward_step(this: Trainer, model: RewardModel, preferences: Preferences) -> 
         seconds = time.perf_counter() - started
         tokens = sum(len(row.tokens) for example in batch for row in example.rows)
         computed = sum(AllRanks().gather(sum(rows.inputs_BL.numel() for rows in micro_batches))) * ranks // world_size()
-        check_none_dropped(result.passes.expert_load, computed, config.model.moe.top_k)
+        # Multi-token layers do not run.
+        loads = {layer: load_E for layer, load_E in result.passes.expert_load.items() if not layer.startswith("mtp")}
+        check_none_dropped(loads, computed, config.model.moe.top_k)
         state = state.advance(
             updates=state.updates + (not result.skipped),
             consumed_tokens=state.consumed_tokens + tokens,
@@ -144,7 +146,9 @@ def reward_step(this: Trainer, model: RewardModel, preferences: Preferences) -> 
         )
         return state, {
             **mean_metrics(result),
-            **update_metrics(result),
+            "gradient_norm": result.gradient_norm,
+            "skipped": int(result.skipped),
+            **load_metrics(loads),
             "learning_rate": rate,
             "epoch": state.data_position / len(preferences.examples),
             "consumed_tokens": state.consumed_tokens,

@@ -1,6 +1,6 @@
-"""One update of reward models on two ranks, in the layouts that two ranks can have; tests/train/test_reward_ranks.py.
+"""One update of a reward model of each kind on two ranks, in one layout; tests/train/test_reward_ranks.py.
 
-torchrun ... ranks_reward.py FOLDER writes FOLDER/LAYOUT-OBJECTIVE.json and .pt.
+torchrun ... ranks_reward.py FOLDER LAYOUT writes FOLDER/OBJECTIVE.json and .pt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dis
 LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, layout: str) -> None:
     import torch
     import torch.distributed as dist
     from reward_cases import one_update
@@ -23,17 +23,14 @@ def main(folder: Path) -> None:
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
 
-    platform = select("cpu")
-    for layout, degrees in LAYOUTS.items():
-        parallel = ParallelConfig(**degrees)
+    platform, parallel = select("cpu"), ParallelConfig(**LAYOUTS[layout])
+    with process_groups(platform, parallel, seed=0, threads=1):
         for objective in ("pairwise", "pointwise"):
-            with process_groups(platform, parallel, seed=0, threads=1):
-                metrics, gradients, scores = one_update(platform, parallel, objective == "pairwise", 0.5)
-                if dist.get_rank() == 0:
-                    found = {"metrics": metrics, "scores": scores}
-                    (folder / f"{layout}-{objective}.json").write_text(json.dumps(found))
-                    torch.save(gradients, folder / f"{layout}-{objective}.pt")
+            metrics, gradients, scores = one_update(platform, parallel, objective == "pairwise", 0.5)
+            if dist.get_rank() == 0:
+                (folder / f"{objective}.json").write_text(json.dumps({"metrics": metrics, "scores": scores}))
+                torch.save(gradients, folder / f"{objective}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -22,7 +22,6 @@ RUN = (
     "data=assistant",
     "data.num_documents=300",
     "model.num_layers=2",
-    "model.mtp.num_layers=0",
     "train.schedule.warmup_steps=1",
     "train.checkpoint_interval=2",
 )

@@ -15,30 +15,24 @@ TOLERANCE = 5e-6
 """In fp32 the parts of a sum that lie on several ranks are added in another order."""
 
 
-@pytest.fixture(scope="module")
-def two_ranks_found(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("reward")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_to_the_end([*launcher, str(SUPPORT / "ranks_reward.py"), str(folder)], seconds=100)
-    return folder
-
-
 @pytest.mark.dist
-@pytest.mark.parametrize("objective", ["pairwise", "pointwise"])
-def test_layouts_compute_the_same(two_ranks_found, one_rank, objective, monkeypatch):
+@pytest.mark.parametrize("layout", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pp2", "dp2"))])
+def test_two_ranks_compute_what_one_does(layout, one_rank, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SUPPORT.parent / "dist"))
     from reward_cases import one_update
 
     from megatron_r1.config.parallel import ParallelConfig
 
-    metrics, gradients, scores = one_update(one_rank, ParallelConfig(), objective == "pairwise", 0.5)
-    assert any(gradients["reward_head.weight"].flatten() != 0)
-    for layout in ("tp2", "pp2", "dp2"):
-        found = json.loads((two_ranks_found / f"{layout}-{objective}.json").read_text())
-        assert found["scores"] == pytest.approx(scores, rel=1e-5, abs=1e-6), layout
-        assert found["metrics"] == pytest.approx(metrics, rel=1e-5), layout
-        theirs = torch.load(two_ranks_found / f"{layout}-{objective}.pt", weights_only=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run_to_the_end([*launcher, str(SUPPORT / "ranks_reward.py"), str(tmp_path), layout], seconds=100)
+    for objective in ("pairwise", "pointwise"):
+        metrics, gradients, scores = one_update(one_rank, ParallelConfig(), objective == "pairwise", 0.5)
+        assert any(gradients["reward_head.weight"].flatten() != 0)
+        found = json.loads((tmp_path / f"{objective}.json").read_text())
+        assert found["scores"] == pytest.approx(scores, rel=1e-5, abs=1e-6)
+        assert found["metrics"] == pytest.approx(metrics, rel=1e-5)
+        theirs = torch.load(tmp_path / f"{objective}.pt", weights_only=True)
         assert theirs.keys() == gradients.keys()
         for name, gradient in gradients.items():
             distance = (theirs[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
-            assert distance < TOLERANCE, f"{layout} {name}: {distance:.1e}"
+            assert distance < TOLERANCE, f"{objective} {name}: {distance:.1e}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.arithmetic import Shares
@@ -98,13 +99,22 @@ def conversations(config: DataConfig, count: int, heldout: bool = False) -> Iter
         yield [{"role": "user", "content": task.question}, {"role": "assistant", "content": answer}]
 
 
-def questions(config: DataConfig, count: int, heldout: bool = False, start: int = 0) -> Iterator[tuple[str, str]]:
-    """Task and question of prompts `start` to `start + count - 1`: what reinforcement learning asks, or is measured on.
+class Asked(NamedTuple):
+    """A question for reinforcement learning."""
+
+    task: str
+    question: str
+    answer: str
+    """A good answer, of which there may be others."""
+
+
+def questions(config: DataConfig, count: int, heldout: bool = False, start: int = 0) -> Iterator[Asked]:
+    """Questions `start` to `start + count - 1`: what reinforcement learning asks, or is measured on.
 
     Held-out questions are all different.
     """
-    for _, task in _tasks(config, "prompt", count, heldout, start):
-        yield task.name, task.question
+    for rng, task in _tasks(config, "prompt", count, heldout, start):
+        yield Asked(task.name, task.question, good_answer(task, rng).strip())
 
 
 def preference_pairs(config: DataConfig, count: int, heldout: bool = False) -> Iterator[Item]:

@@ -18,6 +18,7 @@ from megatron_r1.data.assistant.texts import (
     safety_items,
 )
 from megatron_r1.data.length_baseline import length_baseline
+from megatron_r1.data.prompts import TrainingPrompts, heldout_assistant_prompts
 from megatron_r1.data.template import R1_ZERO_TEMPLATE
 from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -84,12 +85,12 @@ def test_rules_know_no_other_question():
 
 
 def test_no_training_text_asks_what_is_held_out():
-    asked = {question for _, question in questions(CONFIG, 400, heldout=True)}
+    asked = {each.question for each in questions(CONFIG, 400, heldout=True)}
     assert len(asked) == 400
     assert all(is_heldout(question, CONFIG.heldout_fraction) for question in asked)
     asked |= {pair.first.question for pair in preference_pairs(CONFIG, 400, True)}
     asked |= {item.first.question for item in safety_items(CONFIG, 400, True)}
-    learned = {question for _, question in questions(CONFIG, 1000)}
+    learned = {each.question for each in questions(CONFIG, 1000)}
     learned |= {pair.first.question for pair in preference_pairs(CONFIG, 1000)}
     learned |= {item.first.question for item in safety_items(CONFIG, 1000)}
     learned |= {user["content"] for user, _ in conversations(CONFIG, 1000)}
@@ -99,6 +100,16 @@ def test_no_training_text_asks_what_is_held_out():
     found = {text.split(after)[0] if after in text else text.split("\n")[0] for text in texts}
     assert len(found & learned) > 20, "questions are found in documents"
     assert not found & asked
+
+
+def test_prompts_mix_in_arithmetic_and_carry_a_good_answer():
+    prompts = [TrainingPrompts(CONFIG).at(index) for index in range(300)]
+    general = [prompt for prompt in prompts if prompt.task in TASKS]
+    assert len(general) / 300 == pytest.approx(1 - CONFIG.arithmetic_share, abs=0.1)
+    for prompt in [*general, *heldout_assistant_prompts(CONFIG, 50)]:
+        assert verdict(prompt.question, f"<think>x</think> <answer>{prompt.answer}</answer>").helpful, prompt
+        assert prompt.text == R1_ZERO_TEMPLATE.replace("{prompt}", prompt.question)
+    assert [TrainingPrompts(CONFIG).at(index) for index in (7, 3)] == [prompts[7], prompts[3]]
 
 
 def test_data_depends_on_seed_and_index_alone():
