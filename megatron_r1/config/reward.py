@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.judge import JudgeConfig
 from megatron_r1.errors import ConfigError
 
 
@@ -68,6 +69,12 @@ class RewardConfig:
     """Weight of the penalty for length, from 0 down to -1 (DAPO, equation 13)."""
     repetition: float = 0.0
     """Weight of the penalty for repeated runs of words, from 0 down to -1."""
+    helpfulness: float = 0.0
+    """Weight of a response's helpfulness, by the reward model in `helpfulness_model`."""
+    harmlessness: float = 0.0
+    """Weight of a response's harmlessness, by the reward model in `harmlessness_model`."""
+    judge: float = 0.0
+    """Weight of the verdicts of a language model, as `judge_by` says."""
     own: float = 0.0
     """Weight of the function that `function` names."""
     format_style: str = "strict"
@@ -84,6 +91,10 @@ class RewardConfig:
     """Tokens before it over which the penalty grows (L_cache)."""
     repetition_words: int = 20
     """Words of a run that counts as repeated."""
+    helpfulness_model: str = ""
+    """Run or checkpoint of the verb reward that learned from pairs; it scores summaries."""
+    harmlessness_model: str = ""
+    """Run or checkpoint of the verb reward that learned what is safe; it scores whole responses."""
     function: str = ""
     """A function of yours, FILE.py:NAME; see configs/reward/own.yaml."""
     retries: int = 2
@@ -92,9 +103,13 @@ class RewardConfig:
     """How answers are compared as mathematics."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     """What a program that a model wrote may use."""
+    judge_by: JudgeConfig = field(default_factory=JudgeConfig)
+    """Who judges, and how often."""
 
     def __post_init__(self) -> None:
-        weights = ("accuracy", "format", "language", "overlong", "repetition", "own")
+        weights = (
+            "accuracy", "format", "language", "overlong", "repetition", "helpfulness", "harmlessness", "judge", "own",
+        )  # fmt: skip
         at_least(self, 0, *weights)
         one_of(self, "format_style", ("strict", "lenient"))
         one_of(self, "answer_in", ("tags", "boxed", "any"))
@@ -111,5 +126,18 @@ class RewardConfig:
         file, _, name = self.function.rpartition(":")
         if self.function and not (file.endswith(".py") and name.isidentifier()):
             raise ConfigError("function", self.function, "must be FILE.py:NAME")
-        if bool(self.function) != bool(self.own):
-            raise ConfigError("own", self.own, "is the weight of reward.function: both are given, or neither")
+        for weight, key, source in (
+            ("own", "function", self.function),
+            ("helpfulness", "helpfulness_model", self.helpfulness_model),
+            ("harmlessness", "harmlessness_model", self.harmlessness_model),
+            ("judge", "judge_by.url", self.judge_by.url),
+        ):
+            if bool(source) != bool(getattr(self, weight)):
+                allowed = f"is the weight of reward.{key}: both are given, or neither"
+                raise ConfigError(weight, getattr(self, weight), allowed)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Where the reward models that count come from, by the reward's name."""
+        sources = {"helpfulness": self.helpfulness_model, "harmlessness": self.harmlessness_model}
+        return {name: source for name, source in sources.items() if source}

@@ -17,6 +17,7 @@ from megatron_r1.rewards.extract import answer_of
 from megatron_r1.rewards.format import format_reward
 from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.gym import GymVerifier
+from megatron_r1.rewards.judge.reward import JudgeReward
 from megatron_r1.rewards.language import language_asked, language_consistency
 from megatron_r1.rewards.length import overlong
 from megatron_r1.rewards.mathematics import MathVerifier
@@ -98,10 +99,13 @@ class Accuracy:
         self._gym.close()
 
 
-def rule_scorer(config: RewardConfig, count_tokens: Callable[[str], int] | None = None) -> Scorer:
+def rule_scorer(
+    config: RewardConfig, count_tokens: Callable[[str], int] | None = None, models: Sequence[Weighted] = ()
+) -> Scorer:
     """The configured rewards.
 
     Args:
+        models: rewards by models, which whoever calls has at work.
         count_tokens: the length of a response text, for the penalty on length.
 
     Raises:
@@ -127,4 +131,7 @@ def rule_scorer(config: RewardConfig, count_tokens: Callable[[str], int] | None 
         add(config.overlong, "overlong", lambda _, text: overlong(count(text), longest, buffer))
     if config.own:
         rules.append(Weighted(config.own, OwnReward(config.function)))
+    if config.judge:
+        rules.append(Weighted(config.judge, JudgeReward(config.judge_by)))
+    rules += models
     return Rubric(rules, config.retries)

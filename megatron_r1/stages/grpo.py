@@ -12,6 +12,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.parallel.mesh import leads
+from megatron_r1.rewards.score import Weighted
 from megatron_r1.rl.ahead import AheadRollouts, TakesRollouts
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
@@ -24,6 +25,7 @@ from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.local import LocalEngine
 from megatron_r1.rollout.routed import RoutedLayers
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.stages.reward_scorer import RewardModelScorer
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import Weights, find_weights
 from megatron_r1.train.hooks import Hook, Hooks
@@ -39,12 +41,19 @@ def run(config: RunConfig) -> None:
     check(config)
     weights = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
-    scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)))
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
     with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return
+        models = [
+            Weighted(
+                getattr(config.reward, name),
+                RewardModelScorer(source, config.parallel, this.platform, f"reward.{name}_model", name),
+            )
+            for name, source in config.reward.models.items()
+        ]
+        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), models)
         reference = ReferencePolicy(this.model, this.saved(SAVED)) if config.rl.kl_coefficient else None
         moe = config.model.moe
         replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None

@@ -51,6 +51,9 @@ def run(config: RunConfig) -> None:
     job = Job(folder / PARTS, prompts, config, plan_of(config, prompts, found.folder))
     todo = list(job.missing())
     if todo:
+        if models := config.reward.models:
+            allowed = "must be 0 here: reward models work beside a trainer, in grpo"
+            raise ConfigError(f"reward.{min(models)}", getattr(config.reward, min(models)), allowed)
         scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)))
         with answering_engine(config, found, dict(found.tensors), folder) as engine:
             engine.update_weights(found.folder.name)

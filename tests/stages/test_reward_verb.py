@@ -79,3 +79,14 @@ def test_helpfulness_reads_the_summary_and_harmlessness_everything(found):
 def test_what_is_no_reward_model_is_refused(found):
     assert "must be a run of the verb reward" in found["scores"]["base"]
     assert found["refused"].startswith("init.from=: reward needs a model to start from")
+
+
+def test_reward_models_score_beside_a_policy(folder, found):
+    scores = found["scores"]
+    assert len(scores["beside"]) == 16
+    for name, run, weight in (("helpfulness", "whole", 0.5), ("harmlessness", "safety", 2.0)):
+        given = [parts[name] for parts in scores["beside"]]
+        assert given == pytest.approx([weight * score for score in scores[f"{run} of the policy"]], rel=1e-4, abs=1e-6)
+        assert len(set(given)) > 4
+    row, _ = read_metrics(folder / "policy" / "metrics.jsonl")
+    assert row["reward"] == pytest.approx(row["reward_helpfulness"] + row["reward_harmlessness"])

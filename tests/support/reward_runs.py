@@ -35,6 +35,13 @@ REWARD = (
     "train.global_batch_size=8",
     "train.micro_batch_size=4",
 )
+BESIDE = (
+    "name=policy", "init.from={}/base", "rollout=local", "rollout.max_response_tokens=8", "train.steps=2",
+    "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.mini_batches=1", "reward.accuracy=0", "reward.format=0",
+    "reward.helpfulness=0.5", "reward.helpfulness_model={}/whole",
+    "reward.harmlessness=2", "reward.harmlessness_model={}/safety",
+)  # fmt: skip
+"""A policy whose answers two reward models score."""
 
 
 def main(folder: Path) -> None:
@@ -43,7 +50,7 @@ def main(folder: Path) -> None:
     from megatron_r1.platform import select
 
     select("cpu")
-    from megatron_r1.stages import pretrain, reward
+    from megatron_r1.stages import grpo, pretrain, reward
     from megatron_r1.train.hooks.measure import MeasureHook
 
     def run(stage: Any, verb: str, *overrides: str, recipe: str | None = None) -> None:
@@ -70,6 +77,7 @@ def main(folder: Path) -> None:
     MeasureHook.after_step = plain
     run(reward, "reward", "name=stopped", *REWARD)
     run(reward, "reward", "name=safety", *REWARD, "reward_model.reasoning_weight=0.0", recipe="reward_safety")
+    run(grpo, "grpo", *BESIDE)
     found = {"stopped": told, "scores": score(folder)}
     try:
         run(reward, "reward", "name=none")
@@ -82,11 +90,13 @@ def score(folder: Path) -> dict[str, Any]:
     """What scorers of the runs say of a few answers, together and one by one."""
     import torch
 
+    from megatron_r1.config.load import load
     from megatron_r1.config.parallel import ParallelConfig
-    from megatron_r1.data.prompts import Prompt
+    from megatron_r1.data.prompts import Prompt, TrainingPrompts
     from megatron_r1.errors import ConfigError
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
+    from megatron_r1.rollout.journal import Journal
     from megatron_r1.stages.reward_scorer import RewardModelScorer
 
     prompts = [
@@ -106,6 +116,14 @@ def score(folder: Path) -> dict[str, Any]:
                 "thought": scorer.score(prompts, thought),
                 "draws_nothing": bool((torch.get_rng_state() == before).all()),
             }
+        samples = Journal(folder / "policy" / "rollouts").read(1)
+        world = TrainingPrompts(load("grpo", ["data=assistant", "data.num_documents=300"]).data)
+        asked = [world.at(int(sample.prompt_id.removeprefix("train-"))) for sample in samples]
+        texts = [sample.text for sample in samples]
+        found["beside"] = [sample.reward_parts for sample in samples]
+        for run in ("whole", "safety"):
+            scorer = RewardModelScorer(str(folder / run), ParallelConfig(), platform)
+            found[f"{run} of the policy"] = scorer.score(asked, texts)
         try:
             RewardModelScorer(str(folder / "base"), ParallelConfig(), platform)
         except ConfigError as error:
