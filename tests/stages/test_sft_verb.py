@@ -91,12 +91,13 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(240)
 def test_a_fine_tuned_model_has_the_same_loss_in_transformers(trained, dialogues, tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     run, _ = trained
     rows = rows_of(run)
     folder = convert(run, tmp_path / "converted", to="hf", format="fp32")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # By its file: AutoTokenizer gives every Qwen model the vocabulary that cuts text as Qwen does.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids, masks = encoded_by_transformers(tokenizer, dialogues)
     measured = heldout_of(run, ids)
     assert len(measured) >= HELDOUT - 1
