@@ -18,6 +18,8 @@ from torch import Tensor
 
 from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.apart import sequences_apart
+from megatron_r1.model.scores import model_scores
+from megatron_r1.parallel.vocabulary import TokenScores
 from megatron_r1.train.packed import PackedReader, PackedRows, extra_predictions_weighted, positions_in_pieces
 
 
@@ -39,7 +41,8 @@ class SupervisedReader(PackedReader):
         """Cross-entropy of the learned tokens.
 
         Where examples share sequences, those of all sequences of the micro-batch are laid end to end, and attention,
-        rotary positions and multi-token prediction know where each begins.
+        rotary positions and multi-token prediction know where each begins; and the logits of all tokens never exist at
+        once.
         """
         if not self._packed:
             return super().forward(model, rows)
@@ -52,14 +55,17 @@ class SupervisedReader(PackedReader):
             return loss, {"loss": loss.detach().clone()}
 
         with extra_predictions_weighted(model, rows.extra_weight):
-            output_1T = model(
-                *(tensor.reshape(1, -1) for tensor in (inputs_BL, positions_BL)),
-                None,
-                labels=labels_BL.reshape(1, -1),
+            labels_1T = labels_BL.reshape(1, -1)
+            output = model_scores(
+                model,
+                inputs_BL.reshape(1, -1),
+                positions_BL.reshape(1, -1),
+                labels_1T,
+                labels=labels_1T,
                 loss_mask=rows.extra_BL.reshape(1, -1),
                 packed_seq_params=sequences_apart(bounds(positions_BL)),
             )
-        return output_1T, loss_function
+        return -output.log_probs if isinstance(output, TokenScores) else output, loss_function
 
     def shape(self, length: int, rows: int) -> tuple[int, int]:
         """Length and number of what the model gets of a micro-batch of `rows` sequences."""

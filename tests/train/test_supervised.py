@@ -72,7 +72,8 @@ def logits(model, batch, vocab_size):
     """By the reader's own call of the model, without the loss at its end."""
     [rows] = PACKED.micro_batches(ChatBatch(batch.tokens_BL % vocab_size, batch.pieces_BL, batch.learned_BL), 0, 1, 6)
     without_loss = model.register_forward_pre_hook(
-        lambda module, args, named: (args, {**named, "labels": None, "loss_mask": None}), with_kwargs=True
+        lambda module, args, named: (args, {**named, "labels": None, "loss_mask": None, "output_processor": None}),
+        with_kwargs=True,
     )
     try:
         with torch.no_grad(), without_multi_token_prediction(model):
