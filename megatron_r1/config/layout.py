@@ -73,6 +73,9 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
     if degrees.expert > 1 and config.performance.dispatcher == "allgather":
         allowed = "needs as many tokens on every rank: with answers, take alltoall"
         raise ConfigError("performance.dispatcher", "allgather", allowed)
+    if config.rl.advantages == "critic" and config.rollout.placement == "colocated":
+        allowed = "must be separate with rl.advantages=critic: the critic's memory cannot be given back"
+        raise ConfigError("rollout.placement", "colocated", allowed)
     if config.rollout.engine == "local" and degrees.fewest_ranks() > 1:
         raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
 

@@ -1,10 +1,11 @@
-"""Group relative policy optimization (DeepSeekMath, section 4; DeepSeek-R1, section 2.1)."""
+"""Group relative policy optimization (DeepSeekMath, section 4; DeepSeek-R1, section 2.1), and PPO beside it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.filters import FilterConfig
 from megatron_r1.errors import ConfigError
 
@@ -81,11 +82,15 @@ class RLConfig:
     kl_estimator: str = "k3"
     """How the penalty is taken: k1, k2 or k3 from sampled tokens, or exact over the whole vocabulary."""
     kl_in: str = "loss"
-    """Where the penalty goes: loss, or reward (summed over an answer's tokens, before advantages are taken)."""
+    """Where the penalty goes: loss, or reward (summed over an answer's tokens, or of each where advantages=critic)."""
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy, which is maximised."""
+    advantages: str = "group"
+    """What an answer is held against: group (the other answers to its prompt) or critic (a value model: PPO)."""
     advantage_std: str = "population"
     """Divisor of the group advantage: population, sample or none."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The value model."""
     old_log_probs: str = "rollout"
     """Denominator of the ratio: rollout (the engine's own log-probabilities) or trainer (computed again)."""
     routing_replay: bool = False
@@ -105,7 +110,8 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "prompts_per_rollout", "mini_batches", "inner_epochs", "tokens_per_micro_batch")
-        at_least(self, 2, "group_size")
+        one_of(self, "advantages", ("group", "critic"))
+        at_least(self, 1 if self.advantages == "critic" else 2, "group_size")
         within(self, 1e-6, 100.0, "clip_epsilon")
         at_least(self, 0, "kl_coefficient", "reference_reset_interval", "entropy_coefficient")
         within(self, 0.0, 100.0, "clip_epsilon_high")
@@ -123,6 +129,20 @@ class RLConfig:
         if self.objective == "on_policy" and self.mini_batches * self.inner_epochs > 1:
             key = "mini_batches" if self.mini_batches > 1 else "inner_epochs"
             raise ConfigError(key, getattr(self, key), "must be 1 with objective=on_policy, which knows no old policy")
+        if self.advantages == "critic":
+            self._check_critic()
         samples = self.prompts_per_rollout * self.group_size
         if samples % self.mini_batches:
             raise ConfigError("mini_batches", self.mini_batches, f"must divide the {samples} samples of a rollout")
+
+    def _check_critic(self) -> None:
+        if self.objective in ("grpo_sequence", "gspo"):
+            allowed = (
+                "must be of tokens (grpo, on_policy, gspo_token, cispo) with advantages=critic, whose tokens differ"
+            )
+            raise ConfigError("objective", self.objective, allowed)
+        for name in ("equal_groups", "truncated", "repeats"):
+            if self.group_size == 1 and (value := getattr(self.filters, name)) != "keep":
+                raise ConfigError(
+                    f"filters.{name}", value, "must be keep with group_size=1: it would drop whole groups"
+                )

@@ -40,10 +40,20 @@ class RewardHead(torch.nn.Module):
             hidden_LBD: after the final norm; under sequence parallelism this rank's positions.
             places_B: position of the token that is read in each row.
         """
-        if self._shared:
-            hidden_LBD = gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=False)
-        read_BD = hidden_LBD[places_B, torch.arange(hidden_LBD.shape[1], device=hidden_LBD.device)]
-        return F.linear(read_BD.float(), self.weight.float(), self.bias.float())[:, 0]
+        hidden_LBD = self._whole(hidden_LBD)
+        return self._scores(hidden_LBD[places_B, torch.arange(hidden_LBD.shape[1], device=hidden_LBD.device)])
+
+    def everywhere(self, hidden_LBD: Tensor) -> Tensor:
+        """Scores [B, L] in fp32, of every position; the same hidden states as for `forward`."""
+        return self._scores(self._whole(hidden_LBD)).transpose(0, 1)
+
+    def _whole(self, hidden_LBD: Tensor) -> Tensor:
+        if not self._shared:
+            return hidden_LBD
+        return gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=False)
+
+    def _scores(self, read: Tensor) -> Tensor:
+        return F.linear(read.float(), self.weight.float(), self.bias.float())[..., 0]
 
 
 def add_reward_head(model: Model) -> None:

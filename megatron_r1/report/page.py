@@ -75,6 +75,8 @@ def _rl_together(recipe: Recipe) -> str:
     timed = {stage.name: by_minutes(stage.rows) for stage in stages}
     caption = "The same over the time that each stage took."
     figures += _figure(comparison("all-minutes", timed, "accuracy", "accuracy", xlabel="minutes"), caption)
+    caption = "What the trainer needs for a step, a critic's share included."
+    figures += _figure(comparison("all-train-seconds", runs, "train_seconds", "trainer (seconds per step)"), caption)
     return f'<div class="figures">{figures}</div>' if figures else ""
 
 
@@ -168,6 +170,12 @@ def _rl_figures(stage: Stage) -> Iterable[str]:
     yield _figure(curves(f"{name}-clip", rows, clip, "clipped share of tokens"), "Tokens whose ratio was held back.")
     norm = {"gradient_norm": "gradient norm"}
     yield _figure(curves(f"{name}-norm", rows, norm, "gradient norm", log=True), "Gradient norm before clipping.")
+    value = {"value_loss": "value loss"}
+    caption = "What the critic is wrong by: half the mean square over tokens."
+    yield _figure(curves(f"{name}-value", rows, value, "value loss", log=True), caption)
+    explained = {"explained_variance": "explained"}
+    caption = "Share of the returns' variance that the critic knew before it learned from them."
+    yield _figure(curves(f"{name}-explained", rows, explained, "explained variance"), caption)
     gap = {"logprob_gap": "gap"}
     caption = "Difference between the sampler's and the trainer's log-probabilities of the same tokens."
     yield _figure(curves(f"{name}-gap", rows, gap, "log-probability gap (nats)", log=True), caption)

@@ -8,6 +8,8 @@ al. 2017, equation 7). Legend: B answers, L token positions.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -65,13 +67,48 @@ def generalized_advantages(
     return Estimates(advantages_BL, torch.where(mask_BL, advantages_BL + values_BL, 0.0))
 
 
-def whitened(values_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], epsilon: float = 1e-8) -> Tensor:
-    """(value - mean) / standard deviation over all tokens of the mask, 0 outside; what PPO does to its advantages."""
-    chosen = values_BL[mask_BL]
-    if not len(chosen):
-        return torch.zeros_like(values_BL)
-    deviation = chosen.var(unbiased=False).sqrt()
-    return torch.where(mask_BL, (values_BL - chosen.mean()) / (deviation + epsilon), 0.0)
+class Spread(NamedTuple):
+    """Of numbers that may lie on several ranks; NaN where there are none."""
+
+    mean: Tensor
+    variance: Tensor
+    """Squares are divided by how many there are."""
+
+
+Total = Callable[[Tensor], Tensor]
+"""Adds up over the ranks that hold other answers."""
+
+
+def spread(values_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], total: Total = lambda mine: mine) -> Spread:
+    """Mean and variance of all numbers in the mask, in float64."""
+    chosen = values_BL[mask_BL].double()
+    count, sum_ = total(torch.stack([chosen.new_tensor(float(len(chosen))), chosen.sum()]))
+    mean = sum_ / count
+    return Spread(mean, total((chosen - mean).square().sum()) / count)
+
+
+def whitened(
+    values_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], over: Spread | None = None, epsilon: float = 1e-8
+) -> Float[Tensor, "B L"]:
+    """(value - mean) / standard deviation, 0 outside the mask; what PPO does to its advantages.
+
+    Args:
+        over: the spread of all tokens of the rollout; None is that of these.
+    """
+    mean, variance = over or spread(values_BL, mask_BL)
+    scaled_BL = (values_BL.double() - mean) / (variance.sqrt() + epsilon)
+    return torch.where(mask_BL, scaled_BL, 0.0).to(values_BL.dtype)
+
+
+def explained_variance(
+    returns_BL: Float[Tensor, "B L"],
+    values_BL: Float[Tensor, "B L"],
+    mask_BL: Bool[Tensor, "B L"],
+    total: Total = lambda mine: mine,
+) -> float:
+    """1 - variance of (return - value) / variance of the return: 1 for a critic that knows, NaN for equal returns."""
+    left, whole = (spread(x_BL, mask_BL, total).variance for x_BL in (returns_BL - values_BL, returns_BL))
+    return float(1 - left / whole) if whole > 0 else math.nan
 
 
 def critic_loss(

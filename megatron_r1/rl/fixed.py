@@ -77,32 +77,38 @@ def fixed(
         return Fixed(old, None, hidden, head_weight(model).detach().clone() if is_last_stage() else None)
 
 
-def penalties_of_answers(
+def penalties_of_tokens(
     config: RLConfig, samples: Sequence[Sample], policy: Policy, told: Fixed, rows: Sequence[Rows]
-) -> Tensor:
-    """Collective: KL(policy || reference) of every sample of the rollout, summed over its tokens, in nats: [samples].
+) -> BySample:
+    """Collective: KL(policy || reference) at every token of an answer, in nats, before the first update.
 
-    What DeepSeekMath's equation 2 takes from the rewards of an answer's tokens, summed; before the first update.
+    What DeepSeekMath's equation 2 takes from the rewards of tokens, whether they are learned from or not. On the last
+    pipeline stage; elsewhere without samples.
     """
-    mine: dict[int, float] = {}
     if config.kl_estimator == EXACT:
         divergence = policy.divergence_by_sample(rows, told.other)
-        mine = {index: float(_answer(samples[index], values_L).sum()) for index, values_L in divergence.items()}
-    else:
-        for index, reference_L in (told.reference or {}).items():
-            sample = samples[index]
-            anchor_1L = _answer(sample, reference_L)[None]
-            own_1L = anchor_1L.new_tensor(sample.logprobs)[None]
-            if told.old is not None:
-                own_1L = _answer(sample, told.old[index])[None]
-            everything_1L = torch.ones_like(own_1L, dtype=torch.bool)
-            mine[index] = float(penalty(config.kl_estimator, own_1L, anchor_1L, everything_1L).sum())
+        return {index: answer_part(samples[index], values_L) for index, values_L in divergence.items()}
+    mine: BySample = {}
+    for index, reference_L in (told.reference or {}).items():
+        sample = samples[index]
+        anchor_1L = answer_part(sample, reference_L)[None]
+        own_1L = anchor_1L.new_tensor(sample.logprobs)[None]
+        if told.old is not None:
+            own_1L = answer_part(sample, told.old[index])[None]
+        everything_1L = torch.ones_like(own_1L, dtype=torch.bool)
+        mine[index] = penalty(config.kl_estimator, own_1L, anchor_1L, everything_1L)[0]
+    return mine
+
+
+def sums_of_answers(by_token: BySample, count: int) -> Tensor:
+    """Collective: what `penalties_of_tokens` gives, summed over each answer of the rollout: [samples], everywhere."""
+    mine = {index: float(values_L.sum()) for index, values_L in by_token.items()}
     everyone: dict[int, float] = {}
     for found in AllRanks().gather(mine if speaks_for_its_data() else {}):
         everyone |= found
-    return torch.tensor([everyone[index] for index in range(len(samples))])
+    return torch.tensor([everyone[index] for index in range(count)])
 
 
-def _answer(sample: Sample, values_L: Tensor) -> Tensor:
+def answer_part(sample: Sample, values_L: Tensor) -> Tensor:
     """The part of a row that is of the answer's tokens, whether they are learned from or not."""
     return values_L[len(sample.prompt_tokens) - 1 : row_length(sample) - 1]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,10 +25,10 @@ from megatron_r1.parallel.mesh import (
     tensor_parallel_group,
 )
 from megatron_r1.parallel.vocabulary import TokenScores
-from megatron_r1.rl.advantage import ragged_group_advantages
 from megatron_r1.rl.averages import Totals
 from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
-from megatron_r1.rl.fixed import Fixed, fixed, penalties_of_answers
+from megatron_r1.rl.credit import Advantages, Credit, GroupRelative, Taken
+from megatron_r1.rl.fixed import Fixed, fixed, penalties_of_tokens, sums_of_answers
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective import Answers, objective_of
 from megatron_r1.rl.policy import Policy, longest_input
@@ -68,10 +67,12 @@ class Learner:
         pad_token: int,
         device: str,
         replay: RoutingReplay | None = None,
+        advantages: Advantages | None = None,
     ):
         """
         Args:
             replay: lets the model's routers take the experts that the engine took.
+            advantages: where they come from; None is `GroupRelative`.
         """
         self._config, self._model, self._optimizer = config, model, optimizer
         self._reference, self._pad, self._device = reference, pad_token, device
@@ -80,6 +81,7 @@ class Learner:
         # The reference is another model: it routes for itself.
         self._reference_policy = Policy(model, temperature)
         self._objective = objective_of(config.rl)
+        self._advantages = advantages or GroupRelative(config.rl.advantage_std)
         FROZEN.apply(model, 0)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -89,13 +91,9 @@ class Learner:
             samples: whole groups, one after the other; the same on every rank.
         """
         rl, train = self._config.rl, self._config.train
-        rewards = torch.tensor([sample.reward for sample in samples])
-        sizes = [len(list(group)) for _, group in groupby(samples, key=lambda sample: sample.group)]
-        # On whole groups, before they are divided among mini-batches.
-        advantages = ragged_group_advantages(rewards, sizes, rl.advantage_std)
         count = min(rl.mini_batches, len(samples))
         mini_batches = [
-            self._mini_batch(samples, indices.tolist(), advantages)
+            self._mini_batch(samples, indices.tolist())
             for epoch in range(rl.inner_epochs)
             for indices in shuffle_into_mini_batches(len(samples), count, (self._config.seed, state.step, epoch))
         ]
@@ -103,17 +101,16 @@ class Learner:
         alone = dist.get_world_size(data_parallel_group()) == 1
         seen = [rows for batch in (mini_batches[:count] if alone else mini_batches) for rows in batch.micro_batches]
         told = fixed(rl, self._model, self._policy, self._reference_policy, self._reference, seen)
-        extra = {}
-        if rl.kl_in == "reward" and rl.kl_coefficient:
-            penalties = rl.kl_coefficient * penalties_of_answers(rl, samples, self._policy, told, seen)
-            advantages = ragged_group_advantages(rewards - penalties, sizes, rl.advantage_std)
-            mini_batches = [batch_with(batch, advantages) for batch in mini_batches]
-            extra = {"kl_in_reward": float(penalties.mean())}
+        taken, extra = self._taken(samples, seen, mini_batches[:count], told)
+        credit = self._advantages.of(taken)
         rate = learning_rate(train.schedule, state.step + 1, train.steps, state.consumed_tokens)
+        share = rate / train.schedule.learning_rate
+        rate = 0.0 if self._advantages.policy_waits(state.step) else rate
         results, skipped = [], state.skipped_in_row
         for batch in mini_batches:
-            result = self._update(batch, told, rate)
-            skipped = count_skips(skipped, result.skipped, train.max_skipped_steps, state.step + 1)
+            finite = credit.learn(batch.micro_batches, batch.totals.tokens, share)
+            result = self._update(batch, told, credit, rate)
+            skipped = count_skips(skipped, result.skipped or not finite, train.max_skipped_steps, state.step + 1)
             results.append(result)
         if self._reference and rl.reference_reset_interval and (state.step + 1) % rl.reference_reset_interval == 0:
             self._reference.reset()
@@ -122,10 +119,36 @@ class Learner:
             skipped_in_row=skipped,
             consumed_tokens=state.consumed_tokens + sum(map(row_length, samples)),
         )
-        row = {**combined_metrics(results), **self._routing_metrics(), **extra, "learning_rate": rate}
+        row = {**combined_metrics(results), **credit.metrics(), **self._routing_metrics(), **extra}
+        row["learning_rate"] = rate
         for alarm in alarms(row, rl.mismatch) if leads() else ():
             logger.warning("step %d: %s", state.step, alarm)
         return state, row
+
+    def _taken(
+        self, samples: Sequence[Sample], seen: Sequence[Rows], once: Sequence[MiniBatch], told: Fixed
+    ) -> tuple[Taken, dict[str, float]]:
+        """Collective: what advantages are made of, and metrics; a penalty that is in the reward is taken here.
+
+        Args:
+            seen: micro-batches of all passes; once: those of one pass, in which a sample is on one data-parallel rank.
+        """
+        rl = self._config.rl
+        counted = frozenset(
+            sample
+            for batch in once
+            for rows in batch.micro_batches
+            for sample, learned in zip(rows.samples_B.tolist(), rows.mask_BL.any(1).tolist(), strict=True)
+            if learned
+        )
+        if rl.kl_in != "reward" or not rl.kl_coefficient:
+            return Taken(samples, seen, counted), {}
+        by_token = {
+            place: rl.kl_coefficient * values_L
+            for place, values_L in penalties_of_tokens(rl, samples, self._policy, told, seen).items()
+        }
+        sums = sums_of_answers(by_token, len(samples))
+        return Taken(samples, seen, counted, by_token, sums), {"kl_in_reward": float(sums.mean())}
 
     def _routing_metrics(self) -> dict[str, float]:
         """Share of the engine's choices that the trainer's routers would have made otherwise, over all passes."""
@@ -134,12 +157,12 @@ class Learner:
         told, otherwise = map(sum, zip(*AllRanks().gather(self._replay.count()), strict=True))
         return {"routing_otherwise": otherwise / max(1, told)}
 
-    def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor) -> MiniBatch:
+    def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int]) -> MiniBatch:
         learned = sum(len(samples[index].response_tokens) for index in indices if samples[index].learned)
         totals = Totals(len(indices), learned, self._config.rollout.max_response_tokens)
-        return MiniBatch(totals, list(self._micro_batches(samples, indices, advantages)))
+        return MiniBatch(totals, list(self._micro_batches(samples, indices)))
 
-    def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int], advantages: Tensor) -> Iterator[Rows]:
+    def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int]) -> Iterator[Rows]:
         """This rank's part of a mini-batch; every data-parallel rank gets the same number of micro-batches."""
         group = data_parallel_group()
         lengths = [row_length(samples[index]) for index in indices]
@@ -150,9 +173,9 @@ class Learner:
         mine = shares[dist.get_rank(group)]
         for batch in mine:
             chosen = [indices[i] for i in batch]
-            yield make_rows(samples, chosen, advantages, self._pad, self._device, self._length_multiple)
+            yield make_rows(samples, chosen, self._pad, self._device, self._length_multiple)
         # Experts may be shared with ranks that have more to do: they exchange tokens in every pass.
-        idle = make_rows(samples, indices[:1], advantages, self._pad, self._device, self._length_multiple).masked()
+        idle = make_rows(samples, indices[:1], self._pad, self._device, self._length_multiple).masked()
         for _ in range(max(map(len, shares)) - len(mine)):
             yield idle
 
@@ -164,7 +187,7 @@ class Learner:
         """Sequence parallelism shares each row's positions out."""
         return dist.get_world_size(tensor_parallel_group())
 
-    def _update(self, batch: MiniBatch, told: Fixed, rate: float) -> UpdateResult:
+    def _update(self, batch: MiniBatch, told: Fixed, credit: Credit, rate: float) -> UpdateResult:
         rl, micro_batches = self._config.rl, batch.micro_batches
         # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
         scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
@@ -174,7 +197,7 @@ class Learner:
                 answers = Answers(
                     scores.log_probs,
                     told.old_rows(rows),
-                    rows.advantages_B,
+                    credit.on(rows),
                     rows.mask_BL,
                     told.reference_rows(rows),
                     scores.divergence,
@@ -196,11 +219,6 @@ class Learner:
         finally:
             if self._replay:
                 self._replay.done()
-
-
-def batch_with(batch: MiniBatch, advantages: Tensor) -> MiniBatch:
-    """The same mini-batch with other advantages."""
-    return MiniBatch(batch.totals, [rows.with_advantages(advantages) for rows in batch.micro_batches])
 
 
 def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Policy:
             other: another model's hidden states [L, B, D] and head, for the exact divergence to it.
         """
         with self._telling(rows), without_multi_token_prediction(self._model):
-            return model_scores(model, *_inputs(rows), rows.targets_BL, temperature=self._temperature, other=other)
+            return model_scores(model, *inputs_of(rows), rows.targets_BL, temperature=self._temperature, other=other)
 
     def _telling(self, rows: Rows) -> AbstractContextManager[None]:
         if self._replay is None or rows.experts_BLNK is None:
@@ -64,7 +64,7 @@ class Policy:
 
         def forward(model: Any, rows: Rows) -> Tensor:
             with self._telling(rows), without_multi_token_prediction(self._model):
-                return last_hidden_states(model, *_inputs(rows))
+                return last_hidden_states(model, *inputs_of(rows))
 
         return self._by_sample(micro_batches, forward)
 
@@ -83,14 +83,22 @@ class Policy:
         return self._by_sample(micro_batches, forward)
 
     def _by_sample(self, micro_batches: Sequence[Rows], forward: Callable[[Any, Rows], Tensor]) -> dict[int, Tensor]:
-        outputs = forward_only(self._model, micro_batches, forward, longest_input(micro_batches))
-        result: dict[int, Tensor] = {}
-        for rows, output_BL in zip(micro_batches, outputs, strict=False):
-            result |= zip(rows.samples_B.tolist(), output_BL, strict=True)
-        return result
+        return outputs_by_sample(self._model, micro_batches, forward)
 
 
-def _inputs(rows: Rows) -> tuple[Tensor, Tensor]:
+def outputs_by_sample(
+    model: Any, micro_batches: Sequence[Rows], forward: Callable[[Any, Rows], Tensor]
+) -> dict[int, Tensor]:
+    """Each sample's row of what `forward` gives, [B, L] or [B, L, D]; empty but on the last pipeline stage."""
+    outputs = forward_only(model, micro_batches, forward, longest_input(micro_batches))
+    result: dict[int, Tensor] = {}
+    for rows, output_BL in zip(micro_batches, outputs, strict=False):
+        result |= zip(rows.samples_B.tolist(), output_BL, strict=True)
+    return result
+
+
+def inputs_of(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Tokens and positions, [B, L], as a model takes them."""
     positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.tokens_BL.device).expand_as(rows.inputs_BL)
     return rows.inputs_BL.contiguous(), positions_BL
 

@@ -26,7 +26,6 @@ class Rows:
     """Whether the target at this position is learned from: it is part of the response."""
     rollout_log_probs_BL: Tensor
     """The engine's log-probabilities; 0 outside the response."""
-    advantages_B: Tensor
     samples_B: Tensor
     """Place of each row's sample in the rollout."""
     experts_BLNK: Tensor | None = None
@@ -39,10 +38,6 @@ class Rows:
     @property
     def targets_BL(self) -> Tensor:  # noqa: N802 (a tensor's shape)
         return self.tokens_BL[:, 1:]
-
-    def with_advantages(self, advantages: Tensor) -> Rows:
-        """The same rows with other advantages, of all samples of the rollout."""
-        return replace(self, advantages_B=advantages[self.samples_B].to(self.advantages_B))
 
     def masked(self) -> Rows:
         """The same rows with nothing to learn from: they only keep the other ranks company."""
@@ -57,7 +52,6 @@ def row_length(sample: Sample) -> int:
 def make_rows(
     samples: Sequence[Sample],
     indices: Sequence[int],
-    advantages: Tensor,
     pad_token: int,
     device: str,
     length_multiple: int = 1,
@@ -65,7 +59,6 @@ def make_rows(
     """Rows of the samples at `indices` of a rollout.
 
     Args:
-        advantages: of all samples of the rollout.
         length_multiple: inputs are padded to a multiple of this.
     """
     chosen = [samples[index] for index in indices]
@@ -79,14 +72,12 @@ def make_rows(
         tokens_BL[row, :end] = torch.tensor(sample.prompt_tokens + sample.response_tokens)
         mask_BL[row, start - 1 : end - 1] = sample.learned
         log_probs_BL[row, start - 1 : end - 1] = torch.tensor(sample.logprobs)
-    places = torch.tensor(list(indices))
     experts_BLNK = _experts(chosen, longest - 1)
     return Rows(
         tokens_BL.to(device),
         mask_BL.to(device),
         log_probs_BL.to(device),
-        advantages[places].to(device),
-        places,
+        torch.tensor(list(indices)),
         None if experts_BLNK is None else experts_BLNK.to(device),
     )
 

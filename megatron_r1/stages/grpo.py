@@ -1,4 +1,4 @@
-"""grpo: reinforcement learning with rule rewards (R1-Zero when it starts from a base model)."""
+"""grpo: reinforcement learning (R1-Zero when it starts from a base model), by groups of answers or with a critic."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import RoutingReplay
+from megatron_r1.model.shards import Shard
 from megatron_r1.parallel.mesh import leads
 from megatron_r1.rewards.score import Weighted
 from megatron_r1.rl.ahead import AheadRollouts, TakesRollouts
+from megatron_r1.rl.critic import CriticAdvantages
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Separate
@@ -25,6 +27,7 @@ from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.local import LocalEngine
 from megatron_r1.rollout.routed import RoutedLayers
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.stages.critic import critic_of
 from megatron_r1.stages.reward_scorer import RewardModelScorer
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import Weights, find_weights
@@ -57,13 +60,22 @@ def run(config: RunConfig) -> None:
         reference = ReferencePolicy(this.model, this.saved(SAVED)) if config.rl.kl_coefficient else None
         moe = config.model.moe
         replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None
-        learner = Learner(config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device, replay)
+        critic = critic_of(this, weights) if config.rl.advantages == "critic" else None
+        advantages = CriticAdvantages(critic, config.rl.critic) if critic else None
+        learner = Learner(
+            config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device, replay, advantages
+        )
+
+        def beside() -> Iterator[tuple[str, Shard]]:
+            for part in (reference, critic):
+                yield from part.saved() if part else ()
+
         colocated = config.rollout.placement == "colocated"
         placement = Colocated(TrainerMemory(this.model, this.optimizer)) if colocated else Separate()
         with rollout_engine(this, weights, replay, placement) as engine, ExitStack() as stack:
             rollouts: TakesRollouts | None = None
             prompts = config.rl.prompts_per_rollout
-            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=reference.saved if reference else tuple)
+            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=beside)
             if leads():
                 journal = Journal(this.folder / "rollouts")
                 hooks = Hooks([hooks, PruneJournal(journal, config.train)])

@@ -107,6 +107,11 @@ REFUSALS = [
         "attention.num_key_value_heads=2",
     ),
     ("pretrain model.tied_embeddings=true", "model.tied_embeddings=true", "must be false with latent attention"),
+    ("grpo rl.group_size=1", "rl.group_size=1", "must be at least 2"),
+    ("grpo rl=ppo rl.objective=gspo", "rl.objective=gspo", "with advantages=critic"),
+    ("grpo rl=ppo rl.group_size=1 rl.filters.truncated=mask", "rl.filters.truncated=mask", "must be keep with group"),
+    ("grpo rl=ppo rl.critic.decay=1.5", "rl.critic.decay=1.5", "must lie between"),
+    ("grpo rl=ppo rollout.placement=colocated", "rollout.placement=colocated", "must be separate with rl.advantages"),
     ("grpo rollout.placement=apart", "rollout.placement=apart", "must be one of separate, colocated"),
     ("grpo rollout.placement=colocated rollout.ahead=1", "rollout.ahead=1", "must be 0 with placement=colocated"),
     (

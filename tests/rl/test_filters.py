@@ -80,7 +80,7 @@ def test_ragged_groups_have_the_advantages_of_each_alone(groups):
 
 
 def test_masked_answers_have_no_position_to_learn_from():
-    rows = make_rows([RIGHT, replace(CUT, learned=False)], [0, 1], torch.tensor([1.0, -1.0]), 0, "cpu")
+    rows = make_rows([RIGHT, replace(CUT, learned=False)], [0, 1], 0, "cpu")
     assert rows.mask_BL.sum(dim=1).tolist() == [2, 0]
 
 

@@ -150,7 +150,7 @@ def gap(model: Any, engine: Any, servers: int) -> float:
         for c in comm.broadcast(completions)
     ]
     multiple = dist.get_world_size(tensor_parallel_group())
-    rows = make_rows(samples, range(len(samples)), torch.zeros(len(samples)), 0, "cpu", multiple)
+    rows = make_rows(samples, range(len(samples)), 0, "cpu", multiple)
     worst = 0.0
     for place, log_probs_L in Policy(model, 1.0).log_probs_by_sample([rows]).items():
         difference_L = (log_probs_L - rows.rollout_log_probs_BL[place]).abs()

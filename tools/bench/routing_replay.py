@@ -105,7 +105,7 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, float]:
     sampling = Sampling(1.0, 1.0, given.tokens, (2,), seed, layers)
     with engine_of(given.engine, model, shape, replay) as engine:
         completions = all_answered(engine.generate(requests, sampling))
-    rows = make_rows([as_sample(one) for one in completions], range(PROMPTS), torch.zeros(PROMPTS), 0, "cpu")
+    rows = make_rows([as_sample(one) for one in completions], range(PROMPTS), 0, "cpu")
     means = {}
     for name, used in (("off", None), ("on", replay)):
         log_probs = Policy(model, 1.0, used).log_probs_by_sample([rows])

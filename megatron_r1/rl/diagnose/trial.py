@@ -103,7 +103,7 @@ class Trial:
 
     def _rows(self, samples: Sequence[Sample], part: Sequence[int]) -> Rows:
         device = str(next(self.model.parameters()).device)
-        return make_rows(samples, part, torch.zeros(len(samples)), self._pad, device)
+        return make_rows(samples, part, self._pad, device)
 
 
 def response_part(values_L: Tensor, sample: Sample) -> Tensor:

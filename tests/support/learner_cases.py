@@ -1,0 +1,75 @@
+"""A small rollout, and what a learner's update of it is compared with: tests/rl."""
+
+from __future__ import annotations
+
+import torch
+from layouts import model_of
+from plain_grpo import response_log_probs
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.model.build import native_tensors
+from megatron_r1.rollout.sample import Sample
+
+LENGTHS = ((5, 7), (5, 3), (9, 12), (9, 1))
+REWARDS = (1.1, 0.1, 0.0, 1.0)
+
+
+def config_of(shape: str = "tiny", **rl) -> RunConfig:
+    config = RunConfig(model=model_of(shape))
+    config.model.moe.sequence_loss_coefficient = 0.0
+    config.rollout.temperature = 0.7
+    config.train.optimizer.clip_norm = 0.0
+    settings = {
+        "prompts_per_rollout": 2, "group_size": 2, "mini_batches": 1, "kl_coefficient": 0.05,
+        "tokens_per_micro_batch": 1000, **rl,
+    }  # fmt: skip
+    for name, value in settings.items():
+        setattr(config.rl, name, value)
+    return config
+
+
+def trainable(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith("mtp."))
+    return model
+
+
+def make_samples(model, noise: float) -> list[Sample]:
+    """Two groups of two answers whose log-probabilities are the model's own, plus noise."""
+    generator = torch.Generator().manual_seed(2)
+    samples = []
+    for index, ((prompt_length, length), reward) in enumerate(zip(LENGTHS, REWARDS, strict=True)):
+        prompt = tuple(torch.randint(5, 512, (prompt_length,), generator=generator).tolist())
+        response = tuple(torch.randint(5, 512, (length,), generator=generator).tolist())
+        with torch.no_grad():
+            own = response_log_probs(model, prompt, response, 0.7)
+        shifted = (own + noise * torch.randn(length, generator=generator)).clamp(max=0.0).tolist()
+        parts = (f"p{index // 2}", index // 2, prompt, response, tuple(shifted), "0", "stop", "", reward)
+        samples.append(Sample(*parts, reward_parts={"accuracy": reward}))
+    return samples
+
+
+def shifted_reference(model) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tensors = native_tensors(model)
+    return {name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors}
+
+
+def assert_close(found: dict, expected: dict) -> float:
+    worst = 0.0
+    for name, gradient in expected.items():
+        if gradient is None or not gradient.any():
+            assert not found[name].any(), name
+            continue
+        worst = max(worst, float((found[name] - gradient).norm() / gradient.norm()))
+    assert worst < 1e-5, worst
+    return worst
+
+
+def two_models(new_model, config):
+    """A model and the reference that it is learnt beside, as a model of its own."""
+    model, other = trainable(new_model(config.model)), new_model(config.model)
+    shifted = shifted_reference(model)
+    for name, tensor in native_tensors(other):
+        tensor.copy_(shifted[name])
+    return model, other

@@ -1,0 +1,88 @@
+"""PPO runs of a toy base, run in one process: tests/stages/test_ppo_runs.py.
+
+python ppo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
+and once stopped by a signal and gone on with; starts a critic from the reward model; and writes FOLDER/found.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+RUN = (
+    "track=off",
+    "platform=cpu",
+    "threads=1",
+    "data.num_documents=300",
+    "model.num_layers=2",
+    "train.schedule.warmup_steps=1",
+    "train.checkpoint_interval=2",
+)
+PPO = (
+    "init.from={}/base",
+    "rl=ppo",
+    "rollout=local",
+    "rollout.max_response_tokens=12",
+    "rl.prompts_per_rollout=6",
+    "rl.group_size=1",
+    "rl.mini_batches=2",
+    "rl.reference_reset_interval=0",
+)
+REWARD = (
+    "init.from={}/base",
+    "data=assistant",
+    "reward_model.num_items=24",
+    "reward_model.heldout=4",
+    "train.global_batch_size=4",
+    "train.micro_batch_size=4",
+    "train.steps=2",
+)
+
+
+def main(folder: Path) -> None:
+    from megatron_r1.config.load import load
+    from megatron_r1.errors import Requeue, UserError
+    from megatron_r1.platform import select
+
+    select("cpu")
+    from megatron_r1.stages import grpo, pretrain, reward
+
+    def run(stage: Any, verb: str, *overrides: str) -> None:
+        stage.run(load(verb, [line.format(folder) for line in (*RUN, f"root={folder}", *overrides)]))
+
+    def refused(*overrides: str) -> str:
+        try:
+            run(grpo, "grpo", "name=refused", *PPO, "train.steps=2", *overrides)
+        except UserError as error:
+            return str(error)
+        return "was not refused"
+
+    run(pretrain, "pretrain", "name=base", "train.steps=3")
+    run(grpo, "grpo", "name=whole", *PPO, "train.steps=2")
+    plain = grpo.PruneJournal.after_step
+
+    def stopping(self: Any, state: Any, row: dict) -> None:
+        plain(self, state, row)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    grpo.PruneJournal.after_step = stopping
+    try:
+        run(grpo, "grpo", "name=stopped", *PPO, "train.steps=2")
+        raise AssertionError("was not stopped")
+    except Requeue as stopped:
+        found = {"stopped": str(stopped)}
+    grpo.PruneJournal.after_step = plain
+    run(grpo, "grpo", "name=stopped", *PPO, "train.steps=2")
+    run(reward, "reward", "name=judge", *REWARD)
+    still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=2")
+    run(grpo, "grpo", "name=judged", *PPO, *still)
+    found["no_reward_model"] = refused("rl.critic.init_from={}/base")
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
