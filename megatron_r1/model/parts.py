@@ -201,8 +201,11 @@ class CoreAttention(torch.nn.Module):
         for length in lengths.unique().tolist():
             starts_N = bounds[:-1][lengths == length].long()
             places_NL = starts_N[:, None] + torch.arange(length, device=bounds.device)
+            query, key, value = (tensor[places_NL].transpose(1, 2) for tensor in (query_THD, key_TGD, value_TGD))
             out_NHLD = F.scaled_dot_product_attention(
-                *(tensor[places_NL].transpose(1, 2) for tensor in (query_THD, key_TGD, value_TGD)),
+                query,
+                key,
+                value,
                 is_causal=True,
                 scale=self.softmax_scale,
                 enable_gqa=key_TGD.shape[1] != query_THD.shape[1],
