@@ -49,14 +49,7 @@ def run(config: RunConfig) -> None:
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return
-        models = [
-            Weighted(
-                getattr(config.reward, name),
-                RewardModelScorer(source, config.parallel, this.platform, f"reward.{name}_model", name),
-            )
-            for name, source in config.reward.models.items()
-        ]
-        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), models)
+        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), reward_models(this))
         reference = ReferencePolicy(this.model, this.saved(SAVED)) if config.rl.kl_coefficient else None
         moe = config.model.moe
         replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None
@@ -106,6 +99,17 @@ def check(config: RunConfig) -> None:
     """
     if not config.init.from_:
         raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
+
+
+def reward_models(this: Trainer) -> list[Weighted]:
+    """The configured reward models, at work beside the policy."""
+    reward, parallel = this.config.reward, this.config.parallel
+
+    def weighted(name: str, source: str) -> Weighted:
+        scorer = RewardModelScorer(source, parallel, this.platform, f"reward.{name}_model", name)
+        return Weighted(getattr(reward, name), scorer)
+
+    return [weighted(name, source) for name, source in reward.models.items()]
 
 
 class PruneJournal(Hook):
