@@ -39,7 +39,7 @@ def render(recipe: Recipe) -> str:
         f'<p class="dim">Stages: {stages}. Written {written}.</p>',
         "<h2>Before and after</h2>" + results.headline(recipe.results),
         "<h2>Pre-training</h2>" + _pretrain_together(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
-        "<h2>Reward models</h2>" + _of_kind(recipe, "reward_model", reward_model_figures),
+        _reward_models(recipe),
         "<h2>Reinforcement learning</h2>" + _rl_together(recipe) + _of_kind(recipe, "rl", _rl_figures),
         "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
         "<h2>Configuration and versions</h2>" + _settings(recipe.stages),
@@ -52,6 +52,13 @@ def render(recipe: Recipe) -> str:
     )
     main = "\n".join(body)
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{main}\n</main></body></html>\n'
+
+
+def _reward_models(recipe: Recipe) -> str:
+    """Nothing where a recipe trains none: not every recipe has to."""
+    if not recipe.of_kind("reward_model"):
+        return ""
+    return "<h2>Reward models</h2>" + _of_kind(recipe, "reward_model", reward_model_figures)
 
 
 def _of_kind(recipe: Recipe, kind: str, figures_of: Callable[[Stage], Iterable[str]]) -> str:
