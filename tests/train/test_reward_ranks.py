@@ -29,7 +29,7 @@ def test_two_ranks_compute_what_one_does(layout, one_rank, monkeypatch, tmp_path
         metrics, gradients, scores = one_update(one_rank, ParallelConfig(), objective == "pairwise", 0.5)
         assert any(gradients["reward_head.weight"].flatten() != 0)
         found = json.loads((tmp_path / f"{objective}.json").read_text())
-        assert found["scores"] == pytest.approx(scores, rel=1e-5, abs=1e-6)
+        assert found["scores"] == pytest.approx(scores, rel=1e-5, abs=5e-6)
         assert found["metrics"] == pytest.approx(metrics, rel=1e-5)
         theirs = torch.load(tmp_path / f"{objective}.pt", weights_only=True)
         assert theirs.keys() == gradients.keys()
