@@ -50,6 +50,8 @@ def main(folder: Path) -> None:
                 found["supervised"] = supervised(post_training(config), platform)
             if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
+                if precision == "fp64":
+                    found["ppo"] = reinforce(with_critic(post_training(config)), platform)
             if dist.get_world_size() == 1:
                 found["plain"] = reinforce_plainly(post_training(config), platform)
                 if precision == "fp64":
@@ -161,10 +163,35 @@ def post_training(config: Any) -> Any:
     return config
 
 
+def with_critic(config: Any) -> Any:
+    """The same by PPO, every answer twice, so that among several ranks some change theirs."""
+    rl = config.rl
+    rl.advantages, rl.average, rl.kl_in, rl.kl_estimator, rl.inner_epochs = "critic", "token", "reward", "k1", 2
+    config.train.schedule.warmup_steps, config.train.schedule.learning_rate = 0, 1e-5
+    rl.critic.learning_rate, rl.critic.decay = 1e-5, 0.9
+    return config
+
+
+def critic_of(config: Any, platform: Any) -> tuple[Any, Any]:
+    """A value model whose head says something, and its optimizer."""
+    from megatron_r1.model.chunks import in_multi_token_layer
+    from megatron_r1.model.reward_head import HEAD, add_reward_head
+    from megatron_r1.train.optimizer import Optimizer
+
+    model = build(config, platform)
+    add_reward_head(model)
+    for name, parameter in model.named_parameters():
+        if HEAD in name:
+            parameter.data.fill_(0.01)
+        parameter.requires_grad_(not in_multi_token_layer(name) and "output_layer" not in name.split("."))
+    return model, Optimizer(model, config.train, config.performance)
+
+
 def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
-    """Metrics of one GRPO rollout in one mini-batch, and its whole gradients."""
+    """Metrics of one rollout in one mini-batch, and its whole gradients; the critic's too where there is one."""
     from megatron_r1.model.chunks import in_multi_token_layer
     from megatron_r1.model.replay import RoutingReplay
+    from megatron_r1.rl.critic import Critic, CriticAdvantages
     from megatron_r1.rl.learner import Learner
     from megatron_r1.rl.reference import ReferencePolicy
     from megatron_r1.train.optimizer import Optimizer
@@ -178,9 +205,14 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     for copy_of_weight in reference.copies:
         copy_of_weight *= REFERENCE_SCALE
     replay = RoutingReplay(model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
-    learner = Learner(config, model, optimizer, reference, 0, "cpu", replay)
+    beside = critic_of(config, platform) if config.rl.advantages == "critic" else None
+    advantages = CriticAdvantages(Critic(*beside, config.rl.critic.clip), config.rl.critic) if beside else None
+    learner = Learner(config, model, optimizer, reference, 0, "cpu", replay, advantages)
     _, row = learner.learn(list(samples(config.model)), TrainState())
-    return row, whole_gradients(model, optimizer)
+    gradients = whole_gradients(model, optimizer)
+    if beside:
+        gradients |= {f"critic {name}": gradient for name, gradient in whole_gradients(*beside).items()}
+    return {key: value for key, value in row.items() if not key.endswith("seconds")}, gradients
 
 
 def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:

@@ -42,7 +42,7 @@ class Case:
     def cannot(self) -> set[str]:
         """What this layout does not compute, of all that one rank does."""
         apart = {"apart-fp64", "supervised-fp64"} if CONTEXT in self.overrides else set()
-        return apart | {"plain-fp32", "plain-fp64", "alone-fp64"} | (set() if self.reinforce else {"grpo-fp32", "grpo-fp64"})
+        return apart | {"plain-fp32", "plain-fp64", "alone-fp64"} | (set() if self.reinforce else {"grpo-fp32", "grpo-fp64", "ppo-fp64"})
 
 
 TENSOR, PIPELINE, EXPERT, CONTEXT = (f"parallel.{name}=2" for name in ("tensor", "pipeline", "expert", "context"))
@@ -155,6 +155,7 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
         assert found == {layer: load_E for layer, load_E in expected.items() if layer != "mtp_loss"}
     if case.reinforce:
         assert here["grpo-fp32"].row == pytest.approx(one["grpo-fp32"].row, rel=1e-4, abs=1e-6)
+        assert here["ppo-fp64"].row == pytest.approx(one["ppo-fp64"].row, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.dist

@@ -14,6 +14,7 @@ from launching import run_to_the_end
 from megatron_r1.checkpoint.sharded import WholeTensors
 from megatron_r1.track.record import read_metrics
 
+pytestmark = pytest.mark.timeout(240)
 SUPPORT = Path(__file__).parents[1] / "support"
 POLICY = {"model", "exp_avg", "exp_avg_sq", "reference"}
 CRITIC = {"critic", "critic_exp_avg", "critic_exp_avg_sq", "critic_progress"}
@@ -22,7 +23,7 @@ CRITIC = {"critic", "critic_exp_avg", "critic_exp_avg_sq", "critic_progress"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ppo-runs")
-    run_to_the_end([sys.executable, str(SUPPORT / "ppo_runs.py"), str(folder)], seconds=110)
+    run_to_the_end([sys.executable, str(SUPPORT / "ppo_runs.py"), str(folder)], seconds=200)
     return folder
 
 
@@ -56,7 +57,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, found):
 def test_a_critic_starts_from_the_policy_and_learns_apart_from_it(folder):
     base, critic, policy = (
         tensors(folder, run, kind, step)
-        for run, kind, step in (("base", "model", 3), ("whole", "critic", 2), ("whole", "model", 2))
+        for run, kind, step in (("base", "model", 1), ("whole", "critic", 2), ("whole", "model", 2))
     )
     untouched = {name for name in base if torch.equal(base[name], critic[name])}
     assert critic.keys() - base.keys() == {"reward_head.weight", "reward_head.bias"}
@@ -69,7 +70,7 @@ def test_a_critic_starts_from_the_policy_and_learns_apart_from_it(folder):
 
 
 def test_a_critic_starts_from_a_reward_model(folder, found):
-    judge, critic = tensors(folder, "judge", "model"), tensors(folder, "judged", "critic")
+    judge, critic = tensors(folder, "judge", "model", 1), tensors(folder, "judged", "critic", 1)
     assert judge.keys() == critic.keys() and judge["reward_head.weight"].any()
     for name, tensor in judge.items():
         torch.testing.assert_close(critic[name], tensor, rtol=0, atol=1e-9)

@@ -19,7 +19,8 @@ RUN = (
     "threads=1",
     "data.num_documents=300",
     "model.num_layers=2",
-    "train.schedule.warmup_steps=1",
+    "model.mtp.num_layers=0",
+    "train.schedule.warmup_steps=0",
     "train.checkpoint_interval=2",
 )
 PPO = (
@@ -35,11 +36,11 @@ PPO = (
 REWARD = (
     "init.from={}/base",
     "data=assistant",
-    "reward_model.num_items=24",
+    "reward_model.num_items=16",
     "reward_model.heldout=4",
     "train.global_batch_size=4",
     "train.micro_batch_size=4",
-    "train.steps=2",
+    "train.steps=1",
 )
 
 
@@ -61,7 +62,7 @@ def main(folder: Path) -> None:
             return str(error)
         return "was not refused"
 
-    run(pretrain, "pretrain", "name=base", "train.steps=3")
+    run(pretrain, "pretrain", "name=base", "train.steps=1")
     run(grpo, "grpo", "name=whole", *PPO, "train.steps=2")
     plain = grpo.PruneJournal.after_step
 
@@ -78,7 +79,7 @@ def main(folder: Path) -> None:
     grpo.PruneJournal.after_step = plain
     run(grpo, "grpo", "name=stopped", *PPO, "train.steps=2")
     run(reward, "reward", "name=judge", *REWARD)
-    still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=2")
+    still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
     found["no_reward_model"] = refused("rl.critic.init_from={}/base")
     (folder / "found.json").write_text(json.dumps(found))
