@@ -112,6 +112,7 @@ REFUSALS = [
     ("grpo rl=ppo rl.group_size=1 rl.filters.truncated=mask", "rl.filters.truncated=mask", "must be keep with group"),
     ("grpo rl=ppo rl.critic.decay=1.5", "rl.critic.decay=1.5", "must lie between"),
     ("grpo rl=ppo rollout.placement=colocated", "rollout.placement=colocated", "must be separate with rl.advantages"),
+    ("grpo rl=ppo model=tiny_dense model.tied_embeddings=true parallel.pipeline=2", "parallel.pipeline=2", "must"),
     ("grpo rollout.placement=apart", "rollout.placement=apart", "must be one of separate, colocated"),
     ("grpo rollout.placement=colocated rollout.ahead=1", "rollout.ahead=1", "must be 0 with placement=colocated"),
     (
