@@ -73,6 +73,9 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
     if degrees.expert > 1 and config.performance.dispatcher == "allgather":
         allowed = "needs as many tokens on every rank: with answers, take alltoall"
         raise ConfigError("performance.dispatcher", "allgather", allowed)
+    if config.rl.advantages == "critic" and config.model.tied_embeddings and degrees.pipeline > 1:
+        allowed = "must be 1 with rl.advantages=critic and model.tied_embeddings: a critic has no gradient for the head"
+        raise ConfigError("parallel.pipeline", degrees.pipeline, allowed)
     if config.rl.advantages == "critic" and config.rollout.placement == "colocated":
         allowed = "must be separate with rl.advantages=critic: the critic's memory cannot be given back"
         raise ConfigError("rollout.placement", "colocated", allowed)

@@ -7,6 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from megatron_r1.config.layout import check_layout
+from megatron_r1.config.load import load
+from megatron_r1.errors import ConfigError
+
 REFUSALS = [
     # misspelt
     ("pretrain model.hiden_size=64", "model.hiden_size=64", "did you mean model.hidden_size?"),
@@ -172,6 +176,13 @@ def test_refusals_take_under_a_second(answers):
     # Wall-clock time is the program's own only while nothing else runs: the quickest answer comes nearest to that.
     assert min(seen.result().seconds for seen in answers.values()) < LIMIT_S
     assert statistics.median(seen.result().processor_seconds for seen in answers.values()) < LIMIT_S / 2
+
+
+def test_a_critic_of_tied_embeddings_on_two_stages_is_refused():
+    config = load("grpo", ["rl=ppo", "model=tiny_dense", "parallel.pipeline=2"])
+    assert config.model.tied_embeddings
+    with pytest.raises(ConfigError, match="parallel.pipeline=2: must be 1 with rl.advantages=critic"):
+        check_layout(config, "grpo", ranks=2)
 
 
 def test_only_the_first_rank_speaks(answer):

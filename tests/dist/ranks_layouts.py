@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
                 found["supervised"] = supervised(post_training(config), platform)
             if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
-                if precision == "fp64":
+                if precision == "fp64" and not (config.model.tied_embeddings and config.parallel.pipeline > 1):
                     found["ppo"] = reinforce(with_critic(post_training(config)), platform)
             if dist.get_world_size() == 1:
                 found["plain"] = reinforce_plainly(post_training(config), platform)
