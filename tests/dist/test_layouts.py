@@ -158,7 +158,7 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
     if case.reinforce:
         assert here["grpo-fp32"].row == pytest.approx(one["grpo-fp32"].row, rel=1e-4, abs=1e-6)
     if "ppo-fp64" in here:
-        assert here["ppo-fp64"].row == pytest.approx(one["ppo-fp64"].row, rel=1e-9, abs=1e-12)
+        assert here["ppo-fp64"].row == pytest.approx(one["ppo-fp64"].row, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.dist
