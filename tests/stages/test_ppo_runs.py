@@ -70,7 +70,7 @@ def test_a_critic_starts_from_the_policy_and_learns_apart_from_it(folder):
 
 
 def test_a_critic_starts_from_a_reward_model(folder, found):
-    judge, critic = tensors(folder, "judge", "model", 1), tensors(folder, "judged", "critic", 1)
+    judge, critic = tensors(folder, "judge", "model"), tensors(folder, "judged", "critic", 1)
     assert judge.keys() == critic.keys() and judge["reward_head.weight"].any()
     for name, tensor in judge.items():
         torch.testing.assert_close(critic[name], tensor, rtol=0, atol=1e-9)

@@ -40,7 +40,7 @@ REWARD = (
     "reward_model.heldout=4",
     "train.global_batch_size=4",
     "train.micro_batch_size=4",
-    "train.steps=1",
+    "train.steps=2",
 )
 
 
