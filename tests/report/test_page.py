@@ -249,6 +249,7 @@ def test_torn_files_are_no_error(recipe):
 def test_stages_are_told_apart_by_their_rows(recipe):
     assert {stage.name: stage.kind for stage in read_recipe(recipe).stages} == {
         "pretrain": "pretrain",
+        "cold_start": "sft",
         "r1_zero": "rl",
         "evaluate": "other",
     }
