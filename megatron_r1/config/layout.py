@@ -32,7 +32,7 @@ def _check_pretraining(config: RunConfig, ranks: int) -> None:
 
 
 def _check_reinforcement(config: RunConfig, ranks: int) -> None:
-    """Answers have many lengths, and so have micro-batches: some ways to share work need them alike."""
+    """Refuse what reinforcement learning cannot do in a layout, or beside an engine."""
     degrees, longest = config.parallel, config.model.max_sequence_length
     if config.rl.routing_replay and not config.model.moe.num_experts:
         raise ConfigError("rl.routing_replay", True, "must be false: the model has no routers")
@@ -67,12 +67,7 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
             raise ConfigError(f"reward.{name}", weight, f"must be 0 on {ranks} ranks: rank 0 alone scores")
     if degrees.context > 1:
         raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
-    if degrees.virtual_pipeline > 1:
-        allowed = "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths"
-        raise ConfigError("parallel.virtual_pipeline", degrees.virtual_pipeline, allowed)
-    if degrees.expert > 1 and config.performance.dispatcher == "allgather":
-        allowed = "needs as many tokens on every rank: with answers, take alltoall"
-        raise ConfigError("performance.dispatcher", "allgather", allowed)
+    _check_many_lengths(config)
     if config.rl.advantages == "critic" and config.model.tied_embeddings and degrees.pipeline > 1:
         allowed = "must be 1 with rl.advantages=critic and model.tied_embeddings: a critic has no gradient for the head"
         raise ConfigError("parallel.pipeline", degrees.pipeline, allowed)
@@ -83,6 +78,17 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
         raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
 
 
+def _check_many_lengths(config: RunConfig) -> None:
+    """Refuse ways to share work that need micro-batches alike: answers have many lengths."""
+    degrees = config.parallel
+    if degrees.virtual_pipeline > 1:
+        allowed = "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths"
+        raise ConfigError("parallel.virtual_pipeline", degrees.virtual_pipeline, allowed)
+    if degrees.expert > 1 and config.performance.dispatcher == "allgather":
+        allowed = "needs as many tokens on every rank: with answers, take alltoall"
+        raise ConfigError("performance.dispatcher", "allgather", allowed)
+
+
 def _check_reward_model(config: RunConfig, ranks: int) -> None:
     _check_batch(config, ranks)
     degrees = config.parallel
@@ -90,12 +96,7 @@ def _check_reward_model(config: RunConfig, ranks: int) -> None:
         raise ConfigError(
             "parallel.context", degrees.context, "must be 1: a score is read from one token of a whole row"
         )
-    if degrees.virtual_pipeline > 1:
-        allowed = "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths"
-        raise ConfigError("parallel.virtual_pipeline", degrees.virtual_pipeline, allowed)
-    if degrees.expert > 1 and config.performance.dispatcher == "allgather":
-        allowed = "needs as many tokens on every rank: with answers, take alltoall"
-        raise ConfigError("performance.dispatcher", "allgather", allowed)
+    _check_many_lengths(config)
 
 
 def check_degrees(degrees: ParallelConfig, ranks: int) -> None:

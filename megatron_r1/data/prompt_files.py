@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.row_files import rows_of
 from megatron_r1.data.template import fill_template
 from megatron_r1.errors import ConfigError, DataError
 
 TASK = "file"
-"""Task of a prompt that no world made: its answer is judged as a number."""
+"""Task of a prompt that no world made: its answer is judged as reward.verifier says."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,9 @@ def read_prompts(config: SampleConfig) -> PromptFile:
     path, seen = Path(config.prompts), set[str]()
     prompts: list[Prompt] = []
     bad: list[str] = []
-    for number, row in _rows(path):
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError("sample.prompts", path, "must end in .jsonl or .parquet")
+    for number, row in enumerate(rows_of(path), start=1):
         if config.limit and len(prompts) == config.limit:
             break
         try:
@@ -73,34 +73,3 @@ def _prompt(row: Any, number: int, config: SampleConfig) -> Prompt:
     name = row.get(config.id_field, number) if config.id_field else number
     text = fill_template(question) if config.template == "r1_zero" else question
     return Prompt(str(name), question, "" if answer is None else str(answer), text, "", task)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows with their number from 1; a row that cannot be parsed comes as the ValueError."""
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ConfigError("sample.prompts", path, "must end in .jsonl or .parquet")
-    try:
-        yield from enumerate(_lines(path) if path.suffix == ".jsonl" else _parquet(path), start=1)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                yield orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                yield ValueError(f"is not JSON ({error.msg})")
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's own errors derive from it
-        raise DataError(f"{path}: is not a Parquet file ({' '.join(str(error).split())})") from error
-    with file:
-        for batch in file.iter_batches(1024):
-            yield from batch.to_pylist()

@@ -22,7 +22,7 @@ from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import data_parallel_group, leads, speaks_for_its_data, world_size
 from megatron_r1.stages.reward_items import encoder_of, heldout_items, learned_items
 from megatron_r1.stages.reward_measure import HeldoutAccuracy, results_of, show
-from megatron_r1.stages.trainer import Trainer, finish, trainer
+from megatron_r1.stages.trainer import Trainer, finish, of_at_most, trainer
 from megatron_r1.stages.weights import find_weights
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.balance import load_metrics
@@ -85,13 +85,7 @@ def examples_of(items: Sequence[Item], encoder: Encoder, config: RunConfig) -> l
 
 def with_steps(config: RunConfig, items: int) -> RunConfig:
     """The same run with the whole batches that its epochs have, or fewer where train.steps says so."""
-    steps = items // config.train.global_batch_size
-    if steps >= config.train.steps:
-        return config
-    try:
-        return replace(config, train=replace(config.train, steps=steps))
-    except ConfigError as error:
-        raise error.under("train") from None
+    return of_at_most(config, items // config.train.global_batch_size)
 
 
 def trained(config: RunConfig) -> Callable[[str], bool]:

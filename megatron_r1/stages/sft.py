@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from megatron_r1.parallel.context import context_parallel_group
 from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, world_size
 from megatron_r1.stages.pretrain import mean_loss, update_metrics
 from megatron_r1.stages.session import run_folder
-from megatron_r1.stages.trainer import Trainer, finish, trainer
+from megatron_r1.stages.trainer import Trainer, finish, of_at_most, trainer
 from megatron_r1.stages.weights import find_weights
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.heldout import HeldoutHook
@@ -98,13 +97,7 @@ def batches_of(config: RunConfig, examples: Examples, pad: int) -> tuple[ChatBat
 
 def with_steps(config: RunConfig, sequences: int) -> RunConfig:
     """The same run with the steps that its epochs take, or fewer where train.steps says so."""
-    steps = -(-sequences // config.train.global_batch_size)
-    if steps >= config.train.steps:
-        return config
-    try:
-        return replace(config, train=replace(config.train, steps=steps))
-    except ConfigError as error:
-        raise error.under("train") from None
+    return of_at_most(config, -(-sequences // config.train.global_batch_size))
 
 
 def reader_of(this: Trainer) -> SupervisedReader:

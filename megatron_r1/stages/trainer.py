@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,20 @@ def _state(folder: Path) -> TrainState:
 def layout(config: RunConfig) -> dict[str, int]:
     """How the ranks share the work. A resume may have another: then random states, which are by rank, start anew."""
     return {"ranks": dist.get_world_size(), **asdict(config.parallel)}
+
+
+def of_at_most(config: RunConfig, steps: int) -> RunConfig:
+    """The same run, of no more steps than this.
+
+    Raises:
+        ConfigError: they are too few for its schedule.
+    """
+    if steps >= config.train.steps:
+        return config
+    try:
+        return replace(config, train=replace(config.train, steps=steps))
+    except ConfigError as error:
+        raise error.under("train") from None
 
 
 def finish(this: Trainer, state: TrainState) -> None:

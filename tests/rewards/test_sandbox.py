@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import PlatformError
-from megatron_r1.rewards.sandbox import command, run
+from megatron_r1.rewards.sandbox import command, inside, run
 from megatron_r1.rewards.sandbox.command import PYTHON
 from megatron_r1.rewards.sandbox.run import Finished, Sandbox, SandboxDown
 from megatron_r1.rewards.sandbox.seccomp import seccomp_filter
@@ -25,6 +27,13 @@ def sandbox() -> Sandbox:
 
 def python(sandbox: Sandbox, text: str, given: bytes = b"") -> Finished:
     return sandbox.run([*PYTHON, "/program.py"], {"/program.py": text.encode()}, given)
+
+
+def test_what_executes_programs_refuses_to_do_so_outside():
+    alone = subprocess.run(
+        [sys.executable, inside.__file__, "f"], capture_output=True, text=True, check=False, input="{}"
+    )
+    assert alone.returncode == 1 and alone.stderr == "inside.py: runs in the sandbox only\n"
 
 
 def test_nothing_is_run_without_bubblewrap(monkeypatch, tmp_path):

@@ -12,8 +12,9 @@ from itertools import groupby
 import numpy as np
 
 from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS, CannotRender, ChatTemplate
-from megatron_r1.data.chat.rows import BadRow, Conversation
+from megatron_r1.data.chat.rows import Conversation
 from megatron_r1.data.chat.turns import Segment, Turns
+from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
 
 _CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>")

@@ -1,7 +1,7 @@
 """Rows of conversations out of files: JSONL, Parquet, and folders of Hugging Face datasets.
 
 A folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or a dataset's repository with JSONL or
-Parquet files whose names begin with the split. Reading them needs pyarrow, not `datasets`.
+Parquet files whose names begin with the split.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
-
 from megatron_r1.config.sft import ConversationsConfig
-from megatron_r1.data.chat.rows import BadRow
+from megatron_r1.data.row_files import SUFFIXES, rows_of
 from megatron_r1.errors import ConfigError, DataError
-
-ROWS_AT_ONCE = 1024
-SUFFIXES = (".jsonl", ".parquet", ".arrow")
 
 
 class RawRow(NamedTuple):
@@ -85,40 +80,5 @@ def raw_rows(path: Path) -> Iterator[RawRow]:
     Raises:
         DataError: the file cannot be read.
     """
-    kinds = {".jsonl": _lines, ".parquet": _parquet, ".arrow": _arrow}
-    try:
-        for number, content in enumerate(kinds[path.suffix](path), 1):
-            yield RawRow(str(path), number, content)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def _lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                yield orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                yield BadRow("is empty" if line.isspace() else f"is not JSON ({error.msg})")
-
-
-def _parquet(path: Path) -> Iterator[Any]:
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(ROWS_AT_ONCE):
-                yield from batch.to_pylist()
-    except ValueError as error:  # pyarrow's own errors derive from it
-        raise DataError(f"{path}: is not a whole Parquet file ({' '.join(str(error).split())})") from error
-
-
-def _arrow(path: Path) -> Iterator[Any]:
-    from pyarrow import ipc, memory_map
-
-    try:
-        with memory_map(str(path)) as file, ipc.open_stream(file) as reader:
-            for batch in reader:
-                yield from batch.to_pylist()
-    except ValueError as error:
-        raise DataError(f"{path}: is not a whole Arrow file ({' '.join(str(error).split())})") from error
+    for number, content in enumerate(rows_of(path), 1):
+        yield RawRow(str(path), number, content)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_r1.config.sft import ConversationsConfig
+from megatron_r1.data.row_files import BadRow
 
 ROLES = ("system", "user", "assistant")
 _OTHER_NAMES = {"human": "user", "gpt": "assistant"}
 
 Conversation = list[dict[str, Any]]
 """Messages, each with `role` and `content`, and whatever else a chat template may ask of it."""
-
-
-class BadRow(ValueError):
-    """Why a row cannot be learned from."""
 
 
 def conversation_of(row: Any, config: ConversationsConfig, system_prompt: str = "") -> Conversation:

@@ -26,8 +26,9 @@ from megatron_r1.config.sft import SftConfig
 from megatron_r1.data.chat.encode import ChatEncoder, Example, as_arrays, chat_template, key_of
 from megatron_r1.data.chat.files import files_of, raw_rows
 from megatron_r1.data.chat.render import R1_ZERO
-from megatron_r1.data.chat.rows import BadRow, Conversation, conversation_of
+from megatron_r1.data.chat.rows import Conversation, conversation_of
 from megatron_r1.data.chat.worked import heldout_conversations, worked_conversations
+from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.files import canonical, digest_of, sync, write_whole

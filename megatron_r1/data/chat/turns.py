@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1.data.chat.render import ChatTemplate, Message
-from megatron_r1.data.chat.rows import BadRow, Conversation
+from megatron_r1.data.chat.rows import Conversation
+from megatron_r1.data.row_files import BadRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,8 @@ def remote(requests: int, replies: int) -> Callable[..., Any]:
 
 def main(entry_point: str) -> None:
     """Fork, read the tests, run each."""
+    if os.path.exists("/proc"):  # every machine has it, the sandbox has not
+        raise SystemExit("inside.py: runs in the sandbox only")
     try:
         with open("/program.py", encoding="utf-8") as file:
             code = compile(file.read(), "program.py", "exec")

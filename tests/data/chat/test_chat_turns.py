@@ -8,7 +8,8 @@ from chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small
 from megatron_r1.config.sft import ConversationsConfig
 from megatron_r1.data.chat.encode import ChatEncoder, chat_template, key_of
 from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS
-from megatron_r1.data.chat.rows import BadRow, conversation_of
+from megatron_r1.data.chat.rows import conversation_of
+from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import CHAT_TEMPLATE
 
 TOKENIZER = small_tokenizer()

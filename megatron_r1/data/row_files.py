@@ -1,0 +1,62 @@
+"""Rows out of JSONL, Parquet and Arrow files, one after the other. Needs pyarrow for tables, not `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_r1.errors import DataError
+
+ROWS_AT_ONCE = 1024
+SUFFIXES = (".jsonl", ".parquet", ".arrow")
+
+
+class BadRow(ValueError):
+    """Why a row cannot be used."""
+
+
+def rows_of(path: Path) -> Iterator[Any]:
+    """All rows of a file whose name ends in one of SUFFIXES; a BadRow in place of one that cannot be parsed.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    kinds = {".jsonl": _lines, ".parquet": _parquet, ".arrow": _arrow}
+    try:
+        yield from kinds[path.suffix](path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                yield BadRow("is empty" if line.isspace() else f"is not JSON ({error.msg})")
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(ROWS_AT_ONCE):
+                yield from batch.to_pylist()
+    except ValueError as error:  # pyarrow's own errors derive from it
+        raise DataError(f"{path}: is not a Parquet file ({' '.join(str(error).split())})") from error
+
+
+def _arrow(path: Path) -> Iterator[Any]:
+    from pyarrow import ipc, memory_map
+
+    try:
+        with memory_map(str(path)) as file, ipc.open_stream(file) as reader:
+            for batch in reader:
+                yield from batch.to_pylist()
+    except ValueError as error:
+        raise DataError(f"{path}: is not an Arrow file ({' '.join(str(error).split())})") from error
