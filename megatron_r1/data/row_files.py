@@ -48,7 +48,9 @@ def _parquet(path: Path) -> Iterator[Any]:
             for batch in file.iter_batches(ROWS_AT_ONCE):
                 yield from batch.to_pylist()
     except ValueError as error:  # pyarrow's own errors derive from it
-        raise DataError(f"{path}: is not a Parquet file, or is not a whole one ({' '.join(str(error).split())})") from error
+        raise DataError(
+            f"{path}: is not a Parquet file, or is not a whole one ({' '.join(str(error).split())})"
+        ) from error
 
 
 def _arrow(path: Path) -> Iterator[Any]:
@@ -59,4 +61,6 @@ def _arrow(path: Path) -> Iterator[Any]:
             for batch in reader:
                 yield from batch.to_pylist()
     except ValueError as error:
-        raise DataError(f"{path}: is not an Arrow file, or is not a whole one ({' '.join(str(error).split())})") from error
+        raise DataError(
+            f"{path}: is not an Arrow file, or is not a whole one ({' '.join(str(error).split())})"
+        ) from error
