@@ -52,6 +52,9 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
             "answers are of older weights, and either the ratio or the correction must know it"
         )
         raise ConfigError("rl.old_log_probs", config.rl.old_log_probs, allowed)
+    if config.rollout.ahead and config.rl.objective == "on_policy":
+        allowed = "must be another one with rollout.ahead: it takes no ratio, and answers are of older weights"
+        raise ConfigError("rl.objective", "on_policy", allowed)
     if config.rollout.ahead and config.rl.routing_replay and config.rollout.pause != "finish":
         allowed = (
             "must be finish with rl.routing_replay: what is read again takes other experts than when it was sampled"

@@ -35,7 +35,7 @@ class CorrectionConfig:
 class MismatchConfig:
     """When trainer and engine disagree so much on sampled tokens, before any update, that a warning is due; 0 is never.
 
-    With rollout.ahead=1 the answers' weights are a rollout older, and the numbers hold that difference too.
+    With rollout.ahead the answers' weights are some updates older, and the numbers hold that difference too.
     """
 
     gap_alarm: float = 0.0

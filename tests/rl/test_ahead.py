@@ -124,6 +124,7 @@ def test_staleness_counts_tokens():
         (["rollout=local", "rollout.ahead=1"], "rollout.ahead=1"),
         (["rollout.ahead=1", "rl.old_log_probs=trainer"], "old_log_probs"),
         (["rollout.ahead=2", "rollout.pause=abort"], "rollout.pause=abort"),
+        (["rollout.ahead=1", "rl=on_policy"], "rl.objective=on_policy"),
         (
             ["rollout.ahead=2", "rollout.pause=retract", "rl.routing_replay=true",
              "rollout.sglang.server.routed_experts=true"],
