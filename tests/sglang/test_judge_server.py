@@ -45,7 +45,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     tokenizer.save(folder / "model")
     config = SGLangConfig(max_running_requests=8, max_total_tokens=16384)
     arguments = server_arguments(
-        folder / "model", config, device="cpu", dtype="float32", context_length=2048, version="0"
+        folder / "model", config, device="cpu", dtype="float32", context_length=2040, version="0"
     )
     running = Server(arguments | {"skip_tokenizer_init": False}, cpu.environment(1), folder / "log")
     try:
