@@ -35,11 +35,12 @@ class SftConfig:
     """Supervised fine-tuning; DeepSeek-V3 report, section 5.1, and DeepSeek-R1 report, sections 2.3.1 and 2.3.3."""
 
     source: str = "arithmetic"
-    """What to learn from: arithmetic (worked problems of the generated world, as cold-start data) or files."""
+    """What to learn from: arithmetic (worked problems of the generated world, as cold-start data), assistant (general
+    tasks, and data.arithmetic_share of worked problems among them) or files."""
     datasets: dict[str, ConversationsConfig] = field(default_factory=dict)
     """Name -> source of conversations; read where source is files."""
     num_conversations: int = 4000
-    """Conversations to generate; where source is arithmetic."""
+    """Conversations to generate; where source is a generated world."""
     chat_template: str = "r1_zero"
     """r1_zero (one question in DeepSeek-R1-Zero's words), tokenizer (the tokenizer's own), or a file with one."""
     system_prompt: str = ""
@@ -66,7 +67,7 @@ class SftConfig:
     """The same as a share of all rows; the larger of the two counts."""
 
     def __post_init__(self) -> None:
-        one_of(self, "source", ("arithmetic", "files"))
+        one_of(self, "source", ("arithmetic", "assistant", "files"))
         one_of(self, "learn", ("all", "last", "each"))
         one_of(self, "answers", ("template", "verbatim"))
         one_of(self, "too_long", ("drop", "truncate"))

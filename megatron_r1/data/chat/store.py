@@ -25,9 +25,9 @@ from megatron_r1.config.data import DataConfig
 from megatron_r1.config.sft import SftConfig
 from megatron_r1.data.chat.encode import ChatEncoder, Example, as_arrays, chat_template, key_of
 from megatron_r1.data.chat.files import files_of, raw_rows
+from megatron_r1.data.chat.generated import GENERATED
 from megatron_r1.data.chat.render import R1_ZERO
 from megatron_r1.data.chat.rows import Conversation, conversation_of
-from megatron_r1.data.chat.worked import heldout_conversations, worked_conversations
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
@@ -197,23 +197,24 @@ class _Maker:
 
     def _found(self) -> Iterator[_Found]:
         """All conversations; rows that hold none are counted on the way."""
-        if self._sft.source == "arithmetic":
-            learned = worked_conversations(self._data, self._sft.num_conversations)
-            measured = heldout_conversations(self._data, self._sft.heldout)
+        source = self._sft.source
+        if world := GENERATED.get(source):
+            learned = world.learned(self._data, self._sft.num_conversations)
+            measured = world.heldout(self._data, self._sft.heldout)
             for heldout, conversations in ((False, learned), (True, measured)):
                 for number, conversation in enumerate(conversations, 1):
                     self._counts["rows"] += 1
-                    yield _Found(f"{'held-out' if heldout else 'arithmetic'}:{number}", conversation, heldout)
+                    yield _Found(f"{'held-out' if heldout else source}:{number}", conversation, heldout)
             return
         for name, file in _files(self._sft):
-            source = self._sft.datasets[name]
+            fields = self._sft.datasets[name]
             for row in raw_rows(file):
                 self._counts["rows"] += 1
                 place = f"{row.file}:{row.number}"
                 try:
                     if isinstance(row.content, BadRow):
                         raise row.content
-                    yield _Found(place, conversation_of(row.content, source, self._sft.system_prompt), False)
+                    yield _Found(place, conversation_of(row.content, fields, self._sft.system_prompt), False)
                 except BadRow as error:
                     self._bad.append(f"{place}: {error}")
 

@@ -1,0 +1,74 @@
+"""Conversations of the generated worlds: problems worked with care, and general tasks done as they were asked.
+
+Worked problems are cold-start data (DeepSeek-R1 report, section 2.3.1): a few thousand long and readable answers, so
+that reinforcement learning does not begin with a model that mixes languages and leaves tags open. Together with
+general tasks they stand for the mixture that is learned after it (section 2.3.3).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.data.arithmetic import Problem, answer, draw_problem
+from megatron_r1.data.assistant import texts
+from megatron_r1.data.chat.rows import Conversation
+from megatron_r1.data.prompts import heldout_problems
+
+Conversations = Callable[[DataConfig, int], Iterator[Conversation]]
+
+
+class Generated(NamedTuple):
+    """What a generated world gives to fine-tuning: so many conversations of a config each."""
+
+    learned: Conversations
+    """They depend on the config's seed, and ask nothing that is held out."""
+    heldout: Conversations
+    """Held-out questions, whatever the config's seed."""
+
+
+def worked_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
+    """Training problems with their answers; no held-out expression is among them."""
+    rng = random.Random(f"worked {config.seed}")
+    for _ in range(count):
+        yield _conversation(draw_problem(rng, config), rng)
+
+
+def heldout_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
+    """The first `count` held-out problems with their answers, whatever the config's seed."""
+    rng = random.Random("worked held-out")
+    for problem in heldout_problems(config, count):
+        yield _conversation(problem, rng)
+
+
+def _conversation(problem: Problem, rng: random.Random) -> Conversation:
+    text, _ = answer(problem, "careful", "think", problem.language, rng)
+    return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": text}]
+
+
+def mixed_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
+    """General tasks, and `config.arithmetic_share` of worked problems among them."""
+    general = texts.conversations(config, count)
+    return _mixed(config, count, f"mixed {config.seed}", general, worked_conversations(config, count))
+
+
+def heldout_mixed_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
+    """Held-out questions of both kinds, in the same shares."""
+    general = texts.conversations(config, count, heldout=True)
+    return _mixed(config, count, "mixed held-out", general, heldout_conversations(config, count))
+
+
+def _mixed(
+    config: DataConfig, count: int, seed: str, general: Iterator[Conversation], worked: Iterator[Conversation]
+) -> Iterator[Conversation]:
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield next(worked if rng.random() < config.arithmetic_share else general)
+
+
+GENERATED = {
+    "arithmetic": Generated(worked_conversations, heldout_conversations),
+    "assistant": Generated(mixed_conversations, heldout_mixed_conversations),
+}

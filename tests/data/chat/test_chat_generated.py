@@ -1,0 +1,51 @@
+"""Conversations of the generated worlds: in which shares, done as they were asked, and nothing held out is learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.data.assistant.hidden_rules import verdict
+from megatron_r1.data.chat.generated import GENERATED, heldout_mixed_conversations, mixed_conversations
+
+CONFIG = DataConfig(source="assistant", arithmetic_share=0.25)
+ARITHMETIC = {"+", "-", "*"}
+
+
+def questions(conversations) -> list[str]:
+    return [user["content"] for user, _ in conversations]
+
+
+def is_arithmetic(question: str) -> bool:
+    return any(f" {operator} " in question for operator in ARITHMETIC)
+
+
+def test_general_tasks_and_worked_problems_come_in_the_configured_shares():
+    asked = questions(mixed_conversations(CONFIG, 2000))
+    assert sum(map(is_arithmetic, asked)) / len(asked) == pytest.approx(0.25, abs=0.03)
+    for share in (0.0, 1.0):
+        config = DataConfig(source="assistant", arithmetic_share=share)
+        assert {is_arithmetic(question) for question in questions(mixed_conversations(config, 50))} == {bool(share)}
+
+
+def test_every_general_answer_does_what_was_asked():
+    for user, assistant in mixed_conversations(CONFIG, 300):
+        if not is_arithmetic(user["content"]):
+            assert verdict(user["content"], assistant["content"]) == (True, True)
+
+
+@pytest.mark.parametrize("source", GENERATED)
+def test_what_is_learned_is_never_measured(source):
+    world, other = GENERATED[source], replace(CONFIG, seed=1)
+    measured = set(questions(world.heldout(CONFIG, 150)))
+    assert measured.isdisjoint(questions(world.learned(CONFIG, 3000)))
+    assert measured == set(questions(world.heldout(other, 150)))
+    assert questions(world.learned(CONFIG, 20)) != questions(world.learned(other, 20))
+
+
+def test_a_longer_list_begins_with_the_shorter():
+    for conversations in (mixed_conversations, heldout_mixed_conversations):
+        assert [*islice(conversations(CONFIG, 100), 20)] == [*conversations(CONFIG, 20)]
