@@ -45,21 +45,8 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
             config.rl.tokens_per_micro_batch,
             f"must be at least model.max_sequence_length={longest}, to hold one sample",
         )
-    corrected = config.rl.correction.kind != "none"
-    if config.rollout.ahead and config.rl.old_log_probs != "rollout" and not corrected:
-        allowed = (
-            "must be rollout with rollout.ahead, or rl.correction.kind something else than none: "
-            "answers are of older weights, and either the ratio or the correction must know it"
-        )
-        raise ConfigError("rl.old_log_probs", config.rl.old_log_probs, allowed)
-    if config.rollout.ahead and config.rl.objective == "on_policy":
-        allowed = "must be another one with rollout.ahead: it takes no ratio, and answers are of older weights"
-        raise ConfigError("rl.objective", "on_policy", allowed)
-    if config.rollout.ahead and config.rl.routing_replay and config.rollout.pause != "finish":
-        allowed = (
-            "must be finish with rl.routing_replay: what is read again takes other experts than when it was sampled"
-        )
-        raise ConfigError("rollout.pause", config.rollout.pause, allowed)
+    _check_ahead(config)
+    _check_advantages(config)
     if models := config.reward.models:
         name, weight = min(models), getattr(config.reward, min(models))
         if config.rollout.ahead:
@@ -71,14 +58,45 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
     if degrees.context > 1:
         raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
     _check_many_lengths(config)
+    if config.rollout.engine == "local" and degrees.fewest_ranks() > 1:
+        raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
+
+
+def _check_ahead(config: RunConfig) -> None:
+    """Refuse what cannot learn from answers of older weights."""
+    if not config.rollout.ahead:
+        return
+    corrected = config.rl.correction.kind != "none"
+    if config.rl.old_log_probs != "rollout" and not corrected:
+        allowed = (
+            "must be rollout with rollout.ahead, or rl.correction.kind something else than none: "
+            "answers are of older weights, and either the ratio or the correction must know it"
+        )
+        raise ConfigError("rl.old_log_probs", config.rl.old_log_probs, allowed)
+    if config.rl.objective == "on_policy":
+        allowed = "must be another one with rollout.ahead: it takes no ratio, and answers are of older weights"
+        raise ConfigError("rl.objective", "on_policy", allowed)
+    if config.rl.routing_replay and config.rollout.pause != "finish":
+        allowed = (
+            "must be finish with rl.routing_replay: what is read again takes other experts than when it was sampled"
+        )
+        raise ConfigError("rollout.pause", config.rollout.pause, allowed)
+
+
+def _check_advantages(config: RunConfig) -> None:
+    """Refuse advantages that lack what they are made of, or that a layout cannot give."""
+    degrees = config.parallel
+    if config.rl.advantages == "process" and not config.reward.steps:
+        raise ConfigError("reward.steps", 0.0, "must be above 0 with rl.advantages=process")
+    if config.rl.advantages == "group" and config.reward.steps:
+        allowed = "must be 0 with rl.advantages=group, which gives all tokens of an answer the same"
+        raise ConfigError("reward.steps", config.reward.steps, allowed)
     if config.rl.advantages == "critic" and config.model.tied_embeddings and degrees.pipeline > 1:
         allowed = "must be 1 with rl.advantages=critic and model.tied_embeddings: a critic has no gradient for the head"
         raise ConfigError("parallel.pipeline", degrees.pipeline, allowed)
     if config.rl.advantages == "critic" and config.rollout.placement == "colocated":
         allowed = "must be separate with rl.advantages=critic: the critic's memory cannot be given back"
         raise ConfigError("rollout.placement", "colocated", allowed)
-    if config.rollout.engine == "local" and degrees.fewest_ranks() > 1:
-        raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
 
 
 def _check_many_lengths(config: RunConfig) -> None:

@@ -77,6 +77,8 @@ class RewardConfig:
     """Weight of the verdicts of a language model, as `judge_by` says."""
     own: float = 0.0
     """Weight of the function that `function` names."""
+    steps: float = 0.0
+    """Weight of each step's reward, by `steps_by`; steps are not part of the score: rl.advantages makes use of them."""
     format_style: str = "strict"
     """strict: every tag closed, once, in order; lenient: an answer tag that is opened need not be closed."""
     answer_in: str = "tags"
@@ -97,6 +99,9 @@ class RewardConfig:
     """Run or checkpoint of the verb reward that learned what is safe; it scores whole responses."""
     function: str = ""
     """A function of yours, FILE.py:NAME; see configs/reward/own.yaml."""
+    steps_by: str = ""
+    """What rewards steps: arithmetic (1 for each equation of the reasoning that follows from the question), or a
+    function of yours, FILE.py:NAME."""
     retries: int = 2
     """Further tries for an answer that could not be judged for no fault of its own."""
     math: MathConfig = field(default_factory=MathConfig)
@@ -110,7 +115,7 @@ class RewardConfig:
         weights = (
             "accuracy", "format", "language", "overlong", "repetition", "helpfulness", "harmlessness", "judge", "own",
         )  # fmt: skip
-        at_least(self, 0, *weights)
+        at_least(self, 0, *weights, "steps")
         one_of(self, "format_style", ("strict", "lenient"))
         one_of(self, "answer_in", ("tags", "boxed", "any"))
         one_of(self, "verifier", ("number", "text", "math"))
@@ -123,11 +128,13 @@ class RewardConfig:
             raise ConfigError(
                 "overlong_buffer", self.overlong_buffer, f"must be at most overlong_tokens={self.overlong_tokens}"
             )
-        file, _, name = self.function.rpartition(":")
-        if self.function and not (file.endswith(".py") and name.isidentifier()):
+        if self.function and not _is_place(self.function):
             raise ConfigError("function", self.function, "must be FILE.py:NAME")
+        if self.steps_by not in ("", "arithmetic") and not _is_place(self.steps_by):
+            raise ConfigError("steps_by", self.steps_by, "must be arithmetic or FILE.py:NAME")
         for weight, key, source in (
             ("own", "function", self.function),
+            ("steps", "steps_by", self.steps_by),
             ("helpfulness", "helpfulness_model", self.helpfulness_model),
             ("harmlessness", "harmlessness_model", self.harmlessness_model),
             ("judge", "judge_by.url", self.judge_by.url),
@@ -141,3 +148,9 @@ class RewardConfig:
         """Where the reward models that count come from, by the reward's name."""
         sources = {"helpfulness": self.helpfulness_model, "harmlessness": self.harmlessness_model}
         return {name: source for name, source in sources.items() if source}
+
+
+def _is_place(text: str) -> bool:
+    """Whether it reads FILE.py:NAME."""
+    file, _, name = text.rpartition(":")
+    return file.endswith(".py") and name.isidentifier()

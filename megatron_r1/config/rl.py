@@ -86,7 +86,8 @@ class RLConfig:
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy, which is maximised."""
     advantages: str = "group"
-    """What an answer is held against: group (the other answers to its prompt) or critic (a value model: PPO)."""
+    """What an answer is held against: group (the other answers to its prompt), process (each of its steps against all
+    steps of those answers; needs reward.steps) or critic (a value model: PPO)."""
     advantage_std: str = "population"
     """Divisor of the group advantage: population, sample or none."""
     critic: CriticConfig = field(default_factory=CriticConfig)
@@ -110,7 +111,7 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "prompts_per_rollout", "mini_batches", "inner_epochs", "tokens_per_micro_batch")
-        one_of(self, "advantages", ("group", "critic"))
+        one_of(self, "advantages", ("group", "process", "critic"))
         at_least(self, 1 if self.advantages == "critic" else 2, "group_size")
         within(self, 1e-6, 100.0, "clip_epsilon")
         at_least(self, 0, "kl_coefficient", "reference_reset_interval", "entropy_coefficient")
@@ -129,6 +130,16 @@ class RLConfig:
         if self.objective == "on_policy" and self.mini_batches * self.inner_epochs > 1:
             key = "mini_batches" if self.mini_batches > 1 else "inner_epochs"
             raise ConfigError(key, getattr(self, key), "must be 1 with objective=on_policy, which knows no old policy")
+        if self.advantages != "group" and self.objective in ("grpo_sequence", "gspo"):
+            allowed = (
+                f"must be of tokens (grpo, on_policy, gspo_token, cispo) with advantages={self.advantages}, "
+                "whose tokens differ"
+            )
+            raise ConfigError("objective", self.objective, allowed)
+        if self.advantages == "process" and self.shuffle_rewards:
+            raise ConfigError(
+                "shuffle_rewards", True, "must be false with advantages=process: steps keep their rewards"
+            )
         if self.advantages == "critic":
             self._check_critic()
         samples = self.prompts_per_rollout * self.group_size
@@ -136,11 +147,6 @@ class RLConfig:
             raise ConfigError("mini_batches", self.mini_batches, f"must divide the {samples} samples of a rollout")
 
     def _check_critic(self) -> None:
-        if self.objective in ("grpo_sequence", "gspo"):
-            allowed = (
-                "must be of tokens (grpo, on_policy, gspo_token, cispo) with advantages=critic, whose tokens differ"
-            )
-            raise ConfigError("objective", self.objective, allowed)
         for name in ("equal_groups", "truncated", "repeats"):
             if self.group_size == 1 and (value := getattr(self.filters, name)) != "keep":
                 raise ConfigError(

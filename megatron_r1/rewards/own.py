@@ -4,8 +4,13 @@ The function gets keyword arguments and gives one number for each response, in o
 
     def score(prompts: list[str], responses: list[str], answers: list[str], tasks: list[str]) -> list[float]
 
-It may be called by several threads at a time. The file is the user's code, named on the user's own command line, and
-runs as part of this program. What it raises, or returns that is no list of finite numbers, ends the run with one line.
+One for steps, `reward.steps_by=FILE.py:NAME`, gives a list for each response instead: for each step, in order, how many
+characters of the response there are up to its end, and its reward:
+
+    def steps(prompts, responses, answers, tasks) -> list[list[tuple[int, float]]]
+
+Either may be called by several threads at a time. The file is the user's code, named on the user's own command line,
+and runs as part of this program. What it raises, or returns that is not as said, ends the run with one line.
 """
 
 from __future__ import annotations
@@ -19,13 +24,14 @@ from typing import Any
 
 from megatron_r1.errors import ConfigError, UserError
 from megatron_r1.rewards.reward import Question, Value
+from megatron_r1.rewards.steps import RewardedStep
 
 
 class OwnRewardFailed(UserError):
     """The user's function raised, or did not return what it should."""
 
 
-def load_function(place: str) -> Callable[..., Any]:
+def load_function(place: str, key: str) -> Callable[..., Any]:
     """The function at FILE.py:NAME.
 
     Raises:
@@ -34,17 +40,17 @@ def load_function(place: str) -> Callable[..., Any]:
     file, _, name = place.rpartition(":")
     path = Path(file).expanduser().resolve()
     if not path.is_file():
-        raise ConfigError("reward.function", place, f"there is no file {path}")
+        raise ConfigError(key, place, f"there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"own_reward_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise ConfigError("reward.function", place, f"the file cannot be loaded: {where(error, path)}") from error
+        raise ConfigError(key, place, f"the file cannot be loaded: {where(error, path)}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError("reward.function", place, f"{path.name} has no function {name}")
+        raise ConfigError(key, place, f"{path.name} has no function {name}")
     return function  # type: ignore[no-any-return]
 
 
@@ -56,34 +62,90 @@ def where(error: BaseException, path: Path) -> str:
     return f"{path.name}:{line}: {type(error).__name__}: {said}" if line else f"{type(error).__name__}: {said}"
 
 
-class OwnReward:
-    """The user's function."""
+class OwnFunction:
+    """A function of the user's, called with lists and held to what it must return."""
 
-    name = "own"
+    def __init__(self, place: str, key: str):
+        """
+        Args:
+            place: FILE.py:NAME.
+            key: configuration key to name in an error.
 
-    def __init__(self, place: str):
-        self._place, self._function = place, load_function(place)
+        Raises:
+            ConfigError: it cannot be loaded.
+        """
+        self._said, self._function = f"{key}={place}", load_function(place, key)
         self._path = Path(place.rpartition(":")[0]).expanduser().resolve()
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
-        """Raises OwnRewardFailed."""
+    def __str__(self) -> str:
+        return self._said
+
+    def __call__[Kind](
+        self, prompts: Sequence[Question], texts: Sequence[str], read: Callable[[Any], Kind], what: str
+    ) -> list[Kind]:
+        """What it returns for each response, read.
+
+        Args:
+            read: raises TypeError or ValueError for what is not right.
+            what: it must return, in words.
+
+        Raises:
+            OwnRewardFailed: it raised, or returned something else, or of another length.
+        """
         try:
-            values = self._function(
+            found = self._function(
                 prompts=[prompt.question for prompt in prompts],
                 responses=list(texts),
                 answers=[prompt.answer for prompt in prompts],
                 tasks=[prompt.task for prompt in prompts],
             )
         except Exception as error:
-            raise OwnRewardFailed(f"reward.function={self._place}: raised {where(error, self._path)}") from error
+            raise OwnRewardFailed(f"{self._said}: raised {where(error, self._path)}") from error
         try:
-            numbers = [float(value) for value in values]
+            values = [read(value) for value in found]
         except (TypeError, ValueError) as error:
-            raise OwnRewardFailed(f"reward.function={self._place}: must return numbers ({error})") from error
-        if len(numbers) != len(texts):
-            said = f"returned {len(numbers)} numbers for {len(texts)} responses"
-            raise OwnRewardFailed(f"reward.function={self._place}: {said}")
-        bad = next((number for number in numbers if not math.isfinite(number)), None)
-        if bad is not None:
-            raise OwnRewardFailed(f"reward.function={self._place}: returned {bad}; every number must be finite")
-        return list(numbers)
+            raise OwnRewardFailed(f"{self._said}: must return {what} ({error})") from error
+        if len(values) != len(texts):
+            raise OwnRewardFailed(f"{self._said}: returned {len(values)} {what} for {len(texts)} responses")
+        return values
+
+
+class OwnReward:
+    """The user's function."""
+
+    name = "own"
+
+    def __init__(self, place: str):
+        self._function = OwnFunction(place, "reward.function")
+
+    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+        """Raises OwnRewardFailed."""
+        return [*self._function(prompts, texts, _finite, "numbers")]
+
+
+class OwnSteps:
+    """The user's function for steps; a `StepRewards`."""
+
+    def __init__(self, place: str):
+        self._function = OwnFunction(place, "reward.steps_by")
+
+    def __call__(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[list[RewardedStep]]:
+        """Raises OwnRewardFailed."""
+        found = self._function(prompts, texts, _steps, "lists of (end, reward)")
+        for steps, text in zip(found, texts, strict=True):
+            ends = [step.end for step in steps]
+            if ends != sorted(ends) or not all(0 < end <= len(text) for end in ends):
+                allowed = f"must ascend, up to the {len(text)} characters of the response"
+                raise OwnRewardFailed(f"{self._function}: returned steps that end at {ends}: {allowed}")
+        return found
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
+
+
+def _steps(value: Any) -> list[RewardedStep]:
+    return [RewardedStep(int(end), _finite(reward)) for end, reward in value]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.rewards.accuracy import accuracy
 from megatron_r1.rewards.format import format_reward
 from megatron_r1.rewards.reward import Question, Reward, Unscored, Value
+from megatron_r1.rewards.steps import RewardedStep, StepRewards
 
 FIRST_PAUSE_S = 0.5
 """Before an answer that could not be judged is tried again; each further pause is twice as long."""
@@ -23,6 +24,8 @@ class Score:
     """Sum of the weighted parts."""
     parts: dict[str, float]
     """Reward name -> its weighted value: what it adds to the total."""
+    steps: tuple[RewardedStep, ...] = ()
+    """Weighted rewards of the response's steps, which are not in the total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +36,25 @@ class Weighted:
     reward: Reward
 
 
+@dataclass(frozen=True, slots=True)
+class WeightedSteps:
+    """What rewards steps, and how much they count."""
+
+    weight: float
+    rewards: StepRewards
+
+
 class Rubric:
     """Rewards with their weights; may be asked by many threads."""
 
-    def __init__(self, parts: Sequence[Weighted], retries: int = 0):
+    def __init__(self, parts: Sequence[Weighted], retries: int = 0, steps: WeightedSteps | None = None):
         """
         Args:
             parts: what is added up; two rewards of one name are one entry of the breakdown.
             retries: further tries of answers that could not be judged.
+            steps: what rewards single steps, if anything does.
         """
-        self.parts, self._retries = tuple(parts), retries
+        self.parts, self._retries, self._steps = tuple(parts), retries, steps
 
     def __call__(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Score | Unscored]:
         """The score of each response text, in order; Unscored where a reward could not judge it after all tries."""
@@ -58,7 +70,19 @@ class Rubric:
                 name, worth = part.reward.name, part.weight * value
                 parts = {**before.parts, name: before.parts.get(name, 0.0) + worth}
                 found[place] = Score(sum(parts.values()), parts)
-        return found
+        return self._with_steps(found, prompts, texts) if self._steps else found
+
+    def _with_steps(
+        self, found: Sequence[Score | Unscored], prompts: Sequence[Question], texts: Sequence[str]
+    ) -> list[Score | Unscored]:
+        assert self._steps
+        weight = self._steps.weight
+        return [
+            score
+            if isinstance(score, Unscored)
+            else replace(score, steps=tuple(RewardedStep(step.end, weight * step.value) for step in steps))
+            for score, steps in zip(found, self._steps.rewards(prompts, texts), strict=True)
+        ]
 
     def _tried(self, reward: Reward, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
         values = reward.score(prompts, texts)

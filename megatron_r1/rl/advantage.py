@@ -50,11 +50,11 @@ def process_advantages(
     """Advantages of tokens from rewards of the steps of each answer of a group (DeepSeekMath, section 4.1.3).
 
     Rewards are normalised over all steps of all answers; a token's advantage is the sum of those of the steps that end
-    at it or later.
+    at it or later; several may end at one token.
 
     Args:
         step_rewards: of each answer, in order; an answer may have none.
-        step_ends: the last token of each step, as an index into its answer, ascending.
+        step_ends: the last token of each step, as an index into its answer, in order.
         length: tokens of the longest answer, L.
         std: as of `group_advantages`, over all steps.
     Raises:
@@ -66,7 +66,7 @@ def process_advantages(
         return result_GL
     normalised = iter(group_advantages(torch.tensor([flat], dtype=torch.float64), std)[0].tolist())
     for row_L, rewards, ends in zip(result_GL, step_rewards, step_ends, strict=True):
-        if len(ends) != len(rewards) or list(ends) != sorted(set(ends)) or any(not 0 <= end < length for end in ends):
+        if len(ends) != len(rewards) or list(ends) != sorted(ends) or any(not 0 <= end < length for end in ends):
             raise ValueError(
                 f"step_ends={list(ends)}: must ascend below {length}, one for each of {len(rewards)} rewards"
             )

@@ -32,9 +32,9 @@ from megatron_r1.rl.actor_critic import (
     whitened,
 )
 from megatron_r1.rl.credit import Credit, Taken
-from megatron_r1.rl.fixed import BySample, answer_part
+from megatron_r1.rl.fixed import BySample
 from megatron_r1.rl.policy import as_rows, inputs_of, longest_input, outputs_by_sample
-from megatron_r1.rl.rows import Rows, row_length
+from megatron_r1.rl.rows import Rows, answer_part, answer_row
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.optimizer_state import OptimizerState
@@ -175,7 +175,7 @@ class CriticCredit:
         if taken.penalties is not None:
             penalties_SR = _stacked([taken.penalties[place] for place in places])
         rewards_S = values_SR.new_tensor([sample.reward for sample in samples])
-        rewards_SR = token_rewards(rewards_S, penalties_SR, mask_SR, 1.0)
+        rewards_SR = token_rewards(rewards_S, penalties_SR, mask_SR, 1.0) + _of_steps(samples, mask_SR)
         found: Estimates = generalized_advantages(rewards_SR, values_SR, mask_SR, settings.discount, settings.decay)
         counted_S = torch.tensor([place in taken.counted for place in places], device=mask_SR.device)
         counted_SR = mask_SR & counted_S[:, None]
@@ -187,7 +187,7 @@ class CriticCredit:
         if settings.whiten:
             advantages_SR = whitened(advantages_SR, mask_SR, spread(advantages_SR, counted_SR, _over_data))
         self._advantages, self._returns = (
-            {place: _as_row(sample, row_R) for place, sample, row_R in zip(places, samples, rows_SR, strict=True)}
+            {place: answer_row(sample, row_R) for place, sample, row_R in zip(places, samples, rows_SR, strict=True)}
             for rows_SR in (advantages_SR, found.returns_BL)
         )
 
@@ -219,11 +219,13 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
 
 
-def _as_row(sample: Sample, values_R: Tensor) -> Tensor:
-    """Values of a response's tokens at the positions of its row, [L]."""
-    row_L = values_R.new_zeros(row_length(sample) - 1)
-    answer_part(sample, row_L)[:] = values_R[: len(sample.response_tokens)]
-    return row_L
+def _of_steps(samples: Sequence[Sample], mask_SR: Tensor) -> Tensor:
+    """Rewards of steps at the tokens that end them, [S, R]."""
+    rewards_SR = torch.zeros(mask_SR.shape, device=mask_SR.device)
+    for row_R, sample in zip(rewards_SR, samples, strict=True):
+        for end, value in sample.steps:
+            row_R[end] += value
+    return rewards_SR * mask_SR
 
 
 def _over_data(mine: Tensor) -> Tensor:

@@ -43,8 +43,9 @@ def mask_truncated(group: Group) -> list[Sample]:
 
 
 def drop_equal(group: Group) -> list[Sample]:
-    """Nothing, when all rewards of the group are equal (DAPO, 3.2: 0 < right answers < G)."""
-    return [] if len({sample.reward for sample in group}) == 1 else list(group)
+    """Nothing, when all rewards of the group are equal, those of steps too (DAPO, 3.2: 0 < right answers < G)."""
+    rewards = {reward for sample in group for reward in (sample.reward, *(value for _, value in sample.steps))}
+    return [] if len(rewards) == 1 else list(group)
 
 
 def chosen(config: FilterConfig) -> dict[str, Filter]:

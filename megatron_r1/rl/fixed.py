@@ -21,7 +21,7 @@ from megatron_r1.rl.objective import penalty
 from megatron_r1.rl.penalties import EXACT
 from megatron_r1.rl.policy import Policy, as_rows
 from megatron_r1.rl.reference import ReferencePolicy
-from megatron_r1.rl.rows import Rows, row_length
+from megatron_r1.rl.rows import Rows, answer_part
 from megatron_r1.rollout.sample import Sample
 
 BySample = dict[int, Tensor]
@@ -107,8 +107,3 @@ def sums_of_answers(by_token: BySample, count: int) -> Tensor:
     for found in AllRanks().gather(mine if speaks_for_its_data() else {}):
         everyone |= found
     return torch.tensor([everyone[index] for index in range(count)])
-
-
-def answer_part(sample: Sample, values_L: Tensor) -> Tensor:
-    """The part of a row that is of the answer's tokens, whether they are learned from or not."""
-    return values_L[len(sample.prompt_tokens) - 1 : row_length(sample) - 1]

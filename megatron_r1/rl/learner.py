@@ -27,7 +27,7 @@ from megatron_r1.parallel.mesh import (
 from megatron_r1.parallel.vocabulary import TokenScores
 from megatron_r1.rl.averages import Totals
 from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
-from megatron_r1.rl.credit import Advantages, Credit, GroupRelative, Taken
+from megatron_r1.rl.credit import Advantages, Credit, Taken, against_the_group
 from megatron_r1.rl.fixed import Fixed, fixed, penalties_of_tokens, sums_of_answers
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective import Answers, objective_of
@@ -72,7 +72,7 @@ class Learner:
         """
         Args:
             replay: lets the model's routers take the experts that the engine took.
-            advantages: where they come from; None is `GroupRelative`.
+            advantages: where they come from; None is the group.
         """
         self._config, self._model, self._optimizer = config, model, optimizer
         self._reference, self._pad, self._device = reference, pad_token, device
@@ -81,7 +81,7 @@ class Learner:
         # The reference is another model: it routes for itself.
         self._reference_policy = Policy(model, temperature)
         self._objective = objective_of(config.rl)
-        self._advantages = advantages or GroupRelative(config.rl.advantage_std)
+        self._advantages = advantages or against_the_group(config.rl)
         FROZEN.apply(model, 0)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:

@@ -168,4 +168,11 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "response_length": sum(len(sample.response_tokens) for sample in samples) / count,
         "cut_off": sum(sample.finish_reason == "length" for sample in samples) / count,
         "equal_share": sum(len(set(rewards)) == 1 for rewards in groups.values()) / len(groups),
+        **step_metrics(samples),
     }
+
+
+def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """How many rewarded steps an answer has, and what one is worth; nothing where no answer has any."""
+    values = [value for sample in samples for _, value in sample.steps]
+    return {"steps": len(values) / len(samples), "step_reward": sum(values) / len(values)} if values else {}

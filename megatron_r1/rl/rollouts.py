@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_r1.config.rl import RLConfig
@@ -16,6 +17,7 @@ from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score
 from megatron_r1.rl.filters import chosen, filtered
 from megatron_r1.rl.scoring import Scorer
+from megatron_r1.rl.steps import steps_at_tokens
 from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed import RoutedLayers
@@ -27,7 +29,7 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     return (*tokenizer.begin, *tokenizer.encode(prompt.text))
 
 
-def response_text(response_tokens: tuple[int, ...], tokenizer: Tokenizer) -> str:
+def response_text(response_tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     """A response as rewards read it, without the end-of-document token."""
     return tokenizer.decode(response_tokens, skip_special=True)
 
@@ -163,22 +165,27 @@ class Rollouts:
         groups: list[list[Sample] | str] = [[] for _ in prompts]
         answered = [(*place, outcome) for place, outcome in zip(asked, outcomes, strict=True)]
         completions = [(group, prompt, answer) for group, prompt, answer in answered if isinstance(answer, Completion)]
-        texts = [response_text(answer.response_tokens, self._tokenizer) for _, _, answer in completions]
+        texts = [self._text(answer.response_tokens) for _, _, answer in completions]
         scores = self._scorer([prompt for _, prompt, _ in completions], texts)
         for (group, prompt, completion), text, score in zip(completions, texts, scores, strict=True):
             members = groups[group]
             if isinstance(score, Unscored):
                 self._lost_because, groups[group] = score.reason, "unscored_groups"
             elif isinstance(members, list):
-                members.append(scored_sample(group, prompt, completion, text, score))
+                sample = scored_sample(group, prompt, completion, text, score)
+                steps = steps_at_tokens(score.steps, completion.response_tokens, self._text)
+                members.append(replace(sample, steps=steps))
         for group, _, outcome in answered:
             if isinstance(outcome, Lost):
                 self._lost_because, groups[group] = outcome.reason, "lost_groups"
         return groups
 
+    def _text(self, response_tokens: Sequence[int]) -> str:
+        return response_text(response_tokens, self._tokenizer)
+
 
 def scored_sample(group: int, prompt: Prompt, completion: Completion, text: str, score: Score) -> Sample:
-    """An answer with what it is worth."""
+    """An answer with what it is worth, but for its steps."""
     return Sample(
         prompt_id=prompt.id,
         group=group,

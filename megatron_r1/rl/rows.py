@@ -49,6 +49,18 @@ def row_length(sample: Sample) -> int:
     return len(sample.prompt_tokens) + len(sample.response_tokens)
 
 
+def answer_part(sample: Sample, values_L: Tensor) -> Tensor:
+    """The part of a row that is of the answer's tokens, whether they are learned from or not."""
+    return values_L[len(sample.prompt_tokens) - 1 : row_length(sample) - 1]
+
+
+def answer_row(sample: Sample, values_R: Tensor) -> Tensor:
+    """Values of an answer's tokens, and of padding after them, at the positions of its row, [L]; 0 before it."""
+    row_L = values_R.new_zeros(row_length(sample) - 1)
+    answer_part(sample, row_L)[:] = values_R[: len(sample.response_tokens)]
+    return row_L
+
+
 def make_rows(
     samples: Sequence[Sample],
     indices: Sequence[int],

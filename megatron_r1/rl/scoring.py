@@ -21,10 +21,11 @@ from megatron_r1.rewards.judge.reward import JudgeReward
 from megatron_r1.rewards.language import language_asked, language_consistency
 from megatron_r1.rewards.length import overlong
 from megatron_r1.rewards.mathematics import MathVerifier
-from megatron_r1.rewards.own import OwnReward
+from megatron_r1.rewards.own import OwnReward, OwnSteps
 from megatron_r1.rewards.repetition import repetition
 from megatron_r1.rewards.reward import Question, Rule, Unscored, Value
-from megatron_r1.rewards.score import Rubric, Score, Weighted
+from megatron_r1.rewards.score import Rubric, Score, Weighted, WeightedSteps
+from megatron_r1.rewards.steps import arithmetic_steps
 
 Scorer = Callable[[Sequence[Prompt], Sequence[str]], list[Score | Unscored]]
 """Prompts and response texts -> scores; may be called by several threads."""
@@ -134,4 +135,17 @@ def rule_scorer(
     if config.judge:
         rules.append(Weighted(config.judge, JudgeReward(config.judge_by)))
     rules += models
-    return Rubric(rules, config.retries)
+    return Rubric(rules, config.retries, step_rewards(config))
+
+
+def step_rewards(config: RewardConfig) -> WeightedSteps | None:
+    """What rewards single steps; None where nothing does.
+
+    Raises:
+        ConfigError: the user's own function cannot be loaded.
+    """
+    if not config.steps:
+        return None
+    return WeightedSteps(
+        config.steps, arithmetic_steps if config.steps_by == "arithmetic" else OwnSteps(config.steps_by)
+    )

@@ -119,15 +119,17 @@ def _row(sample: Sample) -> dict[str, Any]:
     row = asdict(sample)
     if sample.learned:
         del row["learned"]  # as nearly all are
-    if not sample.later_versions:
-        del row["later_versions"]
+    for name in ("later_versions", "steps"):
+        if not row[name]:
+            del row[name]
     return row
 
 
 def _sample(row: dict) -> Sample:
     for name in ("prompt_tokens", "response_tokens", "logprobs"):
         row[name] = tuple(row[name])
-    row["later_versions"] = tuple((place, version) for place, version in row.get("later_versions", ()))
+    for name in ("later_versions", "steps"):
+        row[name] = tuple((place, value) for place, value in row.get(name, ()))
     if routed := row.get("routed_experts"):
         row["routed_experts"] = RoutedExperts(tuple(routed["shape"]), routed["data"])
     return Sample(**row)

@@ -60,6 +60,10 @@ LaterVersions = tuple[tuple[int, str], ...]
 """Where weights changed under a response: place of the first token that newer weights sampled, and their version."""
 
 
+StepsOfTokens = tuple[tuple[int, float], ...]
+"""Place of the last token of each rewarded step of a response, from the first to the last, and its reward."""
+
+
 def check_response(
     prompt: tuple[int, ...],
     tokens: tuple[int, ...],
@@ -150,11 +154,17 @@ class Sample:
     """As of the completion."""
     later_versions: LaterVersions = ()
     """As of the completion."""
+    steps: StepsOfTokens = ()
+    """Steps with rewards of their own, which are not part of `reward`."""
 
     def __post_init__(self) -> None:
         check_response(
             self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts,
             self.later_versions,
         )  # fmt: skip
-        if not math.isfinite(self.reward):
-            raise ValueError(f"prompt {self.prompt_id}: reward {self.reward} is not finite")
+        if not all(map(math.isfinite, (self.reward, *(value for _, value in self.steps)))):
+            raise ValueError(f"prompt {self.prompt_id}: reward {self.reward}, steps {self.steps}: must be finite")
+        ends = [end for end, _ in self.steps]
+        if ends != sorted(ends) or not all(0 <= end < len(self.response_tokens) for end in ends):
+            allowed = f"must ascend below {len(self.response_tokens)}"
+            raise ValueError(f"prompt {self.prompt_id}: steps end at tokens {ends}: {allowed}")

@@ -113,6 +113,12 @@ REFUSALS = [
     ("pretrain model.tied_embeddings=true", "model.tied_embeddings=true", "must be false with latent attention"),
     ("grpo rl.group_size=1", "rl.group_size=1", "must be at least 2"),
     ("grpo rl=ppo rl.objective=gspo", "rl.objective=gspo", "with advantages=critic"),
+    ("grpo rl=process reward=steps rl.objective=gspo", "rl.objective=gspo", "with advantages=process"),
+    (
+        "grpo rl=process reward=steps rl.shuffle_rewards=true",
+        "rl.shuffle_rewards=true",
+        "must be false with advantages",
+    ),
     ("grpo rl=ppo rl.group_size=1 rl.filters.truncated=mask", "rl.filters.truncated=mask", "must be keep with group"),
     ("grpo rl=ppo rl.critic.decay=1.5", "rl.critic.decay=1.5", "must lie between"),
     ("grpo rl=ppo rollout.placement=colocated", "rollout.placement=colocated", "must be separate with rl.advantages"),

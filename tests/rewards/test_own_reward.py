@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
-from megatron_r1.rewards.own import OwnReward, OwnRewardFailed
+from megatron_r1.rewards.own import OwnReward, OwnRewardFailed, OwnSteps
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "reward" / "own_example.py"
 
@@ -77,8 +77,8 @@ def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
         ("return 1.0", "must return numbers"),
         ("return None", "must return numbers"),
         ("return ['a', 'b']", "must return numbers"),
-        ("return [1.0, float('nan')]", "returned nan; every number must be finite"),
-        ("return [1.0, float('inf')]", "returned inf; every number must be finite"),
+        ("return [1.0, float('nan')]", "must return numbers \\(nan is not finite\\)"),
+        ("return [1.0, float('inf')]", "must return numbers \\(inf is not finite\\)"),
     ],
 )
 def test_what_goes_wrong_in_it_ends_the_run_in_one_line(own, body, said):
@@ -92,6 +92,25 @@ def test_another_signature_is_named(own):
         ask(own("def score(responses): return [0.0, 0.0]"))
 
 
+def test_steps_come_with_their_ends_in_the_response(own):
+    def steps(body: str) -> list:
+        return OwnSteps(own(f"def score(responses, **_):\n    return {body}"))([Question()] * 2, ("abc", "defg"))
+
+    assert steps("[[(len(r), 1), (len(r), 0.5)] for r in responses]") == [[(3, 1.0), (3, 0.5)], [(4, 1.0), (4, 0.5)]]
+    assert steps("[[], [(1, -1.0)]]") == [[], [(1, -1.0)]]
+    for body, said in (
+        ("[[(2, 1.0), (1, 1.0)], []]", "returned steps that end at \\[2, 1\\]: must ascend, up to the 3 characters"),
+        ("[[(4, 1.0)], []]", "up to the 3 characters"),
+        ("[[(0, 1.0)], []]", "must ascend"),
+        ("[[(1, float('nan'))], []]", "must return lists of \\(end, reward\\)"),
+        ("[[1.0], []]", "must return lists of \\(end, reward\\)"),
+        ("[[]]", "returned 1 lists of \\(end, reward\\) for 2 responses"),
+    ):
+        with pytest.raises(OwnRewardFailed, match=said) as failed:
+            steps(body)
+        assert "reward.steps_by=" in str(failed.value) and "\n" not in str(failed.value)
+
+
 def test_on_the_command_line():
     reward = load("grpo", ["reward=my_reward.py:score"]).reward
     assert (reward.function, reward.own, reward.accuracy, reward.format) == ("my_reward.py:score", 1.0, 0.0, 0.0)
@@ -102,13 +121,18 @@ def test_on_the_command_line():
         (["reward=my_reward.py:"], "reward.function=my_reward.py:: must be FILE.py:NAME"),
         (["reward.own=1"], "reward.own=1.0: is the weight of reward.function"),
         (["reward.function=a.py:f"], "reward.own=0.0: is the weight of reward.function"),
+        (["reward.steps=1", "rl=process"], "reward.steps=1.0: is the weight of reward.steps_by"),
+        (
+            ["reward=steps", "reward.steps_by=equations"],
+            "reward.steps_by=equations: must be arithmetic or FILE.py:NAME",
+        ),
         (["reward=nowhere"], "reward=nowhere: must be one of"),
     ):
         with pytest.raises(ConfigError, match=said):
             load("grpo", overrides)
 
 
-@pytest.mark.parametrize("preset", ["seed", "seed_language", "paper", "r1", "dapo", "own"])
+@pytest.mark.parametrize("preset", ["seed", "seed_language", "steps", "paper", "r1", "dapo", "own"])
 def test_every_preset_composes(preset):
     assert load("grpo", [f"reward={preset}"]).reward is not None
 

@@ -72,6 +72,8 @@ def by_hand(config: RunConfig, samples: list, values: list[list[float]], gaps: l
             continue
         rewards = [-config.rl.kl_coefficient * one for one in gap]
         rewards[-1] += sample.reward
+        for end, reward in sample.steps:
+            rewards[end] += reward
         following = [*value[1:], 0.0]
         delta = [r + DISCOUNT * after - v for r, v, after in zip(rewards, value, following, strict=True)]
         own = [sum((DISCOUNT * DECAY) ** k * d for k, d in enumerate(delta[t:])) for t in range(len(delta))]
@@ -88,7 +90,8 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     config = ppo_config(shape, tokens_per_micro_batch=tokens_per_micro_batch)
     policy = trainable(new_model(config.model))
     samples = make_samples(policy, 0.3)
-    samples[1] = replace(samples[1], learned=False)
+    samples[1] = replace(samples[1], learned=False, steps=((0, 5.0),))
+    samples[2] = replace(samples[2], steps=((3, 0.5), (7, -0.25), (7, 0.5)))
     reference = ReferencePolicy(policy, shifted_reference(policy))
     values = value_model(new_model, config)
     _, advantages = critic_beside(values, config)

@@ -42,6 +42,9 @@ def test_each_filter_takes_out_its_own():
     assert mask_truncated(group) == [RIGHT, WRONG, AGAIN, replace(CUT, learned=False)]
     assert drop_equal(group) == group
     assert drop_equal([RIGHT, AGAIN]) == [] == drop_equal([WRONG, CUT])
+    # Steps are held against each other too, within one answer and against the answers' own rewards.
+    told = [replace(one, steps=((0, 1.0),)) for one in (RIGHT, AGAIN)]
+    assert drop_equal(told) == [] and drop_equal([replace(told[0], steps=((0, 1.0), (1, 0.0))), told[1]])
 
 
 def test_nothing_is_configured_by_default():

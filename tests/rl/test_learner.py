@@ -71,6 +71,25 @@ def test_an_update_is_the_loss_written_out(new_model, shape, tokens_per_micro_ba
     assert row["kl"] > 0 and row["clip_fraction"] > 0 and row["skipped"] == 0
 
 
+def test_process_supervision_is_the_loss_with_an_advantage_for_each_token(new_model):
+    config = config_of(advantages="process")
+    model = trainable(new_model(config.model))
+    samples, reference = make_samples(model, 0.3), ReferencePolicy(model, shifted_reference(model))
+    # Steps that end at one token, with the answer, and in one group only.
+    samples[0] = replace(samples[0], steps=((1, 0.5), (4, -0.25), (4, 0.5)))
+    samples[1] = replace(samples[1], steps=((2, 1.0),))
+    Learner(config, model, Optimizer(model, config.train), reference, 0, "cpu").learn(samples, TrainState())
+    plain, other = two_models(new_model, config)
+    plain_loss(plain, other, samples, temperature=0.7, epsilon=0.2, kl_coefficient=0.05).backward()
+    gradients = {name: p.main_grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_close(gradients, {name: p.grad for name, p in plain.named_parameters() if p.requires_grad})
+
+
+def test_without_steps_process_supervision_is_group_relative_to_the_bit(new_model):
+    (by_answer, *_), (by_step, *_) = (learnt(new_model, advantages=how) for how in ("group", "process"))
+    assert all(torch.equal(by_answer[name], by_step[name]) for name in by_answer)
+
+
 def test_multi_token_layers_and_balancing_biases_are_carried_through_untouched(new_model):
     _, row, after = learnt(new_model, mini_batches=2, inner_epochs=2)
     before = dict(native_tensors(new_model(config_of().model)))

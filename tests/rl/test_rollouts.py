@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_r1.config.run import RunConfig
+from megatron_r1.data.expressions import careful_steps
 from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import train_tokenizer
+from megatron_r1.rl.loop import step_metrics
 from megatron_r1.rl.rollouts import Rollouts, prompt_tokens, response_text, shuffle_rewards
 from megatron_r1.rl.rows import make_rows
 from megatron_r1.rl.scoring import rule_scorer
+from megatron_r1.rollout.choose import SyncedEngine
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.sample import Completion
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +34,6 @@ def tokenizer(config):
 
 @pytest.fixture
 def rollouts(tiny, config, tokenizer, tmp_path):
-    from megatron_r1.rollout.choose import SyncedEngine
-    from megatron_r1.rollout.journal import Journal
     from megatron_r1.rollout.local import LocalEngine
 
     engine = SyncedEngine(LocalEngine(tiny, 12, tokenizer.pad), None)
@@ -95,3 +100,49 @@ def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
 
 def fields(sample) -> dict:
     return {name: getattr(sample, name) for name in type(sample).__dataclass_fields__}
+
+
+class Worked:
+    """Answers every prompt with its right working, or a wrong one every other time."""
+
+    busy_seconds = 0.0
+
+    def __init__(self, prompts, tokenizer):
+        self._thoughts, self._tokenizer = (
+            {prompt_tokens(p, tokenizer): thoughts(p.expression) for p in prompts},
+            tokenizer,
+        )
+
+    def generate(self, requests, sampling):
+        return [self._answer(request, number % 2) for number, request in enumerate(requests)]
+
+    def _answer(self, request, wrong):
+        text = f"<think>{self._thoughts[request.prompt_tokens][wrong]}</think> <answer>0</answer>"
+        tokens = (*self._tokenizer.encode(text), self._tokenizer.eos)
+        return Completion(request.id, request.prompt_tokens, tokens, (-0.5,) * len(tokens), "stop", "0")
+
+
+def thoughts(expression: str) -> tuple[str, str]:
+    steps = [f"{left} {operator} {right} = {result}" for left, operator, right, result in careful_steps(expression)]
+    return ", ".join(steps), f"1 + 1 = 3, {steps[0]}"
+
+
+def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer, tmp_path):
+    prompts = TrainingPrompts(config.data)
+    engine = SyncedEngine(Worked([prompts.at(index) for index in range(3)], tokenizer), None)
+    config.reward.steps, config.reward.steps_by = 0.5, "arithmetic"
+    scorer = rule_scorer(config.reward)
+    config.reward.steps, config.reward.steps_by = 0.0, ""
+    journal = Journal(tmp_path / "rollouts")
+    taken = Rollouts(prompts, engine, tokenizer, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
+    assert journal.read(0) == taken.samples and len(taken.samples) == 12
+    for number, sample in enumerate(taken.samples):
+        (first, one), (second, other) = sample.steps
+        assert (one, other) == ((0.0, 0.5) if number % 2 else (0.5, 0.5))
+        for end in (first, second):
+            read = tokenizer.decode(sample.response_tokens[: end + 1])
+            assert read[-1].isdigit() and "=" in read
+        assert tokenizer.decode(sample.response_tokens[: second + 2]).endswith("</think>")
+        assert set(sample.reward_parts) == {"accuracy", "format"} and sample.reward == sum(sample.reward_parts.values())
+    assert step_metrics(taken.samples) == {"steps": 2.0, "step_reward": 0.375}
+    assert step_metrics([replace(sample, steps=()) for sample in taken.samples]) == {}

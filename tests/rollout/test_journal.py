@@ -36,6 +36,10 @@ def samples(draw) -> Sample:
         later_versions=tuple(
             (place, draw(st.text("ab"))) for place in sorted(draw(st.sets(st.integers(0, count - 1)))) if place
         ),
+        steps=tuple(
+            (place, draw(st.floats(allow_nan=False, allow_infinity=False)))
+            for place in sorted(draw(st.lists(st.integers(0, count - 1), max_size=3)))
+        ),
         reward_parts=draw(st.dictionaries(st.text("abc"), st.floats(allow_nan=False, allow_infinity=False))),
     )
 

@@ -36,10 +36,7 @@ def plain_loss(
     """
     total = torch.zeros(())
     for sample in samples:
-        group = [s.reward for s in samples if s.group == sample.group]
-        mean = sum(group) / len(group)
-        deviation = math.sqrt(sum((reward - mean) ** 2 for reward in group) / len(group))
-        advantage = (sample.reward - mean) / deviation if deviation else 0.0
+        advantages = plain_advantages(sample, [s for s in samples if s.group == sample.group])
         with telling(sample):
             log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, temperature)
         with torch.no_grad():
@@ -49,6 +46,21 @@ def plain_loss(
             limited = ratio.clamp(1 - epsilon, 1 + epsilon)
             gap = others[token] - log_probs[token]
             penalty = gap.exp() - gap - 1
-            gain = torch.minimum(ratio * advantage, limited * advantage) - kl_coefficient * penalty
+            gain = torch.minimum(ratio * advantages[token], limited * advantages[token]) - kl_coefficient * penalty
             total = total - gain / len(sample.logprobs) / len(samples)
     return total
+
+
+def plain_advantages(sample: Any, group: Sequence[Any]) -> list[float]:
+    """Of each token of an answer: that of the answer, or with steps the sum over those that end at it or later.
+
+    The answer's reward is that of a step that ends with it.
+    """
+    rewards = [reward for member in group for reward in (*(value for _, value in member.steps), member.reward)]
+    mean = sum(rewards) / len(rewards)
+    deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    steps = [*sample.steps, (len(sample.response_tokens) - 1, sample.reward)]
+    return [
+        sum((reward - mean) / deviation for end, reward in steps if end >= token) if deviation else 0.0
+        for token in range(len(sample.response_tokens))
+    ]

@@ -1,0 +1,90 @@
+"""Rewards of single steps of a response, for process supervision (DeepSeekMath, section 4.1.3).
+
+The steps of arithmetic are its equations: one counts where it follows from what the question, and the right steps
+before it, leave to be computed. So repeating one, or writing true equations beside the point, earns nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from megatron_r1.rewards.reward import Question
+
+OPERATORS: dict[str, Callable[[int, int], int]] = {
+    "+": lambda left, right: left + right,
+    "-": lambda left, right: left - right,
+    "*": lambda left, right: left * right,
+}
+EXPRESSION = re.compile(r"[0-9]{1,9}(?: ?[-+*] ?[0-9]{1,9}){1,20}")
+EQUATION = re.compile(r"(-?[0-9]{1,9}) ?([-+*]) ?(-?[0-9]{1,9}) ?= ?(-?[0-9]{1,18})")
+THOUGHT = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
+
+
+class RewardedStep(NamedTuple):
+    """A step and what it is worth."""
+
+    end: int
+    """Characters of the response up to the end of the step."""
+    value: float
+
+
+StepRewards = Callable[[Sequence[Question], Sequence[str]], list[list[RewardedStep]]]
+"""Prompts and response texts -> the steps of each response, from the first to the last; may be called by threads."""
+
+
+def arithmetic_steps(prompts: Sequence[Question], texts: Sequence[str]) -> list[list[RewardedStep]]:
+    """1 for each equation of the reasoning that follows from the question, else 0.
+
+    A response without reasoning in its tags, or to a question without an expression, has no steps.
+    """
+    return [steps_of(prompt.question, text) for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def steps_of(question: str, response: str) -> list[RewardedStep]:
+    """The equations of one response."""
+    asked, thought = EXPRESSION.search(question), THOUGHT.search(response)
+    if not (asked and thought):
+        return []
+    left = Remaining.of(asked.group())
+    return [
+        RewardedStep(step.end(), float(left.take(int(step[1]), step[2], int(step[3]), int(step[4]))))
+        for step in EQUATION.finditer(response, thought.start(1), thought.end(1))
+    ]
+
+
+class Remaining:
+    """What is left of an expression while it is worked out, one operation at a time."""
+
+    def __init__(self, numbers: list[int], operators: list[str]):
+        self._numbers, self._operators = numbers, operators
+
+    @classmethod
+    def of(cls, expression: str) -> Remaining:
+        """Of a text such as `2 + 3 * 4`."""
+        return cls([int(n) for n in re.findall(r"[0-9]+", expression)], re.findall(r"[-+*]", expression))
+
+    def take(self, left: int, operator: str, right: int, result: int) -> bool:
+        """Whether the equation is true and is an operation that may be done now; if so, it is done."""
+        if OPERATORS[operator](left, right) != result:
+            return False
+        pairs = {(left, right), (right, left)} if operator in "+*" else {(left, right)}
+        for place, found in enumerate(self._operators):
+            here = (self._numbers[place], self._numbers[place + 1])
+            if found == operator and here in pairs and self._may_come_first(place):
+                self._numbers[place : place + 2] = [result]
+                del self._operators[place]
+                return True
+        return False
+
+    def _may_come_first(self, place: int) -> bool:
+        """Whether doing this operation before the others leaves the value of the whole as it is.
+
+        A product always may; a sum or difference where no product claims its numbers and no minus stands before it.
+        """
+        before = self._operators[place - 1] if place else "+"
+        after = self._operators[place + 1] if place + 1 < len(self._operators) else "+"
+        if self._operators[place] == "*":
+            return True
+        return before == "+" and after != "*"
