@@ -191,6 +191,20 @@ def test_a_critic_of_tied_embeddings_on_two_stages_is_refused():
         check_layout(config, "grpo", ranks=2)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rl=process"], "reward.steps=0.0: must be above 0 with rl.advantages=process"),
+        (["reward=steps"], "reward.steps=0.5: must be 0 with rl.advantages=group"),
+    ],
+)
+def test_rewards_of_steps_and_advantages_of_steps_need_each_other(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        check_layout(load("grpo", overrides), "grpo", ranks=1)
+    for use in ("rl=process", "rl=ppo"):
+        check_layout(load("grpo", ["reward=steps", use]), "grpo", ranks=1)
+
+
 def test_only_the_first_rank_speaks(answer):
     assert answer("pretrain", "x=1", RANK="0").stderr.count("\n") == 1
     silent = answer("pretrain", "x=1", RANK="3")

@@ -1,4 +1,4 @@
-"""Which equations of a reasoning follow from the question: the world's own, and any expression against Python's value."""
+"""Which equations of a reasoning follow from the question: the world's own, and any against Python's value."""
 
 from __future__ import annotations
 
