@@ -149,6 +149,9 @@ class SGLangConfig:
 
     servers: int = 1
     """Servers to start, or to wait for in `address_file`; without effect where `addresses` or `slurm` names some."""
+    first_gpu: int = -1
+    """First GPU of the servers that are started here, each of which takes its own; -1 takes those behind the trainer's,
+    or the trainer's where they are colocated or there are no others."""
     addresses: list[str] = field(default_factory=list)
     """Servers that run already, as http://host:port; keys in SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     address_file: str = ""
@@ -172,6 +175,7 @@ class SGLangConfig:
 
     def __post_init__(self) -> None:
         within(self, 1, 64, "servers")
+        at_least(self, -1, "first_gpu")
         at_least(self, 1, "start_timeout_s", "max_running_requests")
         at_least(self, 0.01, "request_timeout_s")
         at_least(self, 0, "max_total_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -17,6 +18,7 @@ from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.gpus import first_gpu
 from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sglang.sender import Sender
 from megatron_r1.rollout.sglang.shared import SharedSender
@@ -134,8 +136,22 @@ class Contributor:
 
 def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
     length, dtype = model.max_sequence_length, DTYPES[model.precision]
-    pause = PAUSES[rollout.pause]
-    return SGLangEngine(folder, rollout.sglang, logs, device, dtype, context_length=length, pause=pause)
+    pause, first = PAUSES[rollout.pause], servers_first_gpu(rollout, device)
+    return SGLangEngine(
+        folder, rollout.sglang, logs, device, dtype, context_length=length, pause=pause, first_gpu=first
+    )
+
+
+def servers_first_gpu(rollout: RolloutConfig, device: str) -> int:
+    """The first GPU of the servers that this process starts; 0 where it starts none, and on a CPU."""
+    if device == "cpu" or rollout.sglang.started_elsewhere:
+        return 0
+    return first_gpu(rollout, torch.cuda.device_count(), ranks_here())
+
+
+def ranks_here() -> int:
+    """Ranks of the trainer on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> Outgoing:
@@ -149,10 +165,12 @@ def _sender(
     timeout_s = rollout.sglang.request_timeout_s
     if rollout.sync == "ipc":
         return SharedSender(endpoints, name, tensor_parallel, device, timeout_s)
-    return Sender(endpoints, name, tensor_parallel, group_backend(device, rollout.placement), timeout_s)
+    return Sender(endpoints, name, tensor_parallel, group_backend(rollout, device), timeout_s)
 
 
-def group_backend(device: str, placement: str = "separate") -> str:
+def group_backend(rollout: RolloutConfig, device: str) -> str:
     """Backend of the group that weights travel over. NCCL wants every rank on a GPU of its own; gloo takes any."""
-    apart = device == "cuda" and torch.cuda.device_count() > 1 and placement == "separate"
-    return "nccl" if apart else "gloo"
+    if device == "cpu" or rollout.placement != "separate":
+        return "gloo"
+    apart = rollout.sglang.started_elsewhere or servers_first_gpu(rollout, device) >= ranks_here()
+    return "nccl" if apart and torch.cuda.device_count() > 1 else "gloo"

@@ -10,7 +10,12 @@ import pytest
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sglang import PoolConfig, ServerConfig, SGLangConfig, SpeculativeConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.rollout.sglang import starts
 from megatron_r1.rollout.sglang.arguments import options, refuse_on_cpu, server_arguments
+from megatron_r1.rollout.sglang.client import Endpoint
+from megatron_r1.rollout.sglang.gpus import first_gpu
+from megatron_r1.rollout.sglang.supervise import CurrentWeights
+from megatron_r1.rollout.sglang.versions import Versions
 
 EVERYTHING = ServerConfig(
     tensor_parallel=8, expert_parallel=8, data_parallel_attention=4, memory_fraction=0.8, chunked_prefill_tokens=4096,
@@ -41,6 +46,41 @@ def test_every_option_is_a_field_of_sglang(fields, tmp_path):
     kinds = {int: "int", float: "float", str: "str", bool: "bool"}
     wrong = {name for name, value in arguments.items() if kinds[type(value)] not in fields[name]}
     assert wrong <= {"moe_a2a_backend"} and "deepep" in fields["moe_a2a_backend"]
+
+
+@pytest.mark.parametrize(
+    ("placement", "servers", "width", "wanted", "gpus", "trainers", "first"),
+    [
+        ("separate", 2, 2, -1, 8, 4, 4),  # behind the trainer's
+        ("separate", 2, 2, -1, 4, 4, 0),  # none are left: shared
+        ("separate", 1, 1, -1, 1, 1, 0),
+        ("colocated", 2, 2, -1, 8, 4, 0),
+        ("separate", 2, 2, 1, 8, 4, 1),
+        ("separate", 3, 2, -1, 4, 1, None),
+        ("separate", 1, 1, 8, 8, 1, None),
+    ],
+)
+def test_servers_take_gpus_of_their_own_where_there_are_any(placement, servers, width, wanted, gpus, trainers, first):
+    server = ServerConfig(tensor_parallel=width)
+    rollout = RolloutConfig(placement=placement, sglang=SGLangConfig(servers=servers, first_gpu=wanted, server=server))
+    if first is not None:
+        assert first_gpu(rollout, gpus, trainers) == first
+        return
+    with pytest.raises(ConfigError, match=f"^rollout.sglang.servers={servers}: must fit from GPU .*are {gpus} GPUs$"):
+        first_gpu(rollout, gpus, trainers)
+
+
+def test_each_server_is_told_its_first_gpu(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(starts, "Server", lambda arguments, *_: started.append(arguments.get("base_gpu_id")))
+    for device in ("cuda", "cpu"):
+        config = SGLangConfig(server=ServerConfig(tensor_parallel=2))
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        several = starts.Starts(tmp_path, config, tmp_path, device, dtype, 64, first_gpu=4)
+        for place, folder in ((0, tmp_path), (1, None)):
+            several.launch(place, Endpoint("http://a:1", "", ""), CurrentWeights(Versions("0"), folder))
+        several.close()
+    assert started == [4, 6, None, None]
 
 
 def test_options_are_in_sglangs_words():

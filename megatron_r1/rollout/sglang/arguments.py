@@ -22,11 +22,13 @@ def server_arguments(
     context_length: int,
     version: str,
     weights: bool = True,
+    first_gpu: int = 0,
 ) -> dict[str, Any]:
     """Fields of SGLang's ServerArgs: token ids in and out, no network, idle servers sleep.
 
     Args:
         weights: whether the folder holds weights; without them the server starts on arbitrary ones.
+        first_gpu: of those that the server takes; without effect on a CPU.
 
     Raises:
         ConfigError: an option needs CUDA and the device is the CPU.
@@ -52,6 +54,8 @@ def server_arguments(
         arguments["max_total_tokens"] = config.max_total_tokens
     if device == "cpu":
         arguments |= {"attention_backend": "torch_native", "disable_cuda_graph": True}
+    else:
+        arguments["base_gpu_id"] = first_gpu
     return arguments | options(config.server)
 
 

@@ -51,6 +51,7 @@ class SGLangEngine:
         context_length: longest prompt and response together, in tokens.
         version: weight version that the model in `model_folder` is called.
         pause: what becomes of answers that are under way when weights change.
+        first_gpu: of the first server; without effect on a CPU.
 
     Raises:
         NoRolloutCapacity: a server did not start, ended, or did not answer as it should.
@@ -68,13 +69,14 @@ class SGLangEngine:
         context_length: int,
         version: str = "initial",
         pause: Pause = FINISH,
+        first_gpu: int = 0,
     ):
         self.config, self.context_length = config, context_length
         self.tensor_parallel = config.server.tensor_parallel
         self._pause = pause
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
-        self._starts = Starts(model_folder, config, log_folder, device, dtype, context_length)
+        self._starts = Starts(model_folder, config, log_folder, device, dtype, context_length, first_gpu)
         self.endpoints = addresses.given(config) if config.started_elsewhere else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a server that is restarted keeps its own."""
         self._weights = CurrentWeights(Versions(version), Path(model_folder))

@@ -27,9 +27,16 @@ class Starts:
     """
 
     def __init__(
-        self, model_folder: Path, config: SGLangConfig, logs: Path, device: str, dtype: str, context_length: int
+        self,
+        model_folder: Path,
+        config: SGLangConfig,
+        logs: Path,
+        device: str,
+        dtype: str,
+        context_length: int,
+        first_gpu: int = 0,
     ):
-        self._logs = Path(logs)
+        self._logs, self._first_gpu, self._gpus_each = Path(logs), first_gpu, config.server.tensor_parallel
         self._arguments = partial(
             server_arguments, config=config, device=device, dtype=dtype, context_length=context_length
         )
@@ -44,10 +51,11 @@ class Starts:
 
     def launch(self, place: int, endpoint: Endpoint, weights: CurrentWeights) -> Server:
         """Start server number `place` at `endpoint`."""
+        gpu = self._first_gpu + place * self._gpus_each
         if folder := weights.folder:
-            arguments = self._arguments(folder, version=weights.version)
+            arguments = self._arguments(folder, version=weights.version, first_gpu=gpu)
         else:
-            arguments = self._arguments(self._shape, version=NO_WEIGHTS, weights=False)
+            arguments = self._arguments(self._shape, version=NO_WEIGHTS, weights=False, first_gpu=gpu)
         return Server(arguments, self._environment, self._logs / f"server-{place}.log", endpoint)
 
     def close(self) -> None:
