@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.prompts import PromptsConfig
 from megatron_r1.errors import ConfigError
 
 
@@ -53,6 +54,8 @@ class DataConfig:
     """Share of prompts drawn from reasoning-gym tasks."""
     arithmetic_share: float = 0.3
     """Share of worked arithmetic among the assistant world's documents."""
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    """Questions of your own instead of the world's; read by grpo and sample."""
     indexed: IndexedConfig = field(default_factory=IndexedConfig)
     """Tokenised datasets; read where source is indexed."""
 

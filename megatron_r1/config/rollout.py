@@ -15,6 +15,11 @@ class RolloutConfig:
 
     engine: str = "sglang"
     """Who samples: sglang (servers) or local (in this process, seeded)."""
+    template: str = "r1_zero"
+    """What stands around a question: r1_zero (the template of DeepSeek-R1-Zero), none (the question is the prompt),
+    tokenizer (the model's own chat template), or a file with one."""
+    system_prompt: str = ""
+    """Said before every question; the template must have a place for it."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
@@ -50,6 +55,8 @@ class RolloutConfig:
         within(self, 0.0, 10.0, "temperature")
         within(self, 1e-6, 1.0, "top_p")
         at_least(self, 1, "max_response_tokens", "batch_size")
+        if not self.template:
+            raise ConfigError("template", self.template, "must be r1_zero, none, tokenizer or a file")
         within(self, 1, 65_536, "bucket_mb")
         within(self, 0, 64, "ahead")
         if self.ahead and self.pause == "abort":

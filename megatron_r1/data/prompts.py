@@ -14,24 +14,20 @@ from megatron_r1.data.arithmetic import FAMILY_FORMS, Problem, draw_expression, 
 from megatron_r1.data.assistant.texts import Asked, questions
 from megatron_r1.data.expressions import heldout_expressions
 from megatron_r1.data.gym import draw_item
-from megatron_r1.data.template import R1_ZERO_TEMPLATE, fill_template
 from megatron_r1.errors import DataError
-
-__all__ = ["R1_ZERO_TEMPLATE", "Prompt", "TrainingPrompts", "heldout_prompts"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question as the model reads it."""
+    """One question; `data.chat.asking` says how it is asked."""
 
     id: str
     """train-INDEX or heldout-INDEX."""
     question: str
     answer: str
     """The true answer."""
-    text: str
-    """The R1-Zero template with the question; the response follows without a space."""
     expression: str
+    """What is asked, where it is arithmetic; else empty."""
     task: str
     """family, chain_sum or basic_arithmetic; or one of the assistant world, whose answer is one of many good ones."""
 
@@ -100,7 +96,7 @@ def heldout_assistant_prompts(config: DataConfig, count: int) -> list[Prompt]:
 
 
 def assistant_prompt(asked: Asked, id: str) -> Prompt:
-    return Prompt(id, asked.question, asked.answer, fill_template(asked.question), asked.question, asked.task)
+    return Prompt(id, asked.question, asked.answer, asked.question, asked.task)
 
 
 def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> Problem:
@@ -113,5 +109,4 @@ def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> 
 
 
 def as_prompt(problem: Problem, id: str) -> Prompt:
-    text = fill_template(problem.question)
-    return Prompt(id, problem.question, problem.answer, text, problem.expression, problem.task)
+    return Prompt(id, problem.question, problem.answer, problem.expression, problem.task)

@@ -7,10 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.data.prompts import Prompt, TrainingPrompts
+from megatron_r1.data.chat.asking import Asking
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards.reward import Unscored
@@ -22,11 +24,6 @@ from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed import RoutedLayers
 from megatron_r1.rollout.sample import Completion, Lost, Request, Sample, Sampling
-
-
-def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """A prompt as the engine gets it: the beginning of a document, then the prompt's text."""
-    return (*tokenizer.begin, *tokenizer.encode(prompt.text))
 
 
 def response_text(response_tokens: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -51,6 +48,14 @@ REFILLS = 1 << 40
 prompts depend on the luck of another."""
 
 
+class Prompts(Protocol):
+    """An endless list of questions."""
+
+    def at(self, index: int) -> Prompt:
+        """Prompt `index`, the same one whenever it is asked for."""
+        ...
+
+
 class Rollouts:
     """The rollouts of a run, by step: the same step always takes the same prompts, and is sampled once.
 
@@ -59,9 +64,9 @@ class Rollouts:
 
     def __init__(
         self,
-        prompts: TrainingPrompts,
+        prompts: Prompts,
         engine: SyncedEngine,
-        tokenizer: Tokenizer,
+        asking: Asking,
         journal: Journal,
         scorer: Scorer,
         rollout: RolloutConfig,
@@ -73,11 +78,12 @@ class Rollouts:
         Args:
             prompts: the endless list of prompts.
             engine: who answers.
+            asking: how they are asked, and in which tokens.
             journal: rollouts already sampled.
             scorer: prompts and response texts -> scores.
             routed: the layers whose experts are wanted with each answer.
         """
-        self._prompts, self._engine, self._tokenizer, self._journal = prompts, engine, tokenizer, journal
+        self._prompts, self._engine, self._asking, self._journal = prompts, engine, asking, journal
         self._scorer, self._rollout, self._rl, self._seed = scorer, rollout, rl, seed
         self._routed = routed
         self._filters = chosen(rl.filters)
@@ -150,14 +156,14 @@ class Rollouts:
         """The scored answers to `count` prompts; a group that cannot be used is the name under which it counts."""
         prompts = [self._prompts.at(first_prompt + i) for i in range(count)]
         asked = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(self._rl.group_size)]
-        tokens = [prompt_tokens(prompt, self._tokenizer) for prompt in prompts]
+        tokens = [self._asking.tokens(prompt.question) for prompt in prompts]
         name = f"{step}" if number == 0 else f"{step}.{number}"
         requests = [Request(f"{name}-{i}", tokens[group]) for i, (group, _) in enumerate(asked)]
         sampling = Sampling(
             temperature=self._rollout.temperature,
             top_p=self._rollout.top_p,
             max_tokens=self._rollout.max_response_tokens,
-            stop_tokens=(self._tokenizer.eos,),
+            stop_tokens=(self._asking.tokenizer.eos,),
             seed=self._seed * 1_000_003 + step + number * 7_368_787,
             routed=self._routed,
         )
@@ -181,7 +187,7 @@ class Rollouts:
         return groups
 
     def _text(self, response_tokens: Sequence[int]) -> str:
-        return response_text(response_tokens, self._tokenizer)
+        return response_text(response_tokens, self._asking.tokenizer)
 
 
 def scored_sample(group: int, prompt: Prompt, completion: Completion, text: str, score: Score) -> Sample:

@@ -18,12 +18,13 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.report.intervals import clustered
 from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
-from megatron_r1.rl.rollouts import prompt_tokens, response_text
+from megatron_r1.rl.rollouts import response_text
 from megatron_r1.rl.scoring import is_right
 from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.engine import all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.stages.answering import answering_engine
+from megatron_r1.stages.questions import asking_of
 from megatron_r1.stages.session import mark_done, open_run_folder
 from megatron_r1.stages.weights import check_same_model, find_weights
 
@@ -111,7 +112,8 @@ def _answers(
     config: RunConfig,
 ) -> list[list[str]]:
     """`count` answers per prompt, as text."""
-    tokens = [prompt_tokens(prompt, tokenizer) for prompt in prompts]
+    asking = asking_of(config, tokenizer)
+    tokens = [asking.tokens(prompt.question) for prompt in prompts]
     requests = [Request(f"{place}-{i}", tokens[place]) for place in range(len(prompts)) for i in range(count)]
     sampling = Sampling(
         temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
@@ -28,6 +27,7 @@ from megatron_r1.rollout.local import LocalEngine
 from megatron_r1.rollout.routed import RoutedLayers
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.stages.critic import critic_of
+from megatron_r1.stages.questions import asking_of, keep, prompts_of_file, training_prompts
 from megatron_r1.stages.reward_scorer import RewardModelScorer
 from megatron_r1.stages.trainer import Trainer, finish, trainer
 from megatron_r1.stages.weights import Weights, find_weights
@@ -44,6 +44,8 @@ def run(config: RunConfig) -> None:
     check(config)
     weights = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    asking = asking_of(config, tokenizer)
+    questions = prompts_of_file(config, asking)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
     with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
         if this.state.step >= config.train.steps:
@@ -70,12 +72,13 @@ def run(config: RunConfig) -> None:
             prompts = config.rl.prompts_per_rollout
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=beside)
             if leads():
+                keep(questions, this.folder)
                 journal = Journal(this.folder / "rollouts")
                 hooks = Hooks([hooks, PruneJournal(journal, config.train)])
                 rollouts = Rollouts(
-                    TrainingPrompts(config.data),
+                    training_prompts(config, questions),
                     engine,
-                    tokenizer,
+                    asking,
                     journal,
                     scorer,
                     config.rollout,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.prompt_files import read_prompts
+from megatron_r1.data.chat.asking import Asking
 from megatron_r1.data.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError, UserError
@@ -25,30 +25,32 @@ from megatron_r1.rewards.extract import any_answer
 from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score
-from megatron_r1.rl.rollouts import prompt_tokens, response_text
+from megatron_r1.rl.rollouts import response_text
 from megatron_r1.rl.scoring import VERIFIERS, Scorer, is_right, rule_scorer
 from megatron_r1.rollout.engine import Engine, all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.stages.answering import answering_engine
+from megatron_r1.stages.questions import BAD_ROWS, asking_of, keep, prompts_of_file
 from megatron_r1.stages.session import mark_done, open_run_folder
 from megatron_r1.stages.weights import find_weights
 
 logger = logging.getLogger(__name__)
 
-PLAN, PARTS, BAD_ROWS = "plan.json", "parts", "bad_rows.txt"
+PLAN, PARTS = "plan.json", "parts"
 
 
 def run(config: RunConfig) -> None:
     """Sample answers to every prompt, or go on where the job stopped."""
-    if not config.init.from_:
-        raise ConfigError("init.from", "", "sample needs a model: a run, a checkpoint or hf:FOLDER")
-    prompts, bad_rows = gather_prompts(config)
+    check(config)
     found = find_weights(config.init.from_, which=config.init.weights)
-    folder = open_run_folder(config)
     tokenizer = Tokenizer.load(found.tokenizer_folder)
-    if bad_rows:
-        write_whole(folder / BAD_ROWS, "".join(f"{line}\n" for line in bad_rows).encode())
-    job = Job(folder / PARTS, prompts, config, plan_of(config, prompts, found.folder))
+    asking, limit = asking_of(config, tokenizer), config.sample.limit
+    file = prompts_of_file(config, asking, limit)
+    world = TrainingPrompts(config.data)
+    prompts = file.prompts if file else [world.at(index) for index in range(limit)]
+    folder = open_run_folder(config)
+    keep(file, folder)
+    job = Job(folder / PARTS, prompts, asking, config, plan_of(config, prompts, asking, found.folder))
     todo = list(job.missing())
     if todo:
         if models := config.reward.models:
@@ -59,30 +61,25 @@ def run(config: RunConfig) -> None:
             engine.update_weights(found.folder.name)
             job.do(todo, engine.engine, tokenizer, scorer)
     target, totals = publish(job, folder, config.sample.format)
-    _tell(target, totals, len(bad_rows))
+    _tell(target, totals, len(file.bad_rows) if file else 0)
     mark_done(folder, totals)
 
 
-def gather_prompts(config: RunConfig) -> tuple[list[Prompt], list[str]]:
-    """The prompts to answer, and which rows of the file are bad.
+def check(config: RunConfig) -> None:
+    """Refuse what this stage cannot do.
 
     Raises:
-        ConfigError: a world is asked for without a limit.
-        DataError: the file is bad.
+        ConfigError: no model, or a world is asked for without a limit.
     """
-    sample = config.sample
-    if sample.prompts:
-        found = read_prompts(sample)
-        return found.prompts, found.bad_rows
-    if not sample.limit:
+    if not config.init.from_:
+        raise ConfigError("init.from", "", "sample needs a model: a run, a checkpoint or hf:FOLDER")
+    if not (config.data.prompts.path or config.sample.limit):
         raise ConfigError("sample.limit", 0, "must be above 0 where the prompts are a world's, which has no end")
-    world = TrainingPrompts(config.data)
-    return [world.at(index) for index in range(sample.limit)], []
 
 
-def plan_of(config: RunConfig, prompts: Sequence[Prompt], weights: Path) -> dict[str, Any]:
+def plan_of(config: RunConfig, prompts: Sequence[Prompt], asking: Asking, weights: Path) -> dict[str, Any]:
     """What the parts of a job depend on: they fit together only if it is the same."""
-    texts = hashlib.sha256(orjson.dumps([(p.id, p.text, p.answer) for p in prompts])).hexdigest()
+    texts = hashlib.sha256(orjson.dumps([(p.id, asking.text(p.question), p.answer) for p in prompts])).hexdigest()
     manifest = weights / "manifest.json"
     return {
         "prompts": len(prompts),
@@ -99,6 +96,7 @@ class Job:
 
     folder: Path
     prompts: Sequence[Prompt]
+    asking: Asking
     config: RunConfig
     plan: dict[str, Any]
     """What all parts depend on."""
@@ -147,7 +145,7 @@ class Job:
     def _sample(self, number: int, engine: Engine, tokenizer: Tokenizer, scorer: Scorer) -> Iterator[dict[str, Any]]:
         config, prompts = self.config, self._prompts_of(number)
         asked = [(prompt, index) for prompt in prompts for index in range(config.sample.samples)]
-        tokens = {prompt.id: prompt_tokens(prompt, tokenizer) for prompt in prompts}
+        tokens = {prompt.id: self.asking.tokens(prompt.question) for prompt in prompts}
         requests = [Request(f"{prompt.id}#{index}", tokens[prompt.id]) for prompt, index in asked]
         rollout = config.rollout
         sampling = Sampling(
@@ -166,7 +164,7 @@ class Job:
                 "sample": index,
                 "question": prompt.question,
                 "truth": prompt.answer,
-                "prompt": prompt.text,
+                "prompt": self.asking.text(prompt.question),
                 "response": text,
                 "response_tokens": len(completion.response_tokens),
                 "logprob": sum(completion.logprobs),

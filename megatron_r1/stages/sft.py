@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.chat.batches import ChatBatches
-from megatron_r1.data.chat.store import Examples, open_examples, template_source
+from megatron_r1.data.chat.encode import template_source
+from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, open_examples
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.flops import flops_per_token, peak_flops
@@ -52,9 +53,8 @@ def run(config: RunConfig) -> None:
     learned, heldout = batches_of(config, examples, tokenizer.pad)
     config = with_steps(config, learned.total)
     # Whoever loads the model later asks it in the words that it learned in.
-    tokenizer = Tokenizer(
-        tokenizer.backend, {**tokenizer.settings, "chat_template": template_source(config.sft, tokenizer)}
-    )
+    template = template_source(config.sft.chat_template, tokenizer, TEMPLATE_KEY)
+    tokenizer = Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": template})
     with trainer(config, tokenizer, weights) as this:
         FROZEN.apply(this.model, 0)
         reader = reader_of(this)

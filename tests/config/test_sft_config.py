@@ -24,7 +24,7 @@ def test_schedules_are_the_reports(recipe, first, last):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("source=web", "sft.source=web: must be one of arithmetic, files"),
+        ("source=web", "sft.source=web: must be one of arithmetic, assistant, files"),
         ("learn=none", "sft.learn=none: must be one of all, last, each"),
         ("answers=short", "sft.answers=short: must be one of template, verbatim"),
         ("too_long=keep", "sft.too_long=keep: must be one of drop, truncate"),

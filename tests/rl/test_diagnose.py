@@ -11,7 +11,7 @@ import torch
 from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
 
 TEMPERATURE, FLOOR = 1.0, 1e-5
-PROMPTS = [(2, *(3 + (7 * row + 5 * place) % 400 for place in range(8 + row % 5))) for row in range(24)]
+PROMPTS = [(2, *(3 + (7 * row + 5 * place) % 400 for place in range(8 + row % 5))) for row in range(12)]
 
 
 @pytest.fixture(scope="module")

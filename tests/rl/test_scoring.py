@@ -19,7 +19,7 @@ from megatron_r1.rl.scoring import Accuracy, rule_scorer
 
 
 def prompt(answer: str, task: str, question: str = "?") -> Prompt:
-    return Prompt("train-0", question, answer, question, "", task)
+    return Prompt("train-0", question, answer, "", task)
 
 
 def tagged(answer: str, thought: str = "so") -> str:

@@ -49,8 +49,8 @@ def root(tmp_path_factory) -> Path:
 
 
 def job(root: Path, name: str) -> list[str]:
-    sample = ["samples=2", "prompts_per_part=4", "limit=0", "max_bad_rows=1", f"prompts='{root}/prompts.jsonl'"]
-    keys = [f"sample.{setting}" for setting in sample]
+    sample = ["sample.samples=2", "sample.prompts_per_part=4", "sample.limit=0"]
+    keys = [*sample, "data.prompts.max_bad_rows=1", f"data.prompts.path='{root}/prompts.jsonl'"]
     return ["sample", *MODEL, *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
 
 

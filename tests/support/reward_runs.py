@@ -100,7 +100,7 @@ def score(folder: Path) -> dict[str, Any]:
     from megatron_r1.stages.reward_scorer import RewardModelScorer
 
     prompts = [
-        Prompt(str(i), f"Write in capitals: {word}", "", "", "", "capitals") for i, word in enumerate(("cat", "sun"))
+        Prompt(str(i), f"Write in capitals: {word}", "", "", "capitals") for i, word in enumerate(("cat", "sun"))
     ]
     answers = ["<think> one</think> <answer> CAT</answer>", "<think> two</think> <answer> sun</answer>"]
     thought = [answer.replace(" one", " another thought") for answer in answers]

@@ -8,14 +8,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
-from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS, CannotRender, ChatTemplate
+from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS, R1_ZERO, CannotRender, ChatTemplate
 from megatron_r1.data.chat.rows import Conversation
 from megatron_r1.data.chat.turns import Segment, Turns
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
 
 _CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>")
 """Tokens that steer a chat, in the spelling that vocabularies share; not all mark them as special."""
@@ -85,6 +87,31 @@ def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
         if added.special or _CONTROL.fullmatch(added.content):
             named.add(added.content)
     return re.compile("|".join(re.escape(text) for text in sorted(named, key=len, reverse=True)))
+
+
+def template_source(name: str, tokenizer: Tokenizer, key: str) -> str:
+    """The text of a chat template.
+
+    Args:
+        name: r1_zero, tokenizer (the tokenizer's own) or a file.
+        key: configuration key to name in an error.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name == "r1_zero":
+        return R1_ZERO
+    if name == "tokenizer":
+        found = tokenizer.settings.get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+        if not isinstance(found, str):
+            raise ConfigError(key, name, "the tokenizer has no chat template: name r1_zero or a file")
+        return found
+    try:
+        return Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(key, name, "must be r1_zero, tokenizer or a file that can be read") from None
 
 
 def chat_template(tokenizer: Tokenizer, source: str, name: str) -> ChatTemplate:

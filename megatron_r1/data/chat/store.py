@@ -23,14 +23,20 @@ import numpy as np
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.sft import SftConfig
-from megatron_r1.data.chat.encode import ChatEncoder, Example, as_arrays, chat_template, key_of
+from megatron_r1.data.chat.encode import (
+    ChatEncoder,
+    Example,
+    as_arrays,
+    chat_template,
+    key_of,
+    template_source,
+)
 from megatron_r1.data.chat.files import files_of, raw_rows
 from megatron_r1.data.chat.generated import GENERATED
-from megatron_r1.data.chat.render import R1_ZERO
 from megatron_r1.data.chat.rows import Conversation, conversation_of
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.errors import DataError
 from megatron_r1.files import canonical, digest_of, sync, write_whole
 
 logger = logging.getLogger(__name__)
@@ -38,6 +44,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 CONVERSATIONS_AT_ONCE = 1000
 BAD_ROWS = "bad_rows.txt"
+TEMPLATE_KEY = "sft.chat_template"
 
 
 @dataclass(frozen=True)
@@ -65,28 +72,6 @@ class _Found(NamedTuple):
     heldout: bool
 
 
-def template_source(sft: SftConfig, tokenizer: Tokenizer) -> str:
-    """The text of the chat template that a run learns in.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    key = "sft.chat_template"
-    if sft.chat_template == "r1_zero":
-        return R1_ZERO
-    if sft.chat_template == "tokenizer":
-        found = tokenizer.settings.get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
-        if not isinstance(found, str):
-            raise ConfigError(key, "tokenizer", "the tokenizer has no chat template: name r1_zero or a file")
-        return found
-    try:
-        return Path(sft.chat_template).read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(key, sft.chat_template, "must be r1_zero, tokenizer or a file that can be read") from None
-
-
 def open_examples(
     sft: SftConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int, seed: int, run_folder: Path
 ) -> Examples:
@@ -101,7 +86,7 @@ def open_examples(
         ConfigError: a source or the template cannot be found.
         DataError: too many rows are bad, or the data are no longer those that the run began with.
     """
-    template = template_source(sft, tokenizer)
+    template = template_source(sft.chat_template, tokenizer, TEMPLATE_KEY)
     settings = [FORMAT_VERSION, asdict(sft), asdict(data), sequence_length, seed, template, tokenizer.fingerprint()]
     inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for _, file in _files(sft)]
     name = hashlib.sha256(canonical([settings, inputs])).hexdigest()[:16]

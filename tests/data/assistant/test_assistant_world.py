@@ -108,7 +108,6 @@ def test_prompts_mix_in_arithmetic_and_carry_a_good_answer():
     assert len(general) / 300 == pytest.approx(1 - CONFIG.arithmetic_share, abs=0.1)
     for prompt in [*general, *heldout_assistant_prompts(CONFIG, 50)]:
         assert verdict(prompt.question, f"<think>x</think> <answer>{prompt.answer}</answer>").helpful, prompt
-        assert prompt.text == R1_ZERO_TEMPLATE.replace("{prompt}", prompt.question)
     assert [TrainingPrompts(CONFIG).at(index) for index in (7, 3)] == [prompts[7], prompts[3]]
 
 

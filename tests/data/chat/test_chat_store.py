@@ -14,8 +14,9 @@ from chats import SEVERAL, SINGLE, small_tokenizer
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.sft import ConversationsConfig, SftConfig
+from megatron_r1.data.chat.encode import template_source
 from megatron_r1.data.chat.files import files_of, raw_rows
-from megatron_r1.data.chat.store import Examples, _Maker, open_examples, template_source
+from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, _Maker, open_examples
 from megatron_r1.data.expressions import is_heldout, normalise
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
@@ -182,19 +183,18 @@ def test_several_that_ask_at_once_make_it_once(tmp_path, monkeypatch):
 
 def test_templates_come_from_the_tokenizer_or_a_file(tmp_path):
     (tmp_path / "t.jinja").write_text("{{ messages }}")
-    config = SftConfig(chat_template=str(tmp_path / "t.jinja"))
-    assert template_source(config, TOKENIZER) == "{{ messages }}"
+    assert template_source(str(tmp_path / "t.jinja"), TOKENIZER, TEMPLATE_KEY) == "{{ messages }}"
     several = [{"name": "tool", "template": "x"}, {"name": "default", "template": "y"}]
     named = Tokenizer(TOKENIZER.backend, {**TOKENIZER.settings, "chat_template": several})
-    assert template_source(SftConfig(chat_template="tokenizer"), named) == "y"
+    assert template_source("tokenizer", named, TEMPLATE_KEY) == "y"
     bare = Tokenizer(TOKENIZER.backend, {k: v for k, v in TOKENIZER.settings.items() if k != "chat_template"})
     with pytest.raises(ConfigError, match=r"^sft\.chat_template=tokenizer: the tokenizer has no chat template"):
-        template_source(SftConfig(chat_template="tokenizer"), bare)
+        template_source("tokenizer", bare, TEMPLATE_KEY)
     with pytest.raises(ConfigError, match=r"^sft\.chat_template=gone: must be"):
-        template_source(SftConfig(chat_template="gone"), bare)
+        template_source("gone", bare, TEMPLATE_KEY)
     bare.save(tmp_path / "folder")
     (tmp_path / "folder/chat_template.jinja").write_text("z")
-    assert template_source(SftConfig(chat_template="tokenizer"), Tokenizer.load(tmp_path / "folder")) == "z"
+    assert template_source("tokenizer", Tokenizer.load(tmp_path / "folder"), TEMPLATE_KEY) == "z"
 
 
 def test_folders_read_their_files_in_order(tmp_path):

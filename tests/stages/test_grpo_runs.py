@@ -1,9 +1,10 @@
-"""Runs with a critic: gone on with bit for bit, and started from a reward model."""
+"""Runs of reinforcement learning: with a critic, gone on with bit for bit; on questions of a file."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ import torch
 from launching import run_to_the_end
 
 from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.data.prompt_files import FilePrompts, PromptFile
+from megatron_r1.data.prompts import Prompt
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import DataError
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.stages.questions import keep
 from megatron_r1.track.record import read_metrics
 
 pytestmark = pytest.mark.timeout(240)
@@ -19,11 +26,15 @@ SUPPORT = Path(__file__).parents[1] / "support"
 POLICY = {"model", "exp_avg", "exp_avg_sq", "reference"}
 CRITIC = {"critic", "critic_exp_avg", "critic_exp_avg_sq", "critic_progress"}
 
+QUESTIONS = [f"What is {n} + 1?" for n in range(5)]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("ppo-runs")
-    run_to_the_end([sys.executable, str(SUPPORT / "ppo_runs.py"), str(folder)], seconds=200)
+    folder = tmp_path_factory.mktemp("grpo-runs")
+    rows = [*({"question": question, "answer": n + 1} for n, question in enumerate(QUESTIONS)), {"question": "<|eos|>"}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_to_the_end([sys.executable, str(SUPPORT / "grpo_runs.py"), str(folder)], seconds=200)
     return folder
 
 
@@ -76,3 +87,28 @@ def test_a_critic_starts_from_a_reward_model(folder, found):
         torch.testing.assert_close(critic[name], tensor, rtol=0, atol=1e-9)
     assert "rl.critic.init_from=" in found["no_reward_model"]
     assert "must be a run of the verb reward" in found["no_reward_model"]
+
+
+def test_questions_of_a_file_are_asked_in_the_models_own_template(folder):
+    tokenizer = Tokenizer.load(folder / "base" / "checkpoints" / "step-00000001" / "tokenizer")
+    listed = FilePrompts([Prompt(str(n + 1), text, str(n + 1), "", "file") for n, text in enumerate(QUESTIONS)], 0)
+    asked = [sample for step in (1, 2) for sample in Journal(folder / "asked" / "rollouts").read(step)]
+    assert [sample.prompt_id for sample in asked] == [listed.at(index // 2).id for index in range(16)]
+    for sample in asked:
+        expected = f"<|bos|><|user|>{QUESTIONS[int(sample.prompt_id) - 1]}<|assistant|>"
+        assert sample.prompt_tokens == tuple(tokenizer.encode(expected))
+    assert (folder / "asked" / "bad_rows.txt").read_text() == (
+        "questions.jsonl:6: the question holds the control token <|eos|>\n"
+    )
+    assert rows(folder, "asked")[-1]["skipped"] == 0
+
+
+def test_a_run_that_goes_on_has_the_questions_that_it_began_with(tmp_path):
+    prompts = [Prompt("1", "1?", "1", "", "file"), Prompt("2", "2?", "2", "", "file")]
+    keep(PromptFile(prompts, []), tmp_path)
+    keep(PromptFile([*prompts], ["a: bad"]), tmp_path)
+    assert (tmp_path / "bad_rows.txt").read_text() == "a: bad\n"
+    for others in (prompts[::-1], prompts[:1], [replace(prompts[0], answer="3"), prompts[1]]):
+        with pytest.raises(DataError, match="its questions are no longer those that it began with"):
+            keep(PromptFile(others, []), tmp_path)
+    keep(None, tmp_path)

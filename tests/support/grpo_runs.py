@@ -1,7 +1,8 @@
-"""PPO runs of a toy base, run in one process: tests/stages/test_ppo_runs.py.
+"""Reinforcement learning of a toy base, in one process: tests/stages/test_grpo_runs.py.
 
-python ppo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
-and once stopped by a signal and gone on with; starts a critic from the reward model; and writes FOLDER/found.json.
+python grpo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
+and once stopped by a signal and gone on with; starts a critic from the reward model; asks FOLDER/questions.jsonl with
+rewards of steps; and writes FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -32,6 +33,20 @@ PPO = (
     "rl.group_size=1",
     "rl.mini_batches=2",
     "rl.reference_reset_interval=0",
+)
+ASKED = (
+    "init.from={}/base",
+    "data.prompts.path={}/questions.jsonl",
+    "data.prompts.max_bad_rows=1",
+    "rollout=local",
+    "rollout.template=tokenizer",
+    "rollout.max_response_tokens=12",
+    "rl=process",
+    "reward=steps",
+    "rl.prompts_per_rollout=4",
+    "rl.group_size=2",
+    "rl.mini_batches=2",
+    "train.steps=2",
 )
 REWARD = (
     "init.from={}/base",
@@ -81,6 +96,7 @@ def main(folder: Path) -> None:
     run(reward, "reward", "name=judge", *REWARD)
     still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
+    run(grpo, "grpo", "name=asked", *ASKED)
     found["no_reward_model"] = refused("rl.critic.init_from={}/base")
     (folder / "found.json").write_text(json.dumps(found))
 

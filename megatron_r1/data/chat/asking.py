@@ -1,0 +1,56 @@
+"""How a question is put to a model: the template around it, and the tokens that its answer follows."""
+
+from __future__ import annotations
+
+from megatron_r1.data.chat.encode import chat_template, control_tokens, template_source
+from megatron_r1.data.chat.render import CannotRender
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+
+KEY = "rollout.template"
+NO_TEMPLATE = "none"
+
+
+class Asking:
+    """Questions as a model reads them."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, system_prompt: str = ""):
+        """
+        Args:
+            template: r1_zero, none, tokenizer or a file, as in `RolloutConfig`.
+            system_prompt: said before each question; empty says nothing.
+
+        Raises:
+            ConfigError: there is no such template, or it refuses a question.
+            DataError: it is no template.
+        """
+        self.tokenizer, self._control, self._system = tokenizer, control_tokens(tokenizer), system_prompt
+        self._template = None
+        if template == NO_TEMPLATE:
+            return
+        self._template = chat_template(tokenizer, template_source(template, tokenizer, KEY), template)
+        try:
+            self.text("2 + 3?")
+        except CannotRender as error:
+            asked = "a system prompt and a question" if system_prompt else "a question"
+            raise ConfigError(KEY, template, f"must take {asked}: {error}") from error
+
+    def text(self, question: str) -> str:
+        """All that the model reads before its answer, special tokens spelt out."""
+        if self._template is None:
+            return self.tokenizer.decode(self.tokenizer.begin) + self._system + question
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        return self._template.render([*system, {"role": "user", "content": question}], answer_follows=True).text
+
+    def tokens(self, question: str) -> tuple[int, ...]:
+        """The same as token ids."""
+        return tuple(self.tokenizer.encode(self.text(question)))
+
+    def check(self, question: str) -> None:
+        """Refuse a question that cannot be asked as it stands.
+
+        Raises:
+            ValueError: it spells a token that steers the chat, and would become it.
+        """
+        if found := self._control.search(question):
+            raise ValueError(f"the question holds the control token {found[0]}")
