@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.errors import ConfigError
 
 
@@ -65,6 +66,8 @@ class SftConfig:
     """Rows that may be left out, each named in bad_rows.txt, before the run is refused."""
     max_bad_share: float = 0.0
     """The same as a share of all rows; the larger of the two counts."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """A model to learn from beside the conversations."""
 
     def __post_init__(self) -> None:
         one_of(self, "source", ("arithmetic", "assistant", "files"))
@@ -77,3 +80,5 @@ class SftConfig:
         within(self, 0.0, 1.0, "max_bad_share")
         if not self.chat_template:
             raise ConfigError("chat_template", self.chat_template, "must be r1_zero, tokenizer or a file")
+        if self.teacher.from_ and self.packing != "best_fit":
+            raise ConfigError("packing", self.packing, "must be best_fit with teacher.from")

@@ -146,6 +146,10 @@ class Tokenizer:
             settings["chat_template"] = _read(apart)
         return cls(backend, settings)
 
+    def has_same_words(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same word in both; end tokens and chat templates may differ."""
+        return self.backend.get_vocab(True) == other.backend.get_vocab(True)
+
     def fingerprint(self) -> str:
         """SHA-256 in hex of everything that decides which ids a text gets."""
         return hashlib.sha256(f"{self.backend.to_str()} {self.bos} {self.eos} {self.pad}".encode()).hexdigest()

@@ -126,14 +126,14 @@ def _mtp_loss(num_micro_batches: int) -> float | None:
     return float(mean) / group.size() / num_micro_batches
 
 
-def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, length: int) -> list[Tensor]:
+def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, length: int) -> list[Any]:
     """Outputs of `forward`, one per micro-batch, without gradient; an empty list but on the last pipeline stage.
 
     Args:
-        forward: model and micro-batch -> output of this stage.
+        forward: model and micro-batch -> output of this stage, a tensor or a dictionary of tensors.
     """
 
-    def step(batches: Any, module: Any) -> tuple[Tensor, Callable]:
+    def step(batches: Any, module: Any) -> tuple[Any, Callable]:
         return forward(module, next(batches)), lambda output, non_loss_data: output
 
     with torch.no_grad():

@@ -1,11 +1,13 @@
 """A model's scores of tokens, by its own head but never with the logits of all tokens: see `parallel.vocabulary`.
 
-Every stage that looks at probabilities takes them from here. Shapes: B rows, L positions, D width, K targets.
+Every stage that looks at probabilities takes them from here. Shapes: B rows, L positions, D width, V this rank's rows
+of the head, K targets, N chosen positions in the order of rows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -15,7 +17,18 @@ from torch import Tensor
 
 from megatron_r1.model.chunks import Model, chunks
 from megatron_r1.parallel.mesh import tensor_parallel_group
-from megatron_r1.parallel.vocabulary import CHUNK_LOGITS, Head, Other, TokenScores, score_tokens
+from megatron_r1.parallel.vocabulary import CHUNK_LOGITS, Head, Other, TokenScores, TopWords, score_tokens, top_words
+
+
+class Question(NamedTuple):
+    """Targets of which a model is asked the probabilities."""
+
+    targets: Tensor
+    """[N] token ids, or [N, K]."""
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    words: int | None = None
+    """Size of the vocabulary, where the head has rows beyond it."""
 
 
 def model_scores(
@@ -47,10 +60,9 @@ def model_scores(
         more: what megatron-core's forward takes besides.
     """
 
-    def score(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> TokenScores:
-        weight_VD = output_layer.weight if output_weight is None else output_weight
+    def score(hidden_LBD: Tensor, weight_VD: Tensor) -> TokenScores:
         scores = score_tokens(
-            _on_every_rank(hidden_states, output_layer),
+            hidden_LBD,
             targets.transpose(0, 1),
             Head(weight_VD, tensor_parallel_group(), words),
             temperature=temperature,
@@ -60,7 +72,63 @@ def model_scores(
         divergence = None if scores.divergence is None else scores.divergence.t()
         return TokenScores(scores.log_probs.transpose(0, 1), scores.entropy.t(), divergence)
 
-    return model(inputs_BL, positions_BL, attention_mask, output_processor=score, **more)
+    return _read(model, inputs_BL, positions_BL, score, attention_mask=attention_mask, **more)
+
+
+def chosen_scores(
+    model: Any,
+    inputs_BL: Tensor,
+    positions_BL: Tensor,
+    chosen_BL: Tensor,
+    questions: Sequence[Question],
+    *,
+    chunk_logits: int = CHUNK_LOGITS,
+    **more: Any,
+) -> list[TokenScores] | Tensor:
+    """Scores of the chosen positions alone, for each question, as `model_scores` gives them of all positions.
+
+    Args:
+        chosen_BL: which positions: bool.
+        questions: each costs the head's products once more; several targets of one softmax are one question.
+        more: what megatron-core's forward takes besides.
+    """
+
+    def score(hidden_LBD: Tensor, weight_VD: Tensor) -> list[TokenScores]:
+        hidden_ND = hidden_LBD.transpose(0, 1)[chosen_BL]
+        return [
+            score_tokens(
+                hidden_ND,
+                question.targets,
+                Head(weight_VD, tensor_parallel_group(), question.words),
+                temperature=question.temperature,
+                chunk_logits=chunk_logits,
+            )
+            for question in questions
+        ]
+
+    return _read(model, inputs_BL, positions_BL, score, **more)
+
+
+def model_top_words(
+    model: Any,
+    inputs_BL: Tensor,
+    positions_BL: Tensor,
+    chosen_BL: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    words: int | None = None,
+    chunk_logits: int = CHUNK_LOGITS,
+    **more: Any,
+) -> TopWords | Tensor:
+    """The model's K most likely words at each chosen position, [N, K], without gradient; see `chosen_scores`."""
+
+    def best(hidden_LBD: Tensor, weight_VD: Tensor) -> TopWords:
+        head = Head(weight_VD, tensor_parallel_group(), words)
+        hidden_ND = hidden_LBD.transpose(0, 1)[chosen_BL]
+        return top_words(hidden_ND, head, k, temperature=temperature, chunk_logits=chunk_logits)
+
+    return _read(model, inputs_BL, positions_BL, best, **more)
 
 
 def last_hidden_states(
@@ -68,10 +136,10 @@ def last_hidden_states(
 ) -> Tensor:
     """What the head reads, [B, L, D], whole on every tensor-parallel rank; other stages give their hidden states."""
 
-    def whole(*, hidden_states: Tensor, output_layer: Any, **_: Any) -> Tensor:
-        return _on_every_rank(hidden_states, output_layer).transpose(0, 1)
+    def whole(hidden_LBD: Tensor, _: Tensor) -> Tensor:
+        return hidden_LBD.transpose(0, 1)
 
-    return model(inputs_BL, positions_BL, attention_mask, output_processor=whole, **more)
+    return _read(model, inputs_BL, positions_BL, whole, attention_mask=attention_mask, **more)
 
 
 def head_weight(model: Model) -> Tensor:
@@ -80,6 +148,24 @@ def head_weight(model: Model) -> Tensor:
     if last.share_embeddings_and_output_weights:
         return last.shared_embedding_or_output_weight()
     return last.output_layer.weight
+
+
+def _read(
+    model: Any,
+    inputs_BL: Tensor,
+    positions_BL: Tensor,
+    read: Callable[[Tensor, Tensor], Any],
+    *,
+    attention_mask: Tensor | None = None,
+    **more: Any,
+) -> Any:
+    """What `read` makes of the last hidden states [L, B, D] of all positions, and of this rank's rows of the head."""
+
+    def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Any:
+        weight_VD = output_layer.weight if output_weight is None else output_weight
+        return read(_on_every_rank(hidden_states, output_layer), weight_VD)
+
+    return model(inputs_BL, positions_BL, attention_mask, output_processor=process, **more)
 
 
 def _on_every_rank(hidden: Tensor, output_layer: Any) -> Tensor:

@@ -34,6 +34,15 @@ class TokenScores(NamedTuple):
     """sum_v p_v log(p_v / q_v) to another model's q, over the whole vocabulary: [*tokens]; None without one."""
 
 
+class TopWords(NamedTuple):
+    """A model's most likely words, the most likely first, alike on all tensor-parallel ranks."""
+
+    ids: Tensor
+    """int64 [*tokens, K]."""
+    log_probs: Tensor
+    """In nats, fp32 (float64 for float64 models): [*tokens, K]."""
+
+
 @dataclass(frozen=True)
 class Head:
     """An output layer whose rows tensor-parallel ranks share out in order, each as many."""
@@ -53,6 +62,11 @@ class Head:
         """This rank's rows that are words."""
         held = self.weight_VD.shape[0]
         return held if self.words is None else min(max(self.words - self.first_row, 0), held)
+
+    @property
+    def vocabulary(self) -> int:
+        """Words over all ranks."""
+        return self.weight_VD.shape[0] * dist.get_world_size(self.group) if self.words is None else self.words
 
 
 class Other(NamedTuple):
@@ -92,14 +106,10 @@ def score_tokens(
     single = targets.dim() == hidden.dim() - 1
     if targets.shape[: hidden.dim() - 1] != hidden.shape[:-1] or not (single or targets.dim() == hidden.dim()):
         raise ValueError(f"targets: have shape {tuple(targets.shape)}, hidden states {tuple(hidden.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0")
-    if head.words is not None and not 0 < head.words <= head.weight_VD.shape[0] * dist.get_world_size(head.group):
-        raise ValueError(f"words={head.words}: must be at least 1 and at most the rows of the head")
+    plan = _planned(head, temperature, chunk_logits)
     tokens = hidden.shape[:-1]
     targets_TK = targets.reshape(-1, 1) if single else targets.flatten(0, -2)
     hidden_TD = hidden.reshape(-1, hidden.shape[-1])
-    plan = _Plan(head, temperature, max(1, chunk_logits // max(1, head.weight_VD.shape[0])))
     other_TD, other_VD = (other.hidden_TD.flatten(0, -2).detach(), other.weight_VD.detach()) if other else (None, None)
     scores = _Scores.apply(hidden_TD, head.weight_VD, targets_TK, other_TD, other_VD, plan)
     log_probs_TK, entropy_T, *divergence_T = scores
@@ -108,6 +118,41 @@ def score_tokens(
         entropy_T.view(tokens),
         divergence_T[0].view(tokens) if divergence_T else None,
     )
+
+
+@torch.no_grad()
+def top_words(
+    hidden: Tensor, head: Head, k: int, *, temperature: float = 1.0, chunk_logits: int = CHUNK_LOGITS
+) -> TopWords:
+    """The K most likely words under softmax(hidden head^T / temperature), without gradient.
+
+    Of equally likely words the one with the lower id comes first, so that every layout finds the same. Ranks exchange
+    only their own K best. Collective over `head.group`.
+
+    Args:
+        hidden: [*tokens, D], the same tokens on every rank of the group.
+        k: words of a token, at most the vocabulary.
+        temperature: logits are divided by it; above 0.
+        chunk_logits: logits of this rank that may exist at once, at least one token's.
+    Raises:
+        ValueError: settings do not fit.
+    """
+    plan = _planned(head, temperature, chunk_logits)
+    if not 0 < k <= head.vocabulary:
+        raise ValueError(f"k={k}: must be at least 1 and at most the {head.vocabulary} words of the vocabulary")
+    hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+    # One chunk at the least, so that no tokens at all need no code of their own: every rank alike.
+    chunks = list(plan.chunks(len(hidden_TD))) or [slice(0, 0)]
+    parts = [_top_of_chunk(plan, plan.logits(hidden_TD[chunk], head.weight_VD), k) for chunk in chunks]
+    return TopWords(*(torch.cat(part).view(*hidden.shape[:-1], k) for part in zip(*parts, strict=True)))
+
+
+def _planned(head: Head, temperature: float, chunk_logits: int) -> _Plan:
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0")
+    if head.words is not None and not 0 < head.words <= head.weight_VD.shape[0] * dist.get_world_size(head.group):
+        raise ValueError(f"words={head.words}: must be at least 1 and at most the rows of the head")
+    return _Plan(head, temperature, max(1, chunk_logits // max(1, head.weight_VD.shape[0])))
 
 
 class _Plan(NamedTuple):
@@ -130,6 +175,12 @@ class _Plan(NamedTuple):
         dist.all_reduce(values, operation, self.head.group)
         return values
 
+    def gather(self, values_CK: Tensor) -> Tensor:
+        """Every rank's, in the order of ranks: [C, ranks x K]."""
+        parts = [torch.empty_like(values_CK) for _ in range(dist.get_world_size(self.head.group))]
+        dist.all_gather(parts, values_CK.contiguous(), self.head.group)
+        return torch.cat(parts, 1)
+
     def mine(self, targets_CK: Tensor) -> tuple[Tensor, Tensor]:
         """Which targets this rank holds, and at which of its rows; row 0 for those of other ranks."""
         local_CK = targets_CK - self.head.first_row
@@ -141,6 +192,34 @@ def _peak(logits_CV: Tensor) -> Tensor:
     if logits_CV.shape[1]:
         return logits_CV.amax(-1)
     return logits_CV.new_full(logits_CV.shape[:1], -torch.inf)
+
+
+def _top_of_chunk(plan: _Plan, logits_CV: Tensor, k: int) -> TopWords:
+    """Of one chunk, [C, K] each; the buffer is used up."""
+    values_CK, places_CK = _greatest(logits_CV, min(k, logits_CV.shape[1]))
+    lacking = (0, k - values_CK.shape[1])
+    # What a rank lacks is less likely than any word of another one.
+    values_CX = plan.gather(torch.nn.functional.pad(values_CK, lacking, value=-torch.inf))
+    ids_CX = plan.gather(torch.nn.functional.pad(places_CK + plan.head.first_row, lacking))
+    # Ranks hold the words in order: a sort that keeps equals as they are keeps the lower id first.
+    values_CK, order_CK = (x_CX[:, :k] for x_CX in values_CX.sort(dim=-1, descending=True, stable=True))
+    peak_C1 = values_CK[:, :1]
+    total_C = plan.reduce(logits_CV.sub_(peak_C1).exp_().sum(-1))
+    return TopWords(ids_CX.gather(-1, order_CK), values_CK - peak_C1 - total_C.log()[:, None])
+
+
+def _greatest(logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k greatest logits of each token and their places, [C, k]: the greatest first, of equals the lower place."""
+    values_Ck, places_Ck = logits_CV.topk(k)
+    if k:
+        # Where equals lie on both sides of the cut, topk takes whichever it likes.
+        least_C1 = values_Ck[:, -1:]
+        split_C = (logits_CV == least_C1).sum(-1) > (values_Ck == least_C1).sum(-1)
+        if split_C.any():
+            places_Ck[split_C] = logits_CV[split_C].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    places_Ck = places_Ck.sort(-1).values
+    values_Ck, order_Ck = logits_CV.gather(-1, places_Ck).sort(dim=-1, descending=True, stable=True)
+    return values_Ck, places_Ck.gather(-1, order_Ck)
 
 
 class _Scores(torch.autograd.Function):

@@ -129,6 +129,7 @@ def _if_any(recipe: Recipe, title: str, kind: str, figures_of: Callable[[Stage],
 def _sft_figures(stage: Stage) -> Iterable[str]:
     name, rows = stage.name, stage.rows
     loss = {"loss": "learned", "heldout_loss": "held out", "mtp_loss": "token after next"}
+    loss |= {"cross_entropy": "written words", "distillation_loss": "divergence from the teacher"}
     caption = "Loss on the answers' tokens, of what is learned and of what is held out."
     yield _figure(curves(f"{name}-loss", rows, loss, "loss (nats per token)"), caption)
     tokens = {"tokens": "all", "learned_tokens": "learned"}

@@ -155,6 +155,12 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
 
 def mean_loss(result: UpdateResult) -> float:
     """Mean loss over micro-batches and data-parallel ranks, the same on every rank."""
-    mine = [float(entry["loss"]) for entry in result.passes.logged] if speaks_for_its_data() else []
-    losses = [loss for rank in AllRanks().gather(mine) for loss in rank]
-    return sum(losses) / len(losses)
+    return mean_logged(result)["loss"]
+
+
+def mean_logged(result: UpdateResult) -> dict[str, float]:
+    """The same of all that the loss function logged, by name."""
+    logged = result.passes.logged if speaks_for_its_data() else []
+    mine = [{name: float(value) for name, value in entry.items()} for entry in logged]
+    entries = [entry for rank in AllRanks().gather(mine) for entry in rank]
+    return {name: sum(entry[name] for entry in entries) / len(entries) for name in entries[0]}

@@ -21,8 +21,9 @@ from megatron_r1.model.passes import LossFunction, forward_only
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.context import context_parallel_group
 from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, world_size
-from megatron_r1.stages.pretrain import mean_loss, update_metrics
+from megatron_r1.stages.pretrain import mean_logged, update_metrics
 from megatron_r1.stages.session import run_folder
+from megatron_r1.stages.teacher import distilling_reader, find_teacher
 from megatron_r1.stages.trainer import Trainer, finish, of_at_most, trainer
 from megatron_r1.stages.weights import find_weights
 from megatron_r1.train.guard import count_skips
@@ -37,7 +38,10 @@ from megatron_r1.train.supervised import SupervisedReader, packing_metrics
 
 logger = logging.getLogger(__name__)
 
-SHOWN = ("loss", "heldout_loss", "gradient_norm", "learning_rate", "packing_efficiency", "tokens_per_second", "epoch")
+SHOWN = (
+    *("loss", "cross_entropy", "distillation_loss", "heldout_loss", "gradient_norm", "learning_rate"),
+    *("packing_efficiency", "tokens_per_second", "epoch"),
+)
 
 
 def run(config: RunConfig) -> None:
@@ -48,6 +52,7 @@ def run(config: RunConfig) -> None:
     if tokenizer.vocab_size > config.model.vocab_size:
         allowed = f"must be at least {tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
         raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+    teacher = find_teacher(config, tokenizer)
     length = config.train.sequence_length
     examples = open_examples(config.sft, config.data, tokenizer, length, config.seed, run_folder(config))
     learned, heldout = batches_of(config, examples, tokenizer.pad)
@@ -58,6 +63,7 @@ def run(config: RunConfig) -> None:
     with trainer(config, tokenizer, weights) as this:
         FROZEN.apply(this.model, 0)
         reader = reader_of(this)
+        learning = distilling_reader(this, teacher) if teacher else reader
         first = []
         if heldout.total:
             settings, start = config.sft, this.state.step
@@ -66,7 +72,7 @@ def run(config: RunConfig) -> None:
         if dist.get_rank() == 0:
             logger.info("%s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
         hooks = this.hooks(SHOWN, f"sft {config.name}", first=first)
-        state = train(this.state, supervised_step(this, reader, learned), hooks, config.train.steps)
+        state = train(this.state, supervised_step(this, learning, learned), hooks, config.train.steps)
         finish(this, state)
 
 
@@ -139,7 +145,7 @@ def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatche
             ),
         )
         return state, {
-            "loss": mean_loss(result),
+            **mean_logged(result),
             **update_metrics(result),
             **metrics,
             "learned_tokens": int(reader.counted(batch).sum()),

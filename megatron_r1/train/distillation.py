@@ -1,6 +1,6 @@
 """Learning from a teacher's most likely words at each position, instead of from one sampled word.
 
-Pure. The student's log-probabilities of those words come from `model_scores` with K targets at each position.
+Pure. The student's log-probabilities of those words come from `model.scores` with K targets at each position.
 
 Shapes: T tokens (any dimensions), K words of the teacher.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-TAILS = ("rest", "renormalise", "drop")
+from megatron_r1.config.teacher import TAILS
+
 LOWEST = -60.0
 """log of the least probability that the rest of a vocabulary is taken to have."""
 

@@ -10,6 +10,7 @@ Shapes: B sequences, L positions; position t predicts token t + 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,26 +47,27 @@ class SupervisedReader(PackedReader):
         """
         if not self._packed:
             return super().forward(model, rows)
-        inputs_BL, labels_BL = rows.tokens_BL[:, :-1], rows.tokens_BL[:, 1:]
-        positions_BL = positions_in_pieces(rows.pieces_BL)
 
         def loss_function(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = (output_1T.float().view_as(rows.counted_BL) * rows.counted_BL).sum() * rows.weight
             # megatron-core divides the returned loss in place by the number of micro-batches.
             return loss, {"loss": loss.detach().clone()}
 
-        with extra_predictions_weighted(model, rows.extra_weight):
-            labels_1T = labels_BL.reshape(1, -1)
-            output = model_scores(
-                model,
-                inputs_BL.reshape(1, -1),
-                positions_BL.reshape(1, -1),
-                labels_1T,
-                labels=labels_1T,
-                loss_mask=rows.extra_BL.reshape(1, -1),
-                packed_seq_params=sequences_apart(bounds(positions_BL)),
-            )
+        output = self.ask(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
         return -output.log_probs if isinstance(output, TokenScores) else output, loss_function
+
+    def ask(self, model: Any, rows: PackedRows, question: Callable[..., Any]) -> Any:
+        """What a function of `model.scores` finds of the examples end to end; extra predictions add their own loss."""
+        inputs_1T, positions_1T, apart = end_to_end(rows)
+        with extra_predictions_weighted(model, rows.extra_weight):
+            return question(
+                model,
+                inputs_1T,
+                positions_1T,
+                labels=rows.tokens_BL[:, 1:].reshape(1, -1),
+                loss_mask=rows.extra_BL.reshape(1, -1),
+                packed_seq_params=apart,
+            )
 
     def shape(self, length: int, rows: int) -> tuple[int, int]:
         """Length and number of what the model gets of a micro-batch of `rows` sequences."""
@@ -84,6 +86,13 @@ class SupervisedReader(PackedReader):
             return whole
         longest = max(1, int(tokens_of(batch)[part].max()) - 1)
         return min(whole, -(-longest // self._trimmed_to) * self._trimmed_to)
+
+
+def end_to_end(rows: PackedRows) -> tuple[Tensor, Tensor, Any]:
+    """Tokens and positions of all sequences laid end to end, [1, T], and what keeps their examples apart."""
+    positions_BL = positions_in_pieces(rows.pieces_BL)
+    tokens_1T, positions_1T = rows.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
+    return tokens_1T, positions_1T, sequences_apart(bounds(positions_BL))
 
 
 def bounds(positions_BL: Tensor) -> Tensor:

@@ -34,9 +34,23 @@ def test_schedules_are_the_reports(recipe, first, last):
         ("chat_template=''", "sft.chat_template=: must be r1_zero, tokenizer or a file"),
         ("datasets.a.split=test", "sft.datasets.a.path=: must name a"),
         ("datasets.a.pth=b", "sft.datasets.a.pth=b: no such key"),
+        ("teacher.from_=a", "sft.teacher.from_=a: no such key; did you mean sft.teacher.from?"),
+        ("teacher.top_k=0", "sft.teacher.top_k=0: must be at least 1"),
+        ("teacher={top_k:1,tail:renormalise}", "sft.teacher.top_k=1: must be at least 2 with tail=renormalise"),
+        ("teacher.tail=head", "sft.teacher.tail=head: must be one of rest, renormalise, drop"),
+        ("teacher.temperature=0", "sft.teacher.temperature=0.0: must lie between"),
+        ("teacher.weight=0", "sft.teacher.weight=0.0: must be above 0 and at most 1"),
+        ("teacher.weight=1.5", "sft.teacher.weight=1.5: must be above 0 and at most 1"),
     ],
 )
 def test_what_is_not_allowed_is_one_line(override, message):
     with pytest.raises(ConfigError) as refused:
         load("sft", [f"sft.{override}"])
     assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
+
+
+def test_a_teacher_reads_packed_examples_alone():
+    assert load("sft", ["sft.packing=none"]).sft.teacher.from_ == ""
+    with pytest.raises(ConfigError) as refused:
+        load("sft", ["sft.packing=none", "sft.teacher.from=runs/teacher"])
+    assert str(refused.value) == "sft.packing=none: must be best_fit with teacher.from"

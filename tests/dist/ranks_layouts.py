@@ -3,8 +3,8 @@
 All of it in fp32 and once more in float64, where rounding cannot hide a difference. A single rank also computes the
 GRPO update by the plain loss over the whole vocabulary.
 
-Started by test_layouts.py under torchrun with a folder that holds job.json: the configuration, and whether
-reinforcement learning can do it.
+Started by test_layouts.py under torchrun with a folder that holds job.json: the configuration, models that teach, and
+whether reinforcement learning can do it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def main(folder: Path) -> None:
             if precision == "fp64" and config.parallel.context == 1:
                 found["apart"] = packed(config, platform, cross=False)
                 found["supervised"] = supervised(post_training(config), platform)
+                found["taught"] = taught(post_training(config), platform, job["teachers"])
             if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
                 if precision == "fp64" and not (config.model.tied_embeddings and config.parallel.pipeline > 1):
@@ -56,6 +57,9 @@ def main(folder: Path) -> None:
                 found["plain"] = reinforce_plainly(post_training(config), platform)
                 if precision == "fp64":
                     found["alone"] = supervised(post_training(config), platform, alone=True)
+                    found["whole"], found["written"] = taught_all_words(
+                        post_training(config), platform, job["teachers"]["dense"]
+                    )
             if dist.get_rank() == 0:
                 for name, (numbers, gradients) in found.items():
                     (folder / f"{name}-{precision}.json").write_text(json.dumps(numbers))
@@ -151,6 +155,82 @@ def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, d
     result = update(model, optimizer, rows, reader.forward, 1e-3, *reader.shape(32, size))
     row = {"losses": [mean_loss(result)], "norms": [result.gradient_norm]}
     return row, whole_gradients(model, optimizer)
+
+
+def taught(config: Any, platform: Any, teachers: dict[str, Any]) -> tuple[dict, dict]:
+    """Losses of a step beside each of some teachers, and whole gradients."""
+    from megatron_r1.config.teacher import TeacherConfig
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.routing import FROZEN
+
+    model = build(config, platform)
+    FROZEN.apply(model, 0)
+    optimizer = Optimizer(model, config.train, config.performance)
+    settings = TeacherConfig(top_k=24, temperature=1.5, weight=0.6)
+    losses, gradients = [], {}
+    for kind, tree in teachers.items():
+        teacher = build_teacher(tree, config, platform)
+        losses.append(update_beside(teacher, settings, config, platform, model, optimizer))
+        gradients |= {f"{kind} {name}": tensor for name, tensor in whole_gradients(model, optimizer).items()}
+    return {"losses": losses}, gradients
+
+
+def build_teacher(tree: Any, config: Any, platform: Any) -> Any:
+    """A model of another shape, shared out as a teacher is."""
+    from megatron_r1.config.convert import convert
+    from megatron_r1.config.model import ModelConfig
+    from megatron_r1.stages.teacher import shared_as
+
+    teacher = copy.copy(config)
+    teacher.model = convert(ModelConfig, tree)
+    teacher.model.precision = config.model.precision
+    teacher.parallel = shared_as(config.parallel, config.model, teacher.model)
+    return build(teacher, platform)
+
+
+def update_beside(teacher: Any, settings: Any, config: Any, platform: Any, model: Any, optimizer: Any) -> float:
+    """The loss of a step that fills the gradient buffers and moves no weight."""
+    from packing_cases import chat_batch
+
+    from megatron_r1.parallel.mesh import data_parallel_group
+    from megatron_r1.stages.pretrain import mean_loss
+    from megatron_r1.train.step import update
+    from megatron_r1.train.teacher import DistillingReader, Teacher
+
+    group, words = data_parallel_group(), config.model.vocab_size
+    speaks = Teacher(teacher, settings.top_k, settings.temperature, words)
+    reader = DistillingReader(speaks, settings, None, config.model.mtp.num_layers, platform.device)
+    rows = reader.micro_batches(chat_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
+    return mean_loss(update(model, optimizer, rows, reader.forward, 0.0, *reader.shape(32, 2)))
+
+
+def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, dict]]:
+    """Loss and gradients beside a teacher that says all of its words; and by the divergence written out."""
+    from packing_cases import chat_batch
+
+    from megatron_r1.config.teacher import TeacherConfig
+    from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.supervised import SupervisedReader, end_to_end
+
+    config = copy.deepcopy(config)
+    config.model.mtp.num_layers = 0
+    words = config.model.vocab_size
+    model, teacher = build(config, platform), build_teacher(tree, config, platform)
+    [rows] = SupervisedReader(True, 0, platform.device).micro_batches(chat_batch(8, 32), 0, 1, 8)
+    tokens_1T, positions_1T, apart = end_to_end(rows)
+    log_p_TV, log_q_TV = (
+        one(tokens_1T, positions_1T, None, packed_seq_params=apart)[0, :, :words].log_softmax(-1)
+        for one in (model, teacher)
+    )
+    log_q_TV = log_q_TV.detach()
+    divergence_T = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(-1)
+    loss = divergence_T[rows.counted_BL.flatten() > 0].mean()
+    loss.backward()
+    written = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    optimizer = Optimizer(model, config.train, config.performance)
+    settings = TeacherConfig(top_k=words, weight=1.0)
+    losses = [update_beside(teacher, settings, config, platform, model, optimizer)]
+    return [({"losses": losses}, whole_gradients(model, optimizer)), ({"losses": [float(loss.detach())]}, written)]
 
 
 def post_training(config: Any) -> Any:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ class Case:
     @property
     def cannot(self) -> set[str]:
         """What this layout does not compute, of all that one rank does."""
-        apart = {"apart-fp64", "supervised-fp64"} if CONTEXT in self.overrides else set()
+        apart = {"apart-fp64", "supervised-fp64", "taught-fp64"} if CONTEXT in self.overrides else set()
         if PIPELINE in self.overrides and "model.tied_embeddings=true" in self.overrides:
             apart |= {"ppo-fp64"}  # refused
-        return apart | {"plain-fp32", "plain-fp64", "alone-fp64"} | (set() if self.reinforce else {"grpo-fp32", "grpo-fp64", "ppo-fp64"})
+        apart |= {"plain-fp32", "plain-fp64", "alone-fp64", "whole-fp64", "written-fp64"}
+        return apart | (set() if self.reinforce else {"grpo-fp32", "grpo-fp64", "ppo-fp64"})
 
 
 TENSOR, PIPELINE, EXPERT, CONTEXT = (f"parallel.{name}=2" for name in ("tensor", "pipeline", "expert", "context"))
@@ -99,10 +101,19 @@ class Numbers:
     gradients: dict[str, torch.Tensor]
 
 
+@cache
+def teachers() -> dict[str, dict[str, Any]]:
+    """Models of other shapes than the students', a sparse and a dense one, with rows of the vocabulary to spare."""
+    shape = ("model.hidden_size=96", "model.vocab_size=544", "model.init_std=0.08")
+    kinds = {"sparse": "tiny", "dense": "tiny_dense"}
+    return {kind: resolved(load("pretrain", [f"model={name}", *shape]))["model"] for kind, name in kinds.items()}
+
+
 def numbers_of(case: Case, folder: Path) -> dict[str, Numbers]:
     """By kind and precision, as in `grpo-fp64`."""
     config = resolved(load("pretrain", case.overrides))
-    (folder / "job.json").write_text(json.dumps({"config": config, "reinforce": case.reinforce}))
+    job = {"config": config, "reinforce": case.reinforce, "teachers": teachers()}
+    (folder / "job.json").write_text(json.dumps(job))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
     run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_layouts.py")), str(folder)], seconds=110)
     return {
@@ -145,7 +156,7 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
         difference, name = worst(here[kind].gradients, one[kind].gradients)
         print(f"{layout} {kind}: largest relative difference of a gradient {difference:.1e} ({name})")
         assert difference < allowed
-    for kind in here.keys() & {"packed-fp64", "apart-fp64", "supervised-fp64"}:
+    for kind in here.keys() & {"packed-fp64", "apart-fp64", "supervised-fp64", "taught-fp64"}:
         assert here[kind].row["losses"] == pytest.approx(one[kind].row["losses"], rel=1e-9)
     for precision in ("fp64", "fp32"):
         found, expected = (numbers[f"pretrain-{precision}"].row["losses"] for numbers in (here, one))
@@ -153,8 +164,8 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
         assert found[1:] == pytest.approx(expected[1:], rel=1e-4)
     # Every rank's row knows every stage: the same visits to the same experts, multi-token layers by their own name.
     for found, expected in zip(*(numbers["pretrain-fp64"].row["routing"] for numbers in (here, one)), strict=True):
-        extra = expected.get("mtp_loss")  # None where there are no multi-token layers
-        assert found.pop("mtp_loss", None) == (extra and pytest.approx(extra, rel=1e-6))
+        extra = expected.get("mtp_loss")  # None where no extra token is predicted
+        assert found.pop("mtp_loss", None) == (None if extra is None else pytest.approx(extra, rel=1e-6))
         assert found == {layer: load_E for layer, load_E in expected.items() if layer != "mtp_loss"}
     if case.reinforce:
         assert here["grpo-fp32"].row == pytest.approx(one["grpo-fp32"].row, rel=1e-4, abs=1e-6)
@@ -171,6 +182,17 @@ def test_packed_examples_are_learned_as_each_alone(one_rank_alike, shape):
     loss = packed.row["losses"][0] / alone.row["losses"][0] - 1
     print(f"{shape} packed against alone: loss {loss:.1e}, largest difference of a gradient {difference:.1e} ({name})")
     assert difference < EXACT and abs(loss) < EXACT
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("shape", ["tiny", pytest.param("tiny_dense", marks=pytest.mark.slow)])
+def test_all_words_of_a_teacher_are_the_divergence_over_the_whole_vocabulary(one_rank_alike, shape):
+    one = one_rank_alike(Case(overrides=DENSE if shape == "tiny_dense" else ()))
+    found, written = one["whole-fp64"], one["written-fp64"]
+    trained = {name: found.gradients[name] for name in written.gradients}
+    difference, name = worst(trained, written.gradients)
+    print(f"{shape} all words of a teacher: largest difference of a gradient {difference:.1e} ({name})")
+    assert difference < EXACT and found.row["losses"] == pytest.approx(written.row["losses"], rel=EXACT)
 
 
 @pytest.mark.dist

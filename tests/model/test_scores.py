@@ -7,7 +7,14 @@ import torch
 from layouts import model_of
 
 from megatron_r1.model.build import without_multi_token_prediction
-from megatron_r1.model.scores import head_weight, last_hidden_states, model_scores
+from megatron_r1.model.scores import (
+    Question,
+    chosen_scores,
+    head_weight,
+    last_hidden_states,
+    model_scores,
+    model_top_words,
+)
 from megatron_r1.parallel.vocabulary import Other
 
 
@@ -52,3 +59,32 @@ def test_one_target_drops_its_dimension_and_predictions_beyond_the_next_can_be_l
         four = model_scores(tiny, tokens_BL, positions_BL, targets_BLK)
     assert one.log_probs.shape == one.entropy.shape == (3, 11) and one.divergence is None
     assert torch.equal(one.log_probs, four.log_probs[..., 0]) and torch.equal(one.entropy, four.entropy)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_chosen_positions_alone_are_asked_several_questions(new_model, tied):
+    shape = model_of("tiny_dense")
+    shape.tied_embeddings = tied
+    model = new_model(shape)
+    tokens_BL, positions_BL, targets_BLK = batch()
+    chosen_BL = torch.rand(3, 11, generator=torch.Generator().manual_seed(2)) < 0.4
+    targets_NK = targets_BLK[chosen_BL]
+    one, several = chosen_scores(
+        model, tokens_BL, positions_BL, chosen_BL, [Question(targets_NK[:, 0]), Question(targets_NK, 0.7, 500)]
+    )
+    logits_NV = model(tokens_BL, positions_BL, None)[chosen_BL]
+    all_NV, words_NV = logits_NV.log_softmax(-1), (logits_NV[:, :500] / 0.7).log_softmax(-1)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(one.log_probs, all_NV.gather(-1, targets_NK[:, :1])[:, 0], **close)
+    torch.testing.assert_close(several.log_probs, words_NV.gather(-1, targets_NK), **close)
+    with torch.no_grad():
+        top = model_top_words(model, tokens_BL, positions_BL, chosen_BL, 6, temperature=0.7, words=500)
+    expected = words_NV.topk(6)
+    assert torch.equal(top.ids, expected.indices)
+    torch.testing.assert_close(top.log_probs, expected.values.detach(), **close)
+    parameters = [*model.parameters()]
+    found = torch.autograd.grad(one.log_probs.sum() + several.log_probs.sum(), parameters)
+    wanted = torch.autograd.grad(
+        all_NV.gather(-1, targets_NK[:, :1]).sum() + words_NV.gather(-1, targets_NK).sum(), parameters
+    )
+    assert max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)) < 1e-4

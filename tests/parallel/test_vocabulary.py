@@ -13,7 +13,7 @@ from live_bytes import LiveBytes
 from torch.nn.functional import cross_entropy
 
 from megatron_r1.parallel.mesh import tensor_parallel_group
-from megatron_r1.parallel.vocabulary import Head, Other, score_tokens
+from megatron_r1.parallel.vocabulary import Head, Other, score_tokens, top_words
 
 SCRIPT = Path(__file__).parents[1] / "support/ranks_vocabulary.py"
 CLOSE = {"float32": 1e-6, "float64": 1e-13}
@@ -31,13 +31,15 @@ def drawn(tokens: int, width: int, rows: int, seed: int = 0, kind: torch.dtype =
 def test_heads_shared_out_equal_the_whole_vocabulary_in_float64(tmp_path):
     run_to_the_end([sys.executable, str(SCRIPT), str(tmp_path)], seconds=110)
     for rank in range(4):
-        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
-        assert len(found) == 36
-        for case, differences in found.items():
-            assert len(differences) == 5
-            assert max(differences.values()) < CLOSE[case.rpartition(" ")[2]], (rank, case, differences)
-    largest = {kind: max(max(d.values()) for case, d in found.items() if case.endswith(kind)) for kind in CLOSE}
-    print(f"largest relative difference to float64: {largest}")
+        of = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+        for what, cases, quantities in (("scores", 36, 5), ("top words", 72, 2)):
+            found = of[what]
+            assert len(found) == cases
+            for case, differences in found.items():
+                assert len(differences) == quantities and differences.pop("ids", 0) == 0, (rank, case)
+                assert max(differences.values()) < CLOSE[case.rpartition(" ")[2]], (rank, case, differences)
+            largest = {kind: max(max(d.values()) for case, d in found.items() if case.endswith(kind)) for kind in CLOSE}
+            print(f"{what}: largest relative difference to float64 {largest}")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -140,3 +142,33 @@ def test_what_does_not_fit_is_refused(one_rank):
         score_tokens(hidden_TD, targets_T, Head(weight_VD, group), temperature=0)
     with pytest.raises(ValueError, match="words=51"):
         score_tokens(hidden_TD, targets_T, Head(weight_VD, group, 51))
+    for k in (0, 41):
+        with pytest.raises(ValueError, match=rf"k={k}: must be at least 1 and at most the 40 words"):
+            top_words(hidden_TD, Head(weight_VD, group, 40), k)
+
+
+def test_equal_words_are_taken_in_order_and_no_tokens_have_none(one_rank):
+    hidden_TD, weight_VD, _ = drawn(6, 8, 50)
+    head = Head(torch.ones_like(weight_VD), tensor_parallel_group(), 40)
+    found = top_words(hidden_TD, head, 7, chunk_logits=100)
+    assert torch.equal(found.ids, torch.arange(7).expand(6, 7)) and not found.log_probs.requires_grad
+    torch.testing.assert_close(found.log_probs, torch.full((6, 7), 1 / 40).log())
+    empty = top_words(hidden_TD[:0], head, 7)
+    assert empty.ids.shape == empty.log_probs.shape == (0, 7) and empty.ids.dtype == torch.int64
+
+
+def test_the_most_likely_words_are_scored_as_targets_are_to_the_last_bit(one_rank):
+    hidden_TD, weight_VD, _ = drawn(30, 8, 50)
+    head, settings = Head(weight_VD, tensor_parallel_group(), 45), {"temperature": 0.7, "chunk_logits": 350}
+    found = top_words(hidden_TD, head, 5, **settings)
+    assert torch.equal(score_tokens(hidden_TD, found.ids, head, **settings).log_probs, found.log_probs)
+
+
+def test_the_most_likely_words_take_the_memory_of_a_few_chunks(one_rank):
+    tokens, rows = 512, 4096
+    hidden_TD, weight_VD, _ = drawn(tokens, 32, rows)
+    with LiveBytes([hidden_TD, weight_VD]) as live:
+        top_words(hidden_TD, Head(weight_VD, tensor_parallel_group()), 8, chunk_logits=tokens * rows // 32)
+    logits = tokens * rows * 4
+    print(f"peak in fp32 logits: {live.most / logits:.3f}")
+    assert live.most < logits / 8

@@ -55,20 +55,8 @@ def trained(
     request: pytest.FixtureRequest, dialogues: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
     """A model that transformers made, fine-tuned; and the command that did it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    base, model = tmp_path_factory.mktemp(request.param), load("sft", KINDS[request.param]).model
-    assert isinstance(model.attention, GroupedAttentionConfig)
-    (base / "hf").mkdir()
-    (base / "hf/config.json").write_text(json.dumps(hf_config(model)))
-    torch.manual_seed(1)
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base / "hf"), dtype=torch.float32)
-    assert type(theirs).__name__.lower().startswith(request.param)
-    theirs.save_pretrained(base / "hf")
-    settings = {**small_tokenizer().settings, "chat_template": QWEN_MARKED, "eos_token": "<|im_end|>"}
-    if request.param == "qwen":  # Qwen's have no begin token
-        settings = {name: value for name, value in settings.items() if name != "bos_token"}
-    Tokenizer(small_tokenizer().backend, settings).save(base / "hf")
+    base = tmp_path_factory.mktemp(request.param)
+    publish(base / "hf", request.param, KINDS[request.param])
     command = [
         *KINDS[request.param],
         *("sft.source=files", f"sft.datasets.sums.path='{dialogues}'", "sft.chat_template=tokenizer"),
@@ -79,6 +67,24 @@ def trained(
     ]
     sft(command)
     return base / "run", command
+
+
+def publish(folder: Path, kind: str, shape: list[str]) -> None:
+    """A model as transformers draws and writes it, with a tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = load("sft", shape).model
+    assert isinstance(model.attention, GroupedAttentionConfig)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(model)))
+    torch.manual_seed(1)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    assert type(theirs).__name__.lower().startswith(kind)
+    theirs.save_pretrained(folder)
+    settings = {**small_tokenizer().settings, "chat_template": QWEN_MARKED, "eos_token": "<|im_end|>"}
+    if kind == "qwen":  # Qwen's have no begin token
+        settings = {name: value for name, value in settings.items() if name != "bos_token"}
+    Tokenizer(small_tokenizer().backend, settings).save(folder)
 
 
 def sft(command: list[str]) -> None:
@@ -158,11 +164,38 @@ def test_rows_record_what_was_learned(trained):
     assert kept.settings["chat_template"] == QWEN_MARKED
 
 
-@pytest.mark.timeout(240)
-def test_a_run_that_goes_on_ends_where_it_would_have(trained, tmp_path):
-    run, command = trained
+@pytest.fixture(scope="module")
+def taught(trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A smaller model that learned from the trained one beside the conversations; and the command that did it."""
+    teacher, command = trained
     if "model.tied_embeddings=true" not in command:
         pytest.skip("once is enough")
+    base, smaller = tmp_path_factory.mktemp("taught"), ["model.num_layers=1", "model.hidden_size=32"]
+    smaller.append("model.vocab_size=520")
+    publish(base / "hf", "qwen", [*KINDS["qwen"], *smaller])
+    settings = (f"sft.teacher.from='{teacher}'", "sft.teacher.weight=0.75", "sft.teacher.top_k=16")
+    command = [*command, *smaller, *settings, f"init.from='hf:{base / 'hf'}'", f"root='{base}'"]
+    sft(command)
+    return base / "run", command
+
+
+@pytest.mark.timeout(240)
+def test_a_smaller_model_learns_from_a_teacher(taught):
+    rows = rows_of(taught[0])
+    for row in rows:
+        assert row["loss"] == pytest.approx(0.25 * row["cross_entropy"] + 0.75 * row["distillation_loss"], rel=1e-5)
+    measured = [row for row in rows if "heldout_loss" in row]
+    assert all(row["heldout_perplexity"] == pytest.approx(np.exp(row["heldout_loss"])) for row in measured)
+    first, last = rows[0], rows[-1]
+    print({name: (first[name], last[name]) for name in ("cross_entropy", "distillation_loss")})
+    assert last["distillation_loss"] < 0.5 * first["distillation_loss"]
+    assert measured[-1]["heldout_loss"] < 0.8 * first["heldout_loss_before"]
+
+
+@pytest.mark.timeout(240)
+def test_a_run_that_goes_on_ends_where_it_would_have(taught, tmp_path):
+    """Beside a teacher, which no checkpoint holds."""
+    run, command = taught
     undisturbed = shutil.copytree(run, tmp_path / "undisturbed")
     shutil.rmtree(max((run / "checkpoints").glob("step-*")))
     (run / "done.json").unlink()

@@ -1,7 +1,8 @@
-"""Starts four gloo ranks: scores by heads shared out over 1, 2 and 4 ranks, against float64 over the whole vocabulary.
+"""Starts four gloo ranks: scores and most likely words by heads shared out over 1, 2 and 4 ranks, against float64 over
+the whole vocabulary.
 
-ranks_vocabulary.py FOLDER: each rank writes FOLDER/rank-N.json, case -> quantity -> relative difference. The ranks are
-forked once torch is imported, which takes longer than all that they do.
+ranks_vocabulary.py FOLDER: each rank writes FOLDER/rank-N.json: of `scores` and of `top words`, case -> quantity ->
+relative difference. The ranks are forked once torch is imported, which takes longer than all that they do.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.parallel.vocabulary import Head, Other, TokenScores, score_tokens
+from megatron_r1.parallel.vocabulary import Head, Other, TokenScores, score_tokens, top_words
 
 RANKS = 4
 WIDTH, OTHER_WIDTH, ROWS, TOKENS = 24, 16, 48, (3, 7)
 WORDS = {"whole": None, "padded": 43, "ranks without words": 10}
 TARGETS = {"one target": (), "four targets": (4,)}
+MANY = 20
+"""Most likely words: more than the rows of one of four ranks."""
 
 
 def exact_scores(hidden: Tensor, weight: Tensor, targets: Tensor, other: Other, temperature: float) -> TokenScores:
@@ -76,18 +79,46 @@ def compare(group: dist.ProcessGroup, words: int | None, more: tuple[int, ...], 
     return {name: difference(x.detach(), y.detach()) for name, (x, y) in pairs.items()}
 
 
+def compare_top(group: dist.ProcessGroup, words: int | None, k: int, ties: bool, kind: torch.dtype) -> dict[str, float]:
+    """How many of the K most likely words are others than those of a stable sort, and how far probabilities are off.
+
+    With `ties` logits are whole numbers, so that many are equal in any precision.
+    """
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    generator = torch.Generator().manual_seed(11)
+    if ties:
+        hidden, weight = (
+            torch.randint(-1, 2, shape, generator=generator).float() for shape in ((*TOKENS, WIDTH), (ROWS, WIDTH))
+        )
+    else:
+        hidden = torch.randn(*TOKENS, WIDTH, generator=generator)
+        weight = torch.randn(ROWS, WIDTH, generator=generator) / WIDTH**0.5
+    exact = (hidden.double() @ weight[: words or ROWS].double().t() / 0.7).log_softmax(-1)
+    values, ids = (x[..., :k] for x in exact.sort(dim=-1, descending=True, stable=True))
+    assert torch.equal(values, exact.topk(k).values) and (values.diff() == 0).any() == ties
+    head = Head(weight.chunk(ranks)[rank].to(kind), group, words)
+    found = top_words(hidden.to(kind), head, k, temperature=0.7, chunk_logits=5 * ROWS // ranks)
+    assert found.log_probs.dtype == kind
+    return {"ids": float((found.ids != ids).sum()), "log-probs": difference(found.log_probs, values)}
+
+
 def one_rank(rank: int, folder: Path) -> None:
     signal.alarm(100)  # whatever happens to the others, no rank waits for ever
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    found = {}
+    found: dict[str, dict[str, dict[str, float]]] = {"scores": {}, "top words": {}}
     for ranks in (1, 2, 4):
         group, _ = dist.new_subgroups(ranks)
         for name, words in WORDS.items():
-            for targets, more in TARGETS.items():
-                for kind in (torch.float32, torch.float64):
-                    case = f"TP{ranks}, {name}, {targets}, {str(kind).removeprefix('torch.')}"
-                    found[case] = compare(group, words, more, kind)
+            for kind in (torch.float32, torch.float64):
+                precision = str(kind).removeprefix("torch.")
+                for targets, more in TARGETS.items():
+                    case = f"TP{ranks}, {name}, {targets}, {precision}"
+                    found["scores"][case] = compare(group, words, more, kind)
+                for k in (3, min(MANY, words or ROWS)):
+                    for ties in (False, True):
+                        case = f"TP{ranks}, {name}, {k} words{', ties' * ties}, {precision}"
+                        found["top words"][case] = compare_top(group, words, k, ties, kind)
     dist.destroy_process_group()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 

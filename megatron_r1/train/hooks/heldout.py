@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
 
+LARGEST_EXPONENT = 700.0
+"""Above, an exponential is no number any more."""
+
 
 class HeldoutHook(Hook):
-    """Adds `heldout_loss` to the row of every so many steps and of the last, and `heldout_loss_before` to the first.
+    """Adds what is measured to the row of every so many steps and of the last, and `heldout_loss_before` to the first.
 
-    Collective: every rank has one.
+    `heldout_loss` is the mean in nats per token, `heldout_perplexity` its exponential. Collective: every rank has one.
     """
 
     def __init__(self, measure: Callable[[], float], interval: int, steps: int, start: int):
@@ -29,4 +33,5 @@ class HeldoutHook(Hook):
         if self._before is not None:
             row["heldout_loss_before"], self._before = self._before, None
         if state.step % self._interval == 0 or state.step == self._steps:
-            row["heldout_loss"] = self._measure()
+            row["heldout_loss"] = loss = self._measure()
+            row["heldout_perplexity"] = math.exp(loss) if loss < LARGEST_EXPONENT else math.inf
