@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Row:
     tokens: list[int]
     """The last one is the end token, whose hidden state is scored."""
     judged: int
-    """Tokens before the judge's reasoning; those after it are learned. All of them where there is none."""
+    """Tokens before those that are learned, a judge's reasoning or an answer; all of them where nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,18 @@ class Example:
         return max(len(row.tokens) for row in self.rows)
 
 
+class Encodes(Protocol):
+    """Turns judged responses into tokens."""
+
+    tokenizer: Tokenizer
+    reasoning: bool
+    """Whether judgements are learned."""
+
+    def example(self, item: Item) -> Example: ...
+
+
 class Encoder:
-    """Turns judged responses into rows.
+    """Turns judged responses into rows as a reward model reads them.
 
     Args:
         prompt: question -> the text that a model reads before it answers.
@@ -75,7 +85,7 @@ class Encoder:
         return Example(tuple(self.row(side) for side in item.sides), item.safe)
 
 
-def encode(items: Iterable[Item], encoder: Encoder, longest: int) -> tuple[list[Example], int]:
+def encode(items: Iterable[Item], encoder: Encodes, longest: int) -> tuple[list[Example], int]:
     """Items as tokens.
 
     Returns:
