@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,11 +13,10 @@ from megatron_r1.data.preference import Example, Preferences
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.model.chunks import in_multi_token_layer
-from megatron_r1.parallel.mesh import leads
 from megatron_r1.report.intervals import clustered
 from megatron_r1.rl.direct_preference import DirectPreference, HeldoutPairs
 from megatron_r1.rl.reference import SAVED, ReferencePolicy
-from megatron_r1.stages.judged import Learned, examples_of, judged_step, tell, with_steps
+from megatron_r1.stages.judged import Learned, examples_of, judged_step, tell, tell_left_out, with_steps
 from megatron_r1.stages.questions import asking_of
 from megatron_r1.stages.reward_items import heldout_items, learned_items
 from megatron_r1.stages.reward_measure import results_of
@@ -28,8 +26,6 @@ from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import train
 from megatron_r1.train.reward_model import rights
 from megatron_r1.train.routing import FROZEN
-
-logger = logging.getLogger(__name__)
 
 SHOWN = ("loss", "accuracy", "margin", "heldout_accuracy", "heldout_margin", "gradient_norm", "learning_rate")
 
@@ -86,8 +82,7 @@ def measured_pairs(items: Sequence[Item], encoder: AnswerEncoder, longest: int) 
     """
     encoded = [(item, encoder.example(item)) for item in items]
     kept = [(item, example) for item, example in encoded if example.length <= longest]
-    if leads():
-        logger.info("%d pairs are held out, %d left out as longer than a row", len(kept), len(encoded) - len(kept))
+    tell_left_out("held-out pairs", len(kept), len(encoded) - len(kept))
     if not kept:
         raise DataError(f"train.sequence_length={longest}: holds none of the {len(encoded)} held-out pairs")
     return [item for item, _ in kept], [example for _, example in kept]

@@ -46,12 +46,18 @@ def examples_of(items: Sequence[Item], encoder: Encodes, config: RunConfig, epoc
         DataError: none is left for a step.
     """
     examples, dropped = encode(items, encoder, config.train.sequence_length)
-    if leads():
-        logger.info("%d items to learn from, %d left out as longer than a row", len(examples), dropped)
+    tell_left_out("items to learn from", len(examples), dropped)
     if len(examples) * epochs < config.train.global_batch_size:
         allowed = f"must be at most {len(examples) * epochs}, the items there are"
         raise DataError(f"train.global_batch_size={config.train.global_batch_size}: {allowed}")
     return examples
+
+
+def tell_left_out(what: str, kept: int, dropped: int) -> None:
+    """Say how many items there are and how many are longer than a row; a warning where any is."""
+    if leads():
+        level = logging.WARNING if dropped else logging.INFO
+        logger.log(level, "%d %s, %d left out as longer than a row", kept, what, dropped)
 
 
 def with_steps(config: RunConfig, items: int) -> RunConfig:
