@@ -3,6 +3,8 @@
 A row of tokens is a prompt, what is read of a response, and the judge's reasoning where it is trained, closed by the
 end token. That token is the one whose hidden state is scored: it alone has seen the whole row, and it is the same one
 in every row, so a score cannot hang on which word happens to come last.
+
+Pairs that a policy learns from without a reward model become rows in `data.answers`.
 """
 
 from __future__ import annotations

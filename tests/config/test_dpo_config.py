@@ -49,4 +49,7 @@ def test_layouts_that_cannot_learn_from_whole_rows_are_refused(verb, overrides, 
     with pytest.raises(ConfigError) as refused:
         check_layout(load(verb, overrides), verb, ranks)
     assert str(refused.value).startswith(message)
-    check_layout(load(verb, ["parallel.tensor=2", "parallel.pipeline=2"]), verb, 8)
+
+
+def test_tensor_pipeline_expert_and_data_parallel_ranks_are_let_through():
+    check_layout(load("dpo", ["parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=2"]), "dpo", 8)
