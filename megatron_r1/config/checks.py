@@ -1,8 +1,9 @@
-"""The three checks that every section's `__post_init__` is written with."""
+"""The checks that sections' `__post_init__` are written with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from megatron_r1.errors import ConfigError
 
@@ -28,3 +29,11 @@ def one_of(section: object, name: str, allowed: Iterable[str]) -> None:
     value = getattr(section, name)
     if value not in (choices := tuple(allowed)):
         raise ConfigError(name, value, f"must be one of {', '.join(choices)}")
+
+
+def check_files(section: Any) -> None:
+    """Refuse files of judged responses, `file` and `heldout_file`, unless `source` is file; then both are needed."""
+    for name in ("file", "heldout_file"):
+        if (section.source == "file") != bool(value := getattr(section, name)):
+            allowed = "must name a .jsonl file" if section.source == "file" else "must be empty: source is assistant"
+            raise ConfigError(name, value, allowed)

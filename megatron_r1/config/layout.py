@@ -21,8 +21,8 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
         _check_pretraining(config, ranks)
     if verb == "grpo":
         _check_reinforcement(config, ranks)
-    if verb == "reward":
-        _check_reward_model(config, ranks)
+    if verb in ("reward", "dpo"):
+        _check_judged_rows(config, ranks)
 
 
 def _check_pretraining(config: RunConfig, ranks: int) -> None:
@@ -110,13 +110,11 @@ def _check_many_lengths(config: RunConfig) -> None:
         raise ConfigError("performance.dispatcher", "allgather", allowed)
 
 
-def _check_reward_model(config: RunConfig, ranks: int) -> None:
+def _check_judged_rows(config: RunConfig, ranks: int) -> None:
     _check_batch(config, ranks)
     degrees = config.parallel
     if degrees.context > 1:
-        raise ConfigError(
-            "parallel.context", degrees.context, "must be 1: a score is read from one token of a whole row"
-        )
+        raise ConfigError("parallel.context", degrees.context, "must be 1: a response is judged by its whole row")
     _check_many_lengths(config)
 
 

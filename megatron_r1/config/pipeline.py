@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from megatron_r1.config.checks import at_least
 from megatron_r1.errors import ConfigError
 
-TRAINING_VERBS = ("pretrain", "sft", "reward", "grpo")
+TRAINING_VERBS = ("pretrain", "sft", "reward", "dpo", "grpo")
 STAGE_VERBS = (*TRAINING_VERBS, "eval", "sample", "convert", "report")
 
 

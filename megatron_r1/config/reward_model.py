@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_r1.config.checks import at_least, one_of
-from megatron_r1.errors import ConfigError
+from megatron_r1.config.checks import at_least, check_files, one_of
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +43,4 @@ class RewardModelConfig:
         one_of(self, "template", ("r1_zero", "none"))
         at_least(self, 1, "num_items", "max_reasoning_tokens", "epochs", "heldout", "heldout_interval")
         at_least(self, 0, "reasoning_weight")
-        for name in ("file", "heldout_file"):
-            if (self.source == "file") != bool(value := getattr(self, name)):
-                allowed = "must name a .jsonl file" if self.source == "file" else "must be empty: source is assistant"
-                raise ConfigError(name, value, allowed)
+        check_files(self)

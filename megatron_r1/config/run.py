@@ -9,6 +9,7 @@ from megatron_r1.config.conversion import ConversionConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.diagnose import DiagnoseConfig
 from megatron_r1.config.division import check_division
+from megatron_r1.config.dpo import DpoConfig
 from megatron_r1.config.evaluate import EvaluateConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
@@ -75,6 +76,8 @@ class RunConfig:
     """What supervised fine-tuning learns from."""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     """What a reward model learns from."""
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    """What direct preference optimization learns from."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """How a model is measured."""
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -24,6 +24,7 @@ VERBS = {
     "sft": Verb("megatron_r1.stages.sft", "sft", "supervised fine-tuning on conversations", True),
     "grpo": Verb("megatron_r1.stages.grpo", "r1_zero", "reinforcement learning with verifiable rewards", True),
     "reward": Verb("megatron_r1.stages.reward", "reward_helpfulness", "train a reward model on judged answers", True),
+    "dpo": Verb("megatron_r1.stages.dpo", "dpo", "direct preference optimization on pairs of answers", True),
     "eval": Verb("megatron_r1.stages.evaluate", "eval", "held-out accuracy of one model or several", True),
     "sample": Verb("megatron_r1.stages.sample", "sample", "scored answers to a file of prompts", True),
     "diagnose": Verb("megatron_r1.stages.diagnose", "diagnose", "why a run's engine and trainer disagree", True),

@@ -18,7 +18,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What one term of a reward model's loss is about."""
+    """What one term of a loss is about, a reward model's or that of direct preference optimization."""
 
     task: str
     first: Judged

@@ -3,6 +3,8 @@
 A row of tokens is a prompt, what is read of a response, and the judge's reasoning where it is trained, closed by the
 end token. That token is the one whose hidden state is scored: it alone has seen the whole row, and it is the same one
 in every row, so a score cannot hang on which word happens to come last.
+
+Pairs that a policy learns from without a reward model become rows in `data.answers`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,7 +29,7 @@ class Row:
     tokens: list[int]
     """The last one is the end token, whose hidden state is scored."""
     judged: int
-    """Tokens before the judge's reasoning; those after it are learned. All of them where there is none."""
+    """Tokens before those that are learned, a judge's reasoning or an answer; all of them where nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,18 @@ class Example:
         return max(len(row.tokens) for row in self.rows)
 
 
+class Encodes(Protocol):
+    """Turns judged responses into tokens."""
+
+    tokenizer: Tokenizer
+    reasoning: bool
+    """Whether judgements are learned."""
+
+    def example(self, item: Item) -> Example: ...
+
+
 class Encoder:
-    """Turns judged responses into rows.
+    """Turns judged responses into rows as a reward model reads them.
 
     Args:
         prompt: question -> the text that a model reads before it answers.
@@ -75,7 +87,7 @@ class Encoder:
         return Example(tuple(self.row(side) for side in item.sides), item.safe)
 
 
-def encode(items: Iterable[Item], encoder: Encoder, longest: int) -> tuple[list[Example], int]:
+def encode(items: Iterable[Item], encoder: Encodes, longest: int) -> tuple[list[Example], int]:
     """Items as tokens.
 
     Returns:

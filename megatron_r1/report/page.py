@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_r1.report import results
 from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, time_shares
+from megatron_r1.report.preferences import preference_figures
 from megatron_r1.report.read import Recipe, Stage, read_recipe
 from megatron_r1.report.reward_models import reward_model_figures
 from megatron_r1.report.style import CSS
@@ -41,6 +42,7 @@ def render(recipe: Recipe) -> str:
         "<h2>Pre-training</h2>" + _pretrain_together(recipe) + _of_kind(recipe, "pretrain", _pretrain_figures),
         *_if_any(recipe, "Supervised fine-tuning", "sft", _sft_figures),
         *_if_any(recipe, "Reward models", "reward_model", reward_model_figures),
+        *_if_any(recipe, "Direct preference optimization", "preference", preference_figures),
         "<h2>Reinforcement learning</h2>" + _rl_together(recipe) + _of_kind(recipe, "rl", _rl_figures),
         "<h2>Answers before and after</h2>" + results.answers(recipe.samples, list(recipe.results.get("models", {}))),
         "<h2>Configuration and versions</h2>" + _settings(recipe.stages),

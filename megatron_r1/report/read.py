@@ -24,13 +24,19 @@ class Stage:
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
     accuracy: dict[str, Any] = field(default_factory=dict)
-    """Of a reward model, how right it is on held-out items, and how right length alone."""
+    """Of a reward model, or implicit rewards, how right they are on held-out items, and how right length alone."""
 
     @property
     def kind(self) -> str:
-        """rl, reward_model, sft, pretrain, or other: told by what the rows hold."""
+        """rl, reward_model, preference, sft, pretrain, or other: told by what the rows hold."""
         keys = set().union(*self.rows[:1], *self.rows[-1:])
-        known = {"score_loss": "reward_model", "reward": "rl", "learned_tokens": "sft", "loss": "pretrain"}
+        known = {
+            "score_loss": "reward_model",
+            "chosen_reward": "preference",
+            "reward": "rl",
+            "learned_tokens": "sft",
+            "loss": "pretrain",
+        }
         return next((kind for key, kind in known.items() if key in keys), "other")
 
 

@@ -16,19 +16,23 @@ def reward_model_figures(stage: Stage) -> Iterable[str]:
     name, rows = stage.name, stage.rows
     loss = {"score_loss": "scores", "reasoning_loss": "judge's reasoning"}
     svg = curves(f"{name}-loss", rows, loss, "loss (nats)")
-    yield _figure(svg, "Loss on scores per item, and on the judge's reasoning per token.")
+    yield figure(svg, "Loss on scores per item, and on the judge's reasoning per token.")
     accuracy = {"accuracy": "learned items, before each step", "heldout_accuracy": "held-out items"}
     svg = curves(f"{name}-accuracy", rows, accuracy, "share of right scores", share=True)
-    yield _figure(svg, "Share of items that the scores order, or label, rightly.")
+    yield figure(svg, "Share of items that the scores order, or label, rightly.")
     margin = {"margin": "margin"}
-    yield _figure(curves(f"{name}-margin", rows, margin, "margin of scores"), "By how much scores tell items apart.")
-    yield accuracy_table(stage.accuracy)
+    yield figure(curves(f"{name}-margin", rows, margin, "margin of scores"), "By how much scores tell items apart.")
+    yield accuracy_table(stage.accuracy, "reward model")
 
 
-def accuracy_table(found: Mapping[str, Any]) -> str:
-    """Accuracy on held-out items with 95 % intervals; empty where nothing has been measured."""
-    shares = {"reward model": found.get("accuracy")}
-    for group, title in (("length_baselines", "length alone, in {}"), ("by_task", "reward model, {}")):
+def accuracy_table(found: Mapping[str, Any], judge: str) -> str:
+    """Accuracy on held-out items with 95 % intervals; empty where nothing has been measured.
+
+    Args:
+        judge: what orders, or labels, the items.
+    """
+    shares = {judge: found.get("accuracy")}
+    for group, title in (("length_baselines", "length alone, in {}"), ("by_task", f"{judge}, {{}}")):
         values = found.get(group)
         if isinstance(values, Mapping):
             shares |= {title.format(name): value for name, value in values.items()}
@@ -45,5 +49,5 @@ def accuracy_table(found: Mapping[str, Any]) -> str:
     return f'<div class="wide"><table>{head}<tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def _figure(svg: str, caption: str) -> str:
+def figure(svg: str, caption: str) -> str:
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" if svg else ""

@@ -1,4 +1,4 @@
-"""The items of a reward model's run: what is learned, what is held out, and how they become tokens."""
+"""The items of a run that learns from judged responses: learned ones, held-out ones, and how a reward model reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_r1.config.data import DataConfig
+from megatron_r1.config.dpo import DpoConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.data.assistant.hidden_rules import verdict
 from megatron_r1.data.assistant.texts import SOURCES
@@ -24,22 +25,24 @@ def encoder_of(settings: RewardModelConfig, tokenizer: Tokenizer) -> Encoder:
     return Encoder(tokenizer, TEMPLATES[settings.template], READS[settings.reads], settings.reasoning_weight > 0)
 
 
-def learned_items(settings: RewardModelConfig, data: DataConfig) -> list[Item]:
-    """What is learned; raises DataError for a broken file."""
+def learned_items(
+    settings: RewardModelConfig | DpoConfig, data: DataConfig, count: int, objective: str = "pairwise"
+) -> list[Item]:
+    """What is learned, of generated items so many; raises DataError for a broken file."""
     if settings.source == "file":
-        return list(read_items(Path(settings.file), settings.objective == "pairwise"))
-    return list(SOURCES[settings.objective](data, settings.num_items, False))
+        return list(read_items(Path(settings.file), objective == "pairwise"))
+    return list(SOURCES[objective](data, count, False))
 
 
-def heldout_items(settings: RewardModelConfig, data: DataConfig) -> list[Item]:
+def heldout_items(settings: RewardModelConfig | DpoConfig, data: DataConfig, objective: str = "pairwise") -> list[Item]:
     """What is measured. The generated ones carry the verdict of the hidden rules, which nothing that is learned does.
 
     Raises:
         DataError: a file is broken, or the rules do not tell the two responses of a pair apart.
     """
     if settings.source == "file":
-        return list(read_items(Path(settings.heldout_file), settings.objective == "pairwise"))
-    return [by_hidden_rules(item) for item in SOURCES[settings.objective](data, settings.heldout, True)]
+        return list(read_items(Path(settings.heldout_file), objective == "pairwise"))
+    return [by_hidden_rules(item) for item in SOURCES[objective](data, settings.heldout, True)]
 
 
 def by_hidden_rules(item: Item) -> Item:

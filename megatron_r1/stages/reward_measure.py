@@ -12,7 +12,7 @@ from rich.table import Table
 
 from megatron_r1.data.judged import Item
 from megatron_r1.data.length_baseline import length_baseline
-from megatron_r1.data.preference import Encoder
+from megatron_r1.data.preference import Encoder, Encodes
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data
 from megatron_r1.report.intervals import clustered
@@ -75,7 +75,7 @@ def score_texts(
 
 
 def results_of(
-    rights: Sequence[float], learned: Sequence[Item], heldout: Sequence[Item], encoder: Encoder
+    rights: Sequence[float], learned: Sequence[Item], heldout: Sequence[Item], encoder: Encodes
 ) -> dict[str, Any]:
     """Held-out accuracy, by task too, beside the baselines that see nothing but length; all with 95 % intervals."""
 
@@ -96,14 +96,14 @@ def results_of(
     }
 
 
-def show(results: dict[str, Any]) -> None:
-    """The results as a table on the terminal."""
+def show(results: dict[str, Any], judge: str) -> None:
+    """The results as a table on the terminal, under the name of what orders, or labels, the items."""
     table = Table(title=f"{results['items']} held-out items, 95 % intervals")
     table.add_column("what")
     table.add_column("right")
-    rows = {"reward model": results["accuracy"]}
+    rows = {judge: results["accuracy"]}
     rows |= {f"length alone, in {name}": value for name, value in results["length_baselines"].items()}
-    rows |= {f"reward model, {task}": value for task, value in results["by_task"].items()}
+    rows |= {f"{judge}, {task}": value for task, value in results["by_task"].items()}
     for name, value in rows.items():
         table.add_row(name, f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Runs of reinforcement learning: with a critic, gone on with bit for bit; on questions of a file."""
+"""Runs of reinforcement learning, with a critic and on questions of a file, and on pairs; gone on with bit for bit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from megatron_r1.data.prompt_files import FilePrompts, PromptFile
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
+from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.stages.questions import keep
 from megatron_r1.track.record import read_metrics
@@ -101,6 +102,37 @@ def test_questions_of_a_file_are_asked_in_the_models_own_template(folder):
         "questions.jsonl:6: the question holds the control token <|eos|>\n"
     )
     assert rows(folder, "asked")[-1]["skipped"] == 0
+
+
+def test_pairs_are_learned_and_heldout_ones_measured(folder):
+    learned = rows(folder, "preferring")
+    assert [row["step"] for row in learned] == [1, 2, 3, 4, 5, 6], "3 epochs of 16 pairs in batches of 8"
+    assert learned[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and learned[0]["margin"] == 0.0
+    assert learned[-1]["loss"] < 0.65 and learned[-1]["accuracy"] > 0.5
+    assert [row["step"] for row in learned if "heldout_margin" in row] == [4, 6]
+    results = json.loads((folder / "preferring" / "accuracy.json").read_text())
+    assert results["items"] == 6 and results["accuracy"]["mean"] == learned[-1]["heldout_accuracy"]
+    base, reference, policy = (
+        tensors(folder, run, kind, step)
+        for run, kind, step in (("speaker", "model", 2), ("preferring", "reference", 6), ("preferring", "model", 6))
+    )
+    assert base.keys() == reference.keys() and all(torch.equal(base[name], reference[name]) for name in base)
+    changed = {name for name in base if not torch.equal(base[name], policy[name])}
+    assert "output_layer.weight" in changed
+    assert any(in_multi_token_layer(name) for name in base) and not any(map(in_multi_token_layer, changed))
+    assert not any(name.endswith("expert_bias") for name in changed)
+
+
+def test_a_stopped_run_on_pairs_goes_on_bit_for_bit(folder, found):
+    assert "SIGTERM: stopped after step 3" in found["stopped_dpo"]
+    plain, stopped = (
+        [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows(folder, run)]
+        for run in ("preferring", "stopped_dpo")
+    )
+    assert stopped == plain
+    for kind in POLICY:
+        one, other = (tensors(folder, run, kind, 6) for run in ("preferring", "stopped_dpo"))
+        assert one and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), kind
 
 
 def test_a_run_that_goes_on_has_the_questions_that_it_began_with(tmp_path):

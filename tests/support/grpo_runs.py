@@ -1,8 +1,8 @@
-"""Reinforcement learning of a toy base, in one process: tests/stages/test_grpo_runs.py.
+"""Reinforcement learning and preference optimization of toy bases, in one process: tests/stages/test_grpo_runs.py.
 
 python grpo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
 and once stopped by a signal and gone on with; starts a critic from the reward model; asks FOLDER/questions.jsonl with
-rewards of steps; and writes FOLDER/found.json.
+rewards of steps; learns from pairs of answers, with and without a stop too; and writes FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -57,6 +57,20 @@ REWARD = (
     "train.micro_batch_size=4",
     "train.steps=2",
 )
+SPEAKER = ("data=assistant", "model.mtp.num_layers=1")
+"""What has multi-token layers, and words for the assistant world."""
+DPO = (
+    *SPEAKER,
+    "init.from={}/speaker",
+    "rollout.template=tokenizer",
+    "dpo.num_pairs=16",
+    "dpo.epochs=3",
+    "dpo.heldout=6",
+    "dpo.heldout_interval=4",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=4",
+    "train.schedule.learning_rate=1e-3",
+)
 
 
 def main(folder: Path) -> None:
@@ -65,7 +79,8 @@ def main(folder: Path) -> None:
     from megatron_r1.platform import select
 
     select("cpu")
-    from megatron_r1.stages import grpo, pretrain, reward
+    from megatron_r1.stages import dpo, grpo, pretrain, reward
+    from megatron_r1.train.hooks.measure import MeasureHook
 
     def run(stage: Any, verb: str, *overrides: str) -> None:
         stage.run(load(verb, [line.format(folder) for line in (*RUN, f"root={folder}", *overrides)]))
@@ -79,24 +94,35 @@ def main(folder: Path) -> None:
 
     run(pretrain, "pretrain", "name=base", "train.steps=1")
     run(grpo, "grpo", "name=whole", *PPO, "train.steps=2")
-    plain = grpo.PruneJournal.after_step
 
-    def stopping(self: Any, state: Any, row: dict) -> None:
-        plain(self, state, row)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def stopped(hook: Any, step: int, stage: Any, verb: str, *overrides: str) -> str:
+        """Stopped by a signal after a step, by way of a hook of the stage; then gone on with. Returns what was said."""
+        plain = hook.after_step
 
-    grpo.PruneJournal.after_step = stopping
-    try:
-        run(grpo, "grpo", "name=stopped", *PPO, "train.steps=2")
-        raise AssertionError("was not stopped")
-    except Requeue as stopped:
-        found = {"stopped": str(stopped)}
-    grpo.PruneJournal.after_step = plain
-    run(grpo, "grpo", "name=stopped", *PPO, "train.steps=2")
+        def stopping(self: Any, state: Any, row: dict) -> None:
+            plain(self, state, row)
+            if state.step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        hook.after_step = stopping
+        try:
+            run(stage, verb, *overrides)
+            raise AssertionError("was not stopped")
+        except Requeue as said:
+            told = str(said)
+        finally:
+            hook.after_step = plain
+        run(stage, verb, *overrides)
+        return told
+
+    found = {"stopped": stopped(grpo.PruneJournal, 1, grpo, "grpo", "name=stopped", *PPO, "train.steps=2")}
     run(reward, "reward", "name=judge", *REWARD)
     still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
     run(grpo, "grpo", "name=asked", *ASKED)
+    run(pretrain, "pretrain", "name=speaker", *SPEAKER, "train.steps=2")
+    run(dpo, "dpo", "name=preferring", *DPO)
+    found["stopped_dpo"] = stopped(MeasureHook, 3, dpo, "dpo", "name=stopped_dpo", *DPO)
     found["no_reward_model"] = refused("rl.critic.init_from={}/base")
     (folder / "found.json").write_text(json.dumps(found))
 

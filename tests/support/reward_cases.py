@@ -42,7 +42,7 @@ def one_update(
     from megatron_r1.model.build import build_model
     from megatron_r1.model.reward_head import HEAD, add_reward_head
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.reward import mean_metrics
+    from megatron_r1.stages.judged import mean_metrics
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.reward_model import RewardModel
     from megatron_r1.train.routing import FROZEN
