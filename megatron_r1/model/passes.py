@@ -126,11 +126,12 @@ def _mtp_loss(num_micro_batches: int) -> float | None:
     return float(mean) / group.size() / num_micro_batches
 
 
-def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, length: int) -> list[Any]:
+def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, length: int, rows: int = 1) -> list[Any]:
     """Outputs of `forward`, one per micro-batch, without gradient; an empty list but on the last pipeline stage.
 
     Args:
         forward: model and micro-batch -> output of this stage, a tensor or a dictionary of tensors.
+        length, rows: as of `forward_backward`.
     """
 
     def step(batches: Any, module: Any) -> tuple[Any, Callable]:
@@ -143,7 +144,7 @@ def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, 
             model=chunks(model),
             num_microbatches=len(micro_batches),
             seq_length=length,
-            micro_batch_size=1,
+            micro_batch_size=rows,
             forward_only=True,
             collect_non_loss_data=True,
         )

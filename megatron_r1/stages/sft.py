@@ -186,8 +186,8 @@ class HeldoutLoss:
             output, functions[id(rows)] = self._reader.forward(model, rows)
             return output
 
-        length, _ = self._reader.shape(self._this.config.train.sequence_length, len(micro_batches[0].tokens_BL))
-        outputs = forward_only(self._this.model, micro_batches, forward, length)
+        shape = self._reader.shape(self._this.config.train.sequence_length, len(micro_batches[0].tokens_BL))
+        outputs = forward_only(self._this.model, micro_batches, forward, *shape)
         return sum(
             float(functions[id(rows)](output_BL)[1]["loss"]) / rows.weight
             for rows, output_BL in zip(micro_batches, outputs, strict=False)

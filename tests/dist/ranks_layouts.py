@@ -335,7 +335,9 @@ def samples(model: Any) -> Iterator[Any]:
     def experts(tokens: int) -> RoutedExperts | None:
         if not moe.num_experts:
             return None
-        scores = torch.rand(tokens, model.num_layers - moe.first_dense_layers, moe.num_experts, generator=generator, dtype=torch.float32)
+        scores = torch.rand(
+            tokens, model.num_layers - moe.first_dense_layers, moe.num_experts, generator=generator, dtype=torch.float32
+        )
         return RoutedExperts.of(scores.topk(moe.top_k).indices.numpy())
 
     for group in range(PROMPTS):
@@ -347,7 +349,9 @@ def samples(model: Any) -> Iterator[Any]:
             reward = float(draw(0, 3))
             told = experts(len(prompt) + length - 1) if number % 2 else None
             parts = {"accuracy": reward}
-            yield Sample(str(group), group, prompt, response, log_probs, "0", "stop", "", reward, parts, routed_experts=told)
+            yield Sample(
+                str(group), group, prompt, response, log_probs, "0", "stop", "", reward, parts, routed_experts=told
+            )
 
 
 def whole_gradients(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:

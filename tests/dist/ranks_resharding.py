@@ -88,7 +88,9 @@ def load(config: Any, platform: Any, root: Path, job: dict[str, Any]) -> dict[st
         for shard in shards(model):
             shard.tensor.copy_(read("model", shard))
         OptimizerState(model, optimizer).load(read, STEPS)
-        equal = all(torch.equal(shard.tensor, read(kind, shard)) for kind, shard in OptimizerState(model, optimizer).shards())
+        equal = all(
+            torch.equal(shard.tensor, read(kind, shard)) for kind, shard in OptimizerState(model, optimizer).shards()
+        )
         found[source] = {"equal": equal, "next_loss": step(model, optimizer, STEPS)}
     return found
 

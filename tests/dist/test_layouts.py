@@ -203,6 +203,8 @@ def test_the_update_is_the_plain_loss_over_the_whole_vocabulary(one_rank_alike):
         learnt = one[f"grpo-{precision}"]
         trained = {name: learnt.gradients[name] for name in plain.gradients}
         difference, name = worst(trained, plain.gradients)
-        print(f"one rank {precision}: largest relative difference to float64's plain gradient {difference:.1e} ({name})")
+        print(
+            f"one rank {precision}: largest relative difference to float64's plain gradient {difference:.1e} ({name})"
+        )
         assert difference < allowed
         assert learnt.row["loss"] == pytest.approx(plain.row["loss"], rel=allowed)
