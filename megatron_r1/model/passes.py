@@ -126,7 +126,9 @@ def _mtp_loss(num_micro_batches: int) -> float | None:
     return float(mean) / group.size() / num_micro_batches
 
 
-def forward_only(model: Model, micro_batches: Sequence[Any], forward: Callable, length: int, rows: int = 1) -> list[Any]:
+def forward_only(
+    model: Model, micro_batches: Sequence[Any], forward: Callable, length: int, rows: int = 1
+) -> list[Any]:
     """Outputs of `forward`, one per micro-batch, without gradient; an empty list but on the last pipeline stage.
 
     Args:
