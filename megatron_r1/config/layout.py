@@ -19,6 +19,8 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     check_degrees(config.parallel, ranks)
     if verb == "pretrain":
         _check_pretraining(config, ranks)
+    if verb == "sft":
+        _check_fine_tuning(config, ranks)
     if verb == "grpo":
         _check_reinforcement(config, ranks)
     if verb in ("reward", "dpo"):
@@ -97,6 +99,14 @@ def _check_advantages(config: RunConfig) -> None:
     if config.rl.advantages == "critic" and config.rollout.placement == "colocated":
         allowed = "must be separate with rl.advantages=critic: the critic's memory cannot be given back"
         raise ConfigError("rollout.placement", "colocated", allowed)
+
+
+def _check_fine_tuning(config: RunConfig, ranks: int) -> None:
+    _check_batch(config, ranks)
+    degrees = config.parallel
+    if config.sft.packing == "none" and degrees.expert > 1 and config.performance.dispatcher == "allgather":
+        allowed = "needs as many tokens on every rank: with sft.packing=none, take alltoall"
+        raise ConfigError("performance.dispatcher", "allgather", allowed)
 
 
 def _check_many_lengths(config: RunConfig) -> None:

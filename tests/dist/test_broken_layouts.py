@@ -66,6 +66,13 @@ BROKEN = [
         "must make a multiple of parallel.pipeline=2 passes of a rank's 16 sequences",
     ),
     ("grpo", 2, "parallel.pipeline=2 parallel.virtual_pipeline=2", "must be 1: interleaved stages"),
+    ("sft", 2, "train.global_batch_size=5 train.micro_batch_size=5", "a multiple of the 2 data-parallel ranks"),
+    (
+        "sft",
+        2,
+        "parallel.expert=2 sft.packing=none performance.dispatcher=allgather",
+        "needs as many tokens on every rank: with sft.packing=none",
+    ),
     # What is no degree.
     ("pretrain", 2, "parallel.tensor=0", "must be at least 1"),
     ("pretrain", 2, "parallel.expert=-2", "must be at least 1"),
