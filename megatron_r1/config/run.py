@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.checks import at_least, one_of
 from megatron_r1.config.conversion import ConversionConfig
 from megatron_r1.config.data import DataConfig
@@ -21,6 +20,7 @@ from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.sft import SftConfig
+from megatron_r1.config.shares import check_shares
 from megatron_r1.config.track import TrackConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
@@ -123,45 +123,14 @@ class RunConfig:
             raise ConfigError("rollout.sglang.server.speculative.method", method, allowed)
 
     def _check_parallel(self) -> None:
-        degrees, model = self.parallel, self.model
-        if degrees.expert > 1 and not model.moe.num_experts:
-            raise ConfigError("parallel.expert", degrees.expert, "must be 1: the model has no experts")
-        attention = model.attention
-        key_value_heads = attention.num_key_value_heads if isinstance(attention, GroupedAttentionConfig) else 0
-        shared_experts_width = model.moe.num_shared_experts * model.moe.ffn_hidden_size
-        for key, degree, name, amount in (
-            ("tensor", degrees.tensor, "model.num_attention_heads", model.num_attention_heads),
-            ("tensor", degrees.tensor, "model.attention.num_key_value_heads", key_value_heads),
-            ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
-            ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
-            ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),
-            ("tensor", degrees.tensor, "train.sequence_length", self.train.sequence_length),
-            ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
-            ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),
-        ):
-            if amount % degree:
-                raise ConfigError(f"parallel.{key}", degree, f"must divide {name}={amount}")
+        degrees, length = self.parallel, self.train.sequence_length
+        check_shares(self.model, degrees)
+        if length % degrees.tensor:
+            raise ConfigError("parallel.tensor", degrees.tensor, f"must divide train.sequence_length={length}")
         pieces = degrees.tensor * 2 * degrees.context
-        if degrees.context > 1 and self.train.sequence_length % pieces:
-            allowed = f"tensor x 2 x context={pieces} must divide train.sequence_length={self.train.sequence_length}"
+        if degrees.context > 1 and length % pieces:
+            allowed = f"tensor x 2 x context={pieces} must divide train.sequence_length={length}"
             raise ConfigError("parallel.context", degrees.context, allowed)
-        self._check_stages()
-
-    def _check_stages(self) -> None:
-        degrees, model = self.parallel, self.model
-        if not degrees.pipeline_layers and model.num_layers % degrees.stages:
-            key = "pipeline" if model.num_layers % degrees.pipeline else "virtual_pipeline"
-            raise ConfigError(
-                f"parallel.{key}",
-                getattr(degrees, key),
-                f"must divide model.num_layers={model.num_layers}, or pipeline_layers must say what each stage holds",
-            )
-        if degrees.pipeline_layers and sum(degrees.pipeline_layers) != model.num_layers:
-            raise ConfigError(
-                "parallel.pipeline_layers",
-                degrees.pipeline_layers,
-                f"must sum up to model.num_layers={model.num_layers}",
-            )
 
     def _check_expert_overlap(self) -> None:
         degrees, key = self.parallel, "performance.overlap_expert_communication"
