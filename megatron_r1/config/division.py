@@ -8,8 +8,8 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import ConfigError
 
 
-def check_division(degrees: ParallelConfig, model: ModelConfig, sequence_length: int) -> None:
-    """Refuse a model, or sequences, that ranks cannot share by these degrees.
+def check_division(degrees: ParallelConfig, model: ModelConfig) -> None:
+    """Refuse a model that ranks cannot share by these degrees.
 
     Raises:
         ConfigError: names the degree that does not fit.
@@ -25,17 +25,26 @@ def check_division(degrees: ParallelConfig, model: ModelConfig, sequence_length:
         ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
         ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
         ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),
-        ("tensor", degrees.tensor, "train.sequence_length", sequence_length),
         ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
         ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),
     ):
         if amount % degree:
             raise ConfigError(f"parallel.{key}", degree, f"must divide {name}={amount}")
-    pieces = degrees.tensor * 2 * degrees.context
-    if degrees.context > 1 and sequence_length % pieces:
-        allowed = f"tensor x 2 x context={pieces} must divide train.sequence_length={sequence_length}"
-        raise ConfigError("parallel.context", degrees.context, allowed)
     _check_stages(degrees, model)
+
+
+def check_sequences(degrees: ParallelConfig, length: int) -> None:
+    """Refuse sequences of this length that ranks cannot share.
+
+    Raises:
+        ConfigError: names the degree that does not fit.
+    """
+    if length % degrees.tensor:
+        raise ConfigError("parallel.tensor", degrees.tensor, f"must divide train.sequence_length={length}")
+    pieces = degrees.tensor * 2 * degrees.context
+    if degrees.context > 1 and length % pieces:
+        allowed = f"tensor x 2 x context={pieces} must divide train.sequence_length={length}"
+        raise ConfigError("parallel.context", degrees.context, allowed)
 
 
 def _check_stages(degrees: ParallelConfig, model: ModelConfig) -> None:

@@ -22,7 +22,7 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     if verb == "sft":
         _check_fine_tuning(config, ranks)
     if verb == "grpo":
-        _check_reinforcement(config, ranks)
+        _check_reinforcement(config)
     if verb in ("reward", "dpo"):
         _check_judged_rows(config, ranks)
 
@@ -33,7 +33,7 @@ def _check_pretraining(config: RunConfig, ranks: int) -> None:
         raise ConfigError("data.indexed.datasets", "{}", "must name a dataset: data.indexed.datasets.NAME.path=FOLDER")
 
 
-def _check_reinforcement(config: RunConfig, ranks: int) -> None:
+def _check_reinforcement(config: RunConfig) -> None:
     """Refuse what reinforcement learning cannot do in a layout, or beside an engine."""
     degrees, longest = config.parallel, config.model.max_sequence_length
     if config.rl.routing_replay and not config.model.moe.num_experts:
@@ -49,14 +49,6 @@ def _check_reinforcement(config: RunConfig, ranks: int) -> None:
         )
     _check_ahead(config)
     _check_advantages(config)
-    if models := config.reward.models:
-        name, weight = min(models), getattr(config.reward, min(models))
-        if config.rollout.ahead:
-            raise ConfigError(
-                f"reward.{name}", weight, "must be 0 with rollout.ahead: models score in the trainer's turn"
-            )
-        if ranks > 1:
-            raise ConfigError(f"reward.{name}", weight, f"must be 0 on {ranks} ranks: rank 0 alone scores")
     if degrees.context > 1:
         raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
     _check_many_lengths(config)

@@ -94,9 +94,10 @@ class RewardConfig:
     repetition_words: int = 20
     """Words of a run that counts as repeated."""
     helpfulness_model: str = ""
-    """Run or checkpoint of the verb reward that learned from pairs; it scores summaries."""
+    """Run or checkpoint of the verb reward that learned from pairs; it scores summaries. All ranks share it as they do
+    the policy, and it scores in the trainer's turn: with rollout.ahead, answers wait until the trainer's step ends."""
     harmlessness_model: str = ""
-    """Run or checkpoint of the verb reward that learned what is safe; it scores whole responses."""
+    """Run or checkpoint of the verb reward that learned what is safe; it scores whole responses, in the same turn."""
     function: str = ""
     """A function of yours, FILE.py:NAME; see configs/reward/own.yaml."""
     steps_by: str = ""

@@ -30,7 +30,8 @@ class RolloutConfig:
     """Sequences that the local engine decodes at a time."""
     ahead: int = 0
     """Rollouts begun before their step, while the trainer learns, and most updates by which a token may be older than
-    the weights that learn from it: 0 takes turns, 1 is one step off-policy, more is asynchronous."""
+    the weights that learn from it: 0 takes turns, 1 is one step off-policy, more is asynchronous. Trained reward models
+    score between steps only; rollouts that still need them wait until then, and are no staler for it."""
     placement: str = "separate"
     """Where the servers run: separate (on devices of their own) or colocated (on the trainer's, in turns with it)."""
     sync: str = "group"

@@ -8,7 +8,7 @@ from megatron_r1.config.checks import at_least, one_of
 from megatron_r1.config.conversion import ConversionConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.diagnose import DiagnoseConfig
-from megatron_r1.config.division import check_division
+from megatron_r1.config.division import check_division, check_sequences
 from megatron_r1.config.dpo import DpoConfig
 from megatron_r1.config.evaluate import EvaluateConfig
 from megatron_r1.config.model import ModelConfig
@@ -109,7 +109,8 @@ class RunConfig:
                 f"must be at most model.max_sequence_length={self.model.max_sequence_length}",
             )
         self._check_rollout()
-        check_division(self.parallel, self.model, self.train.sequence_length)
+        check_division(self.parallel, self.model)
+        check_sequences(self.parallel, self.train.sequence_length)
         if self.performance.overlap_expert_communication:
             self._check_expert_overlap()
 

@@ -37,6 +37,11 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def received() -> Any:
+    """What rank 0 broadcasts, on the other ranks."""
+    return broadcast(None)
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if dist.get_world_size() > 1:

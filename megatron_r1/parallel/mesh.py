@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,15 @@ def told_by_last_stage[Value](value: Value) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
     return box[0]
+
+
+def told_by_data_parallel[Value](value: Value) -> list[Value]:
+    """Collective over the ranks that see other data: what each of them says, in their order, on each of them."""
+    group = data_parallel_group()
+    told: list[Any] = [value] * group.size()
+    if group.size() > 1:
+        dist.all_gather_object(told, value, group=group)
+    return told
 
 
 def speaks_for_its_data() -> bool:

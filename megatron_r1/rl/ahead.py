@@ -7,6 +7,10 @@ long answers are not left behind by short ones. What happens to answers under wa
 engine's choice (rollout.pause): they end under the old ones, or go on under the new ones. Either way each token's
 log-probability is of the weights that sampled it, and the objective's ratio corrects for the difference.
 
+Trained reward models score in the trainer's thread alone, while it waits for a rollout. One that has been answered and
+still needs their scores waits until the trainer has ended its step; others do not, and no token gets staler by it:
+which updates lie between is settled when a rollout is begun.
+
 Bounding staleness where work is admitted is AReaL's way (Fu et al., 2025, section 5.1).
 """
 
@@ -41,6 +45,7 @@ class AheadRollouts:
         prompts: prompts of each rollout.
         last_step: no rollouts are begun for steps after it.
         abandon: ends what `rollouts` is doing in other threads.
+        result: how the trainer waits for what another thread takes.
     """
 
     def __init__(
@@ -50,9 +55,10 @@ class AheadRollouts:
         prompts: int,
         last_step: int,
         abandon: Callable[[], None] = lambda: None,
+        result: Callable[[Future[Rollout]], Rollout] = Future.result,
     ):
         self._rollouts, self._ahead, self._prompts, self._last_step = rollouts, ahead, prompts, last_step
-        self._abandon = abandon
+        self._abandon, self._result = abandon, result
         self._threads = ThreadPoolExecutor(ahead + 1, thread_name_prefix="rollouts")
         self._begun: dict[tuple[int, int], Future[Rollout]] = {}
         """By step and first prompt."""
@@ -71,7 +77,9 @@ class AheadRollouts:
             place = step + distance, first_prompt + distance * self._prompts
             if place not in self._begun:
                 self._begun[place] = self._threads.submit(self._rollouts.take, *place)
-        return self._begun.pop((step, first_prompt)).result()
+        rollout = self._result(self._begun[step, first_prompt])
+        del self._begun[step, first_prompt]  # not before: if this fails, its thread is still one to end
+        return rollout
 
     def close(self) -> None:
         """Abandon what has begun: what is not in the journal will be sampled anew."""

@@ -29,6 +29,7 @@ def reinforcement_step(
     publish: Callable[[str], None],
     prompts: int,
     placement: Placement | None = None,
+    received: Callable[[], Any] = comm.received,
 ) -> Step:
     """One step of reinforcement learning, for the training loop.
 
@@ -40,6 +41,7 @@ def reinforcement_step(
         publish: sends the weights to the engine under a version.
         prompts: that one rollout takes from the data.
         placement: whose turn it is with the devices; None is `Separate`.
+        received: how the other ranks wait to be told.
     """
     turns = placement or Separate()
 
@@ -51,7 +53,7 @@ def reinforcement_step(
             send(publish, str(state.step))
             sent = time.perf_counter()
             with turns.sampling():
-                rollout = shared(rollouts, state)
+                rollout = shared(rollouts, state, received)
         sampled = time.perf_counter()
         stale = staleness(rollout.samples, state.step)
         state, row = learner.learn(rollout.samples, state)
@@ -93,22 +95,23 @@ def send(publish: Callable[[str], None], version: str) -> None:
             raise CannotBegin(again) from again
 
 
-def shared(rollouts: TakesRollouts | None, state: TrainState) -> Rollout:
+def shared(rollouts: TakesRollouts | None, state: TrainState, received: Callable[[], Any] = comm.received) -> Rollout:
     """Collective: the rollout of the next step.
 
     Raises:
         CannotBegin: there is none to be had; on all ranks.
     """
-    found: Rollout | NoRolloutCapacity | None = None
+    found: Rollout | NoRolloutCapacity
     if rollouts:
         try:
             found = rollouts.take(state.step + 1, state.data_position)
         except NoRolloutCapacity as error:
             found = error
-    found = comm.broadcast(found)
+        comm.broadcast(found)
+    else:
+        found = received()
     if isinstance(found, NoRolloutCapacity):
         raise CannotBegin(found)
-    assert found is not None
     return found
 
 

@@ -40,7 +40,7 @@ class Rollout:
     counts: dict[str, int]
     """Groups and answers that are not learned from, by why; and prompts that were asked in their place."""
     seconds: float = field(default=0.0, compare=False)
-    """That the engine took; 0 where the journal had it."""
+    """From the first question to the last score; 0 where the journal had it."""
 
 
 REFILLS = 1 << 40

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from megatron_r1.config.run import RunConfig
@@ -11,10 +11,12 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.model.shards import Shard
+from megatron_r1.parallel import comm
 from megatron_r1.parallel.mesh import leads
 from megatron_r1.rewards.score import Weighted
 from megatron_r1.rl.ahead import AheadRollouts, TakesRollouts
 from megatron_r1.rl.critic import CriticAdvantages
+from megatron_r1.rl.joint_scoring import JointScoring
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Separate
@@ -51,7 +53,9 @@ def run(config: RunConfig) -> None:
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return
-        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), reward_models(this))
+        joint = joint_scoring(this)
+        models = joint.rewards if joint else ()
+        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), models)
         reference = ReferencePolicy(this.model, this.saved(SAVED)) if config.rl.kl_coefficient else None
         moe = config.model.moe
         replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None
@@ -86,10 +90,11 @@ def run(config: RunConfig) -> None:
                     config.seed,
                     RoutedLayers(config.model.num_layers, moe.first_dense_layers, moe.top_k) if replay else None,
                 )
-                if ahead := config.rollout.ahead:
-                    last, abandon = config.train.steps, engine.engine.abandon
-                    rollouts = stack.enter_context(AheadRollouts(rollouts, ahead, prompts, last, abandon))
-            step = reinforcement_step(rollouts, learner, engine.update_weights, prompts, placement)
+                if config.rollout.ahead:
+                    begun = ahead_of(rollouts, config, engine.engine.abandon, joint)
+                    rollouts = stack.enter_context(begun)
+            received = joint.received if joint else comm.received
+            step = reinforcement_step(rollouts, learner, engine.update_weights, prompts, placement, received)
             state = train(this.state, step, hooks, config.train.steps)
         finish(this, state)
 
@@ -104,15 +109,31 @@ def check(config: RunConfig) -> None:
         raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
 
 
-def reward_models(this: Trainer) -> list[Weighted]:
-    """The configured reward models, at work beside the policy."""
+def joint_scoring(this: Trainer) -> JointScoring | None:
+    """The configured reward models, at work beside the policy on all ranks."""
     reward, parallel = this.config.reward, this.config.parallel
 
     def weighted(name: str, source: str) -> Weighted:
         scorer = RewardModelScorer(source, parallel, this.platform, f"reward.{name}_model", name)
         return Weighted(getattr(reward, name), scorer)
 
-    return [weighted(name, source) for name, source in reward.models.items()]
+    models = [weighted(name, source) for name, source in reward.models.items()]
+    return JointScoring(models) if models else None
+
+
+def ahead_of(
+    rollouts: TakesRollouts, config: RunConfig, abandon: Callable[[], None], joint: JointScoring | None
+) -> AheadRollouts:
+    """The same rollouts, taken while the trainer learns; reward models score when it waits for one."""
+    ahead, prompts, last = config.rollout.ahead, config.rl.prompts_per_rollout, config.train.steps
+    if joint is None:
+        return AheadRollouts(rollouts, ahead, prompts, last, abandon)
+
+    def abandon_both() -> None:
+        abandon()
+        joint.close()
+
+    return AheadRollouts(rollouts, ahead, prompts, last, abandon_both, joint.result)
 
 
 class PruneJournal(Hook):

@@ -13,8 +13,7 @@ from rich.table import Table
 from megatron_r1.data.judged import Item
 from megatron_r1.data.length_baseline import length_baseline
 from megatron_r1.data.preference import Encoder, Encodes
-from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data
+from megatron_r1.parallel.mesh import data_parallel_group, told_by_data_parallel
 from megatron_r1.report.intervals import clustered
 from megatron_r1.train.reward_model import RewardModel, rights
 
@@ -38,17 +37,11 @@ class HeldoutAccuracy:
 
         Where reasoning is learned, the model scores after its own: a judge's would tell it the answer.
         """
-        group = data_parallel_group()
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        scores = self.scores([side for item in self._items[rank::ranks] for side in item.sides])
-        mine, places = [], iter(scores)
-        for item in self._items[rank::ranks]:
-            of_sides = [next(places) for _ in item.sides]
-            mine.append(of_sides[0] - of_sides[1] if item.second else of_sides[0] * (2 * item.safe - 1))
-        told = [part for part in AllRanks().gather((rank, mine) if speaks_for_its_data() else None) if part]
-        margins = [0.0] * len(self._items)
-        for of_rank, part in told:
-            margins[of_rank::ranks] = part
+        scores = iter(self.scores([side for item in self._items for side in item.sides]))
+        margins = []
+        for item in self._items:
+            of_sides = [next(scores) for _ in item.sides]
+            margins.append(of_sides[0] - of_sides[1] if item.second else of_sides[0] * (2 * item.safe - 1))
         return rights(torch.tensor(margins)).tolist()
 
     def scores(self, sides: Sequence[Any]) -> list[float]:
@@ -64,14 +57,22 @@ class HeldoutAccuracy:
 def score_texts(
     model: RewardModel, encoder: Encoder, questions: Sequence[str], responses: Sequence[str], longest_reasoning: int
 ) -> list[float]:
-    """The score of each response to its question; collective over the ranks that hold one model."""
-    end = encoder.tokenizer.eos
-    rows = [encoder.unjudged(question, response) for question, response in zip(questions, responses, strict=True)]
+    """The score of each response to its question, on every rank.
+
+    Collective over all ranks, which give the same; those that hold the same weights each score a share.
+    """
+    group, end = data_parallel_group(), encoder.tokenizer.eos
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    pairs = list(zip(questions, responses, strict=True))
+    rows = [encoder.unjudged(question, response) for question, response in pairs[rank::ranks]]
     if encoder.reasoning:
         rows = model.reasoned(rows, ROWS_AT_ONCE, end, longest_reasoning)
     else:
         rows = [[*row, end] for row in rows]
-    return model.scores(rows, ROWS_AT_ONCE)
+    scores = [0.0] * len(pairs)
+    for place, share in enumerate(told_by_data_parallel(model.scores(rows, ROWS_AT_ONCE))):
+        scores[place::ranks] = share
+    return scores
 
 
 def results_of(

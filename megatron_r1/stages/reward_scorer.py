@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import torch
 
 from megatron_r1.checkpoint.manifest import read_manifest
 from megatron_r1.config.convert import convert
+from megatron_r1.config.division import check_division
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.data.tokenizer import Tokenizer
@@ -25,9 +25,10 @@ from megatron_r1.train.reward_model import RewardModel
 
 
 class RewardModelScorer:
-    """Scores answers as the reward model of a run does; a `Reward`.
+    """Scores answers as the reward model of a run does; collective over all ranks, which share model and work.
 
-    Where several ranks hold the model, all of them must ask the same at the same time; all get the scores.
+    All must ask the same at the same time, from the thread that uses their process groups: `rl.joint_scoring` makes a
+    `Reward` of it.
     """
 
     def __init__(
@@ -42,12 +43,16 @@ class RewardModelScorer:
             name: of the reward; empty is helpfulness or harmlessness, by what the model learned.
 
         Raises:
-            ConfigError: there is no reward model.
+            ConfigError: there is no reward model, or these degrees do not divide it.
             CheckpointDamaged: there is a checkpoint, but neither it nor an older one verifies.
         """
         found = find_weights(source, key)
         if f"{HEAD}.weight" not in found.tensors:
             raise ConfigError(key, source, "must be a run of the verb reward, or one of its checkpoints")
+        try:
+            check_division(parallel, found.model)
+        except ConfigError as error:
+            raise ConfigError(key, source, f"must be a model that ranks can share as the policy: {error}") from None
         settings = convert(RewardModelConfig, read_manifest(found.folder).metadata["config"]["reward_model"])
         # The policy's draws must not depend on whether a reward model was built beside it.
         with torch.random.fork_rng():
@@ -64,7 +69,6 @@ class RewardModelScorer:
         self._model = RewardModel(
             model, self._pairwise, settings.reasoning_weight, tokenizer.pad, platform.device, parallel.tensor
         )
-        self._lock = threading.Lock()
 
     def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
         """A value for each response text: of a pairwise model its score, of a pointwise one the probability of safe.
@@ -72,6 +76,5 @@ class RewardModelScorer:
         What is read of a response, its summary or all of it, is what the model was trained to read.
         """
         questions = [prompt.question for prompt in prompts]
-        with self._lock:
-            scores = score_texts(self._model, self._encoder, questions, texts, self._longest_reasoning)
+        scores = score_texts(self._model, self._encoder, questions, texts, self._longest_reasoning)
         return [*scores] if self._pairwise else torch.tensor(scores, dtype=torch.float64).sigmoid().tolist()

@@ -61,7 +61,7 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: ModelConfig,
         )
         raise ConfigError(KEY, source, allowed)
     try:
-        check_division(degrees, teacher, length)
+        check_division(degrees, teacher)
     except ConfigError as error:
         raise ConfigError(KEY, source, f"must be a model that the ranks can share, but for it {error}") from None
 

@@ -23,7 +23,7 @@ from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.passes import LossFunction, forward_only
 from megatron_r1.model.reward_head import head_of
-from megatron_r1.parallel.mesh import told_by_last_stage
+from megatron_r1.parallel.mesh import told_by_data_parallel, told_by_last_stage
 
 
 @dataclass(frozen=True)
@@ -151,13 +151,12 @@ class RewardModel:
     def scores(self, rows: Sequence[Sequence[int]], size: int) -> list[float]:
         """The score of each row of tokens, the last of which is read; the same on every stage.
 
-        Collective over the ranks that hold one model.
+        Collective over all ranks: those that work on the same data give the same rows, others their own, or none.
 
         Args:
             size: rows of a forward pass.
         """
-        outputs = self._forward_only(rows, size, self._scores)
-        return told_by_last_stage([value for scores_B in outputs for value in scores_B.tolist()])
+        return self._read(rows, size, self._scores) or []
 
     def reasoned(self, rows: Sequence[Sequence[int]], size: int, end: int, longest: int) -> list[list[int]]:
         """Rows of tokens, each followed by the model's own greedy reasoning and the end token.
@@ -170,13 +169,12 @@ class RewardModel:
         result = [list(row) for row in rows]
         going = list(range(len(rows)))
         for _ in range(longest):
-            outputs = self._forward_only([result[place] for place in going], size, self._next_tokens)
-            chosen = told_by_last_stage([token for tokens_B in outputs for token in tokens_B.tolist()])
+            chosen = self._read([result[place] for place in going], size, self._next_tokens)
+            if chosen is None:
+                break
             for place, token in zip(going, chosen, strict=True):
                 result[place].append(token)
             going = [place for place, token in zip(going, chosen, strict=True) if token != end]
-            if not going:
-                break
         for place in going:
             result[place].append(end)
         return result
@@ -193,21 +191,24 @@ class RewardModel:
         logits_LBV, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=True)
         return logits_LBV[rows.ends_B, torch.arange(len(rows.ends_B), device=logits_LBV.device)].argmax(-1)
 
-    def _forward_only(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Tensor]:
-        if not rows:
-            return []
+    def _read(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
+        """What `read` finds at the last token of each row, the same on every stage; None when no rank has rows."""
         as_rows = [Row(list(row), len(row)) for row in rows]
-        batches = [
-            reward_rows(as_rows[start : start + size], self._pad, self._device, self._multiple)
-            for start in range(0, len(as_rows), size)
-        ]
+        parts = [as_rows[start : start + size] for start in range(0, len(as_rows), size)]
+        # Where ranks that see other data share experts, each pass is one of all of them: who has less, passes padding.
+        passes = max(told_by_data_parallel(len(parts)))
+        if not passes:
+            return None
+        padding = [[Row([self._pad], 1)]] * (passes - len(parts))
+        batches = [reward_rows(part, self._pad, self._device, self._multiple) for part in (*parts, *padding)]
         length = max(batch.inputs_BL.shape[1] for batch in batches)
         training = self._model.training
         self._model.eval()
         try:
-            return forward_only(self._model, batches, partial(self._run, read=read), length)
+            outputs = forward_only(self._model, batches, partial(self._run, read=read), length)
         finally:
             self._model.train(training)
+        return told_by_last_stage([value for values_B in outputs[: len(parts)] for value in values_B.tolist()])
 
 
 def rights(margins_I: Tensor) -> Tensor:

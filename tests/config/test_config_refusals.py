@@ -132,11 +132,6 @@ REFUSALS = [
     ("grpo rollout.placement=colocated rollout.pause=abort", "rollout.pause=abort", "must be finish with"),
     ("grpo rollout=local rollout.placement=colocated", "rollout.engine=local", "must be sglang with"),
     ("grpo reward.helpfulness=1", "reward.helpfulness=1.0", "helpfulness_model: both are given, or neither"),
-    (
-        "grpo init.from=runs/base rollout.ahead=1 reward.helpfulness=1 reward.helpfulness_model=runs/model",
-        "reward.helpfulness=1.0",
-        "must be 0 with rollout.ahead",
-    ),
     ("grpo reward.judge_by.url=http://a:1/v1", "reward.judge=0.0", "judge_by.url: both are given, or neither"),
     ("grpo rollout.sync=ipc", "rollout.sync=ipc", "must be group or disk with placement=separate"),
     # choices, grammar, files, interpolation

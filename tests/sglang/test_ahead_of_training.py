@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from jobs import COMMON, Job, run_alone
+from jobs import COMMON, Job, end_of, launched, run_alone
 
+from megatron_r1.config.load import load
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.data.prompts import TrainingPrompts
+from megatron_r1.platform import Platform
 from megatron_r1.rl.loop import tokens_by_version
 from megatron_r1.rollout.journal import Journal
 
@@ -18,12 +23,49 @@ GRPO = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A run that has just learned something."""
+    folder = tmp_path_factory.mktemp("base")
+    job = Job(["pretrain", *COMMON, *SMALL, "train.steps=3"], folder, "base")
+    assert (done := run_alone(job)).returncode == 0, done.stderr
+    return job.folder
+
+
+@pytest.fixture(scope="module")
+def judge(base) -> Path:
+    """A reward model of the same shape."""
+    items = ["reward_model.num_items=32", "reward_model.heldout=4", "train.global_batch_size=8"]
+    rate = ["train.micro_batch_size=8", "train.schedule.warmup_steps=1", "train.schedule.learning_rate=1e-2"]
+    job = Job(["reward", *COMMON, *items, *rate, f"init.from='{base}'"], base.parent, "judge")
+    assert (done := run_alone(job)).returncode == 0, done.stderr
+    return job.folder
+
+
+def ahead_of(base: Path, judge: Path) -> list[str]:
+    """Rollouts ahead of a policy's training, scored by a reward model too."""
+    scored = ["reward.helpfulness=0.5", f"reward.helpfulness_model='{judge}'"]
+    return [f"rollout.ahead={AHEAD}", "rollout.pause=retract", f"init.from='{base}'", *scored]
+
+
+def check_scores(job: Job, judge: Path, platform: Platform) -> None:
+    """The reward model's part of each reward is what it says on one rank that does nothing else."""
+    from megatron_r1.stages.reward_scorer import RewardModelScorer
+
+    journal = Journal(job.folder / "rollouts")
+    samples = [sample for row in job.rows for sample in journal.read(row["step"])]
+    world = TrainingPrompts(load("grpo", ["data.num_documents=2000"]).data)
+    prompts = [world.at(int(sample.prompt_id.removeprefix("train-"))) for sample in samples]
+    alone = RewardModelScorer(str(judge), ParallelConfig(), platform)
+    expected = [0.5 * value for value in alone.score(prompts, [sample.text for sample in samples])]
+    assert [sample.reward_parts["helpfulness"] for sample in samples] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert len({round(value, 4) for value in expected}) > 4
+
+
 @pytest.mark.sglang
 @pytest.mark.timeout(200)
-def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(tmp_path):
-    base = Job(["pretrain", *COMMON, *SMALL, "train.steps=3"], tmp_path, "base")
-    assert (done := run_alone(base)).returncode == 0, done.stderr
-    ahead = [f"rollout.ahead={AHEAD}", "rollout.pause=retract", f"init.from='{tmp_path}/base'"]
+def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judge, one_rank, tmp_path):
+    ahead = ahead_of(base, judge)
     often = ["train.checkpoint_interval=1", f"train.keep_checkpoints={STEPS}"]  # a rollout's weights can be compared
     job = Job(["grpo", *COMMON, f"train.steps={STEPS}", *GRPO, *ahead, *often], tmp_path, "ahead")
     assert (done := run_alone(job)).returncode == 0, done.stderr
@@ -38,6 +80,7 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(tmp_path):
         assert 0 <= row["trainer_idle"] <= 1 and 0 <= row["engine_idle"] <= 1
         assert list(dict.fromkeys(s.prompt_id for s in samples)) == [f"train-{4 * (step - 1) + i}" for i in range(4)]
     assert max(row["staleness"] for row in job.rows) > 0
+    check_scores(job, judge, one_rank)
     # The engine's own log-probabilities are those of the weights that it had: a rollout ago they were the trainer's.
     assert job.rows[0]["logprob_gap"] < 1e-4
     asked = Job(["diagnose", *COMMON, f"init.from='{tmp_path}/ahead'"], tmp_path, "diagnosis")
@@ -48,3 +91,17 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(tmp_path):
     verdict = json.loads((wrong.folder / "diagnosis.json").read_text())["verdict"]
     assert verdict.startswith("temperature: that the engine sampled at 1 explains") and verdict in done.stderr
     assert "<svg" in (wrong.folder / "diagnosis.svg").read_text()
+
+
+@pytest.mark.sglang
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_ranks_share_policy_and_reward_model(base, judge, one_rank, tmp_path):
+    steps = ["train.steps=4", "parallel.tensor=2"]
+    job = Job(["grpo", *COMMON, *steps, *GRPO, *ahead_of(base, judge)], tmp_path, "ahead")
+    with launched(job) as launcher:
+        assert end_of(job, launcher) == 0, job.log
+    assert [row["step"] for row in job.rows] == [1, 2, 3, 4]
+    assert all(row["staleness"] <= AHEAD for row in job.rows) and max(row["staleness"] for row in job.rows) > 0
+    check_scores(job, judge, one_rank)

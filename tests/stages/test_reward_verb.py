@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from launching import run_to_the_end
 
 from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.rollout.journal import Journal
 from megatron_r1.track.record import read_metrics
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -28,6 +30,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(folder, found) -> list[dict[str, Any]]:
+    """What support/ranks_scorers.py found, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run_to_the_end([*launcher, str(SUPPORT / "ranks_scorers.py"), str(folder), port], seconds=100)
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def rows(folder: Path, run: str) -> list[dict[str, Any]]:
@@ -78,6 +91,8 @@ def test_helpfulness_reads_the_summary_and_harmlessness_everything(found):
 
 def test_what_is_no_reward_model_is_refused(found):
     assert "must be a run of the verb reward" in found["scores"]["base"]
+    divided = found["scores"]["divided"]
+    assert divided.startswith("reward.helpfulness_model=") and "parallel.tensor=8: must divide" in divided
     assert found["refused"].startswith("init.from=: reward needs a model to start from")
 
 
@@ -90,3 +105,38 @@ def test_reward_models_score_beside_a_policy(folder, found):
         assert len(set(given)) > 4
     row, _ = read_metrics(folder / "policy" / "metrics.jsonl")
     assert row["reward"] == pytest.approx(row["reward_helpfulness"] + row["reward_harmlessness"])
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "ep2"])
+def test_two_ranks_score_as_one_does(found, of_two_ranks, layout):
+    for run in ("whole", "safety"):
+        expected = found["scores"][f"{run} of the policy"][:9]
+        for rank in of_two_ranks:
+            scores = rank[layout][run]
+            assert scores["all"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+            assert scores["one"] == pytest.approx(expected[:1], rel=1e-5, abs=1e-7)
+        difference = max(abs(a - b) for a, b in zip(of_two_ranks[0][layout][run]["all"], expected, strict=True))
+        print(f"{layout} {run}: largest difference of a score {difference:.1e}")
+
+
+@pytest.mark.dist
+def test_rollouts_ahead_are_scored_by_both_ranks_until_there_are_none(found, of_two_ranks):
+    helpful, safe = (found["scores"][f"{run} of the policy"][:9] for run in ("whole", "safety"))
+    expected = [0.5 * one + 2.0 * other for one, other in zip(helpful, safe, strict=True)]
+    for rank in of_two_ranks:
+        assert rank["ahead"] == pytest.approx(expected, rel=1e-5, abs=1e-7)
+        assert rank["ended"] == "nobody is there"
+
+
+@pytest.mark.dist
+def test_two_ranks_learn_from_what_both_score(folder, of_two_ranks):
+    """The engine in the process answers alike on one rank and on two, until the weights differ by rounding."""
+    alone, shared = (Journal(folder / run / "rollouts").read(1) for run in ("policy", "policy-of-two"))
+    assert [sample.text for sample in shared] == [sample.text for sample in alone]
+    assert [sample.reward for sample in shared] == pytest.approx(
+        [sample.reward for sample in alone], rel=1e-5, abs=5e-6
+    )
+    one, two = rows(folder, "policy"), rows(folder, "policy-of-two")
+    assert [row["step"] for row in two] == [1, 2]
+    assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-3)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ BESIDE = (
 
 
 def main(folder: Path) -> None:
-    from megatron_r1.config.load import load
     from megatron_r1.errors import ConfigError, Requeue
     from megatron_r1.platform import select
 
@@ -53,9 +53,7 @@ def main(folder: Path) -> None:
     from megatron_r1.stages import grpo, pretrain, reward
     from megatron_r1.train.hooks.measure import MeasureHook
 
-    def run(stage: Any, verb: str, *overrides: str, recipe: str | None = None) -> None:
-        lines = [line.format(folder) for line in (*RUN, f"root={folder}", *overrides)]
-        stage.run(load(verb, lines, recipe))
+    run = partial(run_in, folder)
 
     def stopping(plain: Callable) -> Callable:
         def after_step(self: MeasureHook, state: Any, row: dict) -> None:
@@ -86,17 +84,33 @@ def main(folder: Path) -> None:
     (folder / "found.json").write_text(json.dumps(found))
 
 
+def run_in(folder: Path, stage: Any, verb: str, *overrides: str, recipe: str | None = None) -> None:
+    from megatron_r1.config.load import load
+
+    lines = [line.format(folder) for line in (*RUN, f"root={folder}", *overrides)]
+    stage.run(load(verb, lines, recipe))
+
+
+def of_the_policy(folder: Path) -> tuple[list[Any], list[Any]]:
+    """The samples of the policy's first rollout, and the prompt of each."""
+    from megatron_r1.config.load import load
+    from megatron_r1.data.prompts import TrainingPrompts
+    from megatron_r1.rollout.journal import Journal
+
+    samples = Journal(folder / "policy" / "rollouts").read(1)
+    world = TrainingPrompts(load("grpo", ["data=assistant", "data.num_documents=300"]).data)
+    return samples, [world.at(int(sample.prompt_id.removeprefix("train-"))) for sample in samples]
+
+
 def score(folder: Path) -> dict[str, Any]:
     """What scorers of the runs say of a few answers, together and one by one."""
     import torch
 
-    from megatron_r1.config.load import load
     from megatron_r1.config.parallel import ParallelConfig
-    from megatron_r1.data.prompts import Prompt, TrainingPrompts
+    from megatron_r1.data.prompts import Prompt
     from megatron_r1.errors import ConfigError
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
-    from megatron_r1.rollout.journal import Journal
     from megatron_r1.stages.reward_scorer import RewardModelScorer
 
     prompts = [
@@ -116,18 +130,17 @@ def score(folder: Path) -> dict[str, Any]:
                 "thought": scorer.score(prompts, thought),
                 "draws_nothing": bool((torch.get_rng_state() == before).all()),
             }
-        samples = Journal(folder / "policy" / "rollouts").read(1)
-        world = TrainingPrompts(load("grpo", ["data=assistant", "data.num_documents=300"]).data)
-        asked = [world.at(int(sample.prompt_id.removeprefix("train-"))) for sample in samples]
+        samples, asked = of_the_policy(folder)
         texts = [sample.text for sample in samples]
         found["beside"] = [sample.reward_parts for sample in samples]
         for run in ("whole", "safety"):
             scorer = RewardModelScorer(str(folder / run), ParallelConfig(), platform)
             found[f"{run} of the policy"] = scorer.score(asked, texts)
-        try:
-            RewardModelScorer(str(folder / "base"), ParallelConfig(), platform)
-        except ConfigError as error:
-            found["base"] = str(error)
+        for key, run, degrees in (("base", "base", {}), ("divided", "whole", {"tensor": 8})):
+            try:
+                RewardModelScorer(str(folder / run), ParallelConfig(**degrees), platform, "reward.helpfulness_model")
+            except ConfigError as error:
+                found[key] = str(error)
     return found
 
 

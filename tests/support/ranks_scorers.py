@@ -1,0 +1,132 @@
+"""What two ranks say of answers that one rank has scored; started by tests/stages/test_reward_verb.py.
+
+torchrun ... ranks_scorers.py FOLDER PORT, where reward_runs.py has been: reinforces the same policy on two ranks, each
+with other data; scores some of its answers by the same reward models in several layouts, and in steps whose rollouts
+are taken ahead; and writes FOLDER/rank-N.json. PORT is free: process groups that are made anew need their own store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "ep2": {"expert": 2}}
+RUNS = ("whole", "safety")
+ANSWERS, ROWS = 9, 4
+"""Answers to score, and rows of a pass: of data-parallel ranks the first then needs two, the second one."""
+STEPS, OF_A_STEP, WEIGHTS = 3, 3, (0.5, 2.0)
+
+
+def main(folder: Path, port: str) -> None:
+    from megatron_r1.platform import select
+
+    platform = select("cpu")
+    import torch.distributed as dist
+    from reward_runs import BESIDE, of_the_policy, run_in
+
+    from megatron_r1.config.parallel import ParallelConfig
+    from megatron_r1.parallel.mesh import process_groups
+    from megatron_r1.stages import grpo, reward_measure
+    from megatron_r1.stages.reward_scorer import RewardModelScorer
+
+    run_in(folder, grpo, "grpo", *BESIDE, "name=policy-of-two")
+    # The launcher's store still holds the addresses of the first groups.
+    os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    reward_measure.ROWS_AT_ONCE = ROWS
+    samples, asked = (part[:ANSWERS] for part in of_the_policy(folder))
+    texts = [sample.text for sample in samples]
+    with process_groups(platform, ParallelConfig(), seed=0, threads=1):
+        found: dict[str, Any] = {}
+        for name, degrees in LAYOUTS.items():
+            share_out(degrees)
+            models = [RewardModelScorer(str(folder / run), ParallelConfig(**degrees), platform) for run in RUNS]
+            found[name] = {
+                run: {"all": model.score(asked, texts), "one": model.score(asked[:1], texts[:1])}
+                for run, model in zip(RUNS, models, strict=True)
+            }
+        found["ahead"], found["ended"] = taken_ahead(models, samples, asked)
+        rank = dist.get_rank()
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
+
+
+def share_out(degrees: dict[str, int]) -> None:
+    """Divide the ranks anew: models of an earlier layout must not be used any more."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**{f"{name}_model_parallel_size": size for name, size in degrees.items()})
+
+
+class Hesitant:
+    """A reward model that cannot judge an answer when it is first asked about one; the same on every rank."""
+
+    def __init__(self, model: Any):
+        self._model, self.name, self._asked = model, model.name, False
+
+    def score(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
+        from megatron_r1.rewards.reward import Unscored
+
+        values = self._model.score(prompts, texts)
+        first, self._asked = not self._asked, True
+        return [Unscored("not yet"), *values[1:]] if first else values
+
+
+def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[Any]) -> tuple[list[Any], str]:
+    """Rewards that this rank is given step by step, by rollouts that rank 0 takes ahead, and why there are no more."""
+    from megatron_r1.parallel.mesh import leads
+    from megatron_r1.rewards.score import Rubric, Weighted
+    from megatron_r1.rl.ahead import AheadRollouts
+    from megatron_r1.rl.joint_scoring import JointScoring
+    from megatron_r1.rl.loop import shared
+    from megatron_r1.train.loop import CannotBegin
+    from megatron_r1.train.state import TrainState
+
+    joint = JointScoring([Weighted(weight, Hesitant(model)) for weight, model in zip(WEIGHTS, models, strict=True)])
+    rewards, state = [], TrainState()
+    with ExitStack() as stack:
+        rollouts = None
+        if leads():
+            source = Answered(Rubric(joint.rewards, retries=1), samples, asked)
+            begun = AheadRollouts(source, 1, OF_A_STEP, STEPS + 1, joint.close, joint.result)
+            rollouts = stack.enter_context(begun)
+        try:
+            while True:
+                rewards += [sample.reward for sample in shared(rollouts, state, joint.received).samples]
+                state = state.advance(data_position=state.data_position + OF_A_STEP)
+        except CannotBegin as obstacle:
+            return rewards, str(obstacle)
+
+
+class Answered:
+    """Rollouts of answers that are there already; after some steps there are no more."""
+
+    busy_seconds = 0.0
+
+    def __init__(self, rubric: Any, samples: Sequence[Any], asked: Sequence[Any]):
+        self._rubric, self._samples, self._asked = rubric, samples, asked
+
+    def take(self, step: int, first_prompt: int) -> Any:
+        from megatron_r1.errors import NoRolloutCapacity
+        from megatron_r1.rl.rollouts import Rollout
+
+        if step > STEPS:
+            raise NoRolloutCapacity("nobody is there")
+        here = slice(first_prompt, first_prompt + OF_A_STEP)
+        samples = self._samples[here]
+        scores = self._rubric(self._asked[here], [sample.text for sample in samples])
+        rewarded = [replace(sample, reward=score.total) for sample, score in zip(samples, scores, strict=True)]
+        return Rollout(rewarded, {})
+
+
+if __name__ == "__main__":
+    signal.alarm(120)  # whatever happens to the launcher, no rank waits for ever
+    main(Path(sys.argv[1]), sys.argv[2])
