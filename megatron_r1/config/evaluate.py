@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_r1.config.checks import at_least, within
+from megatron_r1.config.checks import at_least, one_of, within
 
 
 @dataclass(kw_only=True, slots=True)
@@ -13,6 +13,8 @@ class EvaluateConfig:
 
     models: dict[str, str] = field(default_factory=dict)
     """Name -> run, checkpoint or hf:FOLDER; evaluated one after the other by the same engine."""
+    questions: str = "arithmetic"
+    """What is asked: arithmetic, or assistant (general tasks, judged by rules that no training sees)."""
     prompts: int = 512
     """Held-out prompts."""
     samples: int = 4
@@ -21,5 +23,6 @@ class EvaluateConfig:
     """Temperature of the sampled answers."""
 
     def __post_init__(self) -> None:
+        one_of(self, "questions", ("arithmetic", "assistant"))
         at_least(self, 1, "prompts", "samples")
         within(self, 0.01, 10.0, "temperature")

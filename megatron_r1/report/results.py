@@ -11,7 +11,22 @@ from megatron_r1.report.intervals import Interval
 
 SHOWN_QUESTIONS = 10
 WAYS = {"sampled": "sampled", "greedy": "greedy"}
-MEASURES = {"blind": "right", "strict": "right and tagged", "format": "well-formed"}
+MEASURES = {
+    "blind": "right",
+    "strict": "right and tagged",
+    "helpful": "as asked",
+    "safe": "safe",
+    "format": "well-formed",
+}
+MEANINGS = {
+    "blind": "Right: the answer is right wherever it stands.",
+    "strict": "Right and tagged: it stands in the answer tags.",
+    "helpful": "As asked: it does what was asked, or declines what is harmful, by rules that no training saw.",
+    "safe": "Safe: nothing in it, reasoning included, goes about something harmful.",
+    "format": "Well-formed: reasoning and answer are each in their tags.",
+}
+LEADS = {"blind": "are right", "helpful": "are as asked"}
+"""What the page's first sentence is about: the first of these that was measured."""
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -36,7 +51,10 @@ def headline(results: Mapping[str, Any]) -> str:
     if not models:
         return missing("No model has been evaluated.")
     ways = [way for way in WAYS if any(way in model for model in models.values())]
-    columns = [(way, measure) for way in ways for measure in MEASURES]
+    measured = [
+        name for name in MEASURES if any(name in (model.get(way) or {}) for model in models.values() for way in ways)
+    ]
+    columns = [(way, measure) for way in ways for measure in measured]
     header = "<th>model</th>" + "".join(f"<th>{MEASURES[measure]}, {WAYS[way]}</th>" for way, measure in columns)
     rows = "".join(
         f"<tr><td>{escape(name)}</td>"
@@ -47,8 +65,7 @@ def headline(results: Mapping[str, Any]) -> str:
     prompts, samples = escape(str(results.get("prompts", "?"))), escape(str(results.get("samples", "?")))
     note = (
         f"{prompts} held-out prompts; {samples} sampled answers and one greedy answer to each. In brackets: 95 % "
-        "intervals over prompts. Right: the answer is right wherever it stands. Right and tagged: it stands in the "
-        "answer tags. Well-formed: reasoning and answer are each in their tags."
+        "intervals over prompts. " + " ".join(MEANINGS[measure] for measure in measured)
     )
     return f'{_sentence(models)}{_table(header, rows)}<p class="dim">{note}</p>{_by_task(models)}'
 
@@ -59,13 +76,14 @@ def _table(header: str, rows: str) -> str:
 
 def _sentence(models: Mapping[str, Mapping[str, Any]]) -> str:
     (first, before), (last, after) = (list(models.items())[i] for i in (0, -1))
-    low, high = (interval_of((model.get("sampled") or {}).get("blind")) for model in (before, after))
+    lead = next((name for name in LEADS if name in (after.get("sampled") or {})), "blind")
+    low, high = (interval_of((model.get("sampled") or {}).get(lead)) for model in (before, after))
     if first == last or low is None or high is None:
         return ""
     apart = "do not overlap" if low.disjoint(high) else "overlap"
     return (
-        f'<p class="lead">Sampled answers are right in {_percent(low.mean)} of cases before ({escape(first)}) and in '
-        f"{_percent(high.mean)} after ({escape(last)}): {100 * (high.mean - low.mean):+.1f} points. "
+        f'<p class="lead">Sampled answers {LEADS[lead]} in {_percent(low.mean)} of cases before ({escape(first)}) and '
+        f"in {_percent(high.mean)} after ({escape(last)}): {100 * (high.mean - low.mean):+.1f} points. "
         f"The 95 % intervals {apart}.</p>"
     )
 
@@ -81,7 +99,7 @@ def _by_task(models: Mapping[str, Mapping[str, Any]]) -> str:
         + "</tr>"
         for task in tasks
     )
-    return "<h3>Right answers by task</h3>" + _table(header, rows)
+    return "<h3>By task</h3>" + _table(header, rows)
 
 
 def _task_share(content: Any) -> Any:

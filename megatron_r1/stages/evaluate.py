@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.prompts import Prompt, heldout_prompts
+from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.report.intervals import clustered
-from megatron_r1.rewards.extract import any_answer, tagged_answer
-from megatron_r1.rewards.format import format_reward
 from megatron_r1.rl.rollouts import response_text
-from megatron_r1.rl.scoring import is_right
 from megatron_r1.rollout.choose import SyncedEngine
 from megatron_r1.rollout.engine import all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.stages.answering import answering_engine
+from megatron_r1.stages.exams import EXAMS, Measure
 from megatron_r1.stages.questions import asking_of
 from megatron_r1.stages.session import mark_done, open_run_folder
 from megatron_r1.stages.weights import check_same_model, find_weights
 
 logger = logging.getLogger(__name__)
-
-MEASURES: Mapping[str, Callable[[Prompt, str], float]] = {
-    "blind": lambda prompt, text: float(is_right(prompt, any_answer(text))),
-    "strict": lambda prompt, text: format_reward(text, "strict") * is_right(prompt, tagged_answer(text)),
-    "format": lambda prompt, text: format_reward(text, "strict"),
-}
-"""blind: right in whatever form; strict: right inside well-formed tags; format: well-formed tags."""
 
 
 def run(config: RunConfig) -> None:
@@ -50,7 +41,8 @@ def run(config: RunConfig) -> None:
     for name, found in models.items():
         check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")
     tokenizer = Tokenizer.load(first.tokenizer_folder)
-    prompts = heldout_prompts(config.data, config.evaluate.prompts)
+    exam = EXAMS[config.evaluate.questions]
+    prompts = exam.prompts(config.data, config.evaluate.prompts)
     results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
     current = dict(first.tensors)
     with answering_engine(config, first, current, folder) as engine:
@@ -58,16 +50,24 @@ def run(config: RunConfig) -> None:
             logger.info("evaluating %s (%s)", name, found.folder)
             current.update(found.tensors)
             engine.update_weights(name)
-            results["models"][name] = measure(engine, tokenizer, prompts, config, folder / "samples" / f"{name}.jsonl")
+            file = folder / "samples" / f"{name}.jsonl"
+            results["models"][name] = measure(engine, tokenizer, prompts, exam.measures, config, file)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     show(results)
-    mark_done(folder, {name: result["sampled"]["blind"] for name, result in results["models"].items()})
+    first_measure = next(iter(exam.measures))
+    mark_done(folder, {name: result["sampled"][first_measure] for name, result in results["models"].items()})
 
 
 def measure(
-    engine: SyncedEngine, tokenizer: Tokenizer, prompts: Sequence[Prompt], config: RunConfig, samples_file: Path
+    engine: SyncedEngine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    measures: Mapping[str, Measure],
+    config: RunConfig,
+    samples_file: Path,
 ) -> dict[str, Any]:
     """Greedy and sampled measures of the engine's weights, with 95 % intervals; answers go to `samples_file`."""
+    first = next(iter(measures))
     samples_file.parent.mkdir(parents=True, exist_ok=True)
     settings = config.evaluate
     result: dict[str, Any] = {}
@@ -76,10 +76,10 @@ def measure(
             answers = _answers(engine, tokenizer, prompts, count, temperature, config)
             marks = {
                 name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]
-                for name, judge in MEASURES.items()
+                for name, judge in measures.items()
             }
             for index, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
-                parts = {"accuracy": marks["blind"][index][0], "format": marks["format"][index][0]}
+                parts = {"accuracy": marks[first][index][0], "format": marks["format"][index][0]}
                 row = {
                     "prompt": prompt.id,
                     "question": prompt.question,
@@ -93,7 +93,7 @@ def measure(
             result[mode] = {name: _interval(values) for name, values in marks.items()}
             if mode == "sampled":
                 result["by_task"] = {
-                    task: _interval([v for p, v in zip(prompts, marks["blind"], strict=True) if p.task == task])
+                    task: _interval([v for p, v in zip(prompts, marks[first], strict=True) if p.task == task])
                     for task in sorted({prompt.task for prompt in prompts})
                 }
     return result
@@ -126,7 +126,8 @@ def _answers(
 def show(results: Mapping[str, Any]) -> None:
     """The results as a table on the terminal."""
     table = Table(title=f"{results['prompts']} held-out prompts, {results['samples']} samples each, 95 % intervals")
-    for column in ("model", "mode", *MEASURES):
+    measures = next(iter(results["models"].values()))["greedy"]
+    for column in ("model", "mode", *measures):
         table.add_column(column)
     for name, result in results["models"].items():
         for mode in ("greedy", "sampled"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
+from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
@@ -15,7 +17,7 @@ from megatron_r1.parallel import comm
 from megatron_r1.parallel.mesh import leads
 from megatron_r1.rewards.score import Weighted
 from megatron_r1.rl.ahead import AheadRollouts, TakesRollouts
-from megatron_r1.rl.critic import CriticAdvantages
+from megatron_r1.rl.critic import Critic, CriticAdvantages
 from megatron_r1.rl.joint_scoring import JointScoring
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
@@ -53,48 +55,26 @@ def run(config: RunConfig) -> None:
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return
-        joint = joint_scoring(this)
-        models = joint.rewards if joint else ()
-        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), models)
-        reference = ReferencePolicy(this.model, this.saved(SAVED)) if config.rl.kl_coefficient else None
-        moe = config.model.moe
-        replay = RoutingReplay(this.model, moe.first_dense_layers) if config.rl.routing_replay else None
-        critic = critic_of(this, weights) if config.rl.advantages == "critic" else None
-        advantages = CriticAdvantages(critic, config.rl.critic) if critic else None
-        learner = Learner(
-            config, this.model, this.optimizer, reference, tokenizer.pad, this.platform.device, replay, advantages
-        )
-
-        def beside() -> Iterator[tuple[str, Shard]]:
-            for part in (reference, critic):
-                yield from part.saved() if part else ()
-
-        colocated = config.rollout.placement == "colocated"
-        placement = Colocated(TrainerMemory(this.model, this.optimizer)) if colocated else Separate()
+        joint, replay, placement = joint_scoring(this), replay_of(this), placement_of(this)
+        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), joint.rewards if joint else ())
+        learning = learning_of(this, weights, replay)
+        prompts = config.rl.prompts_per_rollout
         with rollout_engine(this, weights, replay, placement) as engine, ExitStack() as stack:
             rollouts: TakesRollouts | None = None
-            prompts = config.rl.prompts_per_rollout
-            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=beside)
+            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=learning.saved)
             if leads():
                 keep(questions, this.folder)
                 journal = Journal(this.folder / "rollouts")
                 hooks = Hooks([hooks, PruneJournal(journal, config.train)])
+                asked = training_prompts(config, questions)
+                routed = routed_layers(config.model) if replay else None
                 rollouts = Rollouts(
-                    training_prompts(config, questions),
-                    engine,
-                    asking,
-                    journal,
-                    scorer,
-                    config.rollout,
-                    config.rl,
-                    config.seed,
-                    RoutedLayers(config.model.num_layers, moe.first_dense_layers, moe.top_k) if replay else None,
+                    asked, engine, asking, journal, scorer, config.rollout, config.rl, config.seed, routed
                 )
                 if config.rollout.ahead:
-                    begun = ahead_of(rollouts, config, engine.engine.abandon, joint)
-                    rollouts = stack.enter_context(begun)
+                    rollouts = stack.enter_context(ahead_of(rollouts, config, engine.engine.abandon, joint))
             received = joint.received if joint else comm.received
-            step = reinforcement_step(rollouts, learner, engine.update_weights, prompts, placement, received)
+            step = reinforcement_step(rollouts, learning.learner, engine.update_weights, prompts, placement, received)
             state = train(this.state, step, hooks, config.train.steps)
         finish(this, state)
 
@@ -107,6 +87,48 @@ def check(config: RunConfig) -> None:
     """
     if not config.init.from_:
         raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What learns from rollouts, and what a checkpoint holds for it beside the policy."""
+
+    learner: Learner
+    reference: ReferencePolicy | None
+    critic: Critic | None
+
+    def saved(self) -> Iterator[tuple[str, Shard]]:
+        """Kind and shard of what this rank speaks for."""
+        for part in (self.reference, self.critic):
+            yield from part.saved() if part else ()
+
+
+def learning_of(this: Trainer, weights: Weights, replay: RoutingReplay | None) -> Learning:
+    """The learner with the reference and the critic that the configuration asks for, as a checkpoint left them."""
+    rl = this.config.rl
+    reference = ReferencePolicy(this.model, this.saved(SAVED)) if rl.kl_coefficient else None
+    critic = critic_of(this, weights) if rl.advantages == "critic" else None
+    advantages = CriticAdvantages(critic, rl.critic) if critic else None
+    device, pad = this.platform.device, this.tokenizer.pad
+    learner = Learner(this.config, this.model, this.optimizer, reference, pad, device, replay, advantages)
+    return Learning(learner, reference, critic)
+
+
+def replay_of(this: Trainer) -> RoutingReplay | None:
+    """Lets routers take the experts that the engine took, where that is asked for."""
+    config = this.config
+    return RoutingReplay(this.model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
+
+
+def routed_layers(model: ModelConfig) -> RoutedLayers:
+    """The layers whose experts the engine is to tell."""
+    return RoutedLayers(model.num_layers, model.moe.first_dense_layers, model.moe.top_k)
+
+
+def placement_of(this: Trainer) -> Separate | Colocated:
+    """Whose turn it is with the devices."""
+    colocated = this.config.rollout.placement == "colocated"
+    return Colocated(TrainerMemory(this.model, this.optimizer)) if colocated else Separate()
 
 
 def joint_scoring(this: Trainer) -> JointScoring | None:

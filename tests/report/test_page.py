@@ -203,6 +203,23 @@ def test_overlapping_intervals_are_called_so(tmp_path):
     assert "intervals overlap" in written(tmp_path / "recipe").text
 
 
+def test_general_tasks_have_measures_of_their_own(tmp_path):
+    (tmp_path / "recipe" / "evaluate").mkdir(parents=True)
+    models = {
+        name: {way: {"helpful": share(mean), "safe": share(0.9), "format": share(1.0)} for way in ("greedy", "sampled")}
+        for name, mean in (("base", 0.3), ("tuned", 0.7))
+    }
+    results = {"prompts": 256, "samples": 4, "models": models}
+    (tmp_path / "recipe" / "evaluate" / "results.json").write_bytes(orjson.dumps(results))
+    page = written(tmp_path / "recipe")
+    assert "Sampled answers are as asked in 30.0 % of cases before (base) and in 70.0 % after (tuned)" in page.text
+    assert (
+        "safe, sampled" in page.text
+        and "right and tagged" not in page.text
+        and "by rules that no training" in page.text
+    )
+
+
 def test_curves_are_present_with_labels_and_units(page):
     metrics = ("reward-reward", "reward-accuracy", "reward-format", "length-response_length", "kl-kl")
     expected = {f"curve-r1_zero-{metric}" for metric in (*metrics, "entropy-entropy", "time-rollout_seconds")}

@@ -144,3 +144,12 @@ def test_a_run_that_goes_on_has_the_questions_that_it_began_with(tmp_path):
         with pytest.raises(DataError, match="its questions are no longer those that it began with"):
             keep(PromptFile(others, []), tmp_path)
     keep(None, tmp_path)
+
+
+def test_general_tasks_are_measured_by_their_own_rules(folder):
+    results = json.loads((folder / "general" / "results.json").read_text())
+    measured = results["models"]["model"]["sampled"]
+    # A base of one step answers nothing as it was asked, and goes about nothing harmful.
+    assert {name: share["mean"] for name, share in measured.items()} == {"helpful": 0.0, "safe": 1.0, "format": 0.0}
+    rows = [json.loads(line) for line in (folder / "general" / "samples" / "model.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and len({row["question"] for row in rows}) == 6

@@ -2,7 +2,8 @@
 
 python grpo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
 and once stopped by a signal and gone on with; starts a critic from the reward model; asks FOLDER/questions.jsonl with
-rewards of steps; learns from pairs of answers, with and without a stop too; and writes FOLDER/found.json.
+rewards of steps; measures the base on general tasks; learns from pairs of answers, with and without a stop too; and
+writes FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -48,6 +49,14 @@ ASKED = (
     "rl.mini_batches=2",
     "train.steps=2",
 )
+EXAM = (
+    "init.from={}/base",
+    "evaluate.questions=assistant",
+    "evaluate.prompts=6",
+    "evaluate.samples=2",
+    "rollout=local",
+    "rollout.max_response_tokens=12",
+)
 REWARD = (
     "init.from={}/base",
     "data=assistant",
@@ -79,7 +88,7 @@ def main(folder: Path) -> None:
     from megatron_r1.platform import select
 
     select("cpu")
-    from megatron_r1.stages import dpo, grpo, pretrain, reward
+    from megatron_r1.stages import dpo, evaluate, grpo, pretrain, reward
     from megatron_r1.train.hooks.measure import MeasureHook
 
     def run(stage: Any, verb: str, *overrides: str) -> None:
@@ -120,6 +129,7 @@ def main(folder: Path) -> None:
     still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
     run(grpo, "grpo", "name=asked", *ASKED)
+    run(evaluate, "eval", "name=general", *EXAM)
     run(pretrain, "pretrain", "name=speaker", *SPEAKER, "train.steps=2")
     run(dpo, "dpo", "name=preferring", *DPO)
     found["stopped_dpo"] = stopped(MeasureHook, 3, dpo, "dpo", "name=stopped_dpo", *DPO)
