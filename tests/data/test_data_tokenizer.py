@@ -83,7 +83,7 @@ def test_documents_may_be_tokenised_in_two_parts():
 @given(st.text() | st.sampled_from(RESPONSES), st.integers(0, 200))
 def test_a_prompt_and_any_response_may_be_tokenised_apart(response, index):
     for prompt in (
-        TrainingPrompts(CONFIG).at(index).text,
+        fill_template(TrainingPrompts(CONFIG).at(index).question),
         "Q: What is 1 + 2 * 3?\nA: ",
         "\u95ee\uff1a1\n\u7b54\uff1a",
         "1 + 2 * 3\n",

@@ -104,7 +104,8 @@ except ImportError: print("no packages")
 )
 def test_limits_end_a_program(text, ended):
     started = time.monotonic()
-    found = python(Sandbox(SandboxConfig(wall_s=4.0, cpu_s=60, output_kib=64, memory_mib=128)), text)
+    wall_s = 2.0 if ended == "time" else 4.0
+    found = python(Sandbox(SandboxConfig(wall_s=wall_s, cpu_s=60, output_kib=64, memory_mib=128)), text)
     assert found.ended == ended and not found.well
     assert time.monotonic() - started < 9
 

@@ -142,7 +142,7 @@ def test_stale_weights(trainer, wrong):
     assert result.verdict.startswith("stale weights: that the engine sampled with the weights of step 5 explains")
 
 
-@pytest.mark.parametrize(("layer", "pair"), [(1, (2, 7)), (3, (0, 4))])
+@pytest.mark.parametrize(("layer", "pair"), [(1, (2, 7)), pytest.param(3, (0, 4), marks=pytest.mark.slow)])
 def test_permuted_experts(trainer, wrong, layer, pair):
     engine = wrong
     with torch.no_grad():

@@ -36,7 +36,7 @@ def score(prompts, responses, answers, tasks):
 
 @pytest.mark.sglang
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["qwen", pytest.param("llama", marks=pytest.mark.slow)])
 def test_what_is_exported_gives_the_servers_log_probabilities(kind, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 

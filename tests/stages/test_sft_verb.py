@@ -50,7 +50,7 @@ def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["qwen", pytest.param("llama", marks=pytest.mark.slow)])
 def trained(
     request: pytest.FixtureRequest, dialogues: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str]]:
@@ -234,3 +234,27 @@ def test_what_it_cannot_do_is_refused(overrides, message):
     with pytest.raises(ConfigError) as refused:
         check(load("sft", overrides))
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(300)
+def test_examples_alone_on_interleaved_stages_are_learned_and_measured_as_on_one(dialogues, tmp_path):
+    shape = [*KINDS["llama"], "model.num_layers=4"]
+    publish(tmp_path / "hf", "llama", shape)
+    common = [
+        *shape,
+        *("sft.source=files", f"sft.datasets.sums.path='{dialogues}'", "sft.chat_template=tokenizer"),
+        *(f"sft.max_bad_rows={BAD}", f"sft.heldout={HELDOUT}", "sft.packing=none", "train.steps=3"),
+        *("train.sequence_length=96", "train.global_batch_size=16", "train.micro_batch_size=4"),
+        *(f"init.from='hf:{tmp_path / 'hf'}'", f"root='{tmp_path}'", "platform=cpu", "threads=1", "track=off"),
+    ]
+    sft([*common, "name=one"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    stages = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "name=stages"]
+    run_to_the_end([*launcher, "megatron_r1", "sft", *common, *stages], seconds=200)
+    one, several = (rows_of(tmp_path / name) for name in ("one", "stages"))
+    assert len(one) == len(several) == 3 and "heldout_loss_before" in one[0] and "heldout_loss" in one[-1]
+    for key in ("loss", "gradient_norm", "heldout_loss_before", "heldout_loss"):
+        found, expected = ([row[key] for row in rows if key in row] for rows in (several, one))
+        assert found == pytest.approx(expected, rel=1e-5), key
