@@ -62,9 +62,13 @@ def server(tmp_path_factory) -> Iterator[Server]:
 @pytest.mark.parametrize("asks", ["comparison", "correctness"])
 def test_a_random_model_gives_verdicts(server, asks, monkeypatch):
     monkeypatch.setenv(client.KEY, server.endpoint.api_key)
-    settings = JudgeConfig(url=f"{server.url}/v1", asks=asks, votes=2, max_tokens=200, analysis_characters=10)
+    settings = JudgeConfig(
+        url=f"{server.url}/v1", asks=asks, votes=2, max_tokens=200, analysis_characters=10, attempts=10
+    )
     reward = JudgeReward(settings)
     values = reward.score([Asked(), Asked()], ["5", "<think>hm</think> <answer>6</answer>"])
     assert all(isinstance(value, float) and 0 <= value <= 1 for value in values), values
-    assert reward.judge.counts["verdicts"] == 4
-    assert not reward.judge.counts["failed"]
+    counts = reward.judge.counts
+    # What a random model writes may reach the length limit before it comes to a verdict; then it is asked again.
+    assert 2 <= counts["verdicts"] <= 4 and counts["verdicts"] + counts["no_verdict"] == counts["calls"]
+    assert not counts["failed"]
