@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -171,3 +172,13 @@ def test_programs_that_run_at_the_same_time_are_different_users():
         pytest.skip("only root can take other user numbers")
     assert len({command.user_of(slot) for slot in range(command.SLOTS)}) == command.SLOTS
     assert all(command.FIRST_USER <= int(command.user_of(slot)) < 2**31 for slot in (0, command.SLOTS - 1))
+
+
+@needs_bubblewrap
+@pytest.mark.skipif(not command.real_users(), reason="only the machine's own root gives programs users of their own")
+def test_programs_of_two_sandboxes_are_two_users(sandbox):
+    """Else the processes of one would count against the other's limit."""
+    shown = "import os, time; print(os.getuid(), flush=True); time.sleep(0.5)"
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda one: python(one, shown), (sandbox, Sandbox(SandboxConfig()))))
+    assert all(one.well for one in found) and len({one.output for one in found}) == 2

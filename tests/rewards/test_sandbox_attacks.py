@@ -155,8 +155,10 @@ def test_honest_programs_go_on_beside_attacks(sandbox, canaries):
 
     with ThreadPoolExecutor(LIMITS.parallel) as beside:
         attacking = [beside.submit(keep_attacking, first) for first in (0, 10)]
-        under = speed(sandbox, 20)
-        over.set()
+        try:
+            under = speed(sandbox, 20)
+        finally:
+            over.set()
         count = sum(job.result() for job in attacking)
     print(f"\nload {load:.1f}: {alone:.0f} honest programs a second, {under:.0f} beside {count} attacks")
     assert alone >= 60 and under >= 25

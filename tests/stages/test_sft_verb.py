@@ -245,7 +245,13 @@ def test_examples_alone_on_interleaved_stages_are_learned_and_measured_as_on_one
     common = [
         *shape,
         *("sft.source=files", f"sft.datasets.sums.path='{dialogues}'", "sft.chat_template=tokenizer"),
-        *(f"sft.max_bad_rows={BAD}", f"sft.heldout={HELDOUT}", "sft.packing=none", "train.steps=3"),
+        *(
+            f"sft.max_bad_rows={BAD}",
+            f"sft.heldout={HELDOUT}",
+            "sft.packing=none",
+            "train.steps=3",
+            "train.schedule.warmup_steps=1",
+        ),
         *("train.sequence_length=96", "train.global_batch_size=16", "train.micro_batch_size=4"),
         *(f"init.from='hf:{tmp_path / 'hf'}'", f"root='{tmp_path}'", "platform=cpu", "threads=1", "track=off"),
     ]

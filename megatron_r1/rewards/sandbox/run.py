@@ -17,6 +17,7 @@ import queue
 import selectors
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -59,6 +60,24 @@ class Finished:
         return self.ended == "itself" and self.code == 0
 
 
+_FREE_SLOTS: queue.SimpleQueue[int] = queue.SimpleQueue()
+for _slot in range(SLOTS):
+    _FREE_SLOTS.put(_slot)
+
+
+@contextlib.contextmanager
+def own_slot() -> Iterator[int]:
+    """A number that no other program of this process has while this one runs, whichever sandbox it is in.
+
+    It makes the user that a program is: with one user, one program's processes would count against another's limit.
+    """
+    slot = _FREE_SLOTS.get()
+    try:
+        yield slot
+    finally:
+        _FREE_SLOTS.put(slot)
+
+
 class Sandbox:
     """Runs programs, a bounded number at the same time; may be used by many threads."""
 
@@ -66,9 +85,7 @@ class Sandbox:
         """Raises PlatformError: the sandbox does not work on this machine, and nothing is run without it."""
         self.config = config
         self._tools, self._filter = find_tools(), seccomp_filter()
-        self._slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(min(config.parallel, SLOTS)):
-            self._slots.put(slot)
+        self._at_once = threading.Semaphore(config.parallel)
         try:
             tried = self.run([*PYTHON, "-c", "print(6 * 7)"])
         except SandboxDown as error:
@@ -96,15 +113,16 @@ class Sandbox:
         Raises:
             SandboxDown: it could not be run for no fault of its own.
         """
-        slot = self._slots.get()
+        run = _Run(self.config, output_bytes or self.config.output_kib << 10, memory_mib or self.config.memory_mib)
         try:
-            run = _Run(self.config, output_bytes or self.config.output_kib << 10, memory_mib or self.config.memory_mib)
-            with self._started(program, files or {}, slot, run.memory_mib) as (process, status, gate):
+            with (
+                self._at_once,
+                own_slot() as slot,
+                self._started(program, files or {}, slot, run.memory_mib) as (process, status, gate),
+            ):
                 return run.to_the_end(process, status, gate, given)
         except OSError as error:
             raise SandboxDown(f"{error.strerror or error}") from error
-        finally:
-            self._slots.put(slot)
 
     @contextlib.contextmanager
     def _started(
