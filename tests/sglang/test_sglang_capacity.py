@@ -43,7 +43,10 @@ def base(tmp_path_factory):
     return root / "base"
 
 
-@pytest.mark.parametrize("placement", [(), ("rollout.placement=colocated", "rollout.sync=ipc")])
+@pytest.mark.parametrize(
+    "placement",
+    [(), pytest.param(("rollout.placement=colocated", "rollout.sync=ipc"), marks=pytest.mark.slow)],
+)
 def test_all_servers_dead_is_status_87_with_a_checkpoint(base, tmp_path, placement):
     run, log = tmp_path / "zero", tmp_path / "log"
     arguments = command("grpo", tmp_path, "name=zero", f"init.from='{base}'", *GRPO, *placement)
