@@ -13,11 +13,12 @@ from launching import run_to_the_end
 SUPPORT = Path(__file__).parents[1] / "support"
 TOLERANCE = 5e-6
 """In fp32 the parts of a sum that lie on several ranks are added in another order."""
-OTHERS = ("pp2", "dp2", "ep2")
+LAYOUTS = ("tp2", "pp2", "dp2", "ep2")
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("layout", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_compute_what_one_does(layout, one_rank, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(SUPPORT.parent / "dist"))
     from reward_cases import one_update
