@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from megatron_r1.data.chat.asking import Asking
-from megatron_r1.data.chat.encode import control_tokens
 from megatron_r1.data.judged import Item
 from megatron_r1.data.preference import Example, Row
 from megatron_r1.errors import DataError
@@ -19,8 +18,7 @@ class AnswerEncoder:
     reasoning = False
 
     def __init__(self, asking: Asking):
-        self.tokenizer = asking.tokenizer
-        self._asking, self._control = asking, control_tokens(asking.tokenizer)
+        self.tokenizer, self._asking = asking.tokenizer, asking
 
     def example(self, item: Item) -> Example:
         """A pair; of each row, what follows the prompt is learned, the end token included.
@@ -36,6 +34,6 @@ class AnswerEncoder:
         return Example(tuple(rows), item.safe)
 
     def _checked(self, text: str, question: str) -> str:
-        if found := self._control.search(text):
-            raise DataError(f"prompt={question[:40]!r}: its pair holds the control token {found[0]}")
+        if found := self._asking.control_token_in(text):
+            raise DataError(f"prompt={question[:40]!r}: its pair holds the control token {found}")
         return text

@@ -1,7 +1,8 @@
 """Rewards of single steps of a response, for process supervision (DeepSeekMath, section 4.1.3).
 
-The steps of arithmetic are its equations: one counts where it follows from what the question, and the right steps
-before it, leave to be computed. So repeating one, or writing true equations beside the point, earns nothing.
+The steps of arithmetic are its equations, of one operation each: one counts where it follows from what the question,
+and the right steps before it, leave to be computed. So repeating one, or writing true equations beside the point, earns
+nothing.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_r1.config.run import RunConfig
+from megatron_r1.data.chat.asking import Asking
 from megatron_r1.data.prompts import Prompt
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
@@ -40,7 +41,7 @@ def run(config: RunConfig) -> None:
     first = next(iter(models.values()))
     for name, found in models.items():
         check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")
-    tokenizer = Tokenizer.load(first.tokenizer_folder)
+    asking = asking_of(config, Tokenizer.load(first.tokenizer_folder))
     exam = EXAMS[config.evaluate.questions]
     prompts = exam.prompts(config.data, config.evaluate.prompts)
     results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
@@ -51,7 +52,7 @@ def run(config: RunConfig) -> None:
             current.update(found.tensors)
             engine.update_weights(name)
             file = folder / "samples" / f"{name}.jsonl"
-            results["models"][name] = measure(engine, tokenizer, prompts, exam.measures, config, file)
+            results["models"][name] = measure(engine, asking, prompts, exam.measures, config, file)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     show(results)
     first_measure = next(iter(exam.measures))
@@ -60,7 +61,7 @@ def run(config: RunConfig) -> None:
 
 def measure(
     engine: SyncedEngine,
-    tokenizer: Tokenizer,
+    asking: Asking,
     prompts: Sequence[Prompt],
     measures: Mapping[str, Measure],
     config: RunConfig,
@@ -73,7 +74,7 @@ def measure(
     result: dict[str, Any] = {}
     with samples_file.open("w", encoding="utf-8") as file:
         for mode, count, temperature in (("greedy", 1, 0.0), ("sampled", settings.samples, settings.temperature)):
-            answers = _answers(engine, tokenizer, prompts, count, temperature, config)
+            answers = _answers(engine, asking, prompts, count, temperature, config)
             marks = {
                 name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]
                 for name, judge in measures.items()
@@ -105,14 +106,14 @@ def _interval(values: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def _answers(
     engine: SyncedEngine,
-    tokenizer: Tokenizer,
+    asking: Asking,
     prompts: Sequence[Prompt],
     count: int,
     temperature: float,
     config: RunConfig,
 ) -> list[list[str]]:
     """`count` answers per prompt, as text."""
-    asking = asking_of(config, tokenizer)
+    tokenizer = asking.tokenizer
     tokens = [asking.tokens(prompt.question) for prompt in prompts]
     requests = [Request(f"{place}-{i}", tokens[place]) for place in range(len(prompts)) for i in range(count)]
     sampling = Sampling(

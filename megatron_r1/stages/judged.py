@@ -13,7 +13,8 @@ from megatron_r1.data.judged import Item
 from megatron_r1.data.preference import Encodes, Example, Preferences, encode
 from megatron_r1.errors import DataError
 from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import leads, speaks_for_its_data
+from megatron_r1.parallel.mesh import leads
+from megatron_r1.stages.pretrain import mean_logged
 from megatron_r1.stages.reward_measure import show
 from megatron_r1.stages.trainer import Trainer, of_at_most
 from megatron_r1.train.guard import count_skips
@@ -90,7 +91,7 @@ def judged_step(this: Trainer, preferences: Preferences, learn: Learn) -> Step:
             ),
         )
         return state, {
-            **mean_metrics(result),
+            **mean_logged(result),
             "gradient_norm": result.gradient_norm,
             "skipped": int(result.skipped),
             **load_metrics(loads),
@@ -101,13 +102,6 @@ def judged_step(this: Trainer, preferences: Preferences, learn: Learn) -> Step:
         }
 
     return step
-
-
-def mean_metrics(result: UpdateResult) -> dict[str, float]:
-    """What the loss logged, as means over micro-batches and data-parallel ranks; the same on every rank."""
-    mine = [{key: float(value) for key, value in entry.items()} for entry in result.passes.logged]
-    told = [entry for part in AllRanks().gather(mine if speaks_for_its_data() else []) for entry in part]
-    return {key: sum(entry[key] for entry in told) / len(told) for key in told[0]}
 
 
 def tell(this: Trainer, results: dict[str, Any], judge: str) -> None:

@@ -159,7 +159,7 @@ def mean_loss(result: UpdateResult) -> float:
 
 
 def mean_logged(result: UpdateResult) -> dict[str, float]:
-    """The same of all that the loss function logged, by name."""
+    """All that the loss function logged, by name, as means over micro-batches and data-parallel ranks."""
     logged = result.passes.logged if speaks_for_its_data() else []
     mine = [{name: float(value) for name, value in entry.items()} for entry in logged]
     entries = [entry for rank in AllRanks().gather(mine) for entry in rank]

@@ -46,14 +46,19 @@ def keep(found: PromptFile | None, folder: Path) -> None:
     """
     if found is None:
         return
-    if found.bad_rows:
-        write_whole(folder / BAD_ROWS, "".join(f"{line}\n" for line in found.bad_rows).encode())
-        logger.warning("%d rows are left out, each named in %s", len(found.bad_rows), folder / BAD_ROWS)
+    name_bad_rows(found, folder)
     pinned, digest = folder / PINNED, digest_of_prompts(found.prompts)
     if not pinned.is_file():
         write_whole(pinned, digest.encode())
     elif pinned.read_text() != digest:
         raise DataError(f"{folder}: its questions are no longer those that it began with; choose another name")
+
+
+def name_bad_rows(found: PromptFile, folder: Path) -> None:
+    """Leave the names of rows that are left out in the run's folder."""
+    if found.bad_rows:
+        write_whole(folder / BAD_ROWS, "".join(f"{line}\n" for line in found.bad_rows).encode())
+        logger.warning("%d rows are left out, each named in %s", len(found.bad_rows), folder / BAD_ROWS)
 
 
 def digest_of_prompts(prompts: Sequence[Prompt]) -> str:

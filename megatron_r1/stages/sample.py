@@ -30,7 +30,7 @@ from megatron_r1.rl.scoring import VERIFIERS, Scorer, is_right, rule_scorer
 from megatron_r1.rollout.engine import Engine, all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.stages.answering import answering_engine
-from megatron_r1.stages.questions import BAD_ROWS, asking_of, keep, prompts_of_file
+from megatron_r1.stages.questions import BAD_ROWS, asking_of, name_bad_rows, prompts_of_file
 from megatron_r1.stages.session import mark_done, open_run_folder
 from megatron_r1.stages.weights import find_weights
 
@@ -49,7 +49,8 @@ def run(config: RunConfig) -> None:
     world = TrainingPrompts(config.data)
     prompts = file.prompts if file else [world.at(index) for index in range(limit)]
     folder = open_run_folder(config)
-    keep(file, folder)
+    if file:
+        name_bad_rows(file, folder)
     job = Job(folder / PARTS, prompts, asking, config, plan_of(config, prompts, asking, found.folder))
     todo = list(job.missing())
     if todo:

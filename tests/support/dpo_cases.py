@@ -66,7 +66,7 @@ def one_update(
     from megatron_r1.model.build import build_model
     from megatron_r1.rl.direct_preference import DirectPreference, HeldoutPairs
     from megatron_r1.rl.reference import ReferencePolicy
-    from megatron_r1.stages.judged import mean_metrics
+    from megatron_r1.stages.pretrain import mean_logged
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.routing import FROZEN
 
@@ -83,4 +83,4 @@ def one_update(
     margins = HeldoutPairs(this, pairs(5), 2).margins()
     result, positions = this.learn(optimizer, pairs(), 1e-3, size)
     assert positions > 0 and not result.skipped
-    return mean_metrics(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), margins
+    return mean_logged(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), margins

@@ -52,5 +52,10 @@ class Asking:
         Raises:
             ValueError: it spells a token that steers the chat, and would become it.
         """
-        if found := self._control.search(question):
-            raise ValueError(f"the question holds the control token {found[0]}")
+        if found := self.control_token_in(question):
+            raise ValueError(f"the question holds the control token {found}")
+
+    def control_token_in(self, text: str) -> str | None:
+        """The first token that steers the chat which a text spells, and would become; None where there is none."""
+        found = self._control.search(text)
+        return found and found[0]
