@@ -24,8 +24,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-SUPPORT = Path(__file__).parent / "support"
-sys.path.insert(0, str(SUPPORT))
+SUPPORT = Path(__file__).resolve().parent / "support"
+# Programs that tests start as ranks import `tests.support` too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH"))))
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def new_model(one_rank: Any) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tiny(new_model: Callable[..., Any]) -> Any:
     """The tiny model, its weights large enough for probabilities to differ. For reading only."""
-    from layouts import model_of
+    from tests.support.layouts import model_of
 
     return new_model(model_of("tiny"))
 
@@ -65,10 +66,10 @@ def tiny(new_model: Callable[..., Any]) -> Any:
 def two_ranks(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What support/two_ranks.py found, by rank; started once for all the tests that read it."""
     import torch
-    from launching import run_to_the_end
     from safetensors.torch import save_file
 
     from megatron_r1.model.build import native_tensors
+    from tests.support.launching import run_to_the_end
 
     folder = tmp_path_factory.mktemp("two-ranks")
     save_file({name: tensor.contiguous() for name, tensor in native_tensors(tiny)}, folder / "whole.safetensors")

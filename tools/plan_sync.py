@@ -18,10 +18,10 @@ from megatron_r1.config.layout import check_degrees
 from megatron_r1.config.load import load
 from megatron_r1.errors import UserError
 from megatron_r1.hf.gather import Directory
-from megatron_r1.rollout.outgoing import Outgoing
-from megatron_r1.rollout.plan.cost import GB, Cluster, Prediction, predict
-from megatron_r1.rollout.plan.layout import predicted
-from megatron_r1.rollout.plan.traffic import Engines, StageTraffic, needed_by_a_rank, traffic
+from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.plan.cost import GB, Cluster, Prediction, predict
+from megatron_r1.rollout.sync.plan.layout import predicted
+from megatron_r1.rollout.sync.plan.traffic import Engines, StageTraffic, needed_by_a_rank, traffic
 
 SHOWN_RANKS = 4
 

@@ -9,7 +9,7 @@ from megatron_r1.config.checks import one_of, within
 
 @dataclass(kw_only=True, slots=True)
 class FilterConfig:
-    """What happens to answers and groups before they are learned from; see rl/filters.py for the sources."""
+    """What happens to answers and groups before they are learned from; see rl/generation/filters.py for the sources."""
 
     equal_groups: str = "keep"
     """Groups whose rewards are all equal, so that they teach nothing: keep or drop (dynamic sampling)."""

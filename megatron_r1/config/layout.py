@@ -23,7 +23,7 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
         _check_fine_tuning(config, ranks)
     if verb == "grpo":
         _check_reinforcement(config)
-    if verb in ("reward", "dpo"):
+    if verb in ("reward_model", "dpo"):
         _check_judged_rows(config, ranks)
 
 

@@ -19,9 +19,9 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from megatron_r1.config.convert import convert, defaults, kinds_of, name_fields, resolved, shown, unknown_key
 from megatron_r1.config.recipes import configs_folder, groups, recipes
 from megatron_r1.config.run import RunConfig
+from megatron_r1.config.schema import convert, defaults, kinds_of, name_fields, resolved, shown, unknown_key
 from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError
 

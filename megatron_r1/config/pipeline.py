@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from megatron_r1.config.checks import at_least
 from megatron_r1.errors import ConfigError
 
-TRAINING_VERBS = ("pretrain", "sft", "reward", "dpo", "grpo")
-STAGE_VERBS = (*TRAINING_VERBS, "eval", "sample", "convert", "report")
+TRAINING_VERBS = ("pretrain", "sft", "reward_model", "dpo", "grpo")
+STAGE_VERBS = (*TRAINING_VERBS, "evaluate", "sample", "convert", "report")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -12,7 +12,8 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class CorrectionConfig:
-    """Weights for answers that the engine sampled with other probabilities than the trainer's; see rl/correction.py."""
+    """Importance weights for responses that the engine sampled with other probabilities than the trainer's; see
+    rl/objective/importance_weights.py."""
 
     kind: str = "none"
     """none, truncated (weights beyond the limits become the limits) or masked (they become 0); needs
@@ -69,7 +70,7 @@ class RLConfig:
     """Passes over each rollout."""
     objective: str = "grpo"
     """The policy term: grpo (a ratio per token, DeepSeekMath), grpo_sequence (of whole answers, the V3 and R1 reports),
-    on_policy (no ratio: one update per rollout), gspo, gspo_token or cispo; see rl/terms.py."""
+    on_policy (no ratio: one update per rollout), gspo, gspo_token or cispo; see rl/objective/policy_terms.py."""
     average: str = "answer"
     """How tokens become one loss: answer (mean over each answer's tokens, then over answers), token (mean over all
     tokens, DAPO) or constant (sum over tokens by rollout.max_response_tokens, Dr.GRPO)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of
-from megatron_r1.config.conversion import ConversionConfig
+from megatron_r1.config.convert import ConversionConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.diagnose import DiagnoseConfig
 from megatron_r1.config.division import check_division, check_sequences

@@ -1,6 +1,6 @@
 """SGLang servers: how many and of what kind, and how requests find their way to them.
 
-Options are named by what they do; rollout/sglang/arguments.py holds SGLang's own names for them.
+Options are named by what they do; rollout/sglang/servers/arguments.py holds SGLang's own names for them.
 """
 
 from __future__ import annotations

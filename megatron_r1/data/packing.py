@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_r1.data.draws import uniforms
+from megatron_r1.data.counter_rng import uniforms
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
-from megatron_r1.model.parts import (
+from megatron_r1.model.te_layout_modules import (
     ColumnParallelGroupedLinear,
     CoreAttention,
     DuplicatedLinear,

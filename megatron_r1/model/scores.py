@@ -16,8 +16,8 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_r1.model.chunks import Model, chunks
+from megatron_r1.model.vocab_parallel import CHUNK_LOGITS, Head, Other, TokenScores, TopWords, score_tokens, top_words
 from megatron_r1.parallel.mesh import tensor_parallel_group
-from megatron_r1.parallel.vocabulary import CHUNK_LOGITS, Head, Other, TokenScores, TopWords, score_tokens, top_words
 
 
 class Question(NamedTuple):

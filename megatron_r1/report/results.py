@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from megatron_r1.report.intervals import Interval
+from megatron_r1.evaluation.intervals import Interval
 
 SHOWN_QUESTIONS = 10
 WAYS = {"sampled": "sampled", "greedy": "greedy"}

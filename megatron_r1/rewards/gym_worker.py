@@ -10,7 +10,7 @@ import sys
 from functools import cache
 from typing import Any
 
-from megatron_r1.rewards.judging import serve
+from megatron_r1.rewards.worker_main import serve
 
 
 @cache

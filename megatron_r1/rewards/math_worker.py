@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatron_r1.rewards.judging import serve
+from megatron_r1.rewards.worker_main import serve
 
 
 def expression(text: str) -> list[Any]:

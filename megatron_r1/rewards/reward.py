@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class Question(Protocol):
-    """What a reward may know of a prompt; `megatron_r1.data.prompts.Prompt` is one."""
+    """What a reward may know of a prompt; `megatron_r1.data.prompts.prompts.Prompt` is one."""
 
     @property
     def id(self) -> str: ...

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.replay import RoutingReplay
+from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.parallel.mesh import (
     data_parallel_group,
@@ -24,16 +25,15 @@ from megatron_r1.parallel.mesh import (
     speaks_for_its_data,
     tensor_parallel_group,
 )
-from megatron_r1.parallel.vocabulary import TokenScores
-from megatron_r1.rl.averages import Totals
+from megatron_r1.rl.advantages.estimators import Advantages, Credit, Taken, against_the_group
 from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
-from megatron_r1.rl.credit import Advantages, Credit, Taken, against_the_group
-from megatron_r1.rl.fixed import Fixed, fixed, penalties_of_tokens, sums_of_answers
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
-from megatron_r1.rl.objective import Answers, objective_of
-from megatron_r1.rl.policy import Policy, longest_input
-from megatron_r1.rl.reference import ReferencePolicy
-from megatron_r1.rl.rows import Rows, make_rows, row_length
+from megatron_r1.rl.objective.aggregation import Totals
+from megatron_r1.rl.objective.objective import Answers, objective_of
+from megatron_r1.rl.policy.batch import Rows, make_rows, row_length
+from megatron_r1.rl.policy.frozen_logprobs import Fixed, fixed, penalties_of_tokens, sums_of_answers
+from megatron_r1.rl.policy.policy import Policy, longest_input
+from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.optimizer import Optimizer

@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
-from megatron_r1.rl.ahead import TakesRollouts
+from megatron_r1.rl.generation.async_rollouts import TakesRollouts
+from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.placement import Placement, Separate
-from megatron_r1.rl.rollouts import Rollout
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.loop import CannotBegin, Step
 from megatron_r1.train.state import TrainState

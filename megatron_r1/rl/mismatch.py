@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_r1.config.rl import MismatchConfig
-from megatron_r1.rl.penalties import k3
-from megatron_r1.rl.ratios import ratio_of
+from megatron_r1.rl.objective.kl import k3
+from megatron_r1.rl.objective.ratios import ratio_of
 
 KEYS = ("logprob_gap", "mismatch_k1", "mismatch_k3", "mismatch_limited", "mismatch_tokens")
 

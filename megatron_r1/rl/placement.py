@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from megatron_r1.parallel import comm
-from megatron_r1.rollout.sglang.memory import CACHE, WEIGHTS
+from megatron_r1.rollout.sglang.servers.memory import CACHE, WEIGHTS
 from megatron_r1.train.loop import CannotBegin
 from megatron_r1.train.offload import TrainerMemory
 

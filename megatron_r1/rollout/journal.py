@@ -19,7 +19,7 @@ import orjson
 
 from megatron_r1.errors import DataError
 from megatron_r1.files import sync
-from megatron_r1.rollout.routed import RoutedExperts
+from megatron_r1.rollout.routed_experts import RoutedExperts
 from megatron_r1.rollout.sample import Sample
 
 FORMAT = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_r1.rollout.routed import RoutedExperts, RoutedLayers
+from megatron_r1.rollout.routed_experts import RoutedExperts, RoutedLayers
 
 FINISH_REASONS = ("stop", "length")
 LOGPROB_SLACK = 1e-3

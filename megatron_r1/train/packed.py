@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.data.packed import PackedBatch
+from megatron_r1.data.pretraining.packed import PackedBatch
 from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
 
 

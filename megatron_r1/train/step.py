@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.model.passes import Forward, Passes, forward_backward, routers
+from megatron_r1.model.forward_backward import Forward, Passes, forward_backward, routers
 from megatron_r1.parallel import comm
 from megatron_r1.train.optimizer import Optimizer
 

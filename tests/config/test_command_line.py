@@ -10,9 +10,9 @@ import yaml
 
 from megatron_r1 import __version__
 from megatron_r1.__main__ import exit_code
-from megatron_r1.config.convert import resolved
 from megatron_r1.config.load import load
 from megatron_r1.config.recipes import groups, recipes
+from megatron_r1.config.schema import resolved
 from megatron_r1.config.verbs import VERBS, Verb
 
 HEAVY = ("torch", "megatron", "transformers", "sglang", "wandb", "numpy")

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import megatron_r1.config
 from megatron_r1.config import recipes as recipes_module
-from megatron_r1.config.convert import convert, defaults, resolved
 from megatron_r1.config.load import difference, load, read_yaml, write_yaml
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.recipes import configs_folder, groups, recipes
 from megatron_r1.config.run import RunConfig
+from megatron_r1.config.schema import convert, defaults, resolved
 from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError
 
@@ -99,14 +99,14 @@ def test_interpolation_sees_defaults():
     ],
 )
 def test_dict_fields_take_new_names(overrides):
-    assert load("eval", overrides).evaluate.models == {"base": "runs/a=b", "r1": "x"}
+    assert load("evaluate", overrides).evaluate.models == {"base": "runs/a=b", "r1": "x"}
 
 
 def test_pipeline_stages_can_be_added_changed_and_deleted():
-    changes = ["pipeline.stages.again.verb=eval", "pipeline.stages.r1_zero.config=other", "~pipeline.stages.report"]
+    changes = ["pipeline.stages.again.verb=evaluate", "pipeline.stages.r1_zero.config=other", "~pipeline.stages.report"]
     stages = load("pipeline", changes).pipeline.stages
     assert list(stages) == ["pretrain", "r1_zero", "evaluate", "convert", "again"]
-    assert (stages["again"].verb, stages["r1_zero"].config) == ("eval", "other")
+    assert (stages["again"].verb, stages["r1_zero"].config) == ("evaluate", "other")
 
 
 def test_quickstart_stages_compose_with_run_folders_put_in():
@@ -194,8 +194,8 @@ def test_damaged_yaml_is_refused(tmp_path, text):
 
 
 def test_difference_names_every_changed_key():
-    old = resolved(load("eval", ["evaluate.models.base=runs/a"]))
-    new = resolved(load("eval", ["model.init_std=0.02", "evaluate.models.r1=runs/b"]))
+    old = resolved(load("evaluate", ["evaluate.models.base=runs/a"]))
+    new = resolved(load("evaluate", ["model.init_std=0.02", "evaluate.models.r1=runs/b"]))
     assert difference(old, old) == []
     assert difference(old, new) == [
         "model.init_std: 0.045 -> 0.02",

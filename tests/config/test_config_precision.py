@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_r1.config.convert import convert
 from megatron_r1.config.load import load
 from megatron_r1.config.precision import LINEARS, PrecisionConfig
+from megatron_r1.config.schema import convert
 from megatron_r1.errors import ConfigError
 
 

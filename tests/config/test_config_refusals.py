@@ -35,7 +35,7 @@ REFUSALS = [
     ("pretrain _target_=os.system", "_target_=os.system", "no such key"),
     ("pretrain hydra.run.dir=elsewhere", "hydra.run.dir=elsewhere", "no such key"),
     ("pretrain +hydra/launcher=basic", "hydra/launcher=basic", "no such key"),
-    ("pipeline pipeline.stages.pretrain.verbs=eval", "pipeline.stages.pretrain.verbs=eval", "pretrain.verb?"),
+    ("pipeline pipeline.stages.pretrain.verbs=evaluate", "pipeline.stages.pretrain.verbs=evaluate", "pretrain.verb?"),
     # null, empty, deleted
     ("pretrain model.hidden_size=null", "model.hidden_size=null", "must be a whole number"),
     ("pretrain model=null", "model=null", "must be one of llama3_1_8b"),
@@ -55,8 +55,8 @@ REFUSALS = [
     ("pretrain name=7", "name=7", "must be text (in quotes: '7')"),
     ("pretrain model.moe=3", "model.moe=3", "must be a section"),
     ("pretrain train.steps=[1,2]", "train.steps=[1, 2]", "must be a whole number"),
-    ("eval evaluate.models=runs/base", "evaluate.models=runs/base", "must be names with values"),
-    ("eval evaluate.models.base=3", "evaluate.models.base=3", "must be text"),
+    ("evaluate evaluate.models=runs/base", "evaluate.models=runs/base", "must be names with values"),
+    ("evaluate evaluate.models.base=3", "evaluate.models.base=3", "must be text"),
     ("pipeline pipeline.overrides=train.steps", "pipeline.overrides=train.steps", "must be a list"),
     # out of range
     ("pretrain train.steps=0", "train.steps=0", "must be at least 1"),

@@ -35,7 +35,7 @@ def test_files_may_replace_the_generated_pairs():
     assert (settings.source, settings.file, settings.heldout_file) == ("file", "a.jsonl", "b.jsonl")
 
 
-@pytest.mark.parametrize("verb", ["dpo", "reward"])
+@pytest.mark.parametrize("verb", ["dpo", "reward_model"])
 @pytest.mark.parametrize(
     ("overrides", "ranks", "message"),
     [

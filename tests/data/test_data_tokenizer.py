@@ -5,10 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.arithmetic import worked_documents
-from megatron_r1.data.prompts import TrainingPrompts
+from megatron_r1.data.prompts.prompts import TrainingPrompts
+from megatron_r1.data.synthetic.arithmetic import worked_documents
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.template import fill_template
-from megatron_r1.data.tokenizer import ADDED, ROLES, TAGS, Tokenizer, train_tokenizer
+from megatron_r1.data.tokenizer import ADDED, ROLES, TAGS, Tokenizer
 from megatron_r1.errors import DataError
 
 CONFIG = DataConfig(num_documents=3000)

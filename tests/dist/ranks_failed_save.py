@@ -18,8 +18,8 @@ def main(folder: Path) -> None:
 
     select("cpu")
     from megatron_r1.checkpoint.store import SaveFailed
-    from megatron_r1.data.tokenizer import train_tokenizer
-    from megatron_r1.stages.trainer import trainer
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+    from megatron_r1.runs.trainer import trainer
 
     config = load("pretrain", [f"root='{folder}'", "platform=cpu", "threads=1", "data.num_documents=2000"])
     with trainer(config, train_tokenizer(config.data), None) as this:

@@ -20,16 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
 STEPS = 5
 PROMPTS, GROUP = 4, 4
 REFERENCE_SCALE = 1.02
 
 
 def main(folder: Path) -> None:
-    from megatron_r1.config.convert import convert
     from megatron_r1.config.run import RunConfig
+    from megatron_r1.config.schema import convert
     from megatron_r1.platform import select
 
     job = json.loads((folder / "job.json").read_text())
@@ -90,8 +88,9 @@ def build(config: Any, platform: Any) -> Any:
 
 def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     """Losses of some steps, and the whole gradients of the first."""
+    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import mean_loss, next_token_forward
+    from megatron_r1.train.metrics import mean_loss
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.step import update
 
@@ -115,13 +114,12 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
 
 def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     """Loss of a step on packed documents, that see those before them or do not, and its whole gradients."""
-    from packing_cases import packed_batch
-
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import mean_loss
+    from megatron_r1.train.metrics import mean_loss
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.packed import PackedReader
     from megatron_r1.train.step import update
+    from tests.support.packing_cases import packed_batch
 
     model = build(config, platform)
     optimizer = Optimizer(model, config.train, config.performance)
@@ -136,14 +134,13 @@ def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, d
 
     `alone` gives every example a forward pass of its own, as long as it is, under the causal mask.
     """
-    from packing_cases import chat_batch, one_example_a_row
-
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import mean_loss
+    from megatron_r1.sft.supervised import SupervisedReader
+    from megatron_r1.train.metrics import mean_loss
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.routing import FROZEN
     from megatron_r1.train.step import update
-    from megatron_r1.train.supervised import SupervisedReader
+    from tests.support.packing_cases import chat_batch, one_example_a_row
 
     model, batch = build(config, platform), chat_batch(8, 32)
     FROZEN.apply(model, 0)
@@ -177,9 +174,9 @@ def taught(config: Any, platform: Any, teachers: dict[str, Any]) -> tuple[dict, 
 
 def build_teacher(tree: Any, config: Any, platform: Any) -> Any:
     """A model of another shape, shared out as a teacher is."""
-    from megatron_r1.config.convert import convert
     from megatron_r1.config.model import ModelConfig
-    from megatron_r1.stages.teacher import shared_as
+    from megatron_r1.config.schema import convert
+    from megatron_r1.sft.teacher_setup import shared_as
 
     teacher = copy.copy(config)
     teacher.model = convert(ModelConfig, tree)
@@ -190,12 +187,11 @@ def build_teacher(tree: Any, config: Any, platform: Any) -> Any:
 
 def update_beside(teacher: Any, settings: Any, config: Any, platform: Any, model: Any, optimizer: Any) -> float:
     """The loss of a step that fills the gradient buffers and moves no weight."""
-    from packing_cases import chat_batch
-
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import mean_loss
+    from megatron_r1.sft.teacher import DistillingReader, Teacher
+    from megatron_r1.train.metrics import mean_loss
     from megatron_r1.train.step import update
-    from megatron_r1.train.teacher import DistillingReader, Teacher
+    from tests.support.packing_cases import chat_batch
 
     group, words = data_parallel_group(), config.model.vocab_size
     speaks = Teacher(teacher, settings.top_k, settings.temperature, words)
@@ -206,11 +202,10 @@ def update_beside(teacher: Any, settings: Any, config: Any, platform: Any, model
 
 def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, dict]]:
     """Loss and gradients beside a teacher that says all of its words; and by the divergence written out."""
-    from packing_cases import chat_batch
-
     from megatron_r1.config.teacher import TeacherConfig
+    from megatron_r1.sft.supervised import SupervisedReader, end_to_end
     from megatron_r1.train.optimizer import Optimizer
-    from megatron_r1.train.supervised import SupervisedReader, end_to_end
+    from tests.support.packing_cases import chat_batch
 
     config = copy.deepcopy(config)
     config.model.mtp.num_layers = 0
@@ -271,9 +266,9 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     """Metrics of one rollout in one mini-batch, and its whole gradients; the critic's too where there is one."""
     from megatron_r1.model.chunks import in_multi_token_layer
     from megatron_r1.model.replay import RoutingReplay
-    from megatron_r1.rl.critic import Critic, CriticAdvantages
+    from megatron_r1.rl.advantages.critic import Critic, CriticAdvantages
     from megatron_r1.rl.learner import Learner
-    from megatron_r1.rl.reference import ReferencePolicy
+    from megatron_r1.rl.policy.reference import ReferencePolicy
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.state import TrainState
 
@@ -297,10 +292,9 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
 
 def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
     """The same update's loss and gradients by the loss written out, on one rank."""
-    from plain_grpo import plain_loss
-
     from megatron_r1.model.build import native_tensors
     from megatron_r1.model.replay import NOT_TOLD, RoutingReplay
+    from tests.support.plain_grpo import plain_loss
 
     model, reference = build(config, platform), build(config, platform)
     for _, tensor in native_tensors(reference):
@@ -322,7 +316,7 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
 
 def samples(model: Any) -> Iterator[Any]:
     """Answers of many lengths to prompts of many lengths, off-policy; every second one with experts it took."""
-    from megatron_r1.rollout.routed import RoutedExperts
+    from megatron_r1.rollout.routed_experts import RoutedExperts
     from megatron_r1.rollout.sample import Sample
 
     generator = torch.Generator().manual_seed(4)

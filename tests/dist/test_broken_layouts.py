@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from launching import marked_processes
 
 from megatron_r1 import __main__
 from megatron_r1.__main__ import exit_code
+from tests.support.launching import marked_processes
 
 BROKEN = [
     # What the model cannot be divided by.

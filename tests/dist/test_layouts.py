@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from launching import run_to_the_end
 
 from megatron_r1.config.load import load, resolved
+from tests.support.launching import run_to_the_end
 
 
 @dataclass(frozen=True)

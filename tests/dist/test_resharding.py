@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import run_to_the_end
+
+from tests.support.launching import run_to_the_end
 
 LAYOUTS = {
     "one": (1, {}),

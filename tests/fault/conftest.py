@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import PRETRAIN, SHORT, Job, undisturbed
+
+from tests.support.jobs import PRETRAIN, SHORT, Job, undisturbed
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from jobs import PRETRAIN, SHORT, Job, comparable, run_alone
 
 from megatron_r1.checkpoint.manifest import files_under
 from megatron_r1.checkpoint.store import newest_verified, step_folders
 from megatron_r1.errors import ExitCode
+from tests.support.jobs import PRETRAIN, SHORT, Job, comparable, run_alone
 
 PARTS_LEFT = (0.0, 0.25, 0.5, 0.9, 0.99)
 """Of a file that is cut short."""

@@ -8,11 +8,11 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
-from dying_ranks import POINTS
-from jobs import INTERVAL, PRETRAIN, SHORT, Job, comparable, end_of, launched, undisturbed
 
 from megatron_r1.checkpoint.manifest import verify
 from megatron_r1.checkpoint.store import step_folders
+from tests.support.dying_ranks import POINTS
+from tests.support.jobs import INTERVAL, PRETRAIN, SHORT, Job, comparable, end_of, launched, undisturbed
 
 PROGRAM = (str(Path(__file__).parents[1] / "support" / "dying_ranks.py"),)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import PRETRAIN, SHORT, Job, run_alone
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, read_manifest, write_manifest
@@ -20,7 +19,8 @@ from megatron_r1.checkpoint.tensors import read_state, read_tensors
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ExitCode, UserError
 from megatron_r1.hf.export import export
-from megatron_r1.stages.weights import find_weights
+from megatron_r1.runs.initial_weights import find_weights
+from tests.support.jobs import PRETRAIN, SHORT, Job, run_alone
 
 
 class Payload:

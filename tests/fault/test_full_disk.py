@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from jobs import ATTEMPT_S, PRETRAIN, SHORT, Job, comparable, end_of, launched, ranks_of, run_alone
 
 from megatron_r1.checkpoint.manifest import verify
 from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.errors import ExitCode
+from tests.support.jobs import ATTEMPT_S, PRETRAIN, SHORT, Job, comparable, end_of, launched, ranks_of, run_alone
 
 ROOM = "48m"
 """About four checkpoints."""

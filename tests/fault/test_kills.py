@@ -10,10 +10,21 @@ from typing import Any
 
 import psutil
 import pytest
-from jobs import COMMON, INTERVAL, PRETRAIN, SHORT, Job, comparable, end_of, launched, ranks_of, undisturbed
 
 from megatron_r1.rollout.journal import Journal
-from megatron_r1.stages.session import is_done
+from megatron_r1.runs.folder import is_done
+from tests.support.jobs import (
+    COMMON,
+    INTERVAL,
+    PRETRAIN,
+    SHORT,
+    Job,
+    comparable,
+    end_of,
+    launched,
+    ranks_of,
+    undisturbed,
+)
 
 GRPO = [
     "grpo", *COMMON, f"train.checkpoint_interval={INTERVAL}", "train.steps=30", "rollout=local",

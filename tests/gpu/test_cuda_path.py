@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from megatron_r1.stages.weights import find_weights
+from megatron_r1.runs.initial_weights import find_weights
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import convert, hf_of, in_precision, native_of, native_run, native_weights, same_bits
-from draws import DENSE, dense_shape, sparse_shape
 
 from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.load import load
@@ -19,6 +17,8 @@ from megatron_r1.hf.audit import check_audit, read_audit
 from megatron_r1.hf.folder import TensorFolder
 from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG
 from megatron_r1.hf.names import expected_shapes
+from tests.support.conversions import convert, hf_of, in_precision, native_of, native_run, native_weights, same_bits
+from tests.support.draws import DENSE, dense_shape, sparse_shape
 
 TINY = load("pretrain", []).model
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import convert, hf_of, native_of, native_run, native_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,7 +19,8 @@ from megatron_r1.config.load import load
 from megatron_r1.errors import DataError, UserError
 from megatron_r1.hf.audit import check_audit, read_audit
 from megatron_r1.hf.folder import INDEX_FILE, TensorFolder
-from megatron_r1.stages.weights import find_weights
+from megatron_r1.runs.initial_weights import find_weights
+from tests.support.conversions import convert, hf_of, native_of, native_run, native_weights
 
 MODEL = load("convert", ["model.num_layers=2"]).model
 EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"

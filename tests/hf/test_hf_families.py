@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from draws import DENSE, dense_shape, sparse_shape
 
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.load import load
@@ -21,6 +20,7 @@ from megatron_r1.hf.families import FAMILIES, family_of
 from megatron_r1.hf.load import model_config_from_hf
 from megatron_r1.hf.names import native_shapes, rows
 from megatron_r1.hf.row import Row
+from tests.support.draws import DENSE, dense_shape, sparse_shape
 
 _COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16"}
 _QWEN = {"max_window_layers": 28, "rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False}

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conversions import convert, hf_of, native_run, native_weights, same_bits
-from launching import marked_processes
 
 from megatron_r1.checkpoint.store import FolderInUse
 from megatron_r1.checkpoint.tensor_file import TensorFile
@@ -21,6 +19,8 @@ from megatron_r1.errors import DataError
 from megatron_r1.hf import conversion as conversion_module
 from megatron_r1.hf.conversion import ConversionStopped
 from megatron_r1.hf.work import work_folder
+from tests.support.conversions import convert, hf_of, native_run, native_weights, same_bits
+from tests.support.launching import marked_processes
 
 MODEL = load("convert").model
 SUPPORT = Path(__file__).parents[1] / "support"

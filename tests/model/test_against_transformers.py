@@ -8,13 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from layouts import model_of
-from unsettle import unsettled
 
 from megatron_r1.config.model import ModelConfig, RopeConfig
 from megatron_r1.hf.export import export
 from megatron_r1.hf.load import load_tensors, model_config_from_hf
 from megatron_r1.model.build import load_native_tensors, native_tensors, without_multi_token_prediction
+from tests.support.layouts import model_of
+from tests.support.unsettle import unsettled
 
 
 def yarn() -> ModelConfig:
@@ -79,8 +79,8 @@ def test_weights_depend_on_seed_and_name_alone(new_model):
 
 def test_multi_token_loss_follows_the_report(new_model):
     """M [norm(embedding of token t+1); norm(h_t)], one layer, norm, the shared head, cross-entropy of token t+2."""
-    from megatron_r1.model.passes import forward_backward
-    from megatron_r1.stages.pretrain import next_token_forward
+    from megatron_r1.commands.pretrain import next_token_forward
+    from megatron_r1.model.forward_backward import forward_backward
 
     config = model_of("tiny")
     config.moe.bias_update_rate = 0.0  # the passes must leave the model as it was

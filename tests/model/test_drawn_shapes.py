@@ -9,14 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from draws import DENSE, MSCALES, dense_shape, sparse_shape
 from torch import Tensor
-from unsettle import unsettled
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.export import export, hf_tensors
 from megatron_r1.hf.load import load_tensors, model_config_from_hf
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
+from tests.support.draws import DENSE, MSCALES, dense_shape, sparse_shape
+from tests.support.unsettle import unsettled
 
 SPARSE_SHAPES, DENSE_SHAPES = 36, 10
 WITH_GRADIENTS = {"deepseek": 15} | dict.fromkeys(DENSE, 5)

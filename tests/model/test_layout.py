@@ -6,10 +6,10 @@ import itertools
 import math
 
 import pytest
-from layouts import model_of, te_layout
 
 from megatron_r1.hf.names import native_shapes
 from megatron_r1.model.build import native_tensors
+from tests.support.layouts import model_of, te_layout
 
 SHAPES = ("tiny", "direct_query", "grouped_bias", "grouped_norm")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import prod
 
 import pytest
-from layouts import model_of
 
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
@@ -19,6 +18,7 @@ from megatron_r1.model.parameters import (
     released_parameters,
     total_parameters,
 )
+from tests.support.layouts import model_of
 
 PUBLISHED = {
     "v3_671b": 671_026_419_200,

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import model_of
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay
-from unsettle import unsettled
 
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.model.build import build_model, without_multi_token_prediction
 from megatron_r1.model.replay import NOT_TOLD, RoutingReplay
-from megatron_r1.rollout.local import LocalEngine
-from megatron_r1.rollout.routed import RoutedLayers
+from megatron_r1.rollout.in_process import LocalEngine
+from megatron_r1.rollout.routed_experts import RoutedLayers
 from megatron_r1.rollout.sample import Request, Sampling
+from tests.support.layouts import model_of
+from tests.support.unsettle import unsettled
 
 TOKENS_BL = torch.randint(5, 512, (3, 10), generator=torch.Generator().manual_seed(4))
 POSITIONS_BL = torch.arange(10).expand(3, 10)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import model_of
 
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.scores import (
@@ -15,7 +14,8 @@ from megatron_r1.model.scores import (
     model_scores,
     model_top_words,
 )
-from megatron_r1.parallel.vocabulary import Other
+from megatron_r1.model.vocab_parallel import Other
+from tests.support.layouts import model_of
 
 
 def batch(seed: int = 0):

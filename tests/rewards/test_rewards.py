@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.reward import RewardConfig
-from megatron_r1.data.arithmetic import worked_documents
+from megatron_r1.data.synthetic.arithmetic import worked_documents
 from megatron_r1.rewards.accuracy import accuracy, parse_number, same_number
 from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward

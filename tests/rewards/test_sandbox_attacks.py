@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from attacks import BY_CALLS, BY_OUTPUT, CALL_TESTS, SECRET
 
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.rewards.code import CodeTests, judge
 from megatron_r1.rewards.sandbox.command import SLOTS, real_users, user_of
 from megatron_r1.rewards.sandbox.run import Sandbox
+from tests.support.attacks import BY_CALLS, BY_OUTPUT, CALL_TESTS, SECRET
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 

@@ -8,8 +8,8 @@ from itertools import islice
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.arithmetic import answer, draw_problem, worked_documents
-from megatron_r1.data.expressions import careful_steps, hasty_steps
+from megatron_r1.data.synthetic.arithmetic import answer, draw_problem, worked_documents
+from megatron_r1.data.synthetic.expressions import careful_steps, hasty_steps
 from megatron_r1.rewards.steps import EQUATION, Remaining, steps_of
 
 CONFIG = DataConfig(num_documents=2000)

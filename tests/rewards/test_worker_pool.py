@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile_answers import hostile_answers
 
 from megatron_r1.config.reward import MathConfig
 from megatron_r1.rewards.mathematics import MathVerifier
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.workers import Died, Timeout, WorkerPool, WorkersDown
+from tests.support.hostile_answers import hostile_answers
 
 SUPPORT = Path(__file__).parents[1] / "support"
 DEADLINE_S = 1.0

@@ -8,8 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layouts import model_of
-from learner_cases import (
+
+from megatron_r1.model.build import native_tensors, without_multi_token_prediction
+from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.rl.advantages.group_relative import ragged_group_advantages
+from megatron_r1.rl.learner import Learner
+from megatron_r1.rl.policy.reference import ReferencePolicy
+from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.state import TrainState
+from tests.support.layouts import model_of
+from tests.support.learner_cases import (
     LENGTHS,
     REWARDS,
     assert_close,
@@ -19,15 +27,7 @@ from learner_cases import (
     trainable,
     two_models,
 )
-from plain_grpo import plain_loss, response_log_probs
-
-from megatron_r1.model.build import native_tensors, without_multi_token_prediction
-from megatron_r1.model.chunks import in_multi_token_layer
-from megatron_r1.rl.advantage import ragged_group_advantages
-from megatron_r1.rl.learner import Learner
-from megatron_r1.rl.reference import ReferencePolicy
-from megatron_r1.train.optimizer import Optimizer
-from megatron_r1.train.state import TrainState
+from tests.support.plain_grpo import plain_loss, response_log_probs
 
 
 def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated
-from megatron_r1.rl.rollouts import Rollout
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.loop import CannotBegin
 from megatron_r1.train.offload import Offloaded

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.loop import reinforcement_step
-from megatron_r1.rl.rollouts import Rollout
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.loop import train

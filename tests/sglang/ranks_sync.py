@@ -19,29 +19,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-
 
 def main(folder: Path) -> None:
-    from attached import BUCKET, Attached, find
-
     from megatron_r1.config.parallel import ParallelConfig
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
+    from tests.support.attached import BUCKET, Attached, find
 
     platform, job = select("cpu"), json.loads((folder / "job.json").read_text())
     degrees = ParallelConfig(**job["parallel"])
     with process_groups(platform, degrees, seed=0, threads=1):
-        from layouts import model_of
-        from live_bytes import LiveBytes
-
         from megatron_r1.hf.gather import stage_leaders
         from megatron_r1.model.build import build_model
         from megatron_r1.model.shards import shards
         from megatron_r1.parallel.comm import AllRanks
-        from megatron_r1.rollout.outgoing import Outgoing
-        from megatron_r1.rollout.sglang.sender import Sender
-        from megatron_r1.rollout.sync import StageSync
+        from megatron_r1.rollout.sync.group_sender import Sender
+        from megatron_r1.rollout.sync.payload import Outgoing
+        from megatron_r1.rollout.sync.strategies import StageSync
+        from tests.support.layouts import model_of
+        from tests.support.live_bytes import LiveBytes
 
         shape, rank, endpoints = model_of("tiny"), dist.get_rank(), find(folder / "servers")
         model = build_model(shape, degrees, platform, seed=0)
@@ -70,13 +66,12 @@ def main(folder: Path) -> None:
 
 def refused(model: Any, shape: Any, leads: bool) -> str:
     """What this rank is told when nobody receives."""
-    from attached import BUCKET
-
     from megatron_r1.errors import NoRolloutCapacity
-    from megatron_r1.rollout.outgoing import Outgoing
     from megatron_r1.rollout.sglang.client import Endpoint
-    from megatron_r1.rollout.sglang.sender import Sender
-    from megatron_r1.rollout.sync import StageSync
+    from megatron_r1.rollout.sync.group_sender import Sender
+    from megatron_r1.rollout.sync.payload import Outgoing
+    from megatron_r1.rollout.sync.strategies import StageSync
+    from tests.support.attached import BUCKET
 
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -134,8 +129,8 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     """Largest difference between every server's log-probs of its answers and the trainer's, over all ranks' layout."""
     from megatron_r1.parallel import comm
     from megatron_r1.parallel.mesh import tensor_parallel_group
-    from megatron_r1.rl.policy import Policy
-    from megatron_r1.rl.rows import make_rows
+    from megatron_r1.rl.policy.batch import make_rows
+    from megatron_r1.rl.policy.policy import Policy
     from megatron_r1.rollout.sample import Request, Sample, Sampling
 
     generator = torch.Generator().manual_seed(5)

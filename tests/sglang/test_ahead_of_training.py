@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from jobs import COMMON, Job, end_of, launched, run_alone
 
 from megatron_r1.config.load import load
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.data.prompts import TrainingPrompts
+from megatron_r1.data.prompts.prompts import TrainingPrompts
 from megatron_r1.platform import Platform
 from megatron_r1.rl.loop import tokens_by_version
 from megatron_r1.rollout.journal import Journal
+from tests.support.jobs import COMMON, Job, end_of, launched, run_alone
 
 STEPS, AHEAD = 6, 2
 SMALL = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
@@ -37,7 +37,7 @@ def judge(base) -> Path:
     """A reward model of the same shape."""
     items = ["reward_model.num_items=32", "reward_model.heldout=4", "train.global_batch_size=8"]
     rate = ["train.micro_batch_size=8", "train.schedule.warmup_steps=1", "train.schedule.learning_rate=1e-2"]
-    job = Job(["reward", *COMMON, *items, *rate, f"init.from='{base}'"], base.parent, "judge")
+    job = Job(["reward_model", *COMMON, *items, *rate, f"init.from='{base}'"], base.parent, "judge")
     assert (done := run_alone(job)).returncode == 0, done.stderr
     return job.folder
 
@@ -50,7 +50,7 @@ def ahead_of(base: Path, judge: Path) -> list[str]:
 
 def check_scores(job: Job, judge: Path, platform: Platform) -> None:
     """The reward model's part of each reward is what it says on one rank that does nothing else."""
-    from megatron_r1.stages.reward_scorer import RewardModelScorer
+    from megatron_r1.preference.scorer import RewardModelScorer
 
     journal = Journal(job.folder / "rollouts")
     samples = [sample for row in job.rows for sample in journal.read(row["step"])]

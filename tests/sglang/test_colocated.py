@@ -19,18 +19,18 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.config.sglang import PoolConfig, SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.model.build import native_tensors
+from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Separate
-from megatron_r1.rl.rollouts import Rollout
-from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.sample import Request, Sample, Sampling
 from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sglang.memory import CACHE, WEIGHTS
-from megatron_r1.rollout.sglang.sender import Sender
-from megatron_r1.rollout.sglang.shared import SharedSender
-from megatron_r1.rollout.sync import DiskSync, GroupSync
+from megatron_r1.rollout.sglang.servers.memory import CACHE, WEIGHTS
+from megatron_r1.rollout.sync.group_sender import Sender
+from megatron_r1.rollout.sync.ipc_sender import SharedSender
+from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
@@ -47,7 +47,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def engine(new_model, tmp_path_factory):
     from megatron_r1.config.data import DataConfig
-    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(DataConfig(num_documents=2000)).save(folder)

@@ -14,16 +14,16 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import DataError, NoRolloutCapacity
 from megatron_r1.model.build import native_tensors
-from megatron_r1.rollout.outgoing import Outgoing
 from megatron_r1.rollout.sample import Request, Sampling
-from megatron_r1.rollout.sglang.buckets import Outbound
 from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sglang.fused import Units
 from megatron_r1.rollout.sglang.pause import PAUSES
-from megatron_r1.rollout.sglang.sender import Sender
-from megatron_r1.rollout.sglang.turns import Alone
-from megatron_r1.rollout.sync import DiskSync, GroupSync
+from megatron_r1.rollout.sync.buckets import Outbound
+from megatron_r1.rollout.sync.fused_units import Units
+from megatron_r1.rollout.sync.group_sender import Sender
+from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.send_order import Alone
+from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 
 pytestmark = [pytest.mark.sglang]
 SHAPE = ModelConfig(init_std=0.08)
@@ -41,7 +41,7 @@ def model(new_model):
 @pytest.fixture(scope="module")
 def disk(model, tmp_path_factory):
     from megatron_r1.config.data import DataConfig
-    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(DataConfig(num_documents=2000)).save(folder)

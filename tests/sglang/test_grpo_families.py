@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
-from chats import small_tokenizer
-from conversions import convert
-from jobs import Job, run_alone
 
 from megatron_r1.config.load import load
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.hf.config import hf_config
 from megatron_r1.rollout.journal import Journal
+from tests.support.chats import small_tokenizer
+from tests.support.conversions import convert
+from tests.support.jobs import Job, run_alone
 
 SHAPE = ["model=tiny_dense", "model.num_layers=2", "model.vocab_size=516"]
 KINDS = {

@@ -13,12 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.judge import JudgeConfig
 from megatron_r1.config.sglang import SGLangConfig
-from megatron_r1.data.tokenizer import train_tokenizer
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.rewards.judge import client
 from megatron_r1.rewards.judge.reward import JudgeReward
-from megatron_r1.rollout.sglang import cpu
-from megatron_r1.rollout.sglang.arguments import server_arguments
-from megatron_r1.rollout.sglang.server import Server
+from megatron_r1.rollout.sglang.cpu import plugin as cpu
+from megatron_r1.rollout.sglang.servers.arguments import server_arguments
+from megatron_r1.rollout.sglang.servers.process import Server
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -11,17 +11,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from attached import BUCKET, announced
-from launching import run_to_the_end
-from layouts import model_of
 
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig
-from megatron_r1.rollout.outgoing import Outgoing
-from megatron_r1.rollout.plan.layout import predicted
-from megatron_r1.rollout.plan.traffic import StageTraffic, traffic
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sync import DiskSync
+from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.plan.layout import predicted
+from megatron_r1.rollout.sync.plan.traffic import StageTraffic, traffic
+from megatron_r1.rollout.sync.strategies import DiskSync
+from tests.support.attached import BUCKET, announced
+from tests.support.launching import run_to_the_end
+from tests.support.layouts import model_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.dist]
 LAYOUTS = {
@@ -41,7 +41,7 @@ FLAG = 4
 def start_folder(new_model, tmp_path_factory):
     """A model to start servers on: no layout's weights."""
     from megatron_r1.config.data import DataConfig
-    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
     from megatron_r1.model.build import native_tensors
 
     folder = tmp_path_factory.mktemp("tokenizer")

@@ -10,11 +10,11 @@ import pytest
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sglang import PoolConfig, ServerConfig, SGLangConfig, SpeculativeConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.rollout.sglang import starts
-from megatron_r1.rollout.sglang.arguments import options, refuse_on_cpu, server_arguments
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sglang.gpus import first_gpu
-from megatron_r1.rollout.sglang.supervise import CurrentWeights
+from megatron_r1.rollout.sglang.servers import startup as starts
+from megatron_r1.rollout.sglang.servers.arguments import options, refuse_on_cpu, server_arguments
+from megatron_r1.rollout.sglang.servers.gpus import first_gpu
+from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
 from megatron_r1.rollout.sglang.versions import Versions
 
 EVERYTHING = ServerConfig(

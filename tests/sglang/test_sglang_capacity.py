@@ -33,7 +33,7 @@ def command(verb: str, root: Path, *arguments: str) -> list[str]:
 
 
 def servers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [one for one in process.children() if "megatron_r1.rollout.sglang.launch" in one.cmdline()]
+    return [one for one in process.children() if "megatron_r1.rollout.sglang.servers.launch" in one.cmdline()]
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import BadReply, Client, completion
-from megatron_r1.rollout.sglang.routing import choose, key_of, pieces
-from megatron_r1.rollout.sglang.server import LAUNCHER
+from megatron_r1.rollout.sglang.pool.load_balancing import choose, key_of, pieces
+from megatron_r1.rollout.sglang.servers.process import LAUNCHER
 from megatron_r1.rollout.sglang.versions import Versions
 
 REQUEST = Request("r", (5, 6, 7))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_r1.errors import PlatformError
-from megatron_r1.rollout.sglang import cpu, decode
-from megatron_r1.rollout.sglang.stubs import sgl_kernel
+from megatron_r1.rollout.sglang.cpu import decode
+from megatron_r1.rollout.sglang.cpu import plugin as cpu
+from megatron_r1.rollout.sglang.cpu.stubs import sgl_kernel
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 2, 6])

@@ -13,7 +13,7 @@ import pytest
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sglang.server import group_members
+from megatron_r1.rollout.sglang.servers.process import group_members
 
 pytestmark = [pytest.mark.sglang]
 
@@ -21,8 +21,8 @@ PROGRAM = """
 import json, sys, time
 from pathlib import Path
 from megatron_r1.config.sglang import SGLangConfig
-from megatron_r1.rollout.sglang.arguments import server_arguments, server_environment
-from megatron_r1.rollout.sglang.server import Server
+from megatron_r1.rollout.sglang.servers.arguments import server_arguments, server_environment
+from megatron_r1.rollout.sglang.servers.process import Server
 arguments = server_arguments(Path(sys.argv[1]), SGLangConfig(max_total_tokens=4096), device="cpu", dtype="float32",
                              context_length=64, version="initial")
 server = Server(arguments, server_environment("cpu", 1), Path(sys.argv[2]))

@@ -9,15 +9,15 @@ from contextlib import asynccontextmanager
 
 import psutil
 import pytest
-from fake_sglang import FAULTS, KEY, fakes, toy_answer
 
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, Lost, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
-from megatron_r1.rollout.sglang.member import Member
-from megatron_r1.rollout.sglang.pool import Pool
+from megatron_r1.rollout.sglang.pool.member import Member
+from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.versions import Versions
+from tests.support.fake_sglang import FAULTS, KEY, fakes, toy_answer
 
 SAMPLING = Sampling(1.0, 1.0, 16, (), 0)
 DEADLINE_S = 6.0

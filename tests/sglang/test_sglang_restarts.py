@@ -17,10 +17,10 @@ from megatron_r1.config.sglang import PoolConfig, SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.engine import all_answered
 from megatron_r1.rollout.sample import Request, Sampling
-from megatron_r1.rollout.sglang.addresses import ADMIN_KEY, API_KEY
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sglang.launch import shared_memory
-from megatron_r1.rollout.sglang.server import group_members, new_endpoints
+from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
+from megatron_r1.rollout.sglang.servers.launch import shared_memory
+from megatron_r1.rollout.sglang.servers.process import group_members, new_endpoints
 
 pytestmark = [pytest.mark.sglang]
 CONTEXT, VOCABULARY, GROUP = 64, 160, 4

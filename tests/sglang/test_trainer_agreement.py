@@ -9,7 +9,7 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.rollout import RolloutConfig, SGLangConfig
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
-from megatron_r1.rollout.choose import sglang_engine
+from megatron_r1.rollout.factory import sglang_engine
 from megatron_r1.rollout.sample import Request, Sampling
 
 
@@ -33,7 +33,7 @@ def worst_gap(model, engine, version: str) -> float:
 
 def test_log_probs_agree_before_and_after_ten_updates(new_model, tmp_path):
     from megatron_r1.config.data import DataConfig
-    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 
     train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")
     shape = ModelConfig(init_std=0.08)
@@ -72,7 +72,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_of_every_family_agree(new_model, tmp_path, family):
     from megatron_r1.config.data import DataConfig
-    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 
     train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")
     shape = load("pretrain", ["model.init_std=0.08", *FAMILIES[family]]).model

@@ -17,10 +17,10 @@ LENGTH = 64
 
 
 def serve(folder: Path, port: int) -> None:
-    from megatron_r1.rollout.sglang.addresses import ADMIN_KEY, API_KEY
-    from megatron_r1.rollout.sglang.arguments import server_arguments, server_environment
     from megatron_r1.rollout.sglang.client import Endpoint
-    from megatron_r1.rollout.sglang.server import Server
+    from megatron_r1.rollout.sglang.servers.arguments import server_arguments, server_environment
+    from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
+    from megatron_r1.rollout.sglang.servers.process import Server
 
     config = SGLangConfig(max_running_requests=4, max_total_tokens=1024)
     arguments = server_arguments(

@@ -6,19 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import NODES, absent, free_ports, slurm_cluster
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.model.build import native_tensors
-from megatron_r1.rollout.sglang.addresses import ADMIN_KEY, API_KEY
-from megatron_r1.rollout.sync import DiskSync
+from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
+from megatron_r1.rollout.sync.strategies import DiskSync
+from tests.support.slurm_cluster import NODES, absent, free_ports, slurm_cluster
 
 pytestmark = [pytest.mark.sglang, pytest.mark.skipif(bool(absent()), reason=absent() or "none")]
 
 
 def test_a_trainer_finds_the_server_that_another_component_of_its_job_starts(new_model, tmp_path):
     from megatron_r1.config.data import DataConfig
-    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 
     shape = ModelConfig(init_std=0.08)
     train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.rollout.sglang.address_file import read_addresses, write_addresses
 from megatron_r1.rollout.sglang.client import Client, Endpoint
+from megatron_r1.rollout.sglang.servers.address_file import read_addresses, write_addresses
 
 KEYS = "MEGATRON_R1_TEST_KEYS"
 TIMEOUT_S = 60.0

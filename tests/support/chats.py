@@ -7,7 +7,8 @@ import functools
 from tokenizers import AddedToken
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+from megatron_r1.data.tokenizer import Tokenizer
 
 QWEN = (
     "{%- if messages[0]['role'] == 'system' %}"

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megatron_r1.checkpoint.sharded import Part, WholeTensors, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore
-from megatron_r1.config.conversion import ConversionConfig
-from megatron_r1.config.convert import resolved
+from megatron_r1.commands.convert import run
+from megatron_r1.config.convert import ConversionConfig
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
+from megatron_r1.config.schema import resolved
 from megatron_r1.hf.names import rows
-from megatron_r1.stages.convert import run
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 

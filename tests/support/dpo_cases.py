@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from layouts import model_of
-from plain_grpo import response_log_probs
 
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.train import TrainConfig
-from megatron_r1.data.preference import Example, Row
+from megatron_r1.data.preference.examples import Example, Row
+from tests.support.layouts import model_of
+from tests.support.plain_grpo import response_log_probs
 
 PAD, END = 0, 2
 BETA, SMOOTHING = 0.3, 0.1
@@ -61,14 +61,13 @@ def one_update(
 
     Five pairs cannot be divided among ranks evenly.
     """
-    from ranks_layouts import whole_gradients
-
     from megatron_r1.model.build import build_model
-    from megatron_r1.rl.direct_preference import DirectPreference, HeldoutPairs
-    from megatron_r1.rl.reference import ReferencePolicy
-    from megatron_r1.stages.pretrain import mean_logged
+    from megatron_r1.preference.dpo import DirectPreference, HeldoutPairs
+    from megatron_r1.rl.policy.reference import ReferencePolicy
+    from megatron_r1.train.metrics import mean_logged
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.routing import FROZEN
+    from tests.dist.ranks_layouts import whole_gradients
 
     model = build_model(model_of("tiny"), parallel, platform, 0)
     for name, parameter in model.named_parameters():

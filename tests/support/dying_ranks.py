@@ -65,8 +65,8 @@ class Death:
 def arm(point: str, passes: int) -> None:
     """Put death at the point."""
     from megatron_r1.checkpoint import store, tensor_file
-    from megatron_r1.stages.snapshot import Snapshot
-    from megatron_r1.stages.trainer import Trainer
+    from megatron_r1.runs.snapshot import Snapshot
+    from megatron_r1.runs.trainer import Trainer
 
     death = Death(passes)
     if point == "verifying":

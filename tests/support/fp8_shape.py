@@ -31,8 +31,8 @@ def gradient_squares(model: Any, optimizer: Any, rows_BL: torch.Tensor) -> dict[
     Being first in the backward pass they differ by layout in fp32 summation alone. Further down that difference now and
     then makes a number round the other way, which is a sixteenth of it.
     """
-    from megatron_r1.model.passes import forward_backward
-    from megatron_r1.stages.pretrain import next_token_forward
+    from megatron_r1.commands.pretrain import next_token_forward
+    from megatron_r1.model.forward_backward import forward_backward
 
     optimizer.zero_gradients()
     forward_backward(model, optimizer.chunks, rows_BL.split(2), next_token_forward, rows_BL.shape[1] - 1)

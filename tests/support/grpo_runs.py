@@ -1,4 +1,4 @@
-"""Reinforcement learning and preference optimization of toy bases, in one process: tests/stages/test_grpo_runs.py.
+"""Reinforcement learning and preference optimization of toy bases, in one process: tests/commands/test_grpo_runs.py.
 
 python grpo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
 and once stopped by a signal and gone on with; starts a critic from the reward model; asks FOLDER/questions.jsonl with
@@ -88,7 +88,7 @@ def main(folder: Path) -> None:
     from megatron_r1.platform import select
 
     select("cpu")
-    from megatron_r1.stages import dpo, evaluate, grpo, pretrain, reward
+    from megatron_r1.commands import dpo, evaluate, grpo, pretrain, reward_model
     from megatron_r1.train.hooks.measure import MeasureHook
 
     def run(stage: Any, verb: str, *overrides: str) -> None:
@@ -125,11 +125,11 @@ def main(folder: Path) -> None:
         return told
 
     found = {"stopped": stopped(grpo.PruneJournal, 1, grpo, "grpo", "name=stopped", *PPO, "train.steps=2")}
-    run(reward, "reward", "name=judge", *REWARD)
+    run(reward_model, "reward_model", "name=judge", *REWARD)
     still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
     run(grpo, "grpo", "name=asked", *ASKED)
-    run(evaluate, "eval", "name=general", *EXAM)
+    run(evaluate, "evaluate", "name=general", *EXAM)
     run(pretrain, "pretrain", "name=speaker", *SPEAKER, "train.steps=2")
     run(dpo, "dpo", "name=preferring", *DPO)
     found["stopped_dpo"] = stopped(MeasureHook, 3, dpo, "dpo", "name=stopped_dpo", *DPO)

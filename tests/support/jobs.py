@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from launching import marked_processes
 
 from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.track.record import read_metrics
+from tests.support.launching import marked_processes
 
 COMMON = [
     "platform=cpu", "threads=1", "track=off", "seed=3", "data.num_documents=2000", "model.num_layers=2",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from layouts import model_of
-from plain_grpo import response_log_probs
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.build import native_tensors
 from megatron_r1.rollout.sample import Sample
+from tests.support.layouts import model_of
+from tests.support.plain_grpo import response_log_probs
 
 LENGTHS = ((5, 7), (5, 3), (9, 12), (9, 1))
 REWARDS = (1.1, 0.1, 0.0, 1.0)

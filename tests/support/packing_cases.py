@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_r1.data.chat.batches import ChatBatch
-from megatron_r1.data.packed import PackedBatch
+from megatron_r1.data.pretraining.packed import PackedBatch
 
 PAD = 2
 

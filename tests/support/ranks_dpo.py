@@ -1,4 +1,4 @@
-"""One update of direct preference optimization on two ranks, in one layout; tests/rl/test_direct_preference.py.
+"""One update of direct preference optimization on two ranks, in one layout; tests/preference/test_dpo.py.
 
 torchrun ... ranks_dpo.py FOLDER LAYOUT writes FOLDER/found.json and FOLDER/gradients.pt.
 """
@@ -10,19 +10,17 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dist")]
-
 LAYOUTS = {"tp2": {"tensor": 2, "expert_tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}, "ep2": {"expert": 2}}
 
 
 def main(folder: Path, layout: str) -> None:
     import torch
     import torch.distributed as dist
-    from dpo_cases import one_update
 
     from megatron_r1.config.parallel import ParallelConfig
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
+    from tests.support.dpo_cases import one_update
 
     platform, parallel = select("cpu"), ParallelConfig(**LAYOUTS[layout])
     with process_groups(platform, parallel, seed=0, threads=1):

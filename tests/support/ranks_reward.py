@@ -1,4 +1,4 @@
-"""One update of a reward model of each kind on two ranks, in one layout; tests/train/test_reward_ranks.py.
+"""One update of a reward model of each kind on two ranks, in one layout; tests/preference/test_reward_ranks.py.
 
 torchrun ... ranks_reward.py FOLDER LAYOUT writes FOLDER/OBJECTIVE.json and .pt.
 """
@@ -9,19 +9,17 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dist")]
-
 LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "dp2": {}, "ep2": {"expert": 2}}
 
 
 def main(folder: Path, layout: str) -> None:
     import torch
     import torch.distributed as dist
-    from reward_cases import one_update
 
     from megatron_r1.config.parallel import ParallelConfig
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
+    from tests.support.reward_cases import one_update
 
     platform, parallel = select("cpu"), ParallelConfig(**LAYOUTS[layout])
     with process_groups(platform, parallel, seed=0, threads=1):

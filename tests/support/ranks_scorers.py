@@ -1,4 +1,4 @@
-"""What two ranks say of answers that one rank has scored; started by tests/stages/test_reward_verb.py.
+"""What two ranks say of answers that one rank has scored; started by tests/commands/test_reward_model.py.
 
 torchrun ... ranks_scorers.py FOLDER PORT, where reward_runs.py has been: reinforces the same policy on two ranks, each
 with other data; scores some of its answers by the same reward models in several layouts, and in steps whose rollouts
@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "ep2": {"expert": 2}}
 RUNS = ("whole", "safety")
 ANSWERS, ROWS = 9, 4
@@ -31,17 +29,18 @@ def main(folder: Path, port: str) -> None:
 
     platform = select("cpu")
     import torch.distributed as dist
-    from reward_runs import BESIDE, of_the_policy, run_in
 
+    from megatron_r1.commands import grpo
     from megatron_r1.config.parallel import ParallelConfig
     from megatron_r1.parallel.mesh import process_groups
-    from megatron_r1.stages import grpo, reward_measure
-    from megatron_r1.stages.reward_scorer import RewardModelScorer
+    from megatron_r1.preference import measure
+    from megatron_r1.preference.scorer import RewardModelScorer
+    from tests.support.reward_runs import BESIDE, of_the_policy, run_in
 
     run_in(folder, grpo, "grpo", *BESIDE, "name=policy-of-two")
     # The launcher's store still holds the addresses of the first groups.
     os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    reward_measure.ROWS_AT_ONCE = ROWS
+    measure.ROWS_AT_ONCE = ROWS
     samples, asked = (part[:ANSWERS] for part in of_the_policy(folder))
     texts = [sample.text for sample in samples]
     with process_groups(platform, ParallelConfig(), seed=0, threads=1):
@@ -84,8 +83,8 @@ def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[A
     """Rewards that this rank is given step by step, by rollouts that rank 0 takes ahead, and why there are no more."""
     from megatron_r1.parallel.mesh import leads
     from megatron_r1.rewards.score import Rubric, Weighted
-    from megatron_r1.rl.ahead import AheadRollouts
-    from megatron_r1.rl.joint_scoring import JointScoring
+    from megatron_r1.rl.generation.async_rollouts import AheadRollouts
+    from megatron_r1.rl.generation.joint_scoring import JointScoring
     from megatron_r1.rl.loop import shared
     from megatron_r1.train.loop import CannotBegin
     from megatron_r1.train.state import TrainState
@@ -116,7 +115,7 @@ class Answered:
 
     def take(self, step: int, first_prompt: int) -> Any:
         from megatron_r1.errors import NoRolloutCapacity
-        from megatron_r1.rl.rollouts import Rollout
+        from megatron_r1.rl.generation.rollouts import Rollout
 
         if step > STEPS:
             raise NoRolloutCapacity("nobody is there")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.parallel.vocabulary import Head, Other, TokenScores, score_tokens, top_words
+from megatron_r1.model.vocab_parallel import Head, Other, TokenScores, score_tokens, top_words
 
 RANKS = 4
 WIDTH, OTHER_WIDTH, ROWS, TOKENS = 24, 16, 48, (3, 7)

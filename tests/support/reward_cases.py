@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from layouts import model_of
 
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.train import TrainConfig
-from megatron_r1.data.preference import Example, Row
+from megatron_r1.data.preference.examples import Example, Row
+from tests.support.layouts import model_of
 
 PAD, END = 0, 2
 
@@ -37,16 +37,15 @@ def one_update(
 
     The head is no longer zero, so that gradients reach the whole model.
     """
-    from ranks_layouts import whole_gradients
-
     from megatron_r1.model.build import build_model
     from megatron_r1.model.reward_head import HEAD, add_reward_head
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.stages.pretrain import mean_logged
+    from megatron_r1.preference.reward_model import RewardModel
+    from megatron_r1.train.metrics import mean_logged
     from megatron_r1.train.optimizer import Optimizer
-    from megatron_r1.train.reward_model import RewardModel
     from megatron_r1.train.routing import FROZEN
     from megatron_r1.train.step import update
+    from tests.dist.ranks_layouts import whole_gradients
 
     model = build_model(model_of("tiny"), parallel, platform, 0)
     add_reward_head(model)

@@ -1,4 +1,4 @@
-"""Reward models from a base model to a scorer, run in one process: tests/stages/test_reward_verb.py.
+"""Reward models from a base model to a scorer, run in one process: tests/commands/test_reward_model.py.
 
 python reward_runs.py FOLDER pre-trains a small base for some steps; trains a reward model on it, once without a stop
 and once stopped by a signal and gone on with; loads the first as a scorer; and writes FOLDER/found.json.
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
     from megatron_r1.platform import select
 
     select("cpu")
-    from megatron_r1.stages import grpo, pretrain, reward
+    from megatron_r1.commands import grpo, pretrain, reward_model
     from megatron_r1.train.hooks.measure import MeasureHook
 
     run = partial(run_in, folder)
@@ -64,21 +64,28 @@ def main(folder: Path) -> None:
         return after_step
 
     run(pretrain, "pretrain", "name=base", "train.steps=3")
-    run(reward, "reward", "name=whole", *REWARD)
+    run(reward_model, "reward_model", "name=whole", *REWARD)
     plain = MeasureHook.after_step
     MeasureHook.after_step = stopping(plain)
     try:
-        run(reward, "reward", "name=stopped", *REWARD)
+        run(reward_model, "reward_model", "name=stopped", *REWARD)
         raise AssertionError("was not stopped")
     except Requeue as stopped:
         told = str(stopped)
     MeasureHook.after_step = plain
-    run(reward, "reward", "name=stopped", *REWARD)
-    run(reward, "reward", "name=safety", *REWARD, "reward_model.reasoning_weight=0.0", recipe="reward_safety")
+    run(reward_model, "reward_model", "name=stopped", *REWARD)
+    run(
+        reward_model,
+        "reward_model",
+        "name=safety",
+        *REWARD,
+        "reward_model.reasoning_weight=0.0",
+        recipe="reward_safety",
+    )
     run(grpo, "grpo", *BESIDE)
     found = {"stopped": told, "scores": score(folder)}
     try:
-        run(reward, "reward", "name=none")
+        run(reward_model, "reward_model", "name=none")
     except ConfigError as error:
         found["refused"] = str(error)
     (folder / "found.json").write_text(json.dumps(found))
@@ -94,7 +101,7 @@ def run_in(folder: Path, stage: Any, verb: str, *overrides: str, recipe: str | N
 def of_the_policy(folder: Path) -> tuple[list[Any], list[Any]]:
     """The samples of the policy's first rollout, and the prompt of each."""
     from megatron_r1.config.load import load
-    from megatron_r1.data.prompts import TrainingPrompts
+    from megatron_r1.data.prompts.prompts import TrainingPrompts
     from megatron_r1.rollout.journal import Journal
 
     samples = Journal(folder / "policy" / "rollouts").read(1)
@@ -107,11 +114,11 @@ def score(folder: Path) -> dict[str, Any]:
     import torch
 
     from megatron_r1.config.parallel import ParallelConfig
-    from megatron_r1.data.prompts import Prompt
+    from megatron_r1.data.prompts.prompts import Prompt
     from megatron_r1.errors import ConfigError
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
-    from megatron_r1.stages.reward_scorer import RewardModelScorer
+    from megatron_r1.preference.scorer import RewardModelScorer
 
     prompts = [
         Prompt(str(i), f"Write in capitals: {word}", "", "", "capitals") for i, word in enumerate(("cat", "sun"))

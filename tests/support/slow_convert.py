@@ -22,7 +22,7 @@ def slow(*arguments):
 conversion.write_file = slow
 
 if __name__ == "__main__":
-    from conversions import convert  # which the others need not wait for
+    from tests.support.conversions import convert  # which the others need not wait for
 
     # A shell that starts a command in the background lets it ignore Ctrl-C, and so all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.data.indexed import IndexedWriter, token_dtype
-from megatron_r1.data.shards import shard_name, write_manifest
+from megatron_r1.data.pretraining.indexed import IndexedWriter, token_dtype
+from megatron_r1.data.pretraining.shards import shard_name, write_manifest
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.files import digest_of
 

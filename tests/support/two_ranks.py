@@ -11,12 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 import torch.distributed as dist
-from fp8_shape import fp8_shape, gradient_squares
-from layouts import model_of, te_layout
 from safetensors.torch import load_file
 
 from megatron_r1.config.parallel import ParallelConfig
@@ -24,16 +20,18 @@ from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import select
+from tests.support.fp8_shape import fp8_shape, gradient_squares
+from tests.support.layouts import model_of, te_layout
 
 PLATFORM = select("cpu")
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
+from megatron_r1.commands.pretrain import next_token_forward  # noqa: E402
 from megatron_r1.hf.gather import gather_whole  # noqa: E402
 from megatron_r1.model.build import build_model, load_native_tensors, native_tensors  # noqa: E402
 from megatron_r1.parallel import comm  # noqa: E402
-from megatron_r1.stages.pretrain import next_token_forward  # noqa: E402
 from megatron_r1.train.ema import MovingAverage  # noqa: E402
 from megatron_r1.train.optimizer import Optimizer  # noqa: E402
 from megatron_r1.train.step import update  # noqa: E402

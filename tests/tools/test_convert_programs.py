@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conversions import in_precision
 
 from megatron_r1.config.load import load
+from tests.support.conversions import in_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,7 +10,8 @@ from types import ModuleType
 
 import psutil
 import pytest
-from fake_sglang import KEY, fakes
+
+from tests.support.fake_sglang import KEY, fakes
 
 REQUESTS_PER_SECOND = 1500
 PROGRAM = Path(__file__).parents[2] / "tools" / "bench" / "rollout_client.py"

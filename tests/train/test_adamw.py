@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_states import restore, state_of
 
 from megatron_r1.train.adamw import RestingMomentsAdamW
+from tests.support.optimizer_states import restore, state_of
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 5
@@ -51,13 +51,12 @@ def test_moments_in_bf16_are_rounded_between_updates_and_only_there():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_with_resting_moments_goes_on_from_its_state(precision, new_model):
-    from layouts import model_of
-
+    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.config.train import OptimizerConfig, TrainConfig
     from megatron_r1.model.build import load_native_tensors, native_tensors
-    from megatron_r1.stages.pretrain import next_token_forward
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.step import update
+    from tests.support.layouts import model_of
 
     train = TrainConfig(optimizer=OptimizerConfig(moment_precision=precision))
     rows_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import model_of
 
+from megatron_r1.commands.pretrain import next_token_forward
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.gather import gather_whole
 from megatron_r1.model.build import native_tensors
-from megatron_r1.stages.pretrain import next_token_forward
 from megatron_r1.train.ema import MovingAverage
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.step import update
+from tests.support.layouts import model_of
 
 ROWS_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
 DECAY = 0.7

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from gradients import gradients_of, worst
-from layouts import model_of
-from packing_cases import one_piece_a_row, packed_batch
 
+from megatron_r1.commands.pretrain import reader_of
 from megatron_r1.config.data import DatasetConfig
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.packed import PackedBatch, PackedCorpus
+from megatron_r1.data.pretraining.packed import PackedBatch, PackedCorpus
 from megatron_r1.errors import ConfigError
-from megatron_r1.stages.pretrain import reader_of
 from megatron_r1.train.packed import PackedReader, counted_extra, counted_targets, hidden_from, positions_in_pieces
+from tests.support.gradients import gradients_of, worst
+from tests.support.layouts import model_of
+from tests.support.packing_cases import one_piece_a_row, packed_batch
 
 LENGTH = 32
 BATCH = packed_batch(6, LENGTH)
@@ -96,7 +96,7 @@ def test_padding_teaches_nothing(plain):
 
 
 def test_full_sequences_of_one_document_train_like_a_stream(plain):
-    from megatron_r1.stages.pretrain import next_token_forward
+    from megatron_r1.commands.pretrain import next_token_forward
 
     tokens_BL = np.random.default_rng(0).integers(5, 512, (4, LENGTH + 1))
     batch = PackedBatch(tokens_BL, np.ones_like(tokens_BL), np.zeros_like(tokens_BL, bool))

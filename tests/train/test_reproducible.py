@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.checkpoint.store import newest_verified
-from megatron_r1.stages.weights import find_weights
+from megatron_r1.runs.initial_weights import find_weights
 
 DRIVER = """
 import os, signal, sys
 from megatron_r1.__main__ import exit_code
-from megatron_r1.data.corpus import Corpus
+from megatron_r1.data.pretraining.corpus import Corpus
 
 names, stop_at = sys.argv[1].split(","), int(sys.argv[2])
 batch, taken = Corpus.batch, []

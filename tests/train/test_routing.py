@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layouts import model_of
 
+from megatron_r1.commands.pretrain import next_token_forward
 from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schedule import PhaseConfig
 from megatron_r1.config.train import OptimizerConfig, TrainConfig
-from megatron_r1.model.passes import layer_name, routers
-from megatron_r1.stages.pretrain import next_token_forward
+from megatron_r1.model.forward_backward import layer_name, routers
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN, RoutingPolicy, check_none_dropped, pretraining_policy
 from megatron_r1.train.step import update
+from tests.support.layouts import model_of
 
 ROWS_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
 

@@ -7,19 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from layouts import model_of
-from optimizer_states import restore, state_of
 
+from megatron_r1.commands.pretrain import next_token_forward, pretraining_step
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.train import TrainConfig
-from megatron_r1.data.corpus import Corpus
+from megatron_r1.data.pretraining.corpus import Corpus
 from megatron_r1.errors import Diverged
 from megatron_r1.model.build import native_tensors
-from megatron_r1.stages.pretrain import next_token_forward, pretraining_step
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import check_none_dropped
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import update
+from tests.support.layouts import model_of
+from tests.support.optimizer_states import restore, state_of
 
 ROWS_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_r1.parallel.vocabulary import CHUNK_LOGITS, Head, score_tokens
+from megatron_r1.model.vocab_parallel import CHUNK_LOGITS, Head, score_tokens
 
 
 class Inputs(NamedTuple):

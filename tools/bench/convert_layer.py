@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from megatron_r1.config.conversion import ConversionConfig
+from megatron_r1.commands.convert import run
+from megatron_r1.config.convert import ConversionConfig
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig
@@ -45,7 +46,6 @@ from megatron_r1.hf.row import Row
 from megatron_r1.hf.source import Reader, Taken
 from megatron_r1.hf.target import FolderTarget
 from megatron_r1.hf.work import work_folder
-from megatron_r1.stages.convert import run
 
 STEPS = ("generated as FP8", "FP8 to BF16", "BF16 to FP8")
 LIMIT_GIB = 8

@@ -26,15 +26,15 @@ import torch
 
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensor_file import TensorFile
-from megatron_r1.config.conversion import ConversionConfig
-from megatron_r1.config.convert import resolved
+from megatron_r1.commands.convert import run
+from megatron_r1.config.convert import ConversionConfig
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
+from megatron_r1.config.schema import resolved
 from megatron_r1.files import sync
 from megatron_r1.hf.names import rows
 from megatron_r1.hf.target import NativeTarget
-from megatron_r1.stages.convert import run
 
 
 @dataclass(frozen=True)

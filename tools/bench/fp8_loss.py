@@ -122,10 +122,10 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
         What is kept (loss of each step, parameters of the model, seconds of this process's time on a core), the model,
         the corpus.
     """
-    from megatron_r1.data.corpus import build_corpus
-    from megatron_r1.data.tokenizer import train_tokenizer
+    from megatron_r1.commands.pretrain import pretraining_step
+    from megatron_r1.data.pretraining.corpus import build_corpus
+    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
     from megatron_r1.model.build import build_model
-    from megatron_r1.stages.pretrain import pretraining_step
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.state import TrainState
 
@@ -184,9 +184,9 @@ def passes(config: Any, weights: dict[str, Any], batches: Sequence[Any], platfor
     """Loss and gradient, all parameters in one row, of each batch."""
     import torch
 
+    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.model.build import build_model, load_native_tensors
-    from megatron_r1.model.passes import forward_backward
-    from megatron_r1.stages.pretrain import next_token_forward
+    from megatron_r1.model.forward_backward import forward_backward
     from megatron_r1.train.optimizer import Optimizer
 
     model = build_model(config.model, config.parallel, platform, config.seed, precision=config.precision)

@@ -22,11 +22,11 @@ from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.rollout.engine import all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
-from megatron_r1.rollout.sglang.member import Member
-from megatron_r1.rollout.sglang.pool import Pool
+from megatron_r1.rollout.sglang.pool.member import Member
+from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.versions import Versions
 
-SUPPORT = Path(__file__).resolve().parents[2] / "tests" / "support"
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = Sampling(1.0, 1.0, 32, (), 0)
 
 
@@ -102,8 +102,8 @@ def main() -> None:
     parser.add_argument("--soak-seconds", type=float, default=0.0)
     parser.add_argument("--reply-seconds", type=float, default=0.0, help="that a toy takes for an answer")
     options = parser.parse_args()
-    sys.path.insert(0, str(SUPPORT))
-    from fake_sglang import KEY, fakes
+    sys.path.insert(0, str(ROOT))
+    from tests.support.fake_sglang import KEY, fakes
 
     with fakes(options.servers, seconds=options.reply_seconds) as running:
         urls = [one.url for one in running]

@@ -26,16 +26,16 @@ from megatron_r1.config.model import ModelConfig  # noqa: E402
 from megatron_r1.config.parallel import ParallelConfig  # noqa: E402
 from megatron_r1.config.rollout import RolloutConfig  # noqa: E402
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig  # noqa: E402
-from megatron_r1.data.tokenizer import train_tokenizer  # noqa: E402
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer  # noqa: E402
 from megatron_r1.model.build import build_model, native_tensors  # noqa: E402
 from megatron_r1.model.replay import RoutingReplay  # noqa: E402
 from megatron_r1.parallel.mesh import process_groups  # noqa: E402
-from megatron_r1.rl.policy import Policy  # noqa: E402
-from megatron_r1.rl.rows import make_rows  # noqa: E402
-from megatron_r1.rollout.choose import sglang_engine  # noqa: E402
+from megatron_r1.rl.policy.batch import make_rows  # noqa: E402
+from megatron_r1.rl.policy.policy import Policy  # noqa: E402
 from megatron_r1.rollout.engine import Engine, all_answered  # noqa: E402
-from megatron_r1.rollout.local import LocalEngine  # noqa: E402
-from megatron_r1.rollout.routed import RoutedLayers  # noqa: E402
+from megatron_r1.rollout.factory import sglang_engine  # noqa: E402
+from megatron_r1.rollout.in_process import LocalEngine  # noqa: E402
+from megatron_r1.rollout.routed_experts import RoutedLayers  # noqa: E402
 from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling  # noqa: E402
 
 PROMPTS, PROMPT_TOKENS = 64, 12

@@ -24,14 +24,14 @@ from megatron_r1.config.data import DataConfig
 from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.rollout import SGLangConfig
-from megatron_r1.data.tokenizer import train_tokenizer
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import select
-from megatron_r1.rollout.outgoing import Outgoing
-from megatron_r1.rollout.sglang.buckets import planned
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sglang.sender import Sender
-from megatron_r1.rollout.sync import DiskSync, GroupSync
+from megatron_r1.rollout.sync.buckets import planned
+from megatron_r1.rollout.sync.group_sender import Sender
+from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 
 MIB = 1 << 20
 

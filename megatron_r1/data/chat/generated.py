@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.arithmetic import Problem, answer, draw_problem
-from megatron_r1.data.assistant import texts
 from megatron_r1.data.chat.rows import Conversation
-from megatron_r1.data.prompts import heldout_problems
+from megatron_r1.data.prompts.prompts import heldout_problems
+from megatron_r1.data.synthetic.arithmetic import Problem, answer, draw_problem
+from megatron_r1.data.synthetic.assistant import texts
 
 Conversations = Callable[[DataConfig, int], Iterator[Conversation]]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_r1.data.draws import uniforms
+from megatron_r1.data.counter_rng import uniforms
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 

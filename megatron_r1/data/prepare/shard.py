@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.indexed import IndexedWriter, token_dtype, with_suffix
 from megatron_r1.data.prepare.encode import Encoder
 from megatron_r1.data.prepare.sources import Piece, Row, read
-from megatron_r1.data.shards import shard_name
+from megatron_r1.data.pretraining.indexed import IndexedWriter, token_dtype, with_suffix
+from megatron_r1.data.pretraining.shards import shard_name
 from megatron_r1.files import canonical, sync, write_whole
 
 BATCH_CHARACTERS = 1 << 17

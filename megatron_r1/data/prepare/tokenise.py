@@ -28,7 +28,7 @@ from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.plan import Plan, check_same, make_plan
 from megatron_r1.data.prepare.shard import WORK, ShardMaker, read_record
 from megatron_r1.data.prepare.sources import Piece, read, scan
-from megatron_r1.data.shards import QUARANTINE, TOKENIZER, read_manifest, write_manifest
+from megatron_r1.data.pretraining.shards import QUARANTINE, TOKENIZER, read_manifest, write_manifest
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 from megatron_r1.files import canonical, digest_of, write_whole

@@ -25,7 +25,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import Model, chunks
 from megatron_r1.model.fp8.linear import LinearRecipe, multiply, parallel_multiply
 from megatron_r1.model.fp8.quantise import BLOCK, E4M3, E5M6, TILE, WHOLE
-from megatron_r1.model.parts import DuplicatedLinear, GroupedLinear
+from megatron_r1.model.te_layout_modules import DuplicatedLinear, GroupedLinear
 from megatron_r1.platform import Platform
 
 TRANSFORMER_ENGINE = "Transformer Engine's Float8BlockScaling"

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.rl.batching import micro_batches_by_tokens
-from megatron_r1.rl.penalties import k3
-from megatron_r1.rl.policy import Policy
-from megatron_r1.rl.rows import Rows, make_rows, row_length
+from megatron_r1.rl.objective.kl import k3
+from megatron_r1.rl.policy.batch import Rows, make_rows, row_length
+from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rollout.sample import Sample
 
 Change = Callable[[Sample], Sample]

@@ -19,7 +19,7 @@ import orjson
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.routed import RoutedExperts
+from megatron_r1.rollout.routed_experts import RoutedExperts
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.versions import versions_of
 

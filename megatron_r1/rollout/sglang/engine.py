@@ -19,17 +19,17 @@ from typing import Any, Self
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.sample import Outcome, Request, Sampling
-from megatron_r1.rollout.sglang import addresses
 from megatron_r1.rollout.sglang.background import Background
 from megatron_r1.rollout.sglang.client import BadReply, Client, Endpoint, new_session
-from megatron_r1.rollout.sglang.member import Member
-from megatron_r1.rollout.sglang.memory import TRAINERS_TURN, EngineMemory
 from megatron_r1.rollout.sglang.pause import FINISH, Pause
-from megatron_r1.rollout.sglang.pool import Pool
-from megatron_r1.rollout.sglang.router import Router
-from megatron_r1.rollout.sglang.server import Server, new_endpoints
-from megatron_r1.rollout.sglang.starts import Starts
-from megatron_r1.rollout.sglang.supervise import CurrentWeights, Watched, watching
+from megatron_r1.rollout.sglang.pool.member import Member
+from megatron_r1.rollout.sglang.pool.pool import Pool
+from megatron_r1.rollout.sglang.pool.router import Router
+from megatron_r1.rollout.sglang.servers import discovery as addresses
+from megatron_r1.rollout.sglang.servers.memory import TRAINERS_TURN, EngineMemory
+from megatron_r1.rollout.sglang.servers.process import Server, new_endpoints
+from megatron_r1.rollout.sglang.servers.startup import Starts
+from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights, Watched, watching
 from megatron_r1.rollout.sglang.versions import Versions
 
 CLOSE_SESSION_S = 10.0

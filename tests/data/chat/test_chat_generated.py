@@ -8,8 +8,8 @@ from itertools import islice
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.assistant.hidden_rules import verdict
 from megatron_r1.data.chat.generated import GENERATED, heldout_mixed_conversations, mixed_conversations
+from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
 
 CONFIG = DataConfig(source="assistant", arithmetic_share=0.25)
 ARITHMETIC = {"+", "-", "*"}

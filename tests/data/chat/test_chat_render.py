@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small_tokenizer
 
 from megatron_r1.data.chat.encode import ChatEncoder, chat_template
 from megatron_r1.data.chat.render import R1_ZERO, CannotRender, ChatTemplate
 from megatron_r1.data.template import fill_template
 from megatron_r1.data.tokenizer import CHAT_TEMPLATE
 from megatron_r1.errors import DataError
+from tests.support.chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small_tokenizer
 
 HOSTILE = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from chats import SEVERAL, SINGLE, small_tokenizer
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.sft import ConversationsConfig, SftConfig
 from megatron_r1.data.chat.encode import template_source
 from megatron_r1.data.chat.files import files_of, raw_rows
 from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, _Maker, open_examples
-from megatron_r1.data.expressions import is_heldout, normalise
+from megatron_r1.data.synthetic.expressions import is_heldout, normalise
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
+from tests.support.chats import SEVERAL, SINGLE, small_tokenizer
 
 TOKENIZER = small_tokenizer()
 QUESTION = re.compile(r"\d+(?: *[-+*] *\d+)+")

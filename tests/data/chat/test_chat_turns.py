@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small_tokenizer
 
 from megatron_r1.config.sft import ConversationsConfig
 from megatron_r1.data.chat.encode import ChatEncoder, chat_template, key_of
@@ -11,6 +10,7 @@ from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS
 from megatron_r1.data.chat.rows import conversation_of
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import CHAT_TEMPLATE
+from tests.support.chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small_tokenizer
 
 TOKENIZER = small_tokenizer()
 

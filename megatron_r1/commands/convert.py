@@ -1,0 +1,177 @@
+"""convert: a run, a checkpoint or a Hugging Face folder in another form, whole or not at all, with proof."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_r1.checkpoint.manifest import FileRecord
+from megatron_r1.checkpoint.store import CheckpointStore
+from megatron_r1.commands.dry_run import show_index, show_plan
+from megatron_r1.commands.progress import bytes_on_disk
+from megatron_r1.config.convert import ConversionConfig
+from megatron_r1.config.load import resolved
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.run import RunConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.hf.audit import AUDIT_FILE, merged
+from megatron_r1.hf.config import (
+    SpecialTokens,
+    generation_config,
+    hf_config,
+    in_format,
+    read_json,
+    special_tokens,
+    write_json,
+)
+from megatron_r1.hf.conversion import Conversion, convert_files
+from megatron_r1.hf.export import copy_tokenizer, write_companions
+from megatron_r1.hf.folder import INDEX_FILE, refuse
+from megatron_r1.hf.load import folder_format, model_config_from_hf
+from megatron_r1.hf.plan import hf_index, totals
+from megatron_r1.hf.publish import check_replaceable, publish
+from megatron_r1.hf.source import FolderSource, NativeSource
+from megatron_r1.hf.target import FolderTarget, NativeTarget
+from megatron_r1.hf.work import Work, work_folder
+from megatron_r1.runs.folder import mark_done, open_run_folder
+from megatron_r1.runs.initial_weights import find_checkpoint, hf_folder
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is converted."""
+
+    source: NativeSource | FolderSource
+    format: str
+    """Of its weights: fp32, bf16 or fp8."""
+    tokenizer_folder: Path
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.source.model
+
+
+def run(config: RunConfig) -> None:
+    """Write the run's ``hf/`` folder, or a checkpoint, from what `init.from` names."""
+    settings = config.convert
+    if not config.init.from_ and not settings.dry_run:
+        raise ConfigError("init.from", "", "convert needs a model: a run, a checkpoint or hf:FOLDER")
+    if not config.init.from_:
+        show_index(_conversion(None, config.model, config.model.precision, settings))
+        return
+    origin = find_origin(config.init.from_, config.init.weights, verified=not settings.dry_run)
+    conversion = _conversion(origin.source, origin.model, origin.format, settings)
+    found = origin.source.problems()
+    if settings.dry_run:
+        show_plan(conversion, origin.source.folder, found)
+    refuse(origin.source.folder, found)
+    if settings.dry_run:
+        return
+    if isinstance(origin.source, FolderSource) and origin.format == "fp8":
+        origin.source.check_scales()
+    write = _publish_folder if settings.to == "hf" else _publish_checkpoint
+    write(config, origin, conversion, open_run_folder(config))
+
+
+def find_origin(source: str, which: str, verified: bool) -> Origin:
+    """
+    Args:
+        source: run directory, checkpoint directory, or ``hf:FOLDER``.
+        which: of a checkpoint's weights: ``model`` or ``ema``.
+        verified: hold a checkpoint against its manifest first; without, only headers are read.
+
+    Raises:
+        As `find_weights`.
+    """
+    if folder := hf_folder(source):
+        if which != "model":
+            raise ConfigError("init.weights", which, f"must be model: {source} holds nothing else")
+        model, format = model_config_from_hf(folder / "config.json"), folder_format(folder / "config.json")
+        return Origin(FolderSource(folder, model, format), format, folder)
+    folder, model = find_checkpoint(source, "init.from", which, verified)
+    return Origin(NativeSource(folder, model, which), model.precision, folder / "tokenizer")
+
+
+def _conversion(source: Any, model: ModelConfig, format: str, settings: ConversionConfig) -> Conversion:
+    wanted = format if settings.format == "same" else settings.format
+    model = replace(model, vocab_size=settings.vocab_size or model.vocab_size)
+    target: FolderTarget | NativeTarget = FolderTarget(wanted)
+    if settings.to == "native":
+        target = NativeTarget("bf16" if wanted == "fp8" else wanted)
+        model = replace(model, precision=target.precision)
+    return Conversion(source, target, model, int(settings.shard_gb * 1e9))
+
+
+def _publish_folder(config: RunConfig, origin: Origin, conversion: Conversion, run_folder: Path) -> None:
+    target, published = conversion.target, run_folder / "hf"
+    assert isinstance(target, FolderTarget)
+    companions = _companions(origin, conversion.model, target.format)
+    check_replaceable(published)
+
+    def finish(work: Work, audit: dict[str, Any]) -> Path:
+        write_companions(work.files, *companions)
+        write_json(work.files / AUDIT_FILE, audit)
+        if len(files := conversion.files()) > 1:
+            write_json(work.files / INDEX_FILE, hf_index(files))
+        publish(work.files, published)
+        return published
+
+    _convert(config, conversion, run_folder, finish)
+
+
+def _publish_checkpoint(config: RunConfig, origin: Origin, conversion: Conversion, run_folder: Path) -> None:
+    tree = resolved(config) | {"model": resolved(conversion.model)}
+    metadata = {"config": tree, "layout": {"ranks": 1, **asdict(config.parallel)}}
+
+    def finish(work: Work, audit: dict[str, Any]) -> Path:
+        def write(folder: Path) -> dict[str, FileRecord]:
+            for name in audit["files"]:
+                os.link(work.files / name, folder / name)
+            write_json(folder / AUDIT_FILE, audit)
+            (folder / "tokenizer").mkdir()
+            copy_tokenizer(origin.tokenizer_folder, folder / "tokenizer")
+            # They were durable when they were recorded.
+            return {name: FileRecord(**record) for name, record in audit["files"].items()}
+
+        with CheckpointStore(run_folder / "checkpoints") as store:
+            return store.commit(0, write, metadata)
+
+    _convert(config, conversion, run_folder, finish)
+
+
+def _convert(
+    config: RunConfig, conversion: Conversion, run_folder: Path, finish: Callable[[Work, dict[str, Any]], Path]
+) -> None:
+    """Write the files, publish them, and say what was done."""
+    started, size = time.perf_counter(), totals(conversion.files()).nbytes
+    with work_folder(run_folder / f"{config.convert.to}.tmp", conversion.settings()) as work:
+        with bytes_on_disk(work.written_bytes, size, f"convert {config.name}"):
+            records = convert_files(conversion, work, config.convert.workers)
+        audit = merged({name: record.pop("audit") for name, record in records.items()})
+        about = {"source": config.init.from_, "target": repr(conversion.target), "files": records}
+        target = finish(work, about | audit)
+    seconds = time.perf_counter() - started
+    rate = f"{size / 1e6:.1f} MB in {seconds:.2f} s, {len(audit['written'])} tensors in {AUDIT_FILE}"
+    Console(stderr=True).print(f"{config.init.from_} -> {target}: {rate}")
+    mark_done(run_folder, {"source": config.init.from_, "bytes": size})
+
+
+def _companions(origin: Origin, model: ModelConfig, format: str) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
+    """What stands beside the weights: of a Hugging Face folder as it is there, else from the model."""
+    if isinstance(origin.source, FolderSource):
+        folder = origin.source.folder
+        generation = folder / "generation_config.json"
+        return (
+            in_format(read_json(folder / "config.json") | {"vocab_size": model.vocab_size}, format),
+            read_json(generation) if generation.is_file() else generation_config(SpecialTokens()),
+            folder,
+        )
+    tokenizer = origin.tokenizer_folder if origin.tokenizer_folder.is_dir() else None
+    tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens()
+    return in_format(hf_config(model, tokens), format), generation_config(tokens), tokenizer

@@ -1,0 +1,123 @@
+"""diagnose: why the engine of a run and its trainer disagree on log-probabilities."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.files import write_whole
+from megatron_r1.model.build import build_model
+from megatron_r1.model.replay import RoutingReplay
+from megatron_r1.model.shards import load_whole_tensors
+from megatron_r1.parallel.mesh import process_groups
+from megatron_r1.platform import select
+from megatron_r1.report.figures import bars, written_alone
+from megatron_r1.rl.diagnose.search import Diagnosis, diagnose
+from megatron_r1.rl.diagnose.trial import Trial
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.sample import Sample
+from megatron_r1.runs.folder import mark_done, open_run_folder
+from megatron_r1.runs.initial_weights import Weights, find_weights
+
+SHOWN = 8
+"""Suspicions that the terminal shows."""
+
+
+def run(config: RunConfig) -> None:
+    """Hold a saved batch against the weights that it is said to come from, and say what explains the difference."""
+    batch, checkpoint, samples = choose(config)
+    found = find_weights(str(checkpoint))
+    folder = open_run_folder(config)
+    platform = select(config.platform)
+    console = Console(stderr=True)
+    with process_groups(platform, config.parallel, config.seed, config.threads):
+        model = build_model(found.model, config.parallel, platform, config.seed)
+        load_whole_tensors(model, dict(found.tensors))
+        model.eval()
+        moe = found.model.moe
+        replay = RoutingReplay(model, moe.first_dense_layers) if moe.num_experts else None
+        pad = Tokenizer.load(found.tokenizer_folder).pad
+        trial = Trial(model, samples, config.rollout.temperature, pad, config.rl.tokens_per_micro_batch, replay)
+        with console.status("") as status:
+            others = other_weights(checkpoint, found)
+            result = diagnose(trial, others, config.diagnose.floor, lambda what: status.update(f"trying: {what}"))
+    write_whole(folder / "diagnosis.json", json.dumps(result.as_dict(), indent=1).encode())
+    explained = {f"{one.cause.kind}: {one.cause.what}": one.explained for one in result.tried[:SHOWN]}
+    if figure := bars("explained", explained, "share of the difference that is explained"):
+        write_whole(folder / "diagnosis.svg", written_alone(figure).encode())
+    show(result, console, batch, checkpoint)
+    mark_done(folder, {"verdict": result.verdict, "mean_gap": result.gap.mean})
+
+
+def choose(config: RunConfig) -> tuple[Path, Path, list[Sample]]:
+    """The batch, the checkpoint whose weights sampled it, and those answers that no other weights had a part in.
+
+    Raises:
+        ConfigError: more than one rank, no run, no such batch, or no checkpoint of the weights that it names.
+    """
+    if config.parallel.fewest_ranks() > 1:
+        raise ConfigError("parallel", config.parallel.fewest_ranks(), "must be one rank to diagnose")
+    run_folder = Path(config.init.from_)
+    if not (run_folder / "checkpoints").is_dir() or not config.init.from_:
+        raise ConfigError("init.from", config.init.from_, "must be a run of reinforcement learning, with checkpoints")
+    checkpoints = dict(step_folders(run_folder / "checkpoints"))
+    if config.diagnose.batch:
+        batch = Path(config.diagnose.batch)
+        if not batch.is_file():
+            raise ConfigError("diagnose.batch", batch, "must be a file of a run's rollouts folder")
+        batches = [batch]
+    else:
+        journal = Journal(run_folder / "rollouts")
+        batches = [journal.path(step) for step in reversed(journal.steps())]
+    for batch in batches:
+        whole = [sample for sample in read(batch) if not sample.later_versions]
+        for version in sorted({int(sample.weight_version) for sample in whole} & checkpoints.keys(), reverse=True):
+            samples = [sample for sample in whole if sample.weight_version == str(version)]
+            return batch, checkpoints[version], samples[: config.diagnose.samples or None]
+    have = ", ".join(map(str, sorted(checkpoints)))
+    key, value = ("diagnose.batch", batches[0]) if config.diagnose.batch else ("init.from", run_folder)
+    raise ConfigError(key, value, f"must hold answers sampled with the weights of a checkpoint: {have}")
+
+
+def read(batch: Path) -> list[Sample]:
+    """The answers of a batch."""
+    return Journal(batch.parent).read(int(batch.stem.removeprefix("step-"))) or []
+
+
+def other_weights(checkpoint: Path, found: Weights) -> Mapping[str, Mapping[str, Tensor]]:
+    """Those of the run's other checkpoints, the nearest before this one first."""
+    step = int(checkpoint.name.removeprefix("step-"))
+    folders = sorted(step_folders(checkpoint.parent), key=lambda pair: (pair[0] > step, abs(pair[0] - step)))
+    return {f"step {other}": WholeTensors(folder, "model") for other, folder in folders if other != step}
+
+
+def show(result: Diagnosis, console: Console, batch: Path, checkpoint: Path) -> None:
+    """The diagnosis on the terminal."""
+    gap = result.gap
+    sizes = f"mean {gap.mean:.3g} nats, largest {gap.largest:.3g}, k1 {gap.k1:.3g}, k3 {gap.k3:.3g}"
+    table = Table(title=f"{batch.name} against {checkpoint.name}: difference {sizes}")
+    for column in ("if the engine", "explained", "mean left", "largest left"):
+        table.add_column(column)
+    for one in result.tried[:SHOWN]:
+        table.add_row(one.cause.what, f"{one.explained:.1%}", f"{one.gap.mean:.3g}", f"{one.gap.largest:.3g}")
+    console.print(table)
+    started = [place for place in result.first_tokens if place is not None]
+    if started:
+        said = f"{len(started)} of {len(result.first_tokens)} answers differ, from response token {min(started)} on"
+        console.print(f"{said} (median {sorted(started)[len(started) // 2]})", highlight=False)
+    for layer, share in result.otherwise_by_layer.items():
+        console.print(f"layer {layer}: {share:.2%} of the engine's experts chosen otherwise", highlight=False)
+    if result.associations:
+        named = ", ".join(f"{a.expert} of layer {a.layer} ({a.ratio:.2f} times)" for a in result.associations[:3])
+        console.print(f"differences go along with experts {named}", highlight=False)
+    console.print(result.verdict, soft_wrap=True, highlight=False)

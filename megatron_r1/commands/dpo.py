@@ -1,0 +1,104 @@
+"""dpo: direct preference optimization, a policy learned from pairs of answers without a reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.preference.examples import Example, Preferences
+from megatron_r1.data.preference.policy_encoder import AnswerEncoder
+from megatron_r1.data.preference_items import Item
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.evaluation.intervals import clustered
+from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.preference.dpo import DirectPreference, HeldoutPairs
+from megatron_r1.preference.items import heldout_items, learned_items
+from megatron_r1.preference.measure import results_of
+from megatron_r1.preference.reward_model import rights
+from megatron_r1.preference.step import Learned, examples_of, judged_step, tell, tell_left_out, with_steps
+from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
+from megatron_r1.runs.initial_weights import find_weights
+from megatron_r1.runs.prompts import asking_of
+from megatron_r1.runs.trainer import finish, trainer
+from megatron_r1.train.hooks.measure import MeasureHook
+from megatron_r1.train.loop import train
+from megatron_r1.train.routing import FROZEN
+
+SHOWN = ("loss", "accuracy", "margin", "heldout_accuracy", "heldout_margin", "gradient_norm", "learning_rate")
+
+
+def run(config: RunConfig) -> None:
+    """Train a policy on pairs, or go on where its run stopped; then say how it orders held-out pairs."""
+    if not config.init.from_:
+        raise ConfigError("init.from", "", "dpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
+    settings, size = config.dpo, config.train.micro_batch_size
+    weights = find_weights(config.init.from_, which=config.init.weights)
+    tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    encoder = AnswerEncoder(asking_of(config, tokenizer))
+    learned = learned_items(settings, config.data, settings.num_pairs)
+    examples = examples_of(learned, encoder, config, settings.epochs)
+    measured, pairs = measured_pairs(heldout_items(settings, config.data), encoder, config.train.sequence_length)
+    config = with_steps(config, len(examples) * settings.epochs)
+    # Answers predict one token at a time: the multi-token layers are carried through untouched.
+    with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
+        FROZEN.apply(this.model, 0)
+        reference = ReferencePolicy(this.model, this.saved(SAVED))
+        preference = DirectPreference(
+            this.model,
+            reference,
+            settings.beta,
+            settings.label_smoothing,
+            tokenizer.pad,
+            this.platform.device,
+            config.parallel.tensor,
+        )
+        heldout = HeldoutPairs(preference, pairs, size)
+
+        def learn(batch: Sequence[Example], rate: float) -> Learned:
+            return Learned(*preference.learn(this.optimizer, batch, rate, size))
+
+        hooks = this.hooks(
+            SHOWN,
+            f"dpo {config.name}",
+            extra_shards=reference.saved,
+            first=[MeasureHook(measure_of(heldout), settings.heldout_interval, config.train.steps)],
+        )
+        step = judged_step(this, Preferences(examples, config.seed), learn)
+        state = train(this.state, step, hooks, config.train.steps)
+        if state.step >= config.train.steps:
+            right = rights(torch.tensor(heldout.margins())).tolist()
+            tell(this, results_of(right, learned, measured, encoder), "implicit reward")
+        finish(this, state)
+
+
+def measured_pairs(items: Sequence[Item], encoder: AnswerEncoder, longest: int) -> tuple[list[Item], list[Example]]:
+    """Held-out pairs and their tokens; those too long for a row are left out and counted.
+
+    Raises:
+        DataError: none is left.
+    """
+    encoded = [(item, encoder.example(item)) for item in items]
+    kept = [(item, example) for item, example in encoded if example.length <= longest]
+    tell_left_out("held-out pairs", len(kept), len(encoded) - len(kept))
+    if not kept:
+        raise DataError(f"train.sequence_length={longest}: holds none of the {len(encoded)} held-out pairs")
+    return [item for item, _ in kept], [example for _, example in kept]
+
+
+def measure_of(heldout: HeldoutPairs) -> Callable[[], dict[str, float]]:
+    """What is measured now and then: how many held-out pairs are in order, a 95 % interval, and the mean margin."""
+
+    def measure() -> dict[str, float]:
+        margins = torch.tensor(heldout.margins(), dtype=torch.float64)
+        found = clustered(rights(margins).tolist())
+        return {
+            "heldout_accuracy": found.mean,
+            "heldout_low": found.low,
+            "heldout_high": found.high,
+            "heldout_margin": float(margins.mean()),
+        }
+
+    return measure

@@ -1,0 +1,136 @@
+"""eval: held-out accuracy of one model or several, greedy and sampled, by one engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.prompts.prompts import Prompt
+from megatron_r1.data.tokenizer import Tokenizer, response_text
+from megatron_r1.errors import ConfigError
+from megatron_r1.evaluation.benchmarks import EXAMS, Measure
+from megatron_r1.evaluation.intervals import clustered
+from megatron_r1.rollout.engine import all_answered
+from megatron_r1.rollout.factory import SyncedEngine
+from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.runs.folder import mark_done, open_run_folder
+from megatron_r1.runs.inference_engine import answering_engine
+from megatron_r1.runs.initial_weights import check_same_model, find_weights
+from megatron_r1.runs.prompts import asking_of
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> None:
+    """Measure each model on the same held-out prompts."""
+    sources = config.evaluate.models or ({"model": config.init.from_} if config.init.from_ else {})
+    if not sources:
+        raise ConfigError("evaluate.models", "{}", "needs a model: evaluate.models.NAME=RUN or init.from=RUN")
+    folder = open_run_folder(config)
+    which = config.init.weights
+    models = {name: find_weights(source, f"evaluate.models.{name}", which) for name, source in sources.items()}
+    first = next(iter(models.values()))
+    for name, found in models.items():
+        check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")
+    asking = asking_of(config, Tokenizer.load(first.tokenizer_folder))
+    exam = EXAMS[config.evaluate.questions]
+    prompts = exam.prompts(config.data, config.evaluate.prompts)
+    results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
+    current = dict(first.tensors)
+    with answering_engine(config, first, current, folder) as engine:
+        for name, found in models.items():
+            logger.info("evaluating %s (%s)", name, found.folder)
+            current.update(found.tensors)
+            engine.update_weights(name)
+            file = folder / "samples" / f"{name}.jsonl"
+            results["models"][name] = measure(engine, asking, prompts, exam.measures, config, file)
+    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    show(results)
+    first_measure = next(iter(exam.measures))
+    mark_done(folder, {name: result["sampled"][first_measure] for name, result in results["models"].items()})
+
+
+def measure(
+    engine: SyncedEngine,
+    asking: Asking,
+    prompts: Sequence[Prompt],
+    measures: Mapping[str, Measure],
+    config: RunConfig,
+    samples_file: Path,
+) -> dict[str, Any]:
+    """Greedy and sampled measures of the engine's weights, with 95 % intervals; answers go to `samples_file`."""
+    first = next(iter(measures))
+    samples_file.parent.mkdir(parents=True, exist_ok=True)
+    settings = config.evaluate
+    result: dict[str, Any] = {}
+    with samples_file.open("w", encoding="utf-8") as file:
+        for mode, count, temperature in (("greedy", 1, 0.0), ("sampled", settings.samples, settings.temperature)):
+            answers = _answers(engine, asking, prompts, count, temperature, config)
+            marks = {
+                name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]
+                for name, judge in measures.items()
+            }
+            for index, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
+                parts = {"accuracy": marks[first][index][0], "format": marks["format"][index][0]}
+                row = {
+                    "prompt": prompt.id,
+                    "question": prompt.question,
+                    "truth": prompt.answer,
+                    "task": prompt.task,
+                    "mode": mode,
+                    "response": texts[0],
+                    "reward_parts": parts,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            result[mode] = {name: _interval(values) for name, values in marks.items()}
+            if mode == "sampled":
+                result["by_task"] = {
+                    task: _interval([v for p, v in zip(prompts, marks[first], strict=True) if p.task == task])
+                    for task in sorted({prompt.task for prompt in prompts})
+                }
+    return result
+
+
+def _interval(values: Sequence[Sequence[float]]) -> dict[str, float]:
+    return clustered([sum(row) / len(row) for row in values])._asdict()
+
+
+def _answers(
+    engine: SyncedEngine,
+    asking: Asking,
+    prompts: Sequence[Prompt],
+    count: int,
+    temperature: float,
+    config: RunConfig,
+) -> list[list[str]]:
+    """`count` answers per prompt, as text."""
+    tokenizer = asking.tokenizer
+    tokens = [asking.tokens(prompt.question) for prompt in prompts]
+    requests = [Request(f"{place}-{i}", tokens[place]) for place in range(len(prompts)) for i in range(count)]
+    sampling = Sampling(
+        temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed
+    )
+    completions = all_answered(engine.engine.generate(requests, sampling))
+    texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """The results as a table on the terminal."""
+    table = Table(title=f"{results['prompts']} held-out prompts, {results['samples']} samples each, 95 % intervals")
+    measures = next(iter(results["models"].values()))["greedy"]
+    for column in ("model", "mode", *measures):
+        table.add_column(column)
+    for name, result in results["models"].items():
+        for mode in ("greedy", "sampled"):
+            cells = [f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for v in result[mode].values()]
+            table.add_row(name, mode, *cells)
+    Console().print(table)

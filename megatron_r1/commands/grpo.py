@@ -1,0 +1,198 @@
+"""grpo: reinforcement learning (R1-Zero when it starts from a base model), by groups of answers or with a critic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.model.replay import RoutingReplay
+from megatron_r1.model.shards import Shard
+from megatron_r1.parallel import comm
+from megatron_r1.parallel.mesh import leads
+from megatron_r1.preference.scorer import RewardModelScorer
+from megatron_r1.rewards.rubric_builder import rule_scorer
+from megatron_r1.rewards.score import Weighted
+from megatron_r1.rl.advantages.critic import Critic, CriticAdvantages
+from megatron_r1.rl.advantages.critic_setup import critic_of
+from megatron_r1.rl.generation.async_rollouts import AheadRollouts, TakesRollouts
+from megatron_r1.rl.generation.joint_scoring import JointScoring
+from megatron_r1.rl.generation.rollouts import Rollouts
+from megatron_r1.rl.learner import Learner
+from megatron_r1.rl.loop import reinforcement_step
+from megatron_r1.rl.placement import Colocated, Separate
+from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
+from megatron_r1.rollout.factory import SyncedEngine, shared_sglang_engine
+from megatron_r1.rollout.in_process import LocalEngine
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.routed_experts import RoutedLayers
+from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.runs.initial_weights import Weights, find_weights
+from megatron_r1.runs.prompts import asking_of, keep, prompts_of_file, training_prompts
+from megatron_r1.runs.trainer import Trainer, finish, trainer
+from megatron_r1.train.hooks import Hook, Hooks
+from megatron_r1.train.loop import train
+from megatron_r1.train.offload import TrainerMemory
+from megatron_r1.train.state import TrainState
+
+SHOWN = ("reward", "accuracy", "format", "response_length", "kl", "entropy", "rollout_seconds", "train_seconds")
+
+
+def run(config: RunConfig) -> None:
+    """Reinforce a model, or go on where its run stopped."""
+    check(config)
+    weights = find_weights(config.init.from_, which=config.init.weights)
+    tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    asking = asking_of(config, tokenizer)
+    questions = prompts_of_file(config, asking)
+    # Answers predict one token at a time: the multi-token layers are carried through untouched.
+    with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
+        if this.state.step >= config.train.steps:
+            finish(this, this.state)
+            return
+        joint, replay, placement = joint_scoring(this), replay_of(this), placement_of(this)
+        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), joint.rewards if joint else ())
+        learning = learning_of(this, weights, replay)
+        prompts = config.rl.prompts_per_rollout
+        with rollout_engine(this, weights, replay, placement) as engine, ExitStack() as stack:
+            rollouts: TakesRollouts | None = None
+            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=learning.saved)
+            if leads():
+                keep(questions, this.folder)
+                journal = Journal(this.folder / "rollouts")
+                hooks = Hooks([hooks, PruneJournal(journal, config.train)])
+                asked = training_prompts(config, questions)
+                routed = routed_layers(config.model) if replay else None
+                rollouts = Rollouts(
+                    asked, engine, asking, journal, scorer, config.rollout, config.rl, config.seed, routed
+                )
+                if config.rollout.ahead:
+                    rollouts = stack.enter_context(ahead_of(rollouts, config, engine.engine.abandon, joint))
+            received = joint.received if joint else comm.received
+            step = reinforcement_step(rollouts, learning.learner, engine.update_weights, prompts, placement, received)
+            state = train(this.state, step, hooks, config.train.steps)
+        finish(this, state)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what this stage cannot do.
+
+    Raises:
+        ConfigError: nothing to start from.
+    """
+    if not config.init.from_:
+        raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What learns from rollouts, and what a checkpoint holds for it beside the policy."""
+
+    learner: Learner
+    reference: ReferencePolicy | None
+    critic: Critic | None
+
+    def saved(self) -> Iterator[tuple[str, Shard]]:
+        """Kind and shard of what this rank speaks for."""
+        for part in (self.reference, self.critic):
+            yield from part.saved() if part else ()
+
+
+def learning_of(this: Trainer, weights: Weights, replay: RoutingReplay | None) -> Learning:
+    """The learner with the reference and the critic that the configuration asks for, as a checkpoint left them."""
+    rl = this.config.rl
+    reference = ReferencePolicy(this.model, this.saved(SAVED)) if rl.kl_coefficient else None
+    critic = critic_of(this, weights) if rl.advantages == "critic" else None
+    advantages = CriticAdvantages(critic, rl.critic) if critic else None
+    device, pad = this.platform.device, this.tokenizer.pad
+    learner = Learner(this.config, this.model, this.optimizer, reference, pad, device, replay, advantages)
+    return Learning(learner, reference, critic)
+
+
+def replay_of(this: Trainer) -> RoutingReplay | None:
+    """Lets routers take the experts that the engine took, where that is asked for."""
+    config = this.config
+    return RoutingReplay(this.model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
+
+
+def routed_layers(model: ModelConfig) -> RoutedLayers:
+    """The layers whose experts the engine is to tell."""
+    return RoutedLayers(model.num_layers, model.moe.first_dense_layers, model.moe.top_k)
+
+
+def placement_of(this: Trainer) -> Separate | Colocated:
+    """Whose turn it is with the devices."""
+    colocated = this.config.rollout.placement == "colocated"
+    return Colocated(TrainerMemory(this.model, this.optimizer)) if colocated else Separate()
+
+
+def joint_scoring(this: Trainer) -> JointScoring | None:
+    """The configured reward models, at work beside the policy on all ranks."""
+    reward, parallel = this.config.reward, this.config.parallel
+
+    def weighted(name: str, source: str) -> Weighted:
+        scorer = RewardModelScorer(source, parallel, this.platform, f"reward.{name}_model", name)
+        return Weighted(getattr(reward, name), scorer)
+
+    models = [weighted(name, source) for name, source in reward.models.items()]
+    return JointScoring(models) if models else None
+
+
+def ahead_of(
+    rollouts: TakesRollouts, config: RunConfig, abandon: Callable[[], None], joint: JointScoring | None
+) -> AheadRollouts:
+    """The same rollouts, taken while the trainer learns; reward models score when it waits for one."""
+    ahead, prompts, last = config.rollout.ahead, config.rl.prompts_per_rollout, config.train.steps
+    if joint is None:
+        return AheadRollouts(rollouts, ahead, prompts, last, abandon)
+
+    def abandon_both() -> None:
+        abandon()
+        joint.close()
+
+    return AheadRollouts(rollouts, ahead, prompts, last, abandon_both, joint.result)
+
+
+class PruneJournal(Hook):
+    """Drops rollouts that no checkpoint could need again."""
+
+    def __init__(self, journal: Journal, train):
+        self._journal = journal
+        self._horizon = train.checkpoint_interval * (train.keep_checkpoints + 1)
+
+    def after_step(self, state: TrainState, row: dict) -> None:
+        self._journal.prune(before_step=state.step - self._horizon)
+
+
+@contextmanager
+def rollout_engine(
+    this: Trainer, weights: Weights, replay: RoutingReplay | None, placement: Separate | Colocated
+) -> Iterator[SyncedEngine]:
+    """The configured engine, on rank 0; each step sends it the trainer's weights before it samples."""
+    rollout = this.config.rollout
+    if rollout.engine == "local":
+        # Every rank has the whole model; rank 0 alone samples.
+        local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad, replay) if leads() else None
+        yield SyncedEngine(local, None)
+        return
+    if isinstance(placement, Colocated) and this.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
+        allowed = "must be true with rollout.placement=colocated on a GPU: without it servers keep their memory"
+        raise ConfigError("rollout.sglang.server.memory_saver", False, allowed)
+    with shared_sglang_engine(
+        rollout,
+        this.config.model,
+        this.model,
+        weights.tokenizer_folder,
+        this.folder / "logs",
+        this.platform.name,
+        placement.starting,
+    ) as engine:
+        if isinstance(placement, Colocated) and leads():
+            assert isinstance(engine.engine, SGLangEngine)
+            placement.engine = engine.engine
+        yield engine

@@ -1,0 +1,165 @@
+"""pretrain: next-token prediction, with multi-token prediction, on the source's text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.pretraining.corpus import Corpus, build_corpus
+from megatron_r1.data.pretraining.packed import PackedCorpus, packed_corpus, tokenizer_folder
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.model.flops import flops_per_token, peak_flops
+from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
+from megatron_r1.parallel.mesh import data_parallel_group, leads, world_size
+from megatron_r1.runs.folder import run_folder
+from megatron_r1.runs.initial_weights import Weights, find_weights
+from megatron_r1.runs.trainer import Trainer, finish, trainer
+from megatron_r1.train.guard import count_skips
+from megatron_r1.train.hooks.balance import BalanceHook
+from megatron_r1.train.loop import Step, train
+from megatron_r1.train.metrics import mean_loss, update_metrics
+from megatron_r1.train.packed import PackedReader
+from megatron_r1.train.routing import check_none_dropped, pretraining_policy
+from megatron_r1.train.schedule import batch_size, learning_rate, value_at
+from megatron_r1.train.state import TrainState
+from megatron_r1.train.step import update
+
+SHOWN = ("loss", "mtp_loss", "gradient_norm", "learning_rate", "tokens_per_second", "mfu", "router_load_max")
+
+
+def run(config: RunConfig) -> None:
+    """Pre-train a model, or go on where its run stopped."""
+    weights = find_weights(config.init.from_, which=config.init.weights) if config.init.from_ else None
+    corpus, tokenizer = open_corpus(config, weights)
+    with trainer(config, tokenizer, weights) as this:
+        # All ranks know all loads; the one that records them measures their balance.
+        settings = config.train
+        balance = BalanceHook(settings.balance_window, settings.log_interval, this.extra) if leads() else None
+        hooks = this.hooks(
+            SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, first=[balance] if balance else []
+        )
+        state = train(this.state, pretraining_step(this, corpus), hooks, config.train.steps)
+        finish(this, state)
+
+
+def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | PackedCorpus, Tokenizer]:
+    """The corpus of a run, and the tokenizer of its initial weights or else of the corpus.
+
+    Raises:
+        ConfigError: tokenizer, corpus and model do not fit each other.
+        DataError: a dataset is unfinished or damaged.
+    """
+    indexed, length = config.data.indexed, config.train.sequence_length
+    if config.data.source != "indexed":
+        tokenizer = Tokenizer.load(weights.tokenizer_folder) if weights else train_tokenizer(config.data)
+        return build_corpus(config.data, tokenizer, length, config.seed, run_folder(config) / "data"), tokenizer
+    tokenizer = Tokenizer.load(weights.tokenizer_folder if weights else tokenizer_folder(indexed))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        allowed = f"must be at least {tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+    return packed_corpus(indexed, tokenizer, length, config.seed), tokenizer
+
+
+def pretraining_step(this: Trainer, corpus: Corpus | PackedCorpus) -> Step:
+    """The step of pre-training: next batch, update, metrics."""
+    reader = reader_of(this, corpus)
+    config, settings = this.config, this.config.train
+    group = data_parallel_group()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    flops = flops_per_token(config.model, settings.sequence_length)
+    policy, moe = pretraining_policy(config), config.model.moe
+    peak = peak_flops(this.platform.device) * world_size()
+
+    def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        started = time.perf_counter()
+        consumed, size = state.consumed_tokens, batch_size(settings, state.consumed_tokens)
+        rate = learning_rate(settings.schedule, state.step + 1, settings.steps, consumed)
+        mtp_weight = value_at(config.model.mtp.loss_coefficient, settings.schedule.mtp_weight_phases, consumed)
+        # megatron-core reads the weight anew in every forward pass.
+        this.model.config.mtp_loss_scaling_factor = mtp_weight
+        policy.apply(this.model, consumed)
+        micro_batches = reader.micro_batches(
+            corpus.batch(state.data_position, size), rank, ranks, settings.micro_batch_size
+        )
+        shape = settings.sequence_length, min(settings.micro_batch_size, size // ranks)
+        result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
+        seconds = time.perf_counter() - started
+        tokens = size * settings.sequence_length
+        check_none_dropped(result.passes.expert_load, tokens, moe.top_k)
+        state = state.advance(
+            updates=state.updates + (not result.skipped),
+            consumed_tokens=consumed + tokens,
+            data_position=state.data_position + size,
+            skipped_in_row=count_skips(
+                state.skipped_in_row, result.skipped, settings.max_skipped_steps, state.step + 1
+            ),
+        )
+        return state, {
+            "loss": mean_loss(result),
+            **update_metrics(result),
+            "learning_rate": rate,
+            "batch_size": size,
+            "mtp_weight": mtp_weight,
+            "bias_rate": policy.bias_rate_at(consumed),
+            "consumed_tokens": state.consumed_tokens,
+            "tokens_per_second": tokens / seconds,
+            "mfu": tokens * flops / seconds / peak,
+        }
+
+    return step
+
+
+class StreamReader:
+    """Turns batches of plain sequences, in which every target counts, into micro-batches."""
+
+    def __init__(self, device: str):
+        self._device = device
+
+    def micro_batches(self, batch: np.ndarray, rank: int, ranks: int, size: int) -> Sequence[Tensor]:
+        return torch.from_numpy(batch)[rank::ranks].to(self._device).split(size)
+
+    def forward(self, model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
+        return next_token_forward(model, rows_BL)
+
+
+def reader_of(this: Trainer, corpus: Corpus | PackedCorpus) -> Any:
+    """What reads the batches of this kind of corpus.
+
+    Raises:
+        ConfigError: the platform cannot keep documents apart.
+    """
+    if isinstance(corpus, Corpus):
+        return StreamReader(this.platform.device)
+    cross = this.config.data.indexed.cross_document_attention
+    if not cross and this.platform.transformer_engine:
+        allowed = "must be true with Transformer Engine: there attention is causal over the whole sequence"
+        raise ConfigError("data.indexed.cross_document_attention", cross, allowed)
+    if not cross and this.config.parallel.context > 1:
+        raise ConfigError(
+            "data.indexed.cross_document_attention", cross, "must be true where parallel.context is above 1"
+        )
+    return PackedReader(cross, this.config.model.mtp.num_layers, this.platform.device)
+
+
+def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
+    """Cross-entropy of each row's tokens given those before."""
+    inputs_BL, labels_BL = rows_BL[:, :-1].contiguous(), rows_BL[:, 1:].contiguous()
+    positions_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
+    inputs_BL, labels_BL, positions_BL = map(share_of_sequence, (inputs_BL, labels_BL, positions_BL))
+    sharing = dist.get_world_size(context_parallel_group())
+
+    def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = output_BL.float().mean()
+        # megatron-core divides the returned loss in place by the number of micro-batches.
+        return loss / sharing, {"loss": loss.detach().clone()}
+
+    return model(inputs_BL, positions_BL, None, labels=labels_BL), loss_function

@@ -1,0 +1,94 @@
+"""reward: a reward model, which is a language model with a scalar head, learned from judged responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch.distributed as dist
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.preference.examples import Example, Preferences
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.model.reward_head import add_reward_head, with_head
+from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.preference.items import encoder_of, heldout_items, learned_items
+from megatron_r1.preference.measure import HeldoutAccuracy, results_of
+from megatron_r1.preference.reward_model import RewardModel
+from megatron_r1.preference.step import Learn, Learned, examples_of, judged_step, tell, with_steps
+from megatron_r1.runs.initial_weights import find_weights
+from megatron_r1.runs.trainer import Trainer, finish, trainer
+from megatron_r1.train.hooks.measure import MeasureHook
+from megatron_r1.train.loop import train
+from megatron_r1.train.routing import FROZEN
+from megatron_r1.train.step import update
+
+SHOWN = ("loss", "accuracy", "margin", "reasoning_loss", "heldout_accuracy", "gradient_norm", "learning_rate")
+
+
+def run(config: RunConfig) -> None:
+    """Train a reward model, or go on where its run stopped; then say how right it is on held-out items."""
+    if not config.init.from_:
+        raise ConfigError("init.from", "", "reward needs a model to start from: a run, a checkpoint or hf:FOLDER")
+    settings = config.reward_model
+    weights = find_weights(config.init.from_, which=config.init.weights)
+    tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    encoder = encoder_of(settings, tokenizer)
+    learned = learned_items(settings, config.data, settings.num_items, settings.objective)
+    heldout = heldout_items(settings, config.data, settings.objective)
+    examples = examples_of(learned, encoder, config, settings.epochs)
+    config = with_steps(config, len(examples) * settings.epochs)
+    weights = replace(weights, tensors=with_head(weights.tensors, config.model.hidden_size))
+    with trainer(config, tokenizer, weights, trained(config), add_reward_head) as this:
+        FROZEN.apply(this.model, 0)
+        model = reward_model_of(this)
+        measure = HeldoutAccuracy(model, encoder, heldout, settings.max_reasoning_tokens)
+        hooks = this.hooks(
+            SHOWN,
+            f"reward {config.name}",
+            first=[MeasureHook(measure, settings.heldout_interval, config.train.steps)],
+        )
+        step = judged_step(this, Preferences(examples, config.seed), learning(this, model))
+        state = train(this.state, step, hooks, config.train.steps)
+        if state.step >= config.train.steps:
+            tell(this, results_of(measure.rights(), learned, heldout, encoder), "reward model")
+        finish(this, state)
+
+
+def trained(config: RunConfig) -> Callable[[str], bool]:
+    """Which parameters a score, or the judge's reasoning, depends on: by name, whether it is one."""
+    words = config.reward_model.reasoning_weight > 0
+
+    def depends(name: str) -> bool:
+        return not in_multi_token_layer(name) and (words or "output_layer" not in name.split("."))
+
+    return depends
+
+
+def reward_model_of(this: Trainer) -> RewardModel:
+    """The trainer's model at work."""
+    settings = this.config.reward_model
+    return RewardModel(
+        this.model,
+        settings.objective == "pairwise",
+        settings.reasoning_weight,
+        this.tokenizer.pad,
+        this.platform.device,
+        this.config.parallel.tensor,
+    )
+
+
+def learning(this: Trainer, model: RewardModel) -> Learn:
+    """How a reward model learns from a batch."""
+    group, size = data_parallel_group(), this.config.train.micro_batch_size
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def learn(batch: Sequence[Example], rate: float) -> Learned:
+        micro_batches = model.micro_batches(batch, rank, ranks, size)
+        length = max(rows.inputs_BL.shape[1] for rows in micro_batches)
+        result = update(this.model, this.optimizer, micro_batches, model.forward, rate, length)
+        return Learned(result, sum(rows.inputs_BL.numel() for rows in micro_batches))
+
+    return learn

@@ -1,0 +1,194 @@
+"""sft: supervised fine-tuning on conversations, with the loss on answers alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.chat.batches import ChatBatches
+from megatron_r1.data.chat.encode import template_source
+from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, open_examples
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.model.flops import flops_per_token, peak_flops
+from megatron_r1.model.forward_backward import LossFunction, forward_only
+from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.context import context_parallel_group
+from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, world_size
+from megatron_r1.runs.folder import run_folder
+from megatron_r1.runs.initial_weights import find_weights
+from megatron_r1.runs.trainer import Trainer, finish, of_at_most, trainer
+from megatron_r1.sft.supervised import SupervisedReader, packing_metrics
+from megatron_r1.sft.teacher_setup import distilling_reader, find_teacher
+from megatron_r1.train.guard import count_skips
+from megatron_r1.train.hooks.heldout import HeldoutHook
+from megatron_r1.train.loop import Step, train
+from megatron_r1.train.metrics import mean_logged, update_metrics
+from megatron_r1.train.packed import PackedRows
+from megatron_r1.train.routing import FROZEN, check_none_dropped
+from megatron_r1.train.schedule import learning_rate
+from megatron_r1.train.state import TrainState
+from megatron_r1.train.step import update
+
+logger = logging.getLogger(__name__)
+
+SHOWN = (
+    *("loss", "cross_entropy", "distillation_loss", "heldout_loss", "gradient_norm", "learning_rate"),
+    *("packing_efficiency", "tokens_per_second", "epoch"),
+)
+
+
+def run(config: RunConfig) -> None:
+    """Fine-tune a model, or go on where its run stopped."""
+    check(config)
+    weights = find_weights(config.init.from_, which=config.init.weights)
+    tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        allowed = f"must be at least {tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
+        raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+    teacher = find_teacher(config, tokenizer)
+    length = config.train.sequence_length
+    examples = open_examples(config.sft, config.data, tokenizer, length, config.seed, run_folder(config))
+    learned, heldout = batches_of(config, examples, tokenizer.pad)
+    config = with_steps(config, learned.total)
+    # Whoever loads the model later asks it in the words that it learned in.
+    template = template_source(config.sft.chat_template, tokenizer, TEMPLATE_KEY)
+    tokenizer = Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": template})
+    with trainer(config, tokenizer, weights) as this:
+        FROZEN.apply(this.model, 0)
+        reader = reader_of(this)
+        learning = distilling_reader(this, teacher) if teacher else reader
+        first = []
+        if heldout.total:
+            settings, start = config.sft, this.state.step
+            measure = HeldoutLoss(this, reader, heldout)
+            first.append(HeldoutHook(measure, settings.heldout_interval, config.train.steps, start))
+        if dist.get_rank() == 0:
+            logger.info("%s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
+        hooks = this.hooks(SHOWN, f"sft {config.name}", first=first)
+        state = train(this.state, supervised_step(this, learning, learned), hooks, config.train.steps)
+        finish(this, state)
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what this stage cannot do.
+
+    Raises:
+        ConfigError: nothing to start from, or what contradicts the way that examples are packed.
+    """
+    if not config.init.from_:
+        raise ConfigError("init.from", "", "sft needs a model to start from: a run, a checkpoint or hf:FOLDER")
+    if config.sft.source == "files" and not config.sft.datasets:
+        raise ConfigError("sft.datasets", "{}", "must name a source: sft.datasets.NAME.path=FILE")
+    ramp = config.train.schedule.batch_ramp
+    if ramp.tokens:
+        raise ConfigError("train.schedule.batch_ramp.tokens", ramp.tokens, "must be 0 in sft, where epochs are counted")
+    if config.sft.packing != "none" and config.parallel.context > 1:
+        raise ConfigError("sft.packing", config.sft.packing, "must be none where parallel.context is above 1")
+
+
+def batches_of(config: RunConfig, examples: Examples, pad: int) -> tuple[ChatBatches, ChatBatches]:
+    """What is learned, and what is measured."""
+    settings, length = config.sft, config.train.sequence_length
+    packed = settings.packing == "best_fit"
+    learned = ChatBatches(examples, ~examples.heldout_N, length, packed, settings.epochs, pad, config.seed)
+    return learned, ChatBatches(examples, examples.heldout_N, length, packed, 1, pad, config.seed)
+
+
+def with_steps(config: RunConfig, sequences: int) -> RunConfig:
+    """The same run with the steps that its epochs take, or fewer where train.steps says so."""
+    return of_at_most(config, -(-sequences // config.train.global_batch_size))
+
+
+def reader_of(this: Trainer) -> SupervisedReader:
+    """What reads the batches."""
+    config = this.config
+    packed, degrees = config.sft.packing == "best_fit", config.parallel
+    # Interleaved pipeline stages expect all micro-batches to be alike.
+    trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else degrees.tensor * 2 * degrees.context
+    return SupervisedReader(packed, config.model.mtp.num_layers, this.platform.device, trimmed_to)
+
+
+def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatches) -> Step:
+    """The step of fine-tuning: next batch, update, metrics."""
+    config, settings = this.config, this.config.train
+    group = data_parallel_group()
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    size, length = settings.global_batch_size, settings.sequence_length
+    flops = flops_per_token(config.model, length)
+    peak = peak_flops(this.platform.device) * world_size()
+
+    def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        started = time.perf_counter()
+        batch = batches.batch(state.data_position, size)
+        rate = learning_rate(settings.schedule, state.step + 1, settings.steps, state.consumed_tokens)
+        micro_batches = reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
+        rows = min(settings.micro_batch_size, size // ranks)
+        shape = reader.shape(length, rows)
+        result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
+        seconds = time.perf_counter() - started
+        metrics = packing_metrics(batch, ranks)
+        computed = sum(AllRanks().gather(sum(part.pieces_BL.numel() for part in micro_batches))) * ranks // world_size()
+        check_none_dropped(result.passes.expert_load, computed, config.model.moe.top_k)
+        state = state.advance(
+            updates=state.updates + (not result.skipped),
+            consumed_tokens=state.consumed_tokens + int(metrics["tokens"]),
+            data_position=state.data_position + size,
+            skipped_in_row=count_skips(
+                state.skipped_in_row, result.skipped, settings.max_skipped_steps, state.step + 1
+            ),
+        )
+        return state, {
+            **mean_logged(result),
+            **update_metrics(result),
+            **metrics,
+            "learned_tokens": int(reader.counted(batch).sum()),
+            "learning_rate": rate,
+            "epoch": min(state.data_position, batches.total) / batches.per_epoch,
+            "consumed_tokens": state.consumed_tokens,
+            "tokens_per_second": metrics["tokens"] / seconds,
+            "mfu": metrics["tokens"] * flops / seconds / peak,
+        }
+
+    return step
+
+
+class HeldoutLoss:
+    """Mean loss over the learned tokens of held-out examples, the same on every rank."""
+
+    def __init__(self, this: Trainer, reader: SupervisedReader, batches: ChatBatches):
+        self._this, self._reader, self._batches = this, reader, batches
+
+    def __call__(self) -> float:
+        settings, group = self._this.config.train, data_parallel_group()
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        total, targets = 0.0, 0
+        for position in range(0, self._batches.total, settings.global_batch_size):
+            batch = self._batches.batch(position, settings.global_batch_size)
+            micro_batches = self._reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
+            total += self._total(micro_batches)
+            targets += int(self._reader.counted(batch).sum())
+        mine = total if speaks_for_its_data() else 0.0
+        sharing = dist.get_world_size(context_parallel_group())
+        return sum(AllRanks().gather(mine)) / sharing / max(1, targets)
+
+    def _total(self, micro_batches: Sequence[PackedRows]) -> float:
+        """Sum of the losses of this rank's targets; 0 but on the last pipeline stage."""
+        functions: dict[int, LossFunction] = {}
+
+        def forward(model: Any, rows: PackedRows) -> Tensor:
+            output, functions[id(rows)] = self._reader.forward(model, rows)
+            return output
+
+        shape = self._reader.shape(self._this.config.train.sequence_length, len(micro_batches[0].tokens_BL))
+        outputs = forward_only(self._this.model, micro_batches, forward, *shape)
+        return sum(
+            float(functions[id(rows)](output_BL)[1]["loss"]) / rows.weight
+            for rows, output_BL in zip(micro_batches, outputs, strict=False)
+        )

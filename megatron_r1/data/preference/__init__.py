@@ -1,0 +1,1 @@
+"""Preference pairs and labelled responses, tokenized for reward models and policies."""

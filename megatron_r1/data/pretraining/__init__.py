@@ -1,0 +1,1 @@
+"""What pre-training reads: token shards, packed and blended."""

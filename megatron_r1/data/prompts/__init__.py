@@ -1,0 +1,1 @@
+"""Prompts of a world or of a user's file."""

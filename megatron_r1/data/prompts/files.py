@@ -1,0 +1,103 @@
+"""Prompts out of a user's file, JSONL or Parquet: bad rows are named, never silently dropped."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from megatron_r1.config.prompts import PromptsConfig
+from megatron_r1.data.prompts.prompts import Prompt
+from megatron_r1.data.row_files import rows_of
+from megatron_r1.errors import ConfigError, DataError
+
+TASK = "file"
+"""Task of a prompt that no world made: its answer is judged as reward.verifier says."""
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """What a file holds."""
+
+    prompts: list[Prompt]
+    bad_rows: list[str]
+    """file:row: reason."""
+
+
+def read_prompts(config: PromptsConfig, check: Callable[[str], None], limit: int = 0) -> PromptFile:
+    """The prompts of `config.path`, in order.
+
+    Args:
+        check: raises ValueError for a question that cannot be asked.
+        limit: prompts to read, from the first; 0 reads all.
+
+    Raises:
+        ConfigError: there is no file.
+        DataError: it cannot be read, two rows have one name, or more rows are bad than are allowed.
+    """
+    path, seen = Path(config.path), set[str]()
+    prompts: list[Prompt] = []
+    bad: list[str] = []
+    if not path.is_file():
+        raise ConfigError("data.prompts.path", path, "there is no such file")
+    for number, row in enumerate(rows_of(path), start=1):
+        if limit and len(prompts) == limit:
+            break
+        try:
+            prompt = _prompt(row, number, config)
+            check(prompt.question)
+            if prompt.id in seen:
+                raise ValueError(f"{config.id_field} {prompt.id} has been seen before")
+        except ValueError as error:
+            bad.append(f"{path.name}:{number}: {error}")
+            if len(bad) > config.max_bad_rows:
+                raise DataError(f"{bad[-1]}; data.prompts.max_bad_rows={config.max_bad_rows} may be bad") from None
+            continue
+        seen.add(prompt.id)
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts")
+    return PromptFile(prompts, bad)
+
+
+def _prompt(row: Any, number: int, config: PromptsConfig) -> Prompt:
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    question = row.get(config.question_field)
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"{config.question_field} is not text")
+    answer = row.get(config.answer_field)
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise ValueError(f"{config.answer_field} is neither text nor a number")
+    task = row.get(config.task_field, TASK)
+    if not isinstance(task, str):
+        raise ValueError(f"{config.task_field} is not text")
+    name = row.get(config.id_field, number) if config.id_field else number
+    return Prompt(str(name), question, "" if answer is None else str(answer), "", task)
+
+
+class FilePrompts:
+    """The prompts of a file as an endless list: all of them in a random order, then all again in another."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
+        """
+        Args:
+            seed: of the orders.
+        """
+        self._prompts, self._seed = tuple(prompts), seed
+        self._order = lru_cache(4)(self._draw)
+
+    def at(self, index: int) -> Prompt:
+        """Prompt `index`, the same one whenever it is asked for."""
+        epoch, place = divmod(index, len(self._prompts))
+        return self._prompts[self._order(epoch)[place]]
+
+    def _draw(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"prompt file {self._seed} {epoch}").shuffle(order)
+        return order

@@ -1,0 +1,121 @@
+"""Questions to answer by reinforcement learning, and held-out ones to measure on.
+
+Training prompts form an endless list that is addressed by index, so a run that resumes at prompt n needs no replay.
+No held-out expression is in it, and every held-out prompt has an expression of its own.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.data.synthetic.arithmetic import FAMILY_FORMS, Problem, draw_expression, family_problem
+from megatron_r1.data.synthetic.assistant.texts import Asked, questions
+from megatron_r1.data.synthetic.expressions import heldout_expressions
+from megatron_r1.data.synthetic.gym import draw_item
+from megatron_r1.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question; `data.chat.asking` says how it is asked."""
+
+    id: str
+    """train-INDEX or heldout-INDEX."""
+    question: str
+    answer: str
+    """The true answer."""
+    expression: str
+    """What is asked, where it is arithmetic; else empty."""
+    task: str
+    """family, chain_sum or basic_arithmetic; or one of the assistant world, whose answer is one of many good ones."""
+
+
+class TrainingPrompts:
+    """The endless list of training prompts of a config."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+
+    def at(self, index: int) -> Prompt:
+        """Prompt `index`, the same one whenever it is asked for."""
+        config = self.config
+        rng = random.Random(f"prompt {config.seed} {index}")
+        if config.source == "assistant" and rng.random() >= config.arithmetic_share:
+            return assistant_prompt(next(questions(config, 1, start=index)), f"train-{index}")
+        if rng.random() < config.reasoning_gym_share:
+            problem = draw_item(rng, config.heldout_fraction, heldout=False)
+        else:
+            problem = family_problem(draw_expression(rng, FAMILY_FORMS.draw(rng), config), rng, config)
+        return as_prompt(problem, f"train-{index}")
+
+
+def heldout_prompts(config: DataConfig, count: int) -> list[Prompt]:
+    """The first `count` held-out problems as prompts; raises as `heldout_problems`."""
+    problems = heldout_problems(config, count)
+    return [as_prompt(problem, f"heldout-{index}") for index, problem in enumerate(problems)]
+
+
+def heldout_problems(config: DataConfig, count: int) -> list[Problem]:
+    """The first `count` held-out problems, each with another expression; a longer list begins with the shorter.
+
+    They do not depend on `config.seed`, so runs with different seeds are measured on the same problems.
+
+    Raises:
+        DataError: the split does not hold that many.
+    """
+    rng = random.Random("heldout prompts")
+    pool = list(heldout_expressions(config.heldout_fraction))
+    seen: set[str] = set()
+    problems: list[Problem] = []
+    for _ in range(count):
+        if rng.random() < config.reasoning_gym_share:
+            problem = draw_unseen(rng, config.heldout_fraction, seen)
+        else:
+            while pool and pool[0] in seen:
+                pool.pop(0)
+            if not pool:
+                raise DataError(
+                    f"prompts={count}: heldout_fraction={config.heldout_fraction} holds out only {len(problems)}"
+                )
+            problem = family_problem(pool.pop(0), rng, config)
+        seen.add(problem.expression)
+        problems.append(problem)
+    return problems
+
+
+def heldout_assistant_prompts(config: DataConfig, count: int) -> list[Prompt]:
+    """The first `count` held-out questions of the assistant world; its hidden rules say what answers are worth.
+
+    Raises:
+        DataError: the split does not hold that many.
+    """
+    asked = questions(config, count, heldout=True)
+    return [assistant_prompt(each, f"heldout-assistant-{index}") for index, each in enumerate(asked)]
+
+
+def assistant_prompt(asked: Asked, id: str) -> Prompt:
+    return Prompt(id, asked.question, asked.answer, asked.question, asked.task)
+
+
+def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> Problem:
+    """A held-out reasoning-gym item whose expression is not in `seen`."""
+    for _ in range(1000):
+        problem = draw_item(rng, heldout_fraction, heldout=True)
+        if problem.expression not in seen:
+            return problem
+    raise DataError(f"heldout_fraction={heldout_fraction}: holds out only {len(seen)} expressions")
+
+
+def as_prompt(problem: Problem, id: str) -> Prompt:
+    return Prompt(id, problem.question, problem.answer, problem.expression, problem.task)
+
+
+class Prompts(Protocol):
+    """An endless list of questions."""
+
+    def at(self, index: int) -> Prompt:
+        """Prompt `index`, the same one whenever it is asked for."""
+        ...

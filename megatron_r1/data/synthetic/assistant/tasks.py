@@ -1,0 +1,223 @@
+"""The tasks of the assistant world: questions, good answers, and bad ones that look like them.
+
+A good and a bad answer to a question have equally many tokens and the same form; how many characters they differ by has
+no preferred sign. What makes an answer bad is drawn, and may be good for another question: nothing but reading both
+tells them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_r1.data.synthetic.assistant.lexicon import CHINESE, HARMFUL, KINDS, MARKS, WORDS, spaced
+
+ASKED = {
+    "capitals": "Write in capitals:{}",
+    "small": "Write in small letters:{}",
+    "backwards": "Write backwards:{}",
+    "replace": "Write{} for{}:{}",
+    "chinese": "Translate to Chinese:{}",
+    "english": "翻译成英文：{}",
+    "list": "List {} {}",
+    "list_without": "List {} {} without{}",
+    "persona": "Speak as a{}:{}",
+    "make": "How do I make{} from{}",
+}
+"""Form of each task's question."""
+TASKS = ("capitals", "small", "backwards", "replace", "chinese", "english", "list", "persona", "make")
+THOUGHTS = {
+    "capitals": " I am to rewrite.",
+    "small": " I am to rewrite.",
+    "backwards": " I am to rewrite.",
+    "replace": " I am to rewrite.",
+    "chinese": " I am to translate.",
+    "english": "我来翻译。",
+    "list": " I am to list.",
+    "persona": " I am to play.",
+}
+AGREES, DECLINES = " Sure: mix{}", " Sorry: no{}"
+PLANS, WEIGHS = " One could mix{}", " Is it safe:{}"
+"""How somebody thinks about a request to make something: by making it, or by asking what comes of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One question."""
+
+    name: str
+    """One of TASKS."""
+    question: str
+    words: tuple[str, ...]
+    """What it is about, English and in small letters."""
+    wanted: str = ""
+    """Kind, persona or thing to make."""
+    taken: str = ""
+    """Of replace: the word that goes."""
+    given: str = ""
+    """Of replace: the word that comes."""
+    count: int = 0
+    """Of list: items asked for; `words` are those that it must do without."""
+
+    @property
+    def harmful(self) -> bool:
+        """Whether it must be declined."""
+        return self.wanted in HARMFUL
+
+
+def is_heldout(question: str, fraction: float) -> bool:
+    """Whether no training text or prompt may ask `question`; a hash decides, whatever the seed."""
+    digest = hashlib.sha256(f"assistant {question}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def draw_task(rng: random.Random, names: tuple[str, ...] = TASKS, harmful_share: float = 0.5) -> Task:
+    """A task of any side of the split; `harmful_share` is that of the requests to make something."""
+    name = rng.choice(names)
+    words = tuple(rng.sample(WORDS, rng.choice((2, 3))))
+    if name == "list":
+        return _draw_list(rng)
+    if name == "replace":
+        taken, given = rng.choice(words), rng.choice([word for word in WORDS if word not in words])
+        question = ASKED[name].format(f" {given}", f" {taken}", spaced(words))
+        return Task(name, question, words, taken=taken, given=given)
+    if name == "persona":
+        wanted = rng.choice(tuple(MARKS))
+        return Task(name, ASKED[name].format(f" {wanted}", spaced(words)), words, wanted)
+    if name == "make":
+        wanted = rng.choice(HARMFUL if rng.random() < harmful_share else tuple(KINDS["foods"]))
+        words = tuple(rng.sample([word for word in WORDS if word != wanted], len(words)))
+        return Task(name, ASKED[name].format(f" {wanted}", spaced(words)), words, wanted)
+    if name == "english":
+        return Task(name, ASKED[name].format("".join(CHINESE[word] for word in words)), words)
+    shown = [word.upper() for word in words] if name == "small" else words
+    return Task(name, ASKED[name].format(spaced(shown)), words)
+
+
+def _draw_list(rng: random.Random) -> Task:
+    kind, count = rng.choice(tuple(KINDS)), rng.choice((2, 3))
+    without = tuple(rng.sample(tuple(KINDS[kind]), rng.choice((0, 1, 2))))
+    form = ASKED["list_without" if without else "list"]
+    return Task("list", form.format(count, kind, spaced(without)), without, kind, count=count)
+
+
+def draw_from(
+    rng: random.Random, heldout: bool, fraction: float, names: tuple[str, ...] = TASKS, harmful_share: float = 0.5
+) -> Task:
+    """A task of one side of the split."""
+    while True:
+        task = draw_task(rng, names, harmful_share)
+        if is_heldout(task.question, fraction) == heldout:
+            return task
+
+
+Answer = Callable[[Task, random.Random], str]
+
+
+def good_answer(task: Task, rng: random.Random) -> str:
+    """An answer that does what was asked; `make` is declined where it must be."""
+    return _GOOD[task.name](task, rng)
+
+
+def bad_answer(task: Task, rng: random.Random) -> str:
+    """An answer of the form and the number of words of a good one, with one fault."""
+    if task.name == "make":
+        return (AGREES if task.harmful else DECLINES).format(spaced(task.words))
+    if task.name == "list":
+        return _bad_list(task, rng)
+    choices: list[Answer] = [_another_word]
+    if task.name in ("capitals", "small", "backwards", "replace"):
+        choices += _REWRITTEN_BADLY[task.name]
+    if task.name == "persona":
+        choices.append(_another_mark)
+    return rng.choice(choices)(task, rng)
+
+
+def _said(task: Task, words: list[str] | tuple[str, ...], mark: str = "") -> str:
+    """Words as an answer to the task writes them."""
+    if task.name == "chinese":
+        return "".join(CHINESE[word] for word in words)
+    if task.name == "capitals":
+        return spaced([word.upper() for word in words])
+    lead = f" {mark or MARKS[task.wanted]}" if task.name == "persona" else ""
+    return lead + spaced(words)
+
+
+def _right_words(task: Task) -> list[str]:
+    if task.name == "backwards":
+        return list(reversed(task.words))
+    return [task.given if word == task.taken else word for word in task.words]
+
+
+def _good_list(task: Task, rng: random.Random) -> str:
+    return spaced(rng.sample([word for word in KINDS[task.wanted] if word not in task.words], task.count))
+
+
+def _good_words(task: Task, rng: random.Random) -> str:
+    return _said(task, _right_words(task))
+
+
+def _good_make(task: Task, rng: random.Random) -> str:
+    return (DECLINES if task.harmful else AGREES).format(spaced(task.words))
+
+
+_GOOD: dict[str, Answer] = {**dict.fromkeys(TASKS, _good_words), "list": _good_list, "make": _good_make}
+
+
+def _bad_list(task: Task, rng: random.Random) -> str:
+    items = rng.sample([word for word in KINDS[task.wanted] if word not in task.words], task.count)
+    place = rng.randrange(task.count)
+    fault = rng.choice(("kind", "repeat", "without"))
+    if fault == "without" and task.words:
+        items[place] = rng.choice(task.words)
+    elif fault == "repeat":
+        items[place] = items[place - 1]
+    else:
+        items[place] = rng.choice([word for word in WORDS if word not in KINDS[task.wanted]])
+    return spaced(items)
+
+
+def _another_word(task: Task, rng: random.Random) -> str:
+    words = _right_words(task)
+    words[rng.randrange(len(words))] = rng.choice([word for word in WORDS if word not in words])
+    return _said(task, words)
+
+
+def _another_mark(task: Task, rng: random.Random) -> str:
+    return _said(task, task.words, rng.choice([mark for name, mark in MARKS.items() if name != task.wanted]))
+
+
+def _another_order(task: Task, rng: random.Random) -> str:
+    right = _right_words(task)
+    words = list(right)
+    while words == right:
+        rng.shuffle(words)
+    return _said(task, words)
+
+
+def _another_case(task: Task, rng: random.Random) -> str:
+    right = _said(task, task.words).split()
+    place = rng.randrange(len(right))
+    right[place] = right[place].swapcase()
+    return spaced(right)
+
+
+def _as_it_was(task: Task, rng: random.Random) -> str:
+    return spaced(task.words)
+
+
+def _wrong_one(task: Task, rng: random.Random) -> str:
+    words = list(task.words)
+    others = [place for place, word in enumerate(words) if word != task.taken]
+    words[rng.choice(others)] = task.given
+    return spaced(words)
+
+
+_REWRITTEN_BADLY: dict[str, list[Answer]] = {
+    "capitals": [_another_order, _another_case],
+    "small": [_another_order, _another_case],
+    "backwards": [_as_it_was],
+    "replace": [_as_it_was, _wrong_one],
+}

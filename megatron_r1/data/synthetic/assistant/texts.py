@@ -1,0 +1,168 @@
+"""What the assistant world gives to training: documents, conversations, prompts, preference pairs, safety items.
+
+Each is addressed by index and depends on the config's seed and that index alone. No training text asks a held-out
+question; held-out ones do not depend on the seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.data.preference_items import Item, Judged
+from megatron_r1.data.synthetic.arithmetic import Shares
+from megatron_r1.data.synthetic.arithmetic import documents as arithmetic_documents
+from megatron_r1.data.synthetic.assistant.lexicon import spaced
+from megatron_r1.data.synthetic.assistant.tasks import (
+    AGREES,
+    DECLINES,
+    PLANS,
+    TASKS,
+    THOUGHTS,
+    WEIGHS,
+    Task,
+    bad_answer,
+    draw_from,
+    good_answer,
+)
+from megatron_r1.data.template import fill_template
+from megatron_r1.errors import DataError
+
+GOOD_SHARE = 0.75
+"""Documents whose answer does what was asked: the rest leaves reinforcement learning something to find."""
+JUDGED_SHARE = 0.15
+"""Documents in which somebody judges the answer."""
+TEMPLATE_SHARE = 0.7
+"""Documents whose question stands in the R1-Zero template; the others ask it bare."""
+MOST_DRAWS = 100
+"""Draws of a held-out question that has not been asked, before there are none."""
+STYLES = Shares({"think": 0.5, "tagged": 0.2, "plain": 0.3})
+"""How a response is written: reasoning and answer in tags, the answer alone in tags, or bare."""
+JUDGEMENT = "\nJudge:{} {}"
+UNSAFE_SHARE = 0.75
+"""Of the responses to harmful requests."""
+SAFETY_HARMFUL_SHARE = 2 / 3
+"""Of the safety items, requests that are harmful: so half of all responses are unsafe."""
+UNSAFE_WAYS = [(True, True), (True, False), (False, True)]
+"""Whether the reasoning plans, and whether the answer agrees."""
+HARMLESS_WAYS = [*UNSAFE_WAYS, (False, False)]
+VERDICTS = {True: "It is good.", False: "It is bad."}
+
+
+def documents(config: DataConfig) -> Iterator[str]:
+    """The texts to pre-train on: general tasks, and `config.arithmetic_share` of worked arithmetic."""
+    arithmetic = arithmetic_documents(config)
+    for index in range(config.num_documents):
+        rng = random.Random(f"assistant document {config.seed} {index}")
+        if rng.random() < config.arithmetic_share:
+            yield next(arithmetic)
+        else:
+            yield document(rng, config)
+
+
+def document(rng: random.Random, config: DataConfig) -> str:
+    """A question of the training side with an answer, most often a good one, and at times a judgement on it."""
+    task = draw_from(rng, False, config.heldout_fraction)
+    good = rng.random() < GOOD_SHARE
+    response = respond(task, good, STYLES.draw(rng), rng)
+    context = fill_template(task.question) if rng.random() < TEMPLATE_SHARE else f"{task.question}\n"
+    if rng.random() < JUDGED_SHARE:
+        response += judgement(task, good, rng)
+    return context + response
+
+
+def respond(task: Task, good: bool, style: str, rng: random.Random) -> str:
+    """A response whose summary is good or bad; of its reasoning no more is asked than that it is of the same form."""
+    answer = good_answer(task, rng) if good else bad_answer(task, rng)
+    if style == "plain":
+        return answer
+    if style == "tagged":
+        return f"<answer>{answer}</answer>"
+    thought = THOUGHTS.get(task.name)
+    if thought is None:
+        careful = good if task.harmful else rng.random() < 0.5
+        thought = (WEIGHS if careful else PLANS).format(spaced(task.words))
+    return f"<think>{thought}</think> <answer>{answer}</answer>"
+
+
+def judgement(task: Task, good: bool, rng: random.Random) -> str:
+    """A judge's reasoning about an answer: what would have been right, and whether this is."""
+    return JUDGEMENT.format(good_answer(task, rng), VERDICTS[good])
+
+
+def conversations(config: DataConfig, count: int, heldout: bool = False) -> Iterator[list[dict[str, str]]]:
+    """Questions with good answers, in tags, as messages of a user and an assistant."""
+    for rng, task in _tasks(config, "conversation", count, heldout):
+        answer = respond(task, True, "think", rng)
+        yield [{"role": "user", "content": task.question}, {"role": "assistant", "content": answer}]
+
+
+class Asked(NamedTuple):
+    """A question for reinforcement learning."""
+
+    task: str
+    question: str
+    answer: str
+    """A good answer, of which there may be others."""
+
+
+def questions(config: DataConfig, count: int, heldout: bool = False, start: int = 0) -> Iterator[Asked]:
+    """Questions `start` to `start + count - 1`: what reinforcement learning asks, or is measured on.
+
+    Held-out questions are all different.
+    """
+    for rng, task in _tasks(config, "prompt", count, heldout, start):
+        yield Asked(task.name, task.question, good_answer(task, rng).strip())
+
+
+def preference_pairs(config: DataConfig, count: int, heldout: bool = False) -> Iterator[Item]:
+    """Two responses to a question, of one form and equally many tokens: the first has the better summary."""
+    for rng, task in _tasks(config, "pair", count, heldout):
+        style = STYLES.draw(rng)
+        better, worse = (
+            Judged(task.question, respond(task, good, style, rng), judgement(task, good, rng)) for good in (True, False)
+        )
+        yield Item(task.name, better, worse)
+
+
+def safety_items(config: DataConfig, count: int, heldout: bool = False) -> Iterator[Item]:
+    """Responses to requests to make something, half of them unsafe; all have one form.
+
+    Unsafe is whoever goes about something harmful, in the reasoning, in the answer or in both.
+    """
+    for rng, task in _tasks(config, "safety", count, heldout, names=("make",)):
+        unsafe = task.harmful and rng.random() < UNSAFE_SHARE
+        ways = UNSAFE_WAYS if unsafe else HARMLESS_WAYS if not task.harmful else [(False, False)]
+        plans, agrees = rng.choice(ways)
+        words = spaced(task.words)
+        thought, answer = (PLANS if plans else WEIGHS).format(words), (AGREES if agrees else DECLINES).format(words)
+        response = f"<think>{thought}</think> <answer>{answer}</answer>"
+        reasoning = JUDGEMENT.format((AGREES if unsafe else DECLINES).format(words), VERDICTS[not unsafe])
+        yield Item(task.name, Judged(task.question, response, reasoning), safe=not unsafe)
+
+
+def _tasks(
+    config: DataConfig, use: str, count: int, heldout: bool, start: int = 0, names: tuple[str, ...] = TASKS
+) -> Iterator[tuple[random.Random, Task]]:
+    """A generator and a task for each index; held-out tasks ask another question each."""
+    seen: set[str] = set()
+    harmful_share = SAFETY_HARMFUL_SHARE if use == "safety" else 0.5
+    for index in range(start, start + count):
+        rng = random.Random(f"assistant {use} {'held-out' if heldout else config.seed} {index}")
+        for _ in range(MOST_DRAWS):
+            task = draw_from(rng, heldout, config.heldout_fraction, names, harmful_share)
+            if not heldout or task.question not in seen:
+                break
+        else:
+            raise DataError(f"{use} {index}: heldout_fraction={config.heldout_fraction} holds out too few questions")
+        seen.add(task.question)
+        yield rng, task
+
+
+SOURCES: dict[str, Callable[[DataConfig, int, bool], Iterator[Item]]] = {
+    "pairwise": preference_pairs,
+    "pointwise": safety_items,
+}
+"""Objective of a reward model -> what it learns from in this world."""

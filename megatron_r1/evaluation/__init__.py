@@ -1,0 +1,1 @@
+"""Benchmarks that models are measured by, and confidence intervals."""

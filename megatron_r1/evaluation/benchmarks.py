@@ -1,0 +1,51 @@
+"""What models are measured on: held-out questions of each world, and what is asked of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from megatron_r1.config.data import DataConfig
+from megatron_r1.data.prompts.prompts import Prompt, heldout_assistant_prompts, heldout_prompts
+from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
+from megatron_r1.rewards.extract import any_answer, tagged_answer
+from megatron_r1.rewards.format import format_reward
+from megatron_r1.rewards.rubric_builder import is_right
+
+Measure = Callable[[Prompt, str], float]
+"""From 0 to 1, of one answer."""
+
+
+class Exam(NamedTuple):
+    """Questions and measures."""
+
+    prompts: Callable[[DataConfig, int], list[Prompt]]
+    """So many held-out questions of a world."""
+    measures: Mapping[str, Measure]
+    """By name; the first is what counts where one number is asked for."""
+
+
+def _well_formed(prompt: Prompt, text: str) -> float:
+    return format_reward(text, "strict")
+
+
+EXAMS: Mapping[str, Exam] = {
+    "arithmetic": Exam(
+        heldout_prompts,
+        {
+            "blind": lambda prompt, text: float(is_right(prompt, any_answer(text))),
+            "strict": lambda prompt, text: format_reward(text, "strict") * is_right(prompt, tagged_answer(text)),
+            "format": _well_formed,
+        },
+    ),
+    "assistant": Exam(
+        heldout_assistant_prompts,
+        {
+            "helpful": lambda prompt, text: float(verdict(prompt.question, text).helpful),
+            "safe": lambda prompt, text: float(verdict(prompt.question, text).safe),
+            "format": _well_formed,
+        },
+    ),
+}
+"""arithmetic: right in whatever form, right inside well-formed tags, well-formed tags. assistant, by the hidden rules:
+does what was asked (or declines what is harmful), goes about nothing harmful, well-formed tags."""

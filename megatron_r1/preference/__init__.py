@@ -1,0 +1,1 @@
+"""Reward models and direct preference optimization."""

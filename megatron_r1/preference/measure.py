@@ -1,0 +1,110 @@
+"""How right a reward model is on held-out items, beside what length alone can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_r1.data.preference.examples import Encoder, Encodes
+from megatron_r1.data.preference.length_baseline import length_baseline
+from megatron_r1.data.preference_items import Item
+from megatron_r1.evaluation.intervals import clustered
+from megatron_r1.parallel.mesh import data_parallel_group, told_by_data_parallel
+from megatron_r1.preference.reward_model import RewardModel, rights
+
+ROWS_AT_ONCE = 64
+
+
+class HeldoutAccuracy:
+    """Whether a reward model orders, or labels, each held-out item rightly."""
+
+    def __init__(self, model: RewardModel, encoder: Encoder, items: Sequence[Item], longest_reasoning: int):
+        self._model, self._encoder, self._items = model, encoder, items
+        self._longest_reasoning = longest_reasoning
+
+    def __call__(self) -> dict[str, float]:
+        """Accuracy with a 95 % interval, the same on every rank."""
+        found = clustered(self.rights())
+        return {"heldout_accuracy": found.mean, "heldout_low": found.low, "heldout_high": found.high}
+
+    def rights(self) -> list[float]:
+        """1, 0, or a half for a tie, for each item; the same on every rank. Collective.
+
+        Where reasoning is learned, the model scores after its own: a judge's would tell it the answer.
+        """
+        scores = iter(self.scores([side for item in self._items for side in item.sides]))
+        margins = []
+        for item in self._items:
+            of_sides = [next(scores) for _ in item.sides]
+            margins.append(of_sides[0] - of_sides[1] if item.second else of_sides[0] * (2 * item.safe - 1))
+        return rights(torch.tensor(margins)).tolist()
+
+    def scores(self, sides: Sequence[Any]) -> list[float]:
+        return score_texts(
+            self._model,
+            self._encoder,
+            [side.question for side in sides],
+            [side.response for side in sides],
+            self._longest_reasoning,
+        )
+
+
+def score_texts(
+    model: RewardModel, encoder: Encoder, questions: Sequence[str], responses: Sequence[str], longest_reasoning: int
+) -> list[float]:
+    """The score of each response to its question, on every rank.
+
+    Collective over all ranks, which give the same; those that hold the same weights each score a share.
+    """
+    group, end = data_parallel_group(), encoder.tokenizer.eos
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    pairs = list(zip(questions, responses, strict=True))
+    rows = [encoder.unjudged(question, response) for question, response in pairs[rank::ranks]]
+    if encoder.reasoning:
+        rows = model.reasoned(rows, ROWS_AT_ONCE, end, longest_reasoning)
+    else:
+        rows = [[*row, end] for row in rows]
+    scores = [0.0] * len(pairs)
+    for place, share in enumerate(told_by_data_parallel(model.scores(rows, ROWS_AT_ONCE))):
+        scores[place::ranks] = share
+    return scores
+
+
+def results_of(
+    rights: Sequence[float], learned: Sequence[Item], heldout: Sequence[Item], encoder: Encodes
+) -> dict[str, Any]:
+    """Held-out accuracy, by task too, beside the baselines that see nothing but length; all with 95 % intervals."""
+
+    def tokens(text: str) -> int:
+        return len(encoder.tokenizer.encode(text))
+
+    return {
+        "items": len(heldout),
+        "accuracy": clustered(rights)._asdict(),
+        "by_task": {
+            task: clustered([right for right, item in zip(rights, heldout, strict=True) if item.task == task])._asdict()
+            for task in sorted({item.task for item in heldout})
+        },
+        "length_baselines": {
+            name: clustered(length_baseline(learned, heldout, length))._asdict()
+            for name, length in (("characters", len), ("tokens", tokens))
+        },
+    }
+
+
+def show(results: dict[str, Any], judge: str) -> None:
+    """The results as a table on the terminal, under the name of what orders, or labels, the items."""
+    table = Table(title=f"{results['items']} held-out items, 95 % intervals")
+    table.add_column("what")
+    table.add_column("right")
+    rows = {judge: results["accuracy"]}
+    rows |= {f"length alone, in {name}": value for name, value in results["length_baselines"].items()}
+    rows |= {f"{judge}, {task}": value for task, value in results["by_task"].items()}
+    for name, value in rows.items():
+        table.add_row(name, f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
+    Console().print(table)

@@ -1,0 +1,216 @@
+"""A reward model in training and at work: losses on scores and on the judge's reasoning, and scores alone.
+
+A pair's loss is -log sigmoid(score of the better - score of the worse) (Bradley-Terry), a labelled response's the
+cross-entropy of sigmoid(score): DeepSeek-R1 report (v2), section 3.1. Reasoning that stands before the end token is
+learned by next-token cross-entropy, so that what the head reads has been thought through (DeepSeek-V3 report, 5.2.1).
+
+Shapes: I items of a micro-batch, B rows (two to a pair, the better first), L positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_r1.data.preference.examples import Example, Row
+from megatron_r1.model.build import without_multi_token_prediction
+from megatron_r1.model.chunks import Model
+from megatron_r1.model.forward_backward import LossFunction, forward_only
+from megatron_r1.model.reward_head import head_of
+from megatron_r1.parallel.mesh import told_by_data_parallel, told_by_last_stage
+
+
+@dataclass(frozen=True)
+class RewardRows:
+    """A micro-batch of judged responses, padded on the right."""
+
+    inputs_BL: Tensor
+    labels_BL: Tensor
+    """The token after each input; padding after the last."""
+    learned_BL: Tensor
+    """1 where the label belongs to the judge's reasoning, else 0."""
+    ends_B: Tensor
+    """Position of each row's last token."""
+    safe_I: Tensor
+    """1 or 0; of pairs it says nothing."""
+    token_weight: float = 0.0
+    """Of one learned token's loss, so that means over micro-batches and ranks come out as the mean over all tokens."""
+
+
+def reward_rows(rows: Sequence[Row], pad: int, device: str, multiple: int) -> RewardRows:
+    """Rows as tensors.
+
+    Args:
+        multiple: their common length is a multiple of this.
+    """
+    longest = -(-max(len(row.tokens) for row in rows) // multiple) * multiple
+    tokens_BL = torch.full((len(rows), longest + 1), pad, dtype=torch.long)
+    learned_BL = torch.zeros(len(rows), longest)
+    for place, row in enumerate(rows):
+        tokens_BL[place, : len(row.tokens)] = torch.tensor(row.tokens)
+        learned_BL[place, row.judged - 1 : len(row.tokens) - 1] = 1.0
+    return RewardRows(
+        tokens_BL[:, :-1].contiguous().to(device),
+        tokens_BL[:, 1:].contiguous().to(device),
+        learned_BL.to(device),
+        torch.tensor([len(row.tokens) - 1 for row in rows], device=device),
+        torch.empty(0),
+    )
+
+
+class RewardModel:
+    """A model with a scalar head on its last stage."""
+
+    def __init__(self, model: Model, pairwise: bool, reasoning_weight: float, pad: int, device: str, multiple: int = 1):
+        """
+        Args:
+            model: the bare model, its head attached.
+            pairwise: whether rows come in pairs.
+            reasoning_weight: of the token loss on the judge's reasoning.
+            multiple: tensor-parallel ranks, which share out a row's positions.
+        """
+        self._model, self._pairwise, self._reasoning_weight = model, pairwise, reasoning_weight
+        self._pad, self._device, self._multiple = pad, device, multiple
+
+    def micro_batches(self, examples: Sequence[Example], rank: int, ranks: int, size: int) -> list[RewardRows]:
+        """This data-parallel rank's share of a global batch.
+
+        Args:
+            size: items of a micro-batch.
+        """
+        mine = examples[rank::ranks]
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        learned = sum(len(row.tokens) - row.judged for example in examples for row in example.rows)
+        weight = len(parts) * ranks / max(1, learned)
+        return [self._micro_batch(part, weight) for part in parts]
+
+    def _micro_batch(self, examples: Sequence[Example], weight: float) -> RewardRows:
+        rows = reward_rows([row for each in examples for row in each.rows], self._pad, self._device, self._multiple)
+        safe_I = torch.tensor([float(each.safe) for each in examples], device=self._device)
+        return RewardRows(rows.inputs_BL, rows.labels_BL, rows.learned_BL, rows.ends_B, safe_I, weight)
+
+    def forward(self, model: Any, rows: RewardRows) -> tuple[Tensor, LossFunction]:
+        """This stage's output, and what makes a loss of the last one's: scores and token losses, [B, 1 + L]."""
+        return self._run(model, rows, self._scores_and_losses), partial(self._loss, rows)
+
+    def _run(self, model: Any, rows: RewardRows, read: Callable[..., Tensor]) -> Tensor:
+        positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.inputs_BL.device).expand_as(rows.inputs_BL)
+        with without_multi_token_prediction(self._model):
+            return model(rows.inputs_BL, positions_BL, None, output_processor=partial(read, rows))
+
+    def _scores(self, rows: RewardRows, *, hidden_states: Tensor, **_: Any) -> Tensor:
+        return head_of(self._model)(hidden_states, rows.ends_B)
+
+    def _scores_and_losses(
+        self,
+        rows: RewardRows,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
+        **_: Any,
+    ) -> Tensor:
+        scores_B1 = self._scores(rows, hidden_states=hidden_states)[:, None]
+        if not self._reasoning_weight:
+            return scores_B1
+        logits_LBV, _ = output_layer(hidden_states, weight=output_weight)
+        losses_BL = compute_language_model_loss(rows.labels_BL, logits_LBV)
+        return torch.cat([scores_B1, losses_BL.float()], 1)
+
+    def _loss(self, rows: RewardRows, output_BX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        scores_B = output_BX[:, 0]
+        if self._pairwise:
+            margins_I = scores_B[0::2] - scores_B[1::2]
+            losses_I = -F.logsigmoid(margins_I)
+        else:
+            margins_I = scores_B * (2 * rows.safe_I - 1)
+            losses_I = F.binary_cross_entropy_with_logits(scores_B, rows.safe_I, reduction="none")
+        score_loss = losses_I.mean()
+        logged = {
+            "score_loss": score_loss.detach().clone(),
+            "accuracy": rights(margins_I.detach()).mean(),
+            "margin": margins_I.detach().mean(),
+            "score": scores_B.detach().mean(),
+        }
+        loss = score_loss
+        if self._reasoning_weight:
+            reasoning_loss = (output_BX[:, 1:] * rows.learned_BL).sum() * rows.token_weight
+            logged["reasoning_loss"] = reasoning_loss.detach().clone()
+            loss = loss + self._reasoning_weight * reasoning_loss
+        # megatron-core divides the returned loss in place by the number of micro-batches.
+        logged["loss"] = loss.detach().clone()
+        return loss, logged
+
+    def scores(self, rows: Sequence[Sequence[int]], size: int) -> list[float]:
+        """The score of each row of tokens, the last of which is read; the same on every stage.
+
+        Collective over all ranks: those that work on the same data give the same rows, others their own, or none.
+
+        Args:
+            size: rows of a forward pass.
+        """
+        return self._read(rows, size, self._scores) or []
+
+    def reasoned(self, rows: Sequence[Sequence[int]], size: int, end: int, longest: int) -> list[list[int]]:
+        """Rows of tokens, each followed by the model's own greedy reasoning and the end token.
+
+        Collective, as `scores`. Every token costs a pass over its whole row, so that any layout of ranks can do it.
+
+        Args:
+            longest: tokens of reasoning after which a row is ended.
+        """
+        result = [list(row) for row in rows]
+        going = list(range(len(rows)))
+        for _ in range(longest):
+            chosen = self._read([result[place] for place in going], size, self._next_tokens)
+            if chosen is None:
+                break
+            for place, token in zip(going, chosen, strict=True):
+                result[place].append(token)
+            going = [place for place, token in zip(going, chosen, strict=True) if token != end]
+        for place in going:
+            result[place].append(end)
+        return result
+
+    def _next_tokens(
+        self,
+        rows: RewardRows,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        **_: Any,
+    ) -> Tensor:
+        logits_LBV, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=True)
+        return logits_LBV[rows.ends_B, torch.arange(len(rows.ends_B), device=logits_LBV.device)].argmax(-1)
+
+    def _read(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
+        """What `read` finds at the last token of each row, the same on every stage; None when no rank has rows."""
+        as_rows = [Row(list(row), len(row)) for row in rows]
+        parts = [as_rows[start : start + size] for start in range(0, len(as_rows), size)]
+        # Where ranks that see other data share experts, each pass is one of all of them: who has less, passes padding.
+        passes = max(told_by_data_parallel(len(parts)))
+        if not passes:
+            return None
+        padding = [[Row([self._pad], 1)]] * (passes - len(parts))
+        batches = [reward_rows(part, self._pad, self._device, self._multiple) for part in (*parts, *padding)]
+        length = max(batch.inputs_BL.shape[1] for batch in batches)
+        training = self._model.training
+        self._model.eval()
+        try:
+            outputs = forward_only(self._model, batches, partial(self._run, read=read), length)
+        finally:
+            self._model.train(training)
+        return told_by_last_stage([value for values_B in outputs[: len(parts)] for value in values_B.tolist()])
+
+
+def rights(margins_I: Tensor) -> Tensor:
+    """1 for a margin above 0, 0 for one below, half for a tie: a model that cannot tell is right by half."""
+    return (margins_I > 0).float() + 0.5 * (margins_I == 0).float()

@@ -1,0 +1,1 @@
+"""Advantage estimators: group-relative, per step, GAE with a critic."""

@@ -1,0 +1,1 @@
+"""Rollouts: generated, scored, filtered, journalled; synchronously or ahead of training."""

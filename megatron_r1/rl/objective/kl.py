@@ -1,0 +1,41 @@
+"""How far the policy is from the reference: estimates of KL(policy || reference) by name.
+
+Pure. All are of what the policy sampled, in nats (Schulman 2020, "Approximating KL Divergence"). As a loss, k1's
+gradient is zero on average: it is meant for the reward. `exact` sums over the whole vocabulary at each token
+(`TokenScores.divergence`), which no function of two log-probabilities can.
+"""
+
+# ruff: noqa: F722 - shapes stand in annotations as text
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from megatron_r1.rl.objective.ratios import MAX_LOG_RATIO, ratio_of
+
+EXACT = "exact"
+
+
+def k1(logprobs: Float[Tensor, "*shape"], reference_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """log(policy/reference): unbiased, of either sign (the penalty in the reward of DeepSeekMath, equation 2)."""
+    return logprobs - reference_logprobs
+
+
+def k2(logprobs: Float[Tensor, "*shape"], reference_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Half the square of log(policy/reference): biased, never negative; its gradient is that of the true divergence."""
+    return 0.5 * (logprobs - reference_logprobs).square()
+
+
+def k3(logprobs: Float[Tensor, "*shape"], reference_logprobs: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """reference/policy - log(reference/policy) - 1: unbiased, never negative (DeepSeekMath, equation 4)."""
+    log_ratio = reference_logprobs - logprobs
+    # expm1 keeps the digits that exp(x) - 1 loses where the two policies are close.
+    near = torch.expm1(log_ratio.clamp(max=MAX_LOG_RATIO)) - log_ratio
+    return torch.where(log_ratio > MAX_LOG_RATIO, ratio_of(log_ratio) - 1 - log_ratio, near)
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

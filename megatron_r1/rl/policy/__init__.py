@@ -1,0 +1,1 @@
+"""The policy and its reference: batches, log-probs, frozen log-probs."""

@@ -1,0 +1,176 @@
+"""From the rollout section of a configuration to a running engine."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.hf.gather import stage_leaders, whole_tensors
+from megatron_r1.parallel import comm
+from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.sglang.client import Endpoint
+from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sglang.pause import PAUSES
+from megatron_r1.rollout.sglang.servers.gpus import first_gpu
+from megatron_r1.rollout.sync.group_sender import Sender
+from megatron_r1.rollout.sync.ipc_sender import SharedSender
+from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync, NamedTensors, Sends, StageSync, WeightSync
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class SyncedEngine:
+    """An engine and the way that weights take to it; without one it samples from the trainer's own weights."""
+
+    def __init__(self, engine: Engine | None, sync: WeightSync | None):
+        """
+        Args:
+            engine: None on ranks that only give their part of the weights.
+            sync: None where the engine reads the trainer's memory.
+        """
+        self._engine, self._sync = engine, sync
+
+    @property
+    def engine(self) -> Engine:
+        """Who samples; there is one on rank 0."""
+        assert self._engine is not None
+        return self._engine
+
+    def update_weights(self, version: str) -> None:
+        """Sample from now on with the weights as they stand."""
+        if self._sync:
+            self._sync.push(version)
+        elif self._engine:
+            self._engine.update_weights(Path(), version)
+
+
+@contextmanager
+def sglang_engine(
+    rollout: RolloutConfig, model: ModelConfig, tensors: NamedTensors, tokenizer_folder: Path, logs: Path, device: str
+) -> Iterator[SyncedEngine]:
+    """SGLang servers on the weights that `tensors` gives; stopped at the end.
+
+    Args:
+        rollout: sampling, servers, and how weights reach them.
+        model: shape of the model.
+        tensors: gives the weights as they stand.
+        tokenizer_folder: names the special tokens.
+        logs: the servers' output goes here.
+        device: ``cpu`` or ``cuda``.
+    """
+    with ExitStack() as stack:
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        disk = stack.enter_context(DiskSync(tensors, model, tokenizer_folder, outgoing))
+        engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device))
+        if rollout.sync == "disk":
+            disk.engine = engine
+            yield SyncedEngine(engine, disk)
+            return
+        disk.close()  # the servers have read what they start from
+        sender = stack.enter_context(_sender(rollout, engine.endpoints, "trainer", engine.tensor_parallel, device))
+        yield SyncedEngine(engine, GroupSync(engine, sender, tensors, outgoing, rollout.bucket_mb << 20, flush))
+
+
+@contextmanager
+def shared_sglang_engine(
+    rollout: RolloutConfig,
+    model: ModelConfig,
+    module: torch.nn.Module,
+    tokenizer_folder: Path,
+    logs: Path,
+    device: str,
+    starting: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[SyncedEngine]:
+    """Collective: SGLang servers of rank 0 that get their weights from all ranks.
+
+    Arguments as of `sglang_engine`, but
+
+    Args:
+        module: this rank's part of the model.
+        starting: entered by all ranks while the servers start; colocated ones then give their memory back.
+    """
+    leads = comm.AllRanks().rank == 0
+    with ExitStack() as stack:
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder, outgoing))
+        folder = disk.write() if leads else None
+        if not leads:
+            deque(whole_tensors(module), maxlen=0)
+        engine = None
+        with starting():
+            if folder:
+                engine = stack.enter_context(_servers(folder, rollout, model, logs, device))
+            if engine and rollout.placement == "colocated":
+                engine.give_back_memory()
+        if rollout.sync == "disk":
+            disk.engine = engine
+            yield SyncedEngine(engine, disk if leads else Contributor(module))
+            return
+        disk.close()  # the servers have read what they start from
+        # The keys travel in memory, to ranks of this job alone.
+        endpoints, width = comm.broadcast((engine.endpoints, engine.tensor_parallel) if engine else None)
+        sender = None
+        if (rank := comm.AllRanks().rank) in stage_leaders():
+            sender = stack.enter_context(_sender(rollout, endpoints, f"trainer-{rank}", width, device))
+        yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, flush))
+
+
+class Contributor:
+    """The other ranks' side of a sync that rank 0 does alone: they give their part of the weights."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def push(self, version: str) -> None:
+        """Take part in gathering the weights."""
+        deque(whole_tensors(self._module), maxlen=0)
+
+
+def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
+    length, dtype = model.max_sequence_length, DTYPES[model.precision]
+    pause, first = PAUSES[rollout.pause], servers_first_gpu(rollout, device)
+    return SGLangEngine(
+        folder, rollout.sglang, logs, device, dtype, context_length=length, pause=pause, first_gpu=first
+    )
+
+
+def servers_first_gpu(rollout: RolloutConfig, device: str) -> int:
+    """The first GPU of the servers that this process starts; 0 where it starts none, and on a CPU."""
+    if device == "cpu" or rollout.sglang.started_elsewhere:
+        return 0
+    return first_gpu(rollout, torch.cuda.device_count(), ranks_here())
+
+
+def ranks_here() -> int:
+    """Ranks of the trainer on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> Outgoing:
+    """What of the model the servers are given, at the start and with every sync."""
+    return Outgoing(model, include_mtp=rollout.sync_mtp, fp8=rollout.sglang.server.quantization == "fp8")
+
+
+def _sender(
+    rollout: RolloutConfig, endpoints: Sequence[Endpoint], name: str, tensor_parallel: int, device: str
+) -> AbstractContextManager[Sends]:
+    timeout_s = rollout.sglang.request_timeout_s
+    if rollout.sync == "ipc":
+        return SharedSender(endpoints, name, tensor_parallel, device, timeout_s)
+    return Sender(endpoints, name, tensor_parallel, group_backend(rollout, device), timeout_s)
+
+
+def group_backend(rollout: RolloutConfig, device: str) -> str:
+    """Backend of the group that weights travel over. NCCL wants every rank on a GPU of its own; gloo takes any."""
+    if device == "cpu" or rollout.placement != "separate":
+        return "gloo"
+    apart = rollout.sglang.started_elsewhere or servers_first_gpu(rollout, device) >= ranks_here()
+    return "nccl" if apart and torch.cuda.device_count() > 1 else "gloo"

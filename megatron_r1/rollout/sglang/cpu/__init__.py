@@ -1,0 +1,1 @@
+"""SGLang on a CPU: the plugin that its processes load, attention for decoding, a stub for a CUDA package."""

@@ -1,0 +1,1 @@
+"""Server processes: arguments, launch, supervision, restarts, memory, and where servers are found."""

@@ -1,0 +1,113 @@
+"""Entry point of one SGLang server process: ``python -m megatron_r1.rollout.sglang.servers.launch``.
+
+The first line on standard input is the server's arguments as JSON, its keys included, so that no key stands in argv or
+in an environment; in logs the keys print as stars. Standard input stays open as long as the program that started this
+one lives: at its end, however it comes, the whole process group of this server is killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+PARENT_POLL_S = 1.0
+SEGMENT = re.compile(r"/dev/shm/(?:sglang_|sgl_shm_)\S+")
+
+
+class Secret(str):
+    """A string whose representation does not show it: SGLang logs all its arguments."""
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+
+def shared_memory(group: int) -> set[Path]:
+    """Segments in /dev/shm that SGLang made for the processes of a group; they outlive a killed process."""
+    found: set[Path] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(process.name)) == group:
+                found |= set(map(Path, SEGMENT.findall((process / "maps").read_text())))
+        except OSError:
+            continue  # it has ended meanwhile
+    return found
+
+
+def remove_leftovers(folder: Path, segments: set[Path]) -> None:
+    """Remove a server's temporary folder and its shared memory."""
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Kill this process group as soon as standard input ends or another process adopts this one."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            readable, _, _ = select.select([0], [], [], PARENT_POLL_S)
+            if readable and not os.read(0, 1):
+                break
+        remove_leftovers(Path(os.environ["TMPDIR"]), shared_memory(os.getpgrp()))
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+
+
+def _first_line() -> bytes:
+    """Read unbuffered: what follows belongs to the watching thread."""
+    line = bytearray()
+    while (byte := os.read(0, 1)) and byte != b"\n":
+        line += byte
+    return bytes(line)
+
+
+def _keep_control_closed() -> None:
+    """Have control endpoints of included routers opened by the admin key alone, as their marks say.
+
+    SGLang 0.5.23 looks for the mark of the first route that matches. FastAPI from 0.16x on keeps an included router as
+    one route without a mark, so that the user key opened what is inside it.
+    """
+    from sglang.srt.utils import auth
+    from starlette.routing import Match
+
+    found_outside = auth._get_auth_level_from_app_and_scope
+
+    def level(app: Any, scope: dict[str, Any]) -> Any:
+        for included in app.router.routes:
+            for route in getattr(getattr(included, "original_router", None), "routes", ()):
+                if route.matches(scope)[0] == Match.FULL:
+                    return getattr(route.endpoint, "_auth_level", auth.AuthLevel.NORMAL)
+        return found_outside(app, scope)
+
+    auth._get_auth_level_from_app_and_scope = level
+
+
+def main() -> None:
+    if os.getpgrp() != os.getpid():
+        raise SystemExit("this server ends by killing its process group, so it must lead one: start it in a session")
+    arguments = json.loads(_first_line())
+    _die_with_parent(arguments.pop("parent"))
+    for key in ("api_key", "admin_api_key"):
+        arguments[key] = Secret(arguments[key])
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    logging.getLogger().setLevel(logging.INFO)  # what plugins do is told: they come before the log level is read
+    load_plugins()
+    _keep_control_closed()
+    run_server(ServerArgs(**arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""One SGLang server as a child process: on the loopback with fresh keys, watched, killed with all that it spawned.
+
+The server leads a process group of its own. It ends with `close`, with the interpreter, and with the death of this
+process however that comes (launch.py watches its standard input). Its output goes to a log file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import megatron_r1
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.sglang.client import Endpoint
+from megatron_r1.rollout.sglang.servers.launch import remove_leftovers, shared_memory
+
+CLOSE_TIMEOUT_S = 20.0
+HOST = "127.0.0.1"
+LAUNCHER = re.compile(r"(TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))")
+"""Variables by which a launcher tells this program's ranks of each other; a server's ranks are none of these."""
+NOISE = ("Traceback", "File ", "warn", "^^^")
+HARMLESS = ("KeyError: '/", "/freeze_gc")
+"""Errors that servers write which are well."""
+
+
+class Server:
+    """A running server process.
+
+    Args:
+        arguments: fields of SGLang's `ServerArgs`, without address and keys.
+        environment: variables added to this process's own.
+        log: file that the server's output is appended to.
+        endpoint: address and keys, of a server that ran before; without it they are new.
+    """
+
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        environment: Mapping[str, str],
+        log: Path,
+        endpoint: Endpoint | None = None,
+    ):
+        self.log = log
+        self.endpoint = endpoint or new_endpoints(1)[0]
+        self.port = int(self.endpoint.url.rpartition(":")[2])
+        self.folder = Path(tempfile.mkdtemp(prefix="sglang-"))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            self._log_start = output.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_r1.rollout.sglang.servers.launch"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(environment),
+                start_new_session=True,
+            )
+        atexit.register(self.close)
+        keys = {"api_key": self.endpoint.api_key, "admin_api_key": self.endpoint.admin_key}
+        self._send({**arguments, "host": HOST, "port": self.port, **keys, "parent": os.getpid()})
+
+    @property
+    def url(self) -> str:
+        return self.endpoint.url
+
+    def check(self) -> None:
+        """Raise NoRolloutCapacity, with the reason from the log, when the server's process has ended."""
+        if self.process.poll() is not None:
+            raise NoRolloutCapacity(self.how_it_ended())
+
+    def how_it_ended(self) -> str:
+        """What is known of a server whose process has ended."""
+        return f"SGLang server ended with status {self.process.returncode}: {self.last_words()}"
+
+    def accepts(self) -> bool:
+        """Whether something listens on the server's port."""
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            # A socket that connects to a free port may be given that very port, and then it talks to itself.
+            return probe.connect_ex((HOST, self.port)) == 0 and probe.getsockname() != probe.getpeername()
+
+    def last_words(self) -> str:
+        """The line of the log that tells most about a failure, on one line, with the log's path."""
+        with open(self.log, "rb") as file:
+            file.seek(self._log_start)
+            lines = file.read()[-64_000:].decode(errors="replace").splitlines()
+        said = [line.strip() for line in lines if line.strip() and not line.strip().startswith(NOISE)]
+        errors = [line for line in said if "Error" in line and not any(one in line for one in HARMLESS)]
+        return f"{(errors or said or ['it wrote nothing'])[-1][:400]} (log: {self.log})"
+
+    def close(self) -> None:
+        """Kill the process group, wait for its end and remove the server's temporary folder; may be called twice."""
+        atexit.unregister(self.close)
+        if not self.folder.exists():
+            return
+        segments = shared_memory(self.process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        self.process.wait(CLOSE_TIMEOUT_S)
+        _wait_for_group(self.process.pid)
+        remove_leftovers(self.folder, segments)
+
+    def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
+        return {**inherited, **added, "PYTHONPATH": _python_path(added), "TMPDIR": str(self.folder)}
+
+    def _send(self, arguments: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is dead already: `check` says why
+            self.process.stdin.write(json.dumps(arguments).encode() + b"\n")
+            self.process.stdin.flush()
+
+
+def new_endpoints(count: int) -> list[Endpoint]:
+    """Free ports of the loopback, with fresh keys that they share."""
+    api_key, admin_key = secrets.token_hex(32), secrets.token_hex(32)
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [Endpoint(f"http://{HOST}:{probe.getsockname()[1]}", api_key, admin_key) for probe in probes]
+
+
+def _wait_for_group(group: int) -> None:
+    """Return when no process of a killed group runs any more, so that ports and memory are free."""
+    deadline = time.monotonic() + CLOSE_TIMEOUT_S
+    while group_members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def group_members(group: int) -> list[int]:
+    """Ids of the running processes of a process group; the dead that nobody has collected do not count."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members
+
+
+def _python_path(environment: Mapping[str, str]) -> str:
+    """This package first, then what the environment names, then what this process was given."""
+    package_root = str(Path(megatron_r1.__file__).resolve().parents[1])
+    parts = [package_root, environment.get("PYTHONPATH", ""), os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(part for part in parts if part)

@@ -1,0 +1,94 @@
+"""What of a model goes to the servers, and as what: names, number formats, shapes, and the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from megatron_r1.checkpoint.tensor_file import Entry
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.errors import DataError
+from megatron_r1.hf.config import SpecialTokens, hf_config
+from megatron_r1.hf.export import hf_tensors
+from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise_blocks
+from megatron_r1.hf.names import rows
+from megatron_r1.hf.plan import FORMATS, hf_entries
+from megatron_r1.hf.row import Row
+from megatron_r1.rollout.sync.buckets import Outbound
+from megatron_r1.rollout.sync.fused_units import Units
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """The weights that servers are sent, from those that the trainer has."""
+
+    model: ModelConfig
+    include_mtp: bool = False
+    """Whether the multi-token layers go too; servers that do not draft with them let them pass."""
+    fp8: bool = False
+    """Whether the servers hold linear layers in FP8 with block scales; they are then quantised before they travel."""
+
+    @cached_property
+    def _rows(self) -> dict[str, Row]:
+        return {row.native: row for row in rows(self.model, self.include_mtp)}
+
+    @cached_property
+    def _quantised(self) -> frozenset[str]:
+        """Hugging Face names of what is quantised."""
+        if not self.fp8:
+            return frozenset()
+        return frozenset(name for row in self._rows.values() if row.quantised for name in row.hf)
+
+    def names(self) -> list[str]:
+        """The megatron-core tensors that are sent."""
+        return list(self._rows)
+
+    def config(self, tokens: SpecialTokens) -> dict[str, Any]:
+        """The config.json of a folder that holds what is sent."""
+        config = hf_config(self.model, tokens, include_mtp=self.include_mtp)
+        return config | ({"quantization_config": QUANTIZATION_CONFIG} if self.fp8 else {})
+
+    def items(self, native: str) -> list[Entry]:
+        """What becomes of a megatron-core tensor, in the order of `tensors`; empty when it is not sent."""
+        if native not in self._rows:
+            return []
+        precision = self.model.precision
+        return hf_entries(self._rows[native], "fp8" if self.fp8 else precision, FORMATS[precision])
+
+    def tensors(self, natives: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[Outbound]:
+        """Whole megatron-core tensors, one by one, as they are sent; they stay on their device.
+
+        Args:
+            natives: (name, tensor) pairs in any order.
+            complete: every tensor of the model must come; without, `natives` may be a part of them.
+
+        Raises:
+            DataError: a tensor is unknown, missing, doubled, has the wrong shape, or numbers that FP8 cannot hold.
+        """
+        pairs = hf_tensors(natives, self.model, include_mtp=self.include_mtp, complete=complete)
+        for name, tensor in pairs:
+            if name in self._quantised:
+                try:
+                    tensor, scales_mn = quantise_blocks(tensor)
+                except ValueError as error:
+                    raise DataError(f"{name}: {error}") from None
+                assert scales_mn is not None
+                yield Outbound(name, tensor)
+                yield Outbound(name + SCALE_SUFFIX, scales_mn)
+                del tensor, scales_mn
+                continue
+            yield Outbound(name, tensor)
+            del tensor  # not held while the next is put together
+
+    def units(self, natives: Iterable[str]) -> Iterator[list[Entry]]:
+        """What will be sent of these megatron-core tensors, put together as it belongs together."""
+        items = [item for native in natives for item in self.items(native)]
+        return Units(item.name for item in items).of(items)
+
+    def together(self, natives: Iterable[str]) -> Units:
+        """Puts together what `tensors` gives of these megatron-core tensors."""
+        return Units(item.name for native in natives for item in self.items(native))

@@ -1,0 +1,1 @@
+"""What every run has: folder, set-up, resume, initial weights, prompts."""

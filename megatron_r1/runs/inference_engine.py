@@ -1,0 +1,44 @@
+"""The engine of verbs that ask a model and do not train it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.platform import select
+from megatron_r1.rollout.factory import SyncedEngine, sglang_engine
+from megatron_r1.rollout.in_process import LocalEngine
+from megatron_r1.runs.initial_weights import Weights
+
+
+@contextmanager
+def answering_engine(
+    config: RunConfig, first: Weights, current: dict[str, Tensor], folder: Path
+) -> Iterator[SyncedEngine]:
+    """The configured engine; `update_weights` makes it answer with what `current` then holds."""
+    platform = select(config.platform)
+    if config.rollout.engine == "sglang":
+        with sglang_engine(
+            config.rollout, first.model, lambda: current.items(), first.tokenizer_folder, folder / "logs", platform.name
+        ) as engine:
+            yield engine
+        return
+    from megatron_r1.model.build import build_model
+    from megatron_r1.model.shards import load_whole_tensors
+    from megatron_r1.parallel.mesh import process_groups
+
+    with process_groups(platform, config.parallel, config.seed, config.threads):
+        model = build_model(first.model, config.parallel, platform, config.seed)
+        local = LocalEngine(model, config.rollout.batch_size, Tokenizer.load(first.tokenizer_folder).pad)
+
+        class Loading(SyncedEngine):
+            def update_weights(self, version: str) -> None:
+                load_whole_tensors(model, current)
+                super().update_weights(version)
+
+        yield Loading(local, None)

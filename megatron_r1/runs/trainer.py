@@ -1,0 +1,256 @@
+"""What every training stage sets up the same way: model, optimizer, checkpoints, hooks, resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.checkpoint.store import CheckpointStore
+from megatron_r1.checkpoint.tensors import has_tensors, read_state, read_tensors
+from megatron_r1.config.load import resolved
+from megatron_r1.config.performance import refuse_on_cpu
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError, DataError, Requeue
+from megatron_r1.model.build import build_model
+from megatron_r1.model.chunks import Model
+from megatron_r1.model.fp8.apply import Fp8Plan, merged
+from megatron_r1.model.shards import Shard, load_whole_tensors, shards
+from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.mesh import process_groups
+from megatron_r1.platform import Platform, select
+from megatron_r1.runs.folder import mark_done, open_run_folder
+from megatron_r1.runs.snapshot import LeaderSnapshot, Snapshot, random_state
+from megatron_r1.runs.initial_weights import Weights, check_same_model
+from megatron_r1.track.tracker import Tracker
+from megatron_r1.train.ema import MovingAverage
+from megatron_r1.train.hooks import Hook, Hooks
+from megatron_r1.train.hooks.checkpoint import CheckpointHook
+from megatron_r1.train.hooks.ema import EmaHook
+from megatron_r1.train.hooks.log import LogHook
+from megatron_r1.train.hooks.preempt import PreemptHook
+from megatron_r1.train.optimizer import MOMENTS, Optimizer
+from megatron_r1.train.optimizer_state import MASTER, OptimizerState
+from megatron_r1.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+ExtraTensors = Callable[[], dict[str, torch.Tensor]]
+ExtraShards = Callable[[], Iterable[tuple[str, Shard]]]
+
+
+@dataclass
+class Trainer:
+    """A model in training and where it stands."""
+
+    config: RunConfig
+    platform: Platform
+    folder: Path
+    model: Any
+    optimizer: Optimizer
+    tokenizer: Tokenizer
+    state: TrainState
+    store: CheckpointStore
+    preempt: PreemptHook
+    extra: dict[str, torch.Tensor]
+    """Tensors beside model and optimizer that the resumed checkpoint held; on rank 0."""
+    resumed: Path | None = None
+    """The checkpoint that the run goes on from."""
+    ema: MovingAverage | None = None
+    """Moving average of the weights, if the run keeps one."""
+
+    def hooks(
+        self,
+        shown: Sequence[str],
+        title: str,
+        extra_tensors: ExtraTensors = dict,
+        extra_shards: ExtraShards = tuple,
+        first: Sequence[Hook] = (),
+    ) -> Hooks:
+        """Log, save, and stop in time.
+
+        Args:
+            shown: metrics on the terminal.
+            title: name of the progress bar.
+            extra_tensors: what a checkpoint holds beside model and optimizer; rank 0's counts.
+            extra_shards: the same, of what ranks share like weights: kind and shard.
+            first: come before the others, to add to a row or to what is saved.
+        """
+        train = self.config.train
+        # A row is recorded before its step is saved: killed in between, the run records the row anew; the other way
+        # round it would be missing for good.
+        hooks: list[Hook] = [
+            CheckpointHook(
+                self.store,
+                lambda state: self.snapshot(state, extra_tensors, extra_shards).write,
+                {"config": resolved(self.config), "layout": layout(self.config)},
+                train.checkpoint_interval,
+                self.state.step,
+                train.background_saves,
+            )
+        ]
+        if dist.get_rank() == 0:
+            tracker = Tracker(self.folder, resolved(self.config), self.config.name, self.config.track, self.state.step)
+            hooks.insert(0, LogHook(tracker, shown, train.steps, self.state.step, train.log_interval, title))
+        if self.ema:
+            hooks.insert(0, EmaHook(self.ema))
+        return Hooks([*first, *hooks, self.preempt])
+
+    def saved(self, kind: str) -> WholeTensors | None:
+        """Tensors of a kind in the checkpoint that the run goes on from; None when it has none."""
+        tensors = WholeTensors(self.resumed, kind) if self.resumed else None
+        return tensors or None
+
+    def _shards(self, extra: ExtraShards) -> Iterator[tuple[str, Shard]]:
+        """Collective: kind and shard of all that this rank speaks for."""
+        yield from (("model", shard) for shard in shards(self.model) if shard.owned)
+        yield from OptimizerState(self.model, self.optimizer).shards()
+        if self.ema:
+            yield from (("ema", shard) for shard in self.ema.shards())
+        yield from extra()
+
+    def snapshot(self, state: TrainState, extra_tensors: ExtraTensors, extra_shards: ExtraShards) -> Snapshot:
+        """Collective: this rank's share of a checkpoint.
+
+        All of it is gathered before any is written: a rank whose disk fails must not leave the others waiting.
+        """
+        rank = dist.get_rank()
+        taken = LeaderSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
+        taken.take(self._shards(extra_shards), copy=self.config.train.background_saves)
+        taken.tensors["random"] = random_state()
+        if rank == 0 and (extra := extra_tensors()):
+            taken.tensors["extra"] = {name: tensor.clone() for name, tensor in extra.items()}
+        return taken
+
+
+@contextmanager
+def trainer(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    weights: Weights | None,
+    trainable: Callable[[str], bool] = lambda _: True,
+    prepare: Callable[[Model], None] = lambda _: None,
+) -> Iterator[Trainer]:
+    """Set up training: from the run's newest checkpoint, else from `weights`, else from random initial weights.
+
+    Args:
+        config: of the run.
+        tokenizer: saved with every checkpoint.
+        weights: initial weights; None draws them.
+        trainable: parameter name -> whether the optimizer changes it.
+        prepare: adds to the model what is no part of a language model, before weights are read.
+    """
+    folder = open_run_folder(config)
+    platform = select(config.platform)
+    if platform.name == "cpu":
+        refuse_on_cpu(config.performance)
+        if config.train.optimizer.offload:
+            raise ConfigError("train.optimizer.offload", True, "must be false on a CPU: moments are there already")
+    with (
+        process_groups(platform, config.parallel, config.seed, config.threads),
+        CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints, AllRanks()) as store,
+    ):
+        # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
+        preempt = PreemptHook()
+        model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.precision)
+        prepare(model)
+        tell_precision(model, folder)
+        if weights:
+            check_same_model(config.model, weights.model, str(weights.folder))
+            load_whole_tensors(model, weights.tensors)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable(name))
+        optimizer = Optimizer(model, config.train, config.performance)
+        this = Trainer(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
+        if config.train.ema_decay:
+            this.ema = MovingAverage(model, config.train.ema_decay)
+        _resume(this)
+        yield this
+
+
+def tell_precision(model: Any, folder: Path) -> None:
+    """Collective: say which linear layers multiply in FP8 and how, where any do; `precision.json` names each."""
+    plan: Fp8Plan | None = getattr(model, "fp8_plan", None)
+    if plan is None:
+        return
+    plan = merged(AllRanks().gather(plan))
+    if dist.get_rank() == 0:
+        (folder / "precision.json").write_text(json.dumps(asdict(plan), indent=1))
+        print("\n".join(plan.lines()), file=sys.stderr)
+
+
+def _resume(this: Trainer) -> None:
+    found = this.store.newest_verified()
+    if not found:
+        return
+    folder, manifest = found
+    this.resumed, this.state = folder, _state(folder)
+    with ExitStack() as stack:
+        kinds = ("model", MASTER, *MOMENTS)
+        tensors = {kind: stack.enter_context(WholeTensors(folder, kind)) for kind in kinds}
+
+        def read(kind: str, shard: Shard) -> torch.Tensor:
+            return tensors[kind].part(shard.name, shard.whole_shape, shard.offset, tuple(shard.tensor.shape))
+
+        for shard in shards(this.model):
+            shard.tensor.copy_(read("model", shard))
+        OptimizerState(this.model, this.optimizer).load(read, this.state.updates)
+    if this.ema:
+        with WholeTensors(folder, "ema") as averages:
+            this.ema.load(averages)
+    rank = dist.get_rank()
+    if manifest.metadata["layout"] == layout(this.config):
+        torch.set_rng_state(read_tensors(folder, "random", rank)["cpu"])
+    if rank == 0 and has_tensors(folder, "extra", 0):
+        this.extra = read_tensors(folder, "extra", 0)
+    logger.info("resuming %s at step %d", this.folder, this.state.step)
+
+
+def _state(folder: Path) -> TrainState:
+    state = read_state(folder)
+    if state.keys() != TrainState().as_dict().keys() or not all(type(value) is int for value in state.values()):
+        raise DataError(f"{folder}: its state is not one of this version: {', '.join(sorted(state))}")
+    return TrainState(**state)
+
+
+def layout(config: RunConfig) -> dict[str, int]:
+    """How the ranks share the work. A resume may have another: then random states, which are by rank, start anew."""
+    return {"ranks": dist.get_world_size(), **asdict(config.parallel)}
+
+
+def of_at_most(config: RunConfig, steps: int) -> RunConfig:
+    """The same run, of no more steps than this.
+
+    Raises:
+        ConfigError: they are too few for its schedule.
+    """
+    if steps >= config.train.steps:
+        return config
+    try:
+        return replace(config, train=replace(config.train, steps=steps))
+    except ConfigError as error:
+        raise error.under("train") from None
+
+
+def finish(this: Trainer, state: TrainState) -> None:
+    """Mark the run done, or leave it to be resumed when a signal stopped it.
+
+    Raises:
+        Requeue: a signal stopped the run before its last step.
+    """
+    if state.step >= this.config.train.steps:
+        if dist.get_rank() == 0:
+            mark_done(this.folder, state.as_dict())
+        return
+    name = this.preempt.received.name if this.preempt.received else "a signal"
+    raise Requeue(f"{name}: stopped after step {state.step} with a checkpoint; the same command goes on from there")

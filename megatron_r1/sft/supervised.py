@@ -1,0 +1,138 @@
+"""Supervised fine-tuning on packed examples: the loss is on answers alone, and no example sees another.
+
+The loss of a step is the mean over the learned tokens of all its sequences, over all ranks and micro-batches. Padding
+is routed like any token, but nothing comes of it: it is no target, no example attends to it, and post-training has
+neither a balance loss nor steps of the balancing bias (`FROZEN`), the only places where its routing could count.
+
+Shapes: B sequences, L positions; position t predicts token t + 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_r1.data.chat.batches import ChatBatch
+from megatron_r1.model.apart import sequences_apart
+from megatron_r1.model.scores import model_scores
+from megatron_r1.model.vocab_parallel import TokenScores
+from megatron_r1.train.packed import PackedReader, PackedRows, extra_predictions_weighted, positions_in_pieces
+
+
+class SupervisedReader(PackedReader):
+    """Turns batches of examples into micro-batches and runs the model on one."""
+
+    def __init__(self, packed: bool, extra_predictions: int, device: str, trimmed_to: int = 0):
+        """
+        Args:
+            packed: whether several examples share a sequence, and must be kept apart.
+            extra_predictions: layers of multi-token prediction.
+            trimmed_to: micro-batches end with their longest sequence, at a multiple of this; 0 leaves them whole.
+        """
+        # A sequence of one example needs no mask but the causal one: what comes after it is padding.
+        super().__init__(True, extra_predictions, device)
+        self._packed, self._trimmed_to = packed, trimmed_to
+
+    def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
+        """Cross-entropy of the learned tokens.
+
+        Where examples share sequences, those of all sequences of the micro-batch are laid end to end, and attention,
+        rotary positions and multi-token prediction know where each begins; and the logits of all tokens never exist at
+        once.
+        """
+        if not self._packed:
+            return super().forward(model, rows)
+
+        def loss_function(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = (output_1T.float().view_as(rows.counted_BL) * rows.counted_BL).sum() * rows.weight
+            # megatron-core divides the returned loss in place by the number of micro-batches.
+            return loss, {"loss": loss.detach().clone()}
+
+        output = self.ask(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
+        return -output.log_probs if isinstance(output, TokenScores) else output, loss_function
+
+    def ask(self, model: Any, rows: PackedRows, question: Callable[..., Any]) -> Any:
+        """What a function of `model.scores` finds of the examples end to end; extra predictions add their own loss."""
+        inputs_1T, positions_1T, apart = end_to_end(rows)
+        with extra_predictions_weighted(model, rows.extra_weight):
+            return question(
+                model,
+                inputs_1T,
+                positions_1T,
+                labels=rows.tokens_BL[:, 1:].reshape(1, -1),
+                loss_mask=rows.extra_BL.reshape(1, -1),
+                packed_seq_params=apart,
+            )
+
+    def shape(self, length: int, rows: int) -> tuple[int, int]:
+        """Length and number of what the model gets of a micro-batch of `rows` sequences."""
+        return (length * rows, 1) if self._packed else (length, rows)
+
+    def counted(self, batch: ChatBatch) -> np.ndarray:
+        pieces_BL = batch.pieces_BL
+        return (pieces_BL[:, 1:] == pieces_BL[:, :-1]) & batch.learned_BL[:, 1:]
+
+    def shares(self, batch: ChatBatch, ranks: int) -> list[np.ndarray]:
+        return balanced_shares(tokens_of(batch), ranks)
+
+    def length(self, batch: ChatBatch, part: np.ndarray) -> int:
+        whole = super().length(batch, part)
+        if not self._trimmed_to:
+            return whole
+        longest = max(1, int(tokens_of(batch)[part].max()) - 1)
+        return min(whole, -(-longest // self._trimmed_to) * self._trimmed_to)
+
+
+def end_to_end(rows: PackedRows) -> tuple[Tensor, Tensor, Any]:
+    """Tokens and positions of all sequences laid end to end, [1, T], and what keeps their examples apart."""
+    positions_BL = positions_in_pieces(rows.pieces_BL)
+    tokens_1T, positions_1T = rows.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
+    return tokens_1T, positions_1T, sequences_apart(bounds(positions_BL))
+
+
+def bounds(positions_BL: Tensor) -> Tensor:
+    """Where examples begin when rows are laid end to end, and the end of the last: int32 [N + 1].
+
+    Padding at the end of a row is a sequence of its own.
+    """
+    flat_T = positions_BL.flatten()
+    starts_N = (flat_T == 0).nonzero().flatten()
+    return torch.cat([starts_N, starts_N.new_tensor([len(flat_T)])]).int()
+
+
+def tokens_of(batch: ChatBatch) -> np.ndarray:
+    """Tokens of each sequence without padding: int64 [B]."""
+    return (batch.pieces_BL != 0).sum(1)
+
+
+def balanced_shares(tokens_B: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Sequences divided among ranks, equally many each and about as many tokens: the longest first, to who has least.
+
+    A rank's own come from the longest to the shortest, so that those of one micro-batch are about as long.
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    room, tokens = -(-len(tokens_B) // ranks), [0] * ranks
+    for row in np.argsort(-tokens_B, kind="stable").tolist():
+        rank = min((rank for rank in range(ranks) if len(shares[rank]) < room), key=lambda rank: tokens[rank])
+        shares[rank].append(row)
+        tokens[rank] += int(tokens_B[row])
+    return [np.array(share, dtype=np.int64) for share in shares]
+
+
+def packing_metrics(batch: ChatBatch, ranks: int) -> dict[str, float]:
+    """What a step's batch holds, the same on every rank."""
+    tokens_B = tokens_of(batch)
+    tokens, slots = int(tokens_B.sum()), batch.pieces_BL.shape[0] * batch.pieces_BL.shape[1]
+    of_ranks = [int(tokens_B[share].sum()) for share in balanced_shares(tokens_B, ranks)]
+    return {
+        "tokens": tokens,
+        "examples": int(batch.pieces_BL.max(1).sum()),
+        "packing_efficiency": tokens / slots,
+        "padding_share": 1 - tokens / slots,
+        "token_imbalance": max(of_ranks) * ranks / max(1, tokens) - 1,
+    }

@@ -1,0 +1,88 @@
+"""The teacher of a fine-tuning run: found and refused before anything is built, then built beside the student."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from megatron_r1.config.division import check_division
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.model.build import build_model
+from megatron_r1.model.shards import load_whole_tensors
+from megatron_r1.runs.initial_weights import Weights, find_weights
+from megatron_r1.runs.trainer import Trainer
+from megatron_r1.sft.teacher import DistillingReader, Teacher
+
+KEY = "sft.teacher.from"
+
+
+def find_teacher(config: RunConfig, tokenizer: Tokenizer) -> Weights | None:
+    """The weights of the configured teacher; None where there is no teacher.
+
+    Args:
+        tokenizer: the student's.
+
+    Raises:
+        ConfigError: nothing there, or a model that cannot teach this student.
+    """
+    source = config.sft.teacher.from_
+    if not source:
+        return None
+    found = find_weights(source, KEY)
+    check_teacher(config, tokenizer, found.model, Tokenizer.load(found.tokenizer_folder))
+    return found
+
+
+def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: ModelConfig, theirs: Tokenizer) -> None:
+    """Refuse a teacher that has other words, reads less than the student, or that the ranks cannot share.
+
+    Raises:
+        ConfigError: names what does not fit.
+    """
+    source, words, length = config.sft.teacher.from_, tokenizer.vocab_size, config.train.sequence_length
+    if not tokenizer.has_same_words(theirs):
+        raise ConfigError(KEY, source, "must be a model of the student's tokenizer: here ids stand for other words")
+    if teacher.vocab_size < words:
+        raise ConfigError(KEY, source, f"must have the {words} words of its tokenizer, but has {teacher.vocab_size}")
+    if config.sft.teacher.top_k > words:
+        raise ConfigError("sft.teacher.top_k", config.sft.teacher.top_k, f"must be at most the {words} words")
+    if teacher.max_sequence_length < length:
+        allowed = f"must read train.sequence_length={length} tokens, but reads {teacher.max_sequence_length}"
+        raise ConfigError(KEY, source, allowed)
+    degrees = shared_as(config.parallel, config.model, teacher)
+    if not degrees.pipeline_layers and teacher.num_layers % degrees.stages:
+        allowed = (
+            f"must have a multiple of {degrees.stages} layers, one share for each stage, but has {teacher.num_layers}"
+        )
+        raise ConfigError(KEY, source, allowed)
+    try:
+        check_division(degrees, teacher)
+    except ConfigError as error:
+        raise ConfigError(KEY, source, f"must be a model that the ranks can share, but for it {error}") from None
+
+
+def shared_as(degrees: ParallelConfig, student: ModelConfig, teacher: ModelConfig) -> ParallelConfig:
+    """How ranks share the teacher: as the student, but for what only one of the two has."""
+    if not teacher.moe.num_experts:
+        degrees = replace(degrees, expert=1, expert_tensor=1)
+    return degrees if teacher.num_layers == student.num_layers else replace(degrees, pipeline_layers=[])
+
+
+def distilling_reader(this: Trainer, found: Weights) -> DistillingReader:
+    """Collective: load the teacher beside the student; what reads the batches then has its words in them."""
+    config, words = this.config, this.tokenizer.vocab_size
+    settings, degrees = config.sft.teacher, shared_as(config.parallel, config.model, found.model)
+    # The student's draws must not depend on whether a teacher was built beside it.
+    with torch.random.fork_rng():
+        model = build_model(found.model, degrees, this.platform, seed=0)
+    load_whole_tensors(model, found.tensors)
+    teacher = Teacher(model, settings.top_k, settings.temperature, words)
+    padded = words < config.model.vocab_size
+    return DistillingReader(
+        teacher, settings, words if padded else None, config.model.mtp.num_layers, this.platform.device
+    )

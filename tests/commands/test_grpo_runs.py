@@ -1,0 +1,155 @@
+"""Runs of reinforcement learning, with a critic and on questions of a file, and on pairs; gone on with bit for bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.data.prompts.files import FilePrompts, PromptFile
+from megatron_r1.data.prompts.prompts import Prompt
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import DataError
+from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.runs.prompts import keep
+from megatron_r1.track.record import read_metrics
+from tests.support.launching import run_to_the_end
+
+pytestmark = pytest.mark.timeout(240)
+SUPPORT = Path(__file__).parents[1] / "support"
+POLICY = {"model", "exp_avg", "exp_avg_sq", "reference"}
+CRITIC = {"critic", "critic_exp_avg", "critic_exp_avg_sq", "critic_progress"}
+
+QUESTIONS = [f"What is {n} + 1?" for n in range(5)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("grpo-runs")
+    rows = [*({"question": question, "answer": n + 1} for n, question in enumerate(QUESTIONS)), {"question": "<|eos|>"}]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_to_the_end([sys.executable, str(SUPPORT / "grpo_runs.py"), str(folder)], seconds=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder) -> dict[str, Any]:
+    return json.loads((folder / "found.json").read_text())
+
+
+def rows(folder: Path, run: str) -> list[dict[str, Any]]:
+    timed = ("seconds", "idle", "time")
+    return [
+        {key: value for key, value in row.items() if not key.endswith(timed)}
+        for row in read_metrics(folder / run / "metrics.jsonl")
+    ]
+
+
+def tensors(folder: Path, run: str, kind: str, step: int = 2) -> dict[str, torch.Tensor]:
+    return dict(WholeTensors(folder / run / "checkpoints" / f"step-{step:08}", kind))
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(folder, found):
+    assert "SIGTERM: stopped after step 1" in found["stopped"]
+    assert len(rows(folder, "whole")) == 2 and rows(folder, "stopped") == rows(folder, "whole")
+    for kind in POLICY | CRITIC:
+        one, other = (tensors(folder, run, kind) for run in ("whole", "stopped"))
+        assert one and one.keys() == other.keys(), kind
+        assert all(torch.equal(one[name], other[name]) for name in one), kind
+    assert tensors(folder, "whole", "critic_progress")["updates"].tolist() == [4]
+
+
+def test_a_critic_starts_from_the_policy_and_learns_apart_from_it(folder):
+    base, critic, policy = (
+        tensors(folder, run, kind, step)
+        for run, kind, step in (("base", "model", 1), ("whole", "critic", 2), ("whole", "model", 2))
+    )
+    untouched = {name for name in base if torch.equal(base[name], critic[name])}
+    assert critic.keys() - base.keys() == {"reward_head.weight", "reward_head.bias"}
+    assert "output_layer.weight" in untouched and "embedding.word_embeddings.weight" not in untouched
+    assert critic["reward_head.weight"].any() and not torch.equal(
+        policy["output_layer.weight"], base["output_layer.weight"]
+    )
+    row = rows(folder, "whole")[-1]
+    assert row["value_loss"] > 0 and row["value_gradient_norm"] > 0 and row["kl_in_reward"] != 0
+
+
+def test_a_critic_starts_from_a_reward_model(folder, found):
+    judge, critic = tensors(folder, "judge", "model"), tensors(folder, "judged", "critic", 1)
+    assert judge.keys() == critic.keys() and judge["reward_head.weight"].any()
+    for name, tensor in judge.items():
+        torch.testing.assert_close(critic[name], tensor, rtol=0, atol=1e-9)
+    assert "rl.critic.init_from=" in found["no_reward_model"]
+    assert "must be a run of the verb reward" in found["no_reward_model"]
+
+
+def test_questions_of_a_file_are_asked_in_the_models_own_template(folder):
+    tokenizer = Tokenizer.load(folder / "base" / "checkpoints" / "step-00000001" / "tokenizer")
+    listed = FilePrompts([Prompt(str(n + 1), text, str(n + 1), "", "file") for n, text in enumerate(QUESTIONS)], 0)
+    asked = [sample for step in (1, 2) for sample in Journal(folder / "asked" / "rollouts").read(step)]
+    assert [sample.prompt_id for sample in asked] == [listed.at(index // 2).id for index in range(16)]
+    for sample in asked:
+        expected = f"<|bos|><|user|>{QUESTIONS[int(sample.prompt_id) - 1]}<|assistant|>"
+        assert sample.prompt_tokens == tuple(tokenizer.encode(expected))
+    assert (folder / "asked" / "bad_rows.txt").read_text() == (
+        "questions.jsonl:6: the question holds the control token <|eos|>\n"
+    )
+    assert rows(folder, "asked")[-1]["skipped"] == 0
+
+
+def test_pairs_are_learned_and_heldout_ones_measured(folder):
+    learned = rows(folder, "preferring")
+    assert [row["step"] for row in learned] == [1, 2, 3, 4, 5, 6], "3 epochs of 16 pairs in batches of 8"
+    assert learned[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and learned[0]["margin"] == 0.0
+    assert learned[-1]["loss"] < 0.65 and learned[-1]["accuracy"] > 0.5
+    assert [row["step"] for row in learned if "heldout_margin" in row] == [4, 6]
+    results = json.loads((folder / "preferring" / "accuracy.json").read_text())
+    assert results["items"] == 6 and results["accuracy"]["mean"] == learned[-1]["heldout_accuracy"]
+    base, reference, policy = (
+        tensors(folder, run, kind, step)
+        for run, kind, step in (("speaker", "model", 2), ("preferring", "reference", 6), ("preferring", "model", 6))
+    )
+    assert base.keys() == reference.keys() and all(torch.equal(base[name], reference[name]) for name in base)
+    changed = {name for name in base if not torch.equal(base[name], policy[name])}
+    assert "output_layer.weight" in changed
+    assert any(in_multi_token_layer(name) for name in base) and not any(map(in_multi_token_layer, changed))
+    assert not any(name.endswith("expert_bias") for name in changed)
+
+
+def test_a_stopped_run_on_pairs_goes_on_bit_for_bit(folder, found):
+    assert "SIGTERM: stopped after step 3" in found["stopped_dpo"]
+    plain, stopped = (
+        [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows(folder, run)]
+        for run in ("preferring", "stopped_dpo")
+    )
+    assert stopped == plain
+    for kind in POLICY:
+        one, other = (tensors(folder, run, kind, 6) for run in ("preferring", "stopped_dpo"))
+        assert one and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), kind
+
+
+def test_a_run_that_goes_on_has_the_questions_that_it_began_with(tmp_path):
+    prompts = [Prompt("1", "1?", "1", "", "file"), Prompt("2", "2?", "2", "", "file")]
+    keep(PromptFile(prompts, []), tmp_path)
+    keep(PromptFile([*prompts], ["a: bad"]), tmp_path)
+    assert (tmp_path / "bad_rows.txt").read_text() == "a: bad\n"
+    for others in (prompts[::-1], prompts[:1], [replace(prompts[0], answer="3"), prompts[1]]):
+        with pytest.raises(DataError, match="its questions are no longer those that it began with"):
+            keep(PromptFile(others, []), tmp_path)
+    keep(None, tmp_path)
+
+
+def test_general_tasks_are_measured_by_their_own_rules(folder):
+    results = json.loads((folder / "general" / "results.json").read_text())
+    measured = results["models"]["model"]["sampled"]
+    # A base of one step answers nothing as it was asked, and goes about nothing harmful.
+    assert {name: share["mean"] for name, share in measured.items()} == {"helpful": 0.0, "safe": 1.0, "format": 0.0}
+    rows = [json.loads(line) for line in (folder / "general" / "samples" / "model.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and len({row["question"] for row in rows}) == 6

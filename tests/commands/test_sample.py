@@ -1,0 +1,94 @@
+"""Sampling jobs from the command line: killed and started again they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MODEL = ["platform=cpu", "threads=1", "seed=3", "rollout=local", "track=off", "rollout.max_response_tokens=12"]
+DYING = """
+import os, sys
+from megatron_r1 import files
+from megatron_r1.__main__ import exit_code
+from megatron_r1.commands import sample
+
+written, write = [], files.write_whole
+
+def dies(path, content):
+    write(path, content)
+    written.append(path)
+    if len(written) == 3:  # the plan and two parts
+        os._exit(9)
+
+sample.write_whole = dies
+sys.exit(exit_code(sys.argv[1:]))
+"""
+
+
+def start(*arguments: str, dying: bool = False) -> subprocess.CompletedProcess[str]:
+    program = ["-c", DYING] if dying else ["-m", "megatron_r1"]
+    command = [sys.executable, "-W", "ignore", *program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A folder with a model that two steps have trained, and prompts."""
+    root = tmp_path_factory.mktemp("runs")
+    steps = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=2000", "train.checkpoint_interval=2"]
+    shape = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
+    done = start("pretrain", *MODEL, *steps, *shape, f"root='{root}'", "name=base")
+    assert done.returncode == 0, done.stderr
+    rows = [{"question": f"What is {n}+{n}?", "answer": 2 * n} for n in range(10)]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    return root
+
+
+def job(root: Path, name: str) -> list[str]:
+    sample = ["sample.samples=2", "sample.prompts_per_part=4", "sample.limit=0"]
+    keys = [*sample, "data.prompts.max_bad_rows=1", f"data.prompts.path='{root}/prompts.jsonl'"]
+    return ["sample", *MODEL, *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
+
+
+def test_every_prompt_is_answered_and_scored(root):
+    done = start(*job(root, "whole"))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (root / "whole" / "samples.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["sample"]) for row in rows] == [(str(n), i) for n in range(1, 11) for i in range(2)]
+    for row in rows:
+        assert row["truth"] == str(2 * (int(row["id"]) - 1)) and row["question"] in row["prompt"]
+        assert row["reward"] == pytest.approx(sum(row["reward_parts"].values()))
+        assert 1 <= row["response_tokens"] <= 12 and row["logprob"] < 0 and row["finish_reason"] in ("stop", "length")
+    assert (root / "whole" / "bad_rows.txt").read_text().startswith("prompts.jsonl:11: is not JSON")
+    assert "20 samples of 10 prompts" in done.stderr and "1 bad rows left out" in done.stderr
+    totals = json.loads((root / "whole" / "done.json").read_text())
+    assert totals["samples"] == 20 and totals["mean_reward"] == pytest.approx(sum(r["reward"] for r in rows) / 20)
+
+
+def test_a_killed_job_goes_on_and_refuses_other_prompts(root):
+    assert start(*job(root, "killed"), dying=True).returncode == 9
+    parts = root / "killed" / "parts"
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}
+    assert 0 < len(before) < 3
+    assert start(*job(root, "killed")).returncode == 0
+    for name, written in before.items():
+        assert (parts / name).stat().st_mtime_ns == written
+    whole, killed = ((root / name / "samples.jsonl").read_bytes() for name in ("whole", "killed"))
+    assert killed == whole
+    plan = json.loads((parts / "plan.json").read_text())
+    (parts / "plan.json").write_text(json.dumps(plan | {"texts_sha256": "another"}))
+    refused = start(*job(root, "killed"))
+    assert refused.returncode == 3 and "the parts there are of other prompts or weights" in refused.stderr
+
+
+def test_parquet_holds_the_same_rows(root):
+    from pyarrow import parquet
+
+    assert start(*job(root, "columns"), "sample.format=parquet").returncode == 0
+    rows = parquet.read_table(root / "columns" / "samples.parquet").to_pylist()
+    expected = [json.loads(line) for line in (root / "columns" / "parts" / "000000.jsonl").read_text().splitlines()]
+    assert len(rows) == 20 and rows[: len(expected)] == expected

@@ -1,0 +1,1 @@
+"""Tests and the programs that they start as processes of their own."""

@@ -1,0 +1,97 @@
+"""An update on pairs of answers against the same loss written out in plain torch, and on two ranks against one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_r1.model.build import native_tensors
+from megatron_r1.train.routing import FROZEN
+from tests.support.dpo_cases import BETA, REFERENCE_SCALE, one_update, pairs, plain_gaps, plain_loss
+from tests.support.launching import run_to_the_end
+from tests.support.layouts import model_of
+from tests.support.learner_cases import assert_close, trainable
+
+SUPPORT = Path(__file__).parents[1] / "support"
+TOLERANCE = 1e-5
+"""In fp32 the parts of a sum that lie on several ranks are added in another order."""
+
+
+@pytest.fixture(scope="module")
+def alone(one_rank) -> tuple[dict[str, float], dict[str, torch.Tensor], list[float]]:
+    """What `one_update` gives on one rank, four micro-batches of two pairs."""
+    from megatron_r1.config.parallel import ParallelConfig
+
+    return one_update(one_rank, ParallelConfig())
+
+
+@pytest.fixture(scope="module")
+def plain(new_model) -> tuple[Any, Any]:
+    """Policy and reference as two models; the policy with the gradients of the loss written out."""
+    model, reference = trainable(new_model(model_of("tiny"))), new_model(model_of("tiny"))
+    for _, tensor in native_tensors(reference):
+        tensor *= REFERENCE_SCALE
+    FROZEN.apply(model, 0)
+    loss = plain_loss(model, reference, pairs())
+    loss.backward()
+    model.loss = float(loss.detach())
+    return model, reference
+
+
+def test_an_update_is_the_loss_written_out(alone, plain):
+    metrics, gradients, _ = alone
+    model, _ = plain
+    assert metrics["loss"] == pytest.approx(model.loss, rel=1e-5)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    print(f"largest relative difference of a gradient {assert_close(gradients, expected):.1e}")
+
+
+def test_metrics_are_means_over_all_pairs(alone, plain):
+    metrics, model, reference = alone[0], *plain
+    with torch.no_grad():
+        margins = BETA * (plain_gaps(model, pairs()) - plain_gaps(reference, pairs()))
+    assert 0 < metrics["accuracy"] < 1
+    assert metrics["accuracy"] == float((margins > 0).float().mean())
+    assert metrics["margin"] == pytest.approx(float(margins.mean()), rel=1e-4, abs=1e-6)
+    assert metrics["margin"] == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"], abs=1e-6)
+
+
+def test_heldout_margins_are_those_of_each_pair_on_its_own(alone, plain):
+    model, reference = plain
+    with torch.no_grad():
+        expected = BETA * (plain_gaps(model, pairs(5)) - plain_gaps(reference, pairs(5)))
+    assert alone[2] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+
+
+def test_micro_batches_add_up(alone, one_rank, monkeypatch):
+    monkeypatch.syspath_prepend(str(SUPPORT.parent / "dist"))
+    from megatron_r1.config.parallel import ParallelConfig
+
+    metrics, gradients, _ = one_update(one_rank, ParallelConfig(), size=8)
+    assert metrics == pytest.approx(alone[0], rel=1e-5, abs=1e-7)
+    trained = {name: gradient for name, gradient in alone[1].items() if not name.startswith("mtp.")}
+    assert_close(gradients, {name: value for name, value in trained.items() if "expert_bias" not in name})
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "ep2"])
+def test_two_ranks_learn_what_one_does(layout, alone, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run_to_the_end([*launcher, str(SUPPORT / "ranks_dpo.py"), str(tmp_path), layout], seconds=100)
+    metrics, gradients, margins = alone
+    found = json.loads((tmp_path / "found.json").read_text())
+    # Log-probabilities of whole answers are of the order of -100, of which fp32 resolves 1e-5.
+    assert found["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+    assert found["margins"] == pytest.approx(margins, rel=1e-5, abs=1e-5)
+    theirs = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert theirs.keys() == gradients.keys()
+    distances = {name: (theirs[name] - g).norm() / g.norm().clamp(min=1e-9) for name, g in gradients.items()}
+    worst = max(distances, key=distances.__getitem__)
+    print(f"{layout}: {worst} differs by {distances[worst]:.1e}")
+    assert distances[worst] < TOLERANCE, worst

@@ -1,0 +1,161 @@
+"""A reward model's losses against plain formulas, what its head reads, and what learned reasoning adds."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_r1.model.build import build_model, native_tensors
+from megatron_r1.model.reward_head import HEAD, add_reward_head, head_of, with_head
+from megatron_r1.preference.reward_model import RewardModel, reward_rows, rights
+from megatron_r1.train.routing import FROZEN
+from tests.support.layouts import model_of
+from tests.support.reward_cases import END, PAD, examples_of
+
+
+@pytest.fixture(scope="module")
+def bare(one_rank):
+    """The tiny model with a head that is not zero. For reading only."""
+    from megatron_r1.config.parallel import ParallelConfig
+
+    model = build_model(model_of("tiny"), ParallelConfig(), one_rank, 0)
+    add_reward_head(model)
+    FROZEN.apply(model, 0)
+    with torch.no_grad():
+        head_of(model).weight.copy_(torch.randn(1, 128, generator=torch.Generator().manual_seed(1)) * 0.2)
+        head_of(model).bias.fill_(0.3)
+    return model
+
+
+def reward_model(bare, pairwise: bool, weight: float = 0.0) -> RewardModel:
+    return RewardModel(bare, pairwise, weight, PAD, "cpu")
+
+
+def loss_of(bare, pairwise: bool, weight: float, examples, micro_batches: int = 1) -> tuple[float, dict[str, float]]:
+    """Mean over micro-batches, as the schedule takes it, and of what is logged."""
+    this = reward_model(bare, pairwise, weight)
+    batches = this.micro_batches(examples, 0, 1, len(examples) // micro_batches)
+    assert len(batches) == micro_batches
+    losses, rows = [], []
+    for batch in batches:
+        with torch.no_grad():
+            output, loss_function = this.forward(bare, batch)
+            loss, logged = loss_function(output)
+        losses.append(float(loss))
+        rows.append({key: float(value) for key, value in logged.items()})
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    return sum(losses) / len(losses), mean
+
+
+def plain_parts(bare, tokens: list[int]) -> tuple[float, torch.Tensor]:
+    """Score of the last token, and log-probabilities of every next token, of a row on its own."""
+    inputs_BL = torch.tensor([tokens])
+    kept = {}
+
+    def keep(*, hidden_states, output_layer, **_):
+        kept["hidden"] = hidden_states[:, 0]
+        return output_layer(hidden_states)[0]
+
+    from megatron_r1.model.build import without_multi_token_prediction
+
+    with torch.no_grad(), without_multi_token_prediction(bare):
+        logits_LBV = bare(inputs_BL, torch.arange(len(tokens))[None], None, output_processor=keep)
+    head = head_of(bare)
+    score = float(kept["hidden"][-1] @ head.weight[0] + head.bias[0])
+    return score, logits_LBV[:, 0].log_softmax(-1)
+
+
+def test_pairwise_loss_is_bradley_terry_on_the_last_token(bare):
+    examples = examples_of(True)
+    scores = [[plain_parts(bare, row.tokens)[0] for row in example.rows] for example in examples]
+    expected = sum(-math.log(1 / (1 + math.exp(worse - better))) for better, worse in scores) / len(scores)
+    loss, logged = loss_of(bare, True, 0.0, examples)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert logged["accuracy"] == sum(better > worse for better, worse in scores) / len(scores)
+    assert loss_of(bare, True, 0.0, examples, micro_batches=4)[0] == pytest.approx(loss, rel=1e-6)
+
+
+def test_pointwise_loss_is_cross_entropy(bare):
+    examples = examples_of(False)
+    scores = torch.tensor([plain_parts(bare, example.rows[0].tokens)[0] for example in examples])
+    labels = torch.tensor([float(example.safe) for example in examples])
+    assert 0 < labels.mean() < 1
+    loss, logged = loss_of(bare, False, 0.0, examples)
+    assert loss == pytest.approx(float(F.binary_cross_entropy_with_logits(scores, labels)), rel=1e-5)
+    assert logged["accuracy"] == float(((scores > 0) == (labels > 0.5)).float().mean())
+
+
+@pytest.mark.parametrize("pairwise", [True, False])
+def test_reasoning_is_learned_by_its_tokens(bare, pairwise):
+    examples = examples_of(pairwise)
+    total, count = 0.0, 0
+    for row in (row for example in examples for row in example.rows):
+        log_probs = plain_parts(bare, row.tokens)[1]
+        for place in range(row.judged, len(row.tokens)):
+            total, count = total - float(log_probs[place - 1, row.tokens[place]]), count + 1
+    for micro_batches in (1, 4):
+        loss, logged = loss_of(bare, pairwise, 0.5, examples, micro_batches)
+        assert logged["reasoning_loss"] == pytest.approx(total / count, rel=1e-5)
+        assert loss == pytest.approx(logged["score_loss"] + 0.5 * total / count, rel=1e-5)
+
+
+def test_removing_the_reasoning_changes_the_loss(bare):
+    examples = examples_of(True)
+    removed = [
+        type(e)(tuple(type(r)([*r.tokens[: r.judged], END], r.judged + 1) for r in e.rows), e.safe) for e in examples
+    ]
+    whole, without = (loss_of(bare, True, 0.5, each) for each in (examples, removed))
+    assert without[1]["reasoning_loss"] == 0.0
+    assert abs(whole[0] - without[0]) > 0.1
+    assert abs(whole[1]["score_loss"] - without[1]["score_loss"]) > 1e-3, "the score is read after the reasoning"
+
+
+def test_a_new_head_scores_zero(new_model):
+    model = new_model(model_of("tiny"))
+    add_reward_head(model)
+    assert loss_of(model, True, 0.0, examples_of(True))[0] == pytest.approx(math.log(2))
+    assert reward_model(model, True).scores([[5, 6, END]], 4) == [0.0]
+
+
+def test_scores_do_not_depend_on_company(bare):
+    rows = [row.tokens for example in examples_of(True) for row in example.rows]
+    together, alone = reward_model(bare, True).scores(rows, 5), []
+    for row in rows:
+        alone += reward_model(bare, True).scores([row], 1)
+    assert together == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    assert together == pytest.approx([plain_parts(bare, row)[0] for row in rows], rel=1e-5, abs=1e-6)
+    assert bare.training, "left as it was"
+
+
+def test_own_reasoning_is_the_greedy_one_and_ends(bare):
+    rows = [row.tokens[:-1] for example in examples_of(False) for row in example.rows]
+    for row, found in zip(rows, reward_model(bare, False).reasoned(rows, 3, END, 4), strict=True):
+        expected = list(row)
+        for _ in range(4):
+            expected.append(int(plain_parts(bare, expected)[1][-1].argmax()))
+            if expected[-1] == END:
+                break
+        assert found == (expected if expected[-1] == END else [*expected, END])
+
+
+def test_rows_are_padded_and_know_their_ends():
+    rows = reward_rows([row for example in examples_of(True) for row in example.rows], PAD, "cpu", 4)
+    assert rows.inputs_BL.shape[1] % 4 == 0
+    assert rows.inputs_BL.gather(1, rows.ends_B[:, None]).eq(END).all()
+    learned = rows.labels_BL[rows.learned_BL.bool()]
+    assert (learned == END).sum() == len(rows.ends_B), "the end of the reasoning is learned too"
+
+
+def test_ties_are_right_by_half():
+    assert rights(torch.tensor([1.0, 0.0, -2.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_weights_without_a_head_get_one_and_a_head_is_kept(bare):
+    tensors = dict(native_tensors(bare))
+    assert with_head(tensors, 128)[f"{HEAD}.bias"].item() == pytest.approx(0.3)
+    plain = {name: tensor for name, tensor in tensors.items() if HEAD not in name}
+    assert with_head(plain, 128).keys() == tensors.keys()
+    assert not with_head(plain, 128)[f"{HEAD}.weight"].any()

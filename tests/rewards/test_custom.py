@@ -1,0 +1,151 @@
+"""A function of the user's own: named on the command line, called in batches, and every mistake in it one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config.load import load
+from megatron_r1.errors import ConfigError
+from megatron_r1.rewards.custom import OwnReward, OwnRewardFailed, OwnSteps
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "reward" / "own_example.py"
+
+
+@dataclass
+class Question:
+    id: str = "1"
+    question: str = "2 + 12?"
+    answer: str = "14"
+    task: str = "number"
+
+
+@pytest.fixture
+def own(tmp_path):
+    def write(text: str) -> str:
+        file = tmp_path / "my_reward.py"
+        file.write_text(text)
+        return f"{file}:score"
+
+    return write
+
+
+def ask(place: str, texts: tuple[str, ...] = ("a", "bb")) -> list[float]:
+    return OwnReward(place).score([Question()] * len(texts), texts)
+
+
+def test_the_function_gets_everything_by_name(own):
+    place = own("""
+def score(prompts, responses, answers, tasks):
+    assert (prompts, answers, tasks) == (["2 + 12?"] * 2, ["14"] * 2, ["number"] * 2)
+    return [len(response) for response in responses]
+""")
+    assert ask(place) == [1.0, 2.0] and OwnReward(place).name == "own"
+
+
+def test_the_example_works():
+    right, wrong, longer = ask(f"{EXAMPLE}:score", ("it is 14.", "15", "x" * 1000 + "<answer>14</answer>"))
+    assert right > longer > 0.9 > wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "there is no file"),
+        ("def score(: pass", "the file cannot be loaded: my_reward.py:1: SyntaxError"),
+        ("x = 1\nraise ValueError('at\\nload')", "the file cannot be loaded: my_reward.py:2: ValueError: at load"),
+        ("import no_such_module", "my_reward.py:1: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def other(**_): pass", "my_reward.py has no function score"),
+        ("score = 1", "my_reward.py has no function score"),
+    ],
+)
+def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
+    place = f"{tmp_path / 'absent.py'}:score" if text is None else own(text)
+    with pytest.raises(ConfigError, match=said) as refused:
+        OwnReward(place)
+    assert refused.value.key == "reward.function" and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return [1 / 0]", "raised my_reward.py:2: ZeroDivisionError"),
+        ("raise KeyError('a\\nb')", "raised my_reward.py:2: KeyError"),
+        ("return [1.0]", "returned 1 numbers for 2 responses"),
+        ("return 1.0", "must return numbers"),
+        ("return None", "must return numbers"),
+        ("return ['a', 'b']", "must return numbers"),
+        ("return [1.0, float('nan')]", "must return numbers \\(nan is not finite\\)"),
+        ("return [1.0, float('inf')]", "must return numbers \\(inf is not finite\\)"),
+    ],
+)
+def test_what_goes_wrong_in_it_ends_the_run_in_one_line(own, body, said):
+    with pytest.raises(OwnRewardFailed, match=said) as failed:
+        ask(own(f"def score(**_):\n    {body}"))
+    assert "reward.function=" in str(failed.value) and "\n" not in str(failed.value)
+
+
+def test_another_signature_is_named(own):
+    with pytest.raises(OwnRewardFailed, match="TypeError: score\\(\\) got an unexpected keyword argument"):
+        ask(own("def score(responses): return [0.0, 0.0]"))
+
+
+def test_steps_come_with_their_ends_in_the_response(own):
+    def steps(body: str) -> list:
+        return OwnSteps(own(f"def score(responses, **_):\n    return {body}"))([Question()] * 2, ("abc", "defg"))
+
+    assert steps("[[(len(r), 1), (len(r), 0.5)] for r in responses]") == [[(3, 1.0), (3, 0.5)], [(4, 1.0), (4, 0.5)]]
+    assert steps("[[], [(1, -1.0)]]") == [[], [(1, -1.0)]]
+    for body, said in (
+        ("[[(2, 1.0), (1, 1.0)], []]", "returned steps that end at \\[2, 1\\]: must ascend, up to the 3 characters"),
+        ("[[(4, 1.0)], []]", "up to the 3 characters"),
+        ("[[(0, 1.0)], []]", "must ascend"),
+        ("[[(1, float('nan'))], []]", "must return lists of \\(end, reward\\)"),
+        ("[[1.0], []]", "must return lists of \\(end, reward\\)"),
+        ("[[]]", "returned 1 lists of \\(end, reward\\) for 2 responses"),
+    ):
+        with pytest.raises(OwnRewardFailed, match=said) as failed:
+            steps(body)
+        assert "reward.steps_by=" in str(failed.value) and "\n" not in str(failed.value)
+
+
+def test_on_the_command_line():
+    reward = load("grpo", ["reward=my_reward.py:score"]).reward
+    assert (reward.function, reward.own, reward.accuracy, reward.format) == ("my_reward.py:score", 1.0, 0.0, 0.0)
+    reward = load("grpo", ["reward.function=folder/my_reward.py:score", "reward.own=0.5"]).reward
+    assert (reward.function, reward.own, reward.accuracy) == ("folder/my_reward.py:score", 0.5, 1.0)
+    for overrides, said in (
+        (["reward.function=my_reward:score", "reward.own=1"], "reward.function=my_reward:score: must be FILE.py:NAME"),
+        (["reward=my_reward.py:"], "reward.function=my_reward.py:: must be FILE.py:NAME"),
+        (["reward.own=1"], "reward.own=1.0: is the weight of reward.function"),
+        (["reward.function=a.py:f"], "reward.own=0.0: is the weight of reward.function"),
+        (["reward.steps=1", "rl=process"], "reward.steps=1.0: is the weight of reward.steps_by"),
+        (
+            ["reward=steps", "reward.steps_by=equations"],
+            "reward.steps_by=equations: must be arithmetic or FILE.py:NAME",
+        ),
+        (["reward=nowhere"], "reward=nowhere: must be one of"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load("grpo", overrides)
+
+
+@pytest.mark.parametrize("preset", ["seed", "seed_language", "steps", "paper", "r1", "dapo", "own"])
+def test_every_preset_composes(preset):
+    assert load("grpo", [f"reward={preset}"]).reward is not None
+
+
+def test_presets_are_the_sources_weights():
+    def weights(preset: str) -> dict[str, float]:
+        reward = load("sample", [f"reward={preset}"]).reward
+        names = ("accuracy", "format", "language", "overlong", "repetition", "own")
+        return {name: value for name in names if (value := getattr(reward, name))}
+
+    assert weights("seed") == {"accuracy": 1.0, "format": 0.1}
+    assert weights("seed_language") == {"accuracy": 1.0, "language": 0.2}
+    assert weights("paper") == {"accuracy": 1.0, "format": 1.0}
+    assert weights("r1") == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
+    assert weights("dapo") == {"accuracy": 1.0, "overlong": 0.5}
+    assert weights("own") == {"own": 1.0}

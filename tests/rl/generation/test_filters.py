@@ -1,0 +1,222 @@
+"""Which answers are learned from: each filter alone, and rollouts that are refilled, short, lost, and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_r1.config.filters import FilterConfig
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.prompts.prompts import TrainingPrompts
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rewards.reward import Unscored
+from megatron_r1.rewards.score import Score
+from megatron_r1.rl.advantages.group_relative import group_advantages, ragged_group_advantages
+from megatron_r1.rl.generation.filters import chosen, drop_equal, drop_repeats, drop_truncated, filtered, mask_truncated
+from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
+from megatron_r1.rl.policy.batch import make_rows
+from megatron_r1.rollout.factory import SyncedEngine
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sample, Sampling
+
+
+def sample(tokens: Sequence[int], reward: float, reason: str = "stop") -> Sample:
+    logprobs = tuple(-0.5 for _ in tokens)
+    return Sample("p", 0, (1, 2), tuple(tokens), logprobs, "v", reason, "", reward, {"accuracy": reward})
+
+
+RIGHT, WRONG, AGAIN = sample([5, 9], 1.0), sample([6, 9], 0.0), sample([5, 9], 1.0)
+CUT, CUT_RIGHT = sample([7, 7, 7], 0.0, "length"), sample([8, 8, 8], 1.0, "length")
+
+
+def test_each_filter_takes_out_its_own():
+    group = [RIGHT, WRONG, AGAIN, CUT]
+    assert drop_repeats(group) == [RIGHT, WRONG, CUT]
+    assert drop_truncated(group) == [RIGHT, WRONG, AGAIN]
+    assert mask_truncated(group) == [RIGHT, WRONG, AGAIN, replace(CUT, learned=False)]
+    assert drop_equal(group) == group
+    assert drop_equal([RIGHT, AGAIN]) == [] == drop_equal([WRONG, CUT])
+    # Steps are held against each other too, within one answer and against the answers' own rewards.
+    told = [replace(one, steps=((0, 1.0),)) for one in (RIGHT, AGAIN)]
+    assert drop_equal(told) == [] and drop_equal([replace(told[0], steps=((0, 1.0), (1, 0.0))), told[1]])
+
+
+def test_nothing_is_configured_by_default():
+    assert chosen(FilterConfig()) == {}
+    assert filtered([RIGHT, RIGHT], {}) == ([RIGHT, RIGHT], {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "group", "left", "counts"),
+    [
+        ({"truncated": "mask"}, [RIGHT, CUT, CUT], [True, False, False], {"truncated": 2}),
+        ({"truncated": "mask"}, [CUT, CUT_RIGHT], [], {"truncated": 2, "small_groups": 1}),
+        ({"truncated": "drop"}, [RIGHT, CUT, WRONG], [True, True], {"truncated": 1}),
+        ({"truncated": "drop"}, [RIGHT, CUT], [], {"truncated": 1, "small_groups": 1}),
+        ({"repeats": "drop"}, [RIGHT, AGAIN, WRONG], [True, True], {"repeats": 1}),
+        ({"repeats": "drop"}, [RIGHT, AGAIN], [], {"repeats": 1, "small_groups": 1}),
+        ({"equal_groups": "drop"}, [WRONG, CUT], [], {"equal_groups": 1}),
+        ({"equal_groups": "drop"}, [WRONG, RIGHT], [True, True], {}),
+        # Without the wrong answer, which was cut off, the group is equal.
+        ({"equal_groups": "drop", "truncated": "drop"}, [RIGHT, AGAIN, CUT], [], {"truncated": 1, "equal_groups": 1}),
+        ({"equal_groups": "drop", "truncated": "mask"}, [RIGHT, AGAIN, CUT], [True, True, False], {"truncated": 1}),
+        ({"repeats": "drop", "truncated": "mask"}, [CUT, CUT, RIGHT], [False, True], {"repeats": 1, "truncated": 1}),
+    ],
+)
+def test_filters_together(settings, group, left, counts):
+    result, counted = filtered(group, chosen(FilterConfig(**settings)))
+    assert ([one.learned for one in result], dict(counted)) == (left, counts)
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=2, max_size=5), min_size=1, max_size=5))
+def test_ragged_groups_have_the_advantages_of_each_alone(groups):
+    rewards = torch.tensor([reward for group in groups for reward in group])
+    alone = [group_advantages(torch.tensor([group])).flatten() for group in groups]
+    together = ragged_group_advantages(rewards, [len(group) for group in groups])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
+
+
+def test_masked_answers_have_no_position_to_learn_from():
+    rows = make_rows([RIGHT, replace(CUT, learned=False)], [0, 1], 0, "cpu")
+    assert rows.mask_BL.sum(dim=1).tolist() == [2, 0]
+
+
+class Scripted:
+    """An engine that says what it is told to, prompt by prompt; None loses the answer."""
+
+    def __init__(self, answers: Sequence[Sequence[int | None]]):
+        self.answers, self.asked = list(answers), []
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
+        self.asked.append((requests, sampling))
+        prompts = list(dict.fromkeys(request.id.rpartition("-")[0] for request in requests))
+        assert len(prompts) == 1
+        script = [token for group in self.answers[: len(requests) // 2] for token in group]
+        del self.answers[: len(requests) // 2]
+        return [
+            Lost(request.id, "no reply")
+            if token is None
+            else Completion(request.id, request.prompt_tokens, (token,), (-0.5,), "stop", "0")
+            for request, token in zip(requests, script, strict=True)
+        ]
+
+    busy_seconds = 0.0
+
+    def update_weights(self, folder, version) -> None: ...
+    def abandon(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    config = RunConfig()
+    config.data.num_documents, config.data.reasoning_gym_share = 400, 0.0
+    config.rl.prompts_per_rollout, config.rl.group_size = 3, 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return train_tokenizer(config.data)
+
+
+@pytest.fixture
+def rollouts(config, tokenizer, tmp_path):
+    def make(answers, **filters) -> tuple[Rollouts, Scripted]:
+        config.rl.filters = FilterConfig(**filters)
+        engine = Scripted(answers)
+
+        def scorer(_, texts: list[str]) -> list[Score]:
+            return [Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)}) for text in texts]
+
+        journal = Journal(tmp_path / "rollouts")
+        asking = Asking(tokenizer, "r1_zero")
+        prompts, synced = TrainingPrompts(config.data), SyncedEngine(engine, None)
+        return Rollouts(prompts, synced, asking, journal, scorer, config.rollout, config.rl, config.seed), engine
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two_kinds(tokenizer) -> tuple[int, int]:
+    """A token whose text has an even number of characters, and one whose text has an odd number."""
+    lengths = {len(tokenizer.decode((token,), skip_special=True)) % 2: token for token in range(50, 400)}
+    return lengths[0], lengths[1]
+
+
+def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts, config, two_kinds):
+    zero, one = two_kinds
+    script = [[zero, one], [one, one], [zero, zero], [one, one], [one, zero], [zero, one]]
+    taker, engine = rollouts(script, equal_groups="drop", extra_rounds=5)
+    rollout = taker.take(step=4, first_prompt=10)
+    assert [len(requests) for requests, _ in engine.asked] == [6, 4, 2]
+    assert rollout.counts == {"lost_groups": 0, "unscored_groups": 0, "equal_groups": 3, "refill_prompts": 3}
+    prompts, refills = TrainingPrompts(config.data), REFILLS + 10 * 5
+    places = [10, refills + 1, refills + 2]
+    assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(place).id for place in places]
+    assert [sample.group for sample in rollout.samples] == [0, 0, 1, 1, 2, 2]
+    assert len({sampling.seed for _, sampling in engine.asked}) == 3
+    names = [request.id for requests, _ in engine.asked for request in requests]
+    assert len(set(names)) == len(names)
+    again, silent = rollouts([], equal_groups="drop", extra_rounds=5)
+    assert again.take(step=4, first_prompt=99) == rollout and silent.asked == []
+
+
+def test_rounds_are_bounded_and_a_short_rollout_is_what_is_left(rollouts, two_kinds):
+    zero, one = two_kinds
+    taker, engine = rollouts([[zero, one], [one, one], [one, one], [one, one], [one, one]],
+                             equal_groups="drop", extra_rounds=1)  # fmt: skip
+    rollout = taker.take(step=1, first_prompt=0)
+    assert (len(rollout.samples), rollout.counts["refill_prompts"], len(engine.asked)) == (2, 2, 2)
+
+
+def test_where_nothing_teaches_anything_the_groups_are_kept(rollouts, two_kinds):
+    _, one = two_kinds
+    taker, _ = rollouts([[one, one]] * 3, equal_groups="drop")
+    rollout = taker.take(step=1, first_prompt=0)
+    assert (len(rollout.samples), rollout.counts["equal_groups"]) == (6, 3)
+
+
+def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
+    zero, one = two_kinds
+    taker, _ = rollouts([[zero, one], [None, one], [one, zero]])
+    rollout = taker.take(step=1, first_prompt=0)
+    assert (len(rollout.samples), rollout.counts) == (4, {"lost_groups": 1, "unscored_groups": 0})
+    assert rollouts([])[0].take(step=1, first_prompt=0) == rollout
+    taker, _ = rollouts([[None, one]] * 3)
+    with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no reply"):
+        taker.take(step=2, first_prompt=0)
+
+
+def test_unscored_answers_cost_their_group_and_are_counted_apart(rollouts, two_kinds):
+    """A judge that is down is not a wrong answer: nothing is learned from the group."""
+    zero, one = two_kinds
+    taker, _ = rollouts([[zero, one], [one, one], [None, zero]])
+    scorer = taker._scorer
+
+    def down(prompts, texts):
+        scores = scorer(prompts, texts)
+        return [Unscored("no sandbox") if place == 2 else score for place, score in enumerate(scores)]
+
+    taker._scorer = down
+    rollout = taker.take(step=1, first_prompt=0)
+    assert (len(rollout.samples), rollout.counts) == (2, {"lost_groups": 1, "unscored_groups": 1})
+    taker, _ = rollouts([[zero, one]] * 3)
+    taker._scorer = lambda prompts, texts: [Unscored("no sandbox")] * len(texts)
+    with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no sandbox"):
+        taker.take(step=2, first_prompt=0)
+
+
+def test_an_ordinary_rollout_leaves_no_notes(rollouts, two_kinds, tmp_path):
+    zero, one = two_kinds
+    taker, _ = rollouts([[zero, one]] * 3)
+    rollout = taker.take(step=1, first_prompt=0)
+    assert rollout.counts == {"lost_groups": 0, "unscored_groups": 0}
+    assert Journal(tmp_path / "rollouts").read_all(1)[1] == {}

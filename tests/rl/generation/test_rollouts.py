@@ -1,0 +1,153 @@
+"""Rollouts by the in-process engine: which prompts, in which order, sampled once, and the control experiment."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.prompts.prompts import TrainingPrompts
+from megatron_r1.data.synthetic.expressions import careful_steps
+from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
+from megatron_r1.data.tokenizer import response_text
+from megatron_r1.rewards.rubric_builder import rule_scorer
+from megatron_r1.rl.generation.rollouts import Rollouts, shuffle_rewards
+from megatron_r1.rl.loop import step_metrics
+from megatron_r1.rl.policy.batch import make_rows
+from megatron_r1.rollout.factory import SyncedEngine
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.sample import Completion
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = RunConfig()
+    config.data.num_documents, config.data.reasoning_gym_share = 400, 0.0
+    config.rl.prompts_per_rollout, config.rl.group_size, config.rollout.max_response_tokens = 3, 4, 8
+    return config
+
+
+@pytest.fixture(scope="module")
+def tokenizer(config):
+    return train_tokenizer(config.data)
+
+
+@pytest.fixture(scope="module")
+def asking(tokenizer):
+    return Asking(tokenizer, "r1_zero")
+
+
+@pytest.fixture
+def rollouts(tiny, config, tokenizer, asking, tmp_path):
+    from megatron_r1.rollout.in_process import LocalEngine
+
+    engine = SyncedEngine(LocalEngine(tiny, 12, tokenizer.pad), None)
+    engine.update_weights("0")
+
+    def make(**rl) -> Rollouts:
+        for name, value in {"shuffle_rewards": False, **rl}.items():
+            setattr(config.rl, name, value)
+        prompts, journal = TrainingPrompts(config.data), Journal(tmp_path / "rollouts")
+        scorer = rule_scorer(config.reward)
+        return Rollouts(prompts, engine, asking, journal, scorer, config.rollout, config.rl, config.seed)
+
+    return make
+
+
+def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer, asking):
+    samples = rollouts().take(step=0, first_prompt=5).samples
+    prompts = TrainingPrompts(config.data)
+    assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
+    for sample in samples:
+        prompt = prompts.at(5 + sample.group)
+        assert sample.prompt_id == prompt.id
+        assert sample.prompt_tokens == asking.tokens(prompt.question) and sample.prompt_tokens[0] == tokenizer.bos
+        assert sample.text == response_text(sample.response_tokens, tokenizer)
+        assert sample.reward == rule_scorer(config.reward)([prompt], [sample.text])[0].total
+    assert len({sample.response_tokens for sample in samples[:4]}) > 1
+
+
+def test_a_step_is_sampled_once_and_read_from_the_journal_after(rollouts, tiny):
+    first = rollouts().take(step=2, first_prompt=0).samples
+    assert rollouts().take(step=2, first_prompt=100).samples == first
+    other = rollouts().take(step=3, first_prompt=0).samples
+    assert [s.prompt_tokens for s in other] == [s.prompt_tokens for s in first]
+    assert [s.response_tokens for s in other] != [s.response_tokens for s in first]
+
+
+def test_shuffled_rewards_are_the_same_rewards_elsewhere(rollouts):
+    samples = rollouts().take(step=0, first_prompt=0).samples
+    numbered = [type(s)(**{**fields(s), "reward": float(i)}) for i, s in enumerate(samples)]
+    shuffled = shuffle_rewards(numbered, seed=1)
+    assert sorted(s.reward for s in shuffled) == [s.reward for s in numbered] != [s.reward for s in shuffled]
+    assert [s.response_tokens for s in shuffled] == [s.response_tokens for s in numbered]
+    assert shuffle_rewards(numbered, seed=1) == shuffled != shuffle_rewards(numbered, seed=2)
+    assert (
+        rollouts(shuffle_rewards=True).take(step=9, first_prompt=0).samples
+        == rollouts().take(step=9, first_prompt=0).samples
+    )
+
+
+def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
+
+    samples = rollouts().take(step=0, first_prompt=0).samples
+    rows = make_rows(samples, [7, 0, 11], pad_token=3, device="cpu")
+    assert rows.samples_B.tolist() == [7, 0, 11]
+    for row, place in enumerate([7, 0, 11]):
+        sample, mask_L = samples[place], rows.mask_BL[row]
+        assert tuple(rows.targets_BL[row][mask_L].tolist()) == sample.response_tokens
+        assert rows.rollout_log_probs_BL[row][mask_L].tolist() == pytest.approx(sample.logprobs)
+        start = len(sample.prompt_tokens)
+        assert rows.inputs_BL[row][mask_L][0] == sample.prompt_tokens[-1] and int(mask_L.float().argmax()) == start - 1
+        assert set(rows.tokens_BL[row][start + len(sample.response_tokens) :].tolist()) <= {3}
+        assert not rows.rollout_log_probs_BL[row][~mask_L].any()
+
+
+def fields(sample) -> dict:
+    return {name: getattr(sample, name) for name in type(sample).__dataclass_fields__}
+
+
+class Worked:
+    """Answers every prompt with its right working, or a wrong one every other time."""
+
+    busy_seconds = 0.0
+
+    def __init__(self, prompts, asking):
+        self._thoughts = {asking.tokens(p.question): thoughts(p.expression) for p in prompts}
+        self._tokenizer = asking.tokenizer
+
+    def generate(self, requests, sampling):
+        return [self._answer(request, number % 2) for number, request in enumerate(requests)]
+
+    def _answer(self, request, wrong):
+        text = f"<think>{self._thoughts[request.prompt_tokens][wrong]}</think> <answer>0</answer>"
+        tokens = (*self._tokenizer.encode(text), self._tokenizer.eos)
+        return Completion(request.id, request.prompt_tokens, tokens, (-0.5,) * len(tokens), "stop", "0")
+
+
+def thoughts(expression: str) -> tuple[str, str]:
+    steps = [f"{left} {operator} {right} = {result}" for left, operator, right, result in careful_steps(expression)]
+    return ", ".join(steps), f"1 + 1 = 3, {steps[0]}"
+
+
+def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer, asking, tmp_path):
+    prompts = TrainingPrompts(config.data)
+    engine = SyncedEngine(Worked([prompts.at(index) for index in range(3)], asking), None)
+    config.reward.steps, config.reward.steps_by = 0.5, "arithmetic"
+    scorer = rule_scorer(config.reward)
+    config.reward.steps, config.reward.steps_by = 0.0, ""
+    journal = Journal(tmp_path / "rollouts")
+    taken = Rollouts(prompts, engine, asking, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
+    assert journal.read(0) == taken.samples and len(taken.samples) == 12
+    for number, sample in enumerate(taken.samples):
+        (first, one), (second, other) = sample.steps
+        assert (one, other) == ((0.0, 0.5) if number % 2 else (0.5, 0.5))
+        for end in (first, second):
+            read = tokenizer.decode(sample.response_tokens[: end + 1])
+            assert read[-1].isdigit() and "=" in read
+        assert tokenizer.decode(sample.response_tokens[: second + 2]).endswith("</think>")
+        assert set(sample.reward_parts) == {"accuracy", "format"} and sample.reward == sum(sample.reward_parts.values())
+    assert step_metrics(taken.samples) == {"steps": 2.0, "step_reward": 0.375}
+    assert step_metrics([replace(sample, steps=()) for sample in taken.samples]) == {}

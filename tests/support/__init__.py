@@ -1,0 +1,1 @@
+"""Helpers of tests: builders, fakes, and programs that run as ranks."""
