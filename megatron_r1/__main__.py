@@ -20,6 +20,7 @@ from megatron_r1 import __version__
 from megatron_r1.config.recipes import groups, recipes
 from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError, ExitCode, Requeue, UserError
+from megatron_r1.parallel.launcher import is_rank_zero, world_size
 
 if TYPE_CHECKING:
     from megatron_r1.config.run import RunConfig
@@ -113,15 +114,10 @@ def prepare(command: Command) -> RunConfig | None:
 
         config = load(command.verb, command.overrides, command.config_name)
         if not command.print_config:
-            check_layout(config, command.verb, int(os.environ.get("WORLD_SIZE", "1")))
+            check_layout(config, command.verb, world_size())
             return config
         print(as_yaml(config), end="")
     return None
-
-
-def leads() -> bool:
-    """Whether this is the rank that speaks for all."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def exit_code(arguments: list[str]) -> int:
@@ -135,7 +131,7 @@ def exit_code(arguments: list[str]) -> int:
             import_module(VERBS[command.verb].module).run(config)
     except UserError as error:
         # All ranks refuse the same configuration and obey the same signal: one of them says so.
-        if leads() or not isinstance(error, ConfigError | Requeue):
+        if is_rank_zero() or not isinstance(error, ConfigError | Requeue):
             print(f"megatron-r1: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
@@ -151,7 +147,7 @@ def main() -> None:
     # Read by OpenMP when torch is imported: threads that spin while they wait starve an engine on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = exit_code(sys.argv[1:])
-    if code == ExitCode.BAD_CONFIG and not leads() and "WORLD_SIZE" in os.environ:
+    if code == ExitCode.BAD_CONFIG and not is_rank_zero() and "WORLD_SIZE" in os.environ:
         # A launcher ends all ranks as soon as one has ended: the one that says why must not be ended first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENT_S)

@@ -14,7 +14,7 @@ from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.model.shards import Shard
 from megatron_r1.parallel import comm
-from megatron_r1.parallel.mesh import leads
+from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.preference.scorer import RewardModelScorer
 from megatron_r1.rewards.rubric_builder import rule_scorer
 from megatron_r1.rewards.score import Weighted
@@ -62,7 +62,7 @@ def run(config: RunConfig) -> None:
         with rollout_engine(this, weights, replay, placement) as engine, ExitStack() as stack:
             rollouts: TakesRollouts | None = None
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=learning.saved)
-            if leads():
+            if is_rank_zero():
                 keep(questions, this.folder)
                 journal = Journal(this.folder / "rollouts")
                 hooks = Hooks([hooks, PruneJournal(journal, config.train)])
@@ -73,7 +73,7 @@ def run(config: RunConfig) -> None:
                 )
                 if config.rollout.ahead:
                     rollouts = stack.enter_context(ahead_of(rollouts, config, engine.engine.abandon, joint))
-            received = joint.received if joint else comm.received
+            received = joint.received if joint else comm.receive_broadcast
             step = reinforcement_step(rollouts, learning.learner, engine.update_weights, prompts, placement, received)
             state = train(this.state, step, hooks, config.train.steps)
         finish(this, state)
@@ -177,7 +177,7 @@ def rollout_engine(
     rollout = this.config.rollout
     if rollout.engine == "local":
         # Every rank has the whole model; rank 0 alone samples.
-        local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad, replay) if leads() else None
+        local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad, replay) if is_rank_zero() else None
         yield SyncedEngine(local, None)
         return
     if isinstance(placement, Colocated) and this.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
@@ -192,7 +192,7 @@ def rollout_engine(
         this.platform.name,
         placement.starting,
     ) as engine:
-        if isinstance(placement, Colocated) and leads():
+        if isinstance(placement, Colocated) and is_rank_zero():
             assert isinstance(engine.engine, SGLangEngine)
             placement.engine = engine.engine
         yield engine

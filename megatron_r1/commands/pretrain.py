@@ -19,7 +19,8 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.flops import flops_per_token, peak_flops
 from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
-from megatron_r1.parallel.mesh import data_parallel_group, leads, world_size
+from megatron_r1.parallel.launcher import is_rank_zero, world_size
+from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import Weights, find_weights
 from megatron_r1.runs.trainer import Trainer, finish, trainer
@@ -43,7 +44,7 @@ def run(config: RunConfig) -> None:
     with trainer(config, tokenizer, weights) as this:
         # All ranks know all loads; the one that records them measures their balance.
         settings = config.train
-        balance = BalanceHook(settings.balance_window, settings.log_interval, this.extra) if leads() else None
+        balance = BalanceHook(settings.balance_window, settings.log_interval, this.extra) if is_rank_zero() else None
         hooks = this.hooks(
             SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, first=[balance] if balance else []
         )

@@ -18,9 +18,10 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.flops import flops_per_token, peak_flops
 from megatron_r1.model.forward_backward import LossFunction, forward_only
-from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.context import context_parallel_group
-from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data, world_size
+from megatron_r1.parallel.launcher import world_size
+from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import find_weights
 from megatron_r1.runs.trainer import Trainer, finish, of_at_most, trainer
@@ -134,7 +135,7 @@ def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatche
         result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
         seconds = time.perf_counter() - started
         metrics = packing_metrics(batch, ranks)
-        computed = sum(AllRanks().gather(sum(part.pieces_BL.numel() for part in micro_batches))) * ranks // world_size()
+        computed = sum(all_gather_object(sum(part.pieces_BL.numel() for part in micro_batches))) * ranks // world_size()
         check_none_dropped(result.passes.expert_load, computed, config.model.moe.top_k)
         state = state.advance(
             updates=state.updates + (not result.skipped),
@@ -174,9 +175,9 @@ class HeldoutLoss:
             micro_batches = self._reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
             total += self._total(micro_batches)
             targets += int(self._reader.counted(batch).sum())
-        mine = total if speaks_for_its_data() else 0.0
+        mine = total if is_metrics_rank() else 0.0
         sharing = dist.get_world_size(context_parallel_group())
-        return sum(AllRanks().gather(mine)) / sharing / max(1, targets)
+        return sum(all_gather_object(mine)) / sharing / max(1, targets)
 
     def _total(self, micro_batches: Sequence[PackedRows]) -> float:
         """Sum of the losses of this rank's targets; 0 but on the last pipeline stage."""

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from megatron_r1.errors import DataError
 from megatron_r1.model.shards import Shard, shards
-from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.mesh import pipeline_stage
 
 
 def stage_leaders() -> list[int]:
     """Collective: the lowest rank of each pipeline stage, by stage."""
-    stages = AllRanks().gather(pipeline_stage())
+    stages = all_gather_object(pipeline_stage())
     return [stages.index(stage) for stage in range(max(stages) + 1)]
 
 
@@ -76,7 +76,7 @@ def directory(owned: list[Shard]) -> Directory:
     rank = dist.get_rank()
     told = [(s.name, s.whole_shape, Part(rank, s.place, tuple(s.tensor.shape), s.tensor.dtype)) for s in owned]
     found: Directory = {}
-    for name, shape, part in (entry for entries in AllRanks().gather(told) for entry in entries):
+    for name, shape, part in (entry for entries in all_gather_object(told) for entry in entries):
         found.setdefault(name, (shape, []))[1].append(part)
     for name, (shape, parts) in found.items():
         if sum(_size(part.shape) for part in parts) != _size(shape):

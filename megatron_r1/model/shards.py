@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_r1.errors import DataError
 from megatron_r1.model.chunks import Model, chunks
-from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.comm import all_gather_object
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load_whole_tensors(model: Model, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         DataError: a tensor is missing, left over or has another shape.
     """
-    wanted = AllRanks().gather({shard.name for shard in shards(model)})
+    wanted = all_gather_object({shard.name for shard in shards(model)})
     if leftover := tensors.keys() - set().union(*wanted):
         raise DataError(f"{min(leftover)}: not a tensor of this model")
     for shard in shards(model):

@@ -1,13 +1,11 @@
-"""The few things that all ranks agree on."""
+"""Collectives over all ranks of the job: flags, objects, barriers."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-
-Value = TypeVar("Value")
 
 
 def _device() -> torch.device:
@@ -37,7 +35,7 @@ def broadcast(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
-def received() -> Any:
+def receive_broadcast() -> Any:
     """What rank 0 broadcasts, on the other ranks."""
     return broadcast(None)
 
@@ -48,20 +46,29 @@ def barrier() -> None:
         dist.barrier()
 
 
-def tell(rank: int, flag: bool) -> None:
-    """Send a flag to one rank, which must `hear` it."""
+def send_flag(rank: int, flag: bool) -> None:
+    """Send a flag to one rank, which must call `recv_flag`."""
     dist.send(torch.tensor([float(flag)], device=_device()), rank)
 
 
-def hear(rank: int) -> bool:
+def recv_flag(rank: int) -> bool:
     """The flag that one rank sends to this one."""
     value = torch.empty(1, device=_device())
     dist.recv(value, rank)
     return bool(value.item())
 
 
+def all_gather_object[Value](value: Value) -> list[Value]:
+    """Collective: each rank's value, in rank order, on every rank."""
+    if dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class AllRanks:
-    """All ranks of the job, for whoever must act together with the others."""
+    """All ranks of the job, as `checkpoint.store` wants the ranks that save together."""
 
     @property
     def rank(self) -> int:
@@ -71,10 +78,5 @@ class AllRanks:
     def size(self) -> int:
         return dist.get_world_size()
 
-    def gather(self, value: Value) -> list[Value]:
-        """Collective: each rank's value, in rank order, on every rank."""
-        if dist.get_world_size() == 1:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
+    def gather[Value](self, value: Value) -> list[Value]:
+        return all_gather_object(value)

@@ -13,24 +13,10 @@ import torch.distributed as dist
 
 from megatron_r1.config.layout import check_degrees
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.parallel.launcher import local_world_size, rank, world_size
 from megatron_r1.platform import Platform
 
 TIMEOUT = datetime.timedelta(minutes=10)
-
-
-def world_size() -> int:
-    """Ranks that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process's rank; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def leads() -> bool:
-    """Whether this rank talks to the world: the terminal, the run folder, the engine."""
-    return rank() == 0
 
 
 @contextmanager
@@ -45,7 +31,7 @@ def process_groups(platform: Platform, degrees: ParallelConfig, seed: int, threa
     """
     ranks = world_size()
     check_degrees(degrees, ranks)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     # A lone process needs no network rendezvous, so that any number of them can run side by side.
     store = dist.HashStore() if ranks == 1 else None
     dist.init_process_group(platform.backend, store=store, rank=rank(), world_size=ranks, timeout=TIMEOUT)
@@ -97,8 +83,8 @@ def is_last_stage() -> bool:
     return parallel_state.is_pipeline_last_stage()
 
 
-def told_by_last_stage[Value](value: Value) -> Value:
-    """Collective over the stages that work on the same data: what the last one says, on each of them."""
+def broadcast_from_last_stage[Value](value: Value) -> Value:
+    """Collective over the pipeline stages that work on the same data: the last stage's value, on each of them."""
     from megatron.core import parallel_state
 
     group = parallel_state.get_pipeline_model_parallel_group()
@@ -109,15 +95,15 @@ def told_by_last_stage[Value](value: Value) -> Value:
     return box[0]
 
 
-def told_by_data_parallel[Value](value: Value) -> list[Value]:
-    """Collective over the ranks that see other data: what each of them says, in their order, on each of them."""
+def all_gather_data_parallel[Value](value: Value) -> list[Value]:
+    """Collective over the data-parallel ranks: each one's value, in rank order, on each of them."""
     group = data_parallel_group()
-    told: list[Any] = [value] * group.size()
+    values: list[Any] = [value] * group.size()
     if group.size() > 1:
-        dist.all_gather_object(told, value, group=group)
-    return told
+        dist.all_gather_object(values, value, group=group)
+    return values
 
 
-def speaks_for_its_data() -> bool:
+def is_metrics_rank() -> bool:
     """Whether, of the ranks that work on the same data, this is the one whose loss and metrics count."""
     return is_last_stage() and dist.get_rank(tensor_parallel_group()) == 0

@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_r1.data.preference.examples import Example
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.vocab_parallel import TokenScores
-from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import data_parallel_group, speaks_for_its_data
+from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
 from megatron_r1.preference.reward_model import reward_rows
 from megatron_r1.rl.policy.batch import Rows
@@ -100,7 +100,7 @@ class DirectPreference:
         """
         mine = self._log_probs(self._micro_batches(examples, size))
         told: dict[int, float] = {}
-        for found in AllRanks().gather(to_floats(mine) if speaks_for_its_data() else {}):
+        for found in all_gather_object(to_floats(mine) if is_metrics_rank() else {}):
             told |= found
         return [told[2 * place] - told[2 * place + 1] for place in range(len(examples))]
 

@@ -14,7 +14,7 @@ from megatron_r1.data.preference.examples import Encoder, Encodes
 from megatron_r1.data.preference.length_baseline import length_baseline
 from megatron_r1.data.preference_items import Item
 from megatron_r1.evaluation.intervals import clustered
-from megatron_r1.parallel.mesh import data_parallel_group, told_by_data_parallel
+from megatron_r1.parallel.mesh import all_gather_data_parallel, data_parallel_group
 from megatron_r1.preference.reward_model import RewardModel, rights
 
 ROWS_AT_ONCE = 64
@@ -70,7 +70,7 @@ def score_texts(
     else:
         rows = [[*row, end] for row in rows]
     scores = [0.0] * len(pairs)
-    for place, share in enumerate(told_by_data_parallel(model.scores(rows, ROWS_AT_ONCE))):
+    for place, share in enumerate(all_gather_data_parallel(model.scores(rows, ROWS_AT_ONCE))):
         scores[place::ranks] = share
     return scores
 

@@ -23,7 +23,7 @@ from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import LossFunction, forward_only
 from megatron_r1.model.reward_head import head_of
-from megatron_r1.parallel.mesh import told_by_data_parallel, told_by_last_stage
+from megatron_r1.parallel.mesh import all_gather_data_parallel, broadcast_from_last_stage
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class RewardModel:
         as_rows = [Row(list(row), len(row)) for row in rows]
         parts = [as_rows[start : start + size] for start in range(0, len(as_rows), size)]
         # Where ranks that see other data share experts, each pass is one of all of them: who has less, passes padding.
-        passes = max(told_by_data_parallel(len(parts)))
+        passes = max(all_gather_data_parallel(len(parts)))
         if not passes:
             return None
         padding = [[Row([self._pad], 1)]] * (passes - len(parts))
@@ -208,7 +208,7 @@ class RewardModel:
             outputs = forward_only(self._model, batches, partial(self._run, read=read), length)
         finally:
             self._model.train(training)
-        return told_by_last_stage([value for values_B in outputs[: len(parts)] for value in values_B.tolist()])
+        return broadcast_from_last_stage([value for values_B in outputs[: len(parts)] for value in values_B.tolist()])
 
 
 def rights(margins_I: Tensor) -> Tensor:

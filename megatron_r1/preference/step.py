@@ -12,8 +12,8 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.preference.examples import Encodes, Example, Preferences, encode
 from megatron_r1.data.preference_items import Item
 from megatron_r1.errors import DataError
-from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import leads
+from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.preference.measure import show
 from megatron_r1.runs.trainer import Trainer, of_at_most
 from megatron_r1.train.guard import count_skips
@@ -56,7 +56,7 @@ def examples_of(items: Sequence[Item], encoder: Encodes, config: RunConfig, epoc
 
 def tell_left_out(what: str, kept: int, dropped: int) -> None:
     """Say how many items there are and how many are longer than a row; a warning where any is."""
-    if leads():
+    if is_rank_zero():
         level = logging.WARNING if dropped else logging.INFO
         logger.log(level, "%d %s, %d left out as longer than a row", kept, what, dropped)
 
@@ -78,7 +78,7 @@ def judged_step(this: Trainer, preferences: Preferences, learn: Learn) -> Step:
         seconds = time.perf_counter() - started
         tokens = sum(len(row.tokens) for example in batch for row in example.rows)
         sharing = config.parallel.tensor * config.parallel.pipeline
-        computed = sum(AllRanks().gather(positions)) // sharing
+        computed = sum(all_gather_object(positions)) // sharing
         # Multi-token layers do not run.
         loads = {layer: load_E for layer, load_E in result.passes.expert_load.items() if not layer.startswith("mtp")}
         check_none_dropped(loads, computed, config.model.moe.top_k)
@@ -110,6 +110,6 @@ def tell(this: Trainer, results: dict[str, Any], judge: str) -> None:
     Args:
         judge: what orders, or labels, the items.
     """
-    if leads():
+    if is_rank_zero():
         (this.folder / "accuracy.json").write_text(json.dumps(results, indent=1))
         show(results, judge)

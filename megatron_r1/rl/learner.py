@@ -17,14 +17,9 @@ from torch import Tensor
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.model.vocab_parallel import TokenScores
-from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import (
-    data_parallel_group,
-    is_last_stage,
-    leads,
-    speaks_for_its_data,
-    tensor_parallel_group,
-)
+from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.launcher import is_rank_zero
+from megatron_r1.parallel.mesh import data_parallel_group, is_last_stage, is_metrics_rank, tensor_parallel_group
 from megatron_r1.rl.advantages.estimators import Advantages, Credit, Taken, against_the_group
 from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
@@ -121,7 +116,7 @@ class Learner:
         )
         row = {**combined_metrics(results), **credit.metrics(), **self._routing_metrics(), **extra}
         row["learning_rate"] = rate
-        for alarm in alarms(row, rl.mismatch) if leads() else ():
+        for alarm in alarms(row, rl.mismatch) if is_rank_zero() else ():
             logger.warning("step %d: %s", state.step, alarm)
         return state, row
 
@@ -154,7 +149,7 @@ class Learner:
         """Share of the engine's choices that the trainer's routers would have made otherwise, over all passes."""
         if not self._replay:
             return {}
-        told, otherwise = map(sum, zip(*AllRanks().gather(self._replay.count()), strict=True))
+        told, otherwise = map(sum, zip(*all_gather_object(self._replay.count()), strict=True))
         return {"routing_otherwise": otherwise / max(1, told)}
 
     def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int]) -> MiniBatch:
@@ -227,7 +222,7 @@ def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
     What trainer and engine disagree on is that of the first update, before weights moved.
     """
     mine = [[{key: float(value) for key, value in entry.items()} for entry in r.passes.logged] for r in results]
-    told = [entries for entries in AllRanks().gather(mine if speaks_for_its_data() else None) if entries]
+    told = [entries for entries in all_gather_object(mine if is_metrics_rank() else None) if entries]
     updates = [[entry for rank in told for entry in rank[number]] for number in range(len(results))]
     keys = updates[0][0].keys() - {*KEYS}
     row = {key: sum(entry[key] for update in updates for entry in update) / len(results) for key in sorted(keys)}

@@ -29,7 +29,7 @@ def reinforcement_step(
     publish: Callable[[str], None],
     prompts: int,
     placement: Placement | None = None,
-    received: Callable[[], Any] = comm.received,
+    received: Callable[[], Any] = comm.receive_broadcast,
 ) -> Step:
     """One step of reinforcement learning, for the training loop.
 
@@ -95,7 +95,9 @@ def send(publish: Callable[[str], None], version: str) -> None:
             raise CannotBegin(again) from again
 
 
-def shared(rollouts: TakesRollouts | None, state: TrainState, received: Callable[[], Any] = comm.received) -> Rollout:
+def shared(
+    rollouts: TakesRollouts | None, state: TrainState, received: Callable[[], Any] = comm.receive_broadcast
+) -> Rollout:
     """Collective: the rollout of the next step.
 
     Raises:

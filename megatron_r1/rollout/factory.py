@@ -14,6 +14,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.hf.gather import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
+from megatron_r1.parallel.launcher import is_rank_zero, rank
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.engine import SGLangEngine
@@ -97,12 +98,12 @@ def shared_sglang_engine(
         module: this rank's part of the model.
         starting: entered by all ranks while the servers start; colocated ones then give their memory back.
     """
-    leads = comm.AllRanks().rank == 0
+    is_leader = is_rank_zero()
     with ExitStack() as stack:
         outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
         disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder, outgoing))
-        folder = disk.write() if leads else None
-        if not leads:
+        folder = disk.write() if is_leader else None
+        if not is_leader:
             deque(whole_tensors(module), maxlen=0)
         engine = None
         with starting():
@@ -112,14 +113,14 @@ def shared_sglang_engine(
                 engine.give_back_memory()
         if rollout.sync == "disk":
             disk.engine = engine
-            yield SyncedEngine(engine, disk if leads else Contributor(module))
+            yield SyncedEngine(engine, disk if is_leader else Contributor(module))
             return
         disk.close()  # the servers have read what they start from
         # The keys travel in memory, to ranks of this job alone.
         endpoints, width = comm.broadcast((engine.endpoints, engine.tensor_parallel) if engine else None)
         sender = None
-        if (rank := comm.AllRanks().rank) in stage_leaders():
-            sender = stack.enter_context(_sender(rollout, endpoints, f"trainer-{rank}", width, device))
+        if (own_rank := rank()) in stage_leaders():
+            sender = stack.enter_context(_sender(rollout, endpoints, f"trainer-{own_rank}", width, device))
         yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, flush))
 
 

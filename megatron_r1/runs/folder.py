@@ -14,6 +14,7 @@ from typing import Any
 from megatron_r1.config.load import difference, read_yaml, resolved, write_yaml
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.parallel.launcher import is_rank_zero
 
 _FREE_TO_CHANGE = (
     "track.",
@@ -46,7 +47,7 @@ def open_run_folder(config: RunConfig) -> Path:
     """
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_zero():
         return folder
     pinned = folder / "config.yaml"
     if pinned.exists():

@@ -26,7 +26,7 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.fp8.apply import Fp8Plan, merged
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
-from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.comm import AllRanks, all_gather_object
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import Platform, select
 from megatron_r1.runs.folder import mark_done, open_run_folder
@@ -183,7 +183,7 @@ def tell_precision(model: Any, folder: Path) -> None:
     plan: Fp8Plan | None = getattr(model, "fp8_plan", None)
     if plan is None:
         return
-    plan = merged(AllRanks().gather(plan))
+    plan = merged(all_gather_object(plan))
     if dist.get_rank() == 0:
         (folder / "precision.json").write_text(json.dumps(asdict(plan), indent=1))
         print("\n".join(plan.lines()), file=sys.stderr)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import speaks_for_its_data
+from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.mesh import is_metrics_rank
 from megatron_r1.train.hooks.balance import load_metrics
 from megatron_r1.train.step import UpdateResult
 
@@ -25,7 +25,7 @@ def mean_loss(result: UpdateResult) -> float:
 
 def mean_logged(result: UpdateResult) -> dict[str, float]:
     """All that the loss function logged, by name, as means over micro-batches and data-parallel ranks."""
-    logged = result.passes.logged if speaks_for_its_data() else []
+    logged = result.passes.logged if is_metrics_rank() else []
     mine = [{name: float(value) for name, value in entry.items()} for entry in logged]
-    entries = [entry for rank in AllRanks().gather(mine) for entry in rank]
+    entries = [entry for rank in all_gather_object(mine) for entry in rank]
     return {name: sum(entry[name] for entry in entries) / len(entries) for name in entries[0]}

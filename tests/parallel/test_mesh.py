@@ -8,7 +8,7 @@ from megatron_r1.config.layout import check_degrees, check_layout
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.parallel.comm import AllRanks, all_ranks, any_rank, broadcast
+from megatron_r1.parallel.comm import AllRanks, all_gather_object, all_ranks, any_rank, broadcast
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_degrees_that_divide_the_ranks_pass():
 
 def test_one_rank_agrees_with_itself(one_rank):
     assert [any_rank(True), any_rank(False), all_ranks(True), all_ranks(False)] == [True, False, True, False]
-    assert broadcast("value") == "value" and AllRanks().gather(3) == [3] and AllRanks().rank == 0
+    assert broadcast("value") == "value" and all_gather_object(3) == [3] and AllRanks().rank == 0
 
 
 def test_two_ranks_give_the_same_answers(two_ranks):

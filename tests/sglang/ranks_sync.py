@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
         from megatron_r1.hf.gather import stage_leaders
         from megatron_r1.model.build import build_model
         from megatron_r1.model.shards import shards
-        from megatron_r1.parallel.comm import AllRanks
+        from megatron_r1.parallel.comm import all_gather_object
         from megatron_r1.rollout.sync.group_sender import Sender
         from megatron_r1.rollout.sync.payload import Outgoing
         from megatron_r1.rollout.sync.strategies import StageSync
@@ -54,12 +54,12 @@ def main(folder: Path) -> None:
                     sent.clear()
                     with LiveBytes(shard.tensor for shard in shards(model)) as live:
                         sync.push(str(version))
-                    seen["live"] = AllRanks().gather(live.most)
-                    seen["sent"] = AllRanks().gather(dict(sent))
+                    seen["live"] = all_gather_object(live.most)
+                    seen["sent"] = all_gather_object(dict(sent))
                     seen["gaps"].append(gap(model, engine, len(endpoints)))
                     seen["checksums"].append(engine.checksums() if engine else None)
         if job["refused"]:
-            seen["refused"] = AllRanks().gather(refused(model, shape, leads))
+            seen["refused"] = all_gather_object(refused(model, shape, leads))
         if rank == 0:
             (folder / "seen.json").write_text(json.dumps(seen))
 
@@ -150,7 +150,7 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     for place, log_probs_L in Policy(model, 1.0).log_probs_by_sample([rows]).items():
         difference_L = (log_probs_L - rows.rollout_log_probs_BL[place]).abs()
         worst = max(worst, float(difference_L[rows.mask_BL[place]].max()))
-    return max(comm.AllRanks().gather(worst))
+    return max(comm.all_gather_object(worst))
 
 
 if __name__ == "__main__":

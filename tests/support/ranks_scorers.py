@@ -81,7 +81,7 @@ class Hesitant:
 
 def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[Any]) -> tuple[list[Any], str]:
     """Rewards that this rank is given step by step, by rollouts that rank 0 takes ahead, and why there are no more."""
-    from megatron_r1.parallel.mesh import leads
+    from megatron_r1.parallel.launcher import is_rank_zero
     from megatron_r1.rewards.score import Rubric, Weighted
     from megatron_r1.rl.generation.async_rollouts import AheadRollouts
     from megatron_r1.rl.generation.joint_scoring import JointScoring
@@ -93,7 +93,7 @@ def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[A
     rewards, state = [], TrainState()
     with ExitStack() as stack:
         rollouts = None
-        if leads():
+        if is_rank_zero():
             source = Answered(Rubric(joint.rewards, retries=1), samples, asked)
             begun = AheadRollouts(source, 1, OF_A_STEP, STEPS + 1, joint.close, joint.result)
             rollouts = stack.enter_context(begun)

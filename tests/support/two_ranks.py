@@ -60,7 +60,7 @@ def what_ranks_say() -> dict[str, Any]:
         "any": [comm.any_rank(rank == 1), comm.any_rank(False)],
         "all": [comm.all_ranks(rank == 1), comm.all_ranks(True)],
         "broadcast": comm.broadcast({"from": rank}, source=1),
-        "gather": comm.AllRanks().gather(f"rank {rank}"),
+        "gather": comm.all_gather_object(f"rank {rank}"),
     }
 
 

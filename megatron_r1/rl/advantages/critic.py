@@ -20,8 +20,9 @@ from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.reward_head import head_of
 from megatron_r1.model.shards import Shard, part_of, shards
-from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import data_parallel_group, leads, speaks_for_its_data
+from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.launcher import is_rank_zero
+from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.rl.advantages.estimators import Credit, Taken
 from megatron_r1.rl.advantages.gae import (
     Estimates,
@@ -101,7 +102,7 @@ class Critic:
         """Kind and shard, for a checkpoint, of what this rank speaks for; collective over all ranks."""
         yield from ((SAVED, shard) for shard in shards(self._model) if shard.owned)
         yield from ((f"{SAVED}_{kind}", shard) for kind, shard in OptimizerState(self._model, self._optimizer).shards())
-        if leads():
+        if is_rank_zero():
             yield PROGRESS, Shard(UPDATES, (1,), (0,), torch.tensor([self._updates]), owned=True)
 
     def restore(self, saved: Callable[[str], WholeTensors | None]) -> None:
@@ -203,7 +204,7 @@ class CriticCredit:
 
     def metrics(self) -> dict[str, Any]:
         mine = [[{k: float(v) for k, v in entry.items()} for entry in r.passes.logged] for r in self._results]
-        told = [found for found in AllRanks().gather((mine, self._known) if speaks_for_its_data() else None) if found]
+        told = [found for found in all_gather_object((mine, self._known) if is_metrics_rank() else None) if found]
         entries = [entry for updates, _ in told for update in updates for entry in update]
         norms = [result.gradient_norm for result in self._results if not result.skipped]
         return {

@@ -100,7 +100,7 @@ class JointScoring:
 
     def received(self) -> Any:
         """On the other ranks: what rank 0 broadcasts, once all is scored that it wants scored before."""
-        while isinstance(told := comm.received(), Wanted):
+        while isinstance(told := comm.receive_broadcast(), Wanted):
             self._compute(told)
         return told
 

@@ -15,8 +15,8 @@ from megatron_r1.config.rl import RLConfig
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.scores import head_weight
 from megatron_r1.model.vocab_parallel import Other
-from megatron_r1.parallel.comm import AllRanks
-from megatron_r1.parallel.mesh import is_last_stage, speaks_for_its_data
+from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.mesh import is_last_stage, is_metrics_rank
 from megatron_r1.rl.objective.kl import EXACT
 from megatron_r1.rl.objective.objective import penalty
 from megatron_r1.rl.policy.batch import Rows, answer_part
@@ -104,6 +104,6 @@ def sums_of_answers(by_token: BySample, count: int) -> Tensor:
     """Collective: what `penalties_of_tokens` gives, summed over each answer of the rollout: [samples], everywhere."""
     mine = {index: float(values_L.sum()) for index, values_L in by_token.items()}
     everyone: dict[int, float] = {}
-    for found in AllRanks().gather(mine if speaks_for_its_data() else {}):
+    for found in all_gather_object(mine if is_metrics_rank() else {}):
         everyone |= found
     return torch.tensor([everyone[index] for index in range(count)])

@@ -75,8 +75,8 @@ class RoundRobin:
         senders: Sequence[int],
         buckets: Sequence[int],
         rank: int,
-        tell: Callable[[int, bool], None] = comm.tell,
-        hear: Callable[[int], bool] = comm.hear,
+        tell: Callable[[int, bool], None] = comm.send_flag,
+        hear: Callable[[int], bool] = comm.recv_flag,
     ):
         self._order = [senders[place] for _, place in round_robin(buckets)]
         self._mine = [turn for turn, sender in enumerate(self._order) if sender == rank]

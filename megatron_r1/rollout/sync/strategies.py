@@ -25,7 +25,8 @@ from megatron_r1.hf.config import generation_config, serving_view, special_token
 from megatron_r1.hf.export import write_folder
 from megatron_r1.hf.gather import Directory, assemble, directory
 from megatron_r1.model.shards import shards
-from megatron_r1.parallel.comm import AllRanks
+from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.launcher import rank
 from megatron_r1.parallel.mesh import pipeline_stage
 from megatron_r1.rollout.engine import Engine
 from megatron_r1.rollout.sync.buckets import Outbound, planned
@@ -146,8 +147,8 @@ class StageSync:
         """
         self._engine, self._sender, self._module, self._outgoing = engine, sender, module, outgoing
         self._bucket_bytes, self._flush_cache = bucket_bytes, flush_cache
-        self._rank = AllRanks().rank
-        stages = AllRanks().gather(pipeline_stage())
+        self._rank = rank()
+        stages = all_gather_object(pipeline_stage())
         everything = directory([shard for shard in shards(module) if shard.owned])
         self._parts = parts_of_stages(everything, stages, outgoing)
         """By stage, what its ranks hold of what is sent."""
@@ -168,7 +169,7 @@ class StageSync:
                 _on_all_ranks(lambda: session.enter_context(receiving))
             else:
                 _on_all_ranks(lambda: None)
-            restarts = AllRanks().gather(self._engine.restarts if self._engine else 0)[0]
+            restarts = all_gather_object(self._engine.restarts if self._engine else 0)[0]
             if self._sender and restarts != self._restarts:
                 self._sender.leave()  # a server that was started again is not in the group any more
             self._restarts = restarts
@@ -218,12 +219,12 @@ def _on_all_ranks(action: Callable[[], object]) -> None:
         action()
     except UserError as raised:
         error = raised
-    told = AllRanks().gather(str(error) if error else "")
+    told = all_gather_object(str(error) if error else "")
     if error:
         raise error
-    for rank, message in enumerate(told):
+    for failed, message in enumerate(told):
         if message:
-            raise NoRolloutCapacity(f"rank {rank}: {message}")
+            raise NoRolloutCapacity(f"rank {failed}: {message}")
 
 
 class DiskSync:
