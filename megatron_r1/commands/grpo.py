@@ -20,8 +20,8 @@ from megatron_r1.rewards.rubric_builder import rule_scorer
 from megatron_r1.rewards.score import Weighted
 from megatron_r1.rl.advantages.critic import Critic, CriticAdvantages
 from megatron_r1.rl.advantages.critic_setup import critic_of
-from megatron_r1.rl.generation.async_rollouts import AheadRollouts, TakesRollouts
-from megatron_r1.rl.generation.joint_scoring import JointScoring
+from megatron_r1.rl.generation.async_rollouts import AsyncRollouts, RolloutSource
+from megatron_r1.rl.generation.reward_service import CollectiveRewardService
 from megatron_r1.rl.generation.rollouts import Rollouts
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
@@ -55,12 +55,12 @@ def run(config: RunConfig) -> None:
         if this.state.step >= config.train.steps:
             finish(this, this.state)
             return
-        joint, replay, placement = joint_scoring(this), replay_of(this), placement_of(this)
+        joint, replay, placement = reward_service(this), replay_of(this), placement_of(this)
         scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), joint.rewards if joint else ())
         learning = learning_of(this, weights, replay)
         prompts = config.rl.prompts_per_rollout
         with rollout_engine(this, weights, replay, placement) as engine, ExitStack() as stack:
-            rollouts: TakesRollouts | None = None
+            rollouts: RolloutSource | None = None
             hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=learning.saved)
             if is_rank_zero():
                 keep(questions, this.folder)
@@ -131,7 +131,7 @@ def placement_of(this: Trainer) -> Separate | Colocated:
     return Colocated(TrainerMemory(this.model, this.optimizer)) if colocated else Separate()
 
 
-def joint_scoring(this: Trainer) -> JointScoring | None:
+def reward_service(this: Trainer) -> CollectiveRewardService | None:
     """The configured reward models, at work beside the policy on all ranks."""
     reward, parallel = this.config.reward, this.config.parallel
 
@@ -140,22 +140,22 @@ def joint_scoring(this: Trainer) -> JointScoring | None:
         return Weighted(getattr(reward, name), scorer)
 
     models = [weighted(name, source) for name, source in reward.models.items()]
-    return JointScoring(models) if models else None
+    return CollectiveRewardService(models) if models else None
 
 
 def ahead_of(
-    rollouts: TakesRollouts, config: RunConfig, abandon: Callable[[], None], joint: JointScoring | None
-) -> AheadRollouts:
+    rollouts: RolloutSource, config: RunConfig, abandon: Callable[[], None], joint: CollectiveRewardService | None
+) -> AsyncRollouts:
     """The same rollouts, taken while the trainer learns; reward models score when it waits for one."""
     ahead, prompts, last = config.rollout.ahead, config.rl.prompts_per_rollout, config.train.steps
     if joint is None:
-        return AheadRollouts(rollouts, ahead, prompts, last, abandon)
+        return AsyncRollouts(rollouts, ahead, prompts, last, abandon)
 
     def abandon_both() -> None:
         abandon()
         joint.close()
 
-    return AheadRollouts(rollouts, ahead, prompts, last, abandon_both, joint.result)
+    return AsyncRollouts(rollouts, ahead, prompts, last, abandon_both, joint.result)
 
 
 class PruneJournal(Hook):
@@ -190,7 +190,7 @@ def rollout_engine(
         weights.tokenizer_folder,
         this.folder / "logs",
         this.platform.name,
-        placement.starting,
+        placement.starting_servers,
     ) as engine:
         if isinstance(placement, Colocated) and is_rank_zero():
             assert isinstance(engine.engine, SGLangEngine)

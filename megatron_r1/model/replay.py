@@ -24,13 +24,13 @@ from torch import Tensor
 
 from megatron_r1.model.chunks import Model, chunks, in_multi_token_layer
 
-NOT_TOLD = -1
+NOT_RECORDED = -1
 """In place of an expert: the router chooses for itself, as for padding."""
 
 Choose = Callable[..., tuple[Tensor, Tensor]]
 
 
-class ToldChoice(RouterReplay):
+class ReplayedRouting(RouterReplay):
     """One router's: what it is told, and how often it would have chosen otherwise."""
 
     def __init__(self, own: Any | None):
@@ -42,7 +42,7 @@ class ToldChoice(RouterReplay):
         # The class keeps a list of all instances of the process, for switches that this package does not use.
         RouterReplay.global_router_replay_instances.remove(self)
         self._own = own
-        self.told = self.otherwise = 0
+        self.replayed = self.mismatches = 0
 
     def get_replay_topk(
         self,
@@ -63,14 +63,14 @@ class ToldChoice(RouterReplay):
         if self.router_replay_action in (None, RouterReplayAction.RECORD):
             return super().get_replay_topk(scores, topk, num_groups, group_topk, choose)
         again = self.router_replay_action == RouterReplayAction.REPLAY_BACKWARD
-        told_TK = (self.replay_backward_list.pop(0) if again else self.target_topk_idx).to(scores.device)
+        replayed_TK = (self.replay_backward_list.pop(0) if again else self.target_topk_idx).to(scores.device)
         _, own_TK = choose(scores, topk, num_groups, group_topk)
-        known_T = told_TK[:, 0] != NOT_TOLD
+        known_T = replayed_TK[:, 0] != NOT_RECORDED
         if not again:
-            same_TK = (own_TK[:, :, None] == told_TK[:, None, :]).any(-1)
-            self.told += topk * int(known_T.sum())
-            self.otherwise += int((~same_TK & known_T[:, None]).sum())
-        taken_TK = torch.where(known_T[:, None], told_TK, own_TK)
+            same_TK = (own_TK[:, :, None] == replayed_TK[:, None, :]).any(-1)
+            self.replayed += topk * int(known_T.sum())
+            self.mismatches += int((~same_TK & known_T[:, None]).sum())
+        taken_TK = torch.where(known_T[:, None], replayed_TK, own_TK)
         return scores.gather(1, taken_TK), taken_TK
 
 
@@ -82,17 +82,17 @@ class RoutingReplay:
         Args:
             first_dense: layers before the first sparse one.
         """
-        self._choices: dict[int, ToldChoice] = {}
+        self._choices: dict[int, ReplayedRouting] = {}
         for part in chunks(model):
             for name, module in part.named_modules():
                 if isinstance(module, TopKRouter) and not in_multi_token_layer(name):
                     part.config.moe_enable_routing_replay = True
-                    module.router_replay = ToldChoice(module.router_replay)
+                    module.router_replay = ReplayedRouting(module.router_replay)
                     module.router_replay.layer_number = module.layer_number
                     self._choices[module.layer_number - 1 - first_dense] = module.router_replay
 
     @contextmanager
-    def telling(self, experts_BLNK: Tensor, backward: bool) -> Iterator[None]:
+    def replaying(self, experts_BLNK: Tensor, backward: bool) -> Iterator[None]:
         """A forward pass in which routers take these experts.
 
         Args:
@@ -101,10 +101,10 @@ class RoutingReplay:
         """
         mine_LBNK = _this_ranks_positions(experts_BLNK.transpose(0, 1))
         for layer, choice in self._choices.items():
-            told_TK = mine_LBNK[:, :, layer].flatten(0, 1)
-            choice.target_topk_idx = told_TK
+            replayed_TK = mine_LBNK[:, :, layer].flatten(0, 1)
+            choice.target_topk_idx = replayed_TK
             if backward:
-                choice.replay_backward_list.append(told_TK)
+                choice.replay_backward_list.append(replayed_TK)
         self._act(RouterReplayAction.REPLAY_FORWARD)
         try:
             yield
@@ -120,11 +120,11 @@ class RoutingReplay:
 
     def count(self) -> tuple[int, int]:
         """Choices told since the last count, and those that this rank's routers would have made otherwise."""
-        told = sum(choice.told for choice in self._choices.values())
-        otherwise = sum(choice.otherwise for choice in self._choices.values())
+        replayed = sum(choice.replayed for choice in self._choices.values())
+        mismatches = sum(choice.mismatches for choice in self._choices.values())
         for choice in self._choices.values():
-            choice.told = choice.otherwise = 0
-        return told, otherwise
+            choice.replayed = choice.mismatches = 0
+        return replayed, mismatches
 
     @contextmanager
     def recording(self) -> Iterator[Callable[[], Tensor]]:

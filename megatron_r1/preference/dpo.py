@@ -19,8 +19,8 @@ from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
 from megatron_r1.preference.reward_model import reward_rows
-from megatron_r1.rl.policy.batch import Rows
-from megatron_r1.rl.policy.policy import Policy, as_rows, longest_input
+from megatron_r1.rl.policy.batch import ResponseBatch
+from megatron_r1.rl.policy.policy import Policy, longest_input, pad_to_batch
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.step import UpdateResult, update
@@ -69,7 +69,7 @@ class DirectPreference:
         # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
         scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
 
-        def forward(model: Any, rows: Rows) -> tuple[Any, Callable]:
+        def forward(model: Any, rows: ResponseBatch) -> tuple[Any, Callable]:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
                 policy_B = answer_log_prob(scores.log_probs, rows.mask_BL)
                 reference_B = torch.stack([reference[answer] for answer in rows.samples_B.tolist()])
@@ -104,7 +104,7 @@ class DirectPreference:
             told |= found
         return [told[2 * place] - told[2 * place + 1] for place in range(len(examples))]
 
-    def _micro_batches(self, examples: Sequence[Example], size: int) -> list[Rows]:
+    def _micro_batches(self, examples: Sequence[Example], size: int) -> list[ResponseBatch]:
         """This data-parallel rank's share, in as many micro-batches as every other's.
 
         Ranks may share experts, and exchange tokens in every pass: where pairs cannot be divided evenly, some come
@@ -115,23 +115,23 @@ class DirectPreference:
         places = range(rank, -(-len(examples) // ranks) * ranks, ranks)
         return [self._rows(examples, places[start : start + size]) for start in range(0, len(places), size)]
 
-    def _rows(self, examples: Sequence[Example], places: Sequence[int]) -> Rows:
+    def _rows(self, examples: Sequence[Example], places: Sequence[int]) -> ResponseBatch:
         """Both answers of the pairs at `places`, an answer's number being twice its pair's place, and one more."""
         rows = [row for place in places for row in examples[place % len(examples)].rows]
         padded = reward_rows(rows, self._pad, self._device, self._multiple)
-        return Rows(
+        return ResponseBatch(
             torch.cat([padded.inputs_BL, padded.labels_BL[:, -1:]], 1),
             padded.learned_BL.bool(),
             torch.zeros_like(padded.learned_BL),
             torch.tensor([2 * place + side for place in places for side in (0, 1)]),
         )
 
-    def _log_probs(self, micro_batches: Sequence[Rows]) -> dict[int, Tensor]:
+    def _log_probs(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
         """log p(answer) by the answer's number, without gradient; empty but on the last pipeline stage."""
         by_token = self._policy.log_probs_by_sample(micro_batches)
         found: dict[int, Tensor] = {}
         for rows in micro_batches if by_token else ():
-            log_prob_B = answer_log_prob(as_rows(by_token, rows), rows.mask_BL)
+            log_prob_B = answer_log_prob(pad_to_batch(by_token, rows), rows.mask_BL)
             found |= zip(rows.samples_B.tolist(), log_prob_B, strict=True)
         return found
 

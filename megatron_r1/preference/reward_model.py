@@ -193,8 +193,8 @@ class RewardModel:
 
     def _read(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
         """What `read` finds at the last token of each row, the same on every stage; None when no rank has rows."""
-        as_rows = [Row(list(row), len(row)) for row in rows]
-        parts = [as_rows[start : start + size] for start in range(0, len(as_rows), size)]
+        pad_to_batch = [Row(list(row), len(row)) for row in rows]
+        parts = [pad_to_batch[start : start + size] for start in range(0, len(pad_to_batch), size)]
         # Where ranks that see other data share experts, each pass is one of all of them: who has less, passes padding.
         passes = max(all_gather_data_parallel(len(parts)))
         if not passes:

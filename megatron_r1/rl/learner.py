@@ -20,13 +20,23 @@ from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group, is_last_stage, is_metrics_rank, tensor_parallel_group
-from megatron_r1.rl.advantages.estimators import Advantages, Credit, Taken, against_the_group
+from megatron_r1.rl.advantages.estimators import (
+    AdvantageInputs,
+    Advantages,
+    RolloutAdvantages,
+    build_advantage_estimator,
+)
 from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
-from megatron_r1.rl.objective.aggregation import Totals
-from megatron_r1.rl.objective.objective import Answers, objective_of
-from megatron_r1.rl.policy.batch import Rows, make_rows, row_length
-from megatron_r1.rl.policy.frozen_logprobs import Fixed, fixed, penalties_of_tokens, sums_of_answers
+from megatron_r1.rl.objective.aggregation import BatchTotals
+from megatron_r1.rl.objective.objective import ObjectiveInputs, objective_of
+from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, num_tokens
+from megatron_r1.rl.policy.frozen_logprobs import (
+    FrozenLogProbs,
+    compute_frozen_logprobs,
+    sum_per_response,
+    token_penalties,
+)
 from megatron_r1.rl.policy.policy import Policy, longest_input
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
@@ -44,9 +54,9 @@ logger = logging.getLogger(__name__)
 class MiniBatch:
     """What one update learns from."""
 
-    totals: Totals
+    totals: BatchTotals
     """Over all micro-batches and ranks."""
-    micro_batches: list[Rows]
+    micro_batches: list[ResponseBatch]
     """This rank's."""
 
 
@@ -76,7 +86,7 @@ class Learner:
         # The reference is another model: it routes for itself.
         self._reference_policy = Policy(model, temperature)
         self._objective = objective_of(config.rl)
-        self._advantages = advantages or against_the_group(config.rl)
+        self._advantages = advantages or build_advantage_estimator(config.rl)
         FROZEN.apply(model, 0)
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -95,12 +105,12 @@ class Learner:
         # Later epochs divide the same samples anew: among several ranks, some go to a rank that had not had them.
         alone = dist.get_world_size(data_parallel_group()) == 1
         seen = [rows for batch in (mini_batches[:count] if alone else mini_batches) for rows in batch.micro_batches]
-        told = fixed(rl, self._model, self._policy, self._reference_policy, self._reference, seen)
+        told = compute_frozen_logprobs(rl, self._model, self._policy, self._reference_policy, self._reference, seen)
         taken, extra = self._taken(samples, seen, mini_batches[:count], told)
         credit = self._advantages.of(taken)
         rate = learning_rate(train.schedule, state.step + 1, train.steps, state.consumed_tokens)
         share = rate / train.schedule.learning_rate
-        rate = 0.0 if self._advantages.policy_waits(state.step) else rate
+        rate = 0.0 if self._advantages.in_critic_warmup(state.step) else rate
         results, skipped = [], state.skipped_in_row
         for batch in mini_batches:
             finite = credit.learn(batch.micro_batches, batch.totals.tokens, share)
@@ -112,7 +122,7 @@ class Learner:
         state = state.advance(
             updates=state.updates + sum(not result.skipped for result in results),
             skipped_in_row=skipped,
-            consumed_tokens=state.consumed_tokens + sum(map(row_length, samples)),
+            consumed_tokens=state.consumed_tokens + sum(map(num_tokens, samples)),
         )
         row = {**combined_metrics(results), **credit.metrics(), **self._routing_metrics(), **extra}
         row["learning_rate"] = rate
@@ -121,15 +131,15 @@ class Learner:
         return state, row
 
     def _taken(
-        self, samples: Sequence[Sample], seen: Sequence[Rows], once: Sequence[MiniBatch], told: Fixed
-    ) -> tuple[Taken, dict[str, float]]:
+        self, samples: Sequence[Sample], seen: Sequence[ResponseBatch], once: Sequence[MiniBatch], told: FrozenLogProbs
+    ) -> tuple[AdvantageInputs, dict[str, float]]:
         """Collective: what advantages are made of, and metrics; a penalty that is in the reward is taken here.
 
         Args:
             seen: micro-batches of all passes; once: those of one pass, in which a sample is on one data-parallel rank.
         """
         rl = self._config.rl
-        counted = frozenset(
+        owned_samples = frozenset(
             sample
             for batch in once
             for rows in batch.micro_batches
@@ -137,13 +147,13 @@ class Learner:
             if learned
         )
         if rl.kl_in != "reward" or not rl.kl_coefficient:
-            return Taken(samples, seen, counted), {}
+            return AdvantageInputs(samples, seen, owned_samples), {}
         by_token = {
             place: rl.kl_coefficient * values_L
-            for place, values_L in penalties_of_tokens(rl, samples, self._policy, told, seen).items()
+            for place, values_L in token_penalties(rl, samples, self._policy, told, seen).items()
         }
-        sums = sums_of_answers(by_token, len(samples))
-        return Taken(samples, seen, counted, by_token, sums), {"kl_in_reward": float(sums.mean())}
+        sums = sum_per_response(by_token, len(samples))
+        return AdvantageInputs(samples, seen, owned_samples, by_token, sums), {"kl_in_reward": float(sums.mean())}
 
     def _routing_metrics(self) -> dict[str, float]:
         """Share of the engine's choices that the trainer's routers would have made otherwise, over all passes."""
@@ -154,13 +164,13 @@ class Learner:
 
     def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int]) -> MiniBatch:
         learned = sum(len(samples[index].response_tokens) for index in indices if samples[index].learned)
-        totals = Totals(len(indices), learned, self._config.rollout.max_response_tokens)
+        totals = BatchTotals(len(indices), learned, self._config.rollout.max_response_tokens)
         return MiniBatch(totals, list(self._micro_batches(samples, indices)))
 
-    def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int]) -> Iterator[Rows]:
+    def _micro_batches(self, samples: Sequence[Sample], indices: Sequence[int]) -> Iterator[ResponseBatch]:
         """This rank's part of a mini-batch; every data-parallel rank gets the same number of micro-batches."""
         group = data_parallel_group()
-        lengths = [row_length(samples[index]) for index in indices]
+        lengths = [num_tokens(samples[index]) for index in indices]
         shares = [
             [[share[i] for i in batch] for batch in self._by_tokens([lengths[i] for i in share])]
             for share in divide_by_tokens(lengths, dist.get_world_size(group))
@@ -168,9 +178,9 @@ class Learner:
         mine = shares[dist.get_rank(group)]
         for batch in mine:
             chosen = [indices[i] for i in batch]
-            yield make_rows(samples, chosen, self._pad, self._device, self._length_multiple)
+            yield make_batch(samples, chosen, self._pad, self._device, self._length_multiple)
         # Experts may be shared with ranks that have more to do: they exchange tokens in every pass.
-        idle = make_rows(samples, indices[:1], self._pad, self._device, self._length_multiple).masked()
+        idle = make_batch(samples, indices[:1], self._pad, self._device, self._length_multiple).masked()
         for _ in range(max(map(len, shares)) - len(mine)):
             yield idle
 
@@ -182,14 +192,14 @@ class Learner:
         """Sequence parallelism shares each row's positions out."""
         return dist.get_world_size(tensor_parallel_group())
 
-    def _update(self, batch: MiniBatch, told: Fixed, credit: Credit, rate: float) -> UpdateResult:
+    def _update(self, batch: MiniBatch, told: FrozenLogProbs, credit: RolloutAdvantages, rate: float) -> UpdateResult:
         rl, micro_batches = self._config.rl, batch.micro_batches
         # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
         scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
 
-        def forward(model: Any, rows: Rows) -> tuple[Any, Callable]:
+        def forward(model: Any, rows: ResponseBatch) -> tuple[Any, Callable]:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
-                answers = Answers(
+                answers = ObjectiveInputs(
                     scores.log_probs,
                     told.old_rows(rows),
                     credit.on(rows),

@@ -12,19 +12,19 @@ import torch.distributed as dist
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
-from megatron_r1.rl.generation.async_rollouts import TakesRollouts
+from megatron_r1.rl.generation.async_rollouts import RolloutSource
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.placement import Placement, Separate
 from megatron_r1.rollout.sample import Sample
-from megatron_r1.train.loop import CannotBegin, Step
+from megatron_r1.train.loop import Step, StepUnavailable
 from megatron_r1.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
 def reinforcement_step(
-    rollouts: TakesRollouts | None,
+    rollouts: RolloutSource | None,
     learner: Learner,
     publish: Callable[[str], None],
     prompts: int,
@@ -49,11 +49,11 @@ def reinforcement_step(
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
-        with turns.sending():
-            send(publish, str(state.step))
+        with turns.engine_phase():
+            send_weights(publish, str(state.step))
             sent = time.perf_counter()
-            with turns.sampling():
-                rollout = shared(rollouts, state, received)
+            with turns.generating():
+                rollout = broadcast_rollout(rollouts, state, received)
         sampled = time.perf_counter()
         stale = staleness(rollout.samples, state.step)
         state, row = learner.learn(rollout.samples, state)
@@ -76,7 +76,7 @@ def reinforcement_step(
     return step
 
 
-def send(publish: Callable[[str], None], version: str) -> None:
+def send_weights(publish: Callable[[str], None], version: str) -> None:
     """Publish the weights; once more where a server failed in the middle of it, which may be back by then.
 
     Raises:
@@ -92,11 +92,11 @@ def send(publish: Callable[[str], None], version: str) -> None:
         try:
             publish(version)
         except NoRolloutCapacity as again:
-            raise CannotBegin(again) from again
+            raise StepUnavailable(again) from again
 
 
-def shared(
-    rollouts: TakesRollouts | None, state: TrainState, received: Callable[[], Any] = comm.receive_broadcast
+def broadcast_rollout(
+    rollouts: RolloutSource | None, state: TrainState, received: Callable[[], Any] = comm.receive_broadcast
 ) -> Rollout:
     """Collective: the rollout of the next step.
 
@@ -113,7 +113,7 @@ def shared(
     else:
         found = received()
     if isinstance(found, NoRolloutCapacity):
-        raise CannotBegin(found)
+        raise StepUnavailable(found)
     return found
 
 
@@ -138,7 +138,7 @@ def tokens_by_version(sample: Sample) -> list[tuple[str, int]]:
 class IdleShares:
     """How much of the time trainer and engine wait for each other; known where the engine is."""
 
-    def __init__(self, rollouts: TakesRollouts | None):
+    def __init__(self, rollouts: RolloutSource | None):
         self._rollouts = rollouts
         self._at, self._busy = time.perf_counter(), rollouts.busy_seconds if rollouts else 0.0
 

@@ -20,22 +20,22 @@ from typing import Protocol
 
 from megatron_r1.parallel import comm
 from megatron_r1.rollout.sglang.servers.memory import CACHE, WEIGHTS
-from megatron_r1.train.loop import CannotBegin
+from megatron_r1.train.loop import StepUnavailable
 from megatron_r1.train.offload import TrainerMemory
 
 
 class Placement(Protocol):
     """Gives memory to whoever needs it."""
 
-    def starting(self) -> AbstractContextManager[None]:
+    def starting_servers(self) -> AbstractContextManager[None]:
         """Around the start of servers, which end the block without memory."""
         ...
 
-    def sending(self) -> AbstractContextManager[None]:
+    def engine_phase(self) -> AbstractContextManager[None]:
         """Around the update of the engine's weights and the sampling."""
         ...
 
-    def sampling(self) -> AbstractContextManager[None]:
+    def generating(self) -> AbstractContextManager[None]:
         """Around the sampling."""
         ...
 
@@ -43,10 +43,10 @@ class Placement(Protocol):
 class Separate:
     """The engine has devices of its own."""
 
-    starting = sending = sampling = staticmethod(nullcontext)
+    starting_servers = engine_phase = generating = staticmethod(nullcontext)
 
 
-class TakesTurns(Protocol):
+class OffloadableEngine(Protocol):
     """An engine whose memory can be given back."""
 
     @property
@@ -71,10 +71,10 @@ class Colocated:
 
     def __init__(self, memory: TrainerMemory):
         self._weights, self._rest = memory.weights, memory.rest
-        self.engine: TakesTurns | None = None
+        self.engine: OffloadableEngine | None = None
 
     @contextmanager
-    def starting(self) -> Iterator[None]:
+    def starting_servers(self) -> Iterator[None]:
         self._rest.leave()
         self._weights.leave()
         comm.barrier()
@@ -84,7 +84,7 @@ class Colocated:
         self._rest.come_back()
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
+    def engine_phase(self) -> Iterator[None]:
         self._rest.leave()
         self._start_missing()
         comm.barrier()
@@ -92,13 +92,13 @@ class Colocated:
             self.engine.take_memory(WEIGHTS)
         try:
             yield
-        except CannotBegin:
+        except StepUnavailable:
             self._trainers_turn()
             raise
         self._trainers_turn()
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
+    def generating(self) -> Iterator[None]:
         self._weights.leave()
         comm.barrier()
         if self.engine:

@@ -10,12 +10,12 @@ from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
 
 
-class CannotBegin(Exception):
-    """A step cannot begin, and every rank knows it: weights and state are as the last step left them."""
+class StepUnavailable(Exception):
+    """Raised on every rank when a step cannot start; weights and state are still those of the last step."""
 
-    def __init__(self, reason: UserError):
-        super().__init__(str(reason))
-        self.reason = reason
+    def __init__(self, error: UserError):
+        super().__init__(str(error))
+        self.error = error
 
 
 class Step(Protocol):
@@ -34,14 +34,14 @@ def train(state: TrainState, step: Step, hooks: Hook, steps: int) -> TrainState:
         steps: total steps of the run, those before a resume included.
 
     Raises:
-        UserError: why a step could not begin; what was done before is saved first.
+        UserError: a step could not start; the state is saved before this is raised.
     """
     while state.step < steps:
         try:
             state, row = step(state)
-        except CannotBegin as obstacle:
+        except StepUnavailable as unavailable:
             hooks.finish(state)
-            raise obstacle.reason from obstacle
+            raise unavailable.error from unavailable
         hooks.after_step(state, row)
         if comm.any_rank(hooks.stop_requested()):
             break

@@ -293,7 +293,7 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
 def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
     """The same update's loss and gradients by the loss written out, on one rank."""
     from megatron_r1.model.build import native_tensors
-    from megatron_r1.model.replay import NOT_TOLD, RoutingReplay
+    from megatron_r1.model.replay import NOT_RECORDED, RoutingReplay
     from tests.support.plain_grpo import plain_loss
 
     model, reference = build(config, platform), build(config, platform)
@@ -302,14 +302,16 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
     settings = config.rollout.temperature, config.rl.clip_epsilon, config.rl.kl_coefficient
     replay = RoutingReplay(model, config.model.moe.first_dense_layers)
 
-    def telling(sample: Any) -> AbstractContextManager:
+    def replaying(sample: Any) -> AbstractContextManager:
         if not sample.routed_experts:
             return nullcontext()
-        told_TNK = torch.from_numpy(sample.routed_experts.array())
-        last_1NK = torch.full_like(told_TNK[:1], NOT_TOLD)  # nothing follows the last token, which is read here too
-        return replay.telling(torch.cat([told_TNK, last_1NK])[None], backward=False)
+        replayed_TNK = torch.from_numpy(sample.routed_experts.array())
+        last_1NK = torch.full_like(
+            replayed_TNK[:1], NOT_RECORDED
+        )  # nothing follows the last token, which is read here too
+        return replay.replaying(torch.cat([replayed_TNK, last_1NK])[None], backward=False)
 
-    loss = plain_loss(model, reference, list(samples(config.model)), *settings, telling)
+    loss = plain_loss(model, reference, list(samples(config.model)), *settings, replaying)
     loss.backward()
     return {"loss": float(loss.detach())}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

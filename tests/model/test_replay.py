@@ -9,7 +9,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.model.build import build_model, without_multi_token_prediction
-from megatron_r1.model.replay import NOT_TOLD, RoutingReplay
+from megatron_r1.model.replay import NOT_RECORDED, RoutingReplay
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.routed_experts import RoutedLayers
 from megatron_r1.rollout.sample import Request, Sampling
@@ -43,9 +43,11 @@ def replay(model):
 
 
 def test_multi_token_layers_are_left_alone(model, replay):
-    told = {name for name, module in model.named_modules() if isinstance(module, TopKRouter) and module.router_replay}
-    assert told and not any("mtp" in name for name in told)
-    assert {name.split(".")[0] for name in told} == {"decoder"}
+    replayed = {
+        name for name, module in model.named_modules() if isinstance(module, TopKRouter) and module.router_replay
+    }
+    assert replayed and not any("mtp" in name for name in replayed)
+    assert {name.split(".")[0] for name in replayed} == {"decoder"}
     assert any("mtp" in name for name, module in model.named_modules() if isinstance(module, TopKRouter))
     assert not RouterReplay.global_router_replay_instances
 
@@ -56,7 +58,7 @@ def test_told_its_own_choice_a_model_computes_the_same(model, replay):
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     own_BLNK = choices(model, replay)
     model.zero_grad()
-    with replay.telling(own_BLNK, backward=True):
+    with replay.replaying(own_BLNK, backward=True):
         found = logits_of(model)
     found.sum().backward()
     replay.done()
@@ -70,15 +72,15 @@ def test_told_its_own_choice_a_model_computes_the_same(model, replay):
 def test_told_otherwise_it_obeys_and_weighs_by_its_own_scores(model, replay):
     """Router and experts of the first sparse layer, written out."""
     own_BLNK = choices(model, replay)
-    told_BLNK = (own_BLNK + 3) % 8
-    told_BLNK[0] = NOT_TOLD
+    replayed_BLNK = (own_BLNK + 3) % 8
+    replayed_BLNK[0] = NOT_RECORDED
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.1.mlp"))
     seen = {}
     layer.router.register_forward_hook(lambda _, inputs, output: seen.update(hidden=inputs[0], output=output))
-    with replay.telling(told_BLNK, backward=False):
+    with replay.replaying(replayed_BLNK, backward=False):
         logits_of(model)
     probs_TE, map_TE = seen["output"]
-    taken_BLK = torch.where(told_BLNK == NOT_TOLD, own_BLNK, told_BLNK)[:, :, 0]
+    taken_BLK = torch.where(replayed_BLNK == NOT_RECORDED, own_BLNK, replayed_BLNK)[:, :, 0]
     taken_TK = taken_BLK.transpose(0, 1).flatten(0, 1)
     # Only what the layers before do not change is known of rows that are not told.
     assert torch.equal(map_TE.nonzero()[:, 1].view(-1, 2), taken_TK.sort(-1).values)
@@ -86,13 +88,13 @@ def test_told_otherwise_it_obeys_and_weighs_by_its_own_scores(model, replay):
     gates_TK = scores_TE.gather(1, taken_TK)
     gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True) * model_of("tiny").moe.scaling_factor
     torch.testing.assert_close(probs_TE.gather(1, taken_TK), gates_TK, rtol=1e-5, atol=1e-6)
-    told, otherwise = replay.count()
-    assert told == told_BLNK[1:].numel() and 0 < otherwise <= told
+    replayed, mismatches = replay.count()
+    assert replayed == replayed_BLNK[1:].numel() and 0 < mismatches <= replayed
 
 
 def test_the_gates_have_gradients(model, replay):
-    told_BLNK = (choices(model, replay) + 3) % 8
-    with replay.telling(told_BLNK, backward=True):
+    replayed_BLNK = (choices(model, replay) + 3) % 8
+    with replay.replaying(replayed_BLNK, backward=True):
         logits = logits_of(model)
     logits.square().sum().backward()
     replay.done()
@@ -114,7 +116,7 @@ def test_several_passes_before_their_backward_passes_recompute_their_own(one_ran
         replay = RoutingReplay(model, shape.moe.first_dense_layers)
         own_BLNK, outputs = choices(model, replay), []
         for shift in (3, 5):
-            with replay.telling((own_BLNK + shift) % 8, backward=True):
+            with replay.replaying((own_BLNK + shift) % 8, backward=True):
                 outputs.append(logits_of(model))
         for output in outputs:
             output.square().sum().backward()
@@ -142,5 +144,5 @@ def test_the_local_engine_tells_what_it_took(new_model, shape):
         with torch.no_grad(), without_multi_token_prediction(model), replay.recording() as routes:
             model(inputs_BL, torch.arange(inputs_BL.shape[1])[None], None)
             read_TNK = routes()
-        told_TNK = torch.from_numpy(completion.routed_experts.array())
-        assert torch.equal(told_TNK.sort(-1).values, read_TNK.sort(-1).values)
+        replayed_TNK = torch.from_numpy(completion.routed_experts.array())
+        assert torch.equal(replayed_TNK.sort(-1).values, read_TNK.sort(-1).values)

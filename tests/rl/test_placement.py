@@ -12,7 +12,7 @@ from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated
 from megatron_r1.rollout.sample import Sample
-from megatron_r1.train.loop import CannotBegin
+from megatron_r1.train.loop import StepUnavailable
 from megatron_r1.train.offload import Offloaded
 from megatron_r1.train.state import TrainState
 
@@ -86,13 +86,13 @@ def test_a_server_that_has_ended_starts_while_the_trainer_holds_nothing(one_rank
 )
 def test_the_trainer_can_save_what_it_has_learnt_when_there_is_no_engine(one_rank, fails, notes):
     watching = Watching(fails=fails)
-    with pytest.raises(CannotBegin, match=fails):
+    with pytest.raises(StepUnavailable, match=fails):
         watching.step()
     assert watching.notes == notes and watching.held == "WO"
 
 
 def test_servers_start_while_the_trainer_holds_nothing(one_rank):
     watching = Watching()
-    with watching.placement.starting():
+    with watching.placement.starting_servers():
         watching.note("start")
     assert watching.notes == ["start"] and watching.held == "WO"

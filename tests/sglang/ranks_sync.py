@@ -129,7 +129,7 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     """Largest difference between every server's log-probs of its answers and the trainer's, over all ranks' layout."""
     from megatron_r1.parallel import comm
     from megatron_r1.parallel.mesh import tensor_parallel_group
-    from megatron_r1.rl.policy.batch import make_rows
+    from megatron_r1.rl.policy.batch import make_batch
     from megatron_r1.rl.policy.policy import Policy
     from megatron_r1.rollout.sample import Request, Sample, Sampling
 
@@ -145,7 +145,7 @@ def gap(model: Any, engine: Any, servers: int) -> float:
         for c in comm.broadcast(completions)
     ]
     multiple = dist.get_world_size(tensor_parallel_group())
-    rows = make_rows(samples, range(len(samples)), 0, "cpu", multiple)
+    rows = make_batch(samples, range(len(samples)), 0, "cpu", multiple)
     worst = 0.0
     for place, log_probs_L in Policy(model, 1.0).log_probs_by_sample([rows]).items():
         difference_L = (log_probs_L - rows.rollout_log_probs_BL[place]).abs()

@@ -169,7 +169,7 @@ def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[S
     optimizer = Optimizer(model, config.train)
     placement = Colocated(TrainerMemory(model, optimizer)) if colocated else Separate()
     if isinstance(placement, Colocated):
-        with placement.starting():
+        with placement.starting_servers():
             engine.give_back_memory()
         placement.engine = engine
     rollouts, state = Asking(engine, model, colocated), TrainState()

@@ -28,7 +28,7 @@ def plain_loss(
     temperature: float,
     epsilon: float,
     kl_coefficient: float,
-    telling: Callable[[Any], AbstractContextManager] = nullcontext,
+    replaying: Callable[[Any], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
     """The loss of one mini-batch: means over each answer's tokens, then over answers; population deviation.
 
@@ -37,7 +37,7 @@ def plain_loss(
     total = torch.zeros(())
     for sample in samples:
         advantages = plain_advantages(sample, [s for s in samples if s.group == sample.group])
-        with telling(sample):
+        with replaying(sample):
             log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, temperature)
         with torch.no_grad():
             others = response_log_probs(reference, sample.prompt_tokens, sample.response_tokens, temperature)

@@ -83,26 +83,28 @@ def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[A
     """Rewards that this rank is given step by step, by rollouts that rank 0 takes ahead, and why there are no more."""
     from megatron_r1.parallel.launcher import is_rank_zero
     from megatron_r1.rewards.score import Rubric, Weighted
-    from megatron_r1.rl.generation.async_rollouts import AheadRollouts
-    from megatron_r1.rl.generation.joint_scoring import JointScoring
-    from megatron_r1.rl.loop import shared
-    from megatron_r1.train.loop import CannotBegin
+    from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
+    from megatron_r1.rl.generation.reward_service import CollectiveRewardService
+    from megatron_r1.rl.loop import broadcast_rollout
+    from megatron_r1.train.loop import StepUnavailable
     from megatron_r1.train.state import TrainState
 
-    joint = JointScoring([Weighted(weight, Hesitant(model)) for weight, model in zip(WEIGHTS, models, strict=True)])
+    joint = CollectiveRewardService(
+        [Weighted(weight, Hesitant(model)) for weight, model in zip(WEIGHTS, models, strict=True)]
+    )
     rewards, state = [], TrainState()
     with ExitStack() as stack:
         rollouts = None
         if is_rank_zero():
             source = Answered(Rubric(joint.rewards, retries=1), samples, asked)
-            begun = AheadRollouts(source, 1, OF_A_STEP, STEPS + 1, joint.close, joint.result)
+            begun = AsyncRollouts(source, 1, OF_A_STEP, STEPS + 1, joint.close, joint.result)
             rollouts = stack.enter_context(begun)
         try:
             while True:
-                rewards += [sample.reward for sample in shared(rollouts, state, joint.received).samples]
+                rewards += [sample.reward for sample in broadcast_rollout(rollouts, state, joint.received).samples]
                 state = state.advance(data_position=state.data_position + OF_A_STEP)
-        except CannotBegin as obstacle:
-            return rewards, str(obstacle)
+        except StepUnavailable as unavailable:
+            return rewards, str(unavailable)
 
 
 class Answered:

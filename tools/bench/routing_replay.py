@@ -30,7 +30,7 @@ from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer  # noqa: 
 from megatron_r1.model.build import build_model, native_tensors  # noqa: E402
 from megatron_r1.model.replay import RoutingReplay  # noqa: E402
 from megatron_r1.parallel.mesh import process_groups  # noqa: E402
-from megatron_r1.rl.policy.batch import make_rows  # noqa: E402
+from megatron_r1.rl.policy.batch import make_batch  # noqa: E402
 from megatron_r1.rl.policy.policy import Policy  # noqa: E402
 from megatron_r1.rollout.engine import Engine, all_answered  # noqa: E402
 from megatron_r1.rollout.factory import sglang_engine  # noqa: E402
@@ -105,7 +105,7 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, float]:
     sampling = Sampling(1.0, 1.0, given.tokens, (2,), seed, layers)
     with engine_of(given.engine, model, shape, replay) as engine:
         completions = all_answered(engine.generate(requests, sampling))
-    rows = make_rows([as_sample(one) for one in completions], range(PROMPTS), 0, "cpu")
+    rows = make_batch([as_sample(one) for one in completions], range(PROMPTS), 0, "cpu")
     means = {}
     for name, used in (("off", None), ("on", replay)):
         log_probs = Policy(model, 1.0, used).log_probs_by_sample([rows])
@@ -116,8 +116,8 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, float]:
             f"mean {means[name]:.5f}, 99th percentile {float(gap_N.quantile(0.99)):.4f}, most {float(gap_N.max()):.3f}"
         )
         print(f"seed {seed}, {len(gap_N)} tokens, replay {name}: {said}")
-    told, otherwise = replay.count()
-    print(f"seed {seed}: {otherwise} of {told} choices would have been others ({otherwise / told:.2%})")
+    replayed, mismatches = replay.count()
+    print(f"seed {seed}: {mismatches} of {replayed} choices would have been others ({mismatches / replayed:.2%})")
     return means
 
 

@@ -23,7 +23,7 @@ from megatron_r1.model.shards import Shard, part_of, shards
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
-from megatron_r1.rl.advantages.estimators import Credit, Taken
+from megatron_r1.rl.advantages.estimators import AdvantageInputs, RolloutAdvantages
 from megatron_r1.rl.advantages.gae import (
     Estimates,
     critic_loss,
@@ -33,9 +33,9 @@ from megatron_r1.rl.advantages.gae import (
     token_rewards,
     whitened,
 )
-from megatron_r1.rl.policy.batch import Rows, answer_part, answer_row
+from megatron_r1.rl.policy.batch import ResponseBatch, response_part, to_positions
 from megatron_r1.rl.policy.frozen_logprobs import BySample
-from megatron_r1.rl.policy.policy import as_rows, inputs_of, longest_input, outputs_by_sample
+from megatron_r1.rl.policy.policy import inputs_of, longest_input, outputs_by_sample, pad_to_batch
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.optimizer_state import OptimizerState
@@ -62,12 +62,12 @@ class Critic:
         self._updates = 0
         FROZEN.apply(model, 0)
 
-    def values_by_sample(self, micro_batches: Sequence[Rows]) -> BySample:
+    def values_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> BySample:
         """Each sample's value at each position, of what follows it, without gradient."""
         return outputs_by_sample(self._model, micro_batches, self._values)
 
     def update(
-        self, micro_batches: Sequence[Rows], old: BySample, returns: BySample, tokens: int, rate: float
+        self, micro_batches: Sequence[ResponseBatch], old: BySample, returns: BySample, tokens: int, rate: float
     ) -> UpdateResult:
         """Learn returns on a mini-batch.
 
@@ -78,9 +78,9 @@ class Critic:
         # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
         scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
 
-        def forward(model: Any, rows: Rows) -> tuple[Tensor, Callable]:
+        def forward(model: Any, rows: ResponseBatch) -> tuple[Tensor, Callable]:
             def loss_function(values_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                told = as_rows(old, rows), as_rows(returns, rows), rows.mask_BL
+                told = pad_to_batch(old, rows), pad_to_batch(returns, rows), rows.mask_BL
                 loss, metrics = critic_loss(values_BL, *told, clip=self._clip, num_tokens=max(tokens, 1))
                 return loss * scale, metrics
 
@@ -90,7 +90,7 @@ class Critic:
         self._updates += not result.skipped
         return result
 
-    def _values(self, model: Any, rows: Rows) -> Tensor:
+    def _values(self, model: Any, rows: ResponseBatch) -> Tensor:
         """[B, L] on the last pipeline stage; hidden states for the next one on others."""
         with without_multi_token_prediction(self._model):
             return model(*inputs_of(rows), None, output_processor=self._read)
@@ -140,19 +140,19 @@ class CriticAdvantages:
     def __init__(self, critic: Critic, settings: CriticConfig):
         self._critic, self._settings = critic, settings
 
-    def of(self, taken: Taken) -> Credit:
+    def of(self, taken: AdvantageInputs) -> RolloutAdvantages:
         started = time.perf_counter()
         old = self._critic.values_by_sample(taken.rows)
         return CriticCredit(self._critic, self._settings, taken, old, time.perf_counter() - started)
 
-    def policy_waits(self, rollouts: int) -> bool:
+    def in_critic_warmup(self, rollouts: int) -> bool:
         return rollouts < self._settings.warmup_rollouts
 
 
 class CriticCredit:
     """The advantages of one rollout by the critic as it stood before, and the critic's updates."""
 
-    def __init__(self, critic: Critic, settings: CriticConfig, taken: Taken, old: BySample, seconds: float):
+    def __init__(self, critic: Critic, settings: CriticConfig, taken: AdvantageInputs, old: BySample, seconds: float):
         """Collective over ranks that see other data.
 
         Args:
@@ -167,10 +167,10 @@ class CriticCredit:
         if old:
             self._estimate(settings, taken)
 
-    def _estimate(self, settings: CriticConfig, taken: Taken) -> None:
+    def _estimate(self, settings: CriticConfig, taken: AdvantageInputs) -> None:
         places = sorted(self._old)
         samples = [taken.samples[place] for place in places]
-        values_SR = _stacked([answer_part(taken.samples[place], self._old[place]) for place in places])
+        values_SR = _stacked([response_part(taken.samples[place], self._old[place]) for place in places])
         mask_SR = _stacked([values_SR.new_full((len(s.response_tokens),), float(s.learned)) for s in samples]).bool()
         penalties_SR = torch.zeros_like(values_SR)
         if taken.penalties is not None:
@@ -178,7 +178,7 @@ class CriticCredit:
         rewards_S = values_SR.new_tensor([sample.reward for sample in samples])
         rewards_SR = token_rewards(rewards_S, penalties_SR, mask_SR, 1.0) + _of_steps(samples, mask_SR)
         found: Estimates = generalized_advantages(rewards_SR, values_SR, mask_SR, settings.discount, settings.decay)
-        counted_S = torch.tensor([place in taken.counted for place in places], device=mask_SR.device)
+        counted_S = torch.tensor([place in taken.owned_samples for place in places], device=mask_SR.device)
         counted_SR = mask_SR & counted_S[:, None]
         advantages_SR = found.advantages_BL
         self._known = {
@@ -188,14 +188,14 @@ class CriticCredit:
         if settings.whiten:
             advantages_SR = whitened(advantages_SR, mask_SR, spread(advantages_SR, counted_SR, _over_data))
         self._advantages, self._returns = (
-            {place: answer_row(sample, row_R) for place, sample, row_R in zip(places, samples, rows_SR, strict=True)}
+            {place: to_positions(sample, row_R) for place, sample, row_R in zip(places, samples, rows_SR, strict=True)}
             for rows_SR in (advantages_SR, found.returns_BL)
         )
 
-    def on(self, rows: Rows) -> Tensor:
-        return as_rows(self._advantages, rows)
+    def on(self, rows: ResponseBatch) -> Tensor:
+        return pad_to_batch(self._advantages, rows)
 
-    def learn(self, micro_batches: Sequence[Rows], tokens: int, share: float) -> bool:
+    def learn(self, micro_batches: Sequence[ResponseBatch], tokens: int, share: float) -> bool:
         started = time.perf_counter()
         result = self._critic.update(micro_batches, self._old, self._returns, tokens, share * self._rate)
         self._results.append(result)

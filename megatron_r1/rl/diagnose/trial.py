@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.rl.batching import micro_batches_by_tokens
 from megatron_r1.rl.objective.kl import k3
-from megatron_r1.rl.policy.batch import Rows, make_rows, row_length
+from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, num_tokens
 from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rollout.sample import Sample
 
@@ -95,15 +95,15 @@ class Trial:
                 policy.log_probs_by_sample([rows])
                 experts_BLNK = routes().unflatten(0, (-1, len(part))).transpose(0, 1)
             for place, experts_LNK in zip(part, experts_BLNK, strict=True):
-                found[place] = experts_LNK[: row_length(self.samples[place]) - 1].cpu()
+                found[place] = experts_LNK[: num_tokens(self.samples[place]) - 1].cpu()
         return [found[place] for place in range(len(self.samples))]
 
     def _parts(self, samples: Sequence[Sample]) -> list[list[int]]:
-        return micro_batches_by_tokens([row_length(sample) for sample in samples], self._tokens)
+        return micro_batches_by_tokens([num_tokens(sample) for sample in samples], self._tokens)
 
-    def _rows(self, samples: Sequence[Sample], part: Sequence[int]) -> Rows:
+    def _rows(self, samples: Sequence[Sample], part: Sequence[int]) -> ResponseBatch:
         device = str(next(self.model.parameters()).device)
-        return make_rows(samples, part, self._pad, device)
+        return make_batch(samples, part, self._pad, device)
 
 
 def response_part(values_L: Tensor, sample: Sample) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Protocol, Self
 from megatron_r1.rl.generation.rollouts import Rollout
 
 
-class TakesRollouts(Protocol):
+class RolloutSource(Protocol):
     """Gives each step its rollout."""
 
     @property
@@ -37,7 +37,7 @@ class TakesRollouts(Protocol):
         ...
 
 
-class AheadRollouts:
+class AsyncRollouts:
     """Takes rollouts of `rollouts` ahead of their steps; a context manager.
 
     Args:
@@ -50,7 +50,7 @@ class AheadRollouts:
 
     def __init__(
         self,
-        rollouts: TakesRollouts,
+        rollouts: RolloutSource,
         ahead: int,
         prompts: int,
         last_step: int,

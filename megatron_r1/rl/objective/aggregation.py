@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-class Totals(NamedTuple):
+class BatchTotals(NamedTuple):
     """What a mini-batch holds, over all its micro-batches and ranks."""
 
     answers: int
@@ -26,15 +26,15 @@ class Totals(NamedTuple):
     """Length limit of an answer, in tokens."""
 
 
-class Average(NamedTuple):
+class LossAggregation(NamedTuple):
     """Numbers per answer, whose sum is divided by a number of the mini-batch."""
 
     per_answer: Callable[[Tensor, Tensor], Tensor]
     """Values [B, U] and mask [B, L] -> [B]."""
-    divisor: Callable[[Totals], int]
+    divisor: Callable[[BatchTotals], int]
 
 
-def answer_mean(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
+def sequence_mean(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
     """Mean over each answer's own tokens, 1/|o| sum_t; the value itself at sequence level; 0 for an empty answer."""
     lengths_B1 = mask_BL.sum(dim=1, keepdim=True)
     if values_BU.shape[1] != mask_BL.shape[1]:
@@ -42,16 +42,16 @@ def answer_mean(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) -
     return (torch.where(mask_BL, values_BU, 0.0) / lengths_B1.clamp(min=1)).sum(dim=1)
 
 
-def answer_sum(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
+def sequence_sum(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
     """Sum over each answer's tokens; a value of the whole answer counts once for each of them."""
     return torch.where(mask_BL, values_BU, 0.0).sum(dim=1)
 
 
-AVERAGES: dict[str, Average] = {
+LOSS_AGGREGATIONS: dict[str, LossAggregation] = {
     # 1/G sum_i 1/|o_i| sum_t (DeepSeekMath, equation 3): a long answer's tokens count less.
-    "answer": Average(answer_mean, lambda totals: totals.answers),
+    "answer": LossAggregation(sequence_mean, lambda totals: totals.answers),
     # 1/sum_i |o_i| sum_i sum_t (DAPO, equation 8): every token counts the same.
-    "token": Average(answer_sum, lambda totals: max(totals.tokens, 1)),
+    "token": LossAggregation(sequence_sum, lambda totals: max(totals.tokens, 1)),
     # 1/G sum_i 1/longest sum_t (Dr.GRPO, section 3.2): the same in every mini-batch, whatever its lengths.
-    "constant": Average(answer_sum, lambda totals: totals.answers * totals.longest),
+    "constant": LossAggregation(sequence_sum, lambda totals: totals.answers * totals.longest),
 }

@@ -24,14 +24,14 @@ from torch import Tensor
 from megatron_r1.rl.objective.ratios import at_level, ratio_of
 
 
-class Limits(NamedTuple):
+class ClipRange(NamedTuple):
     """Least and largest weight."""
 
     low: float
     high: float
 
 
-class Weights(NamedTuple):
+class ImportanceWeights(NamedTuple):
     """Weights, each [B, U]."""
 
     values: Tensor
@@ -39,27 +39,27 @@ class Weights(NamedTuple):
     """1 where the limits changed the weight, else 0."""
 
 
-def truncated(ratio_BU: Float[Tensor, "B U"], limits: Limits) -> Float[Tensor, "B U"]:
+def truncated(ratio_BU: Float[Tensor, "B U"], limits: ClipRange) -> Float[Tensor, "B U"]:
     """Weights beyond a limit become the limit."""
     return ratio_BU.clamp(limits.low, limits.high)
 
 
-def masked(ratio_BU: Float[Tensor, "B U"], limits: Limits) -> Float[Tensor, "B U"]:
+def masked(ratio_BU: Float[Tensor, "B U"], limits: ClipRange) -> Float[Tensor, "B U"]:
     """Weights beyond a limit become 0: what is too far off is not learned from."""
     return torch.where((ratio_BU >= limits.low) & (ratio_BU <= limits.high), ratio_BU, 0.0)
 
 
-CORRECTIONS: dict[str, Callable[[Tensor, Limits], Tensor]] = {"truncated": truncated, "masked": masked}
+CORRECTIONS: dict[str, Callable[[Tensor, ClipRange], Tensor]] = {"truncated": truncated, "masked": masked}
 
 
-def weights(
+def importance_weights(
     name: str,
     level: str,
     logprobs_BL: Float[Tensor, "B L"],
     rollout_logprobs_BL: Float[Tensor, "B L"],
     mask_BL: Bool[Tensor, "B L"],
-    limits: Limits,
-) -> Weights:
+    limits: ClipRange,
+) -> ImportanceWeights:
     """Weights of tokens, or of whole answers by the product over their tokens.
 
     Args:
@@ -69,4 +69,4 @@ def weights(
     log_ratio_BU = at_level(logprobs_BL.detach() - rollout_logprobs_BL.detach(), mask_BL, level)
     ratio_BU = ratio_of(log_ratio_BU)
     values_BU = CORRECTIONS[name](ratio_BU, limits)
-    return Weights(values_BU, (values_BU != ratio_BU).to(values_BU.dtype))
+    return ImportanceWeights(values_BU, (values_BU != ratio_BU).to(values_BU.dtype))

@@ -18,15 +18,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from megatron_r1.config.rl import RLConfig
-from megatron_r1.rl.objective.aggregation import AVERAGES, Totals, answer_mean
-from megatron_r1.rl.objective.importance_weights import Limits, Weights, weights
+from megatron_r1.rl.objective.aggregation import LOSS_AGGREGATIONS, BatchTotals, sequence_mean
+from megatron_r1.rl.objective.importance_weights import ClipRange, ImportanceWeights, importance_weights
 from megatron_r1.rl.objective.kl import ESTIMATORS, EXACT
 from megatron_r1.rl.objective.policy_terms import PENALTY_LEVELS, TERMS, Clip
 from megatron_r1.rl.objective.ratios import at_level
 
 
 @dataclass(frozen=True)
-class Answers:
+class ObjectiveInputs:
     """Some answers of a mini-batch. What lies outside the mask may be anything, NaN too."""
 
     logprobs_BL: Float[Tensor, "B L"]
@@ -48,12 +48,12 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Correction:
+class ImportanceSampling:
     """Weights for the difference between trainer and engine."""
 
     kind: str
     level: str
-    limits: Limits
+    limits: ClipRange
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,18 @@ class Objective:
     penalty: str = "k3"
     """A key of `ESTIMATORS`, or `exact`; taken at the level of the term's own paper."""
     entropy_coefficient: float = 0.0
-    correction: Correction | None = None
+    correction: ImportanceSampling | None = None
 
     def __post_init__(self) -> None:
         for field, value, allowed in (
             ("term", self.term, TERMS),
-            ("average", self.average, AVERAGES),
+            ("average", self.average, LOSS_AGGREGATIONS),
             ("penalty", self.penalty, (*ESTIMATORS, EXACT)),
         ):
             if value not in allowed:
                 raise ValueError(f"{field}={value}: must be one of {', '.join(allowed)}")
 
-    def loss(self, answers: Answers, totals: Totals) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, answers: ObjectiveInputs, totals: BatchTotals) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Loss and metrics of some answers: their sums divided by what the whole mini-batch holds.
 
         Adding up over micro-batches and ranks gives the mini-batch's.
@@ -98,14 +98,14 @@ class Objective:
         Raises:
             ValueError: something that a part needs is None.
         """
-        mask_BL, average = answers.mask_BL, AVERAGES[self.average]
+        mask_BL, average = answers.mask_BL, LOSS_AGGREGATIONS[self.average]
         pieces = TERMS[self.term](answers.logprobs_BL, answers.old_logprobs_BL, answers.advantages, mask_BL, self.clip)
-        values_BU, metrics_B = pieces.smaller_of, {}
+        values_BU, metrics_B = pieces.objective, {}
         if self.correction:
             weighing = self._weights(answers, self.correction)
             values_BU = values_BU * weighing.values
-            metrics_B["correction_weight"] = answer_mean(weighing.values, mask_BL)
-            metrics_B["correction_limited"] = answer_mean(weighing.limited, mask_BL)
+            metrics_B["correction_weight"] = sequence_mean(weighing.values, mask_BL)
+            metrics_B["correction_limited"] = sequence_mean(weighing.limited, mask_BL)
         loss_B = -average.per_answer(values_BU, mask_BL)
         kl_BU = self._penalty(answers)
         # Without the penalty the estimate is only looked at: 0 times its gradient could still be 0 times infinity.
@@ -115,21 +115,21 @@ class Objective:
             if answers.entropy_BL is None:
                 raise ValueError(f"entropy_coefficient={self.entropy_coefficient}: needs the policy's entropy")
             loss_B = loss_B - self.entropy_coefficient * average.per_answer(answers.entropy_BL, mask_BL)
-        kl_B = torch.zeros_like(loss_B) if kl_BU is None else answer_mean(kl_BU, mask_BL)
+        kl_B = torch.zeros_like(loss_B) if kl_BU is None else sequence_mean(kl_BU, mask_BL)
         metrics_B |= {
-            "change_ratio": answer_mean(pieces.change_ratio, mask_BL),
-            "limited_change_ratio": answer_mean(pieces.limited_change_ratio, mask_BL),
+            "change_ratio": sequence_mean(pieces.ratio, mask_BL),
+            "limited_change_ratio": sequence_mean(pieces.ratio_clipped, mask_BL),
             "advantage": _mean_advantage(answers),
-            "smaller_of": answer_mean(pieces.smaller_of, mask_BL),
+            "smaller_of": sequence_mean(pieces.objective, mask_BL),
             "stay_stable_part": self.kl_coefficient * kl_B,
-            "clip_fraction": answer_mean(pieces.clipped, mask_BL),
+            "clip_fraction": sequence_mean(pieces.clipped, mask_BL),
             "kl": kl_B,
         }
         loss = loss_B.sum() / average.divisor(totals)
         metrics = {name: value_B.detach().sum() / totals.answers for name, value_B in metrics_B.items()}
         return loss, metrics | {"loss": loss.detach().clone()}
 
-    def _penalty(self, answers: Answers) -> Tensor | None:
+    def _penalty(self, answers: ObjectiveInputs) -> Tensor | None:
         """[B, U], None where there is nothing to compare with."""
         if self.penalty == EXACT:
             if answers.divergence_BL is None:
@@ -150,10 +150,10 @@ class Objective:
         )
 
     @staticmethod
-    def _weights(answers: Answers, correction: Correction) -> Weights:
+    def _weights(answers: ObjectiveInputs, correction: ImportanceSampling) -> ImportanceWeights:
         if answers.rollout_logprobs_BL is None:
             raise ValueError(f"correction={correction.kind}: needs the engine's log-probabilities")
-        return weights(
+        return importance_weights(
             correction.kind,
             correction.level,
             answers.old_logprobs_BL,
@@ -175,16 +175,16 @@ def penalty(
     return ESTIMATORS[name](at_level(logprobs_BL, mask_BL, level), reference_BU)
 
 
-def _mean_advantage(answers: Answers) -> Tensor:
+def _mean_advantage(answers: ObjectiveInputs) -> Tensor:
     if answers.advantages.dim() == 2:
-        return answer_mean(answers.advantages, answers.mask_BL)
+        return sequence_mean(answers.advantages, answers.mask_BL)
     return torch.where(answers.mask_BL.any(dim=1), answers.advantages, 0.0)
 
 
 def objective_of(config: RLConfig) -> Objective:
     """The configured objective. A penalty that is in the reward is not in the loss."""
     correction = config.correction
-    limits = Limits(correction.low, correction.high)
+    limits = ClipRange(correction.low, correction.high)
     return Objective(
         Clip(config.clip_epsilon, config.clip_epsilon_high or config.clip_epsilon),
         config.objective,
@@ -192,5 +192,5 @@ def objective_of(config: RLConfig) -> Objective:
         config.kl_coefficient if config.kl_in == "loss" else 0.0,
         config.kl_estimator,
         config.entropy_coefficient,
-        None if correction.kind == "none" else Correction(correction.kind, correction.level, limits),
+        None if correction.kind == "none" else ImportanceSampling(correction.kind, correction.level, limits),
     )

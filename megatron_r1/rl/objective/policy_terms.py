@@ -33,9 +33,9 @@ class Clip(NamedTuple):
 class Surrogate(NamedTuple):
     """A term in pieces, each [B, U]."""
 
-    change_ratio: Tensor
-    limited_change_ratio: Tensor
-    smaller_of: Tensor
+    ratio: Tensor
+    ratio_clipped: Tensor
+    objective: Tensor
     """What is maximised."""
     clipped: Tensor
     """1 where the limit decided, else 0."""

@@ -19,8 +19,8 @@ from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.mesh import is_last_stage, is_metrics_rank
 from megatron_r1.rl.objective.kl import EXACT
 from megatron_r1.rl.objective.objective import penalty
-from megatron_r1.rl.policy.batch import Rows, answer_part
-from megatron_r1.rl.policy.policy import Policy, as_rows
+from megatron_r1.rl.policy.batch import ResponseBatch, response_part
+from megatron_r1.rl.policy.policy import Policy, pad_to_batch
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
 
@@ -29,7 +29,7 @@ BySample = dict[int, Tensor]
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FrozenLogProbs:
     """None for what is not needed. On the last pipeline stage; elsewhere without samples."""
 
     old: BySample | None
@@ -40,28 +40,28 @@ class Fixed:
     """The reference's last hidden states [L, D], where its whole distribution is needed."""
     reference_head_VD: Tensor | None
 
-    def old_rows(self, rows: Rows) -> Tensor:
+    def old_rows(self, rows: ResponseBatch) -> Tensor:
         """What the ratio is taken to: the trainer's own log-probabilities, else the engine's."""
-        return rows.rollout_log_probs_BL if self.old is None else as_rows(self.old, rows)
+        return rows.rollout_log_probs_BL if self.old is None else pad_to_batch(self.old, rows)
 
-    def reference_rows(self, rows: Rows) -> Tensor | None:
-        return None if self.reference is None else as_rows(self.reference, rows)
+    def reference_rows(self, rows: ResponseBatch) -> Tensor | None:
+        return None if self.reference is None else pad_to_batch(self.reference, rows)
 
-    def other(self, rows: Rows) -> Other | None:
+    def other(self, rows: ResponseBatch) -> Other | None:
         """The reference's whole distribution at these rows."""
         if self.reference_hidden is None or self.reference_head_VD is None:
             return None
-        return Other(as_rows(self.reference_hidden, rows).transpose(0, 1), self.reference_head_VD)
+        return Other(pad_to_batch(self.reference_hidden, rows).transpose(0, 1), self.reference_head_VD)
 
 
-def fixed(
+def compute_frozen_logprobs(
     config: RLConfig,
     model: Model,
     policy: Policy,
     reference_policy: Policy,
     reference: ReferencePolicy | None,
-    rows: Sequence[Rows],
-) -> Fixed:
+    rows: Sequence[ResponseBatch],
+) -> FrozenLogProbs:
     """Collective: the passes that the configuration needs, before the first update.
 
     Args:
@@ -69,16 +69,16 @@ def fixed(
     """
     old = policy.log_probs_by_sample(rows) if config.old_log_probs == "trainer" else None
     if not (reference and config.kl_coefficient):
-        return Fixed(old, None, None, None)
+        return FrozenLogProbs(old, None, None, None)
     with reference.in_place():
         if config.kl_estimator != EXACT:
-            return Fixed(old, reference_policy.log_probs_by_sample(rows), None, None)
+            return FrozenLogProbs(old, reference_policy.log_probs_by_sample(rows), None, None)
         hidden = reference_policy.hidden_by_sample(rows)
-        return Fixed(old, None, hidden, head_weight(model).detach().clone() if is_last_stage() else None)
+        return FrozenLogProbs(old, None, hidden, head_weight(model).detach().clone() if is_last_stage() else None)
 
 
-def penalties_of_tokens(
-    config: RLConfig, samples: Sequence[Sample], policy: Policy, told: Fixed, rows: Sequence[Rows]
+def token_penalties(
+    config: RLConfig, samples: Sequence[Sample], policy: Policy, told: FrozenLogProbs, rows: Sequence[ResponseBatch]
 ) -> BySample:
     """Collective: KL(policy || reference) at every token of an answer, in nats, before the first update.
 
@@ -87,20 +87,20 @@ def penalties_of_tokens(
     """
     if config.kl_estimator == EXACT:
         divergence = policy.divergence_by_sample(rows, told.other)
-        return {index: answer_part(samples[index], values_L) for index, values_L in divergence.items()}
+        return {index: response_part(samples[index], values_L) for index, values_L in divergence.items()}
     mine: BySample = {}
     for index, reference_L in (told.reference or {}).items():
         sample = samples[index]
-        anchor_1L = answer_part(sample, reference_L)[None]
+        anchor_1L = response_part(sample, reference_L)[None]
         own_1L = anchor_1L.new_tensor(sample.logprobs)[None]
         if told.old is not None:
-            own_1L = answer_part(sample, told.old[index])[None]
+            own_1L = response_part(sample, told.old[index])[None]
         everything_1L = torch.ones_like(own_1L, dtype=torch.bool)
         mine[index] = penalty(config.kl_estimator, own_1L, anchor_1L, everything_1L)[0]
     return mine
 
 
-def sums_of_answers(by_token: BySample, count: int) -> Tensor:
+def sum_per_response(by_token: BySample, count: int) -> Tensor:
     """Collective: what `penalties_of_tokens` gives, summed over each answer of the rollout: [samples], everywhere."""
     mine = {index: float(values_L.sum()) for index, values_L in by_token.items()}
     everyone: dict[int, float] = {}

@@ -18,7 +18,7 @@ from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.model.scores import last_hidden_states, model_scores
 from megatron_r1.model.vocab_parallel import Other, TokenScores
 from megatron_r1.parallel.mesh import is_last_stage
-from megatron_r1.rl.policy.batch import Rows
+from megatron_r1.rl.policy.batch import ResponseBatch
 
 
 class Policy:
@@ -32,7 +32,7 @@ class Policy:
         """
         self._model, self._temperature, self._replay = model, temperature, replay
 
-    def scores(self, model: Any, rows: Rows, other: Other | None = None) -> TokenScores | Tensor:
+    def scores(self, model: Any, rows: ResponseBatch, other: Other | None = None) -> TokenScores | Tensor:
         """Scores [B, L] of the rows' targets on the last stage; hidden states for the next one on others.
 
         Args:
@@ -42,38 +42,38 @@ class Policy:
         with self._telling(rows), without_multi_token_prediction(self._model):
             return model_scores(model, *inputs_of(rows), rows.targets_BL, temperature=self._temperature, other=other)
 
-    def _telling(self, rows: Rows) -> AbstractContextManager[None]:
+    def _telling(self, rows: ResponseBatch) -> AbstractContextManager[None]:
         if self._replay is None or rows.experts_BLNK is None:
             return nullcontext()
-        return self._replay.telling(rows.experts_BLNK, backward=torch.is_grad_enabled())
+        return self._replay.replaying(rows.experts_BLNK, backward=torch.is_grad_enabled())
 
-    def log_probs_by_sample(self, micro_batches: Sequence[Rows]) -> dict[int, Tensor]:
+    def log_probs_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
         """Each sample's row of log-probabilities under the weights as they stand, without gradient.
 
         Empty but on the last pipeline stage.
         """
 
-        def forward(model: Any, rows: Rows) -> Tensor:
+        def forward(model: Any, rows: ResponseBatch) -> Tensor:
             output = self.scores(model, rows)
             return output.log_probs if isinstance(output, TokenScores) else output
 
         return self._by_sample(micro_batches, forward)
 
-    def hidden_by_sample(self, micro_batches: Sequence[Rows]) -> dict[int, Tensor]:
+    def hidden_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
         """Each sample's last hidden states [L, D], likewise: what the exact divergence to this policy needs."""
 
-        def forward(model: Any, rows: Rows) -> Tensor:
+        def forward(model: Any, rows: ResponseBatch) -> Tensor:
             with self._telling(rows), without_multi_token_prediction(self._model):
                 return last_hidden_states(model, *inputs_of(rows))
 
         return self._by_sample(micro_batches, forward)
 
     def divergence_by_sample(
-        self, micro_batches: Sequence[Rows], other: Callable[[Rows], Other | None]
+        self, micro_batches: Sequence[ResponseBatch], other: Callable[[ResponseBatch], Other | None]
     ) -> dict[int, Tensor]:
         """Each sample's exact divergence [L] to another model at each position, likewise."""
 
-        def forward(model: Any, rows: Rows) -> Tensor:
+        def forward(model: Any, rows: ResponseBatch) -> Tensor:
             output = self.scores(model, rows, other(rows) if is_last_stage() else None)
             if not isinstance(output, TokenScores):
                 return output
@@ -82,12 +82,14 @@ class Policy:
 
         return self._by_sample(micro_batches, forward)
 
-    def _by_sample(self, micro_batches: Sequence[Rows], forward: Callable[[Any, Rows], Tensor]) -> dict[int, Tensor]:
+    def _by_sample(
+        self, micro_batches: Sequence[ResponseBatch], forward: Callable[[Any, ResponseBatch], Tensor]
+    ) -> dict[int, Tensor]:
         return outputs_by_sample(self._model, micro_batches, forward)
 
 
 def outputs_by_sample(
-    model: Any, micro_batches: Sequence[Rows], forward: Callable[[Any, Rows], Tensor]
+    model: Any, micro_batches: Sequence[ResponseBatch], forward: Callable[[Any, ResponseBatch], Tensor]
 ) -> dict[int, Tensor]:
     """Each sample's row of what `forward` gives, [B, L] or [B, L, D]; empty but on the last pipeline stage."""
     outputs = forward_only(model, micro_batches, forward, longest_input(micro_batches))
@@ -97,18 +99,18 @@ def outputs_by_sample(
     return result
 
 
-def inputs_of(rows: Rows) -> tuple[Tensor, Tensor]:
+def inputs_of(rows: ResponseBatch) -> tuple[Tensor, Tensor]:
     """Tokens and positions, [B, L], as a model takes them."""
     positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.tokens_BL.device).expand_as(rows.inputs_BL)
     return rows.inputs_BL.contiguous(), positions_BL
 
 
-def longest_input(micro_batches: Sequence[Rows]) -> int:
+def longest_input(micro_batches: Sequence[ResponseBatch]) -> int:
     """Tokens of the longest input row."""
     return max(rows.inputs_BL.shape[1] for rows in micro_batches)
 
 
-def as_rows(by_sample: dict[int, Tensor], rows: Rows) -> Tensor:
+def pad_to_batch(by_sample: dict[int, Tensor], rows: ResponseBatch) -> Tensor:
     """Values kept by sample, [L] or [L, D] each, as rows of this micro-batch, 0 beyond what was kept."""
     kept = [by_sample[sample] for sample in rows.samples_B.tolist()]
     length = rows.inputs_BL.shape[1]

@@ -10,7 +10,7 @@ import pytest
 from megatron_r1.config.layout import check_layout
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
-from megatron_r1.rl.generation.async_rollouts import AheadRollouts
+from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.loop import staleness, tokens_by_version
 from megatron_r1.rollout.sample import Sample
@@ -47,8 +47,8 @@ def source() -> Source:
     return Source()
 
 
-def ahead_of(source: Source, ahead: int) -> AheadRollouts:
-    return AheadRollouts(source, ahead, PROMPTS, LAST, source.abandoned.set)
+def ahead_of(source: Source, ahead: int) -> AsyncRollouts:
+    return AsyncRollouts(source, ahead, PROMPTS, LAST, source.abandoned.set)
 
 
 def train(rollouts, source: Source) -> list[tuple[str, int]]:

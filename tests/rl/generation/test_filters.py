@@ -21,7 +21,7 @@ from megatron_r1.rewards.score import Score
 from megatron_r1.rl.advantages.group_relative import group_advantages, ragged_group_advantages
 from megatron_r1.rl.generation.filters import chosen, drop_equal, drop_repeats, drop_truncated, filtered, mask_truncated
 from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
-from megatron_r1.rl.policy.batch import make_rows
+from megatron_r1.rl.policy.batch import make_batch
 from megatron_r1.rollout.factory import SyncedEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sample, Sampling
@@ -84,7 +84,7 @@ def test_ragged_groups_have_the_advantages_of_each_alone(groups):
 
 
 def test_masked_answers_have_no_position_to_learn_from():
-    rows = make_rows([RIGHT, replace(CUT, learned=False)], [0, 1], 0, "cpu")
+    rows = make_batch([RIGHT, replace(CUT, learned=False)], [0, 1], 0, "cpu")
     assert rows.mask_BL.sum(dim=1).tolist() == [2, 0]
 
 

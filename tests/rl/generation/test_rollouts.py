@@ -15,7 +15,7 @@ from megatron_r1.data.tokenizer import response_text
 from megatron_r1.rewards.rubric_builder import rule_scorer
 from megatron_r1.rl.generation.rollouts import Rollouts, shuffle_rewards
 from megatron_r1.rl.loop import step_metrics
-from megatron_r1.rl.policy.batch import make_rows
+from megatron_r1.rl.policy.batch import make_batch
 from megatron_r1.rollout.factory import SyncedEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.sample import Completion
@@ -93,7 +93,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(rollouts):
 def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
 
     samples = rollouts().take(step=0, first_prompt=0).samples
-    rows = make_rows(samples, [7, 0, 11], pad_token=3, device="cpu")
+    rows = make_batch(samples, [7, 0, 11], pad_token=3, device="cpu")
     assert rows.samples_B.tolist() == [7, 0, 11]
     for row, place in enumerate([7, 0, 11]):
         sample, mask_L = samples[place], rows.mask_BL[row]

@@ -8,8 +8,8 @@ from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
 from megatron_r1.rl.objective import kl, policy_terms, ratios
-from megatron_r1.rl.objective.aggregation import Totals, answer_mean
-from megatron_r1.rl.objective.objective import Answers, Objective
+from megatron_r1.rl.objective.aggregation import BatchTotals, sequence_mean
+from megatron_r1.rl.objective.objective import Objective, ObjectiveInputs
 from megatron_r1.rl.objective.policy_terms import Clip
 
 k3, ratio_of, grpo, grpo_sequence = (
@@ -22,12 +22,12 @@ LEVELS = {"token": (grpo, "grpo"), "sequence": (grpo_sequence, "grpo_sequence")}
 def grpo_loss(new, old, reference, advantages, mask, *, num_answers, epsilon, kl_coefficient=0.0, level="token"):
     """Both papers' GRPO."""
     objective = Objective(Clip(epsilon, epsilon), LEVELS[level][1], kl_coefficient=kl_coefficient)
-    return objective.loss(Answers(new, old, advantages, mask, reference), Totals(num_answers))
+    return objective.loss(ObjectiveInputs(new, old, advantages, mask, reference), BatchTotals(num_answers))
 
 
 def clipped_objective(new, old, advantages, mask, epsilon, level="token"):
     """Of each answer."""
-    return answer_mean(LEVELS[level][0](new, old, advantages, mask, Clip(epsilon, epsilon)).smaller_of, mask)
+    return sequence_mean(LEVELS[level][0](new, old, advantages, mask, Clip(epsilon, epsilon)).objective, mask)
 
 
 def logs(*probabilities):

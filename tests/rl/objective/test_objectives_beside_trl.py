@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_r1.config.load import load
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
-from megatron_r1.rl.objective.aggregation import Totals
-from megatron_r1.rl.objective.importance_weights import Limits
-from megatron_r1.rl.objective.objective import Answers, Correction, Objective, objective_of
+from megatron_r1.rl.objective.aggregation import BatchTotals
+from megatron_r1.rl.objective.importance_weights import ClipRange
+from megatron_r1.rl.objective.objective import ImportanceSampling, Objective, ObjectiveInputs, objective_of
 from megatron_r1.rl.objective.policy_terms import Clip
 from tests.support.trl_losses import trl_dpo_loss, trl_policy_loss
 
@@ -21,7 +21,7 @@ CLOSE = 1e-6
 SEEDS = range(6)
 
 
-def drawn(seed: int, answers: int = 8) -> tuple[Answers, Totals]:
+def drawn(seed: int, answers: int = 8) -> tuple[ObjectiveInputs, BatchTotals]:
     """Random answers: one empty, one of a token, one of extreme ratios, one of advantage 0, as in an equal group."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -37,7 +37,7 @@ def drawn(seed: int, answers: int = 8) -> tuple[Answers, Totals]:
     spread_B1[2] = 6.0
     advantages_B = normal(answers)
     advantages_B[3] = 0.0
-    found = Answers(
+    found = ObjectiveInputs(
         old_BL + spread_B1 * normal(answers, LONGEST),
         old_BL,
         advantages_B,
@@ -50,7 +50,7 @@ def drawn(seed: int, answers: int = 8) -> tuple[Answers, Totals]:
     found.logprobs_BL.requires_grad_()
     assert found.entropy_BL is not None
     found.entropy_BL.requires_grad_()
-    return found, Totals(answers, int(mask_BL.sum()), LONGEST)
+    return found, BatchTotals(answers, int(mask_BL.sum()), LONGEST)
 
 
 def assert_alike(mine: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
@@ -110,8 +110,8 @@ def test_corrections_are_trls(kind, level):
             weights_BU = ratio_BU.clamp(max=1.5)
         else:
             weights_BU = ratio_BU.masked_fill((ratio_BU < 0.5) | (ratio_BU > 1.5), 0.0)
-        limits = Limits(0.0 if kind == "truncated" else 0.5, 1.5)
-        objective = Objective(Clip(0.2, 0.2), kl_coefficient=0.04, correction=Correction(kind, level, limits))
+        limits = ClipRange(0.0 if kind == "truncated" else 0.5, 1.5)
+        objective = Objective(Clip(0.2, 0.2), kl_coefficient=0.04, correction=ImportanceSampling(kind, level, limits))
         mine, metrics = objective.loss(answers, totals)
         theirs = trl_policy_loss(
             answers.logprobs_BL,
@@ -194,7 +194,7 @@ PRESETS = {
     "gspo": Objective(Clip(3e-4, 4e-4), "gspo"),
     "cispo": Objective(Clip(1.0, 4.0), "cispo", "token"),
     "corrected": Objective(
-        Clip(0.2, 0.2), kl_coefficient=1e-3, correction=Correction("truncated", "token", Limits(0.0, 2.0))
+        Clip(0.2, 0.2), kl_coefficient=1e-3, correction=ImportanceSampling("truncated", "token", ClipRange(0.0, 2.0))
     ),
 }
 

@@ -34,7 +34,7 @@ ENDS = "the run ends: nothing is scored any more"
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ScoreRequest:
     """What all ranks are to score."""
 
     model: int
@@ -43,7 +43,7 @@ class Wanted:
     texts: list[str]
 
 
-class JointScoring:
+class CollectiveRewardService:
     """Lets rewards that are collective over all ranks be asked by any thread of rank 0.
 
     It belongs to the thread that makes it, which is the trainer's.
@@ -56,16 +56,15 @@ class JointScoring:
         """
         self._models: list[Reward] = [model.reward for model in models]
         self.rewards = [
-            Weighted(model.weight, AskedOfAllRanks(model.reward.name, place, self))
-            for place, model in enumerate(models)
+            Weighted(model.weight, RemoteReward(model.reward.name, place, self)) for place, model in enumerate(models)
         ]
         """What to ask on rank 0 in place of the models."""
         self._trainer = threading.get_ident()
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[Wanted, Future[list[Value]]]] = deque()
+        self._waiting: deque[tuple[ScoreRequest, Future[list[Value]]]] = deque()
         self._closed = False
 
-    def score(self, wanted: Wanted) -> list[Value]:
+    def score(self, wanted: ScoreRequest) -> list[Value]:
         """On rank 0: the values, from any thread; a thread beside the trainer's waits until it is served.
 
         Raises:
@@ -100,7 +99,7 @@ class JointScoring:
 
     def received(self) -> Any:
         """On the other ranks: what rank 0 broadcasts, once all is scored that it wants scored before."""
-        while isinstance(told := comm.receive_broadcast(), Wanted):
+        while isinstance(told := comm.receive_broadcast(), ScoreRequest):
             self._compute(told)
         return told
 
@@ -112,7 +111,7 @@ class JointScoring:
         for _, values in waiting:
             values.set_exception(NoRolloutCapacity(ENDS))
 
-    def _next(self, future: Future[Any]) -> tuple[Wanted, Future[list[Value]]] | None:
+    def _next(self, future: Future[Any]) -> tuple[ScoreRequest, Future[list[Value]]] | None:
         """The next to be served; None when the result is there, and nobody waits."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or future.done())
@@ -122,21 +121,21 @@ class JointScoring:
         with self._changed:
             self._changed.notify()
 
-    def _on_all_ranks(self, wanted: Wanted) -> list[Value]:
+    def _on_all_ranks(self, wanted: ScoreRequest) -> list[Value]:
         comm.broadcast(wanted)
         return self._compute(wanted)
 
-    def _compute(self, wanted: Wanted) -> list[Value]:
+    def _compute(self, wanted: ScoreRequest) -> list[Value]:
         return self._models[wanted.model].score(wanted.prompts, wanted.texts)
 
 
 @dataclass(frozen=True, slots=True)
-class AskedOfAllRanks:
+class RemoteReward:
     """One of the models as a `Reward`, on rank 0."""
 
     name: str
     place: int
-    joint: JointScoring
+    joint: CollectiveRewardService
 
     def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
-        return self.joint.score(Wanted(self.place, list(prompts), list(texts)))
+        return self.joint.score(ScoreRequest(self.place, list(prompts), list(texts)))

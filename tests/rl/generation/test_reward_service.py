@@ -13,8 +13,8 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards import score as score_module
 from megatron_r1.rewards.reward import Rule, Unscored
 from megatron_r1.rewards.score import Rubric, Weighted
-from megatron_r1.rl.generation.async_rollouts import AheadRollouts
-from megatron_r1.rl.generation.joint_scoring import JointScoring
+from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
+from megatron_r1.rl.generation.reward_service import CollectiveRewardService
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rollout.sample import Sample
 
@@ -67,16 +67,16 @@ def models() -> list[Letters]:
 
 
 @pytest.fixture
-def joint(models) -> JointScoring:
-    return JointScoring([Weighted(1.0, models[0]), Weighted(0.5, models[1])])
+def joint(models) -> CollectiveRewardService:
+    return CollectiveRewardService([Weighted(1.0, models[0]), Weighted(0.5, models[1])])
 
 
-def ahead_of(source: Source, joint: JointScoring, ahead: int = 2, abandon=lambda: None) -> AheadRollouts:
+def ahead_of(source: Source, joint: CollectiveRewardService, ahead: int = 2, abandon=lambda: None) -> AsyncRollouts:
     def abandon_both() -> None:
         abandon()
         joint.close()
 
-    return AheadRollouts(source, ahead, 1, LAST, abandon_both, joint.result)
+    return AsyncRollouts(source, ahead, 1, LAST, abandon_both, joint.result)
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
