@@ -24,8 +24,8 @@ Forward = Callable[[Any, Any], tuple[Any, LossFunction]]
 
 
 @dataclass(frozen=True)
-class Passes:
-    """What forward and backward over some micro-batches gave, besides gradients."""
+class PassResults:
+    """What the forward and backward passes over some micro-batches gave, besides gradients."""
 
     logged: list[dict[str, Tensor]]
     """What the loss function logged, a dictionary per micro-batch."""
@@ -33,7 +33,7 @@ class Passes:
     """Tokens per expert [E] of each sparse layer on any pipeline stage whose router has a balancing bias: "layer 2",
     counted from 1 as megatron-core does, and "mtp 1" for those of multi-token prediction, which come last."""
     mtp_loss: float | None
-    """Mean loss of the extra predictions, wherever their stage is."""
+    """Mean loss of multi-token prediction, whichever pipeline stage holds it; None without."""
 
 
 def forward_backward(
@@ -42,8 +42,8 @@ def forward_backward(
     micro_batches: Sequence[Any],
     forward: Forward,
     length: int,
-    rows: int = 1,
-) -> Passes:
+    micro_batch_size: int = 1,
+) -> PassResults:
     """Fill the gradient buffers, summed over ranks as the layout asks, and step the routers' balancing bias.
 
     Args:
@@ -51,8 +51,8 @@ def forward_backward(
         wrapped: each chunk of the model with its gradient buffers, which must be clear.
         micro_batches: what `forward` takes, one pass each.
         length: longest sequence of the micro-batches, in tokens.
-        rows: sequences of a micro-batch; with `length` it is what interleaved stages expect from one another, where all
-            micro-batches must be alike. Other stages tell one another the shape.
+        micro_batch_size: sequences of a micro-batch; with `length` it is the shape that interleaved stages expect from
+            one another, so there all micro-batches must be alike. Other layouts send the shape along.
     """
     loads: dict[str, Tensor] = {}
 
@@ -71,17 +71,17 @@ def forward_backward(
         model=list(wrapped),
         num_microbatches=len(micro_batches),
         seq_length=length,
-        micro_batch_size=rows,
+        micro_batch_size=micro_batch_size,
         forward_only=False,
     )
-    told = _every_stage((_over_ranks(loads), _mtp_loss(len(micro_batches))))
-    everywhere = {layer: load_E for loads, _ in told for layer, load_E in loads.items()}
-    in_order = {layer: everywhere[layer] for layer in sorted(everywhere, key=_place)}
-    return Passes(logged, in_order, next((loss for _, loss in told if loss is not None), None))
+    of_stages = _all_gather_pipeline((_over_ranks(loads), _mtp_loss(len(micro_batches))))
+    everywhere = {layer: load_E for loads, _ in of_stages for layer, load_E in loads.items()}
+    in_order = {layer: everywhere[layer] for layer in sorted(everywhere, key=_layer_order)}
+    return PassResults(logged, in_order, next((loss for _, loss in of_stages if loss is not None), None))
 
 
 def _over_ranks(loads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tokens per expert summed over the ranks that see other tokens."""
+    """Tokens per expert summed over the data-parallel, context-parallel and tensor-parallel ranks."""
     if not loads:
         return {}
     total_LE = torch.stack([*loads.values()])
@@ -90,16 +90,16 @@ def _over_ranks(loads: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(loads, total_LE.cpu(), strict=True))
 
 
-def _every_stage[Value](mine: Value) -> list[Value]:
-    """Collective: what the rank of each pipeline stage that works on the same data as this one says."""
+def _all_gather_pipeline[Value](value: Value) -> list[Value]:
+    """Collective over the pipeline stages that work on the same data: each one's value, in stage order."""
     group = parallel_state.get_pipeline_model_parallel_group()
-    told: list[Any] = [mine] * group.size()
+    values: list[Any] = [value] * group.size()
     if group.size() > 1:
-        torch.distributed.all_gather_object(told, mine, group=group)
-    return told
+        torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
-def _place(name: str) -> tuple[str, int]:
+def _layer_order(name: str) -> tuple[str, int]:
     """Sorts the backbone's layers by number, and multi-token layers after them."""
     kind, number = name.split()
     return kind, int(number)
@@ -116,7 +116,7 @@ def layer_name(router: Any) -> str:
 
 
 def _mtp_loss(num_micro_batches: int) -> float | None:
-    """Mean loss of the extra predictions of these passes, over data-parallel ranks; None but on their stage."""
+    """Mean multi-token-prediction loss of these passes, over data-parallel ranks; None but on their stage."""
     tracker = MTPLossLoggingHelper.tracker
     group = tracker.get("avg_group")
     if group is None:
@@ -127,13 +127,13 @@ def _mtp_loss(num_micro_batches: int) -> float | None:
 
 
 def forward_only(
-    model: Model, micro_batches: Sequence[Any], forward: Callable, length: int, rows: int = 1
+    model: Model, micro_batches: Sequence[Any], forward: Callable, length: int, micro_batch_size: int = 1
 ) -> list[Any]:
     """Outputs of `forward`, one per micro-batch, without gradient; an empty list but on the last pipeline stage.
 
     Args:
         forward: model and micro-batch -> output of this stage, a tensor or a dictionary of tensors.
-        length, rows: as of `forward_backward`.
+        length, micro_batch_size: as of `forward_backward`.
     """
 
     def step(batches: Any, module: Any) -> tuple[Any, Callable]:
@@ -146,7 +146,7 @@ def forward_only(
             model=chunks(model),
             num_microbatches=len(micro_batches),
             seq_length=length,
-            micro_batch_size=rows,
+            micro_batch_size=micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
         )

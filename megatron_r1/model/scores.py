@@ -1,7 +1,7 @@
-"""A model's scores of tokens, by its own head but never with the logits of all tokens: see `parallel.vocabulary`.
+"""A model's scores of tokens, by its own head but never with the logits of all tokens: see `model.vocab_parallel`.
 
-Every stage that looks at probabilities takes them from here. Shapes: B rows, L positions, D width, V this rank's rows
-of the head, K targets, N chosen positions in the order of rows.
+Every stage that looks at probabilities takes them from here. Shapes: B sequences, L positions, D width, V this rank's
+rows of the head, K targets, N selected positions, sequence by sequence.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from megatron_r1.model.chunks import Model, chunks
-from megatron_r1.model.vocab_parallel import CHUNK_LOGITS, Head, Other, TokenScores, TopWords, score_tokens, top_words
+from megatron_r1.model.lm_head import CHUNK_LOGITS, Head
+from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores, score_tokens
+from megatron_r1.model.vocab_parallel_topk import TopKLogProbs, topk_logprobs
 from megatron_r1.parallel.mesh import tensor_parallel_group
 
 
-class Question(NamedTuple):
-    """Targets of which a model is asked the probabilities."""
+class LogProbQuery(NamedTuple):
+    """Targets whose log-probabilities a model computes at the selected positions."""
 
     targets: Tensor
     """[N] token ids, or [N, K]."""
     temperature: float = 1.0
     """Logits are divided by it."""
-    words: int | None = None
+    vocab_size: int | None = None
     """Size of the vocabulary, where the head has rows beyond it."""
 
 
@@ -39,8 +41,8 @@ def model_scores(
     *,
     attention_mask: Tensor | None = None,
     temperature: float = 1.0,
-    words: int | None = None,
-    other: Other | None = None,
+    vocab_size: int | None = None,
+    reference: ReferenceHidden | None = None,
     chunk_logits: int = CHUNK_LOGITS,
     **more: Any,
 ) -> TokenScores | Tensor:
@@ -52,10 +54,10 @@ def model_scores(
 
     Args:
         model: the model in whatever wrapping the schedule has it.
-        targets: [B, L] token ids, or [B, L, K] for scores of K words at each position: then `log_probs` has K too.
+        targets: [B, L] token ids, or [B, L, K] for scores of K tokens at each position: then `log_probs` has K too.
         temperature: logits are divided by it; the engine's, where its samples are scored.
-        words: size of the vocabulary, where the head has rows beyond it.
-        other: another model with its hidden states as [L, B, D] (`last_hidden_states`), for the divergence.
+        vocab_size: size of the vocabulary, where the head has rows beyond it.
+        reference: another model with its hidden states as [L, B, D] (`last_hidden_states`), for the divergence.
         chunk_logits: see `score_tokens`.
         more: what megatron-core's forward takes besides.
     """
@@ -64,9 +66,9 @@ def model_scores(
         scores = score_tokens(
             hidden_LBD,
             targets.transpose(0, 1),
-            Head(weight_VD, tensor_parallel_group(), words),
+            Head(weight_VD, tensor_parallel_group(), vocab_size),
             temperature=temperature,
-            other=other,
+            reference=reference,
             chunk_logits=chunk_logits,
         )
         divergence = None if scores.divergence is None else scores.divergence.t()
@@ -75,58 +77,58 @@ def model_scores(
     return _read(model, inputs_BL, positions_BL, score, attention_mask=attention_mask, **more)
 
 
-def chosen_scores(
+def selected_scores(
     model: Any,
     inputs_BL: Tensor,
     positions_BL: Tensor,
-    chosen_BL: Tensor,
-    questions: Sequence[Question],
+    selected_BL: Tensor,
+    queries: Sequence[LogProbQuery],
     *,
     chunk_logits: int = CHUNK_LOGITS,
     **more: Any,
 ) -> list[TokenScores] | Tensor:
-    """Scores of the chosen positions alone, for each question, as `model_scores` gives them of all positions.
+    """Scores of the selected positions alone, for each query, as `model_scores` gives them of all positions.
 
     Args:
-        chosen_BL: which positions: bool.
-        questions: each costs the head's products once more; several targets of one softmax are one question.
+        selected_BL: which positions: bool.
+        queries: each costs the head's products once more; several targets of one softmax are one query.
         more: what megatron-core's forward takes besides.
     """
 
     def score(hidden_LBD: Tensor, weight_VD: Tensor) -> list[TokenScores]:
-        hidden_ND = hidden_LBD.transpose(0, 1)[chosen_BL]
+        hidden_ND = hidden_LBD.transpose(0, 1)[selected_BL]
         return [
             score_tokens(
                 hidden_ND,
-                question.targets,
-                Head(weight_VD, tensor_parallel_group(), question.words),
-                temperature=question.temperature,
+                query.targets,
+                Head(weight_VD, tensor_parallel_group(), query.vocab_size),
+                temperature=query.temperature,
                 chunk_logits=chunk_logits,
             )
-            for question in questions
+            for query in queries
         ]
 
     return _read(model, inputs_BL, positions_BL, score, **more)
 
 
-def model_top_words(
+def model_topk_logprobs(
     model: Any,
     inputs_BL: Tensor,
     positions_BL: Tensor,
-    chosen_BL: Tensor,
+    selected_BL: Tensor,
     k: int,
     *,
     temperature: float = 1.0,
-    words: int | None = None,
+    vocab_size: int | None = None,
     chunk_logits: int = CHUNK_LOGITS,
     **more: Any,
-) -> TopWords | Tensor:
-    """The model's K most likely words at each chosen position, [N, K], without gradient; see `chosen_scores`."""
+) -> TopKLogProbs | Tensor:
+    """The model's K most likely tokens at each selected position, [N, K], without gradient; see `selected_scores`."""
 
-    def best(hidden_LBD: Tensor, weight_VD: Tensor) -> TopWords:
-        head = Head(weight_VD, tensor_parallel_group(), words)
-        hidden_ND = hidden_LBD.transpose(0, 1)[chosen_BL]
-        return top_words(hidden_ND, head, k, temperature=temperature, chunk_logits=chunk_logits)
+    def best(hidden_LBD: Tensor, weight_VD: Tensor) -> TopKLogProbs:
+        head = Head(weight_VD, tensor_parallel_group(), vocab_size)
+        hidden_ND = hidden_LBD.transpose(0, 1)[selected_BL]
+        return topk_logprobs(hidden_ND, head, k, temperature=temperature, chunk_logits=chunk_logits)
 
     return _read(model, inputs_BL, positions_BL, best, **more)
 

@@ -21,8 +21,8 @@ from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import forward_only
-from megatron_r1.model.scores import Question, chosen_scores, model_top_words
-from megatron_r1.model.vocab_parallel import TopWords
+from megatron_r1.model.scores import LogProbQuery, model_topk_logprobs, selected_scores
+from megatron_r1.model.vocab_parallel_topk import TopKLogProbs
 from megatron_r1.sft.distillation_loss import distillation_loss
 from megatron_r1.sft.supervised import SupervisedReader, end_to_end
 from megatron_r1.train.packed import PackedRows
@@ -31,20 +31,20 @@ from megatron_r1.train.packed import PackedRows
 class Teacher:
     """A frozen model that says which words it would have written."""
 
-    def __init__(self, model: Model, top_k: int, temperature: float, words: int):
+    def __init__(self, model: Model, top_k: int, temperature: float, vocab_size: int):
         """
         Args:
             model: the bare model, shared out among the ranks by the student's process groups.
             top_k: words that it says of a token.
             temperature: of its probabilities.
-            words: size of the vocabulary; what its head holds beyond has no probability.
+            vocab_size: size of the vocabulary; what its head holds beyond has no probability.
         """
         model.requires_grad_(False)
         model.eval()
         self._model = model
-        self._top_k, self._temperature, self._words = top_k, temperature, words
+        self._top_k, self._temperature, self._vocab_size = top_k, temperature, vocab_size
 
-    def words_of(self, micro_batches: Sequence[PackedRows]) -> list[TopWords]:
+    def words_of(self, micro_batches: Sequence[PackedRows]) -> list[TopKLogProbs]:
         """Its most likely words at the learned tokens of each micro-batch; none but on the last pipeline stage.
 
         Collective over the ranks that hold one model.
@@ -53,28 +53,28 @@ class Teacher:
         def forward(model: Any, rows: PackedRows) -> Tensor | dict[str, Tensor]:
             inputs_1T, positions_1T, apart = end_to_end(rows)
             with without_multi_token_prediction(self._model):
-                said = model_top_words(
+                said = model_topk_logprobs(
                     model,
                     inputs_1T,
                     positions_1T,
                     learned(rows),
                     self._top_k,
                     temperature=self._temperature,
-                    words=self._words,
+                    vocab_size=self._vocab_size,
                     packed_seq_params=apart,
                 )
             # megatron-core looks at the device of a tensor, or of a dictionary's first.
-            return said._asdict() if isinstance(said, TopWords) else said
+            return said._asdict() if isinstance(said, TopKLogProbs) else said
 
         longest = max(rows.pieces_BL.numel() for rows in micro_batches)
-        return [TopWords(**said) for said in forward_only(self._model, micro_batches, forward, longest)]
+        return [TopKLogProbs(**said) for said in forward_only(self._model, micro_batches, forward, longest)]
 
 
 @dataclass(frozen=True)
 class TaughtRows(PackedRows):
     """A micro-batch with what the teacher says of it."""
 
-    said: TopWords | None
+    said: TopKLogProbs | None
     """Its words at the learned tokens, [N, K]; None but on the last pipeline stage."""
 
 
@@ -86,40 +86,40 @@ class DistillingReader(SupervisedReader):
     """
 
     def __init__(
-        self, teacher: Teacher, settings: TeacherConfig, words: int | None, extra_predictions: int, device: str
+        self, teacher: Teacher, settings: TeacherConfig, vocab_size: int | None, extra_predictions: int, device: str
     ):
         """
         Args:
-            words: size of the vocabulary, where the student's head has rows beyond it; those are left out of the
+            vocab_size: size of the vocabulary, where the student's head has rows beyond it; those are left out of the
                 divergence, while the cross-entropy is over all rows as without a teacher.
             extra_predictions: layers of multi-token prediction, whose own loss stays as it is.
         """
         super().__init__(True, extra_predictions, device)
-        self._teacher, self._settings, self._words = teacher, settings, words
+        self._teacher, self._settings, self._vocab_size = teacher, settings, vocab_size
 
     def micro_batches(self, batch: ChatBatch, rank: int, ranks: int, size: int) -> list[PackedRows]:
         """This data-parallel rank's share of a global batch, with the teacher's words; collective as `words_of`."""
         micro_batches = super().micro_batches(batch, rank, ranks, size)
-        said: list[TopWords | None] = [*self._teacher.words_of(micro_batches)] or [None] * len(micro_batches)
+        said: list[TopKLogProbs | None] = [*self._teacher.words_of(micro_batches)] or [None] * len(micro_batches)
         return [TaughtRows(**vars(rows), said=words) for rows, words in zip(micro_batches, said, strict=True)]
 
     def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
         """Of each learned token the log-probabilities of the word that was written and of the teacher's, [N, 1 + K]."""
         assert isinstance(rows, TaughtRows)
-        asked = partial(chosen_scores, chosen_BL=learned(rows), questions=self._questions(rows))
+        asked = partial(selected_scores, selected_BL=learned(rows), queries=self._questions(rows))
         output = self.ask(model, rows, asked)
         if isinstance(output, list):
             output = torch.cat([scores.log_probs for scores in output], -1)
         return output, partial(self._loss, rows)
 
-    def _questions(self, rows: TaughtRows) -> list[Question]:
+    def _questions(self, rows: TaughtRows) -> list[LogProbQuery]:
         """The word that was written, and the teacher's words; one question where both are of one softmax."""
         if rows.said is None:
             return []
         written_N1 = rows.tokens_BL[:, 1:][rows.counted_BL.bool()][:, None]
-        if self._settings.temperature == 1 and self._words is None:
-            return [Question(torch.cat([written_N1, rows.said.ids], -1))]
-        return [Question(written_N1), Question(rows.said.ids, self._settings.temperature, self._words)]
+        if self._settings.temperature == 1 and self._vocab_size is None:
+            return [LogProbQuery(torch.cat([written_N1, rows.said.ids], -1))]
+        return [LogProbQuery(written_N1), LogProbQuery(rows.said.ids, self._settings.temperature, self._vocab_size)]
 
     def _loss(self, rows: TaughtRows, log_probs_NX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert rows.said is not None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.model.forward_backward import Forward, Passes, forward_backward, routers
+from megatron_r1.model.forward_backward import Forward, PassResults, forward_backward, routers
 from megatron_r1.parallel import comm
 from megatron_r1.train.optimizer import Optimizer
 
@@ -15,7 +15,7 @@ from megatron_r1.train.optimizer import Optimizer
 class UpdateResult:
     """What one update did."""
 
-    passes: Passes
+    passes: PassResults
     gradient_norm: float
     """Global norm before clipping; not a number when the update was skipped."""
     skipped: bool

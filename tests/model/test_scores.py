@@ -7,14 +7,14 @@ import torch
 
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.scores import (
-    Question,
-    chosen_scores,
+    LogProbQuery,
     head_weight,
     last_hidden_states,
     model_scores,
-    model_top_words,
+    model_topk_logprobs,
+    selected_scores,
 )
-from megatron_r1.model.vocab_parallel import Other
+from megatron_r1.model.vocab_parallel import ReferenceHidden
 from tests.support.layouts import model_of
 
 
@@ -32,9 +32,18 @@ def test_scores_are_the_softmax_of_the_logits(new_model, tied, words):
     model, reference = new_model(shape), new_model(shape, seed=1)
     tokens_BL, positions_BL, targets_BLK = batch()
     with torch.no_grad():
-        other = Other(last_hidden_states(reference, tokens_BL, positions_BL).transpose(0, 1), head_weight(reference))
+        other = ReferenceHidden(
+            last_hidden_states(reference, tokens_BL, positions_BL).transpose(0, 1), head_weight(reference)
+        )
     scores = model_scores(
-        model, tokens_BL, positions_BL, targets_BLK, temperature=0.7, words=words, other=other, chunk_logits=2000
+        model,
+        tokens_BL,
+        positions_BL,
+        targets_BLK,
+        temperature=0.7,
+        vocab_size=words,
+        reference=other,
+        chunk_logits=2000,
     )
     loss = scores.log_probs.sum() + scores.entropy.sum() + scores.divergence.sum()
     loss.backward()
@@ -67,18 +76,22 @@ def test_chosen_positions_alone_are_asked_several_questions(new_model, tied):
     shape.tied_embeddings = tied
     model = new_model(shape)
     tokens_BL, positions_BL, targets_BLK = batch()
-    chosen_BL = torch.rand(3, 11, generator=torch.Generator().manual_seed(2)) < 0.4
-    targets_NK = targets_BLK[chosen_BL]
-    one, several = chosen_scores(
-        model, tokens_BL, positions_BL, chosen_BL, [Question(targets_NK[:, 0]), Question(targets_NK, 0.7, 500)]
+    selected_BL = torch.rand(3, 11, generator=torch.Generator().manual_seed(2)) < 0.4
+    targets_NK = targets_BLK[selected_BL]
+    one, several = selected_scores(
+        model,
+        tokens_BL,
+        positions_BL,
+        selected_BL,
+        [LogProbQuery(targets_NK[:, 0]), LogProbQuery(targets_NK, 0.7, 500)],
     )
-    logits_NV = model(tokens_BL, positions_BL, None)[chosen_BL]
+    logits_NV = model(tokens_BL, positions_BL, None)[selected_BL]
     all_NV, words_NV = logits_NV.log_softmax(-1), (logits_NV[:, :500] / 0.7).log_softmax(-1)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(one.log_probs, all_NV.gather(-1, targets_NK[:, :1])[:, 0], **close)
     torch.testing.assert_close(several.log_probs, words_NV.gather(-1, targets_NK), **close)
     with torch.no_grad():
-        top = model_top_words(model, tokens_BL, positions_BL, chosen_BL, 6, temperature=0.7, words=500)
+        top = model_topk_logprobs(model, tokens_BL, positions_BL, selected_BL, 6, temperature=0.7, vocab_size=500)
     expected = words_NV.topk(6)
     assert torch.equal(top.ids, expected.indices)
     torch.testing.assert_close(top.log_probs, expected.values.detach(), **close)

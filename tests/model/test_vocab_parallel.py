@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from megatron_r1.model.vocab_parallel import Head, Other, score_tokens, top_words
+from megatron_r1.model.lm_head import Head
+from megatron_r1.model.vocab_parallel import ReferenceHidden, score_tokens
+from megatron_r1.model.vocab_parallel_topk import topk_logprobs
 from megatron_r1.parallel.mesh import tensor_parallel_group
 from tests.support.launching import run_to_the_end
 from tests.support.live_bytes import LiveBytes
@@ -62,18 +64,18 @@ def test_large_logits_stay_finite_and_right(one_rank, temperature, scale):
 
 def test_the_divergence_to_a_near_model_keeps_its_digits(one_rank):
     hidden_TD, weight_VD, targets_T = drawn(40, 32, 500)
-    other = Other(hidden_TD.detach() + 1e-4 * drawn(40, 32, 1, seed=1)[0].detach(), weight_VD.detach())
-    found = score_tokens(hidden_TD, targets_T, Head(weight_VD, tensor_parallel_group()), other=other).divergence
+    other = ReferenceHidden(hidden_TD.detach() + 1e-4 * drawn(40, 32, 1, seed=1)[0].detach(), weight_VD.detach())
+    found = score_tokens(hidden_TD, targets_T, Head(weight_VD, tensor_parallel_group()), reference=other).divergence
     exact = score_tokens(
         hidden_TD.double(),
         targets_T,
         Head(weight_VD.double(), tensor_parallel_group()),
-        other=Other(other.hidden_TD.double(), other.weight_VD.double()),
+        reference=ReferenceHidden(other.hidden_TD.double(), other.weight_VD.double()),
     ).divergence
     assert ((exact > 0) & (exact < 1e-7)).all()
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-8)
     same = score_tokens(
-        hidden_TD, targets_T, Head(weight_VD, tensor_parallel_group()), other=Other(hidden_TD, weight_VD)
+        hidden_TD, targets_T, Head(weight_VD, tensor_parallel_group()), reference=ReferenceHidden(hidden_TD, weight_VD)
     )
     same.divergence.sum().backward()
     assert not same.divergence.any() and not hidden_TD.grad.any()
@@ -140,27 +142,27 @@ def test_what_does_not_fit_is_refused(one_rank):
         score_tokens(hidden_TD, targets_T[:3], Head(weight_VD, group))
     with pytest.raises(ValueError, match="temperature=0"):
         score_tokens(hidden_TD, targets_T, Head(weight_VD, group), temperature=0)
-    with pytest.raises(ValueError, match="words=51"):
+    with pytest.raises(ValueError, match="vocab_size=51"):
         score_tokens(hidden_TD, targets_T, Head(weight_VD, group, 51))
     for k in (0, 41):
-        with pytest.raises(ValueError, match=rf"k={k}: must be at least 1 and at most the 40 words"):
-            top_words(hidden_TD, Head(weight_VD, group, 40), k)
+        with pytest.raises(ValueError, match=rf"k={k}: must be at least 1 and at most the 40 tokens"):
+            topk_logprobs(hidden_TD, Head(weight_VD, group, 40), k)
 
 
 def test_equal_words_are_taken_in_order_and_no_tokens_have_none(one_rank):
     hidden_TD, weight_VD, _ = drawn(6, 8, 50)
     head = Head(torch.ones_like(weight_VD), tensor_parallel_group(), 40)
-    found = top_words(hidden_TD, head, 7, chunk_logits=100)
+    found = topk_logprobs(hidden_TD, head, 7, chunk_logits=100)
     assert torch.equal(found.ids, torch.arange(7).expand(6, 7)) and not found.log_probs.requires_grad
     torch.testing.assert_close(found.log_probs, torch.full((6, 7), 1 / 40).log())
-    empty = top_words(hidden_TD[:0], head, 7)
+    empty = topk_logprobs(hidden_TD[:0], head, 7)
     assert empty.ids.shape == empty.log_probs.shape == (0, 7) and empty.ids.dtype == torch.int64
 
 
 def test_the_most_likely_words_are_scored_as_targets_are_to_the_last_bit(one_rank):
     hidden_TD, weight_VD, _ = drawn(30, 8, 50)
     head, settings = Head(weight_VD, tensor_parallel_group(), 45), {"temperature": 0.7, "chunk_logits": 350}
-    found = top_words(hidden_TD, head, 5, **settings)
+    found = topk_logprobs(hidden_TD, head, 5, **settings)
     assert torch.equal(score_tokens(hidden_TD, found.ids, head, **settings).log_probs, found.log_probs)
 
 
@@ -168,7 +170,7 @@ def test_the_most_likely_words_take_the_memory_of_a_few_chunks(one_rank):
     tokens, rows = 512, 4096
     hidden_TD, weight_VD, _ = drawn(tokens, 32, rows)
     with LiveBytes([hidden_TD, weight_VD]) as live:
-        top_words(hidden_TD, Head(weight_VD, tensor_parallel_group()), 8, chunk_logits=tokens * rows // 32)
+        topk_logprobs(hidden_TD, Head(weight_VD, tensor_parallel_group()), 8, chunk_logits=tokens * rows // 32)
     logits = tokens * rows * 4
     print(f"peak in fp32 logits: {live.most / logits:.3f}")
     assert live.most < logits / 8

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.model.vocab_parallel import Head, Other, TokenScores, score_tokens, top_words
+from megatron_r1.model.lm_head import Head
+from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores, score_tokens
+from megatron_r1.model.vocab_parallel_topk import topk_logprobs
 
 RANKS = 4
 WIDTH, OTHER_WIDTH, ROWS, TOKENS = 24, 16, 48, (3, 7)
@@ -27,7 +29,9 @@ MANY = 20
 """Most likely words: more than the rows of one of four ranks."""
 
 
-def exact_scores(hidden: Tensor, weight: Tensor, targets: Tensor, other: Other, temperature: float) -> TokenScores:
+def exact_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, other: ReferenceHidden, temperature: float
+) -> TokenScores:
     """In float64, with the logits of all tokens."""
     log_p = (hidden @ weight.t() / temperature).log_softmax(-1)
     log_q = (other.hidden_TD.double() @ other.weight_VD.double().t() / temperature).log_softmax(-1)
@@ -57,14 +61,14 @@ def compare(group: dist.ProcessGroup, words: int | None, more: tuple[int, ...], 
     count = words or ROWS
     targets = torch.randint(0, count, (*TOKENS, *more), generator=generator)
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    wanted = exact_scores(exact[0], exact[1][:count], targets, Other(other_hidden, other_weight[:count]), 0.7)
+    wanted = exact_scores(exact[0], exact[1][:count], targets, ReferenceHidden(other_hidden, other_weight[:count]), 0.7)
     mine = [hidden.to(kind).requires_grad_(), weight.chunk(ranks)[rank].to(kind).requires_grad_()]
     found = score_tokens(
         mine[0],
         targets,
         Head(mine[1], group, words),
         temperature=0.7,
-        other=Other(other_hidden.to(kind), other_weight.chunk(ranks)[rank].to(kind)),
+        reference=ReferenceHidden(other_hidden.to(kind), other_weight.chunk(ranks)[rank].to(kind)),
         chunk_logits=5 * ROWS // ranks,
     )
     weights = [torch.randn(values.shape, generator=generator) for values in found]
@@ -97,7 +101,7 @@ def compare_top(group: dist.ProcessGroup, words: int | None, k: int, ties: bool,
     values, ids = (x[..., :k] for x in exact.sort(dim=-1, descending=True, stable=True))
     assert torch.equal(values, exact.topk(k).values) and (values.diff() == 0).any() == ties
     head = Head(weight.chunk(ranks)[rank].to(kind), group, words)
-    found = top_words(hidden.to(kind), head, k, temperature=0.7, chunk_logits=5 * ROWS // ranks)
+    found = topk_logprobs(hidden.to(kind), head, k, temperature=0.7, chunk_logits=5 * ROWS // ranks)
     assert found.log_probs.dtype == kind
     return {"ids": float((found.ids != ids).sum()), "log-probs": difference(found.log_probs, values)}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.scores import head_weight
-from megatron_r1.model.vocab_parallel import Other
+from megatron_r1.model.vocab_parallel import ReferenceHidden
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.mesh import is_last_stage, is_metrics_rank
 from megatron_r1.rl.objective.kl import EXACT
@@ -47,11 +47,11 @@ class FrozenLogProbs:
     def reference_rows(self, rows: ResponseBatch) -> Tensor | None:
         return None if self.reference is None else pad_to_batch(self.reference, rows)
 
-    def other(self, rows: ResponseBatch) -> Other | None:
+    def other(self, rows: ResponseBatch) -> ReferenceHidden | None:
         """The reference's whole distribution at these rows."""
         if self.reference_hidden is None or self.reference_head_VD is None:
             return None
-        return Other(pad_to_batch(self.reference_hidden, rows).transpose(0, 1), self.reference_head_VD)
+        return ReferenceHidden(pad_to_batch(self.reference_hidden, rows).transpose(0, 1), self.reference_head_VD)
 
 
 def compute_frozen_logprobs(

@@ -16,7 +16,7 @@ from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.forward_backward import forward_only
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.model.scores import last_hidden_states, model_scores
-from megatron_r1.model.vocab_parallel import Other, TokenScores
+from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores
 from megatron_r1.parallel.mesh import is_last_stage
 from megatron_r1.rl.policy.batch import ResponseBatch
 
@@ -32,7 +32,7 @@ class Policy:
         """
         self._model, self._temperature, self._replay = model, temperature, replay
 
-    def scores(self, model: Any, rows: ResponseBatch, other: Other | None = None) -> TokenScores | Tensor:
+    def scores(self, model: Any, rows: ResponseBatch, other: ReferenceHidden | None = None) -> TokenScores | Tensor:
         """Scores [B, L] of the rows' targets on the last stage; hidden states for the next one on others.
 
         Args:
@@ -40,7 +40,9 @@ class Policy:
             other: another model's hidden states [L, B, D] and head, for the exact divergence to it.
         """
         with self._telling(rows), without_multi_token_prediction(self._model):
-            return model_scores(model, *inputs_of(rows), rows.targets_BL, temperature=self._temperature, other=other)
+            return model_scores(
+                model, *inputs_of(rows), rows.targets_BL, temperature=self._temperature, reference=other
+            )
 
     def _telling(self, rows: ResponseBatch) -> AbstractContextManager[None]:
         if self._replay is None or rows.experts_BLNK is None:
@@ -69,7 +71,7 @@ class Policy:
         return self._by_sample(micro_batches, forward)
 
     def divergence_by_sample(
-        self, micro_batches: Sequence[ResponseBatch], other: Callable[[ResponseBatch], Other | None]
+        self, micro_batches: Sequence[ResponseBatch], other: Callable[[ResponseBatch], ReferenceHidden | None]
     ) -> dict[int, Tensor]:
         """Each sample's exact divergence [L] to another model at each position, likewise."""
 
