@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_r1.data.prepare.options import TokeniseOptions
-from megatron_r1.data.prepare.tokenise import Progress as Status
-from megatron_r1.data.prepare.tokenise import tokenise
+from megatron_r1.data.prepare.tokenise import TokeniseProgress, tokenise
 from megatron_r1.errors import ExitCode, UserError
 
 LINE_S = 10.0
@@ -65,7 +64,7 @@ class Bar:
         self._task = self.progress.add_task("tokenise", total=None, counts="")
         self._spoken = time.monotonic()
 
-    def told(self, status: Status) -> None:
+    def on_progress(self, status: TokeniseProgress) -> None:
         counts = f"{status.documents} documents  {status.tokens} tokens  {status.bad_rows} bad rows"
         self.progress.update(self._task, total=status.total_bytes, completed=status.done_bytes, counts=counts)
         if not self._console.is_terminal and time.monotonic() - self._spoken > LINE_S:
@@ -91,7 +90,7 @@ def main() -> int:
         )
         with bar.progress:
             totals = tokenise(
-                options, given.tokenizer, given.output, max(1, given.workers), given.max_bad_rows, bar.told
+                options, given.tokenizer, given.output, max(1, given.workers), given.max_bad_rows, bar.on_progress
             )
     except UserError as error:
         print(f"tokenise: {' '.join(str(error).split())}", file=sys.stderr)

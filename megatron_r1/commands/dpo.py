@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.preference.examples import Example, Preferences
-from megatron_r1.data.preference.policy_encoder import AnswerEncoder
-from megatron_r1.data.preference_items import Item
+from megatron_r1.data.preference.examples import PreferenceDataset, TokenizedPreference
+from megatron_r1.data.preference.policy_encoder import PolicyPairEncoder
+from megatron_r1.data.preference_example import PreferenceExample
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.evaluation.intervals import clustered
@@ -21,7 +21,7 @@ from megatron_r1.preference.reward_model import rights
 from megatron_r1.preference.step import Learned, examples_of, judged_step, tell, tell_left_out, with_steps
 from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
 from megatron_r1.runs.initial_weights import find_weights
-from megatron_r1.runs.prompts import asking_of
+from megatron_r1.runs.prompts import prompt_formatter
 from megatron_r1.runs.trainer import finish, trainer
 from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import train
@@ -37,7 +37,7 @@ def run(config: RunConfig) -> None:
     settings, size = config.dpo, config.train.micro_batch_size
     weights = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
-    encoder = AnswerEncoder(asking_of(config, tokenizer))
+    encoder = PolicyPairEncoder(prompt_formatter(config, tokenizer))
     learned = learned_items(settings, config.data, settings.num_pairs)
     examples = examples_of(learned, encoder, config, settings.epochs)
     measured, pairs = measured_pairs(heldout_items(settings, config.data), encoder, config.train.sequence_length)
@@ -57,7 +57,7 @@ def run(config: RunConfig) -> None:
         )
         heldout = HeldoutPairs(preference, pairs, size)
 
-        def learn(batch: Sequence[Example], rate: float) -> Learned:
+        def learn(batch: Sequence[TokenizedPreference], rate: float) -> Learned:
             return Learned(*preference.learn(this.optimizer, batch, rate, size))
 
         hooks = this.hooks(
@@ -66,7 +66,7 @@ def run(config: RunConfig) -> None:
             extra_shards=reference.saved,
             first=[MeasureHook(measure_of(heldout), settings.heldout_interval, config.train.steps)],
         )
-        step = judged_step(this, Preferences(examples, config.seed), learn)
+        step = judged_step(this, PreferenceDataset(examples, config.seed), learn)
         state = train(this.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
             right = rights(torch.tensor(heldout.margins())).tolist()
@@ -74,7 +74,9 @@ def run(config: RunConfig) -> None:
         finish(this, state)
 
 
-def measured_pairs(items: Sequence[Item], encoder: AnswerEncoder, longest: int) -> tuple[list[Item], list[Example]]:
+def measured_pairs(
+    items: Sequence[PreferenceExample], encoder: PolicyPairEncoder, longest: int
+) -> tuple[list[PreferenceExample], list[TokenizedPreference]]:
     """Held-out pairs and their tokens; those too long for a row are left out and counted.
 
     Raises:

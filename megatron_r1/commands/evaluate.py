@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import ConfigError
@@ -24,7 +24,7 @@ from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.inference_engine import answering_engine
 from megatron_r1.runs.initial_weights import check_same_model, find_weights
-from megatron_r1.runs.prompts import asking_of
+from megatron_r1.runs.prompts import prompt_formatter
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def run(config: RunConfig) -> None:
     first = next(iter(models.values()))
     for name, found in models.items():
         check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")
-    asking = asking_of(config, Tokenizer.load(first.tokenizer_folder))
+    formatter = prompt_formatter(config, Tokenizer.load(first.tokenizer_folder))
     exam = EXAMS[config.evaluate.questions]
     prompts = exam.prompts(config.data, config.evaluate.prompts)
     results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
@@ -51,7 +51,7 @@ def run(config: RunConfig) -> None:
             current.update(found.tensors)
             engine.update_weights(name)
             file = folder / "samples" / f"{name}.jsonl"
-            results["models"][name] = measure(engine, asking, prompts, exam.measures, config, file)
+            results["models"][name] = measure(engine, formatter, prompts, exam.measures, config, file)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     show(results)
     first_measure = next(iter(exam.measures))
@@ -60,7 +60,7 @@ def run(config: RunConfig) -> None:
 
 def measure(
     engine: SyncedEngine,
-    asking: Asking,
+    formatter: PromptFormatter,
     prompts: Sequence[Prompt],
     measures: Mapping[str, Measure],
     config: RunConfig,
@@ -73,7 +73,7 @@ def measure(
     result: dict[str, Any] = {}
     with samples_file.open("w", encoding="utf-8") as file:
         for mode, count, temperature in (("greedy", 1, 0.0), ("sampled", settings.samples, settings.temperature)):
-            answers = _answers(engine, asking, prompts, count, temperature, config)
+            answers = _answers(engine, formatter, prompts, count, temperature, config)
             marks = {
                 name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]
                 for name, judge in measures.items()
@@ -105,15 +105,15 @@ def _interval(values: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def _answers(
     engine: SyncedEngine,
-    asking: Asking,
+    formatter: PromptFormatter,
     prompts: Sequence[Prompt],
     count: int,
     temperature: float,
     config: RunConfig,
 ) -> list[list[str]]:
     """`count` answers per prompt, as text."""
-    tokenizer = asking.tokenizer
-    tokens = [asking.tokens(prompt.question) for prompt in prompts]
+    tokenizer = formatter.tokenizer
+    tokens = [formatter.tokens(prompt.question) for prompt in prompts]
     requests = [Request(f"{place}-{i}", tokens[place]) for place in range(len(prompts)) for i in range(count)]
     sampling = Sampling(
         temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed

@@ -33,7 +33,7 @@ from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedLayers
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.runs.initial_weights import Weights, find_weights
-from megatron_r1.runs.prompts import asking_of, keep, prompts_of_file, training_prompts
+from megatron_r1.runs.prompts import keep, prompt_formatter, prompts_of_file, training_prompts
 from megatron_r1.runs.trainer import Trainer, finish, trainer
 from megatron_r1.train.hooks import Hook, Hooks
 from megatron_r1.train.loop import train
@@ -48,8 +48,8 @@ def run(config: RunConfig) -> None:
     check(config)
     weights = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(weights.tokenizer_folder)
-    asking = asking_of(config, tokenizer)
-    questions = prompts_of_file(config, asking)
+    formatter = prompt_formatter(config, tokenizer)
+    questions = prompts_of_file(config, formatter)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
     with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
         if this.state.step >= config.train.steps:
@@ -69,7 +69,7 @@ def run(config: RunConfig) -> None:
                 asked = training_prompts(config, questions)
                 routed = routed_layers(config.model) if replay else None
                 rollouts = Rollouts(
-                    asked, engine, asking, journal, scorer, config.rollout, config.rl, config.seed, routed
+                    asked, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed, routed
                 )
                 if config.rollout.ahead:
                     rollouts = stack.enter_context(ahead_of(rollouts, config, engine.engine.abandon, joint))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.preference.examples import Example, Preferences
+from megatron_r1.data.preference.examples import PreferenceDataset, TokenizedPreference
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
@@ -50,7 +50,7 @@ def run(config: RunConfig) -> None:
             f"reward {config.name}",
             first=[MeasureHook(measure, settings.heldout_interval, config.train.steps)],
         )
-        step = judged_step(this, Preferences(examples, config.seed), learning(this, model))
+        step = judged_step(this, PreferenceDataset(examples, config.seed), learning(this, model))
         state = train(this.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
             tell(this, results_of(measure.rights(), learned, heldout, encoder), "reward model")
@@ -85,7 +85,7 @@ def learning(this: Trainer, model: RewardModel) -> Learn:
     group, size = data_parallel_group(), this.config.train.micro_batch_size
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
 
-    def learn(batch: Sequence[Example], rate: float) -> Learned:
+    def learn(batch: Sequence[TokenizedPreference], rate: float) -> Learned:
         micro_batches = model.micro_batches(batch, rank, ranks, size)
         length = max(rows.inputs_BL.shape[1] for rows in micro_batches)
         result = update(this.model, this.optimizer, micro_batches, model.forward, rate, length)

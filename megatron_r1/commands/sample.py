@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import ConfigError, DataError, UserError
@@ -24,14 +24,14 @@ from megatron_r1.files import digest_of, write_whole
 from megatron_r1.rewards.extract import any_answer
 from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.reward import Unscored
-from megatron_r1.rewards.rubric_builder import VERIFIERS, Scorer, is_right, rule_scorer
+from megatron_r1.rewards.rubric_builder import VERIFIERS, Scorer, is_correct, rule_scorer
 from megatron_r1.rewards.score import Score
 from megatron_r1.rollout.engine import Engine, all_answered
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.inference_engine import answering_engine
 from megatron_r1.runs.initial_weights import find_weights
-from megatron_r1.runs.prompts import BAD_ROWS, asking_of, name_bad_rows, prompts_of_file
+from megatron_r1.runs.prompts import BAD_ROWS, name_bad_rows, prompt_formatter, prompts_of_file
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +43,14 @@ def run(config: RunConfig) -> None:
     check(config)
     found = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(found.tokenizer_folder)
-    asking, limit = asking_of(config, tokenizer), config.sample.limit
-    file = prompts_of_file(config, asking, limit)
+    formatter, limit = prompt_formatter(config, tokenizer), config.sample.limit
+    file = prompts_of_file(config, formatter, limit)
     world = TrainingPrompts(config.data)
     prompts = file.prompts if file else [world.at(index) for index in range(limit)]
     folder = open_run_folder(config)
     if file:
         name_bad_rows(file, folder)
-    job = Job(folder / PARTS, prompts, asking, config, plan_of(config, prompts, asking, found.folder))
+    job = Job(folder / PARTS, prompts, formatter, config, plan_of(config, prompts, formatter, found.folder))
     todo = list(job.missing())
     if todo:
         if models := config.reward.models:
@@ -77,9 +77,9 @@ def check(config: RunConfig) -> None:
         raise ConfigError("sample.limit", 0, "must be above 0 where the prompts are a world's, which has no end")
 
 
-def plan_of(config: RunConfig, prompts: Sequence[Prompt], asking: Asking, weights: Path) -> dict[str, Any]:
+def plan_of(config: RunConfig, prompts: Sequence[Prompt], formatter: PromptFormatter, weights: Path) -> dict[str, Any]:
     """What the parts of a job depend on: they fit together only if it is the same."""
-    texts = hashlib.sha256(orjson.dumps([(p.id, asking.text(p.question), p.answer) for p in prompts])).hexdigest()
+    texts = hashlib.sha256(orjson.dumps([(p.id, formatter.text(p.question), p.answer) for p in prompts])).hexdigest()
     manifest = weights / "manifest.json"
     return {
         "prompts": len(prompts),
@@ -96,7 +96,7 @@ class Job:
 
     folder: Path
     prompts: Sequence[Prompt]
-    asking: Asking
+    formatter: PromptFormatter
     config: RunConfig
     plan: dict[str, Any]
     """What all parts depend on."""
@@ -145,7 +145,7 @@ class Job:
     def _sample(self, number: int, engine: Engine, tokenizer: Tokenizer, scorer: Scorer) -> Iterator[dict[str, Any]]:
         config, prompts = self.config, self._prompts_of(number)
         asked = [(prompt, index) for prompt in prompts for index in range(config.sample.samples)]
-        tokens = {prompt.id: self.asking.tokens(prompt.question) for prompt in prompts}
+        tokens = {prompt.id: self.formatter.tokens(prompt.question) for prompt in prompts}
         requests = [Request(f"{prompt.id}#{index}", tokens[prompt.id]) for prompt, index in asked]
         rollout = config.rollout
         sampling = Sampling(
@@ -164,7 +164,7 @@ class Job:
                 "sample": index,
                 "question": prompt.question,
                 "truth": prompt.answer,
-                "prompt": self.asking.text(prompt.question),
+                "prompt": self.formatter.text(prompt.question),
                 "response": text,
                 "response_tokens": len(completion.response_tokens),
                 "logprob": sum(completion.logprobs),
@@ -192,7 +192,7 @@ def right_somehow(prompt: Prompt, text: str, score: Score) -> bool:
     """Whether an answer is right, for a number in whatever form, for another task as its verifier says."""
     if (prompt.task in VERIFIERS and prompt.task != "number") or prompt.task.startswith(GYM):
         return score.parts.get("accuracy", 0.0) > 0
-    return is_right(prompt, any_answer(text))
+    return is_correct(prompt, any_answer(text))
 
 
 def publish(job: Job, folder: Path, format: str) -> tuple[Path, dict[str, Any]]:

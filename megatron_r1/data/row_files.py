@@ -18,15 +18,19 @@ class BadRow(ValueError):
     """Why a row cannot be used."""
 
 
+class EmptyRow(BadRow):
+    """A line of JSONL that holds nothing but white space."""
+
+
 def rows_of(path: Path) -> Iterator[Any]:
-    """All rows of a file whose name ends in one of SUFFIXES; a BadRow in place of one that cannot be parsed.
+    """All rows of a file, a BadRow in place of one that cannot be parsed; what its name does not call a table is JSONL.
 
     Raises:
         DataError: the file cannot be read.
     """
-    kinds = {".jsonl": _lines, ".parquet": _parquet, ".arrow": _arrow}
+    read = {".parquet": _parquet, ".arrow": _arrow}.get(path.suffix, _lines)
     try:
-        yield from kinds[path.suffix](path)
+        yield from read(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -37,7 +41,7 @@ def _lines(path: Path) -> Iterator[Any]:
             try:
                 yield orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                yield BadRow("is empty" if line.isspace() else f"is not JSON ({error.msg})")
+                yield EmptyRow("is empty") if line.isspace() else BadRow(f"is not JSON ({error.msg})")
 
 
 def _parquet(path: Path) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from megatron_r1.data.prompts.prompts import Prompt, heldout_assistant_prompts, 
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
 from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
-from megatron_r1.rewards.rubric_builder import is_right
+from megatron_r1.rewards.rubric_builder import is_correct
 
 Measure = Callable[[Prompt, str], float]
 """From 0 to 1, of one answer."""
@@ -33,8 +33,8 @@ EXAMS: Mapping[str, Exam] = {
     "arithmetic": Exam(
         heldout_prompts,
         {
-            "blind": lambda prompt, text: float(is_right(prompt, any_answer(text))),
-            "strict": lambda prompt, text: format_reward(text, "strict") * is_right(prompt, tagged_answer(text)),
+            "blind": lambda prompt, text: float(is_correct(prompt, any_answer(text))),
+            "strict": lambda prompt, text: format_reward(text, "strict") * is_correct(prompt, tagged_answer(text)),
             "format": _well_formed,
         },
     ),

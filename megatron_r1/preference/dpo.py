@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.data.preference.examples import Example
+from megatron_r1.data.preference.examples import TokenizedPreference
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import all_gather_object
@@ -52,7 +52,7 @@ class DirectPreference:
         self._policy = Policy(model, temperature=1.0)
 
     def learn(
-        self, optimizer: Optimizer, examples: Sequence[Example], rate: float, size: int
+        self, optimizer: Optimizer, examples: Sequence[TokenizedPreference], rate: float, size: int
     ) -> tuple[UpdateResult, int]:
         """Collective: one update on a global batch of pairs, the same on every rank and a multiple of them.
 
@@ -89,7 +89,7 @@ class DirectPreference:
         result = update(self._model, optimizer, micro_batches, forward, rate, longest_input(micro_batches))
         return result, sum(rows.inputs_BL.numel() for rows in micro_batches)
 
-    def gaps(self, examples: Sequence[Example], size: int) -> list[float]:
+    def gaps(self, examples: Sequence[TokenizedPreference], size: int) -> list[float]:
         """Collective: by how much more log p(better answer) is than log p(the other), for each pair, on every rank.
 
         Under the weights as they stand.
@@ -104,7 +104,7 @@ class DirectPreference:
             told |= found
         return [told[2 * place] - told[2 * place + 1] for place in range(len(examples))]
 
-    def _micro_batches(self, examples: Sequence[Example], size: int) -> list[ResponseBatch]:
+    def _micro_batches(self, examples: Sequence[TokenizedPreference], size: int) -> list[ResponseBatch]:
         """This data-parallel rank's share, in as many micro-batches as every other's.
 
         Ranks may share experts, and exchange tokens in every pass: where pairs cannot be divided evenly, some come
@@ -115,9 +115,9 @@ class DirectPreference:
         places = range(rank, -(-len(examples) // ranks) * ranks, ranks)
         return [self._rows(examples, places[start : start + size]) for start in range(0, len(places), size)]
 
-    def _rows(self, examples: Sequence[Example], places: Sequence[int]) -> ResponseBatch:
+    def _rows(self, examples: Sequence[TokenizedPreference], places: Sequence[int]) -> ResponseBatch:
         """Both answers of the pairs at `places`, an answer's number being twice its pair's place, and one more."""
-        rows = [row for place in places for row in examples[place % len(examples)].rows]
+        rows = [row for place in places for row in examples[place % len(examples)].sequences]
         padded = reward_rows(rows, self._pad, self._device, self._multiple)
         return ResponseBatch(
             torch.cat([padded.inputs_BL, padded.labels_BL[:, -1:]], 1),
@@ -139,7 +139,7 @@ class DirectPreference:
 class HeldoutPairs:
     """How a policy orders pairs that it never learns from."""
 
-    def __init__(self, preference: DirectPreference, examples: Sequence[Example], size: int):
+    def __init__(self, preference: DirectPreference, examples: Sequence[TokenizedPreference], size: int):
         """Collective.
 
         Args:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from megatron_r1.data.preference.examples import Encoder, Encodes
+from megatron_r1.data.preference.examples import PairEncoder, RewardModelEncoder
 from megatron_r1.data.preference.length_baseline import length_baseline
-from megatron_r1.data.preference_items import Item
+from megatron_r1.data.preference_example import PreferenceExample
 from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.parallel.mesh import all_gather_data_parallel, data_parallel_group
 from megatron_r1.preference.reward_model import RewardModel, rights
@@ -23,7 +23,13 @@ ROWS_AT_ONCE = 64
 class HeldoutAccuracy:
     """Whether a reward model orders, or labels, each held-out item rightly."""
 
-    def __init__(self, model: RewardModel, encoder: Encoder, items: Sequence[Item], longest_reasoning: int):
+    def __init__(
+        self,
+        model: RewardModel,
+        encoder: RewardModelEncoder,
+        items: Sequence[PreferenceExample],
+        longest_reasoning: int,
+    ):
         self._model, self._encoder, self._items = model, encoder, items
         self._longest_reasoning = longest_reasoning
 
@@ -37,11 +43,11 @@ class HeldoutAccuracy:
 
         Where reasoning is learned, the model scores after its own: a judge's would tell it the answer.
         """
-        scores = iter(self.scores([side for item in self._items for side in item.sides]))
+        scores = iter(self.scores([side for item in self._items for side in item.responses]))
         margins = []
         for item in self._items:
-            of_sides = [next(scores) for _ in item.sides]
-            margins.append(of_sides[0] - of_sides[1] if item.second else of_sides[0] * (2 * item.safe - 1))
+            of_sides = [next(scores) for _ in item.responses]
+            margins.append(of_sides[0] - of_sides[1] if item.rejected else of_sides[0] * (2 * item.safe - 1))
         return rights(torch.tensor(margins)).tolist()
 
     def scores(self, sides: Sequence[Any]) -> list[float]:
@@ -55,7 +61,11 @@ class HeldoutAccuracy:
 
 
 def score_texts(
-    model: RewardModel, encoder: Encoder, questions: Sequence[str], responses: Sequence[str], longest_reasoning: int
+    model: RewardModel,
+    encoder: RewardModelEncoder,
+    questions: Sequence[str],
+    responses: Sequence[str],
+    longest_reasoning: int,
 ) -> list[float]:
     """The score of each response to its question, on every rank.
 
@@ -64,7 +74,7 @@ def score_texts(
     group, end = data_parallel_group(), encoder.tokenizer.eos
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     pairs = list(zip(questions, responses, strict=True))
-    rows = [encoder.unjudged(question, response) for question, response in pairs[rank::ranks]]
+    rows = [encoder.without_critique(question, response) for question, response in pairs[rank::ranks]]
     if encoder.reasoning:
         rows = model.reasoned(rows, ROWS_AT_ONCE, end, longest_reasoning)
     else:
@@ -76,7 +86,10 @@ def score_texts(
 
 
 def results_of(
-    rights: Sequence[float], learned: Sequence[Item], heldout: Sequence[Item], encoder: Encodes
+    rights: Sequence[float],
+    learned: Sequence[PreferenceExample],
+    heldout: Sequence[PreferenceExample],
+    encoder: PairEncoder,
 ) -> dict[str, Any]:
     """Held-out accuracy, by task too, beside the baselines that see nothing but length; all with 95 % intervals."""
 

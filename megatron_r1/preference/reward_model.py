@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_r1.data.preference.examples import Example, Row
+from megatron_r1.data.preference.examples import TokenizedPreference, TokenizedSequence
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import LossFunction, forward_only
@@ -43,7 +43,7 @@ class RewardRows:
     """Of one learned token's loss, so that means over micro-batches and ranks come out as the mean over all tokens."""
 
 
-def reward_rows(rows: Sequence[Row], pad: int, device: str, multiple: int) -> RewardRows:
+def reward_rows(rows: Sequence[TokenizedSequence], pad: int, device: str, multiple: int) -> RewardRows:
     """Rows as tensors.
 
     Args:
@@ -54,7 +54,7 @@ def reward_rows(rows: Sequence[Row], pad: int, device: str, multiple: int) -> Re
     learned_BL = torch.zeros(len(rows), longest)
     for place, row in enumerate(rows):
         tokens_BL[place, : len(row.tokens)] = torch.tensor(row.tokens)
-        learned_BL[place, row.judged - 1 : len(row.tokens) - 1] = 1.0
+        learned_BL[place, row.loss_start - 1 : len(row.tokens) - 1] = 1.0
     return RewardRows(
         tokens_BL[:, :-1].contiguous().to(device),
         tokens_BL[:, 1:].contiguous().to(device),
@@ -78,7 +78,9 @@ class RewardModel:
         self._model, self._pairwise, self._reasoning_weight = model, pairwise, reasoning_weight
         self._pad, self._device, self._multiple = pad, device, multiple
 
-    def micro_batches(self, examples: Sequence[Example], rank: int, ranks: int, size: int) -> list[RewardRows]:
+    def micro_batches(
+        self, examples: Sequence[TokenizedPreference], rank: int, ranks: int, size: int
+    ) -> list[RewardRows]:
         """This data-parallel rank's share of a global batch.
 
         Args:
@@ -86,12 +88,14 @@ class RewardModel:
         """
         mine = examples[rank::ranks]
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        learned = sum(len(row.tokens) - row.judged for example in examples for row in example.rows)
+        learned = sum(len(row.tokens) - row.loss_start for example in examples for row in example.sequences)
         weight = len(parts) * ranks / max(1, learned)
         return [self._micro_batch(part, weight) for part in parts]
 
-    def _micro_batch(self, examples: Sequence[Example], weight: float) -> RewardRows:
-        rows = reward_rows([row for each in examples for row in each.rows], self._pad, self._device, self._multiple)
+    def _micro_batch(self, examples: Sequence[TokenizedPreference], weight: float) -> RewardRows:
+        rows = reward_rows(
+            [row for each in examples for row in each.sequences], self._pad, self._device, self._multiple
+        )
         safe_I = torch.tensor([float(each.safe) for each in examples], device=self._device)
         return RewardRows(rows.inputs_BL, rows.labels_BL, rows.learned_BL, rows.ends_B, safe_I, weight)
 
@@ -193,13 +197,13 @@ class RewardModel:
 
     def _read(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
         """What `read` finds at the last token of each row, the same on every stage; None when no rank has rows."""
-        pad_to_batch = [Row(list(row), len(row)) for row in rows]
+        pad_to_batch = [TokenizedSequence(list(row), len(row)) for row in rows]
         parts = [pad_to_batch[start : start + size] for start in range(0, len(pad_to_batch), size)]
         # Where ranks that see other data share experts, each pass is one of all of them: who has less, passes padding.
         passes = max(all_gather_data_parallel(len(parts)))
         if not passes:
             return None
-        padding = [[Row([self._pad], 1)]] * (passes - len(parts))
+        padding = [[TokenizedSequence([self._pad], 1)]] * (passes - len(parts))
         batches = [reward_rows(part, self._pad, self._device, self._multiple) for part in (*parts, *padding)]
         length = max(batch.inputs_BL.shape[1] for batch in batches)
         training = self._model.training

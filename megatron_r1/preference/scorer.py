@@ -20,7 +20,7 @@ from megatron_r1.platform import Platform
 from megatron_r1.preference.items import encoder_of
 from megatron_r1.preference.measure import score_texts
 from megatron_r1.preference.reward_model import RewardModel
-from megatron_r1.rewards.reward import Question, Value
+from megatron_r1.rewards.reward import RewardPrompt, Value
 from megatron_r1.runs.initial_weights import find_weights
 
 
@@ -70,7 +70,7 @@ class RewardModelScorer:
             model, self._pairwise, settings.reasoning_weight, tokenizer.pad, platform.device, parallel.tensor
         )
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """A value for each response text: of a pairwise model its score, of a pointwise one the probability of safe.
 
         What is read of a response, its summary or all of it, is what the model was trained to read.

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.preference.examples import Encodes, Example, Preferences, encode
-from megatron_r1.data.preference_items import Item
+from megatron_r1.data.preference.examples import PairEncoder, PreferenceDataset, TokenizedPreference, encode_preferences
+from megatron_r1.data.preference_example import PreferenceExample
 from megatron_r1.errors import DataError
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import is_rank_zero
@@ -36,17 +36,19 @@ class Learned(NamedTuple):
     """Tokens of this data-parallel rank's micro-batches, padding included."""
 
 
-Learn = Callable[[Sequence[Example], float], Learned]
+Learn = Callable[[Sequence[TokenizedPreference], float], Learned]
 """Collective: learns from a global batch of examples, the same on every rank, at a learning rate."""
 
 
-def examples_of(items: Sequence[Item], encoder: Encodes, config: RunConfig, epochs: int) -> list[Example]:
+def examples_of(
+    items: Sequence[PreferenceExample], encoder: PairEncoder, config: RunConfig, epochs: int
+) -> list[TokenizedPreference]:
     """Items as tokens; those too long for a row are left out and counted.
 
     Raises:
         DataError: none is left for a step.
     """
-    examples, dropped = encode(items, encoder, config.train.sequence_length)
+    examples, dropped = encode_preferences(items, encoder, config.train.sequence_length)
     tell_left_out("items to learn from", len(examples), dropped)
     if len(examples) * epochs < config.train.global_batch_size:
         allowed = f"must be at most {len(examples) * epochs}, the items there are"
@@ -66,7 +68,7 @@ def with_steps(config: RunConfig, items: int) -> RunConfig:
     return of_at_most(config, items // config.train.global_batch_size)
 
 
-def judged_step(this: Trainer, preferences: Preferences, learn: Learn) -> Step:
+def judged_step(this: Trainer, preferences: PreferenceDataset, learn: Learn) -> Step:
     """The step of such a run: next batch, update, metrics."""
     config, settings = this.config, this.config.train
 
@@ -76,7 +78,7 @@ def judged_step(this: Trainer, preferences: Preferences, learn: Learn) -> Step:
         rate = learning_rate(settings.schedule, state.step + 1, settings.steps, state.consumed_tokens)
         result, positions = learn(batch, rate)
         seconds = time.perf_counter() - started
-        tokens = sum(len(row.tokens) for example in batch for row in example.rows)
+        tokens = sum(len(row.tokens) for example in batch for row in example.sequences)
         sharing = config.parallel.tensor * config.parallel.pipeline
         computed = sum(all_gather_object(positions)) // sharing
         # Multi-token layers do not run.

@@ -22,7 +22,7 @@ from typing import Any
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import DataError
 from megatron_r1.rewards.extract import CLOSE, OPEN
-from megatron_r1.rewards.reward import Question, Unscored, Value
+from megatron_r1.rewards.reward import RewardPrompt, Unscored, Value
 from megatron_r1.rewards.sandbox.command import PYTHON, WORK
 from megatron_r1.rewards.sandbox.inside import NO_PYTHON
 from megatron_r1.rewards.sandbox.run import Finished, Sandbox, SandboxDown
@@ -175,11 +175,11 @@ class CodeReward:
         self._sandbox, self._per_test = Sandbox(config), config.per_test
         self._parallel = config.parallel
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         with ThreadPoolExecutor(self._parallel, "sandbox") as threads:
             return list(threads.map(self._one, prompts, texts))
 
-    def _one(self, prompt: Question, text: str) -> Value:
+    def _one(self, prompt: RewardPrompt, text: str) -> Value:
         tests, program = read_tests(prompt.answer), find_program(text)
         if program is None:
             return 0.0

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import ConfigError, UserError
-from megatron_r1.rewards.reward import Question, Value
+from megatron_r1.rewards.reward import RewardPrompt, Value
 from megatron_r1.rewards.steps import RewardedStep
 
 
-class OwnRewardFailed(UserError):
+class CustomRewardFailed(UserError):
     """The user's function raised, or did not return what it should."""
 
 
@@ -62,7 +62,7 @@ def where(error: BaseException, path: Path) -> str:
     return f"{path.name}:{line}: {type(error).__name__}: {said}" if line else f"{type(error).__name__}: {said}"
 
 
-class OwnFunction:
+class CustomFunction:
     """A function of the user's, called with lists and held to what it must return."""
 
     def __init__(self, place: str, key: str):
@@ -81,7 +81,7 @@ class OwnFunction:
         return self._said
 
     def __call__[Kind](
-        self, prompts: Sequence[Question], texts: Sequence[str], read: Callable[[Any], Kind], what: str
+        self, prompts: Sequence[RewardPrompt], texts: Sequence[str], read: Callable[[Any], Kind], what: str
     ) -> list[Kind]:
         """What it returns for each response, read.
 
@@ -100,43 +100,43 @@ class OwnFunction:
                 tasks=[prompt.task for prompt in prompts],
             )
         except Exception as error:
-            raise OwnRewardFailed(f"{self._said}: raised {where(error, self._path)}") from error
+            raise CustomRewardFailed(f"{self._said}: raised {where(error, self._path)}") from error
         try:
             values = [read(value) for value in found]
         except (TypeError, ValueError) as error:
-            raise OwnRewardFailed(f"{self._said}: must return {what} ({error})") from error
+            raise CustomRewardFailed(f"{self._said}: must return {what} ({error})") from error
         if len(values) != len(texts):
-            raise OwnRewardFailed(f"{self._said}: returned {len(values)} {what} for {len(texts)} responses")
+            raise CustomRewardFailed(f"{self._said}: returned {len(values)} {what} for {len(texts)} responses")
         return values
 
 
-class OwnReward:
+class CustomReward:
     """The user's function."""
 
     name = "own"
 
     def __init__(self, place: str):
-        self._function = OwnFunction(place, "reward.function")
+        self._function = CustomFunction(place, "reward.function")
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """Raises OwnRewardFailed."""
         return [*self._function(prompts, texts, _finite, "numbers")]
 
 
-class OwnSteps:
+class CustomStepRewards:
     """The user's function for steps; a `StepRewards`."""
 
     def __init__(self, place: str):
-        self._function = OwnFunction(place, "reward.steps_by")
+        self._function = CustomFunction(place, "reward.steps_by")
 
-    def __call__(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[list[RewardedStep]]:
+    def __call__(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[list[RewardedStep]]:
         """Raises OwnRewardFailed."""
         found = self._function(prompts, texts, _steps, "lists of (end, reward)")
         for steps, text in zip(found, texts, strict=True):
             ends = [step.end for step in steps]
             if ends != sorted(ends) or not all(0 < end <= len(text) for end in ends):
                 allowed = f"must ascend, up to the {len(text)} characters of the response"
-                raise OwnRewardFailed(f"{self._function}: returned steps that end at {ends}: {allowed}")
+                raise CustomRewardFailed(f"{self._function}: returned steps that end at {ends}: {allowed}")
         return found
 
 

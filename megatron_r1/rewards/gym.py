@@ -41,7 +41,7 @@ class GymVerifier:
         self._config = config
         self.pool = WorkerPool(MODULE, [str(config.deadline_s)], config.workers, config.deadline_s)
 
-    def right(self, answer: str | None, task: str, truth: str) -> bool | Unscored:
+    def is_correct(self, answer: str | None, task: str, truth: str) -> bool | Unscored:
         """Whether the library's verifier gives full marks; partial credit counts as wrong.
 
         Raises:
@@ -58,12 +58,12 @@ class GymVerifier:
         except WorkersDown as error:
             return Unscored(f"reasoning-gym workers: {error}")
 
-    def all_right(
+    def verdicts(
         self, answers: Sequence[str | None], tasks: Sequence[str], truths: Sequence[str]
     ) -> list[bool | Unscored]:
         """Verdicts on many answers, as many at a time as there are workers."""
         with ThreadPoolExecutor(self._config.workers, "gym") as threads:
-            return list(threads.map(self.right, answers, tasks, truths))
+            return list(threads.map(self.is_correct, answers, tasks, truths))
 
     def close(self) -> None:
         self.pool.close()

@@ -24,7 +24,7 @@ def language_consistency(text: str, target: str) -> float:
     return counts[target] / total if total else 0.0
 
 
-def language_asked(question: str) -> str:
+def question_language(question: str) -> str:
     """The language of a question: the one that more of its words are of; English where none is."""
     counts = languages(question)
     # A Chinese word takes two characters on average, and Chinese questions quote English names.

@@ -79,7 +79,7 @@ class MathVerifier:
         self._config = config
         self.pool = WorkerPool(MODULE, [str(config.deadline_s)], config.workers, config.deadline_s)
 
-    def right(self, answer: str | None, truth: str) -> bool | Unscored:
+    def is_correct(self, answer: str | None, truth: str) -> bool | Unscored:
         """Whether an answer is right; Unscored when no worker can be had."""
         if answer is None or len(answer) > self._config.longest:
             return False
@@ -95,10 +95,10 @@ class MathVerifier:
         except WorkersDown as error:
             return Unscored(f"math workers: {error}")
 
-    def all_right(self, answers: Sequence[str | None], truths: Sequence[str]) -> list[bool | Unscored]:
+    def verdicts(self, answers: Sequence[str | None], truths: Sequence[str]) -> list[bool | Unscored]:
         """Verdicts on many answers, as many at a time as there are workers."""
         with ThreadPoolExecutor(self._config.workers, "math") as threads:
-            return list(threads.map(self.right, answers, truths))
+            return list(threads.map(self.is_correct, answers, truths))
 
     def close(self) -> None:
         self.pool.close()

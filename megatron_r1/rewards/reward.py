@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class Question(Protocol):
+class RewardPrompt(Protocol):
     """What a reward may know of a prompt; `megatron_r1.data.prompts.prompts.Prompt` is one."""
 
     @property
@@ -47,7 +47,7 @@ class Reward(Protocol):
     def name(self) -> str:
         """Under which its part of a score is recorded."""
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """A value for each response text, in order; `texts[i]` answers `prompts[i]`."""
 
 
@@ -56,7 +56,7 @@ class Rule:
     """A reward that is a pure function of one prompt and one response text."""
 
     name: str
-    function: Callable[[Question, str], float]
+    function: Callable[[RewardPrompt, str], float]
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         return [self.function(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]

@@ -12,18 +12,18 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.rewards.accuracy import same_number
 from megatron_r1.rewards.code import TASK as CODE
 from megatron_r1.rewards.code import CodeReward
-from megatron_r1.rewards.custom import OwnReward, OwnSteps
+from megatron_r1.rewards.custom import CustomReward, CustomStepRewards
 from megatron_r1.rewards.exact import same_choice, same_text
 from megatron_r1.rewards.extract import answer_of
 from megatron_r1.rewards.format import format_reward
 from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.gym import GymVerifier
 from megatron_r1.rewards.judge.reward import JudgeReward
-from megatron_r1.rewards.language import language_asked, language_consistency
+from megatron_r1.rewards.language import language_consistency, question_language
 from megatron_r1.rewards.length import overlong
 from megatron_r1.rewards.mathematics import MathVerifier
 from megatron_r1.rewards.repetition import repetition
-from megatron_r1.rewards.reward import Question, Rule, Unscored, Value
+from megatron_r1.rewards.reward import RewardPrompt, Rule, Unscored, Value
 from megatron_r1.rewards.score import Rubric, Score, Weighted, WeightedSteps
 from megatron_r1.rewards.steps import arithmetic_steps
 
@@ -34,7 +34,7 @@ VERIFIERS = ("number", "text", "choice", "math", "code")
 """Tasks that a prompt may name to say how its answer is judged, beside reasoning-gym's."""
 
 
-def is_right(prompt: Prompt, answer: str | None) -> bool:
+def is_correct(prompt: Prompt, answer: str | None) -> bool:
     """Whether `answer` solves an arithmetic prompt; reasoning-gym's tasks are judged by its own scorer."""
     if answer is None:
         return False
@@ -53,7 +53,7 @@ class Accuracy:
         self._math, self._gym = MathVerifier(config.math), GymVerifier(config.math)
         self._lock, self._code = threading.Lock(), list[CodeReward]()
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """Raises PlatformError: a program is to be run, and there is no sandbox here."""
         values: list[Value] = [0.0] * len(texts)
         by_kind: dict[str, list[int]] = {}
@@ -70,15 +70,15 @@ class Accuracy:
             return GYM
         return task if task in (*VERIFIERS, *TASKS) else self._config.verifier
 
-    def _judge(self, kind: str, prompts: Sequence[Question], texts: Sequence[str]) -> Sequence[Value]:
+    def _judge(self, kind: str, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> Sequence[Value]:
         if kind == CODE:
             return self._programs().score(prompts, texts)
         answers = [answer_of(text, self._config.answer_in) for text in texts]
         truths = [prompt.answer for prompt in prompts]
         if kind == "math":
-            return self._math.all_right(answers, truths)
+            return self._math.verdicts(answers, truths)
         if kind == GYM:
-            return self._gym.all_right(answers, [prompt.task for prompt in prompts], truths)
+            return self._gym.verdicts(answers, [prompt.task for prompt in prompts], truths)
         pairs = list(zip(answers, truths, strict=True))
         if kind in TASKS:
             return [
@@ -114,13 +114,13 @@ def rule_scorer(
     """
     rules = [Weighted(config.accuracy, Accuracy(config))] if config.accuracy else []
 
-    def add(weight: float, name: str, rule: Callable[[Question, str], float]) -> None:
+    def add(weight: float, name: str, rule: Callable[[RewardPrompt, str], float]) -> None:
         if weight:
             rules.append(Weighted(weight, Rule(name, rule)))
 
-    def in_language(prompt: Question, text: str) -> float:
+    def in_language(prompt: RewardPrompt, text: str) -> float:
         target = config.target_language
-        return language_consistency(text, language_asked(prompt.question) if target == "question" else target)
+        return language_consistency(text, question_language(prompt.question) if target == "question" else target)
 
     add(config.format, "format", lambda _, text: format_reward(text, config.format_style))
     add(config.language, "language", in_language)
@@ -131,7 +131,7 @@ def rule_scorer(
         count, longest, buffer = count_tokens, config.overlong_tokens, config.overlong_buffer
         add(config.overlong, "overlong", lambda _, text: overlong(count(text), longest, buffer))
     if config.own:
-        rules.append(Weighted(config.own, OwnReward(config.function)))
+        rules.append(Weighted(config.own, CustomReward(config.function)))
     if config.judge:
         rules.append(Weighted(config.judge, JudgeReward(config.judge_by)))
     rules += models
@@ -147,5 +147,5 @@ def step_rewards(config: RewardConfig) -> WeightedSteps | None:
     if not config.steps:
         return None
     return WeightedSteps(
-        config.steps, arithmetic_steps if config.steps_by == "arithmetic" else OwnSteps(config.steps_by)
+        config.steps, arithmetic_steps if config.steps_by == "arithmetic" else CustomStepRewards(config.steps_by)
     )

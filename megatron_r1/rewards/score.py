@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.rewards.accuracy import accuracy
 from megatron_r1.rewards.format import format_reward
-from megatron_r1.rewards.reward import Question, Reward, Unscored, Value
+from megatron_r1.rewards.reward import Reward, RewardPrompt, Unscored, Value
 from megatron_r1.rewards.steps import RewardedStep, StepRewards
 
 FIRST_PAUSE_S = 0.5
@@ -56,7 +56,7 @@ class Rubric:
         """
         self.parts, self._retries, self._steps = tuple(parts), retries, steps
 
-    def __call__(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Score | Unscored]:
+    def __call__(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Score | Unscored]:
         """The score of each response text, in order; Unscored where a reward could not judge it after all tries."""
         found: list[Score | Unscored] = [Score(0.0, {}) for _ in texts]
         for part in self.parts:
@@ -73,7 +73,7 @@ class Rubric:
         return self._with_steps(found, prompts, texts) if self._steps else found
 
     def _with_steps(
-        self, found: Sequence[Score | Unscored], prompts: Sequence[Question], texts: Sequence[str]
+        self, found: Sequence[Score | Unscored], prompts: Sequence[RewardPrompt], texts: Sequence[str]
     ) -> list[Score | Unscored]:
         assert self._steps
         weight = self._steps.weight
@@ -84,7 +84,7 @@ class Rubric:
             for score, steps in zip(found, self._steps.rewards(prompts, texts), strict=True)
         ]
 
-    def _tried(self, reward: Reward, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def _tried(self, reward: Reward, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         values = reward.score(prompts, texts)
         for number in range(self._retries):
             missing = [place for place, value in enumerate(values) if isinstance(value, Unscored)]

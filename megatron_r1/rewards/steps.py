@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from megatron_r1.rewards.reward import Question
+from megatron_r1.rewards.reward import RewardPrompt
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": lambda left, right: left + right,
@@ -31,11 +31,11 @@ class RewardedStep(NamedTuple):
     value: float
 
 
-StepRewards = Callable[[Sequence[Question], Sequence[str]], list[list[RewardedStep]]]
+StepRewards = Callable[[Sequence[RewardPrompt], Sequence[str]], list[list[RewardedStep]]]
 """Prompts and response texts -> the steps of each response, from the first to the last; may be called by threads."""
 
 
-def arithmetic_steps(prompts: Sequence[Question], texts: Sequence[str]) -> list[list[RewardedStep]]:
+def arithmetic_steps(prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[list[RewardedStep]]:
     """1 for each equation of the reasoning that follows from the question, else 0.
 
     A response without reasoning in its tags, or to a question without an expression, has no steps.

@@ -10,7 +10,7 @@ from pathlib import Path
 import orjson
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.files import FilePrompts, PromptFile, read_prompts
 from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 BAD_ROWS, PINNED = "bad_rows.txt", "prompts.sha256"
 
 
-def asking_of(config: RunConfig, tokenizer: Tokenizer) -> Asking:
+def prompt_formatter(config: RunConfig, tokenizer: Tokenizer) -> PromptFormatter:
     """How this run puts questions to its model; raises as `Asking`."""
-    return Asking(tokenizer, config.rollout.template, config.rollout.system_prompt)
+    return PromptFormatter(tokenizer, config.rollout.template, config.rollout.system_prompt)
 
 
-def prompts_of_file(config: RunConfig, asking: Asking, limit: int = 0) -> PromptFile | None:
+def prompts_of_file(config: RunConfig, formatter: PromptFormatter, limit: int = 0) -> PromptFile | None:
     """What the run's own file holds; None where it asks a world's questions. Raises as `read_prompts`."""
-    return read_prompts(config.data.prompts, asking.check, limit) if config.data.prompts.path else None
+    return read_prompts(config.data.prompts, formatter.check, limit) if config.data.prompts.path else None
 
 
 def training_prompts(config: RunConfig, found: PromptFile | None) -> Prompts:

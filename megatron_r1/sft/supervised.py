@@ -74,8 +74,8 @@ class SupervisedReader(PackedReader):
         return (length * rows, 1) if self._packed else (length, rows)
 
     def counted(self, batch: ChatBatch) -> np.ndarray:
-        pieces_BL = batch.pieces_BL
-        return (pieces_BL[:, 1:] == pieces_BL[:, :-1]) & batch.learned_BL[:, 1:]
+        document_ids_BL = batch.document_ids_BL
+        return (document_ids_BL[:, 1:] == document_ids_BL[:, :-1]) & batch.loss_mask_BL[:, 1:]
 
     def shares(self, batch: ChatBatch, ranks: int) -> list[np.ndarray]:
         return balanced_shares(tokens_of(batch), ranks)
@@ -90,7 +90,7 @@ class SupervisedReader(PackedReader):
 
 def end_to_end(rows: PackedRows) -> tuple[Tensor, Tensor, Any]:
     """Tokens and positions of all sequences laid end to end, [1, T], and what keeps their examples apart."""
-    positions_BL = positions_in_pieces(rows.pieces_BL)
+    positions_BL = positions_in_pieces(rows.document_ids_BL)
     tokens_1T, positions_1T = rows.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
     return tokens_1T, positions_1T, sequences_apart(bounds(positions_BL))
 
@@ -107,7 +107,7 @@ def bounds(positions_BL: Tensor) -> Tensor:
 
 def tokens_of(batch: ChatBatch) -> np.ndarray:
     """Tokens of each sequence without padding: int64 [B]."""
-    return (batch.pieces_BL != 0).sum(1)
+    return (batch.document_ids_BL != 0).sum(1)
 
 
 def balanced_shares(tokens_B: np.ndarray, ranks: int) -> list[np.ndarray]:
@@ -127,11 +127,11 @@ def balanced_shares(tokens_B: np.ndarray, ranks: int) -> list[np.ndarray]:
 def packing_metrics(batch: ChatBatch, ranks: int) -> dict[str, float]:
     """What a step's batch holds, the same on every rank."""
     tokens_B = tokens_of(batch)
-    tokens, slots = int(tokens_B.sum()), batch.pieces_BL.shape[0] * batch.pieces_BL.shape[1]
+    tokens, slots = int(tokens_B.sum()), batch.document_ids_BL.shape[0] * batch.document_ids_BL.shape[1]
     of_ranks = [int(tokens_B[share].sum()) for share in balanced_shares(tokens_B, ranks)]
     return {
         "tokens": tokens,
-        "examples": int(batch.pieces_BL.max(1).sum()),
+        "examples": int(batch.document_ids_BL.max(1).sum()),
         "packing_efficiency": tokens / slots,
         "padding_share": 1 - tokens / slots,
         "token_imbalance": max(of_ranks) * ranks / max(1, tokens) - 1,

@@ -66,7 +66,7 @@ class Teacher:
             # megatron-core looks at the device of a tensor, or of a dictionary's first.
             return said._asdict() if isinstance(said, TopKLogProbs) else said
 
-        longest = max(rows.pieces_BL.numel() for rows in micro_batches)
+        longest = max(rows.document_ids_BL.numel() for rows in micro_batches)
         return [TopKLogProbs(**said) for said in forward_only(self._model, micro_batches, forward, longest)]
 
 

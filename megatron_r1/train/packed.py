@@ -28,7 +28,7 @@ class PackedRows:
 
     tokens_BL: Tensor
     """Inputs, and one more token, a target only: [B, L + 1]."""
-    pieces_BL: Tensor
+    document_ids_BL: Tensor
     """Piece of a document that each input belongs to; 0 is padding."""
     counted_BL: Tensor
     """1 where the target counts, else 0."""
@@ -70,7 +70,7 @@ class PackedReader:
             micro_batches.append(
                 PackedRows(
                     self._tensor(batch.tokens_BL[part, : length + 1]),
-                    self._tensor(batch.pieces_BL[part, :length]),
+                    self._tensor(batch.document_ids_BL[part, :length]),
                     self._tensor(counted_BL[part, :length]).float(),
                     self._tensor(extra_BL[part, :length]).float(),
                     means / targets,
@@ -104,7 +104,7 @@ class PackedReader:
             )
             positions_BL, unseen_B1LL = places_BL, None
         else:
-            positions_BL, unseen_B1LL = positions_in_pieces(rows.pieces_BL), hidden_from(rows.pieces_BL)
+            positions_BL, unseen_B1LL = positions_in_pieces(rows.document_ids_BL), hidden_from(rows.document_ids_BL)
 
         def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = (output_BL.float() * counted_BL).sum() * rows.weight
@@ -125,10 +125,10 @@ def counted_targets(batch: PackedBatch, cross_document_attention: bool) -> np.nd
     A target counts when it follows its input in a document. Where documents see each other the first token of the next
     one counts too; the first token of a cut document's later piece never does, as it counted in the piece before.
     """
-    pieces_BL = batch.pieces_BL
-    same_BL = pieces_BL[:, 1:] == pieces_BL[:, :-1]
+    document_ids_BL = batch.document_ids_BL
+    same_BL = document_ids_BL[:, 1:] == document_ids_BL[:, :-1]
     follows_BL = same_BL | batch.begins_BL[:, 1:] if cross_document_attention else same_BL
-    return follows_BL & (pieces_BL[:, 1:] != 0)
+    return follows_BL & (document_ids_BL[:, 1:] != 0)
 
 
 def counted_extra(counted_BL: np.ndarray, depth: int) -> np.ndarray:
@@ -144,19 +144,19 @@ def counted_extra(counted_BL: np.ndarray, depth: int) -> np.ndarray:
     return result_BL
 
 
-def positions_in_pieces(pieces_BL: Tensor) -> Tensor:
+def positions_in_pieces(document_ids_BL: Tensor) -> Tensor:
     """Place of each token in its piece, from 0."""
-    places_BL = torch.arange(pieces_BL.shape[1], device=pieces_BL.device).expand_as(pieces_BL)
-    first_BL = torch.ones_like(pieces_BL, dtype=torch.bool)
-    first_BL[:, 1:] = pieces_BL[:, 1:] != pieces_BL[:, :-1]
+    places_BL = torch.arange(document_ids_BL.shape[1], device=document_ids_BL.device).expand_as(document_ids_BL)
+    first_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
+    first_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
     return places_BL - torch.where(first_BL, places_BL, 0).cummax(1).values
 
 
-def hidden_from(pieces_BL: Tensor) -> Tensor:
+def hidden_from(document_ids_BL: Tensor) -> Tensor:
     """Attention mask [B, 1, L, L], true where a position must not be seen: later, or of another piece."""
-    length = pieces_BL.shape[1]
-    later_LL = torch.ones(length, length, dtype=torch.bool, device=pieces_BL.device).triu(1)
-    return (later_LL | (pieces_BL[:, :, None] != pieces_BL[:, None, :])).unsqueeze(1)
+    length = document_ids_BL.shape[1]
+    later_LL = torch.ones(length, length, dtype=torch.bool, device=document_ids_BL.device).triu(1)
+    return (later_LL | (document_ids_BL[:, :, None] != document_ids_BL[:, None, :])).unsqueeze(1)
 
 
 @contextmanager

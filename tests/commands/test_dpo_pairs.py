@@ -9,8 +9,8 @@ import pytest
 from megatron_r1.commands.dpo import measured_pairs
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.dpo import DpoConfig
-from megatron_r1.data.chat.prompt_format import Asking
-from megatron_r1.data.preference.policy_encoder import AnswerEncoder
+from megatron_r1.data.chat.prompt_format import PromptFormatter
+from megatron_r1.data.preference.policy_encoder import PolicyPairEncoder
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
 from megatron_r1.errors import DataError
 from megatron_r1.preference.items import heldout_items, learned_items
@@ -25,8 +25,8 @@ def test_pairs_of_files_are_all_taken(tmp_path):
         source="file", file=str(tmp_path / "learned.jsonl"), heldout_file=str(tmp_path / "heldout.jsonl"), heldout=1
     )
     learned, heldout = learned_items(settings, DataConfig(), 1), heldout_items(settings, DataConfig())
-    assert [item.first.question for item in learned] == ["learned 0?", "learned 1?", "learned 2?"]
-    assert [(item.first.question, item.first.response) for item in heldout] == [
+    assert [item.question for item in learned] == ["learned 0?", "learned 1?", "learned 2?"]
+    assert [(item.question, item.chosen.response) for item in heldout] == [
         ("heldout 0?", "yes"),
         ("heldout 1?", "yes"),
     ]
@@ -36,13 +36,13 @@ def test_generated_pairs_are_counted_and_heldout_ones_judged_by_the_hidden_rules
     data = DataConfig(source="assistant")
     learned, heldout = learned_items(DpoConfig(), data, 7), heldout_items(DpoConfig(heldout=9), data)
     assert (len(learned), len(heldout)) == (7, 9)
-    assert not {item.first.question for item in learned} & {item.first.question for item in heldout}
+    assert not {item.question for item in learned} & {item.question for item in heldout}
     for item in heldout:
-        assert [verdict(side.question, side.response).helpful for side in item.sides] == [True, False]
+        assert [verdict(side.question, side.response).helpful for side in item.responses] == [True, False]
 
 
 def test_heldout_pairs_longer_than_a_row_are_left_out_and_counted(caplog):
-    encoder = AnswerEncoder(Asking(small_tokenizer(), "none"))
+    encoder = PolicyPairEncoder(PromptFormatter(small_tokenizer(), "none"))
     items = heldout_items(DpoConfig(heldout=8), DataConfig(source="assistant"))
     lengths = [encoder.example(item).length for item in items]
     longest = sorted(lengths)[3]

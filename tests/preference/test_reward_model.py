@@ -70,7 +70,7 @@ def plain_parts(bare, tokens: list[int]) -> tuple[float, torch.Tensor]:
 
 def test_pairwise_loss_is_bradley_terry_on_the_last_token(bare):
     examples = examples_of(True)
-    scores = [[plain_parts(bare, row.tokens)[0] for row in example.rows] for example in examples]
+    scores = [[plain_parts(bare, row.tokens)[0] for row in example.sequences] for example in examples]
     expected = sum(-math.log(1 / (1 + math.exp(worse - better))) for better, worse in scores) / len(scores)
     loss, logged = loss_of(bare, True, 0.0, examples)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -80,7 +80,7 @@ def test_pairwise_loss_is_bradley_terry_on_the_last_token(bare):
 
 def test_pointwise_loss_is_cross_entropy(bare):
     examples = examples_of(False)
-    scores = torch.tensor([plain_parts(bare, example.rows[0].tokens)[0] for example in examples])
+    scores = torch.tensor([plain_parts(bare, example.sequences[0].tokens)[0] for example in examples])
     labels = torch.tensor([float(example.safe) for example in examples])
     assert 0 < labels.mean() < 1
     loss, logged = loss_of(bare, False, 0.0, examples)
@@ -92,9 +92,9 @@ def test_pointwise_loss_is_cross_entropy(bare):
 def test_reasoning_is_learned_by_its_tokens(bare, pairwise):
     examples = examples_of(pairwise)
     total, count = 0.0, 0
-    for row in (row for example in examples for row in example.rows):
+    for row in (row for example in examples for row in example.sequences):
         log_probs = plain_parts(bare, row.tokens)[1]
-        for place in range(row.judged, len(row.tokens)):
+        for place in range(row.loss_start, len(row.tokens)):
             total, count = total - float(log_probs[place - 1, row.tokens[place]]), count + 1
     for micro_batches in (1, 4):
         loss, logged = loss_of(bare, pairwise, 0.5, examples, micro_batches)
@@ -105,7 +105,8 @@ def test_reasoning_is_learned_by_its_tokens(bare, pairwise):
 def test_removing_the_reasoning_changes_the_loss(bare):
     examples = examples_of(True)
     removed = [
-        type(e)(tuple(type(r)([*r.tokens[: r.judged], END], r.judged + 1) for r in e.rows), e.safe) for e in examples
+        type(e)(tuple(type(r)([*r.tokens[: r.loss_start], END], r.loss_start + 1) for r in e.sequences), e.safe)
+        for e in examples
     ]
     whole, without = (loss_of(bare, True, 0.5, each) for each in (examples, removed))
     assert without[1]["reasoning_loss"] == 0.0
@@ -121,7 +122,7 @@ def test_a_new_head_scores_zero(new_model):
 
 
 def test_scores_do_not_depend_on_company(bare):
-    rows = [row.tokens for example in examples_of(True) for row in example.rows]
+    rows = [row.tokens for example in examples_of(True) for row in example.sequences]
     together, alone = reward_model(bare, True).scores(rows, 5), []
     for row in rows:
         alone += reward_model(bare, True).scores([row], 1)
@@ -131,7 +132,7 @@ def test_scores_do_not_depend_on_company(bare):
 
 
 def test_own_reasoning_is_the_greedy_one_and_ends(bare):
-    rows = [row.tokens[:-1] for example in examples_of(False) for row in example.rows]
+    rows = [row.tokens[:-1] for example in examples_of(False) for row in example.sequences]
     for row, found in zip(rows, reward_model(bare, False).reasoned(rows, 3, END, 4), strict=True):
         expected = list(row)
         for _ in range(4):
@@ -142,7 +143,7 @@ def test_own_reasoning_is_the_greedy_one_and_ends(bare):
 
 
 def test_rows_are_padded_and_know_their_ends():
-    rows = reward_rows([row for example in examples_of(True) for row in example.rows], PAD, "cpu", 4)
+    rows = reward_rows([row for example in examples_of(True) for row in example.sequences], PAD, "cpu", 4)
     assert rows.inputs_BL.shape[1] % 4 == 0
     assert rows.inputs_BL.gather(1, rows.ends_B[:, None]).eq(END).all()
     learned = rows.labels_BL[rows.learned_BL.bool()]

@@ -9,13 +9,13 @@ import pytest
 
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
-from megatron_r1.rewards.custom import OwnReward, OwnRewardFailed, OwnSteps
+from megatron_r1.rewards.custom import CustomReward, CustomRewardFailed, CustomStepRewards
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "reward" / "own_example.py"
 
 
 @dataclass
-class Question:
+class RewardPrompt:
     id: str = "1"
     question: str = "2 + 12?"
     answer: str = "14"
@@ -33,7 +33,7 @@ def own(tmp_path):
 
 
 def ask(place: str, texts: tuple[str, ...] = ("a", "bb")) -> list[float]:
-    return OwnReward(place).score([Question()] * len(texts), texts)
+    return CustomReward(place).score([RewardPrompt()] * len(texts), texts)
 
 
 def test_the_function_gets_everything_by_name(own):
@@ -42,7 +42,7 @@ def score(prompts, responses, answers, tasks):
     assert (prompts, answers, tasks) == (["2 + 12?"] * 2, ["14"] * 2, ["number"] * 2)
     return [len(response) for response in responses]
 """)
-    assert ask(place) == [1.0, 2.0] and OwnReward(place).name == "own"
+    assert ask(place) == [1.0, 2.0] and CustomReward(place).name == "own"
 
 
 def test_the_example_works():
@@ -64,7 +64,7 @@ def test_the_example_works():
 def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
     place = f"{tmp_path / 'absent.py'}:score" if text is None else own(text)
     with pytest.raises(ConfigError, match=said) as refused:
-        OwnReward(place)
+        CustomReward(place)
     assert refused.value.key == "reward.function" and "\n" not in str(refused.value)
 
 
@@ -82,19 +82,21 @@ def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
     ],
 )
 def test_what_goes_wrong_in_it_ends_the_run_in_one_line(own, body, said):
-    with pytest.raises(OwnRewardFailed, match=said) as failed:
+    with pytest.raises(CustomRewardFailed, match=said) as failed:
         ask(own(f"def score(**_):\n    {body}"))
     assert "reward.function=" in str(failed.value) and "\n" not in str(failed.value)
 
 
 def test_another_signature_is_named(own):
-    with pytest.raises(OwnRewardFailed, match="TypeError: score\\(\\) got an unexpected keyword argument"):
+    with pytest.raises(CustomRewardFailed, match="TypeError: score\\(\\) got an unexpected keyword argument"):
         ask(own("def score(responses): return [0.0, 0.0]"))
 
 
 def test_steps_come_with_their_ends_in_the_response(own):
     def steps(body: str) -> list:
-        return OwnSteps(own(f"def score(responses, **_):\n    return {body}"))([Question()] * 2, ("abc", "defg"))
+        return CustomStepRewards(own(f"def score(responses, **_):\n    return {body}"))(
+            [RewardPrompt()] * 2, ("abc", "defg")
+        )
 
     assert steps("[[(len(r), 1), (len(r), 0.5)] for r in responses]") == [[(3, 1.0), (3, 0.5)], [(4, 1.0), (4, 0.5)]]
     assert steps("[[], [(1, -1.0)]]") == [[], [(1, -1.0)]]
@@ -106,7 +108,7 @@ def test_steps_come_with_their_ends_in_the_response(own):
         ("[[1.0], []]", "must return lists of \\(end, reward\\)"),
         ("[[]]", "returned 1 lists of \\(end, reward\\) for 2 responses"),
     ):
-        with pytest.raises(OwnRewardFailed, match=said) as failed:
+        with pytest.raises(CustomRewardFailed, match=said) as failed:
             steps(body)
         assert "reward.steps_by=" in str(failed.value) and "\n" not in str(failed.value)
 

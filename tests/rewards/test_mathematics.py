@@ -71,14 +71,14 @@ def test_numbers_are_judged_at_once(truth, answer, right):
     ],
 )
 def test_expressions(verifier, truth, answers, wrong):
-    judged = verifier.all_right([*answers, *wrong], [truth] * (len(answers) + len(wrong)))
+    judged = verifier.verdicts([*answers, *wrong], [truth] * (len(answers) + len(wrong)))
     expected = [True] * len(answers) + [False] * len(wrong)
     assert dict(zip(answers + wrong, judged, strict=True)) == dict(zip(answers + wrong, expected, strict=True))
     assert verifier.pool.killed == 0
 
 
 def test_no_answer_is_wrong(verifier):
-    assert verifier.all_right([None, "", " ", "$$", "1" * 2000], ["1" * 2000] * 5) == [False] * 5
+    assert verifier.verdicts([None, "", " ", "$$", "1" * 2000], ["1" * 2000] * 5) == [False] * 5
 
 
 def test_braces_have_partners():
@@ -91,11 +91,11 @@ def test_gsm8k(verifier):
     rows = [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
     truths = [row.rpartition("####")[2].strip() for row in rows]
     assert len(truths) == 1319
-    assert all(right is True for right in verifier.all_right(truths, truths))
+    assert all(right is True for right in verifier.verdicts(truths, truths))
     following = truths[1:] + truths[:1]
     equal = [same_number(one, other) for one, other in zip(truths, following, strict=True)]
-    assert verifier.all_right(truths, following) == equal and 0 < sum(equal) < 100
+    assert verifier.verdicts(truths, following) == equal and 0 < sum(equal) < 100
     # The same through math-verify itself, in forms that no number has.
     forms = [f"\\frac{{{truth.replace(',', '')} \\cdot 3}}{{3}}" for truth in truths[::10]]
-    assert all(right is True for right in verifier.all_right(forms, truths[::10]))
-    assert verifier.all_right(forms, following[::10]) == equal[::10]
+    assert all(right is True for right in verifier.verdicts(forms, truths[::10]))
+    assert verifier.verdicts(forms, following[::10]) == equal[::10]

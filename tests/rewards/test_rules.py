@@ -8,7 +8,7 @@ import pytest
 
 from megatron_r1.rewards.exact import chosen_letter, same_choice, same_text
 from megatron_r1.rewards.extract import answer_of, boxed_answer
-from megatron_r1.rewards.language import language_asked, language_consistency
+from megatron_r1.rewards.language import language_consistency, question_language
 from megatron_r1.rewards.length import overlong
 from megatron_r1.rewards.repetition import repetition
 from megatron_r1.rewards.words import languages, words
@@ -39,9 +39,11 @@ def test_language_is_the_share_of_words_in_the_reasoning(text, target, share):
 
 
 def test_the_language_wanted_is_the_questions():
-    assert language_asked("What is 2 + 3?") == "en" == language_asked("2 + 3 = ?")
+    assert question_language("What is 2 + 3?") == "en" == question_language("2 + 3 = ?")
     assert (
-        language_asked("\u8ba1\u7b97 x + 3") == "zh" == language_asked("\u7528 Python \u5199\u4e00\u4e2a\u51fd\u6570")
+        question_language("\u8ba1\u7b97 x + 3")
+        == "zh"
+        == question_language("\u7528 Python \u5199\u4e00\u4e2a\u51fd\u6570")
     )
 
 

@@ -82,15 +82,15 @@ def test_workers_that_cannot_start_are_no_verdict(monkeypatch):
         pool.ask({})
     verifier = MathVerifier(MathConfig())
     monkeypatch.setattr(verifier, "pool", pool)
-    assert verifier.right("\\frac{28}{2}", "14") == Unscored("math workers: the pool is closed")
-    assert verifier.right("14", "14") is True, "numbers need no worker"
+    assert verifier.is_correct("\\frac{28}{2}", "14") == Unscored("math workers: the pool is closed")
+    assert verifier.is_correct("14", "14") is True, "numbers need no worker"
 
 
 def rate(verifier: MathVerifier, count: int) -> float:
     """Answers a second, all right, that need a worker."""
     started = time.monotonic()
     answers = [f"\\frac{{{2 * n}}}{{2}}" for n in range(count)]
-    assert all(right is True for right in verifier.all_right(answers, [str(n) for n in range(count)]))
+    assert all(right is True for right in verifier.verdicts(answers, [str(n) for n in range(count)]))
     return count / (time.monotonic() - started)
 
 
@@ -100,7 +100,7 @@ def judge_all(answers: list[str], config: MathConfig, most_s: float) -> tuple[Ma
 
     def one(answer: str) -> float:
         started = time.monotonic()
-        assert verifier.right(answer, "14") is False, json.dumps(answer)[:100]
+        assert verifier.is_correct(answer, "14") is False, json.dumps(answer)[:100]
         return time.monotonic() - started
 
     rate(verifier, 20)

@@ -39,9 +39,11 @@ def test_loss_is_the_mean_over_learned_tokens_written_out(model):
     total, count = torch.zeros(()), 0
     rows = one_example_a_row(BATCH)
     model.zero_grad()
-    for tokens_L, pieces_L, learned_L in zip(rows.tokens_BL, rows.pieces_BL, rows.learned_BL, strict=True):
-        tokens_1L = torch.from_numpy(tokens_L[pieces_L != 0])[None]
-        targets = np.flatnonzero(learned_L)
+    for tokens_L, document_ids_L, loss_mask_L in zip(
+        rows.tokens_BL, rows.document_ids_BL, rows.loss_mask_BL, strict=True
+    ):
+        tokens_1L = torch.from_numpy(tokens_L[document_ids_L != 0])[None]
+        targets = np.flatnonzero(loss_mask_L)
         with without_multi_token_prediction(model):
             logits_LV = model(tokens_1L, torch.arange(tokens_1L.shape[1])[None], None)[0]
         total = total + F.cross_entropy(logits_LV[targets - 1], tokens_1L[0, targets], reduction="sum")
@@ -56,13 +58,13 @@ def test_a_change_in_one_example_changes_no_other_by_a_bit(new_model, shape):
     model = new_model(config)
     FROZEN.apply(model, 0)
     before = logits(model, BATCH, config.vocab_size)
-    pieces_BL = BATCH.pieces_BL[:, :-1]
-    for row, number in ((0, 1), (1, 2), (2, int(pieces_BL[2].max()))):
-        changed = ChatBatch(BATCH.tokens_BL.copy(), BATCH.pieces_BL, BATCH.learned_BL)
-        places = np.flatnonzero(pieces_BL[row] == number)
+    document_ids_BL = BATCH.document_ids_BL[:, :-1]
+    for row, number in ((0, 1), (1, 2), (2, int(document_ids_BL[2].max()))):
+        changed = ChatBatch(BATCH.tokens_BL.copy(), BATCH.document_ids_BL, BATCH.loss_mask_BL)
+        places = np.flatnonzero(document_ids_BL[row] == number)
         changed.tokens_BL[row, places] = (changed.tokens_BL[row, places] + 7) % config.vocab_size
         after = logits(model, changed, config.vocab_size)
-        others = torch.from_numpy(pieces_BL != 0)
+        others = torch.from_numpy(document_ids_BL != 0)
         others[row, places] = False
         assert not torch.equal(before[row, places], after[row, places])
         assert torch.equal(before[others], after[others])
@@ -70,7 +72,9 @@ def test_a_change_in_one_example_changes_no_other_by_a_bit(new_model, shape):
 
 def logits(model, batch, vocab_size):
     """By the reader's own call of the model, without the loss at its end."""
-    [rows] = PACKED.micro_batches(ChatBatch(batch.tokens_BL % vocab_size, batch.pieces_BL, batch.learned_BL), 0, 1, 6)
+    [rows] = PACKED.micro_batches(
+        ChatBatch(batch.tokens_BL % vocab_size, batch.document_ids_BL, batch.loss_mask_BL), 0, 1, 6
+    )
     without_loss = model.register_forward_pre_hook(
         lambda module, args, named: (args, {**named, "labels": None, "loss_mask": None, "output_processor": None}),
         with_kwargs=True,
@@ -99,9 +103,9 @@ def test_ranks_and_micro_batches_do_not_change_the_gradient(model):
 def test_prompts_and_padding_teach_nothing(model):
     """Another token where nothing is learned, and nothing learned sees it: the same gradient to the last bit."""
     batch = chat_batch(4, LENGTH, seed=3)
-    batch.learned_BL[batch.pieces_BL == 1] = False
-    other = ChatBatch(batch.tokens_BL.copy(), batch.pieces_BL, batch.learned_BL)
-    other.tokens_BL[other.pieces_BL <= 1] = 4
+    batch.loss_mask_BL[batch.document_ids_BL == 1] = False
+    other = ChatBatch(batch.tokens_BL.copy(), batch.document_ids_BL, batch.loss_mask_BL)
+    other.tokens_BL[other.document_ids_BL <= 1] = 4
     (first, loss), (second, same) = (
         gradients_of(model, PACKED.micro_batches(each, 0, 1, 2), PACKED) for each in (batch, other)
     )
@@ -117,7 +121,7 @@ def test_rows_of_one_example_end_with_the_longest():
     widths = [part.tokens_BL.shape[1] for part in reader.micro_batches(rows, 0, 1, 5)]
     assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0] <= 13
     assert all(width % 4 == 1 for width in widths)
-    empty = ChatBatch(*(np.zeros_like(array) for array in (BATCH.tokens_BL, BATCH.pieces_BL, BATCH.learned_BL)))
+    empty = ChatBatch(*(np.zeros_like(array) for array in (BATCH.tokens_BL, BATCH.document_ids_BL, BATCH.loss_mask_BL)))
     [part] = reader.micro_batches(empty, 0, 1, 6)
     assert part.tokens_BL.shape == (6, 5) and not part.counted_BL.any()
 
@@ -136,7 +140,7 @@ def test_ranks_get_equally_many_sequences_and_about_as_many_tokens(ranks):
 
 def test_metrics_say_how_full_a_batch_is():
     found = packing_metrics(BATCH, 2)
-    tokens = int((BATCH.pieces_BL != 0).sum())
+    tokens = int((BATCH.document_ids_BL != 0).sum())
     assert found["tokens"] == tokens and found["examples"] == len(one_example_a_row(BATCH).tokens_BL)
-    assert found["packing_efficiency"] == tokens / BATCH.pieces_BL.size == 1 - found["padding_share"]
+    assert found["packing_efficiency"] == tokens / BATCH.document_ids_BL.size == 1 - found["padding_share"]
     assert 0 <= found["token_imbalance"] < 0.2

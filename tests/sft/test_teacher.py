@@ -81,7 +81,7 @@ def whole_divergence(student, teacher, rows, words, temperature):
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_all_words_give_the_divergence_over_the_whole_vocabulary(students, teachers, kind, temperature, words):
     student, teacher = students[kind], teachers[kind]
-    batch = ChatBatch(BATCH.tokens_BL % words, BATCH.pieces_BL, BATCH.learned_BL)
+    batch = ChatBatch(BATCH.tokens_BL % words, BATCH.document_ids_BL, BATCH.loss_mask_BL)
     reader = reader_of(teacher, words, top_k=words, temperature=temperature, weight=1.0)
     micro_batches = reader.micro_batches(batch, 0, 1, 6)
     exact, exact_loss = whole_divergence(student, teacher, micro_batches[0], words, temperature)
@@ -133,8 +133,8 @@ def test_words_of_learned_tokens_alone_are_kept_and_the_teacher_stays_as_it_is(s
     teacher = teachers["sparse"]
     before = [parameter.clone() for parameter in teacher.parameters()]
     reader = reader_of(teacher, words=500, top_k=9)
-    batch = ChatBatch(BATCH.tokens_BL, BATCH.pieces_BL, BATCH.learned_BL.copy())
-    batch.learned_BL[reader.shares(batch, 1)[0][:2]] = False  # nothing to learn in the first micro-batch
+    batch = ChatBatch(BATCH.tokens_BL, BATCH.document_ids_BL, BATCH.loss_mask_BL.copy())
+    batch.loss_mask_BL[reader.shares(batch, 1)[0][:2]] = False  # nothing to learn in the first micro-batch
     micro_batches = reader.micro_batches(batch, 0, 1, 2)
     counts = [len(rows.said.ids) for rows in micro_batches]
     assert sum(counts) == int(reader.counted(batch).sum()) and counts[0] == 0 < counts[1]

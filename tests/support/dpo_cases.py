@@ -9,7 +9,7 @@ import torch
 
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.train import TrainConfig
-from megatron_r1.data.preference.examples import Example, Row
+from megatron_r1.data.preference.examples import TokenizedPreference, TokenizedSequence
 from tests.support.layouts import model_of
 from tests.support.plain_grpo import response_log_probs
 
@@ -19,7 +19,7 @@ REFERENCE_SCALE = 1.02
 """Of the reference's weights to the policy's, so that no margin is 0."""
 
 
-def pairs(count: int = 8) -> list[Example]:
+def pairs(count: int = 8) -> list[TokenizedPreference]:
     """Two answers of many lengths to each prompt."""
     generator = torch.Generator().manual_seed(5)
 
@@ -27,26 +27,30 @@ def pairs(count: int = 8) -> list[Example]:
         length = int(torch.randint(low, high, (1,), generator=generator))
         return torch.randint(5, 512, (length,), generator=generator).tolist()
 
-    def pair() -> Example:
+    def pair() -> TokenizedPreference:
         prompt = drawn(3, 12)
-        return Example(tuple(Row([*prompt, *drawn(1, 16), END], len(prompt)) for _ in range(2)), True)
+        return TokenizedPreference(
+            tuple(TokenizedSequence([*prompt, *drawn(1, 16), END], len(prompt)) for _ in range(2)), True
+        )
 
     return [pair() for _ in range(count)]
 
 
-def plain_gaps(model: Any, examples: Sequence[Example]) -> torch.Tensor:
+def plain_gaps(model: Any, examples: Sequence[TokenizedPreference]) -> torch.Tensor:
     """log p(better answer) - log p(the other) of each pair, token by token over the whole vocabulary."""
     gaps = []
     for example in examples:
         chosen, rejected = (
-            response_log_probs(model, tuple(row.tokens[: row.judged]), tuple(row.tokens[row.judged :]), 1.0).sum()
-            for row in example.rows
+            response_log_probs(
+                model, tuple(row.tokens[: row.loss_start]), tuple(row.tokens[row.loss_start :]), 1.0
+            ).sum()
+            for row in example.sequences
         )
         gaps.append(chosen - rejected)
     return torch.stack(gaps)
 
 
-def plain_loss(model: Any, reference: Any, examples: Sequence[Example]) -> torch.Tensor:
+def plain_loss(model: Any, reference: Any, examples: Sequence[TokenizedPreference]) -> torch.Tensor:
     """The mean over pairs of the conservative loss (Mitchell 2023, equation 3)."""
     with torch.no_grad():
         before = plain_gaps(reference, examples)

@@ -21,7 +21,7 @@ def packed_batch(rows: int, length: int, seed: int = 0, longest: int = 12) -> Pa
             number += 1
             stop = min(end, at + int(chance.integers(2, longest + 1)))
             batch.tokens_BL[row, at:stop] = chance.integers(5, 512, stop - at)
-            batch.pieces_BL[row, at:stop] = number
+            batch.document_ids_BL[row, at:stop] = number
             batch.begins_BL[row, at] = chance.random() < 0.7
             at = stop
     return batch
@@ -30,15 +30,17 @@ def packed_batch(rows: int, length: int, seed: int = 0, longest: int = 12) -> Pa
 def one_piece_a_row(batch: PackedBatch) -> PackedBatch:
     """The same pieces, each alone in a row."""
     rows = [
-        (tokens_L[pieces_L == number], begins_L[pieces_L == number])
-        for tokens_L, pieces_L, begins_L in zip(batch.tokens_BL, batch.pieces_BL, batch.begins_BL, strict=True)
-        for number in range(1, pieces_L.max() + 1)
+        (tokens_L[document_ids_L == number], begins_L[document_ids_L == number])
+        for tokens_L, document_ids_L, begins_L in zip(
+            batch.tokens_BL, batch.document_ids_BL, batch.begins_BL, strict=True
+        )
+        for number in range(1, document_ids_L.max() + 1)
     ]
     shape = (len(rows), batch.tokens_BL.shape[1])
     result = PackedBatch(np.full(shape, PAD), np.zeros(shape, np.int64), np.zeros(shape, bool))
     for row, (tokens_L, begins_L) in enumerate(rows):
         result.tokens_BL[row, : len(tokens_L)] = tokens_L
-        result.pieces_BL[row, : len(tokens_L)] = 1
+        result.document_ids_BL[row, : len(tokens_L)] = 1
         result.begins_BL[row, : len(begins_L)] = begins_L
     return result
 
@@ -46,26 +48,28 @@ def one_piece_a_row(batch: PackedBatch) -> PackedBatch:
 def chat_batch(rows: int, length: int, seed: int = 0, longest: int = 12) -> ChatBatch:
     """Random examples, each a prompt and then answers with prompts between them; most rows end in padding."""
     packed, chance = packed_batch(rows, length, seed, longest), np.random.default_rng([seed, 1])
-    learned_BL = np.zeros(packed.pieces_BL.shape, bool)
-    for row, pieces_L in enumerate(packed.pieces_BL):
-        for number in range(1, pieces_L.max() + 1):
-            places = np.flatnonzero(pieces_L == number)
-            learned_BL[row, places] = (chance.random(len(places)) < 0.3).cumsum() % 2
-            learned_BL[row, places[-1]], learned_BL[row, places[0]] = True, False
-    return ChatBatch(packed.tokens_BL, packed.pieces_BL, learned_BL)
+    loss_mask_BL = np.zeros(packed.document_ids_BL.shape, bool)
+    for row, document_ids_L in enumerate(packed.document_ids_BL):
+        for number in range(1, document_ids_L.max() + 1):
+            places = np.flatnonzero(document_ids_L == number)
+            loss_mask_BL[row, places] = (chance.random(len(places)) < 0.3).cumsum() % 2
+            loss_mask_BL[row, places[-1]], loss_mask_BL[row, places[0]] = True, False
+    return ChatBatch(packed.tokens_BL, packed.document_ids_BL, loss_mask_BL)
 
 
 def one_example_a_row(batch: ChatBatch) -> ChatBatch:
     """The same examples, each alone in a row."""
     examples = [
-        (row, number) for row, pieces_L in enumerate(batch.pieces_BL) for number in range(1, pieces_L.max() + 1)
+        (row, number)
+        for row, document_ids_L in enumerate(batch.document_ids_BL)
+        for number in range(1, document_ids_L.max() + 1)
     ]
     shape = (len(examples), batch.tokens_BL.shape[1])
     result = ChatBatch(np.full(shape, PAD), np.zeros(shape, np.int64), np.zeros(shape, bool))
     for at, (row, number) in enumerate(examples):
-        places = batch.pieces_BL[row] == number
+        places = batch.document_ids_BL[row] == number
         count = places.sum()
         result.tokens_BL[at, :count] = batch.tokens_BL[row, places]
-        result.learned_BL[at, :count] = batch.learned_BL[row, places]
-        result.pieces_BL[at, :count] = 1
+        result.loss_mask_BL[at, :count] = batch.loss_mask_BL[row, places]
+        result.document_ids_BL[at, :count] = 1
     return result

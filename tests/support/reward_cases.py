@@ -9,23 +9,23 @@ import torch.distributed as dist
 
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.train import TrainConfig
-from megatron_r1.data.preference.examples import Example, Row
+from megatron_r1.data.preference.examples import TokenizedPreference, TokenizedSequence
 from tests.support.layouts import model_of
 
 PAD, END = 0, 2
 
 
-def examples_of(pairwise: bool, count: int = 8, reasoning: bool = True) -> list[Example]:
+def examples_of(pairwise: bool, count: int = 8, reasoning: bool = True) -> list[TokenizedPreference]:
     """Rows of many lengths; with reasoning, the last few tokens of each are learned."""
     generator = torch.Generator().manual_seed(3)
 
-    def row() -> Row:
+    def row() -> TokenizedSequence:
         length, learned = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((6, 24), (2, 5)))
         tokens = [*torch.randint(5, 512, (length - 1,), generator=generator).tolist(), END]
-        return Row(tokens, length - learned if reasoning else length)
+        return TokenizedSequence(tokens, length - learned if reasoning else length)
 
     return [
-        Example(tuple(row() for _ in range(1 + pairwise)), bool(torch.rand(1, generator=generator) < 0.5))
+        TokenizedPreference(tuple(row() for _ in range(1 + pairwise)), bool(torch.rand(1, generator=generator) < 0.5))
         for _ in range(count)
     ]
 
@@ -60,7 +60,7 @@ def one_update(
     optimizer = Optimizer(model, settings)
     this = RewardModel(model, pairwise, reasoning_weight, PAD, "cpu", parallel.tensor)
     examples, group = examples_of(pairwise), data_parallel_group()
-    scores = this.scores([row.tokens for example in examples for row in example.rows], 3)
+    scores = this.scores([row.tokens for example in examples for row in example.sequences], 3)
     rows = this.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)
     length = max(each.inputs_BL.shape[1] for each in rows)
     result = update(model, optimizer, rows, this.forward, 1e-3, length)

@@ -29,8 +29,10 @@ def test_masks_agree_with_loops(cross, depth):
     extra_BL = counted_extra(counted_BL, depth)
 
     def step_counts(row, at):
-        pieces_L, begins_L = BATCH.pieces_BL[row], BATCH.begins_BL[row]
-        return pieces_L[at + 1] != 0 and (pieces_L[at] == pieces_L[at + 1] or (cross and begins_L[at + 1]))
+        document_ids_L, begins_L = BATCH.document_ids_BL[row], BATCH.begins_BL[row]
+        return document_ids_L[at + 1] != 0 and (
+            document_ids_L[at] == document_ids_L[at + 1] or (cross and begins_L[at + 1])
+        )
 
     for row in range(len(counted_BL)):
         assert [step_counts(row, at) for at in range(LENGTH)] == counted_BL[row].tolist()
@@ -41,11 +43,11 @@ def test_masks_agree_with_loops(cross, depth):
 
 
 def test_attention_and_positions_stay_inside_a_piece():
-    pieces_BL = torch.from_numpy(BATCH.pieces_BL[:, :-1])
-    unseen_B1LL, positions_BL = hidden_from(pieces_BL), positions_in_pieces(pieces_BL)
-    for row, pieces_L in enumerate(pieces_BL.tolist()):
-        for at, piece in enumerate(pieces_L):
-            seen = [other for other in range(at + 1) if pieces_L[other] == piece]
+    document_ids_BL = torch.from_numpy(BATCH.document_ids_BL[:, :-1])
+    unseen_B1LL, positions_BL = hidden_from(document_ids_BL), positions_in_pieces(document_ids_BL)
+    for row, document_ids_L in enumerate(document_ids_BL.tolist()):
+        for at, piece in enumerate(document_ids_L):
+            seen = [other for other in range(at + 1) if document_ids_L[other] == piece]
             assert (~unseen_B1LL[row, 0, at]).nonzero().flatten().tolist() == seen
             assert positions_BL[row, at] == len(seen) - 1
 
@@ -87,8 +89,8 @@ def test_micro_batches_and_ranks_do_not_change_the_gradient(plain, cross):
 
 def test_padding_teaches_nothing(plain):
     reader = PackedReader(True, 1, "cpu")
-    other = PackedBatch(BATCH.tokens_BL.copy(), BATCH.pieces_BL, BATCH.begins_BL)
-    other.tokens_BL[other.pieces_BL == 0] = 4
+    other = PackedBatch(BATCH.tokens_BL.copy(), BATCH.document_ids_BL, BATCH.begins_BL)
+    other.tokens_BL[other.document_ids_BL == 0] = 4
     first, second = (gradients_of(plain, reader.micro_batches(batch, 0, 1, 3), reader) for batch in (BATCH, other))
     assert first[1] == pytest.approx(second[1], rel=1e-6) and worst(first[0], second[0]) < 1e-5
     embedding = first[0]["embedding.word_embeddings.weight"]
@@ -111,7 +113,7 @@ def test_full_sequences_of_one_document_train_like_a_stream(plain):
 
 def test_a_batch_without_targets_is_no_division_by_zero(plain):
     reader = PackedReader(False, 1, "cpu")
-    empty = PackedBatch(BATCH.tokens_BL, np.zeros_like(BATCH.pieces_BL), BATCH.begins_BL)
+    empty = PackedBatch(BATCH.tokens_BL, np.zeros_like(BATCH.document_ids_BL), BATCH.begins_BL)
     gradients, loss = gradients_of(plain, reader.micro_batches(empty, 0, 1, 3), reader)
     assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
 

@@ -23,9 +23,9 @@ class ChatBatch:
 
     tokens_BL: np.ndarray
     """Token ids, padded on the right: int64 [B, L + 1]."""
-    pieces_BL: np.ndarray
+    document_ids_BL: np.ndarray
     """Number of the example that each token belongs to, from 1 in each row; 0 is padding: int64."""
-    learned_BL: np.ndarray
+    loss_mask_BL: np.ndarray
     """Whether each token is a target: bool."""
 
 
@@ -72,18 +72,18 @@ class ChatBatches:
         batch = ChatBatch(np.full(shape, self._pad, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool))
         for row in range(size):
             if position + row < self.total:
-                self._fill(position + row, batch.tokens_BL[row], batch.pieces_BL[row], batch.learned_BL[row])
+                self._fill(position + row, batch.tokens_BL[row], batch.document_ids_BL[row], batch.loss_mask_BL[row])
         return batch
 
-    def _fill(self, position: int, tokens_L: np.ndarray, pieces_L: np.ndarray, learned_L: np.ndarray) -> None:
+    def _fill(self, position: int, tokens_L: np.ndarray, document_ids_L: np.ndarray, loss_mask_L: np.ndarray) -> None:
         epoch, place = divmod(position, self.per_epoch)
         at = 0
         for number, example in enumerate(self._members(epoch, place), 1):
             start, length = int(self._start_N[example]), int(self._examples.lengths_N[example])
             tokens_L[at : at + length] = self._examples.tokens_T[start : start + length]
-            learned_L[at : at + length] = self._examples.learned_T[start : start + length]
-            learned_L[at] = False  # nothing precedes it
-            pieces_L[at : at + length] = number
+            loss_mask_L[at : at + length] = self._examples.loss_mask_T[start : start + length]
+            loss_mask_L[at] = False  # nothing precedes it
+            document_ids_L[at : at + length] = number
             at += length
 
     def _members(self, epoch: int, place: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Conversations to token ids with what is learned of them."""
+"""Conversations to token ids and loss masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS, R1_ZERO, CannotRender, ChatTemplate
 from megatron_r1.data.chat.rows import Conversation
-from megatron_r1.data.chat.turns import Segment, Turns
+from megatron_r1.data.chat.segments import ConversationSegmenter, Segment
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
@@ -24,12 +24,12 @@ _CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>")
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """One sequence of tokens to learn from."""
+class ChatExample:
+    """One tokenised conversation, or one turn of it."""
 
     tokens: list[int]
-    learned: list[bool]
-    """Whether each token is an answer's, hence a target."""
+    loss_mask: list[bool]
+    """Whether each token is in the loss: it belongs to a response."""
 
 
 class ChatEncoder:
@@ -44,17 +44,19 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, learn: str, answers: str):
         self._tokenizer = tokenizer
         self._control = control_tokens(tokenizer)
-        self._turns = Turns(template, tokenizer.decode([tokenizer.eos]), self._control, learn, answers)
+        self._segmenter = ConversationSegmenter(
+            template, tokenizer.decode([tokenizer.eos]), self._control, learn, answers
+        )
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[list[Example] | BadRow]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[list[ChatExample] | BadRow]:
         """Each conversation's examples, or what is wrong with it."""
         cut = [self._cut(messages) for messages in conversations]
         texts = [s.text for examples in cut if isinstance(examples, list) for each in examples for s in each]
         ids = iter(self._tokenizer.encode_batch(texts))
-        encoded: list[list[Example] | BadRow] = []
+        encoded: list[list[ChatExample] | BadRow] = []
         for examples in cut:
             if isinstance(examples, list):
-                encoded.append([_joined((next(ids), segment.learned) for segment in each) for each in examples])
+                encoded.append([_joined((next(ids), segment.in_loss) for segment in each) for each in examples])
             else:
                 encoded.append(examples)
         return encoded
@@ -62,7 +64,7 @@ class ChatEncoder:
     def _cut(self, messages: Conversation) -> list[list[Segment]] | BadRow:
         try:
             self._check_text(messages)
-            return [_merged(segments) for segments in self._turns.examples(messages)]
+            return [_merged(segments) for segments in self._segmenter.examples(messages)]
         except BadRow as error:
             return error
         except CannotRender as error:
@@ -130,24 +132,24 @@ def key_of(messages: Conversation, seed: int) -> int:
 def _merged(segments: Iterable[Segment]) -> list[Segment]:
     """Neighbours of one kind as one, without what follows the last answer."""
     merged = [
-        Segment("".join(segment.text for segment in group), learned)
-        for learned, group in groupby((s for s in segments if s.text), key=lambda segment: segment.learned)
+        Segment("".join(segment.text for segment in group), in_loss)
+        for in_loss, group in groupby((s for s in segments if s.text), key=lambda segment: segment.in_loss)
     ]
-    return merged[:-1] if merged and not merged[-1].learned else merged
+    return merged[:-1] if merged and not merged[-1].in_loss else merged
 
 
-def _joined(parts: Iterable[tuple[list[int], bool]]) -> Example:
+def _joined(parts: Iterable[tuple[list[int], bool]]) -> ChatExample:
     tokens: list[int] = []
-    learned: list[bool] = []
-    for ids, is_answer in parts:
+    loss_mask: list[bool] = []
+    for ids, in_loss in parts:
         tokens += ids
-        learned += [is_answer] * len(ids)
-    return Example(tokens, learned)
+        loss_mask += [in_loss] * len(ids)
+    return ChatExample(tokens, loss_mask)
 
 
-def as_arrays(examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens (int32) and what is learned (bool) of all examples end to end, and the tokens of each (int64)."""
+def as_arrays(examples: Sequence[ChatExample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids (int32) and loss masks (bool) of all examples end to end, and the tokens of each (int64)."""
     lengths_N = np.fromiter((len(example.tokens) for example in examples), np.int64, len(examples))
     tokens_T = np.fromiter((token for example in examples for token in example.tokens), np.int32, int(lengths_N.sum()))
-    learned_T = np.fromiter((flag for example in examples for flag in example.learned), bool, len(tokens_T))
-    return tokens_T, learned_T, lengths_N
+    loss_mask_T = np.fromiter((flag for example in examples for flag in example.loss_mask), bool, len(tokens_T))
+    return tokens_T, loss_mask_T, lengths_N

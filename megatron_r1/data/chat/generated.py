@@ -20,10 +20,10 @@ from megatron_r1.data.synthetic.assistant import texts
 Conversations = Callable[[DataConfig, int], Iterator[Conversation]]
 
 
-class Generated(NamedTuple):
+class GeneratedConversations(NamedTuple):
     """What a generated world gives to fine-tuning: so many conversations of a config each."""
 
-    learned: Conversations
+    training: Conversations
     """They depend on the config's seed, and ask nothing that is held out."""
     heldout: Conversations
     """Held-out questions, whatever the config's seed."""
@@ -69,6 +69,6 @@ def _mixed(
 
 
 GENERATED = {
-    "arithmetic": Generated(worked_conversations, heldout_conversations),
-    "assistant": Generated(mixed_conversations, heldout_mixed_conversations),
+    "arithmetic": GeneratedConversations(worked_conversations, heldout_conversations),
+    "assistant": GeneratedConversations(mixed_conversations, heldout_mixed_conversations),
 }

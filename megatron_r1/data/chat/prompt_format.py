@@ -11,7 +11,7 @@ KEY = "rollout.template"
 NO_TEMPLATE = "none"
 
 
-class Asking:
+class PromptFormatter:
     """Questions as a model reads them."""
 
     def __init__(self, tokenizer: Tokenizer, template: str, system_prompt: str = ""):

@@ -25,7 +25,7 @@ from megatron_r1.config.data import DataConfig
 from megatron_r1.config.sft import SftConfig
 from megatron_r1.data.chat.encode import (
     ChatEncoder,
-    Example,
+    ChatExample,
     as_arrays,
     chat_template,
     key_of,
@@ -41,7 +41,7 @@ from megatron_r1.files import canonical, digest_of, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONVERSATIONS_AT_ONCE = 1000
 BAD_ROWS = "bad_rows.txt"
 TEMPLATE_KEY = "sft.chat_template"
@@ -53,7 +53,7 @@ class Examples:
 
     tokens_T: np.ndarray
     """Token ids, end to end: int32."""
-    learned_T: np.ndarray
+    loss_mask_T: np.ndarray
     """Whether each token is a target: bool."""
     lengths_N: np.ndarray
     """Tokens of each: int64."""
@@ -113,7 +113,7 @@ def _open(folder: Path) -> Examples:
     lengths_N = np.load(folder / "lengths.npy", allow_pickle=False)
     heldout_N = np.load(folder / "heldout.npy", allow_pickle=False)
     tokens_T = np.memmap(folder / "tokens.bin", np.int32, "r")
-    return Examples(tokens_T, np.memmap(folder / "learned.bin", bool, "r"), lengths_N, heldout_N, counts)
+    return Examples(tokens_T, np.memmap(folder / "loss_mask.bin", bool, "r"), lengths_N, heldout_N, counts)
 
 
 @contextmanager
@@ -157,12 +157,12 @@ class _Maker:
 
     def _write(self, part: Path, bad_rows: Path) -> None:
         lengths, keys, heldout = [], [], []
-        with (part / "tokens.bin").open("wb") as tokens, (part / "learned.bin").open("wb") as learned:
+        with (part / "tokens.bin").open("wb") as tokens, (part / "loss_mask.bin").open("wb") as loss_mask:
             for found in batched(self._found(), CONVERSATIONS_AT_ONCE):
                 for row, examples in self._encoded(found):
-                    tokens_T, learned_T, lengths_N = as_arrays(examples)
+                    tokens_T, loss_mask_T, lengths_N = as_arrays(examples)
                     tokens_T.tofile(tokens)
-                    learned_T.tofile(learned)
+                    loss_mask_T.tofile(loss_mask)
                     lengths.append(lengths_N)
                     keys += [key_of(row.conversation, self._seed)] * len(examples)
                     heldout += [row.heldout] * len(examples)
@@ -174,7 +174,7 @@ class _Maker:
         np.save(part / "lengths.npy", lengths_N)
         np.save(part / "heldout.npy", heldout_N)
         counts: dict[str, Any] = {**self._counts, "examples": len(lengths_N), "heldout": int(heldout_N.sum())}
-        files = [part / name for name in ("tokens.bin", "learned.bin", "lengths.npy", "heldout.npy")]
+        files = [part / name for name in ("tokens.bin", "loss_mask.bin", "lengths.npy", "heldout.npy")]
         counts["sha256"] = hashlib.sha256(canonical([digest_of(file) for file in files])).hexdigest()
         for file in files:
             sync(file)
@@ -184,9 +184,9 @@ class _Maker:
         """All conversations; rows that hold none are counted on the way."""
         source = self._sft.source
         if world := GENERATED.get(source):
-            learned = world.learned(self._data, self._sft.num_conversations)
-            measured = world.heldout(self._data, self._sft.heldout)
-            for heldout, conversations in ((False, learned), (True, measured)):
+            training = world.training(self._data, self._sft.num_conversations)
+            heldout_conversations = world.heldout(self._data, self._sft.heldout)
+            for heldout, conversations in ((False, training), (True, heldout_conversations)):
                 for number, conversation in enumerate(conversations, 1):
                     self._counts["rows"] += 1
                     yield _Found(f"{'held-out' if heldout else source}:{number}", conversation, heldout)
@@ -203,24 +203,24 @@ class _Maker:
                 except BadRow as error:
                     self._bad.append(f"{place}: {error}")
 
-    def _encoded(self, found: Sequence[_Found]) -> Iterator[tuple[_Found, list[Example]]]:
+    def _encoded(self, found: Sequence[_Found]) -> Iterator[tuple[_Found, list[ChatExample]]]:
         """Those that can be learned from, with their examples; the others are counted."""
         encoded = self._encoder.encode([row.conversation for row in found])
         for row, examples in zip(found, encoded, strict=True):
             if isinstance(examples, BadRow):
                 self._bad.append(f"{row.place}: {examples}")
-            elif not all(any(example.learned[1:]) for example in examples):
+            elif not all(any(example.loss_mask[1:]) for example in examples):
                 self._bad.append(f"{row.place}: has an answer that nothing precedes")
             else:
                 yield row, [short for example in examples if (short := self._shortened(example))]
 
-    def _shortened(self, example: Example) -> Example | None:
+    def _shortened(self, example: ChatExample) -> ChatExample | None:
         """The example as it fits a sequence; None where it is left out."""
         if len(example.tokens) <= self._longest:
             return example
-        if self._sft.too_long == "truncate" and any(example.learned[1 : self._longest]):
+        if self._sft.too_long == "truncate" and any(example.loss_mask[1 : self._longest]):
             self._counts["truncated"] += 1
-            return Example(example.tokens[: self._longest], example.learned[: self._longest])
+            return ChatExample(example.tokens[: self._longest], example.loss_mask[: self._longest])
         self._counts["dropped_too_long"] += 1
         return None
 

@@ -1,15 +1,14 @@
-"""What reward models learn from: judged responses, in pairs or one by one, generated or from files, as tokens.
+"""What reward models learn from: labelled responses, in pairs or one by one, generated or from files, as tokens.
 
-A row of tokens is a prompt, what is read of a response, and the judge's reasoning where it is trained, closed by the
-end token. That token is the one whose hidden state is scored: it alone has seen the whole row, and it is the same one
-in every row, so a score cannot hang on which word happens to come last.
+A sequence is a prompt, the part of the response that the reward model reads, and the critique where it is trained on,
+closed by the end token. That token is the one whose hidden state is scored: it alone has attended to the whole
+sequence, and it is the same one in every sequence, so a score cannot hang on which token happens to come last.
 
-Pairs that a policy learns from without a reward model become rows in `data.answers`.
+Pairs that a policy learns from without a reward model become tokens in `policy_encoder`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,160 +16,159 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_r1.data.preference_items import Item, Judged
+from megatron_r1.data.preference_example import LabelledResponse, PreferenceExample
+from megatron_r1.data.row_files import BadRow, EmptyRow, rows_of
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 
+PAIR_FIELDS = ("prompt", "chosen", "rejected")
+LABEL_FIELDS = ("prompt", "response")
+
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One judged response as tokens."""
+class TokenizedSequence:
+    """Prompt, response and perhaps critique as tokens."""
 
     tokens: list[int]
     """The last one is the end token, whose hidden state is scored."""
-    judged: int
-    """Tokens before those that are learned, a judge's reasoning or an answer; all of them where nothing is."""
+    loss_start: int
+    """Index of the first token with a language-model loss, a critique's or a response's; the length where none has."""
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
-    """An item as tokens."""
+class TokenizedPreference:
+    """A `PreferenceExample` as tokens."""
 
-    rows: tuple[Row, ...]
-    """Of a pair, the better one first."""
+    sequences: tuple[TokenizedSequence, ...]
+    """One for each response, the chosen one first."""
     safe: bool
 
     @property
     def length(self) -> int:
-        """Tokens of its longest row."""
-        return max(len(row.tokens) for row in self.rows)
+        """Tokens of its longest sequence."""
+        return max(len(sequence.tokens) for sequence in self.sequences)
 
 
-class Encodes(Protocol):
-    """Turns judged responses into tokens."""
+class PairEncoder(Protocol):
+    """Turns labelled responses into tokens."""
 
     tokenizer: Tokenizer
     reasoning: bool
-    """Whether judgements are learned."""
+    """Whether critiques are trained on."""
 
-    def example(self, item: Item) -> Example: ...
+    def example(self, item: PreferenceExample) -> TokenizedPreference: ...
 
 
-class Encoder:
-    """Turns judged responses into rows as a reward model reads them.
+class RewardModelEncoder:
+    """Turns labelled responses into sequences as a reward model reads them.
 
     Args:
         prompt: question -> the text that a model reads before it answers.
-        part: response -> what of it is judged: its summary, or all of it.
-        reasoning: whether the judge's reasoning follows, and is learned.
+        part: response -> what of it is scored: its summary, or all of it.
+        reasoning: whether the critique follows, and is trained on.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Callable[[str], str], part: Callable[[str], str], reasoning: bool):
         self.tokenizer, self.reasoning = tokenizer, reasoning
         self._prompt, self._part = prompt, part
 
-    def unjudged(self, question: str, response: str) -> list[int]:
-        """Prompt and what is read of the response, before any judgement; no end token."""
+    def without_critique(self, question: str, response: str) -> list[int]:
+        """Prompt and the part of the response that is read, before any critique; no end token."""
         begin = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-        # Apart, so that the prompt's tokens are those that the policy saw.
+        # Separately, so that the prompt's tokens are those that the policy read.
         prompt, part = self.tokenizer.encode_batch([self._prompt(question), self._part(response)])
         return [*begin, *prompt, *part]
 
-    def row(self, judged: Judged) -> Row:
-        """One row, its judgement included where reasoning is learned."""
-        before = self.unjudged(judged.question, judged.response)
-        after = self.tokenizer.encode(judged.judgement) if self.reasoning else []
+    def sequence(self, labelled: LabelledResponse) -> TokenizedSequence:
+        """One sequence, its critique included where reasoning is trained on."""
+        before = self.without_critique(labelled.question, labelled.response)
+        after = self.tokenizer.encode(labelled.critique) if self.reasoning else []
         tokens = [*before, *after, self.tokenizer.eos]
-        return Row(tokens, len(before) if self.reasoning else len(tokens))
+        return TokenizedSequence(tokens, len(before) if self.reasoning else len(tokens))
 
-    def example(self, item: Item) -> Example:
-        return Example(tuple(self.row(side) for side in item.sides), item.safe)
+    def example(self, item: PreferenceExample) -> TokenizedPreference:
+        return TokenizedPreference(tuple(map(self.sequence, item.responses)), item.safe)
 
 
-def encode(items: Iterable[Item], encoder: Encodes, longest: int) -> tuple[list[Example], int]:
-    """Items as tokens.
+def encode_preferences(
+    items: Iterable[PreferenceExample], encoder: PairEncoder, max_length: int
+) -> tuple[list[TokenizedPreference], int]:
+    """Examples as tokens.
 
     Returns:
-        Examples whose rows all have at most `longest` tokens, and how many had longer ones and are left out.
+        Examples whose sequences all have at most `max_length` tokens, and how many had longer ones and are dropped.
 
     Raises:
-        DataError: reasoning is to be learned, and an item has none.
+        DataError: critiques are trained on, and an example has none.
     """
     examples, dropped = [], 0
     for item in items:
-        if encoder.reasoning and not all(side.judgement for side in item.sides):
-            prompt = f"prompt={item.first.question[:40]!r}"
-            raise DataError(f"{prompt}: has no judgement, which reward_model.reasoning_weight above 0 learns")
+        if encoder.reasoning and not all(labelled.critique for labelled in item.responses):
+            prompt = f"prompt={item.question[:40]!r}"
+            raise DataError(f"{prompt}: has no critique, which reward_model.reasoning_weight above 0 trains on")
         example = encoder.example(item)
-        if example.length <= longest:
+        if example.length <= max_length:
             examples.append(example)
         else:
             dropped += 1
     return examples, dropped
 
 
-class Preferences:
+class PreferenceDataset:
     """Examples in the order in which epochs visit them, addressed by position."""
 
-    def __init__(self, examples: Sequence[Example], seed: int):
+    def __init__(self, examples: Sequence[TokenizedPreference], seed: int):
         self.examples, self._seed = examples, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def batch(self, position: int, size: int) -> list[Example]:
+    def batch(self, position: int, size: int) -> list[TokenizedPreference]:
         """Examples `position` to `position + size - 1` of the endless run through the epochs."""
-        found = []
+        batch = []
         for at in range(position, position + size):
-            epoch, place = divmod(at, len(self.examples))
+            epoch, index = divmod(at, len(self.examples))
             if self._order[0] != epoch:
                 order = np.random.default_rng([self._seed, epoch]).permutation(len(self.examples))
                 self._order = (epoch, order)
-            found.append(self.examples[int(self._order[1][place])])
-        return found
+            batch.append(self.examples[int(self._order[1][index])])
+        return batch
 
 
-PAIR_FIELDS = ("prompt", "chosen", "rejected")
-LABEL_FIELDS = ("prompt", "response")
+def read_preferences(path: Path, pairwise: bool) -> Iterator[PreferenceExample]:
+    """The examples of a JSONL or Parquet file.
 
-
-def read_items(path: Path, pairwise: bool) -> Iterator[Item]:
-    """The items of a JSONL file.
-
-    A pair is `prompt`, `chosen`, `rejected`, and for learned reasoning `chosen_judgement`, `rejected_judgement`. A
-    labelled response is `prompt`, `response`, `safe` (true or false), and `judgement`. `task` may name a group.
+    A pair is `prompt`, `chosen`, `rejected`, and where critiques are trained on `chosen_critique`, `rejected_critique`.
+    A labelled response is `prompt`, `response`, `safe` (true or false), and `critique`. `task` may name a group.
+    Empty lines are skipped.
 
     Raises:
         DataError: a row is broken; names file, line and reason.
     """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _item(_row(line, f"{path}:{number}"), f"{path}:{number}", pairwise)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise DataError(f"{path}: cannot be read ({reason})") from error
+    for number, row in enumerate(rows_of(path), 1):
+        try:
+            if isinstance(row, EmptyRow):
+                continue
+            if isinstance(row, BadRow):
+                raise row
+            yield _example(row, pairwise)
+        except BadRow as error:
+            raise DataError(f"{path}:{number}: {error}") from error
 
 
-def _row(line: str, place: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place}: is not JSON ({error})") from error
+def _example(row: Any, pairwise: bool) -> PreferenceExample:
     if not isinstance(row, dict):
-        raise DataError(f"{place}: must be one JSON object")
-    return row
-
-
-def _item(row: Mapping[str, Any], place: str, pairwise: bool) -> Item:
+        raise BadRow("must be one JSON object")
     for name in PAIR_FIELDS if pairwise else LABEL_FIELDS:
         if not isinstance(row.get(name), str) or not row[name]:
-            raise DataError(f"{place}: {name} must be text")
+            raise BadRow(f"{name} must be text")
     if not pairwise and not isinstance(row.get("safe"), bool):
-        raise DataError(f"{place}: safe must be true or false")
-    prompt, task = row["prompt"], str(row.get("task", "file"))
+        raise BadRow("safe must be true or false")
+    task = row.get("task")
+    task = "file" if task is None else str(task)
     if not pairwise:
-        return Item(task, Judged(prompt, row["response"], str(row.get("judgement", ""))), safe=row["safe"])
-    better, worse = (
-        Judged(prompt, row[side], str(row.get(f"{side}_judgement", ""))) for side in ("chosen", "rejected")
-    )
-    return Item(task, better, worse)
+        return PreferenceExample(task, _labelled(row, "response", "critique"), safe=row["safe"])
+    chosen, rejected = (_labelled(row, name, f"{name}_critique") for name in ("chosen", "rejected"))
+    return PreferenceExample(task, chosen, rejected)
+
+
+def _labelled(row: Mapping[str, Any], response: str, critique: str) -> LabelledResponse:
+    return LabelledResponse(row["prompt"], row[response], str(row.get(critique) or ""))  # tables fill gaps with None

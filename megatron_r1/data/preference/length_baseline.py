@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megatron_r1.data.preference_items import Item
+from megatron_r1.data.preference_example import PreferenceExample
 
 Length = Callable[[str], int]
 
 
-def length_baseline(learned: Sequence[Item], heldout: Sequence[Item], length: Length) -> list[float]:
+def length_baseline(
+    learned: Sequence[PreferenceExample], heldout: Sequence[PreferenceExample], length: Length
+) -> list[float]:
     """1, 0 or a half for each held-out item: whether the best rule by `length` of the response is right on it."""
-    if heldout[0].second is not None:
+    if heldout[0].rejected is not None:
         longer = [_longer_is_better(item, length) for item in learned]
         sign = sum(longer) * 2 >= len(longer)
         return [value if sign else 1 - value for value in (_longer_is_better(item, length) for item in heldout)]
-    lengths = [length(item.first.response) for item in learned]
+    lengths = [length(item.chosen.response) for item in learned]
     best = max(
         (
             sum((size >= least) == (item.safe == long_is_safe) for size, item in zip(lengths, learned, strict=True)),
@@ -30,9 +32,9 @@ def length_baseline(learned: Sequence[Item], heldout: Sequence[Item], length: Le
         for long_is_safe in (True, False)
     )
     _, least, long_is_safe = best
-    return [float((length(item.first.response) >= least) == (item.safe == long_is_safe)) for item in heldout]
+    return [float((length(item.chosen.response) >= least) == (item.safe == long_is_safe)) for item in heldout]
 
 
-def _longer_is_better(item: Item, length: Length) -> float:
-    better, worse = (length(side.response) for side in item.sides)
+def _longer_is_better(item: PreferenceExample, length: Length) -> float:
+    better, worse = (length(side.response) for side in item.responses)
     return (better > worse) + 0.5 * (better == worse)

@@ -15,7 +15,7 @@ from megatron_r1.data.prepare.decontaminate import NgramIndex
 from megatron_r1.data.prepare.fim import FIM_TOKENS, FillInMiddle
 from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.punctuation import PunctuationSplitter
-from megatron_r1.data.prepare.sources import Row
+from megatron_r1.data.prepare.sources import RawRecord
 from megatron_r1.data.tokenizer import Tokenizer
 
 IdLists = tuple[list[int], ...]
@@ -31,13 +31,13 @@ class Encoded:
     """Tokens of each document: int64."""
     reordered: int = 0
     """Documents that fill in the middle."""
-    bad: list[tuple[Row, str]] = field(default_factory=list)
+    bad: list[tuple[RawRecord, str]] = field(default_factory=list)
     """Rows that cannot be used, with the reason."""
-    contaminated: list[tuple[Row, str]] = field(default_factory=list)
+    contaminated: list[tuple[RawRecord, str]] = field(default_factory=list)
     """Rows that an evaluation set contains."""
 
 
-class Encoder:
+class DocumentEncoder:
     """Encodes batches of rows; what a row becomes does not depend on its batch."""
 
     def __init__(self, tokenizer: Tokenizer, options: TokeniseOptions, contamination: NgramIndex):
@@ -57,7 +57,7 @@ class Encoder:
         self._middle = FillInMiddle(tokenizer, options.fim_rate, options.seed)
         self._splitter = PunctuationSplitter(tokenizer, options.punctuation_split_rate, options.seed)
 
-    def encode(self, rows: Sequence[Row]) -> Encoded:
+    def encode(self, rows: Sequence[RawRecord]) -> Encoded:
         """The documents of the good rows, in order."""
         bad = [(row, problem) for row in rows if (problem := row.problem or self._problem(row.text))]
         refused = {id(row) for row, _ in bad}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.data.prepare.options import TokeniseOptions
-from megatron_r1.data.prepare.sources import Piece, Scan, check_suffix, scan
+from megatron_r1.data.prepare.sources import InputSpan, Scan, check_suffix, scan
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 
@@ -29,7 +29,7 @@ class Plan:
 
     description: dict[str, Any]
     """Format, options, fingerprints of tokenizer and files, as JSON values: equal for equal results."""
-    shards: list[list[Piece]]
+    shards: list[list[InputSpan]]
 
     @property
     def input_bytes(self) -> int:
@@ -58,8 +58,8 @@ def make_plan(options: TokeniseOptions, tokenizer: Tokenizer) -> Plan:
     return Plan(json.loads(json.dumps(description)), _shards(scans, target))
 
 
-def _shards(scans: Sequence[Scan], target: int) -> list[list[Piece]]:
-    shards: list[list[Piece]] = []
+def _shards(scans: Sequence[Scan], target: int) -> list[list[InputSpan]]:
+    shards: list[list[InputSpan]] = []
     size = 0
     for piece in (piece for found in scans for piece in found.pieces):
         if not shards or size + piece.size // 2 > target:

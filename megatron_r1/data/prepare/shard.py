@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.data.prepare.encode import Encoder
-from megatron_r1.data.prepare.sources import Piece, Row, read
+from megatron_r1.data.prepare.encode import DocumentEncoder
+from megatron_r1.data.prepare.sources import InputSpan, RawRecord, read
 from megatron_r1.data.pretraining.indexed import IndexedWriter, token_dtype, with_suffix
 from megatron_r1.data.pretraining.shards import shard_name
 from megatron_r1.files import canonical, sync, write_whole
@@ -29,17 +29,17 @@ class ShardMaker:
         inputs: Sequence[str],
         fields: Sequence[str],
         vocab_size: int,
-        encoder: Encoder,
-        told: Callable[[int], None],
+        encoder: DocumentEncoder,
+        on_progress: Callable[[int], None],
     ):
         """
         Args:
             told: hears how many bytes of input were done since it was last told.
         """
-        self._folder, self._inputs, self._fields, self._told = folder, inputs, fields, told
+        self._folder, self._inputs, self._fields, self._told = folder, inputs, fields, on_progress
         self._dtype, self._encoder = token_dtype(vocab_size), encoder
 
-    def make(self, number: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def make(self, number: int, pieces: Sequence[InputSpan]) -> dict[str, Any]:
         """Write a shard and its record, and return the record.
 
         The record is written last: a shard without one does not count and is made anew.
@@ -91,7 +91,7 @@ def read_record(folder: Path, number: int) -> dict[str, Any] | None:
     return None
 
 
-def _batches(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _batches(rows: Iterator[RawRecord]) -> Iterator[list[RawRecord]]:
     batch, size = [], 0
     for row in rows:
         batch.append(row)

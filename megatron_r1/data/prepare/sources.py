@@ -22,7 +22,7 @@ BLOCK = 1 << 20
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 
 
-class Piece(NamedTuple):
+class InputSpan(NamedTuple):
     """A run of rows of one file."""
 
     source: int
@@ -42,10 +42,10 @@ class Scan:
     """What a look at a whole file gives."""
 
     sha256: str
-    pieces: list[Piece]
+    pieces: list[InputSpan]
 
 
-class Row(NamedTuple):
+class RawRecord(NamedTuple):
     """One row: its text, or what is wrong with it."""
 
     source: int
@@ -75,7 +75,7 @@ def scan(path: str, source: int, target: int) -> Scan:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if path.endswith(".txt"):
             size = Path(path).stat().st_size
-            return Scan(digest, [Piece(source, 0, size, 1, size)])
+            return Scan(digest, [InputSpan(source, 0, size, 1, size)])
         return Scan(digest, _scan_row_groups(path, source))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -97,17 +97,17 @@ def _scan_lines(path: str, source: int, target: int) -> Scan:
             if position + len(block) - start >= target and cut:
                 stop = position + cut
                 rows += block.count(b"\n", 0, cut)
-                pieces.append(Piece(source, start, stop, row, stop - start))
+                pieces.append(InputSpan(source, start, stop, row, stop - start))
                 start, row, rows = stop, row + rows, 0
             else:
                 rows += block.count(b"\n")
             position += len(block)
     if position > start:
-        pieces.append(Piece(source, start, position, row, position - start))
+        pieces.append(InputSpan(source, start, position, row, position - start))
     return Scan(digest.hexdigest(), pieces)
 
 
-def read(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[Row]:
+def read(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[RawRecord]:
     """The rows of a piece, good and bad, in order.
 
     Args:
@@ -116,7 +116,7 @@ def read(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[Row]:
     kind = Path(path).suffix
     rows = {".jsonl": _read_lines, ".txt": _read_text, ".parquet": _read_row_groups}[kind](path, piece, fields)
     for offset, (text, problem) in enumerate(rows):
-        yield Row(
+        yield RawRecord(
             piece.source,
             piece.first_row + offset,
             text,
@@ -124,7 +124,7 @@ def read(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[Row]:
         )
 
 
-def _read_lines(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _read_lines(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     with open(path, "rb") as file:
         file.seek(piece.start)
         left = piece.size
@@ -153,7 +153,7 @@ def _text_of(row: Any, fields: Sequence[str]) -> tuple[str, str]:
     return "\n".join(row[name] for name in fields), ""
 
 
-def _read_text(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _read_text(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     try:
         yield Path(path).read_bytes().decode("utf-8"), ""
     except UnicodeDecodeError as error:
@@ -171,17 +171,17 @@ def _parquet(path: str) -> Any:
         raise DataError(f"{path}: is not a Parquet file ({' '.join(str(error).split())})") from error
 
 
-def _scan_row_groups(path: str, source: int) -> list[Piece]:
+def _scan_row_groups(path: str, source: int) -> list[InputSpan]:
     with _parquet(path) as file:
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         pieces, row = [], 1
         for index, group in enumerate(groups):
-            pieces.append(Piece(source, index, index + 1, row, group.total_byte_size))
+            pieces.append(InputSpan(source, index, index + 1, row, group.total_byte_size))
             row += group.num_rows
     return pieces
 
 
-def _read_row_groups(path: str, piece: Piece, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _read_row_groups(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     with _parquet(path) as file:
         columns = [name for name in fields if name in file.schema_arrow.names]
         for index in range(piece.start, piece.stop):

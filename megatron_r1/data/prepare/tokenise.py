@@ -23,11 +23,11 @@ from typing import Any
 import orjson
 
 from megatron_r1.data.prepare.decontaminate import Evaluation, NgramIndex
-from megatron_r1.data.prepare.encode import Encoder
+from megatron_r1.data.prepare.encode import DocumentEncoder
 from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.plan import Plan, check_same, make_plan
 from megatron_r1.data.prepare.shard import WORK, ShardMaker, read_record
-from megatron_r1.data.prepare.sources import Piece, read, scan
+from megatron_r1.data.prepare.sources import InputSpan, read, scan
 from megatron_r1.data.pretraining.shards import QUARANTINE, TOKENIZER, read_manifest, write_manifest
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
@@ -37,7 +37,7 @@ POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TokeniseProgress:
     """How far the work is."""
 
     done_bytes: int
@@ -48,7 +48,7 @@ class Progress:
     bad_rows: int
 
 
-Told = Callable[[Progress], None]
+OnProgress = Callable[[TokeniseProgress], None]
 
 
 def tokenise(
@@ -57,7 +57,7 @@ def tokenise(
     folder: Path,
     workers: int = 1,
     max_bad_rows: int = 0,
-    told: Told = lambda progress: None,
+    on_progress: OnProgress = lambda progress: None,
 ) -> dict[str, Any]:
     """Make `folder` from the options' inputs, or what is left of it to make.
 
@@ -78,14 +78,14 @@ def tokenise(
     tokenizer = Tokenizer.load(tokenizer_folder)
     plan = make_plan(options, tokenizer)
     contamination = NgramIndex(evaluations(options), options.ngram)
-    Encoder(tokenizer, options, contamination)  # refuses here, in one line, what every worker would
+    DocumentEncoder(tokenizer, options, contamination)  # refuses here, in one line, what every worker would
     with _locked(folder):
         if manifest := read_manifest(folder):
             check_same(manifest["plan"], plan.description, folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return manifest["totals"]
         _pin(folder, plan, tokenizer)
-        records = _make_shards(folder, options, plan, workers, max_bad_rows, told)
+        records = _make_shards(folder, options, plan, workers, max_bad_rows, on_progress)
         return _finish(folder, plan, records, len(contamination.too_short))
 
 
@@ -119,7 +119,7 @@ def _pin(folder: Path, plan: Plan, tokenizer: Tokenizer) -> None:
 
 
 def _make_shards(
-    folder: Path, options: TokeniseOptions, plan: Plan, workers: int, max_bad_rows: int, told: Told
+    folder: Path, options: TokeniseOptions, plan: Plan, workers: int, max_bad_rows: int, on_progress: OnProgress
 ) -> list[dict[str, Any]]:
     """Every shard's record, in order."""
     records = {number: record for number in range(len(plan.shards)) if (record := read_record(folder, number))}
@@ -131,7 +131,7 @@ def _make_shards(
     def tell() -> None:
         counts = [record["counts"] for record in records.values()]
         documents, tokens = (sum(count[key] for count in counts) for key in ("documents", "tokens"))
-        told(Progress(done_bytes.value, plan.input_bytes, documents, tokens, len(_bad_rows(records))))
+        on_progress(TokeniseProgress(done_bytes.value, plan.input_bytes, documents, tokens, len(_bad_rows(records))))
 
     tell()
     _check_bad_rows(records, max_bad_rows)
@@ -175,13 +175,13 @@ def _start_worker(folder: Path, options: TokeniseOptions, done_bytes: Any) -> No
     # Workers are the parallelism; a pool of threads inside each would fight the others for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.load(folder / TOKENIZER)
-    encoder = Encoder(tokenizer, options, NgramIndex(evaluations(options), options.ngram))
+    encoder = DocumentEncoder(tokenizer, options, NgramIndex(evaluations(options), options.ngram))
 
-    def told(size: int) -> None:
+    def on_progress(size: int) -> None:
         with done_bytes.get_lock():
             done_bytes.value += size
 
-    _maker = ShardMaker(folder, options.inputs, options.fields, tokenizer.vocab_size, encoder, told)
+    _maker = ShardMaker(folder, options.inputs, options.fields, tokenizer.vocab_size, encoder, on_progress)
 
 
 def _end_with_parent() -> None:
@@ -192,7 +192,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make_shard(number: int, pieces: list[Piece]) -> tuple[int, dict[str, Any]]:
+def _make_shard(number: int, pieces: list[InputSpan]) -> tuple[int, dict[str, Any]]:
     return number, _maker.make(number, pieces)
 
 

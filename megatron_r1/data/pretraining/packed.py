@@ -28,7 +28,7 @@ class PackedBatch:
 
     tokens_BL: np.ndarray
     """Token ids, padded on the right: int64 [B, L + 1]."""
-    pieces_BL: np.ndarray
+    document_ids_BL: np.ndarray
     """Number of the piece of a document that each token belongs to, from 1 in each row; 0 is padding: int64."""
     begins_BL: np.ndarray
     """Whether a token is the first of a document: bool."""
@@ -51,7 +51,7 @@ class PackedDataset:
             raise DataError(f"{shards.folder}: holds no document of two tokens or more")
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
-    def fill(self, position: int, tokens_L: np.ndarray, pieces_L: np.ndarray, begins_L: np.ndarray) -> None:
+    def fill(self, position: int, tokens_L: np.ndarray, document_ids_L: np.ndarray, begins_L: np.ndarray) -> None:
         """Write sequence `position` of the endless run through the epochs into one row of a batch."""
         packing = self.packing
         epoch, place = divmod(position, len(packing))
@@ -63,7 +63,7 @@ class PackedDataset:
         for number, piece in enumerate(range(first, end), 1):
             start, stop = int(packing.start_P[piece]), int(packing.stop_P[piece])
             tokens_L[at : at + stop - start] = self._shards.tokens(int(packing.document_P[piece]), start, stop)
-            pieces_L[at : at + stop - start] = number
+            document_ids_L[at : at + stop - start] = number
             begins_L[at] = start == 0
             at += stop - start
         tokens_L[at:] = self._pad
@@ -89,7 +89,7 @@ class PackedCorpus:
         batch = PackedBatch(np.empty(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool))
         for row in range(size):
             dataset, place = self._blend.at(position + row)
-            self._datasets[dataset].fill(place, batch.tokens_BL[row], batch.pieces_BL[row], batch.begins_BL[row])
+            self._datasets[dataset].fill(place, batch.tokens_BL[row], batch.document_ids_BL[row], batch.begins_BL[row])
         return batch
 
 

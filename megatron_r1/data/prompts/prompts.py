@@ -12,7 +12,7 @@ from typing import Protocol
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.synthetic.arithmetic import FAMILY_FORMS, Problem, draw_expression, family_problem
-from megatron_r1.data.synthetic.assistant.texts import Asked, questions
+from megatron_r1.data.synthetic.assistant.texts import SyntheticPrompt, synthetic_prompts
 from megatron_r1.data.synthetic.expressions import heldout_expressions
 from megatron_r1.data.synthetic.gym import draw_item
 from megatron_r1.errors import DataError
@@ -44,7 +44,7 @@ class TrainingPrompts:
         config = self.config
         rng = random.Random(f"prompt {config.seed} {index}")
         if config.source == "assistant" and rng.random() >= config.arithmetic_share:
-            return assistant_prompt(next(questions(config, 1, start=index)), f"train-{index}")
+            return assistant_prompt(next(synthetic_prompts(config, 1, start=index)), f"train-{index}")
         if rng.random() < config.reasoning_gym_share:
             problem = draw_item(rng, config.heldout_fraction, heldout=False)
         else:
@@ -92,12 +92,12 @@ def heldout_assistant_prompts(config: DataConfig, count: int) -> list[Prompt]:
     Raises:
         DataError: the split does not hold that many.
     """
-    asked = questions(config, count, heldout=True)
-    return [assistant_prompt(each, f"heldout-assistant-{index}") for index, each in enumerate(asked)]
+    generated = synthetic_prompts(config, count, heldout=True)
+    return [assistant_prompt(each, f"heldout-assistant-{index}") for index, each in enumerate(generated)]
 
 
-def assistant_prompt(asked: Asked, id: str) -> Prompt:
-    return Prompt(id, asked.question, asked.answer, asked.question, asked.task)
+def assistant_prompt(generated: SyntheticPrompt, id: str) -> Prompt:
+    return Prompt(id, generated.question, generated.answer, generated.question, generated.task)
 
 
 def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> Problem:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_r1.config.judge import JudgeConfig
 from megatron_r1.rewards.judge.client import Judge
 from megatron_r1.rewards.judge.questions import MARGINS, Ask, comparison, correctness
-from megatron_r1.rewards.reward import Question, Unscored, Value
+from megatron_r1.rewards.reward import RewardPrompt, Unscored, Value
 from megatron_r1.rewards.summary import summary
 
 Triple = tuple[str, str, str]
@@ -38,7 +38,7 @@ class JudgeReward:
         """
         self._config, self._part, self.judge = config, part, Judge(config)
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """A value for each response text, in order."""
         parts = [self._part(text) for text in texts]
         if self._config.asks == "comparison":

@@ -27,7 +27,7 @@ from typing import Any
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
-from megatron_r1.rewards.reward import Question, Reward, Value
+from megatron_r1.rewards.reward import Reward, RewardPrompt, Value
 from megatron_r1.rewards.score import Weighted
 
 ENDS = "the run ends: nothing is scored any more"
@@ -39,7 +39,7 @@ class ScoreRequest:
 
     model: int
     """Place of the reward among those that there are."""
-    prompts: list[Question]
+    prompts: list[RewardPrompt]
     texts: list[str]
 
 
@@ -137,5 +137,5 @@ class RemoteReward:
     place: int
     joint: CollectiveRewardService
 
-    def score(self, prompts: Sequence[Question], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         return self.joint.score(ScoreRequest(self.place, list(prompts), list(texts)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import Prompt, Prompts
 from megatron_r1.data.tokenizer import response_text
 from megatron_r1.errors import NoRolloutCapacity
@@ -52,7 +52,7 @@ class Rollouts:
         self,
         prompts: Prompts,
         engine: SyncedEngine,
-        asking: Asking,
+        formatter: PromptFormatter,
         journal: Journal,
         scorer: Scorer,
         rollout: RolloutConfig,
@@ -69,7 +69,7 @@ class Rollouts:
             scorer: prompts and response texts -> scores.
             routed: the layers whose experts are wanted with each answer.
         """
-        self._prompts, self._engine, self._asking, self._journal = prompts, engine, asking, journal
+        self._prompts, self._engine, self._asking, self._journal = prompts, engine, formatter, journal
         self._scorer, self._rollout, self._rl, self._seed = scorer, rollout, rl, seed
         self._routed = routed
         self._filters = chosen(rl.filters)

@@ -17,9 +17,9 @@ def some_examples(count: int = 60, seed: int = 0) -> Examples:
     """Examples whose first token is their number; the first and some later ones are not learned."""
     chance = np.random.default_rng(seed)
     lengths_N = chance.integers(2, LENGTH + 2, count)
-    tokens_T, learned_T = chance.integers(1000, 2000, lengths_N.sum()), chance.random(lengths_N.sum()) < 0.6
+    tokens_T, loss_mask_T = chance.integers(1000, 2000, lengths_N.sum()), chance.random(lengths_N.sum()) < 0.6
     tokens_T[np.cumsum(lengths_N) - lengths_N] = np.arange(count)
-    return Examples(tokens_T.astype(np.int32), learned_T, lengths_N, chance.random(count) < 0.2, {})
+    return Examples(tokens_T.astype(np.int32), loss_mask_T, lengths_N, chance.random(count) < 0.2, {})
 
 
 def batches(packed: bool, examples: Examples, seed: int = 0) -> ChatBatches:
@@ -28,7 +28,7 @@ def batches(packed: bool, examples: Examples, seed: int = 0) -> ChatBatches:
 
 def contents(batch) -> list[list[tuple[list[int], list[bool]]]]:
     """Tokens and targets of each example of each sequence."""
-    rows = zip(batch.tokens_BL, batch.pieces_BL, batch.learned_BL, strict=True)
+    rows = zip(batch.tokens_BL, batch.document_ids_BL, batch.loss_mask_BL, strict=True)
     return [
         [(t[p == n].tolist(), flags[p == n].tolist()) for n in range(1, p.max(initial=0) + 1)] for t, p, flags in rows
     ]
@@ -47,7 +47,7 @@ def test_every_epoch_has_every_example_once_and_whole(packed):
         for tokens, learned in (example for row in rows for example in row):
             at, length = starts[tokens[0]], examples.lengths_N[tokens[0]]
             assert tokens == examples.tokens_T[at : at + length].tolist()
-            assert learned == [False, *examples.learned_T[at + 1 : at + length].tolist()]
+            assert learned == [False, *examples.loss_mask_T[at + 1 : at + length].tolist()]
         assert all(len(row) == 1 for row in rows) or packed
         orders.append(rows)
     assert orders[0] != orders[1] != orders[2]
@@ -68,7 +68,7 @@ def test_a_position_says_what_comes_next():
 def test_after_the_last_epoch_come_empty_sequences():
     found = batches(True, some_examples())
     batch = found.batch(found.total - 1, 3)
-    assert (batch.pieces_BL.max(1) > 0).tolist() == [True, False, False]
-    assert not batch.learned_BL[1:].any() and (batch.tokens_BL[1:] == 9999).all()
+    assert (batch.document_ids_BL.max(1) > 0).tolist() == [True, False, False]
+    assert not batch.loss_mask_BL[1:].any() and (batch.tokens_BL[1:] == 9999).all()
     seen = Counter(len(row) for row in contents(found.batch(0, found.total + 5)))
     assert seen[0] == 5

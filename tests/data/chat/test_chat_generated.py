@@ -41,9 +41,9 @@ def test_every_general_answer_does_what_was_asked():
 def test_what_is_learned_is_never_measured(source):
     world, other = GENERATED[source], replace(CONFIG, seed=1)
     measured = set(questions(world.heldout(CONFIG, 150)))
-    assert measured.isdisjoint(questions(world.learned(CONFIG, 3000)))
+    assert measured.isdisjoint(questions(world.training(CONFIG, 3000)))
     assert measured == set(questions(world.heldout(other, 150)))
-    assert questions(world.learned(CONFIG, 20)) != questions(world.learned(other, 20))
+    assert questions(world.training(CONFIG, 20)) != questions(world.training(other, 20))
 
 
 def test_a_longer_list_begins_with_the_shorter():

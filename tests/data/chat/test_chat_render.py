@@ -55,7 +55,7 @@ def test_marked_answers_are_what_transformers_marks(theirs):
     [[example]] = encoder.encode([SEVERAL])
     count = len(example.tokens)
     assert example.tokens == found["input_ids"][:count]
-    assert [int(flag) for flag in example.learned] == found["assistant_masks"][:count]
+    assert [int(flag) for flag in example.loss_mask] == found["assistant_masks"][:count]
     assert not any(found["assistant_masks"][count:])
 
 

@@ -67,7 +67,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     found = {name: opened(settings(tmp_path / name), tmp_path / f"run-{name}") for name in named}
     for name in named:
         assert texts(found[name]) == texts(found["a.jsonl"]) and found[name].counts["examples"] == 4
-        assert np.array_equal(found[name].learned_T, found["a.jsonl"].learned_T)
+        assert np.array_equal(found[name].loss_mask_T, found["a.jsonl"].loss_mask_T)
     assert opened(settings(tmp_path / "splits", split="test"), tmp_path / "run-t").counts["rows"] == 1
     with pytest.raises(ConfigError, match=r"^sft\.datasets\.a\.split=dev: must be one of train, test$"):
         opened(settings(tmp_path / "splits", split="dev"), tmp_path / "run-d")
@@ -133,7 +133,7 @@ def test_what_is_too_long_is_dropped_or_cut_and_counted(tmp_path):
     cut = opened(settings(path, too_long="truncate"), tmp_path / "cut", length=20)
     assert (dropped.counts["examples"], dropped.counts["dropped_too_long"]) == (3, 2)
     assert (cut.counts["examples"], cut.counts["truncated"], cut.counts["dropped_too_long"]) == (4, 1, 1)
-    assert cut.lengths_N.max() == 21 and cut.learned_T[-1] and cut.tokens_T[-1] != TOKENIZER.eos
+    assert cut.lengths_N.max() == 21 and cut.loss_mask_T[-1] and cut.tokens_T[-1] != TOKENIZER.eos
 
 
 def test_held_out_conversations_are_on_one_side_with_all_that_equal_them(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.template import fill_template
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
@@ -16,14 +16,14 @@ QUESTION = "What is 2 + 3?"
 
 
 def test_r1_zero_is_the_reports_template_after_the_beginning_of_a_document():
-    asking = Asking(TOKENIZER, "r1_zero")
-    assert asking.tokens(QUESTION) == (*TOKENIZER.begin, *TOKENIZER.encode(fill_template(QUESTION)))
-    assert asking.text(QUESTION) == "<|bos|>" + fill_template(QUESTION)
+    formatter = PromptFormatter(TOKENIZER, "r1_zero")
+    assert formatter.tokens(QUESTION) == (*TOKENIZER.begin, *TOKENIZER.encode(fill_template(QUESTION)))
+    assert formatter.text(QUESTION) == "<|bos|>" + fill_template(QUESTION)
 
 
 def test_without_a_template_the_question_is_the_prompt():
-    assert Asking(TOKENIZER, "none").tokens(QUESTION) == (*TOKENIZER.begin, *TOKENIZER.encode(QUESTION))
-    assert Asking(TOKENIZER, "none", "Be brief. ").text(QUESTION) == f"<|bos|>Be brief. {QUESTION}"
+    assert PromptFormatter(TOKENIZER, "none").tokens(QUESTION) == (*TOKENIZER.begin, *TOKENIZER.encode(QUESTION))
+    assert PromptFormatter(TOKENIZER, "none", "Be brief. ").text(QUESTION) == f"<|bos|>Be brief. {QUESTION}"
 
 
 @pytest.mark.parametrize("system", ["", "Think first."])
@@ -32,32 +32,32 @@ def test_the_tokenizers_own_template_is_what_transformers_renders(system, tmp_pa
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": QUESTION}]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert list(Asking(TOKENIZER, "tokenizer", system).tokens(QUESTION)) == expected
+    assert list(PromptFormatter(TOKENIZER, "tokenizer", system).tokens(QUESTION)) == expected
 
 
 def test_a_vocabulary_without_a_begin_token_begins_with_the_text():
     settings = {key: value for key, value in TOKENIZER.settings.items() if key != "bos_token"}
     bare = Tokenizer(TOKENIZER.backend, settings)
     assert (
-        Asking(bare, "r1_zero").text(QUESTION)
+        PromptFormatter(bare, "r1_zero").text(QUESTION)
         == fill_template(QUESTION)
-        == Asking(bare, "none").text(fill_template(QUESTION))
+        == PromptFormatter(bare, "none").text(fill_template(QUESTION))
     )
 
 
 def test_what_cannot_be_asked_is_refused_at_the_start(tmp_path):
     with pytest.raises(ConfigError, match=r"^rollout\.template=r1_zero: must take a system prompt and a question"):
-        Asking(TOKENIZER, "r1_zero", "You are kind.")
+        PromptFormatter(TOKENIZER, "r1_zero", "You are kind.")
     with pytest.raises(ConfigError, match=r"^rollout\.template=gone: must be r1_zero, tokenizer or a file"):
-        Asking(TOKENIZER, "gone")
+        PromptFormatter(TOKENIZER, "gone")
     (tmp_path / "broken").write_text("{% if %}")
     with pytest.raises(DataError, match="chat template .*broken: line 1"):
-        Asking(TOKENIZER, str(tmp_path / "broken"))
+        PromptFormatter(TOKENIZER, str(tmp_path / "broken"))
 
 
 def test_a_question_that_spells_a_control_token_is_told():
-    asking = Asking(TOKENIZER, "r1_zero")
-    asking.check("What is <think>?")
+    formatter = PromptFormatter(TOKENIZER, "r1_zero")
+    formatter.check("What is <think>?")
     for token in ("<|eos|>", "<|user|>"):
         with pytest.raises(ValueError, match="the question holds the control token"):
-            asking.check(f"a {token} b")
+            formatter.check(f"a {token} b")

@@ -8,14 +8,25 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.preference.examples import Encoder, Example, Preferences, Row, encode, read_items
+from megatron_r1.data.preference.examples import (
+    PreferenceDataset,
+    RewardModelEncoder,
+    TokenizedPreference,
+    TokenizedSequence,
+    encode_preferences,
+    read_preferences,
+)
 from megatron_r1.data.preference.length_baseline import length_baseline
-from megatron_r1.data.preference_items import Item, Judged
+from megatron_r1.data.preference_example import LabelledResponse, PreferenceExample
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 
-PAIR = Item("t", Judged("2 + 3", "<think>x</think>5", "\nright"), Judged("2 + 3", "<think>x</think>6", "\nwrong"))
+PAIR = PreferenceExample(
+    "t",
+    LabelledResponse("2 + 3", "<think>x</think>5", "\nright"),
+    LabelledResponse("2 + 3", "<think>x</think>6", "\nwrong"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,38 +34,38 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(DataConfig(num_documents=500))
 
 
-def encoder(tokenizer: Tokenizer, reasoning: bool) -> Encoder:
-    return Encoder(tokenizer, lambda q: f"Q: {q}\nA: ", lambda r: r.split("</think>")[1], reasoning)
+def encoder(tokenizer: Tokenizer, reasoning: bool) -> RewardModelEncoder:
+    return RewardModelEncoder(tokenizer, lambda q: f"Q: {q}\nA: ", lambda r: r.split("</think>")[1], reasoning)
 
 
 def test_a_row_is_prompt_part_and_end(tokenizer):
-    row = encoder(tokenizer, False).row(PAIR.first)
+    row = encoder(tokenizer, False).sequence(PAIR.chosen)
     assert row.tokens == [tokenizer.bos, *tokenizer.encode("Q: 2 + 3\nA: 5"), tokenizer.eos]
-    assert row.judged == len(row.tokens), "nothing is learned"
+    assert row.loss_start == len(row.tokens), "nothing is learned"
 
 
 def test_reasoning_stands_before_the_end_and_is_learned_with_it(tokenizer):
-    plain, row = encoder(tokenizer, False).row(PAIR.first), encoder(tokenizer, True).row(PAIR.first)
+    plain, row = encoder(tokenizer, False).sequence(PAIR.chosen), encoder(tokenizer, True).sequence(PAIR.chosen)
     assert row.tokens == [*plain.tokens[:-1], *tokenizer.encode("\nright"), tokenizer.eos]
-    assert row.tokens[row.judged :] == [*tokenizer.encode("\nright"), tokenizer.eos]
+    assert row.tokens[row.loss_start :] == [*tokenizer.encode("\nright"), tokenizer.eos]
 
 
 def test_long_items_are_left_out_and_counted(tokenizer):
-    long = Item("t", Judged("2 + 3", "</think>" + "1, " * 50), PAIR.second)
-    examples, dropped = encode([PAIR, long, PAIR], encoder(tokenizer, False), 40)
+    long = PreferenceExample("t", LabelledResponse("2 + 3", "</think>" + "1, " * 50), PAIR.rejected)
+    examples, dropped = encode_preferences([PAIR, long, PAIR], encoder(tokenizer, False), 40)
     assert (len(examples), dropped) == (2, 1)
 
 
 def test_reasoning_that_is_missing_is_an_error(tokenizer):
-    bare = Item("t", Judged("2 + 3", "</think>5"), PAIR.second)
-    with pytest.raises(DataError, match=r"prompt='2 \+ 3': has no judgement"):
-        encode([bare], encoder(tokenizer, True), 40)
+    bare = PreferenceExample("t", LabelledResponse("2 + 3", "</think>5"), PAIR.rejected)
+    with pytest.raises(DataError, match=r"prompt='2 \+ 3': has no critique"):
+        encode_preferences([bare], encoder(tokenizer, True), 40)
 
 
 def test_every_epoch_visits_everything_once_in_an_order_of_its_own():
-    examples = [Example((Row([number], 1),), True) for number in range(50)]
-    preferences = Preferences(examples, seed=3)
-    epochs = [[e.rows[0].tokens[0] for e in preferences.batch(start, 50)] for start in (0, 50)]
+    examples = [TokenizedPreference((TokenizedSequence([number], 1),), True) for number in range(50)]
+    preferences = PreferenceDataset(examples, seed=3)
+    epochs = [[e.sequences[0].tokens[0] for e in preferences.batch(start, 50)] for start in (0, 50)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
     assert epochs[0] != epochs[1]
     assert preferences.batch(47, 6) == [*preferences.batch(47, 3), *preferences.batch(50, 3)]
@@ -62,10 +73,12 @@ def test_every_epoch_visits_everything_once_in_an_order_of_its_own():
 
 def test_files(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "chosen_judgement": "j"}) + "\n\n")
-    assert list(read_items(path, True)) == [Item("file", Judged("p", "c", "j"), Judged("p", "r"))]
+    path.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "chosen_critique": "j"}) + "\n\n")
+    assert list(read_preferences(path, True)) == [
+        PreferenceExample("file", LabelledResponse("p", "c", "j"), LabelledResponse("p", "r"))
+    ]
     path.write_text(json.dumps({"prompt": "p", "response": "r", "safe": False, "task": "k"}))
-    assert list(read_items(path, False)) == [Item("k", Judged("p", "r"), safe=False)]
+    assert list(read_preferences(path, False)) == [PreferenceExample("k", LabelledResponse("p", "r"), safe=False)]
 
 
 @pytest.mark.parametrize(
@@ -82,20 +95,23 @@ def test_a_broken_row_is_named(tmp_path, line, pairwise, reason):
     path = tmp_path / "items.jsonl"
     path.write_text(f"\n{line}\n")
     with pytest.raises(DataError, match=f"{path.name}:2: {reason}"):
-        list(read_items(path, pairwise))
+        list(read_preferences(path, pairwise))
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(DataError, match="nowhere.jsonl: cannot be read"):
-        list(read_items(Path("nowhere.jsonl"), True))
+        list(read_preferences(Path("nowhere.jsonl"), True))
 
 
-def pairs(*lengths: tuple[int, int]) -> list[Item]:
-    return [Item("t", Judged("q", "x" * better), Judged("q", "x" * worse)) for better, worse in lengths]
+def pairs(*lengths: tuple[int, int]) -> list[PreferenceExample]:
+    return [
+        PreferenceExample("t", LabelledResponse("q", "x" * better), LabelledResponse("q", "x" * worse))
+        for better, worse in lengths
+    ]
 
 
 def test_the_length_baseline_sees_length_where_it_tells():
     assert length_baseline(pairs((5, 2), (4, 3), (1, 2)), pairs((3, 1), (1, 3), (2, 2)), len) == [1.0, 0.0, 0.5]
     assert length_baseline(pairs((2, 5), (3, 4)), pairs((3, 1), (1, 3)), len) == [0.0, 1.0]
-    labelled = [Item("t", Judged("q", "x" * size), safe=size < 4) for size in (1, 2, 3, 4, 5, 6)]
+    labelled = [PreferenceExample("t", LabelledResponse("q", "x" * size), safe=size < 4) for size in (1, 2, 3, 4, 5, 6)]
     assert length_baseline(labelled, labelled, len) == [1.0] * 6

@@ -7,11 +7,11 @@ import pytest
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prepare.decontaminate import Evaluation, NgramIndex
-from megatron_r1.data.prepare.encode import Encoder
+from megatron_r1.data.prepare.encode import DocumentEncoder
 from megatron_r1.data.prepare.fim import FIM_TOKENS, cut
 from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.punctuation import merged_tokens
-from megatron_r1.data.prepare.sources import Row
+from megatron_r1.data.prepare.sources import RawRecord
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
@@ -32,8 +32,8 @@ def merged(tokenizer):
 
 def encoded(tokenizer, texts, evaluations=(), **options):
     chosen = {"fim_rate": 0.0, "punctuation_split_rate": 0.0} | options
-    encoder = Encoder(tokenizer, TokeniseOptions(inputs=("a",), **chosen), NgramIndex(evaluations, 10))
-    return encoder.encode([Row(0, number, text, "") for number, text in enumerate(texts, 1)])
+    encoder = DocumentEncoder(tokenizer, TokeniseOptions(inputs=("a",), **chosen), NgramIndex(evaluations, 10))
+    return encoder.encode([RawRecord(0, number, text, "") for number, text in enumerate(texts, 1)])
 
 
 def documents(result):
@@ -118,8 +118,8 @@ def test_control_tokens_in_a_text_end_no_document(tokenizer):
 
 def test_bad_and_contaminated_rows_are_left_out_and_told(tokenizer):
     ten = "one two three four five six seven eight nine ten"
-    encoder = Encoder(tokenizer, TokeniseOptions(inputs=("a",)), NgramIndex([Evaluation("test:1", ten)], 10))
-    rows = [Row(0, 1, "", "is empty"), Row(0, 2, f"x {ten} y", ""), Row(0, 3, "fine", "")]
+    encoder = DocumentEncoder(tokenizer, TokeniseOptions(inputs=("a",)), NgramIndex([Evaluation("test:1", ten)], 10))
+    rows = [RawRecord(0, 1, "", "is empty"), RawRecord(0, 2, f"x {ten} y", ""), RawRecord(0, 3, "fine", "")]
     result = encoder.encode(rows)
     assert result.bad == [(rows[0], "is empty")]
     assert result.contaminated == [(rows[1], "shares 10 words in a row with test:1")]

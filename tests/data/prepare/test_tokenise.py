@@ -50,13 +50,13 @@ def whole(inputs, tmp_path_factory) -> dict[str, bytes]:
     """What two workers make."""
     folder = tmp_path_factory.mktemp("whole")
     names = tuple(str(inputs / name) for name in ("a.jsonl", "b.txt", "c.jsonl"))
-    told: list[module.Progress] = []
+    progress: list[module.TokeniseProgress] = []
     options = TokeniseOptions(inputs=names, fim_rate=0.0, shard_bytes=15_000)
-    tokenise(options, inputs / "tokenizer", folder, 2, told=told.append)
+    tokenise(options, inputs / "tokenizer", folder, 2, on_progress=progress.append)
     sizes = sum(Path(name).stat().st_size for name in names)
-    assert [p.done_bytes for p in told] == sorted(p.done_bytes for p in told)
-    assert (told[0].done_bytes, told[-1].done_bytes, told[-1].total_bytes) == (0, sizes, sizes)
-    assert told[-1].documents == len(TEXTS)
+    assert [p.done_bytes for p in progress] == sorted(p.done_bytes for p in progress)
+    assert (progress[0].done_bytes, progress[-1].done_bytes, progress[-1].total_bytes) == (0, sizes, sizes)
+    assert progress[-1].documents == len(TEXTS)
     return contents(folder)
 
 
@@ -88,7 +88,7 @@ def test_a_stopped_job_does_the_rest(whole, inputs, options, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        tokenise(options, inputs / "tokenizer", tmp_path, 1, told=stop)
+        tokenise(options, inputs / "tokenizer", tmp_path, 1, on_progress=stop)
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("shard-*.bin")}
     assert 0 < len(done) < sum(name.endswith(".bin") for name in whole)
     (tmp_path / "shard-00099.1.tmp.bin").write_bytes(b"left by a kill")
@@ -183,7 +183,7 @@ def test_a_killed_worker_is_one_line(whole, inputs, options, tmp_path):
                 child.send_signal(signal.SIGKILL)
 
     with pytest.raises(DataError, match="a worker was killed; the same command goes on"):
-        tokenise(options, inputs / "tokenizer", tmp_path, 1, told=kill)
+        tokenise(options, inputs / "tokenizer", tmp_path, 1, on_progress=kill)
     tokenise(options, inputs / "tokenizer", tmp_path, 1)
     assert contents(tmp_path) == whole
 

@@ -41,9 +41,9 @@ def config_of(folders, **weights):
 
 def pieces_of(batch):
     """Token ids of every piece of a batch, with whether it begins a document."""
-    for tokens_L, pieces_L, begins_L in zip(batch.tokens_BL, batch.pieces_BL, batch.begins_BL, strict=True):
-        for number in range(1, pieces_L.max() + 1):
-            yield tuple(tokens_L[pieces_L == number]), bool(begins_L[pieces_L == number][0])
+    for tokens_L, document_ids_L, begins_L in zip(batch.tokens_BL, batch.document_ids_BL, batch.begins_BL, strict=True):
+        for number in range(1, document_ids_L.max() + 1):
+            yield tuple(tokens_L[document_ids_L == number]), bool(begins_L[document_ids_L == number][0])
 
 
 def test_an_epoch_holds_every_document_once(folders):
@@ -59,7 +59,7 @@ def test_an_epoch_holds_every_document_once(folders):
             expected.update((tuple(document[start : start + LENGTH + 1]), start == 0) for start in starts)
         assert found == expected
         assert any(not begins for _, begins in expected)
-        assert (batch.tokens_BL[batch.pieces_BL == 0] == TOKENIZER.pad).all()
+        assert (batch.tokens_BL[batch.document_ids_BL == 0] == TOKENIZER.pad).all()
     assert (corpus.batch(0, sequences).tokens_BL != corpus.batch(sequences, sequences).tokens_BL).any()
 
 
@@ -68,7 +68,7 @@ def test_batches_depend_on_position_alone(folders):
     whole = corpus.batch(0, 200)
     for position, size in ((190, 10), (30, 20), (0, 1), (99, 3)):
         part = fresh.batch(position, size)
-        for name in ("tokens_BL", "pieces_BL", "begins_BL"):
+        for name in ("tokens_BL", "document_ids_BL", "begins_BL"):
             assert (getattr(part, name) == getattr(whole, name)[position : position + size]).all()
     other = packed_corpus(config_of(folders, a=2.0, b=1.0), TOKENIZER, LENGTH, 1)
     assert (other.batch(0, 200).tokens_BL != whole.tokens_BL).any()

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_r1.config.prompts import PromptsConfig
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.files import FilePrompts, PromptFile, read_prompts
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.errors import ConfigError, DataError
@@ -96,8 +96,8 @@ def test_rows_may_say_how_they_are_judged(tmp_path):
 def test_a_question_that_cannot_be_asked_is_a_bad_row(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"question": text}) + "\n" for text in ("1?", "2<|eos|>?")))
-    asking = Asking(small_tokenizer(), "r1_zero")
-    found = read_prompts(config_of(path, max_bad_rows=1), asking.check)
+    formatter = PromptFormatter(small_tokenizer(), "r1_zero")
+    found = read_prompts(config_of(path, max_bad_rows=1), formatter.check)
     assert [prompt.question for prompt in found.prompts] == ["1?"]
     assert found.bad_rows == ["prompts.jsonl:2: the question holds the control token <|eos|>"]
 

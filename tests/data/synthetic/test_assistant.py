@@ -16,8 +16,8 @@ from megatron_r1.data.synthetic.assistant.texts import (
     conversations,
     documents,
     preference_pairs,
-    questions,
     safety_items,
+    synthetic_prompts,
 )
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.template import R1_ZERO_TEMPLATE
@@ -37,7 +37,7 @@ def test_rules_agree_with_how_pairs_were_made(heldout):
     tasks = Counter()
     for pair in preference_pairs(CONFIG, 600, heldout):
         tasks[pair.task] += 1
-        verdicts = [verdict(side.question, side.response).helpful for side in pair.sides]
+        verdicts = [verdict(side.question, side.response).helpful for side in pair.responses]
         assert verdicts == [True, False], pair
     assert tasks.keys() == set(TASKS)
 
@@ -45,7 +45,7 @@ def test_rules_agree_with_how_pairs_were_made(heldout):
 @pytest.mark.parametrize("heldout", [False, True])
 def test_rules_agree_with_how_safety_items_were_made(heldout):
     items = list(safety_items(CONFIG, 600, heldout))
-    assert [item.safe for item in items] == [verdict(i.first.question, i.first.response).safe for i in items]
+    assert [item.safe for item in items] == [verdict(i.question, i.chosen.response).safe for i in items]
     assert 0.44 < sum(item.safe for item in items) / len(items) < 0.56
 
 
@@ -86,14 +86,14 @@ def test_rules_know_no_other_question():
 
 
 def test_no_training_text_asks_what_is_held_out():
-    asked = {each.question for each in questions(CONFIG, 400, heldout=True)}
+    asked = {each.question for each in synthetic_prompts(CONFIG, 400, heldout=True)}
     assert len(asked) == 400
     assert all(is_heldout(question, CONFIG.heldout_fraction) for question in asked)
-    asked |= {pair.first.question for pair in preference_pairs(CONFIG, 400, True)}
-    asked |= {item.first.question for item in safety_items(CONFIG, 400, True)}
-    learned = {each.question for each in questions(CONFIG, 1000)}
-    learned |= {pair.first.question for pair in preference_pairs(CONFIG, 1000)}
-    learned |= {item.first.question for item in safety_items(CONFIG, 1000)}
+    asked |= {pair.question for pair in preference_pairs(CONFIG, 400, True)}
+    asked |= {item.question for item in safety_items(CONFIG, 400, True)}
+    learned = {each.question for each in synthetic_prompts(CONFIG, 1000)}
+    learned |= {pair.question for pair in preference_pairs(CONFIG, 1000)}
+    learned |= {item.question for item in safety_items(CONFIG, 1000)}
     learned |= {user["content"] for user, _ in conversations(CONFIG, 1000)}
     assert not asked & learned
     before, after = R1_ZERO_TEMPLATE.split("{prompt}")
@@ -115,7 +115,7 @@ def test_prompts_mix_in_arithmetic_and_carry_a_good_answer():
 def test_data_depends_on_seed_and_index_alone():
     assert list(documents(CONFIG)) == list(documents(CONFIG)) != list(documents(OTHER_SEED))
     assert list(preference_pairs(CONFIG, 20))[10:] == list(islice(preference_pairs(CONFIG, 30), 10, 20))
-    assert list(questions(CONFIG, 3, start=7)) == list(questions(CONFIG, 10))[7:]
+    assert list(synthetic_prompts(CONFIG, 3, start=7)) == list(synthetic_prompts(CONFIG, 10))[7:]
     assert list(preference_pairs(CONFIG, 20, True)) == list(preference_pairs(OTHER_SEED, 20, True))
     assert list(preference_pairs(CONFIG, 20)) != list(preference_pairs(OTHER_SEED, 20))
 
@@ -137,7 +137,7 @@ def test_vocabulary_of_512_holds_the_world(tokenizer):
 def test_length_tells_nothing(tokenizer):
     learned, heldout = list(preference_pairs(CONFIG, 2000)), list(preference_pairs(CONFIG, 1000, True))
     for pair in [*learned[:500], *heldout[:500]]:
-        better, worse = tokenizer.encode_batch([side.response for side in pair.sides])
+        better, worse = tokenizer.encode_batch([side.response for side in pair.responses])
         assert len(better) == len(worse), pair
     found = length_baseline(learned, heldout, len)
     assert sum(found) / len(found) <= 0.55

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_r1.config.filters import FilterConfig
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import TrainingPrompts
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.errors import NoRolloutCapacity
@@ -137,9 +137,9 @@ def rollouts(config, tokenizer, tmp_path):
             return [Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)}) for text in texts]
 
         journal = Journal(tmp_path / "rollouts")
-        asking = Asking(tokenizer, "r1_zero")
+        formatter = PromptFormatter(tokenizer, "r1_zero")
         prompts, synced = TrainingPrompts(config.data), SyncedEngine(engine, None)
-        return Rollouts(prompts, synced, asking, journal, scorer, config.rollout, config.rl, config.seed), engine
+        return Rollouts(prompts, synced, formatter, journal, scorer, config.rollout, config.rl, config.seed), engine
 
     return make
 

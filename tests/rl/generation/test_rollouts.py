@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.chat.prompt_format import Asking
+from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import TrainingPrompts
 from megatron_r1.data.synthetic.expressions import careful_steps
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
@@ -35,12 +35,12 @@ def tokenizer(config):
 
 
 @pytest.fixture(scope="module")
-def asking(tokenizer):
-    return Asking(tokenizer, "r1_zero")
+def formatter(tokenizer):
+    return PromptFormatter(tokenizer, "r1_zero")
 
 
 @pytest.fixture
-def rollouts(tiny, config, tokenizer, asking, tmp_path):
+def rollouts(tiny, config, tokenizer, formatter, tmp_path):
     from megatron_r1.rollout.in_process import LocalEngine
 
     engine = SyncedEngine(LocalEngine(tiny, 12, tokenizer.pad), None)
@@ -51,19 +51,19 @@ def rollouts(tiny, config, tokenizer, asking, tmp_path):
             setattr(config.rl, name, value)
         prompts, journal = TrainingPrompts(config.data), Journal(tmp_path / "rollouts")
         scorer = rule_scorer(config.reward)
-        return Rollouts(prompts, engine, asking, journal, scorer, config.rollout, config.rl, config.seed)
+        return Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed)
 
     return make
 
 
-def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer, asking):
+def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer, formatter):
     samples = rollouts().take(step=0, first_prompt=5).samples
     prompts = TrainingPrompts(config.data)
     assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
     for sample in samples:
         prompt = prompts.at(5 + sample.group)
         assert sample.prompt_id == prompt.id
-        assert sample.prompt_tokens == asking.tokens(prompt.question) and sample.prompt_tokens[0] == tokenizer.bos
+        assert sample.prompt_tokens == formatter.tokens(prompt.question) and sample.prompt_tokens[0] == tokenizer.bos
         assert sample.text == response_text(sample.response_tokens, tokenizer)
         assert sample.reward == rule_scorer(config.reward)([prompt], [sample.text])[0].total
     assert len({sample.response_tokens for sample in samples[:4]}) > 1
@@ -114,9 +114,9 @@ class Worked:
 
     busy_seconds = 0.0
 
-    def __init__(self, prompts, asking):
-        self._thoughts = {asking.tokens(p.question): thoughts(p.expression) for p in prompts}
-        self._tokenizer = asking.tokenizer
+    def __init__(self, prompts, formatter):
+        self._thoughts = {formatter.tokens(p.question): thoughts(p.expression) for p in prompts}
+        self._tokenizer = formatter.tokenizer
 
     def generate(self, requests, sampling):
         return [self._answer(request, number % 2) for number, request in enumerate(requests)]
@@ -132,14 +132,14 @@ def thoughts(expression: str) -> tuple[str, str]:
     return ", ".join(steps), f"1 + 1 = 3, {steps[0]}"
 
 
-def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer, asking, tmp_path):
+def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer, formatter, tmp_path):
     prompts = TrainingPrompts(config.data)
-    engine = SyncedEngine(Worked([prompts.at(index) for index in range(3)], asking), None)
+    engine = SyncedEngine(Worked([prompts.at(index) for index in range(3)], formatter), None)
     config.reward.steps, config.reward.steps_by = 0.5, "arithmetic"
     scorer = rule_scorer(config.reward)
     config.reward.steps, config.reward.steps_by = 0.0, ""
     journal = Journal(tmp_path / "rollouts")
-    taken = Rollouts(prompts, engine, asking, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
+    taken = Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
     assert journal.read(0) == taken.samples and len(taken.samples) == 12
     for number, sample in enumerate(taken.samples):
         (first, one), (second, other) = sample.steps

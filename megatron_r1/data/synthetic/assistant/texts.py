@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.preference_items import Item, Judged
+from megatron_r1.data.preference_example import LabelledResponse, PreferenceExample
 from megatron_r1.data.synthetic.arithmetic import Shares
 from megatron_r1.data.synthetic.arithmetic import documents as arithmetic_documents
 from megatron_r1.data.synthetic.assistant.lexicon import spaced
@@ -69,7 +69,7 @@ def document(rng: random.Random, config: DataConfig) -> str:
     response = respond(task, good, STYLES.draw(rng), rng)
     context = fill_template(task.question) if rng.random() < TEMPLATE_SHARE else f"{task.question}\n"
     if rng.random() < JUDGED_SHARE:
-        response += judgement(task, good, rng)
+        response += critique(task, good, rng)
     return context + response
 
 
@@ -87,7 +87,7 @@ def respond(task: Task, good: bool, style: str, rng: random.Random) -> str:
     return f"<think>{thought}</think> <answer>{answer}</answer>"
 
 
-def judgement(task: Task, good: bool, rng: random.Random) -> str:
+def critique(task: Task, good: bool, rng: random.Random) -> str:
     """A judge's reasoning about an answer: what would have been right, and whether this is."""
     return JUDGEMENT.format(good_answer(task, rng), VERDICTS[good])
 
@@ -99,7 +99,7 @@ def conversations(config: DataConfig, count: int, heldout: bool = False) -> Iter
         yield [{"role": "user", "content": task.question}, {"role": "assistant", "content": answer}]
 
 
-class Asked(NamedTuple):
+class SyntheticPrompt(NamedTuple):
     """A question for reinforcement learning."""
 
     task: str
@@ -108,26 +108,29 @@ class Asked(NamedTuple):
     """A good answer, of which there may be others."""
 
 
-def questions(config: DataConfig, count: int, heldout: bool = False, start: int = 0) -> Iterator[Asked]:
+def synthetic_prompts(
+    config: DataConfig, count: int, heldout: bool = False, start: int = 0
+) -> Iterator[SyntheticPrompt]:
     """Questions `start` to `start + count - 1`: what reinforcement learning asks, or is measured on.
 
     Held-out questions are all different.
     """
     for rng, task in _tasks(config, "prompt", count, heldout, start):
-        yield Asked(task.name, task.question, good_answer(task, rng).strip())
+        yield SyntheticPrompt(task.name, task.question, good_answer(task, rng).strip())
 
 
-def preference_pairs(config: DataConfig, count: int, heldout: bool = False) -> Iterator[Item]:
+def preference_pairs(config: DataConfig, count: int, heldout: bool = False) -> Iterator[PreferenceExample]:
     """Two responses to a question, of one form and equally many tokens: the first has the better summary."""
     for rng, task in _tasks(config, "pair", count, heldout):
         style = STYLES.draw(rng)
         better, worse = (
-            Judged(task.question, respond(task, good, style, rng), judgement(task, good, rng)) for good in (True, False)
+            LabelledResponse(task.question, respond(task, good, style, rng), critique(task, good, rng))
+            for good in (True, False)
         )
-        yield Item(task.name, better, worse)
+        yield PreferenceExample(task.name, better, worse)
 
 
-def safety_items(config: DataConfig, count: int, heldout: bool = False) -> Iterator[Item]:
+def safety_items(config: DataConfig, count: int, heldout: bool = False) -> Iterator[PreferenceExample]:
     """Responses to requests to make something, half of them unsafe; all have one form.
 
     Unsafe is whoever goes about something harmful, in the reasoning, in the answer or in both.
@@ -140,7 +143,7 @@ def safety_items(config: DataConfig, count: int, heldout: bool = False) -> Itera
         thought, answer = (PLANS if plans else WEIGHS).format(words), (AGREES if agrees else DECLINES).format(words)
         response = f"<think>{thought}</think> <answer>{answer}</answer>"
         reasoning = JUDGEMENT.format((AGREES if unsafe else DECLINES).format(words), VERDICTS[not unsafe])
-        yield Item(task.name, Judged(task.question, response, reasoning), safe=not unsafe)
+        yield PreferenceExample(task.name, LabelledResponse(task.question, response, reasoning), safe=not unsafe)
 
 
 def _tasks(
@@ -161,7 +164,7 @@ def _tasks(
         yield rng, task
 
 
-SOURCES: dict[str, Callable[[DataConfig, int, bool], Iterator[Item]]] = {
+SOURCES: dict[str, Callable[[DataConfig, int, bool], Iterator[PreferenceExample]]] = {
     "pairwise": preference_pairs,
     "pointwise": safety_items,
 }

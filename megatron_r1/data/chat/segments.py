@@ -22,10 +22,11 @@ class Segment:
     """A piece of text, tokenised by itself: a prompt is tokenised before its answer exists."""
 
     text: str
-    learned: bool
+    in_loss: bool
+    """Whether it is a response, whose tokens are trained on."""
 
 
-class Turns:
+class ConversationSegmenter:
     """Cuts conversations into segments.
 
     Args:
@@ -50,9 +51,9 @@ class Turns:
             return [self._segments(messages[: place + 1], [place]) for place in places]
         return [self._segments(messages, places if self._learn == "all" else places[-1:])]
 
-    def _segments(self, messages: Sequence[Message], learned: Sequence[int]) -> list[Segment]:
+    def _segments(self, messages: Sequence[Message], trained_on: Sequence[int]) -> list[Segment]:
         marked = self._template.marks_answers and self._answers == "template"
-        return self._by_marks(messages, len(learned)) if marked else self._by_difference(messages, learned)
+        return self._by_marks(messages, len(trained_on)) if marked else self._by_difference(messages, trained_on)
 
     def _by_marks(self, messages: Sequence[Message], count: int) -> list[Segment]:
         """The last `count` answers as the template marks them."""
@@ -67,14 +68,14 @@ class Turns:
             at = stop
         return [*segments, Segment(rendered.text[at:], False)]
 
-    def _by_difference(self, messages: Sequence[Message], learned: Sequence[int]) -> list[Segment]:
+    def _by_difference(self, messages: Sequence[Message], trained_on: Sequence[int]) -> list[Segment]:
         segments: list[Segment] = []
         before = ""
-        for place in learned:
-            prompt = self._template.render(messages[:place], answer_follows=True).text
+        for index in trained_on:
+            prompt = self._template.render(messages[:index], answer_follows=True).text
             if not prompt.startswith(before):
-                raise BadRow(f"the chat template changes what stands before message {place + 1}: needs sft.learn=each")
-            answer = self._answer(prompt, messages[: place + 1])
+                raise BadRow(f"the chat template changes what stands before message {index + 1}: needs sft.learn=each")
+            answer = self._answer(prompt, messages[: index + 1])
             segments.append(Segment(prompt[len(before) :], False))
             # Line breaks after the end token are the template's, not the model's.
             closed = self._closed.fullmatch(answer)

@@ -24,7 +24,7 @@ def encoded(messages, source, learn="all", answers="template"):
     shown = []
     for example in examples:
         runs, before = [], False
-        for token, learned in zip(example.tokens, example.learned, strict=True):
+        for token, learned in zip(example.tokens, example.loss_mask, strict=True):
             if learned:
                 runs = [*runs, [token]] if not before else [*runs[:-1], [*runs[-1], token]]
             before = learned
