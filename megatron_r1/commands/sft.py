@@ -135,7 +135,9 @@ def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatche
         result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
         seconds = time.perf_counter() - started
         metrics = packing_metrics(batch, ranks)
-        computed = sum(all_gather_object(sum(part.document_ids_BL.numel() for part in micro_batches))) * ranks // world_size()
+        computed = (
+            sum(all_gather_object(sum(part.document_ids_BL.numel() for part in micro_batches))) * ranks // world_size()
+        )
         check_none_dropped(result.passes.expert_load, computed, config.model.moe.top_k)
         state = state.advance(
             updates=state.updates + (not result.skipped),
