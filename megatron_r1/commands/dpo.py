@@ -17,12 +17,19 @@ from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.preference.dpo import DirectPreference, HeldoutPairs
 from megatron_r1.preference.items import heldout_items, learned_items
 from megatron_r1.preference.measure import results_of
-from megatron_r1.preference.reward_model import rights
-from megatron_r1.preference.step import Learned, examples_of, judged_step, tell, tell_left_out, with_steps
+from megatron_r1.preference.reward_model import pairwise_accuracy
+from megatron_r1.preference.step import (
+    UpdateOutcome,
+    examples_of,
+    log_dropped,
+    preference_step,
+    report_results,
+    with_epoch_steps,
+)
 from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
 from megatron_r1.runs.initial_weights import find_weights
 from megatron_r1.runs.prompts import prompt_formatter
-from megatron_r1.runs.trainer import finish, trainer
+from megatron_r1.runs.training_run import finish_run, training_run
 from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import train
 from megatron_r1.train.routing import FROZEN
@@ -41,37 +48,37 @@ def run(config: RunConfig) -> None:
     learned = learned_items(settings, config.data, settings.num_pairs)
     examples = examples_of(learned, encoder, config, settings.epochs)
     measured, pairs = measured_pairs(heldout_items(settings, config.data), encoder, config.train.sequence_length)
-    config = with_steps(config, len(examples) * settings.epochs)
+    config = with_epoch_steps(config, len(examples) * settings.epochs)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
-    with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
-        FROZEN.apply(this.model, 0)
-        reference = ReferencePolicy(this.model, this.saved(SAVED))
+    with training_run(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as run:
+        FROZEN.apply(run.model, 0)
+        reference = ReferencePolicy(run.model, run.saved(SAVED))
         preference = DirectPreference(
-            this.model,
+            run.model,
             reference,
             settings.beta,
             settings.label_smoothing,
             tokenizer.pad,
-            this.platform.device,
+            run.platform.device,
             config.parallel.tensor,
         )
         heldout = HeldoutPairs(preference, pairs, size)
 
-        def learn(batch: Sequence[TokenizedPreference], rate: float) -> Learned:
-            return Learned(*preference.learn(this.optimizer, batch, rate, size))
+        def learn(batch: Sequence[TokenizedPreference], rate: float) -> UpdateOutcome:
+            return UpdateOutcome(*preference.learn(run.optimizer, batch, rate, size))
 
-        hooks = this.hooks(
+        hooks = run.hooks(
             SHOWN,
             f"dpo {config.name}",
             extra_shards=reference.saved,
             first=[MeasureHook(measure_of(heldout), settings.heldout_interval, config.train.steps)],
         )
-        step = judged_step(this, PreferenceDataset(examples, config.seed), learn)
-        state = train(this.state, step, hooks, config.train.steps)
+        step = preference_step(run, PreferenceDataset(examples, config.seed), learn)
+        state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
-            right = rights(torch.tensor(heldout.margins())).tolist()
-            tell(this, results_of(right, learned, measured, encoder), "implicit reward")
-        finish(this, state)
+            right = pairwise_accuracy(torch.tensor(heldout.margins())).tolist()
+            report_results(run, results_of(right, learned, measured, encoder), "implicit reward")
+        finish_run(run, state)
 
 
 def measured_pairs(
@@ -84,7 +91,7 @@ def measured_pairs(
     """
     encoded = [(item, encoder.example(item)) for item in items]
     kept = [(item, example) for item, example in encoded if example.length <= longest]
-    tell_left_out("held-out pairs", len(kept), len(encoded) - len(kept))
+    log_dropped("held-out pairs", len(kept), len(encoded) - len(kept))
     if not kept:
         raise DataError(f"train.sequence_length={longest}: holds none of the {len(encoded)} held-out pairs")
     return [item for item, _ in kept], [example for _, example in kept]
@@ -95,7 +102,7 @@ def measure_of(heldout: HeldoutPairs) -> Callable[[], dict[str, float]]:
 
     def measure() -> dict[str, float]:
         margins = torch.tensor(heldout.margins(), dtype=torch.float64)
-        found = clustered(rights(margins).tolist())
+        found = clustered(pairwise_accuracy(margins).tolist())
         return {
             "heldout_accuracy": found.mean,
             "heldout_low": found.low,

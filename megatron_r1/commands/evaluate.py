@@ -16,7 +16,7 @@ from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import ConfigError
-from megatron_r1.evaluation.benchmarks import EXAMS, Measure
+from megatron_r1.evaluation.benchmarks import BENCHMARKS, Metric
 from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.rollout.engine import all_answered
 from megatron_r1.rollout.factory import SyncedEngine
@@ -41,8 +41,8 @@ def run(config: RunConfig) -> None:
     for name, found in models.items():
         check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")
     formatter = prompt_formatter(config, Tokenizer.load(first.tokenizer_folder))
-    exam = EXAMS[config.evaluate.questions]
-    prompts = exam.prompts(config.data, config.evaluate.prompts)
+    benchmark = BENCHMARKS[config.evaluate.questions]
+    prompts = benchmark.prompts(config.data, config.evaluate.prompts)
     results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
     current = dict(first.tensors)
     with answering_engine(config, first, current, folder) as engine:
@@ -51,23 +51,23 @@ def run(config: RunConfig) -> None:
             current.update(found.tensors)
             engine.update_weights(name)
             file = folder / "samples" / f"{name}.jsonl"
-            results["models"][name] = measure(engine, formatter, prompts, exam.measures, config, file)
+            results["models"][name] = measure(engine, formatter, prompts, benchmark.metrics, config, file)
     (folder / "results.json").write_text(json.dumps(results, indent=1))
     show(results)
-    first_measure = next(iter(exam.measures))
-    mark_done(folder, {name: result["sampled"][first_measure] for name, result in results["models"].items()})
+    first_metric = next(iter(benchmark.metrics))
+    mark_done(folder, {name: result["sampled"][first_metric] for name, result in results["models"].items()})
 
 
 def measure(
     engine: SyncedEngine,
     formatter: PromptFormatter,
     prompts: Sequence[Prompt],
-    measures: Mapping[str, Measure],
+    metrics: Mapping[str, Metric],
     config: RunConfig,
     samples_file: Path,
 ) -> dict[str, Any]:
     """Greedy and sampled measures of the engine's weights, with 95 % intervals; answers go to `samples_file`."""
-    first = next(iter(measures))
+    first = next(iter(metrics))
     samples_file.parent.mkdir(parents=True, exist_ok=True)
     settings = config.evaluate
     result: dict[str, Any] = {}
@@ -76,7 +76,7 @@ def measure(
             answers = _answers(engine, formatter, prompts, count, temperature, config)
             marks = {
                 name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]
-                for name, judge in measures.items()
+                for name, judge in metrics.items()
             }
             for index, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
                 parts = {"accuracy": marks[first][index][0], "format": marks["format"][index][0]}
@@ -126,8 +126,8 @@ def _answers(
 def show(results: Mapping[str, Any]) -> None:
     """The results as a table on the terminal."""
     table = Table(title=f"{results['prompts']} held-out prompts, {results['samples']} samples each, 95 % intervals")
-    measures = next(iter(results["models"].values()))["greedy"]
-    for column in ("model", "mode", *measures):
+    metrics = next(iter(results["models"].values()))["greedy"]
+    for column in ("model", "mode", *metrics):
         table.add_column(column)
     for name, result in results["models"].items():
         for mode in ("greedy", "sampled"):

@@ -34,7 +34,7 @@ from megatron_r1.rollout.routed_experts import RoutedLayers
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.runs.initial_weights import Weights, find_weights
 from megatron_r1.runs.prompts import keep, prompt_formatter, prompts_of_file, training_prompts
-from megatron_r1.runs.trainer import Trainer, finish, trainer
+from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks import Hook, Hooks
 from megatron_r1.train.loop import train
 from megatron_r1.train.offload import TrainerMemory
@@ -51,20 +51,20 @@ def run(config: RunConfig) -> None:
     formatter = prompt_formatter(config, tokenizer)
     questions = prompts_of_file(config, formatter)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
-    with trainer(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as this:
-        if this.state.step >= config.train.steps:
-            finish(this, this.state)
+    with training_run(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as run:
+        if run.state.step >= config.train.steps:
+            finish_run(run, run.state)
             return
-        joint, replay, placement = reward_service(this), replay_of(this), placement_of(this)
+        joint, replay, placement = reward_service(run), replay_of(run), placement_of(run)
         scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), joint.rewards if joint else ())
-        learning = learning_of(this, weights, replay)
+        learning = learning_of(run, weights, replay)
         prompts = config.rl.prompts_per_rollout
-        with rollout_engine(this, weights, replay, placement) as engine, ExitStack() as stack:
+        with rollout_engine(run, weights, replay, placement) as engine, ExitStack() as stack:
             rollouts: RolloutSource | None = None
-            hooks: Hook = this.hooks(SHOWN, f"grpo {config.name}", extra_shards=learning.saved)
+            hooks: Hook = run.hooks(SHOWN, f"grpo {config.name}", extra_shards=learning.saved)
             if is_rank_zero():
-                keep(questions, this.folder)
-                journal = Journal(this.folder / "rollouts")
+                keep(questions, run.folder)
+                journal = Journal(run.folder / "rollouts")
                 hooks = Hooks([hooks, PruneJournal(journal, config.train)])
                 asked = training_prompts(config, questions)
                 routed = routed_layers(config.model) if replay else None
@@ -75,8 +75,8 @@ def run(config: RunConfig) -> None:
                     rollouts = stack.enter_context(ahead_of(rollouts, config, engine.engine.abandon, joint))
             received = joint.received if joint else comm.receive_broadcast
             step = reinforcement_step(rollouts, learning.learner, engine.update_weights, prompts, placement, received)
-            state = train(this.state, step, hooks, config.train.steps)
-        finish(this, state)
+            state = train(run.state, step, hooks, config.train.steps)
+        finish_run(run, state)
 
 
 def check(config: RunConfig) -> None:
@@ -103,21 +103,21 @@ class Learning:
             yield from part.saved() if part else ()
 
 
-def learning_of(this: Trainer, weights: Weights, replay: RoutingReplay | None) -> Learning:
+def learning_of(run: TrainingRun, weights: Weights, replay: RoutingReplay | None) -> Learning:
     """The learner with the reference and the critic that the configuration asks for, as a checkpoint left them."""
-    rl = this.config.rl
-    reference = ReferencePolicy(this.model, this.saved(SAVED)) if rl.kl_coefficient else None
-    critic = critic_of(this, weights) if rl.advantages == "critic" else None
+    rl = run.config.rl
+    reference = ReferencePolicy(run.model, run.saved(SAVED)) if rl.kl_coefficient else None
+    critic = critic_of(run, weights) if rl.advantages == "critic" else None
     advantages = CriticAdvantages(critic, rl.critic) if critic else None
-    device, pad = this.platform.device, this.tokenizer.pad
-    learner = Learner(this.config, this.model, this.optimizer, reference, pad, device, replay, advantages)
+    device, pad = run.platform.device, run.tokenizer.pad
+    learner = Learner(run.config, run.model, run.optimizer, reference, pad, device, replay, advantages)
     return Learning(learner, reference, critic)
 
 
-def replay_of(this: Trainer) -> RoutingReplay | None:
+def replay_of(run: TrainingRun) -> RoutingReplay | None:
     """Lets routers take the experts that the engine took, where that is asked for."""
-    config = this.config
-    return RoutingReplay(this.model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
+    config = run.config
+    return RoutingReplay(run.model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
 
 
 def routed_layers(model: ModelConfig) -> RoutedLayers:
@@ -125,18 +125,18 @@ def routed_layers(model: ModelConfig) -> RoutedLayers:
     return RoutedLayers(model.num_layers, model.moe.first_dense_layers, model.moe.top_k)
 
 
-def placement_of(this: Trainer) -> Separate | Colocated:
+def placement_of(run: TrainingRun) -> Separate | Colocated:
     """Whose turn it is with the devices."""
-    colocated = this.config.rollout.placement == "colocated"
-    return Colocated(TrainerMemory(this.model, this.optimizer)) if colocated else Separate()
+    colocated = run.config.rollout.placement == "colocated"
+    return Colocated(TrainerMemory(run.model, run.optimizer)) if colocated else Separate()
 
 
-def reward_service(this: Trainer) -> CollectiveRewardService | None:
+def reward_service(run: TrainingRun) -> CollectiveRewardService | None:
     """The configured reward models, at work beside the policy on all ranks."""
-    reward, parallel = this.config.reward, this.config.parallel
+    reward, parallel = run.config.reward, run.config.parallel
 
     def weighted(name: str, source: str) -> Weighted:
-        scorer = RewardModelScorer(source, parallel, this.platform, f"reward.{name}_model", name)
+        scorer = RewardModelScorer(source, parallel, run.platform, f"reward.{name}_model", name)
         return Weighted(getattr(reward, name), scorer)
 
     models = [weighted(name, source) for name, source in reward.models.items()]
@@ -171,25 +171,25 @@ class PruneJournal(Hook):
 
 @contextmanager
 def rollout_engine(
-    this: Trainer, weights: Weights, replay: RoutingReplay | None, placement: Separate | Colocated
+    run: TrainingRun, weights: Weights, replay: RoutingReplay | None, placement: Separate | Colocated
 ) -> Iterator[SyncedEngine]:
     """The configured engine, on rank 0; each step sends it the trainer's weights before it samples."""
-    rollout = this.config.rollout
+    rollout = run.config.rollout
     if rollout.engine == "local":
         # Every rank has the whole model; rank 0 alone samples.
-        local = LocalEngine(this.model, rollout.batch_size, this.tokenizer.pad, replay) if is_rank_zero() else None
+        local = LocalEngine(run.model, rollout.batch_size, run.tokenizer.pad, replay) if is_rank_zero() else None
         yield SyncedEngine(local, None)
         return
-    if isinstance(placement, Colocated) and this.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
+    if isinstance(placement, Colocated) and run.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
         allowed = "must be true with rollout.placement=colocated on a GPU: without it servers keep their memory"
         raise ConfigError("rollout.sglang.server.memory_saver", False, allowed)
     with shared_sglang_engine(
         rollout,
-        this.config.model,
-        this.model,
+        run.config.model,
+        run.model,
         weights.tokenizer_folder,
-        this.folder / "logs",
-        this.platform.name,
+        run.folder / "logs",
+        run.platform.name,
         placement.starting_servers,
     ) as engine:
         if isinstance(placement, Colocated) and is_rank_zero():

@@ -23,7 +23,7 @@ from megatron_r1.parallel.launcher import is_rank_zero, world_size
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import Weights, find_weights
-from megatron_r1.runs.trainer import Trainer, finish, trainer
+from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.balance import BalanceHook
 from megatron_r1.train.loop import Step, train
@@ -41,15 +41,15 @@ def run(config: RunConfig) -> None:
     """Pre-train a model, or go on where its run stopped."""
     weights = find_weights(config.init.from_, which=config.init.weights) if config.init.from_ else None
     corpus, tokenizer = open_corpus(config, weights)
-    with trainer(config, tokenizer, weights) as this:
+    with training_run(config, tokenizer, weights) as run:
         # All ranks know all loads; the one that records them measures their balance.
         settings = config.train
-        balance = BalanceHook(settings.balance_window, settings.log_interval, this.extra) if is_rank_zero() else None
-        hooks = this.hooks(
+        balance = BalanceHook(settings.balance_window, settings.log_interval, run.extra) if is_rank_zero() else None
+        hooks = run.hooks(
             SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, first=[balance] if balance else []
         )
-        state = train(this.state, pretraining_step(this, corpus), hooks, config.train.steps)
-        finish(this, state)
+        state = train(run.state, pretraining_step(run, corpus), hooks, config.train.steps)
+        finish_run(run, state)
 
 
 def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | PackedCorpus, Tokenizer]:
@@ -70,15 +70,15 @@ def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | Pa
     return packed_corpus(indexed, tokenizer, length, config.seed), tokenizer
 
 
-def pretraining_step(this: Trainer, corpus: Corpus | PackedCorpus) -> Step:
+def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
     """The step of pre-training: next batch, update, metrics."""
-    reader = reader_of(this, corpus)
-    config, settings = this.config, this.config.train
+    reader = reader_of(run, corpus)
+    config, settings = run.config, run.config.train
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     flops = flops_per_token(config.model, settings.sequence_length)
     policy, moe = pretraining_policy(config), config.model.moe
-    peak = peak_flops(this.platform.device) * world_size()
+    peak = peak_flops(run.platform.device) * world_size()
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
@@ -86,13 +86,13 @@ def pretraining_step(this: Trainer, corpus: Corpus | PackedCorpus) -> Step:
         rate = learning_rate(settings.schedule, state.step + 1, settings.steps, consumed)
         mtp_weight = value_at(config.model.mtp.loss_coefficient, settings.schedule.mtp_weight_phases, consumed)
         # megatron-core reads the weight anew in every forward pass.
-        this.model.config.mtp_loss_scaling_factor = mtp_weight
-        policy.apply(this.model, consumed)
+        run.model.config.mtp_loss_scaling_factor = mtp_weight
+        policy.apply(run.model, consumed)
         micro_batches = reader.micro_batches(
             corpus.batch(state.data_position, size), rank, ranks, settings.micro_batch_size
         )
         shape = settings.sequence_length, min(settings.micro_batch_size, size // ranks)
-        result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
+        result = update(run.model, run.optimizer, micro_batches, reader.forward, rate, *shape)
         seconds = time.perf_counter() - started
         tokens = size * settings.sequence_length
         check_none_dropped(result.passes.expert_load, tokens, moe.top_k)
@@ -132,23 +132,23 @@ class StreamReader:
         return next_token_forward(model, rows_BL)
 
 
-def reader_of(this: Trainer, corpus: Corpus | PackedCorpus) -> Any:
+def reader_of(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Any:
     """What reads the batches of this kind of corpus.
 
     Raises:
         ConfigError: the platform cannot keep documents apart.
     """
     if isinstance(corpus, Corpus):
-        return StreamReader(this.platform.device)
-    cross = this.config.data.indexed.cross_document_attention
-    if not cross and this.platform.transformer_engine:
+        return StreamReader(run.platform.device)
+    cross = run.config.data.indexed.cross_document_attention
+    if not cross and run.platform.transformer_engine:
         allowed = "must be true with Transformer Engine: there attention is causal over the whole sequence"
         raise ConfigError("data.indexed.cross_document_attention", cross, allowed)
-    if not cross and this.config.parallel.context > 1:
+    if not cross and run.config.parallel.context > 1:
         raise ConfigError(
             "data.indexed.cross_document_attention", cross, "must be true where parallel.context is above 1"
         )
-    return PackedReader(cross, this.config.model.mtp.num_layers, this.platform.device)
+    return PackedReader(cross, run.config.model.mtp.num_layers, run.platform.device)
 
 
 def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:

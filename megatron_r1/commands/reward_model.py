@@ -17,9 +17,16 @@ from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.preference.items import encoder_of, heldout_items, learned_items
 from megatron_r1.preference.measure import HeldoutAccuracy, results_of
 from megatron_r1.preference.reward_model import RewardModel
-from megatron_r1.preference.step import Learn, Learned, examples_of, judged_step, tell, with_steps
+from megatron_r1.preference.step import (
+    Learn,
+    UpdateOutcome,
+    examples_of,
+    preference_step,
+    report_results,
+    with_epoch_steps,
+)
 from megatron_r1.runs.initial_weights import find_weights
-from megatron_r1.runs.trainer import Trainer, finish, trainer
+from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import train
 from megatron_r1.train.routing import FROZEN
@@ -39,22 +46,22 @@ def run(config: RunConfig) -> None:
     learned = learned_items(settings, config.data, settings.num_items, settings.objective)
     heldout = heldout_items(settings, config.data, settings.objective)
     examples = examples_of(learned, encoder, config, settings.epochs)
-    config = with_steps(config, len(examples) * settings.epochs)
+    config = with_epoch_steps(config, len(examples) * settings.epochs)
     weights = replace(weights, tensors=with_head(weights.tensors, config.model.hidden_size))
-    with trainer(config, tokenizer, weights, trained(config), add_reward_head) as this:
-        FROZEN.apply(this.model, 0)
-        model = reward_model_of(this)
+    with training_run(config, tokenizer, weights, trained(config), add_reward_head) as run:
+        FROZEN.apply(run.model, 0)
+        model = reward_model_of(run)
         measure = HeldoutAccuracy(model, encoder, heldout, settings.max_reasoning_tokens)
-        hooks = this.hooks(
+        hooks = run.hooks(
             SHOWN,
             f"reward {config.name}",
             first=[MeasureHook(measure, settings.heldout_interval, config.train.steps)],
         )
-        step = judged_step(this, PreferenceDataset(examples, config.seed), learning(this, model))
-        state = train(this.state, step, hooks, config.train.steps)
+        step = preference_step(run, PreferenceDataset(examples, config.seed), learning(run, model))
+        state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
-            tell(this, results_of(measure.rights(), learned, heldout, encoder), "reward model")
-        finish(this, state)
+            report_results(run, results_of(measure.per_item(), learned, heldout, encoder), "reward model")
+        finish_run(run, state)
 
 
 def trained(config: RunConfig) -> Callable[[str], bool]:
@@ -67,28 +74,28 @@ def trained(config: RunConfig) -> Callable[[str], bool]:
     return depends
 
 
-def reward_model_of(this: Trainer) -> RewardModel:
+def reward_model_of(run: TrainingRun) -> RewardModel:
     """The trainer's model at work."""
-    settings = this.config.reward_model
+    settings = run.config.reward_model
     return RewardModel(
-        this.model,
+        run.model,
         settings.objective == "pairwise",
         settings.reasoning_weight,
-        this.tokenizer.pad,
-        this.platform.device,
-        this.config.parallel.tensor,
+        run.tokenizer.pad,
+        run.platform.device,
+        run.config.parallel.tensor,
     )
 
 
-def learning(this: Trainer, model: RewardModel) -> Learn:
+def learning(run: TrainingRun, model: RewardModel) -> Learn:
     """How a reward model learns from a batch."""
-    group, size = data_parallel_group(), this.config.train.micro_batch_size
+    group, size = data_parallel_group(), run.config.train.micro_batch_size
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
 
-    def learn(batch: Sequence[TokenizedPreference], rate: float) -> Learned:
+    def learn(batch: Sequence[TokenizedPreference], rate: float) -> UpdateOutcome:
         micro_batches = model.micro_batches(batch, rank, ranks, size)
         length = max(rows.inputs_BL.shape[1] for rows in micro_batches)
-        result = update(this.model, this.optimizer, micro_batches, model.forward, rate, length)
-        return Learned(result, sum(rows.inputs_BL.numel() for rows in micro_batches))
+        result = update(run.model, run.optimizer, micro_batches, model.forward, rate, length)
+        return UpdateOutcome(result, sum(rows.inputs_BL.numel() for rows in micro_batches))
 
     return learn

@@ -172,7 +172,7 @@ class Job:
                 "weight_version": completion.weight_version,
                 "reward": score.total,
                 "reward_parts": score.parts,
-                "right": right_somehow(prompt, text, score),
+                "right": is_correct_any_format(prompt, text, score),
             }
 
 
@@ -188,7 +188,7 @@ def scored(prompts: Sequence[Prompt], texts: Sequence[str], scorer: Scorer) -> l
     return [score for score in scores if isinstance(score, Score)]
 
 
-def right_somehow(prompt: Prompt, text: str, score: Score) -> bool:
+def is_correct_any_format(prompt: Prompt, text: str, score: Score) -> bool:
     """Whether an answer is right, for a number in whatever form, for another task as its verifier says."""
     if (prompt.task in VERIFIERS and prompt.task != "number") or prompt.task.startswith(GYM):
         return score.parts.get("accuracy", 0.0) > 0

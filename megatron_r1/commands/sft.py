@@ -24,14 +24,14 @@ from megatron_r1.parallel.launcher import world_size
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import find_weights
-from megatron_r1.runs.trainer import Trainer, finish, of_at_most, trainer
+from megatron_r1.runs.training_run import TrainingRun, finish_run, limit_steps, training_run
 from megatron_r1.sft.supervised import SupervisedReader, packing_metrics
 from megatron_r1.sft.teacher_setup import distilling_reader, find_teacher
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.heldout import HeldoutHook
 from megatron_r1.train.loop import Step, train
 from megatron_r1.train.metrics import mean_logged, update_metrics
-from megatron_r1.train.packed import PackedRows
+from megatron_r1.train.packed import PackedMicroBatch
 from megatron_r1.train.routing import FROZEN, check_none_dropped
 from megatron_r1.train.schedule import learning_rate
 from megatron_r1.train.state import TrainState
@@ -57,24 +57,24 @@ def run(config: RunConfig) -> None:
     length = config.train.sequence_length
     examples = open_examples(config.sft, config.data, tokenizer, length, config.seed, run_folder(config))
     learned, heldout = batches_of(config, examples, tokenizer.pad)
-    config = with_steps(config, learned.total)
+    config = with_epoch_steps(config, learned.total)
     # Whoever loads the model later asks it in the words that it learned in.
     template = template_source(config.sft.chat_template, tokenizer, TEMPLATE_KEY)
     tokenizer = Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": template})
-    with trainer(config, tokenizer, weights) as this:
-        FROZEN.apply(this.model, 0)
-        reader = reader_of(this)
-        learning = distilling_reader(this, teacher) if teacher else reader
+    with training_run(config, tokenizer, weights) as run:
+        FROZEN.apply(run.model, 0)
+        reader = reader_of(run)
+        learning = distilling_reader(run, teacher) if teacher else reader
         first = []
         if heldout.total:
-            settings, start = config.sft, this.state.step
-            measure = HeldoutLoss(this, reader, heldout)
+            settings, start = config.sft, run.state.step
+            measure = HeldoutLoss(run, reader, heldout)
             first.append(HeldoutHook(measure, settings.heldout_interval, config.train.steps, start))
         if dist.get_rank() == 0:
             logger.info("%s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
-        hooks = this.hooks(SHOWN, f"sft {config.name}", first=first)
-        state = train(this.state, supervised_step(this, learning, learned), hooks, config.train.steps)
-        finish(this, state)
+        hooks = run.hooks(SHOWN, f"sft {config.name}", first=first)
+        state = train(run.state, supervised_step(run, learning, learned), hooks, config.train.steps)
+        finish_run(run, state)
 
 
 def check(config: RunConfig) -> None:
@@ -102,28 +102,28 @@ def batches_of(config: RunConfig, examples: Examples, pad: int) -> tuple[ChatBat
     return learned, ChatBatches(examples, examples.heldout_N, length, packed, 1, pad, config.seed)
 
 
-def with_steps(config: RunConfig, sequences: int) -> RunConfig:
+def with_epoch_steps(config: RunConfig, sequences: int) -> RunConfig:
     """The same run with the steps that its epochs take, or fewer where train.steps says so."""
-    return of_at_most(config, -(-sequences // config.train.global_batch_size))
+    return limit_steps(config, -(-sequences // config.train.global_batch_size))
 
 
-def reader_of(this: Trainer) -> SupervisedReader:
+def reader_of(run: TrainingRun) -> SupervisedReader:
     """What reads the batches."""
-    config = this.config
+    config = run.config
     packed, degrees = config.sft.packing == "best_fit", config.parallel
     # Interleaved pipeline stages expect all micro-batches to be alike.
     trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else degrees.tensor * 2 * degrees.context
-    return SupervisedReader(packed, config.model.mtp.num_layers, this.platform.device, trimmed_to)
+    return SupervisedReader(packed, config.model.mtp.num_layers, run.platform.device, trimmed_to)
 
 
-def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatches) -> Step:
+def supervised_step(run: TrainingRun, reader: SupervisedReader, batches: ChatBatches) -> Step:
     """The step of fine-tuning: next batch, update, metrics."""
-    config, settings = this.config, this.config.train
+    config, settings = run.config, run.config.train
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     size, length = settings.global_batch_size, settings.sequence_length
     flops = flops_per_token(config.model, length)
-    peak = peak_flops(this.platform.device) * world_size()
+    peak = peak_flops(run.platform.device) * world_size()
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
@@ -132,7 +132,7 @@ def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatche
         micro_batches = reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
         rows = min(settings.micro_batch_size, size // ranks)
         shape = reader.shape(length, rows)
-        result = update(this.model, this.optimizer, micro_batches, reader.forward, rate, *shape)
+        result = update(run.model, run.optimizer, micro_batches, reader.forward, rate, *shape)
         seconds = time.perf_counter() - started
         metrics = packing_metrics(batch, ranks)
         computed = (
@@ -165,11 +165,11 @@ def supervised_step(this: Trainer, reader: SupervisedReader, batches: ChatBatche
 class HeldoutLoss:
     """Mean loss over the learned tokens of held-out examples, the same on every rank."""
 
-    def __init__(self, this: Trainer, reader: SupervisedReader, batches: ChatBatches):
-        self._this, self._reader, self._batches = this, reader, batches
+    def __init__(self, run: TrainingRun, reader: SupervisedReader, batches: ChatBatches):
+        self._run, self._reader, self._batches = run, reader, batches
 
     def __call__(self) -> float:
-        settings, group = self._this.config.train, data_parallel_group()
+        settings, group = self._run.config.train, data_parallel_group()
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         total, targets = 0.0, 0
         for position in range(0, self._batches.total, settings.global_batch_size):
@@ -181,16 +181,16 @@ class HeldoutLoss:
         sharing = dist.get_world_size(context_parallel_group())
         return sum(all_gather_object(mine)) / sharing / max(1, targets)
 
-    def _total(self, micro_batches: Sequence[PackedRows]) -> float:
+    def _total(self, micro_batches: Sequence[PackedMicroBatch]) -> float:
         """Sum of the losses of this rank's targets; 0 but on the last pipeline stage."""
         functions: dict[int, LossFunction] = {}
 
-        def forward(model: Any, rows: PackedRows) -> Tensor:
+        def forward(model: Any, rows: PackedMicroBatch) -> Tensor:
             output, functions[id(rows)] = self._reader.forward(model, rows)
             return output
 
-        shape = self._reader.shape(self._this.config.train.sequence_length, len(micro_batches[0].tokens_BL))
-        outputs = forward_only(self._this.model, micro_batches, forward, *shape)
+        shape = self._reader.shape(self._run.config.train.sequence_length, len(micro_batches[0].tokens_BL))
+        outputs = forward_only(self._run.model, micro_batches, forward, *shape)
         return sum(
             float(functions[id(rows)](output_BL)[1]["loss"]) / rows.weight
             for rows, output_BL in zip(micro_batches, outputs, strict=False)

@@ -12,16 +12,16 @@ from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
 from megatron_r1.rewards.rubric_builder import is_correct
 
-Measure = Callable[[Prompt, str], float]
+Metric = Callable[[Prompt, str], float]
 """From 0 to 1, of one answer."""
 
 
-class Exam(NamedTuple):
+class Benchmark(NamedTuple):
     """Questions and measures."""
 
     prompts: Callable[[DataConfig, int], list[Prompt]]
     """So many held-out questions of a world."""
-    measures: Mapping[str, Measure]
+    metrics: Mapping[str, Metric]
     """By name; the first is what counts where one number is asked for."""
 
 
@@ -29,8 +29,8 @@ def _well_formed(prompt: Prompt, text: str) -> float:
     return format_reward(text, "strict")
 
 
-EXAMS: Mapping[str, Exam] = {
-    "arithmetic": Exam(
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "arithmetic": Benchmark(
         heldout_prompts,
         {
             "blind": lambda prompt, text: float(is_correct(prompt, any_answer(text))),
@@ -38,7 +38,7 @@ EXAMS: Mapping[str, Exam] = {
             "format": _well_formed,
         },
     ),
-    "assistant": Exam(
+    "assistant": Benchmark(
         heldout_assistant_prompts,
         {
             "helpful": lambda prompt, text: float(verdict(prompt.question, text).helpful),

@@ -18,7 +18,7 @@ from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
-from megatron_r1.preference.reward_model import reward_rows
+from megatron_r1.preference.reward_model import reward_micro_batch
 from megatron_r1.rl.policy.batch import ResponseBatch
 from megatron_r1.rl.policy.policy import Policy, longest_input, pad_to_batch
 from megatron_r1.rl.policy.reference import ReferencePolicy
@@ -118,7 +118,7 @@ class DirectPreference:
     def _rows(self, examples: Sequence[TokenizedPreference], places: Sequence[int]) -> ResponseBatch:
         """Both answers of the pairs at `places`, an answer's number being twice its pair's place, and one more."""
         rows = [row for place in places for row in examples[place % len(examples)].sequences]
-        padded = reward_rows(rows, self._pad, self._device, self._multiple)
+        padded = reward_micro_batch(rows, self._pad, self._device, self._multiple)
         return ResponseBatch(
             torch.cat([padded.inputs_BL, padded.labels_BL[:, -1:]], 1),
             padded.learned_BL.bool(),

@@ -15,7 +15,7 @@ from megatron_r1.data.preference.length_baseline import length_baseline
 from megatron_r1.data.preference_example import PreferenceExample
 from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.parallel.mesh import all_gather_data_parallel, data_parallel_group
-from megatron_r1.preference.reward_model import RewardModel, rights
+from megatron_r1.preference.reward_model import RewardModel, pairwise_accuracy
 
 ROWS_AT_ONCE = 64
 
@@ -35,10 +35,10 @@ class HeldoutAccuracy:
 
     def __call__(self) -> dict[str, float]:
         """Accuracy with a 95 % interval, the same on every rank."""
-        found = clustered(self.rights())
+        found = clustered(self.per_item())
         return {"heldout_accuracy": found.mean, "heldout_low": found.low, "heldout_high": found.high}
 
-    def rights(self) -> list[float]:
+    def per_item(self) -> list[float]:
         """1, 0, or a half for a tie, for each item; the same on every rank. Collective.
 
         Where reasoning is learned, the model scores after its own: a judge's would tell it the answer.
@@ -48,7 +48,7 @@ class HeldoutAccuracy:
         for item in self._items:
             of_sides = [next(scores) for _ in item.responses]
             margins.append(of_sides[0] - of_sides[1] if item.rejected else of_sides[0] * (2 * item.safe - 1))
-        return rights(torch.tensor(margins)).tolist()
+        return pairwise_accuracy(torch.tensor(margins)).tolist()
 
     def scores(self, sides: Sequence[Any]) -> list[float]:
         return score_texts(
@@ -76,7 +76,7 @@ def score_texts(
     pairs = list(zip(questions, responses, strict=True))
     rows = [encoder.without_critique(question, response) for question, response in pairs[rank::ranks]]
     if encoder.reasoning:
-        rows = model.reasoned(rows, ROWS_AT_ONCE, end, longest_reasoning)
+        rows = model.generate_critiques(rows, ROWS_AT_ONCE, end, longest_reasoning)
     else:
         rows = [[*row, end] for row in rows]
     scores = [0.0] * len(pairs)
@@ -86,7 +86,7 @@ def score_texts(
 
 
 def results_of(
-    rights: Sequence[float],
+    correct: Sequence[float],
     learned: Sequence[PreferenceExample],
     heldout: Sequence[PreferenceExample],
     encoder: PairEncoder,
@@ -98,9 +98,9 @@ def results_of(
 
     return {
         "items": len(heldout),
-        "accuracy": clustered(rights)._asdict(),
+        "accuracy": clustered(correct)._asdict(),
         "by_task": {
-            task: clustered([right for right, item in zip(rights, heldout, strict=True) if item.task == task])._asdict()
+            task: clustered([each for each, item in zip(correct, heldout, strict=True) if item.task == task])._asdict()
             for task in sorted({item.task for item in heldout})
         },
         "length_baselines": {

@@ -27,7 +27,7 @@ from megatron_r1.parallel.mesh import all_gather_data_parallel, broadcast_from_l
 
 
 @dataclass(frozen=True)
-class RewardRows:
+class RewardMicroBatch:
     """A micro-batch of judged responses, padded on the right."""
 
     inputs_BL: Tensor
@@ -43,7 +43,7 @@ class RewardRows:
     """Of one learned token's loss, so that means over micro-batches and ranks come out as the mean over all tokens."""
 
 
-def reward_rows(rows: Sequence[TokenizedSequence], pad: int, device: str, multiple: int) -> RewardRows:
+def reward_micro_batch(rows: Sequence[TokenizedSequence], pad: int, device: str, multiple: int) -> RewardMicroBatch:
     """Rows as tensors.
 
     Args:
@@ -55,7 +55,7 @@ def reward_rows(rows: Sequence[TokenizedSequence], pad: int, device: str, multip
     for place, row in enumerate(rows):
         tokens_BL[place, : len(row.tokens)] = torch.tensor(row.tokens)
         learned_BL[place, row.loss_start - 1 : len(row.tokens) - 1] = 1.0
-    return RewardRows(
+    return RewardMicroBatch(
         tokens_BL[:, :-1].contiguous().to(device),
         tokens_BL[:, 1:].contiguous().to(device),
         learned_BL.to(device),
@@ -80,7 +80,7 @@ class RewardModel:
 
     def micro_batches(
         self, examples: Sequence[TokenizedPreference], rank: int, ranks: int, size: int
-    ) -> list[RewardRows]:
+    ) -> list[RewardMicroBatch]:
         """This data-parallel rank's share of a global batch.
 
         Args:
@@ -92,28 +92,28 @@ class RewardModel:
         weight = len(parts) * ranks / max(1, learned)
         return [self._micro_batch(part, weight) for part in parts]
 
-    def _micro_batch(self, examples: Sequence[TokenizedPreference], weight: float) -> RewardRows:
-        rows = reward_rows(
+    def _micro_batch(self, examples: Sequence[TokenizedPreference], weight: float) -> RewardMicroBatch:
+        rows = reward_micro_batch(
             [row for each in examples for row in each.sequences], self._pad, self._device, self._multiple
         )
         safe_I = torch.tensor([float(each.safe) for each in examples], device=self._device)
-        return RewardRows(rows.inputs_BL, rows.labels_BL, rows.learned_BL, rows.ends_B, safe_I, weight)
+        return RewardMicroBatch(rows.inputs_BL, rows.labels_BL, rows.learned_BL, rows.ends_B, safe_I, weight)
 
-    def forward(self, model: Any, rows: RewardRows) -> tuple[Tensor, LossFunction]:
+    def forward(self, model: Any, rows: RewardMicroBatch) -> tuple[Tensor, LossFunction]:
         """This stage's output, and what makes a loss of the last one's: scores and token losses, [B, 1 + L]."""
         return self._run(model, rows, self._scores_and_losses), partial(self._loss, rows)
 
-    def _run(self, model: Any, rows: RewardRows, read: Callable[..., Tensor]) -> Tensor:
+    def _run(self, model: Any, rows: RewardMicroBatch, read: Callable[..., Tensor]) -> Tensor:
         positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.inputs_BL.device).expand_as(rows.inputs_BL)
         with without_multi_token_prediction(self._model):
             return model(rows.inputs_BL, positions_BL, None, output_processor=partial(read, rows))
 
-    def _scores(self, rows: RewardRows, *, hidden_states: Tensor, **_: Any) -> Tensor:
+    def _scores(self, rows: RewardMicroBatch, *, hidden_states: Tensor, **_: Any) -> Tensor:
         return head_of(self._model)(hidden_states, rows.ends_B)
 
     def _scores_and_losses(
         self,
-        rows: RewardRows,
+        rows: RewardMicroBatch,
         *,
         hidden_states: Tensor,
         output_layer: Any,
@@ -128,7 +128,7 @@ class RewardModel:
         losses_BL = compute_language_model_loss(rows.labels_BL, logits_LBV)
         return torch.cat([scores_B1, losses_BL.float()], 1)
 
-    def _loss(self, rows: RewardRows, output_BX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, rows: RewardMicroBatch, output_BX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scores_B = output_BX[:, 0]
         if self._pairwise:
             margins_I = scores_B[0::2] - scores_B[1::2]
@@ -139,7 +139,7 @@ class RewardModel:
         score_loss = losses_I.mean()
         logged = {
             "score_loss": score_loss.detach().clone(),
-            "accuracy": rights(margins_I.detach()).mean(),
+            "accuracy": pairwise_accuracy(margins_I.detach()).mean(),
             "margin": margins_I.detach().mean(),
             "score": scores_B.detach().mean(),
         }
@@ -162,7 +162,7 @@ class RewardModel:
         """
         return self._read(rows, size, self._scores) or []
 
-    def reasoned(self, rows: Sequence[Sequence[int]], size: int, end: int, longest: int) -> list[list[int]]:
+    def generate_critiques(self, rows: Sequence[Sequence[int]], size: int, end: int, longest: int) -> list[list[int]]:
         """Rows of tokens, each followed by the model's own greedy reasoning and the end token.
 
         Collective, as `scores`. Every token costs a pass over its whole row, so that any layout of ranks can do it.
@@ -185,7 +185,7 @@ class RewardModel:
 
     def _next_tokens(
         self,
-        rows: RewardRows,
+        rows: RewardMicroBatch,
         *,
         hidden_states: Tensor,
         output_layer: Any,
@@ -204,7 +204,7 @@ class RewardModel:
         if not passes:
             return None
         padding = [[TokenizedSequence([self._pad], 1)]] * (passes - len(parts))
-        batches = [reward_rows(part, self._pad, self._device, self._multiple) for part in (*parts, *padding)]
+        batches = [reward_micro_batch(part, self._pad, self._device, self._multiple) for part in (*parts, *padding)]
         length = max(batch.inputs_BL.shape[1] for batch in batches)
         training = self._model.training
         self._model.eval()
@@ -215,6 +215,6 @@ class RewardModel:
         return broadcast_from_last_stage([value for values_B in outputs[: len(parts)] for value in values_B.tolist()])
 
 
-def rights(margins_I: Tensor) -> Tensor:
+def pairwise_accuracy(margins_I: Tensor) -> Tensor:
     """1 for a margin above 0, 0 for one below, half for a tie: a model that cannot tell is right by half."""
     return (margins_I > 0).float() + 0.5 * (margins_I == 0).float()

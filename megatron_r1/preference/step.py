@@ -15,7 +15,7 @@ from megatron_r1.errors import DataError
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.preference.measure import show
-from megatron_r1.runs.trainer import Trainer, of_at_most
+from megatron_r1.runs.training_run import TrainingRun, limit_steps
 from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.balance import load_metrics
 from megatron_r1.train.loop import Step
@@ -28,7 +28,7 @@ from megatron_r1.train.step import UpdateResult
 logger = logging.getLogger(__name__)
 
 
-class Learned(NamedTuple):
+class UpdateOutcome(NamedTuple):
     """What learning from a global batch did."""
 
     result: UpdateResult
@@ -36,7 +36,7 @@ class Learned(NamedTuple):
     """Tokens of this data-parallel rank's micro-batches, padding included."""
 
 
-Learn = Callable[[Sequence[TokenizedPreference], float], Learned]
+Learn = Callable[[Sequence[TokenizedPreference], float], UpdateOutcome]
 """Collective: learns from a global batch of examples, the same on every rank, at a learning rate."""
 
 
@@ -49,28 +49,28 @@ def examples_of(
         DataError: none is left for a step.
     """
     examples, dropped = encode_preferences(items, encoder, config.train.sequence_length)
-    tell_left_out("items to learn from", len(examples), dropped)
+    log_dropped("items to learn from", len(examples), dropped)
     if len(examples) * epochs < config.train.global_batch_size:
         allowed = f"must be at most {len(examples) * epochs}, the items there are"
         raise DataError(f"train.global_batch_size={config.train.global_batch_size}: {allowed}")
     return examples
 
 
-def tell_left_out(what: str, kept: int, dropped: int) -> None:
+def log_dropped(what: str, kept: int, dropped: int) -> None:
     """Say how many items there are and how many are longer than a row; a warning where any is."""
     if is_rank_zero():
         level = logging.WARNING if dropped else logging.INFO
         logger.log(level, "%d %s, %d left out as longer than a row", kept, what, dropped)
 
 
-def with_steps(config: RunConfig, items: int) -> RunConfig:
+def with_epoch_steps(config: RunConfig, items: int) -> RunConfig:
     """The same run with the whole batches that its epochs have, or fewer where train.steps says so."""
-    return of_at_most(config, items // config.train.global_batch_size)
+    return limit_steps(config, items // config.train.global_batch_size)
 
 
-def judged_step(this: Trainer, preferences: PreferenceDataset, learn: Learn) -> Step:
+def preference_step(run: TrainingRun, preferences: PreferenceDataset, learn: Learn) -> Step:
     """The step of such a run: next batch, update, metrics."""
-    config, settings = this.config, this.config.train
+    config, settings = run.config, run.config.train
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
@@ -106,12 +106,12 @@ def judged_step(this: Trainer, preferences: PreferenceDataset, learn: Learn) -> 
     return step
 
 
-def tell(this: Trainer, results: dict[str, Any], judge: str) -> None:
+def report_results(run: TrainingRun, results: dict[str, Any], judge: str) -> None:
     """Leave the results in the run's folder and on the terminal.
 
     Args:
         judge: what orders, or labels, the items.
     """
     if is_rank_zero():
-        (this.folder / "accuracy.json").write_text(json.dumps(results, indent=1))
+        (run.folder / "accuracy.json").write_text(json.dumps(results, indent=1))
         show(results, judge)

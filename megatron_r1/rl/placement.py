@@ -75,17 +75,17 @@ class Colocated:
 
     @contextmanager
     def starting_servers(self) -> Iterator[None]:
-        self._rest.leave()
-        self._weights.leave()
+        self._rest.offload()
+        self._weights.offload()
         comm.barrier()
         yield
         comm.barrier()
-        self._weights.come_back()
-        self._rest.come_back()
+        self._weights.onload()
+        self._rest.onload()
 
     @contextmanager
     def engine_phase(self) -> Iterator[None]:
-        self._rest.leave()
+        self._rest.offload()
         self._start_missing()
         comm.barrier()
         if self.engine:
@@ -99,7 +99,7 @@ class Colocated:
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        self._weights.leave()
+        self._weights.offload()
         comm.barrier()
         if self.engine:
             self.engine.take_memory(CACHE)
@@ -109,16 +109,16 @@ class Colocated:
         if self.engine:
             self.engine.give_back_memory()
         comm.barrier()
-        self._weights.come_back()
-        self._rest.come_back()
+        self._weights.onload()
+        self._rest.onload()
 
     def _start_missing(self) -> None:
         """A server takes as much memory to start as to answer: those that ended in the trainer's turn start alone."""
         if not comm.any_rank(bool(self.engine and self.engine.missing)):
             return
-        self._weights.leave()
+        self._weights.offload()
         comm.barrier()
         if self.engine:
             self.engine.start_missing()
         comm.barrier()
-        self._weights.come_back()
+        self._weights.onload()

@@ -49,7 +49,7 @@ class Snapshot:
 
 
 @dataclass
-class LeaderSnapshot(Snapshot):
+class RankZeroSnapshot(Snapshot):
     """Rank 0's, which also speaks for what all ranks have in common."""
 
     state: TrainState = field(default_factory=TrainState)

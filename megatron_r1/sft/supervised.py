@@ -21,13 +21,13 @@ from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.apart import sequences_apart
 from megatron_r1.model.scores import model_scores
 from megatron_r1.model.vocab_parallel import TokenScores
-from megatron_r1.train.packed import PackedReader, PackedRows, extra_predictions_weighted, positions_in_pieces
+from megatron_r1.train.packed import PackedMicroBatch, PackedReader, mtp_loss_weighted, positions_in_documents
 
 
 class SupervisedReader(PackedReader):
     """Turns batches of examples into micro-batches and runs the model on one."""
 
-    def __init__(self, packed: bool, extra_predictions: int, device: str, trimmed_to: int = 0):
+    def __init__(self, packed: bool, mtp_layers: int, device: str, trimmed_to: int = 0):
         """
         Args:
             packed: whether several examples share a sequence, and must be kept apart.
@@ -35,10 +35,10 @@ class SupervisedReader(PackedReader):
             trimmed_to: micro-batches end with their longest sequence, at a multiple of this; 0 leaves them whole.
         """
         # A sequence of one example needs no mask but the causal one: what comes after it is padding.
-        super().__init__(True, extra_predictions, device)
+        super().__init__(True, mtp_layers, device)
         self._packed, self._trimmed_to = packed, trimmed_to
 
-    def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
+    def forward(self, model: Any, rows: PackedMicroBatch) -> tuple[Tensor, Callable]:
         """Cross-entropy of the learned tokens.
 
         Where examples share sequences, those of all sequences of the micro-batch are laid end to end, and attention,
@@ -49,23 +49,23 @@ class SupervisedReader(PackedReader):
             return super().forward(model, rows)
 
         def loss_function(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = (output_1T.float().view_as(rows.counted_BL) * rows.counted_BL).sum() * rows.weight
+            loss = (output_1T.float().view_as(rows.loss_mask_BL) * rows.loss_mask_BL).sum() * rows.weight
             # megatron-core divides the returned loss in place by the number of micro-batches.
             return loss, {"loss": loss.detach().clone()}
 
         output = self.ask(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
         return -output.log_probs if isinstance(output, TokenScores) else output, loss_function
 
-    def ask(self, model: Any, rows: PackedRows, question: Callable[..., Any]) -> Any:
+    def ask(self, model: Any, rows: PackedMicroBatch, question: Callable[..., Any]) -> Any:
         """What a function of `model.scores` finds of the examples end to end; extra predictions add their own loss."""
         inputs_1T, positions_1T, apart = end_to_end(rows)
-        with extra_predictions_weighted(model, rows.extra_weight):
+        with mtp_loss_weighted(model, rows.mtp_weight):
             return question(
                 model,
                 inputs_1T,
                 positions_1T,
                 labels=rows.tokens_BL[:, 1:].reshape(1, -1),
-                loss_mask=rows.extra_BL.reshape(1, -1),
+                loss_mask=rows.mtp_loss_mask_BL.reshape(1, -1),
                 packed_seq_params=apart,
             )
 
@@ -88,9 +88,9 @@ class SupervisedReader(PackedReader):
         return min(whole, -(-longest // self._trimmed_to) * self._trimmed_to)
 
 
-def end_to_end(rows: PackedRows) -> tuple[Tensor, Tensor, Any]:
+def end_to_end(rows: PackedMicroBatch) -> tuple[Tensor, Tensor, Any]:
     """Tokens and positions of all sequences laid end to end, [1, T], and what keeps their examples apart."""
-    positions_BL = positions_in_pieces(rows.document_ids_BL)
+    positions_BL = positions_in_documents(rows.document_ids_BL)
     tokens_1T, positions_1T = rows.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
     return tokens_1T, positions_1T, sequences_apart(bounds(positions_BL))
 

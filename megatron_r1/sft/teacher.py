@@ -25,7 +25,7 @@ from megatron_r1.model.scores import LogProbQuery, model_topk_logprobs, selected
 from megatron_r1.model.vocab_parallel_topk import TopKLogProbs
 from megatron_r1.sft.distillation_loss import distillation_loss
 from megatron_r1.sft.supervised import SupervisedReader, end_to_end
-from megatron_r1.train.packed import PackedRows
+from megatron_r1.train.packed import PackedMicroBatch
 
 
 class Teacher:
@@ -44,13 +44,13 @@ class Teacher:
         self._model = model
         self._top_k, self._temperature, self._vocab_size = top_k, temperature, vocab_size
 
-    def words_of(self, micro_batches: Sequence[PackedRows]) -> list[TopKLogProbs]:
+    def topk_logprobs(self, micro_batches: Sequence[PackedMicroBatch]) -> list[TopKLogProbs]:
         """Its most likely words at the learned tokens of each micro-batch; none but on the last pipeline stage.
 
         Collective over the ranks that hold one model.
         """
 
-        def forward(model: Any, rows: PackedRows) -> Tensor | dict[str, Tensor]:
+        def forward(model: Any, rows: PackedMicroBatch) -> Tensor | dict[str, Tensor]:
             inputs_1T, positions_1T, apart = end_to_end(rows)
             with without_multi_token_prediction(self._model):
                 said = model_topk_logprobs(
@@ -71,7 +71,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class TaughtRows(PackedRows):
+class DistillationMicroBatch(PackedMicroBatch):
     """A micro-batch with what the teacher says of it."""
 
     said: TopKLogProbs | None
@@ -85,43 +85,42 @@ class DistillingReader(SupervisedReader):
     `distillation_loss`, the divergence of the student from the teacher.
     """
 
-    def __init__(
-        self, teacher: Teacher, settings: TeacherConfig, vocab_size: int | None, extra_predictions: int, device: str
-    ):
+    def __init__(self, teacher: Teacher, settings: TeacherConfig, vocab_size: int | None, mtp_layers: int, device: str):
         """
         Args:
             vocab_size: size of the vocabulary, where the student's head has rows beyond it; those are left out of the
                 divergence, while the cross-entropy is over all rows as without a teacher.
             extra_predictions: layers of multi-token prediction, whose own loss stays as it is.
         """
-        super().__init__(True, extra_predictions, device)
+        super().__init__(True, mtp_layers, device)
         self._teacher, self._settings, self._vocab_size = teacher, settings, vocab_size
 
-    def micro_batches(self, batch: ChatBatch, rank: int, ranks: int, size: int) -> list[PackedRows]:
+    def micro_batches(self, batch: ChatBatch, rank: int, ranks: int, size: int) -> list[PackedMicroBatch]:
         """This data-parallel rank's share of a global batch, with the teacher's words; collective as `words_of`."""
         micro_batches = super().micro_batches(batch, rank, ranks, size)
-        said: list[TopKLogProbs | None] = [*self._teacher.words_of(micro_batches)] or [None] * len(micro_batches)
-        return [TaughtRows(**vars(rows), said=words) for rows, words in zip(micro_batches, said, strict=True)]
+        said: list[TopKLogProbs | None] = [*self._teacher.topk_logprobs(micro_batches)] or [None] * len(micro_batches)
+        pairs = zip(micro_batches, said, strict=True)
+        return [DistillationMicroBatch(**vars(rows), said=topk) for rows, topk in pairs]
 
-    def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
+    def forward(self, model: Any, rows: PackedMicroBatch) -> tuple[Tensor, Callable]:
         """Of each learned token the log-probabilities of the word that was written and of the teacher's, [N, 1 + K]."""
-        assert isinstance(rows, TaughtRows)
+        assert isinstance(rows, DistillationMicroBatch)
         asked = partial(selected_scores, selected_BL=learned(rows), queries=self._questions(rows))
         output = self.ask(model, rows, asked)
         if isinstance(output, list):
             output = torch.cat([scores.log_probs for scores in output], -1)
         return output, partial(self._loss, rows)
 
-    def _questions(self, rows: TaughtRows) -> list[LogProbQuery]:
+    def _questions(self, rows: DistillationMicroBatch) -> list[LogProbQuery]:
         """The word that was written, and the teacher's words; one question where both are of one softmax."""
         if rows.said is None:
             return []
-        written_N1 = rows.tokens_BL[:, 1:][rows.counted_BL.bool()][:, None]
+        written_N1 = rows.tokens_BL[:, 1:][rows.loss_mask_BL.bool()][:, None]
         if self._settings.temperature == 1 and self._vocab_size is None:
             return [LogProbQuery(torch.cat([written_N1, rows.said.ids], -1))]
         return [LogProbQuery(written_N1), LogProbQuery(rows.said.ids, self._settings.temperature, self._vocab_size)]
 
-    def _loss(self, rows: TaughtRows, log_probs_NX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, rows: DistillationMicroBatch, log_probs_NX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert rows.said is not None
         settings = self._settings
         divergence_N = distillation_loss(log_probs_NX[:, 1:], rows.said.log_probs, settings.tail, settings.temperature)
@@ -132,6 +131,6 @@ class DistillingReader(SupervisedReader):
         return loss, {**logged, "distillation_loss": divergence.detach()}
 
 
-def learned(rows: PackedRows) -> Tensor:
+def learned(rows: PackedMicroBatch) -> Tensor:
     """Which of the tokens, laid end to end, have a learned one after them: bool [1, T]."""
-    return rows.counted_BL.bool().reshape(1, -1)
+    return rows.loss_mask_BL.bool().reshape(1, -1)

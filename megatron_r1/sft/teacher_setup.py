@@ -15,7 +15,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.model.build import build_model
 from megatron_r1.model.shards import load_whole_tensors
 from megatron_r1.runs.initial_weights import Weights, find_weights
-from megatron_r1.runs.trainer import Trainer
+from megatron_r1.runs.training_run import TrainingRun
 from megatron_r1.sft.teacher import DistillingReader, Teacher
 
 KEY = "sft.teacher.from"
@@ -73,16 +73,16 @@ def shared_as(degrees: ParallelConfig, student: ModelConfig, teacher: ModelConfi
     return degrees if teacher.num_layers == student.num_layers else replace(degrees, pipeline_layers=[])
 
 
-def distilling_reader(this: Trainer, found: Weights) -> DistillingReader:
+def distilling_reader(run: TrainingRun, found: Weights) -> DistillingReader:
     """Collective: load the teacher beside the student; what reads the batches then has its words in them."""
-    config, words = this.config, this.tokenizer.vocab_size
+    config, words = run.config, run.tokenizer.vocab_size
     settings, degrees = config.sft.teacher, shared_as(config.parallel, config.model, found.model)
     # The student's draws must not depend on whether a teacher was built beside it.
     with torch.random.fork_rng():
-        model = build_model(found.model, degrees, this.platform, seed=0)
+        model = build_model(found.model, degrees, run.platform, seed=0)
     load_whole_tensors(model, found.tensors)
     teacher = Teacher(model, settings.top_k, settings.temperature, words)
     padded = words < config.model.vocab_size
     return DistillingReader(
-        teacher, settings, words if padded else None, config.model.mtp.num_layers, this.platform.device
+        teacher, settings, words if padded else None, config.model.mtp.num_layers, run.platform.device
     )

@@ -9,7 +9,7 @@ import torch
 from torch.optim.adamw import adamw
 
 
-class RestingMomentsAdamW(torch.optim.AdamW):
+class OffloadedMomentsAdamW(torch.optim.AdamW):
     """AdamW over fp32 weights whose moments are rounded to `dtype` and put on `device` after each update.
 
     DeepSeek-V3 keeps both moments in bf16 beside fp32 weights and gradients (report, section 3.3.3). Parameters are

@@ -44,7 +44,7 @@ class Offloaded:
         self._spare: list[UntypedStorage] = []
         self.nbytes = 0
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Move to host memory, pinned where the device is a GPU, and free the device's; does nothing when away."""
         if self._away:
             return
@@ -65,7 +65,7 @@ class Offloaded:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # to the driver: the engine is another process
 
-    def come_back(self) -> None:
+    def onload(self) -> None:
         """Take the device's memory again, and fill it with what was there; does nothing when not away."""
         for storage, size, host in self._away:
             storage.resize_(size)
@@ -121,9 +121,9 @@ class TrainerMemory:
             yield from (buffer.grad_data for buffer in optimizer.buffers())
 
         def optimizer_state() -> Iterator[Tensor]:
-            for kept in optimizer.kept():
-                yield kept.weight_N
-                state = kept.optimizer.state.get(kept.weight_N, {})
+            for param_state in optimizer.param_states():
+                yield param_state.weight_N
+                state = param_state.optimizer.state.get(param_state.weight_N, {})
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
         self.weights = Offloaded(device, weights)

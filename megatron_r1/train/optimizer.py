@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.model.chunks import Model, chunks
-from megatron_r1.train.adamw import RestingMomentsAdamW
+from megatron_r1.train.adamw import OffloadedMomentsAdamW
 
 BUCKET = 40_000_000
 """Weights that are summed up at a time where that overlaps with the backward pass; megatron-core's own number."""
@@ -32,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Kept:
+class ParamState:
     """What a rank keeps of a parameter."""
 
     parameter: Tensor
@@ -79,12 +79,13 @@ class Optimizer:
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
         rounded = settings.moment_precision == "bf16"
         # Moments are as precise as the weights that they step, which are never less than fp32.
-        self.moment_type = torch.bfloat16 if rounded else torch.promote_types(model.config.params_dtype, torch.float32)
-        self.moments_rest_on = "cpu" if settings.offload else None
+        weights_dtype = torch.promote_types(model.config.params_dtype, torch.float32)
+        self.moments_dtype = torch.bfloat16 if rounded else weights_dtype
+        self.moments_device = "cpu" if settings.offload else None
         if rounded or settings.offload:
             for part in self._parts():
                 groups = part.optimizer.param_groups
-                part.optimizer = RestingMomentsAdamW(groups, self.moment_type, self.moments_rest_on)
+                part.optimizer = OffloadedMomentsAdamW(groups, self.moments_dtype, self.moments_device)
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers."""
@@ -113,7 +114,7 @@ class Optimizer:
         _, norm, _ = self._inner.step()
         return float(norm or 0.0)
 
-    def kept(self) -> Iterator[Kept]:
+    def param_states(self) -> Iterator[ParamState]:
         """What this rank steps, parameter by parameter, and who holds the moments."""
         for part in self._parts():
             for parameters, weights in (
@@ -121,7 +122,7 @@ class Optimizer:
                 (part.model_float16_groups, part.shard_fp32_from_float16_groups),
             ):
                 for parameter, weight_N in zip(chain(*parameters), chain(*weights), strict=True):
-                    yield Kept(parameter, weight_N, part.optimizer)
+                    yield ParamState(parameter, weight_N, part.optimizer)
 
     def ranges(self) -> Iterator[tuple[Tensor, dist.ProcessGroup, list[tuple[int, int]]]]:
         """Each parameter, the data-parallel ranks that share its state, and each one's range of it when flattened."""

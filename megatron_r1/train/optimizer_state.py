@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.shards import Shard, shards
-from megatron_r1.train.optimizer import MOMENTS, Kept, Optimizer
+from megatron_r1.train.optimizer import MOMENTS, Optimizer, ParamState
 
 MASTER = "master"
 """fp32 copies of bf16 weights."""
@@ -31,8 +31,8 @@ class _Place:
     """The data-parallel ranks that keep it together."""
     ranges: list[tuple[int, int]]
     """What each of them keeps of the flattened parameter, in order."""
-    kept: Kept | None
-    """What this rank keeps; None where that is nothing."""
+    param_state: ParamState | None
+    """The state that this rank holds; None where that is nothing."""
 
 
 class OptimizerState:
@@ -40,11 +40,11 @@ class OptimizerState:
 
     def __init__(self, model: Model, optimizer: Optimizer):
         self._model = model
-        self._moment_type = optimizer.moment_type
-        self._rests_on = optimizer.moments_rest_on
-        kept = {id(entry.parameter): entry for entry in optimizer.kept()}
+        self._moment_type = optimizer.moments_dtype
+        self._rests_on = optimizer.moments_device
+        states = {id(entry.parameter): entry for entry in optimizer.param_states()}
         self._places = {
-            id(parameter): _Place(group, ranges, kept.get(id(parameter)))
+            id(parameter): _Place(group, ranges, states.get(id(parameter)))
             for parameter, group, ranges in optimizer.ranges()
         }
 
@@ -71,9 +71,9 @@ class OptimizerState:
                 shard.tensor.copy_(read(kind, shard))
             for key, whole in room.items():
                 place = self._places[key]
-                if place.kept:
+                if place.param_state:
                     start, end = place.ranges[dist.get_rank(place.group)]
-                    self._restore(kind, place.kept, whole.flatten()[start:end], updates)
+                    self._restore(kind, place.param_state, whole.flatten()[start:end], updates)
 
     def _has(self, kind: str, parameter: Tensor) -> bool:
         return id(parameter) in self._places and (kind != MASTER or parameter.dtype == torch.bfloat16)
@@ -88,9 +88,9 @@ class OptimizerState:
         place = self._places[id(parameter)]
         sizes = [end - start for start, end in place.ranges]
         mine_N = torch.zeros(max(sizes), dtype=self._type(kind), device=parameter.device)
-        if place.kept:
-            weight_N = place.kept.weight_N
-            state = place.kept.optimizer.state.get(weight_N, {})
+        if place.param_state:
+            weight_N = place.param_state.weight_N
+            state = place.param_state.optimizer.state.get(weight_N, {})
             found = weight_N if kind == MASTER else state.get(kind)
             if found is not None:
                 mine_N[: len(found)] = found
@@ -104,10 +104,10 @@ class OptimizerState:
         room[id(parameter)] = torch.empty(parameter.shape, dtype=self._type(kind), device=parameter.device)
         return room[id(parameter)]
 
-    def _restore(self, kind: str, kept: Kept, part_N: Tensor, updates: int) -> None:
+    def _restore(self, kind: str, param_state: ParamState, part_N: Tensor, updates: int) -> None:
         if kind == MASTER:
-            kept.weight_N.data.copy_(part_N)
+            param_state.weight_N.data.copy_(part_N)
         elif updates:
-            state = kept.optimizer.state[kept.weight_N]
+            state = param_state.optimizer.state[param_state.weight_N]
             state["step"] = torch.tensor(float(updates), dtype=torch.float32)
             state[kind] = part_N.clone().to(self._rests_on or part_N.device)

@@ -23,65 +23,65 @@ from megatron_r1.parallel.context import context_parallel_group, share_of_sequen
 
 
 @dataclass(frozen=True)
-class PackedRows:
+class PackedMicroBatch:
     """A micro-batch of packed sequences."""
 
     tokens_BL: Tensor
     """Inputs, and one more token, a target only: [B, L + 1]."""
     document_ids_BL: Tensor
     """Piece of a document that each input belongs to; 0 is padding."""
-    counted_BL: Tensor
+    loss_mask_BL: Tensor
     """1 where the target counts, else 0."""
-    extra_BL: Tensor
+    mtp_loss_mask_BL: Tensor
     """The same for multi-token prediction, as megatron-core takes it."""
     weight: float
     """Of one target's loss, so that means over micro-batches and ranks come out as the mean over all targets."""
-    extra_weight: float
+    mtp_weight: float
     """Of this micro-batch's mean loss of the extra predictions, to the same end."""
 
 
 class PackedReader:
     """Turns batches into micro-batches and runs the model on one."""
 
-    def __init__(self, cross_document_attention: bool, extra_predictions: int, device: str):
+    def __init__(self, cross_document_attention: bool, mtp_layers: int, device: str):
         """
         Args:
             cross_document_attention: whether a token sees the documents before its own in the sequence.
             extra_predictions: layers of multi-token prediction.
         """
-        self._cross, self._extra, self._device = cross_document_attention, extra_predictions, device
+        self._cross, self._extra, self._device = cross_document_attention, mtp_layers, device
 
-    def micro_batches(self, batch: Any, rank: int, ranks: int, size: int) -> list[PackedRows]:
+    def micro_batches(self, batch: Any, rank: int, ranks: int, size: int) -> list[PackedMicroBatch]:
         """This data-parallel rank's share of a global batch.
 
         Args:
             batch: of the kind that `counted` knows.
             size: sequences of a micro-batch.
         """
-        counted_BL = self.counted(batch)
-        extra_BL = counted_extra(counted_BL, self._extra)
+        loss_mask_BL = self.counted(batch)
+        mtp_loss_mask_BL = mtp_loss_mask_of(loss_mask_BL, self._extra)
         rows = self.shares(batch, ranks)[rank]
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         means = len(parts) * ranks
-        targets, extras = max(1, int(counted_BL.sum())), max(1, int(extra_BL.sum()))
+        targets, extras = max(1, int(loss_mask_BL.sum())), max(1, int(mtp_loss_mask_BL.sum()))
         micro_batches = []
         for part in parts:
             length = self.length(batch, part)
             micro_batches.append(
-                PackedRows(
+                PackedMicroBatch(
                     self._tensor(batch.tokens_BL[part, : length + 1]),
                     self._tensor(batch.document_ids_BL[part, :length]),
-                    self._tensor(counted_BL[part, :length]).float(),
-                    self._tensor(extra_BL[part, :length]).float(),
+                    self._tensor(loss_mask_BL[part, :length]).float(),
+                    self._tensor(mtp_loss_mask_BL[part, :length]).float(),
                     means / targets,
-                    means * int(extra_BL[part].sum()) / extras,
+                    means * int(mtp_loss_mask_BL[part].sum()) / extras,
                 )
             )
         return micro_batches
 
     def counted(self, batch: Any) -> np.ndarray:
         """Which positions' targets count: bool [B, L]."""
-        return counted_targets(batch, self._cross)
+        return loss_mask_of(batch, self._cross)
 
     def shares(self, batch: Any, ranks: int) -> list[np.ndarray]:
         """The sequences of each data-parallel rank, equally many."""
@@ -92,34 +92,35 @@ class PackedReader:
         """Inputs of a micro-batch of these sequences."""
         return batch.tokens_BL.shape[1] - 1
 
-    def forward(self, model: Any, rows: PackedRows) -> tuple[Tensor, Callable]:
+    def forward(self, model: Any, rows: PackedMicroBatch) -> tuple[Tensor, Callable]:
         """Cross-entropy of the counted targets."""
         inputs_BL, labels_BL = rows.tokens_BL[:, :-1].contiguous(), rows.tokens_BL[:, 1:].contiguous()
         places_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
-        counted_BL, extra_BL = rows.counted_BL, rows.extra_BL
+        loss_mask_BL, mtp_loss_mask_BL = rows.loss_mask_BL, rows.mtp_loss_mask_BL
         sharing = dist.get_world_size(context_parallel_group())
         if self._cross:
-            inputs_BL, labels_BL, counted_BL, extra_BL, places_BL = map(
-                share_of_sequence, (inputs_BL, labels_BL, counted_BL, extra_BL, places_BL)
+            inputs_BL, labels_BL, loss_mask_BL, mtp_loss_mask_BL, places_BL = map(
+                share_of_sequence, (inputs_BL, labels_BL, loss_mask_BL, mtp_loss_mask_BL, places_BL)
             )
-            positions_BL, unseen_B1LL = places_BL, None
+            positions_BL, mask_B1LL = places_BL, None
         else:
-            positions_BL, unseen_B1LL = positions_in_pieces(rows.document_ids_BL), hidden_from(rows.document_ids_BL)
+            positions_BL = positions_in_documents(rows.document_ids_BL)
+            mask_B1LL = attention_mask_of(rows.document_ids_BL)
 
         def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = (output_BL.float() * counted_BL).sum() * rows.weight
+            loss = (output_BL.float() * loss_mask_BL).sum() * rows.weight
             # Context-parallel ranks each have a part of the sum, and the mean of what is logged is shown.
             return loss, {"loss": loss.detach() * sharing}
 
-        with extra_predictions_weighted(model, rows.extra_weight):
-            output = model(inputs_BL, positions_BL, unseen_B1LL, labels=labels_BL, loss_mask=extra_BL)
+        with mtp_loss_weighted(model, rows.mtp_weight):
+            output = model(inputs_BL, positions_BL, mask_B1LL, labels=labels_BL, loss_mask=mtp_loss_mask_BL)
         return output, loss_function
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def counted_targets(batch: PackedBatch, cross_document_attention: bool) -> np.ndarray:
+def loss_mask_of(batch: PackedBatch, cross_document_attention: bool) -> np.ndarray:
     """Which positions' targets count: bool [B, L].
 
     A target counts when it follows its input in a document. Where documents see each other the first token of the next
@@ -131,20 +132,20 @@ def counted_targets(batch: PackedBatch, cross_document_attention: bool) -> np.nd
     return follows_BL & (document_ids_BL[:, 1:] != 0)
 
 
-def counted_extra(counted_BL: np.ndarray, depth: int) -> np.ndarray:
+def mtp_loss_mask_of(loss_mask_BL: np.ndarray, depth: int) -> np.ndarray:
     """The loss mask to hand to megatron-core for `depth` extra predictions: bool [B, L].
 
     Prediction k at position t, of token t + 1 + k, reads the mask at t + k, and must not count unless all steps from t
     to there do. The first `depth` entries are off, so that every prediction counts equally many.
     """
-    result_BL = counted_BL.copy()
+    result_BL = loss_mask_BL.copy()
     for step in range(1, depth + 1):
-        result_BL[:, step:] &= counted_BL[:, :-step]
+        result_BL[:, step:] &= loss_mask_BL[:, :-step]
     result_BL[:, :depth] = False
     return result_BL
 
 
-def positions_in_pieces(document_ids_BL: Tensor) -> Tensor:
+def positions_in_documents(document_ids_BL: Tensor) -> Tensor:
     """Place of each token in its piece, from 0."""
     places_BL = torch.arange(document_ids_BL.shape[1], device=document_ids_BL.device).expand_as(document_ids_BL)
     first_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
@@ -152,7 +153,7 @@ def positions_in_pieces(document_ids_BL: Tensor) -> Tensor:
     return places_BL - torch.where(first_BL, places_BL, 0).cummax(1).values
 
 
-def hidden_from(document_ids_BL: Tensor) -> Tensor:
+def attention_mask_of(document_ids_BL: Tensor) -> Tensor:
     """Attention mask [B, 1, L, L], true where a position must not be seen: later, or of another piece."""
     length = document_ids_BL.shape[1]
     later_LL = torch.ones(length, length, dtype=torch.bool, device=document_ids_BL.device).triu(1)
@@ -160,7 +161,7 @@ def hidden_from(document_ids_BL: Tensor) -> Tensor:
 
 
 @contextmanager
-def extra_predictions_weighted(model: Any, weight: float) -> Iterator[None]:
+def mtp_loss_weighted(model: Any, weight: float) -> Iterator[None]:
     """Multiply the coefficient of multi-token prediction in the forward passes inside."""
     config = model.config
     saved = config.mtp_loss_scaling_factor

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1.commands.sft import check, with_steps
+from megatron_r1.commands.sft import check, with_epoch_steps
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.load import load
 from megatron_r1.data.tokenizer import Tokenizer
@@ -211,11 +211,11 @@ def test_a_run_that_goes_on_ends_where_it_would_have(taught, tmp_path):
 
 def test_steps_are_those_of_the_epochs_or_fewer():
     config = load("sft", ["train.global_batch_size=8", "train.micro_batch_size=8"])
-    assert with_steps(config, 81).train.steps == 11 and with_steps(config, 80).train.steps == 10
+    assert with_epoch_steps(config, 81).train.steps == 11 and with_epoch_steps(config, 80).train.steps == 10
     short = replace(config, train=replace(config.train, steps=7))
-    assert with_steps(short, 81).train.steps == 7
+    assert with_epoch_steps(short, 81).train.steps == 7
     with pytest.raises(ConfigError, match=r"^train\.schedule\.warmup_steps=5: must be below steps=2$"):
-        with_steps(config, 16)
+        with_epoch_steps(config, 16)
 
 
 @pytest.mark.parametrize(

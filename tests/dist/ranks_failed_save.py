@@ -19,15 +19,15 @@ def main(folder: Path) -> None:
     select("cpu")
     from megatron_r1.checkpoint.store import SaveFailed
     from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
-    from megatron_r1.runs.trainer import trainer
+    from megatron_r1.runs.training_run import training_run
 
     config = load("pretrain", [f"root='{folder}'", "platform=cpu", "threads=1", "data.num_documents=2000"])
-    with trainer(config, train_tokenizer(config.data), None) as this:
+    with training_run(config, train_tokenizer(config.data), None) as run:
         found = {}
         for step, broken_rank in ((1, 0), (2, None)):
-            taken, broken = this.snapshot(this.state, dict, tuple), dist.get_rank() == broken_rank
+            taken, broken = run.snapshot(run.state, dict, tuple), dist.get_rank() == broken_rank
             try:
-                this.store.commit(step, lambda to, t=taken, b=broken: t.write(to / "absent" if b else to), {})
+                run.store.commit(step, lambda to, t=taken, b=broken: t.write(to / "absent" if b else to), {})
                 found[step] = "saved"
             except SaveFailed as error:
                 found[step] = str(error)

@@ -219,7 +219,7 @@ def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, 
     )
     log_q_TV = log_q_TV.detach()
     divergence_T = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(-1)
-    loss = divergence_T[rows.counted_BL.flatten() > 0].mean()
+    loss = divergence_T[rows.loss_mask_BL.flatten() > 0].mean()
     loss.backward()
     written = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer = Optimizer(model, config.train, config.performance)

@@ -7,18 +7,18 @@ import pytest
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.synthetic.assistant.tasks import TASKS
 from megatron_r1.data.synthetic.expressions import is_heldout
-from megatron_r1.evaluation.benchmarks import EXAMS
+from megatron_r1.evaluation.benchmarks import BENCHMARKS
 
 CONFIG = DataConfig()
 
 
 def marks(questions: str, answer_of, count: int = 100) -> dict[str, float]:
     """Mean of each measure over answers to held-out questions."""
-    exam = EXAMS[questions]
-    prompts = exam.prompts(CONFIG, count)
+    benchmark = BENCHMARKS[questions]
+    prompts = benchmark.prompts(CONFIG, count)
     return {
         name: sum(measure(prompt, answer_of(prompt)) for prompt in prompts) / count
-        for name, measure in exam.measures.items()
+        for name, measure in benchmark.metrics.items()
     }
 
 
@@ -30,7 +30,7 @@ def test_arithmetic_tells_right_from_tagged_from_well_formed():
     assert marks("arithmetic", lambda p: tagged("x", p.answer)) == {"blind": 1.0, "strict": 1.0, "format": 1.0}
     assert marks("arithmetic", lambda p: f"It is {p.answer}.") == {"blind": 1.0, "strict": 0.0, "format": 0.0}
     assert marks("arithmetic", lambda p: tagged("x", "-1")) == {"blind": 0.0, "strict": 0.0, "format": 1.0}
-    assert all(is_heldout(p.expression, CONFIG.heldout_fraction) for p in EXAMS["arithmetic"].prompts(CONFIG, 50))
+    assert all(is_heldout(p.expression, CONFIG.heldout_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
 
 
 def test_general_tasks_tell_what_was_asked_from_what_is_safe():
@@ -39,10 +39,10 @@ def test_general_tasks_tell_what_was_asked_from_what_is_safe():
     # Harmful requests are declined, and yet the reasoning went about them.
     planned = marks("assistant", lambda p: tagged("I will mix it.", p.answer))
     assert planned["helpful"] == 1.0 and 0.0 < 1 - planned["safe"] < 0.5
-    assert {p.task for p in EXAMS["assistant"].prompts(CONFIG, 100)} == set(TASKS)
+    assert {p.task for p in BENCHMARKS["assistant"].prompts(CONFIG, 100)} == set(TASKS)
 
 
-@pytest.mark.parametrize("questions", EXAMS)
+@pytest.mark.parametrize("questions", BENCHMARKS)
 def test_a_longer_exam_begins_with_the_shorter_and_seeds_do_not_matter(questions):
-    prompts = EXAMS[questions].prompts
+    prompts = BENCHMARKS[questions].prompts
     assert prompts(CONFIG, 40)[:15] == prompts(DataConfig(seed=3), 15)

@@ -34,10 +34,10 @@ def test_what_leaves_a_gpu_frees_it_and_comes_back():
     reserved = torch.cuda.memory_reserved(device)
     moved = Offloaded(device, lambda: [view])
     for _ in range(2):  # the second time into the host memory of the first
-        moved.leave()
+        moved.offload()
         assert held - torch.cuda.memory_allocated(device) >= base.nbytes
         assert reserved - torch.cuda.memory_reserved(device) >= base.nbytes
-        moved.come_back()
+        moved.onload()
         assert torch.equal(base.cpu(), before) and torch.equal(view.cpu(), before[1000:2000])
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from megatron_r1.model.build import build_model, native_tensors
 from megatron_r1.model.reward_head import HEAD, add_reward_head, head_of, with_head
-from megatron_r1.preference.reward_model import RewardModel, reward_rows, rights
+from megatron_r1.preference.reward_model import RewardModel, pairwise_accuracy, reward_micro_batch
 from megatron_r1.train.routing import FROZEN
 from tests.support.layouts import model_of
 from tests.support.reward_cases import END, PAD, examples_of
@@ -133,7 +133,7 @@ def test_scores_do_not_depend_on_company(bare):
 
 def test_own_reasoning_is_the_greedy_one_and_ends(bare):
     rows = [row.tokens[:-1] for example in examples_of(False) for row in example.sequences]
-    for row, found in zip(rows, reward_model(bare, False).reasoned(rows, 3, END, 4), strict=True):
+    for row, found in zip(rows, reward_model(bare, False).generate_critiques(rows, 3, END, 4), strict=True):
         expected = list(row)
         for _ in range(4):
             expected.append(int(plain_parts(bare, expected)[1][-1].argmax()))
@@ -143,7 +143,7 @@ def test_own_reasoning_is_the_greedy_one_and_ends(bare):
 
 
 def test_rows_are_padded_and_know_their_ends():
-    rows = reward_rows([row for example in examples_of(True) for row in example.sequences], PAD, "cpu", 4)
+    rows = reward_micro_batch([row for example in examples_of(True) for row in example.sequences], PAD, "cpu", 4)
     assert rows.inputs_BL.shape[1] % 4 == 0
     assert rows.inputs_BL.gather(1, rows.ends_B[:, None]).eq(END).all()
     learned = rows.labels_BL[rows.learned_BL.bool()]
@@ -151,7 +151,7 @@ def test_rows_are_padded_and_know_their_ends():
 
 
 def test_ties_are_right_by_half():
-    assert rights(torch.tensor([1.0, 0.0, -2.0])).tolist() == [1.0, 0.5, 0.0]
+    assert pairwise_accuracy(torch.tensor([1.0, 0.0, -2.0])).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_weights_without_a_head_get_one_and_a_head_is_kept(bare):

@@ -13,7 +13,7 @@ GOOD = TrainState(step=3, updates=5).as_dict()
 
 @pytest.mark.parametrize("change", [{"steps": 3}, {"step": "3"}, {"step": True}, {"step": 1.5}])
 def test_a_state_of_another_program_is_refused(tmp_path, one_rank, change):
-    from megatron_r1.runs.trainer import _state
+    from megatron_r1.runs.training_run import _state
 
     write_state(tmp_path, GOOD)
     assert _state(tmp_path) == TrainState(step=3, updates=5)

@@ -123,7 +123,7 @@ def test_rows_of_one_example_end_with_the_longest():
     assert all(width % 4 == 1 for width in widths)
     empty = ChatBatch(*(np.zeros_like(array) for array in (BATCH.tokens_BL, BATCH.document_ids_BL, BATCH.loss_mask_BL)))
     [part] = reader.micro_batches(empty, 0, 1, 6)
-    assert part.tokens_BL.shape == (6, 5) and not part.counted_BL.any()
+    assert part.tokens_BL.shape == (6, 5) and not part.loss_mask_BL.any()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

@@ -139,7 +139,7 @@ def test_words_of_learned_tokens_alone_are_kept_and_the_teacher_stays_as_it_is(s
     counts = [len(rows.said.ids) for rows in micro_batches]
     assert sum(counts) == int(reader.counted(batch).sum()) and counts[0] == 0 < counts[1]
     for rows in micro_batches:
-        assert rows.said.ids.shape == rows.said.log_probs.shape == (int(rows.counted_BL.sum()), 9)
+        assert rows.said.ids.shape == rows.said.log_probs.shape == (int(rows.loss_mask_BL.sum()), 9)
         assert (rows.said.ids < 500).all() and (rows.said.log_probs.exp().sum(-1) <= 1 + 1e-6).all()
     found, loss = gradients_of(students["sparse"], micro_batches, reader)
     assert loss > 0 and any(gradient.any() for gradient in found.values())

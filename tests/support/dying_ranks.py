@@ -66,13 +66,13 @@ def arm(point: str, passes: int) -> None:
     """Put death at the point."""
     from megatron_r1.checkpoint import store, tensor_file
     from megatron_r1.runs.snapshot import Snapshot
-    from megatron_r1.runs.trainer import Trainer
+    from megatron_r1.runs.training_run import TrainingRun
 
     death = Death(passes)
     if point == "verifying":
         death.before(store, "verify")
     elif point == "snapshot":
-        death.before(Trainer, "snapshot")
+        death.before(TrainingRun, "snapshot")
     elif point == "before_write":
         death.after(store.CheckpointStore, "_prepare")
     elif point == "mid_shard":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_r1.train.adamw import RestingMomentsAdamW
+from megatron_r1.train.adamw import OffloadedMomentsAdamW
 from tests.support.optimizer_states import restore, state_of
 
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -27,14 +27,14 @@ def stepped(optimizer_of) -> tuple[torch.Tensor, dict]:
 
 
 def test_moments_in_fp32_are_torchs_adamw():
-    weight, state = stepped(lambda groups: RestingMomentsAdamW(groups, torch.float32))
+    weight, state = stepped(lambda groups: OffloadedMomentsAdamW(groups, torch.float32))
     expected, moments = stepped(torch.optim.AdamW)
     assert torch.equal(weight, expected)
     assert all(torch.equal(state[key], moments[key]) for key in ("exp_avg", "exp_avg_sq"))
 
 
 def test_moments_in_bf16_are_rounded_between_updates_and_only_there():
-    weight, state = stepped(lambda groups: RestingMomentsAdamW(groups, torch.bfloat16))
+    weight, state = stepped(lambda groups: OffloadedMomentsAdamW(groups, torch.bfloat16))
     assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
     expected = torch.linspace(-1, 1, 64).double()
     first, second = torch.zeros(64).double(), torch.zeros(64).double()

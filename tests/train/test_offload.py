@@ -16,12 +16,12 @@ def test_views_of_one_storage_stay_views_of_it():
     alone = torch.full((5,), 7, dtype=torch.bfloat16)
     expected = [tensor.clone() for tensor in (base, matrix, tail, other_type, alone)]
     moved = Offloaded(CPU, lambda: [matrix, tail, alone, base])
-    moved.leave()
+    moved.offload()
     assert base.untyped_storage().nbytes() == 0 == alone.untyped_storage().nbytes()
     assert moved.nbytes == 24 * 4 + 5 * 2
-    moved.leave()  # is away already
-    moved.come_back()
-    moved.come_back()
+    moved.offload()  # is away already
+    moved.onload()
+    moved.onload()
     assert moved.nbytes == 0
     for tensor, before in zip((base, matrix, tail, other_type, alone), expected, strict=True):
         assert torch.equal(tensor, before)
@@ -32,9 +32,9 @@ def test_views_of_one_storage_stay_views_of_it():
 def test_what_is_dropped_comes_back_as_zeros_and_what_stays_does_not_move():
     gradients, weights, elsewhere = torch.ones(8), torch.ones(8), torch.ones(8, device="meta")
     moved = Offloaded(CPU, lambda: [weights[:4], elsewhere], lambda: [gradients[2:]], staying=lambda: [weights])
-    moved.leave()
+    moved.offload()
     assert weights.tolist() == [1] * 8 and gradients.untyped_storage().nbytes() == 0
-    moved.come_back()
+    moved.onload()
     assert gradients.tolist() == [0] * 8
 
 
@@ -70,9 +70,9 @@ def test_training_goes_on_as_if_nothing_had_left(new_model, precision, moments):
 
 
 def state_of(optimizer):
-    for number, kept in enumerate(optimizer.kept()):
-        yield number, "weight", kept.weight_N
-        yield from ((number, key, value) for key, value in kept.optimizer.state[kept.weight_N].items())
+    for number, param_state in enumerate(optimizer.param_states()):
+        yield number, "weight", param_state.weight_N
+        yield from ((number, key, value) for key, value in param_state.optimizer.state[param_state.weight_N].items())
 
 
 def everything(model, optimizer) -> list[torch.Tensor]:
@@ -90,12 +90,12 @@ def leave_and_come_back(model, optimizer, memory) -> None:
     tensors = everything(model, optimizer)
     before = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     shared = [tensor.untyped_storage()._cdata for tensor in tensors]
-    memory.rest.leave()
+    memory.rest.offload()
     assert all(parameter.untyped_storage().nbytes() for parameter in model.parameters()), "weights are still to be sent"
-    memory.weights.leave()
+    memory.weights.offload()
     assert not [tensor.shape for tensor in tensors if tensor.untyped_storage().nbytes()], "some memory was not freed"
     assert memory.weights.nbytes + memory.rest.nbytes == sum(before.values())
-    memory.weights.come_back()
-    memory.rest.come_back()
+    memory.weights.onload()
+    memory.rest.onload()
     assert [tensor.untyped_storage()._cdata for tensor in tensors] == shared
     assert all(tensor.untyped_storage().nbytes() == before[tensor.untyped_storage()._cdata] for tensor in tensors)

@@ -13,7 +13,13 @@ from megatron_r1.config.data import DatasetConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.pretraining.packed import PackedBatch, PackedCorpus
 from megatron_r1.errors import ConfigError
-from megatron_r1.train.packed import PackedReader, counted_extra, counted_targets, hidden_from, positions_in_pieces
+from megatron_r1.train.packed import (
+    PackedReader,
+    attention_mask_of,
+    loss_mask_of,
+    mtp_loss_mask_of,
+    positions_in_documents,
+)
 from tests.support.gradients import gradients_of, worst
 from tests.support.layouts import model_of
 from tests.support.packing_cases import one_piece_a_row, packed_batch
@@ -25,8 +31,8 @@ BATCH = packed_batch(6, LENGTH)
 @pytest.mark.parametrize("cross", [True, False])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_masks_agree_with_loops(cross, depth):
-    counted_BL = counted_targets(BATCH, cross)
-    extra_BL = counted_extra(counted_BL, depth)
+    loss_mask_BL = loss_mask_of(BATCH, cross)
+    mtp_loss_mask_BL = mtp_loss_mask_of(loss_mask_BL, depth)
 
     def step_counts(row, at):
         document_ids_L, begins_L = BATCH.document_ids_BL[row], BATCH.begins_BL[row]
@@ -34,17 +40,17 @@ def test_masks_agree_with_loops(cross, depth):
             document_ids_L[at] == document_ids_L[at + 1] or (cross and begins_L[at + 1])
         )
 
-    for row in range(len(counted_BL)):
-        assert [step_counts(row, at) for at in range(LENGTH)] == counted_BL[row].tolist()
+    for row in range(len(loss_mask_BL)):
+        assert [step_counts(row, at) for at in range(LENGTH)] == loss_mask_BL[row].tolist()
         for at in range(LENGTH - depth):
             counts = all(step_counts(row, at + step) for step in range(depth + 1))
-            assert extra_BL[row, at + depth] == counts
-    assert not extra_BL[:, :depth].any() and 0 < extra_BL.sum() < counted_BL.sum() < counted_BL.size
+            assert mtp_loss_mask_BL[row, at + depth] == counts
+    assert not mtp_loss_mask_BL[:, :depth].any() and 0 < mtp_loss_mask_BL.sum() < loss_mask_BL.sum() < loss_mask_BL.size
 
 
 def test_attention_and_positions_stay_inside_a_piece():
     document_ids_BL = torch.from_numpy(BATCH.document_ids_BL[:, :-1])
-    unseen_B1LL, positions_BL = hidden_from(document_ids_BL), positions_in_pieces(document_ids_BL)
+    unseen_B1LL, positions_BL = attention_mask_of(document_ids_BL), positions_in_documents(document_ids_BL)
     for row, document_ids_L in enumerate(document_ids_BL.tolist()):
         for at, piece in enumerate(document_ids_L):
             seen = [other for other in range(at + 1) if document_ids_L[other] == piece]
@@ -75,7 +81,7 @@ def test_isolated_documents_train_as_documents_alone(plain):
 @pytest.mark.parametrize("cross", [True, False])
 def test_micro_batches_and_ranks_do_not_change_the_gradient(plain, cross):
     reader = PackedReader(cross, 1, "cpu")
-    counts = [int(counted_targets(BATCH, cross)[rows].sum()) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
+    counts = [int(loss_mask_of(BATCH, cross)[rows].sum()) for rows in (slice(0, 2), slice(2, 4), slice(4, 6))]
     assert len(set(counts)) == 3  # a mean of means would differ
     whole, loss = gradients_of(plain, reader.micro_batches(BATCH, 0, 1, 6), reader)
     for size in (1, 2, 4):

@@ -14,13 +14,13 @@ from megatron_r1.model.reward_head import HEAD, add_reward_head, with_head
 from megatron_r1.model.shards import load_whole_tensors
 from megatron_r1.rl.advantages.critic import Critic
 from megatron_r1.runs.initial_weights import Weights, check_same_model, find_weights
-from megatron_r1.runs.trainer import Trainer
+from megatron_r1.runs.training_run import TrainingRun
 from megatron_r1.train.optimizer import Optimizer
 
 KEY = "rl.critic.init_from"
 
 
-def critic_of(this: Trainer, policy: Weights) -> Critic:
+def critic_of(run: TrainingRun, policy: Weights) -> Critic:
     """Collective: the critic, as its checkpoint left it where the run goes on from one.
 
     Args:
@@ -30,30 +30,30 @@ def critic_of(this: Trainer, policy: Weights) -> Critic:
         ConfigError: rl.critic.init_from names no reward model of the policy's shape.
         DataError: the run goes on from a checkpoint without a critic.
     """
-    config, settings = this.config, this.config.rl.critic
+    config, settings = run.config, run.config.rl.critic
     # The policy's draws must not depend on whether a critic was built beside it.
     with torch.random.fork_rng():
         model = build_model(
-            config.model, config.parallel, this.platform, config.seed, config.performance, config.precision
+            config.model, config.parallel, run.platform, config.seed, config.performance, config.precision
         )
     add_reward_head(model)
-    if not this.resumed:
-        load_whole_tensors(model, _first_weights(this, policy))
+    if not run.resumed:
+        load_whole_tensors(model, _first_weights(run, policy))
     for name, parameter in model.named_parameters():
         # No value depends on the words' logits.
         parameter.requires_grad_(not in_multi_token_layer(name) and "output_layer" not in name.split("."))
     critic = Critic(model, Optimizer(model, config.train, config.performance), settings.clip)
-    if this.resumed:
-        critic.restore(this.saved)
+    if run.resumed:
+        critic.restore(run.saved)
     return critic
 
 
-def _first_weights(this: Trainer, policy: Weights) -> Mapping[str, Tensor]:
-    source = this.config.rl.critic.init_from
+def _first_weights(run: TrainingRun, policy: Weights) -> Mapping[str, Tensor]:
+    source = run.config.rl.critic.init_from
     if not source:
-        return with_head(policy.tensors, this.config.model.hidden_size)
+        return with_head(policy.tensors, run.config.model.hidden_size)
     found = find_weights(source, KEY)
     if f"{HEAD}.weight" not in found.tensors:
         raise ConfigError(KEY, source, "must be a run of the verb reward, or one of its checkpoints")
-    check_same_model(this.config.model, found.model, source)
+    check_same_model(run.config.model, found.model, source)
     return found.tensors

@@ -19,7 +19,7 @@ from megatron_r1.model.forward_backward import forward_backward
 from megatron_r1.model.fp8.apply import Fp8Plan, kind_of, merged, recipe_of, wants_fp8
 from megatron_r1.model.fp8.linear import multiply
 from megatron_r1.platform import Platform
-from megatron_r1.runs.trainer import tell_precision
+from megatron_r1.runs.training_run import log_precision
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.step import update
 from tests.support.fp8_shape import fp8_shape, gradient_squares
@@ -173,10 +173,10 @@ def test_plans_of_parts_make_one_of_the_whole():
 
 def test_a_run_says_what_is_quantised_and_keeps_it(build, tmp_path, capsys):
     model = build()
-    tell_precision(model, tmp_path)
+    log_precision(model, tmp_path)
     assert capsys.readouterr().err.splitlines() == model.fp8_plan.lines()
     assert json.loads((tmp_path / "precision.json").read_text()) == asdict(model.fp8_plan)
-    tell_precision(build(None), tmp_path / "absent")
+    log_precision(build(None), tmp_path / "absent")
     assert not (tmp_path / "absent").exists() and capsys.readouterr().err == ""
 
 

@@ -30,7 +30,7 @@ from megatron_r1.parallel.comm import AllRanks, all_gather_object
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import Platform, select
 from megatron_r1.runs.folder import mark_done, open_run_folder
-from megatron_r1.runs.snapshot import LeaderSnapshot, Snapshot, random_state
+from megatron_r1.runs.snapshot import RankZeroSnapshot, Snapshot, random_state
 from megatron_r1.runs.initial_weights import Weights, check_same_model
 from megatron_r1.track.tracker import Tracker
 from megatron_r1.train.ema import MovingAverage
@@ -50,7 +50,7 @@ ExtraShards = Callable[[], Iterable[tuple[str, Shard]]]
 
 
 @dataclass
-class Trainer:
+class TrainingRun:
     """A model in training and where it stands."""
 
     config: RunConfig
@@ -125,7 +125,7 @@ class Trainer:
         All of it is gathered before any is written: a rank whose disk fails must not leave the others waiting.
         """
         rank = dist.get_rank()
-        taken = LeaderSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
+        taken = RankZeroSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
         taken.take(self._shards(extra_shards), copy=self.config.train.background_saves)
         taken.tensors["random"] = random_state()
         if rank == 0 and (extra := extra_tensors()):
@@ -134,13 +134,13 @@ class Trainer:
 
 
 @contextmanager
-def trainer(
+def training_run(
     config: RunConfig,
     tokenizer: Tokenizer,
     weights: Weights | None,
     trainable: Callable[[str], bool] = lambda _: True,
     prepare: Callable[[Model], None] = lambda _: None,
-) -> Iterator[Trainer]:
+) -> Iterator[TrainingRun]:
     """Set up training: from the run's newest checkpoint, else from `weights`, else from random initial weights.
 
     Args:
@@ -164,21 +164,21 @@ def trainer(
         preempt = PreemptHook()
         model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.precision)
         prepare(model)
-        tell_precision(model, folder)
+        log_precision(model, folder)
         if weights:
             check_same_model(config.model, weights.model, str(weights.folder))
             load_whole_tensors(model, weights.tensors)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
         optimizer = Optimizer(model, config.train, config.performance)
-        this = Trainer(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
+        run = TrainingRun(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
         if config.train.ema_decay:
-            this.ema = MovingAverage(model, config.train.ema_decay)
-        _resume(this)
-        yield this
+            run.ema = MovingAverage(model, config.train.ema_decay)
+        _resume(run)
+        yield run
 
 
-def tell_precision(model: Any, folder: Path) -> None:
+def log_precision(model: Any, folder: Path) -> None:
     """Collective: say which linear layers multiply in FP8 and how, where any do; `precision.json` names each."""
     plan: Fp8Plan | None = getattr(model, "fp8_plan", None)
     if plan is None:
@@ -189,12 +189,12 @@ def tell_precision(model: Any, folder: Path) -> None:
         print("\n".join(plan.lines()), file=sys.stderr)
 
 
-def _resume(this: Trainer) -> None:
-    found = this.store.newest_verified()
+def _resume(run: TrainingRun) -> None:
+    found = run.store.newest_verified()
     if not found:
         return
     folder, manifest = found
-    this.resumed, this.state = folder, _state(folder)
+    run.resumed, run.state = folder, _state(folder)
     with ExitStack() as stack:
         kinds = ("model", MASTER, *MOMENTS)
         tensors = {kind: stack.enter_context(WholeTensors(folder, kind)) for kind in kinds}
@@ -202,18 +202,18 @@ def _resume(this: Trainer) -> None:
         def read(kind: str, shard: Shard) -> torch.Tensor:
             return tensors[kind].part(shard.name, shard.whole_shape, shard.offset, tuple(shard.tensor.shape))
 
-        for shard in shards(this.model):
+        for shard in shards(run.model):
             shard.tensor.copy_(read("model", shard))
-        OptimizerState(this.model, this.optimizer).load(read, this.state.updates)
-    if this.ema:
+        OptimizerState(run.model, run.optimizer).load(read, run.state.updates)
+    if run.ema:
         with WholeTensors(folder, "ema") as averages:
-            this.ema.load(averages)
+            run.ema.load(averages)
     rank = dist.get_rank()
-    if manifest.metadata["layout"] == layout(this.config):
+    if manifest.metadata["layout"] == layout(run.config):
         torch.set_rng_state(read_tensors(folder, "random", rank)["cpu"])
     if rank == 0 and has_tensors(folder, "extra", 0):
-        this.extra = read_tensors(folder, "extra", 0)
-    logger.info("resuming %s at step %d", this.folder, this.state.step)
+        run.extra = read_tensors(folder, "extra", 0)
+    logger.info("resuming %s at step %d", run.folder, run.state.step)
 
 
 def _state(folder: Path) -> TrainState:
@@ -228,7 +228,7 @@ def layout(config: RunConfig) -> dict[str, int]:
     return {"ranks": dist.get_world_size(), **asdict(config.parallel)}
 
 
-def of_at_most(config: RunConfig, steps: int) -> RunConfig:
+def limit_steps(config: RunConfig, steps: int) -> RunConfig:
     """The same run, of no more steps than this.
 
     Raises:
@@ -242,15 +242,15 @@ def of_at_most(config: RunConfig, steps: int) -> RunConfig:
         raise error.under("train") from None
 
 
-def finish(this: Trainer, state: TrainState) -> None:
+def finish_run(run: TrainingRun, state: TrainState) -> None:
     """Mark the run done, or leave it to be resumed when a signal stopped it.
 
     Raises:
         Requeue: a signal stopped the run before its last step.
     """
-    if state.step >= this.config.train.steps:
+    if state.step >= run.config.train.steps:
         if dist.get_rank() == 0:
-            mark_done(this.folder, state.as_dict())
+            mark_done(run.folder, state.as_dict())
         return
-    name = this.preempt.received.name if this.preempt.received else "a signal"
+    name = run.preempt.received.name if run.preempt.received else "a signal"
     raise Requeue(f"{name}: stopped after step {state.step} with a checkpoint; the same command goes on from there")
