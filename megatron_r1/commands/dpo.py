@@ -73,7 +73,7 @@ def run(config: RunConfig) -> None:
             extra_shards=reference.saved,
             first=[MeasureHook(measure_of(heldout), settings.heldout_interval, config.train.steps)],
         )
-        step = preference_step(run, PreferenceDataset(examples, config.seed), learn)
+        step = preference_step(config, PreferenceDataset(examples, config.seed), learn)
         state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
             right = pairwise_accuracy(torch.tensor(heldout.margins())).tolist()

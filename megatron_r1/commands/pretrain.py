@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,22 +16,20 @@ from megatron_r1.data.pretraining.packed import PackedCorpus, packed_corpus, tok
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.model.flops import flops_per_token, peak_flops
 from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
-from megatron_r1.parallel.launcher import is_rank_zero, world_size
+from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import Weights, find_weights
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
-from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.balance import BalanceHook
 from megatron_r1.train.loop import Step, train
-from megatron_r1.train.metrics import mean_loss, update_metrics
 from megatron_r1.train.packed import PackedReader
-from megatron_r1.train.routing import check_none_dropped, pretraining_policy
-from megatron_r1.train.schedule import batch_size, learning_rate, value_at
+from megatron_r1.train.routing import pretraining_policy
+from megatron_r1.train.schedule import batch_size, value_at
 from megatron_r1.train.state import TrainState
-from megatron_r1.train.step import update
+from megatron_r1.train.step import BatchOutcome, training_step
+from megatron_r1.train.update import update
 
 SHOWN = ("loss", "mtp_loss", "gradient_norm", "learning_rate", "tokens_per_second", "mfu", "router_load_max")
 
@@ -76,14 +73,10 @@ def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
     config, settings = run.config, run.config.train
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    flops = flops_per_token(config.model, settings.sequence_length)
-    policy, moe = pretraining_policy(config), config.model.moe
-    peak = peak_flops(run.platform.device) * world_size()
+    policy = pretraining_policy(config)
 
-    def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        started = time.perf_counter()
+    def learn(state: TrainState, rate: float) -> BatchOutcome:
         consumed, size = state.consumed_tokens, batch_size(settings, state.consumed_tokens)
-        rate = learning_rate(settings.schedule, state.step + 1, settings.steps, consumed)
         mtp_weight = value_at(config.model.mtp.loss_coefficient, settings.schedule.mtp_weight_phases, consumed)
         # megatron-core reads the weight anew in every forward pass.
         run.model.config.mtp_loss_scaling_factor = mtp_weight
@@ -93,30 +86,11 @@ def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
         )
         shape = settings.sequence_length, min(settings.micro_batch_size, size // ranks)
         result = update(run.model, run.optimizer, micro_batches, reader.forward, rate, *shape)
-        seconds = time.perf_counter() - started
         tokens = size * settings.sequence_length
-        check_none_dropped(result.passes.expert_load, tokens, moe.top_k)
-        state = state.advance(
-            updates=state.updates + (not result.skipped),
-            consumed_tokens=consumed + tokens,
-            data_position=state.data_position + size,
-            skipped_in_row=count_skips(
-                state.skipped_in_row, result.skipped, settings.max_skipped_steps, state.step + 1
-            ),
-        )
-        return state, {
-            "loss": mean_loss(result),
-            **update_metrics(result),
-            "learning_rate": rate,
-            "batch_size": size,
-            "mtp_weight": mtp_weight,
-            "bias_rate": policy.bias_rate_at(consumed),
-            "consumed_tokens": state.consumed_tokens,
-            "tokens_per_second": tokens / seconds,
-            "mfu": tokens * flops / seconds / peak,
-        }
+        metrics = {"batch_size": size, "mtp_weight": mtp_weight, "bias_rate": policy.bias_rate_at(consumed)}
+        return BatchOutcome(result=result, sequences=size, tokens=tokens, routed_tokens=tokens, metrics=metrics)
 
-    return step
+    return training_step(config, learn, run.platform.device)
 
 
 class StreamReader:
@@ -160,7 +134,6 @@ def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
 
     def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = output_BL.float().mean()
-        # megatron-core divides the returned loss in place by the number of micro-batches.
-        return loss / sharing, {"loss": loss.detach().clone()}
+        return loss / sharing, {"loss": loss.detach()}
 
     return model(inputs_BL, positions_BL, None, labels=labels_BL), loss_function

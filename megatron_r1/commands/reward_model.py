@@ -18,7 +18,7 @@ from megatron_r1.preference.items import encoder_of, heldout_items, learned_item
 from megatron_r1.preference.measure import HeldoutAccuracy, results_of
 from megatron_r1.preference.reward_model import RewardModel
 from megatron_r1.preference.step import (
-    Learn,
+    LearnPreferences,
     UpdateOutcome,
     examples_of,
     preference_step,
@@ -30,7 +30,7 @@ from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import train
 from megatron_r1.train.routing import FROZEN
-from megatron_r1.train.step import update
+from megatron_r1.train.update import update
 
 SHOWN = ("loss", "accuracy", "margin", "reasoning_loss", "heldout_accuracy", "gradient_norm", "learning_rate")
 
@@ -57,7 +57,7 @@ def run(config: RunConfig) -> None:
             f"reward {config.name}",
             first=[MeasureHook(measure, settings.heldout_interval, config.train.steps)],
         )
-        step = preference_step(run, PreferenceDataset(examples, config.seed), learning(run, model))
+        step = preference_step(config, PreferenceDataset(examples, config.seed), learning(run, model))
         state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
             report_results(run, results_of(measure.per_item(), learned, heldout, encoder), "reward model")
@@ -87,7 +87,7 @@ def reward_model_of(run: TrainingRun) -> RewardModel:
     )
 
 
-def learning(run: TrainingRun, model: RewardModel) -> Learn:
+def learning(run: TrainingRun, model: RewardModel) -> LearnPreferences:
     """How a reward model learns from a batch."""
     group, size = data_parallel_group(), run.config.train.micro_batch_size
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,26 +15,22 @@ from megatron_r1.data.chat.encode import template_source
 from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, open_examples
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.model.flops import flops_per_token, peak_flops
 from megatron_r1.model.forward_backward import LossFunction, forward_only
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.context import context_parallel_group
-from megatron_r1.parallel.launcher import world_size
-from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
+from megatron_r1.parallel.mesh import all_gather_data_parallel, data_parallel_group, is_metrics_rank
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import find_weights
 from megatron_r1.runs.training_run import TrainingRun, finish_run, limit_steps, training_run
 from megatron_r1.sft.supervised import SupervisedReader, packing_metrics
 from megatron_r1.sft.teacher_setup import distilling_reader, find_teacher
-from megatron_r1.train.guard import count_skips
 from megatron_r1.train.hooks.heldout import HeldoutHook
 from megatron_r1.train.loop import Step, train
-from megatron_r1.train.metrics import mean_logged, update_metrics
 from megatron_r1.train.packed import PackedMicroBatch
-from megatron_r1.train.routing import FROZEN, check_none_dropped
-from megatron_r1.train.schedule import learning_rate
+from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.state import TrainState
-from megatron_r1.train.step import update
+from megatron_r1.train.step import BatchOutcome, training_step
+from megatron_r1.train.update import update
 
 logger = logging.getLogger(__name__)
 
@@ -122,44 +117,27 @@ def supervised_step(run: TrainingRun, reader: SupervisedReader, batches: ChatBat
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     size, length = settings.global_batch_size, settings.sequence_length
-    flops = flops_per_token(config.model, length)
-    peak = peak_flops(run.platform.device) * world_size()
 
-    def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        started = time.perf_counter()
+    def learn(state: TrainState, rate: float) -> BatchOutcome:
         batch = batches.batch(state.data_position, size)
-        rate = learning_rate(settings.schedule, state.step + 1, settings.steps, state.consumed_tokens)
         micro_batches = reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
         rows = min(settings.micro_batch_size, size // ranks)
         shape = reader.shape(length, rows)
         result = update(run.model, run.optimizer, micro_batches, reader.forward, rate, *shape)
-        seconds = time.perf_counter() - started
         metrics = packing_metrics(batch, ranks)
-        computed = (
-            sum(all_gather_object(sum(part.document_ids_BL.numel() for part in micro_batches))) * ranks // world_size()
+        return BatchOutcome(
+            result=result,
+            sequences=size,
+            tokens=int(metrics["tokens"]),
+            routed_tokens=sum(all_gather_data_parallel(sum(part.document_ids_BL.numel() for part in micro_batches))),
+            metrics={
+                **metrics,
+                "learned_tokens": int(reader.counted(batch).sum()),
+                "epoch": min(state.data_position + size, batches.total) / batches.per_epoch,
+            },
         )
-        check_none_dropped(result.passes.expert_load, computed, config.model.moe.top_k)
-        state = state.advance(
-            updates=state.updates + (not result.skipped),
-            consumed_tokens=state.consumed_tokens + int(metrics["tokens"]),
-            data_position=state.data_position + size,
-            skipped_in_row=count_skips(
-                state.skipped_in_row, result.skipped, settings.max_skipped_steps, state.step + 1
-            ),
-        )
-        return state, {
-            **mean_logged(result),
-            **update_metrics(result),
-            **metrics,
-            "learned_tokens": int(reader.counted(batch).sum()),
-            "learning_rate": rate,
-            "epoch": min(state.data_position, batches.total) / batches.per_epoch,
-            "consumed_tokens": state.consumed_tokens,
-            "tokens_per_second": metrics["tokens"] / seconds,
-            "mfu": metrics["tokens"] * flops / seconds / peak,
-        }
 
-    return step
+    return training_step(config, learn, run.platform.device)
 
 
 class HeldoutLoss:

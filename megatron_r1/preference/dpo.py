@@ -23,7 +23,7 @@ from megatron_r1.rl.policy.batch import ResponseBatch
 from megatron_r1.rl.policy.policy import Policy, longest_input, pad_to_batch
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
-from megatron_r1.train.step import UpdateResult, update
+from megatron_r1.train.update import UpdateResult, update
 
 
 class DirectPreference:
@@ -60,14 +60,12 @@ class DirectPreference:
             rate: learning rate.
             size: pairs of a micro-batch.
         Returns:
-            what the update did, with `loss` and the metrics of `dpo_loss` logged so that their means over micro-batches
-            and ranks are those over all pairs; and this rank's tokens, padding included.
+            what the update did, with `loss` and the metrics of `dpo_loss` logged, whose sums are means over all
+            pairs; and this rank's tokens, padding included.
         """
         micro_batches = self._micro_batches(examples, size)
         with self.reference.in_place():
             reference = self._log_probs(micro_batches)
-        # megatron-core takes means over micro-batches and data-parallel ranks, which must come out as sums.
-        scale = len(micro_batches) * dist.get_world_size(data_parallel_group())
 
         def forward(model: Any, rows: ResponseBatch) -> tuple[Any, Callable]:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
@@ -80,13 +78,12 @@ class DirectPreference:
                     label_smoothing=self._label_smoothing,
                     num_pairs=len(examples),
                 )
-                # megatron-core divides the returned loss in place by the number of micro-batches.
-                metrics = {"loss": loss.detach(), **metrics}
-                return loss * scale, {name: value * scale for name, value in metrics.items()}
+                return loss, {"loss": loss.detach(), **metrics}
 
             return self._policy.scores(model, rows), loss_function
 
-        result = update(self._model, optimizer, micro_batches, forward, rate, longest_input(micro_batches))
+        length = longest_input(micro_batches)
+        result = update(self._model, optimizer, micro_batches, forward, rate, length, reduce="sum")
         return result, sum(rows.inputs_BL.numel() for rows in micro_batches)
 
     def gaps(self, examples: Sequence[TokenizedPreference], size: int) -> list[float]:

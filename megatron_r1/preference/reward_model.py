@@ -138,7 +138,7 @@ class RewardModel:
             losses_I = F.binary_cross_entropy_with_logits(scores_B, rows.safe_I, reduction="none")
         score_loss = losses_I.mean()
         logged = {
-            "score_loss": score_loss.detach().clone(),
+            "score_loss": score_loss.detach(),
             "accuracy": pairwise_accuracy(margins_I.detach()).mean(),
             "margin": margins_I.detach().mean(),
             "score": scores_B.detach().mean(),
@@ -146,11 +146,9 @@ class RewardModel:
         loss = score_loss
         if self._reasoning_weight:
             reasoning_loss = (output_BX[:, 1:] * rows.learned_BL).sum() * rows.token_weight
-            logged["reasoning_loss"] = reasoning_loss.detach().clone()
+            logged["reasoning_loss"] = reasoning_loss.detach()
             loss = loss + self._reasoning_weight * reasoning_loss
-        # megatron-core divides the returned loss in place by the number of micro-batches.
-        logged["loss"] = loss.detach().clone()
-        return loss, logged
+        return loss, {**logged, "loss": loss.detach()}
 
     def scores(self, rows: Sequence[Sequence[int]], size: int) -> list[float]:
         """The score of each row of tokens, the last of which is read; the same on every stage.

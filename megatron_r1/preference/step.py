@@ -4,40 +4,36 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.preference.examples import PairEncoder, PreferenceDataset, TokenizedPreference, encode_preferences
 from megatron_r1.data.preference_example import PreferenceExample
 from megatron_r1.errors import DataError
-from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import is_rank_zero
+from megatron_r1.parallel.mesh import all_gather_data_parallel
 from megatron_r1.preference.measure import show
 from megatron_r1.runs.training_run import TrainingRun, limit_steps
-from megatron_r1.train.guard import count_skips
-from megatron_r1.train.hooks.balance import load_metrics
 from megatron_r1.train.loop import Step
-from megatron_r1.train.metrics import mean_logged
-from megatron_r1.train.routing import check_none_dropped
-from megatron_r1.train.schedule import learning_rate
 from megatron_r1.train.state import TrainState
-from megatron_r1.train.step import UpdateResult
+from megatron_r1.train.step import BatchOutcome, training_step
+from megatron_r1.train.update import UpdateResult
 
 logger = logging.getLogger(__name__)
 
 
 class UpdateOutcome(NamedTuple):
-    """What learning from a global batch did."""
+    """What an update on a global batch did."""
 
     result: UpdateResult
     positions: int
     """Tokens of this data-parallel rank's micro-batches, padding included."""
 
 
-Learn = Callable[[Sequence[TokenizedPreference], float], UpdateOutcome]
-"""Collective: learns from a global batch of examples, the same on every rank, at a learning rate."""
+LearnPreferences = Callable[[Sequence[TokenizedPreference], float], UpdateOutcome]
+"""Collective: an update on a global batch of examples, the same on every rank, at a learning rate."""
 
 
 def examples_of(
@@ -68,42 +64,28 @@ def with_epoch_steps(config: RunConfig, items: int) -> RunConfig:
     return limit_steps(config, items // config.train.global_batch_size)
 
 
-def preference_step(run: TrainingRun, preferences: PreferenceDataset, learn: Learn) -> Step:
-    """The step of such a run: next batch, update, metrics."""
-    config, settings = run.config, run.config.train
+def preference_step(config: RunConfig, preferences: PreferenceDataset, learn: LearnPreferences) -> Step:
+    """The step of such a run: an update on the next batch."""
+    size = config.train.global_batch_size
 
-    def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        started = time.perf_counter()
-        batch = preferences.batch(state.data_position, settings.global_batch_size)
-        rate = learning_rate(settings.schedule, state.step + 1, settings.steps, state.consumed_tokens)
+    def learn_next(state: TrainState, rate: float) -> BatchOutcome:
+        batch = preferences.batch(state.data_position, size)
         result, positions = learn(batch, rate)
-        seconds = time.perf_counter() - started
-        tokens = sum(len(row.tokens) for example in batch for row in example.sequences)
-        sharing = config.parallel.tensor * config.parallel.pipeline
-        computed = sum(all_gather_object(positions)) // sharing
-        # Multi-token layers do not run.
-        loads = {layer: load_E for layer, load_E in result.passes.expert_load.items() if not layer.startswith("mtp")}
-        check_none_dropped(loads, computed, config.model.moe.top_k)
-        state = state.advance(
-            updates=state.updates + (not result.skipped),
-            consumed_tokens=state.consumed_tokens + tokens,
-            data_position=state.data_position + settings.global_batch_size,
-            skipped_in_row=count_skips(
-                state.skipped_in_row, result.skipped, settings.max_skipped_steps, state.step + 1
-            ),
+        return BatchOutcome(
+            result=_of_backbone(result),
+            sequences=size,
+            tokens=sum(len(sequence.tokens) for example in batch for sequence in example.sequences),
+            routed_tokens=sum(all_gather_data_parallel(positions)),
+            metrics={"epoch": (state.data_position + size) / len(preferences.examples)},
         )
-        return state, {
-            **mean_logged(result),
-            "gradient_norm": result.gradient_norm,
-            "skipped": int(result.skipped),
-            **load_metrics(loads),
-            "learning_rate": rate,
-            "epoch": state.data_position / len(preferences.examples),
-            "consumed_tokens": state.consumed_tokens,
-            "tokens_per_second": tokens / seconds,
-        }
 
-    return step
+    return training_step(config, learn_next)
+
+
+def _of_backbone(result: UpdateResult) -> UpdateResult:
+    """Without the expert loads of multi-token layers, which do not run."""
+    loads = {layer: load_E for layer, load_E in result.passes.expert_load.items() if not layer.startswith("mtp")}
+    return replace(result, passes=replace(result.passes, expert_load=loads))
 
 
 def report_results(run: TrainingRun, results: dict[str, Any], judge: str) -> None:

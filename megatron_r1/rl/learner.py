@@ -40,12 +40,11 @@ from megatron_r1.rl.policy.frozen_logprobs import (
 from megatron_r1.rl.policy.policy import Policy, longest_input
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
-from megatron_r1.train.guard import count_skips
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.schedule import learning_rate
 from megatron_r1.train.state import TrainState
-from megatron_r1.train.step import UpdateResult, update
+from megatron_r1.train.update import UpdateResult, count_skips, update
 
 logger = logging.getLogger(__name__)
 

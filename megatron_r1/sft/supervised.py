@@ -50,8 +50,7 @@ class SupervisedReader(PackedReader):
 
         def loss_function(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = (output_1T.float().view_as(rows.loss_mask_BL) * rows.loss_mask_BL).sum() * rows.weight
-            # megatron-core divides the returned loss in place by the number of micro-batches.
-            return loss, {"loss": loss.detach().clone()}
+            return loss, {"loss": loss.detach()}
 
         output = self.ask(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
         return -output.log_probs if isinstance(output, TokenScores) else output, loss_function

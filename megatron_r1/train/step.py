@@ -1,52 +1,74 @@
-"""One optimizer update: passes over micro-batches, a check that all ranks share, the update."""
+"""One training step of any kind but reinforcement learning: an update on the next batch, and what is recorded of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_r1.model.forward_backward import Forward, PassResults, forward_backward, routers
-from megatron_r1.parallel import comm
-from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.config.run import RunConfig
+from megatron_r1.model.flops import flops_per_token, peak_flops
+from megatron_r1.parallel.launcher import world_size
+from megatron_r1.train.loop import Step
+from megatron_r1.train.metrics import update_metrics
+from megatron_r1.train.routing import check_none_dropped
+from megatron_r1.train.schedule import learning_rate
+from megatron_r1.train.state import TrainState
+from megatron_r1.train.update import UpdateResult, count_skips
 
 
-@dataclass(frozen=True)
-class UpdateResult:
-    """What one update did."""
+@dataclass(frozen=True, kw_only=True)
+class BatchOutcome:
+    """What an update did with a global batch. Numbers are of the whole batch, the same on every rank."""
 
-    passes: PassResults
-    gradient_norm: float
-    """Global norm before clipping; not a number when the update was skipped."""
-    skipped: bool
-    """Whether a gradient was not finite, so that nothing changed."""
+    result: UpdateResult
+    sequences: int
+    """Taken from the data."""
+    tokens: int
+    """Trained on, without padding."""
+    routed_tokens: int
+    """Tokens that went through each sparse layer, padding included."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What this kind of training records beside the others."""
 
 
-def update(
-    model: Any,
-    optimizer: Optimizer,
-    micro_batches: Sequence[Any],
-    forward: Forward,
-    learning_rate: float,
-    length: int,
-    rows: int = 1,
-) -> UpdateResult:
-    """Run one optimizer update over `micro_batches`.
+LearnBatch = Callable[[TrainState, float], BatchOutcome]
+"""Collective: an update on the batch at the state's position in the data, at a learning rate."""
 
-    A gradient that is not finite on any rank leaves weights, moments and router bias as they were on all of them.
+
+def training_step(config: RunConfig, learn: LearnBatch, mfu_device: str = "") -> Step:
+    """The step of a run: learning rate, update, check of the routing, state, metrics.
 
     Args:
-        model: the bare model; the optimizer holds its wrapped form.
-        micro_batches: what `forward` takes, one forward pass each.
-        forward: runs the model on a micro-batch.
-        learning_rate: of this update.
-        length: longest sequence of the micro-batches, in tokens; rows: sequences of each, see `forward_backward`.
+        mfu_device: kind of device whose peak `mfu` is measured against; empty records none.
     """
-    optimizer.zero_gradients()
-    biases = [(router, router.expert_bias.clone()) for router in routers(model)]
-    passes = forward_backward(model, optimizer.chunks, micro_batches, forward, length, rows)
-    if comm.all_ranks(optimizer.gradients_finite()):
-        return UpdateResult(passes, optimizer.step(learning_rate), skipped=False)
-    for router, bias in biases:
-        router.expert_bias.copy_(bias)
-    return UpdateResult(passes, float("nan"), skipped=True)
+    train = config.train
+    flops = flops_per_token(config.model, train.sequence_length) if mfu_device else 0.0
+    peak = peak_flops(mfu_device) * world_size() if mfu_device else 0.0
+
+    def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        started = time.perf_counter()
+        rate = learning_rate(train.schedule, state.step + 1, train.steps, state.consumed_tokens)
+        outcome = learn(state, rate)
+        seconds = time.perf_counter() - started
+        result = outcome.result
+        check_none_dropped(result.passes.expert_load, outcome.routed_tokens, config.model.moe.top_k)
+        state = state.advance(
+            updates=state.updates + (not result.skipped),
+            consumed_tokens=state.consumed_tokens + outcome.tokens,
+            data_position=state.data_position + outcome.sequences,
+            skipped_in_row=count_skips(state.skipped_in_row, result.skipped, train.max_skipped_steps, state.step + 1),
+        )
+        row = {
+            **update_metrics(result),
+            **outcome.metrics,
+            "learning_rate": rate,
+            "consumed_tokens": state.consumed_tokens,
+            "tokens_per_second": outcome.tokens / seconds,
+        }
+        if mfu_device:
+            row["mfu"] = outcome.tokens * flops / seconds / peak
+        return state, row
+
+    return step

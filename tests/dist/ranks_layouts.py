@@ -90,9 +90,9 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     """Losses of some steps, and the whole gradients of the first."""
     from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.train.metrics import mean_loss
+    from megatron_r1.train.metrics import logged_metrics
     from megatron_r1.train.optimizer import Optimizer
-    from megatron_r1.train.step import update
+    from megatron_r1.train.update import update
 
     model = build(config, platform)
     optimizer = Optimizer(model, config.train, config.performance)
@@ -103,7 +103,7 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         rows = torch.randint(5, 512, (8, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
         result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2)
-        losses.append(mean_loss(result))
+        losses.append(logged_metrics(result)["loss"])
         norms.append(result.gradient_norm)
         loads = {layer: load_E.tolist() for layer, load_E in result.passes.expert_load.items()}
         routing.append({"mtp_loss": result.passes.mtp_loss, **loads})
@@ -115,10 +115,10 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
 def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     """Loss of a step on packed documents, that see those before them or do not, and its whole gradients."""
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.train.metrics import mean_loss
+    from megatron_r1.train.metrics import logged_metrics
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.packed import PackedReader
-    from megatron_r1.train.step import update
+    from megatron_r1.train.update import update
     from tests.support.packing_cases import packed_batch
 
     model = build(config, platform)
@@ -126,7 +126,8 @@ def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     reader, group = PackedReader(cross, config.model.mtp.num_layers, platform.device), data_parallel_group()
     rows = reader.micro_batches(packed_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
     result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=2)
-    return {"losses": [mean_loss(result)], "norms": [result.gradient_norm]}, whole_gradients(model, optimizer)
+    found = {"losses": [logged_metrics(result)["loss"]], "norms": [result.gradient_norm]}
+    return found, whole_gradients(model, optimizer)
 
 
 def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, dict]:
@@ -136,10 +137,10 @@ def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, d
     """
     from megatron_r1.parallel.mesh import data_parallel_group
     from megatron_r1.sft.supervised import SupervisedReader
-    from megatron_r1.train.metrics import mean_loss
+    from megatron_r1.train.metrics import logged_metrics
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.routing import FROZEN
-    from megatron_r1.train.step import update
+    from megatron_r1.train.update import update
     from tests.support.packing_cases import chat_batch, one_example_a_row
 
     model, batch = build(config, platform), chat_batch(8, 32)
@@ -150,7 +151,7 @@ def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, d
     batch = one_example_a_row(batch) if alone else batch
     rows = reader.micro_batches(batch, dist.get_rank(group), dist.get_world_size(group), size)
     result = update(model, optimizer, rows, reader.forward, 1e-3, *reader.shape(32, size))
-    row = {"losses": [mean_loss(result)], "norms": [result.gradient_norm]}
+    row = {"losses": [logged_metrics(result)["loss"]], "norms": [result.gradient_norm]}
     return row, whole_gradients(model, optimizer)
 
 
@@ -189,15 +190,15 @@ def update_beside(teacher: Any, settings: Any, config: Any, platform: Any, model
     """The loss of a step that fills the gradient buffers and moves no weight."""
     from megatron_r1.parallel.mesh import data_parallel_group
     from megatron_r1.sft.teacher import DistillingReader, Teacher
-    from megatron_r1.train.metrics import mean_loss
-    from megatron_r1.train.step import update
+    from megatron_r1.train.metrics import logged_metrics
+    from megatron_r1.train.update import update
     from tests.support.packing_cases import chat_batch
 
     group, words = data_parallel_group(), config.model.vocab_size
     speaks = Teacher(teacher, settings.top_k, settings.temperature, words)
     reader = DistillingReader(speaks, settings, None, config.model.mtp.num_layers, platform.device)
     rows = reader.micro_batches(chat_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
-    return mean_loss(update(model, optimizer, rows, reader.forward, 0.0, *reader.shape(32, 2)))
+    return logged_metrics(update(model, optimizer, rows, reader.forward, 0.0, *reader.shape(32, 2)))["loss"]
 
 
 def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, dict]]:

@@ -43,13 +43,13 @@ def build(config: Any, platform: Any, seed: int) -> tuple[Any, Any]:
 def step(model: Any, optimizer: Any, number: int) -> float:
     from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.parallel.mesh import data_parallel_group
-    from megatron_r1.train.metrics import mean_loss
-    from megatron_r1.train.step import update
+    from megatron_r1.train.metrics import logged_metrics
+    from megatron_r1.train.update import update
 
     group = data_parallel_group()
     rows = torch.randint(5, 512, (8, 33), generator=torch.Generator().manual_seed(number))
     mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
-    return mean_loss(update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2))
+    return logged_metrics(update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2))["loss"]
 
 
 def save(config: Any, platform: Any, folder: Path) -> dict[str, Any]:

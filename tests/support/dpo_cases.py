@@ -68,7 +68,7 @@ def one_update(
     from megatron_r1.model.build import build_model
     from megatron_r1.preference.dpo import DirectPreference, HeldoutPairs
     from megatron_r1.rl.policy.reference import ReferencePolicy
-    from megatron_r1.train.metrics import mean_logged
+    from megatron_r1.train.metrics import logged_metrics
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.routing import FROZEN
     from tests.dist.ranks_layouts import whole_gradients
@@ -86,4 +86,4 @@ def one_update(
     margins = HeldoutPairs(this, pairs(5), 2).margins()
     result, positions = this.learn(optimizer, pairs(), 1e-3, size)
     assert positions > 0 and not result.skipped
-    return mean_logged(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), margins
+    return logged_metrics(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), margins

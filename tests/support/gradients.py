@@ -14,7 +14,7 @@ def gradients_of(model: Any, micro_batches: Sequence[Any], reader: Any, length: 
     """Gradients of one update, after which the model is as before, and the mean of the losses that it logged."""
     from megatron_r1.config.train import TrainConfig
     from megatron_r1.train.optimizer import Optimizer
-    from megatron_r1.train.step import update
+    from megatron_r1.train.update import update
 
     config = TrainConfig()
     config.optimizer.clip_norm = 0.0

@@ -41,10 +41,10 @@ def one_update(
     from megatron_r1.model.reward_head import HEAD, add_reward_head
     from megatron_r1.parallel.mesh import data_parallel_group
     from megatron_r1.preference.reward_model import RewardModel
-    from megatron_r1.train.metrics import mean_logged
+    from megatron_r1.train.metrics import logged_metrics
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.routing import FROZEN
-    from megatron_r1.train.step import update
+    from megatron_r1.train.update import update
     from tests.dist.ranks_layouts import whole_gradients
 
     model = build_model(model_of("tiny"), parallel, platform, 0)
@@ -64,4 +64,4 @@ def one_update(
     rows = this.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)
     length = max(each.inputs_BL.shape[1] for each in rows)
     result = update(model, optimizer, rows, this.forward, 1e-3, length)
-    return mean_logged(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), scores
+    return logged_metrics(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), scores

@@ -34,7 +34,7 @@ from megatron_r1.model.build import build_model, load_native_tensors, native_ten
 from megatron_r1.parallel import comm  # noqa: E402
 from megatron_r1.train.ema import MovingAverage  # noqa: E402
 from megatron_r1.train.optimizer import Optimizer  # noqa: E402
-from megatron_r1.train.step import update  # noqa: E402
+from megatron_r1.train.update import update  # noqa: E402
 
 SHARED = ParallelConfig(tensor=2, expert_tensor=2)
 

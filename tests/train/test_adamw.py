@@ -55,7 +55,7 @@ def test_a_run_with_resting_moments_goes_on_from_its_state(precision, new_model)
     from megatron_r1.config.train import OptimizerConfig, TrainConfig
     from megatron_r1.model.build import load_native_tensors, native_tensors
     from megatron_r1.train.optimizer import Optimizer
-    from megatron_r1.train.step import update
+    from megatron_r1.train.update import update
     from tests.support.layouts import model_of
 
     train = TrainConfig(optimizer=OptimizerConfig(moment_precision=precision))

@@ -12,7 +12,7 @@ from megatron_r1.hf.gather import gather_whole
 from megatron_r1.model.build import native_tensors
 from megatron_r1.train.ema import MovingAverage
 from megatron_r1.train.optimizer import Optimizer
-from megatron_r1.train.step import update
+from megatron_r1.train.update import update
 from tests.support.layouts import model_of
 
 ROWS_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))

@@ -46,7 +46,7 @@ def test_training_goes_on_as_if_nothing_had_left(new_model, precision, moments):
     from megatron_r1.config.train import OptimizerConfig, TrainConfig
     from megatron_r1.train.offload import TrainerMemory
     from megatron_r1.train.optimizer import Optimizer
-    from megatron_r1.train.step import update
+    from megatron_r1.train.update import update
     from tests.support.layouts import model_of
 
     rows_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))

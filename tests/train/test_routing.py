@@ -13,7 +13,7 @@ from megatron_r1.config.train import OptimizerConfig, TrainConfig
 from megatron_r1.model.forward_backward import layer_name, routers
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN, RoutingPolicy, check_none_dropped, pretraining_policy
-from megatron_r1.train.step import update
+from megatron_r1.train.update import update
 from tests.support.layouts import model_of
 
 ROWS_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))

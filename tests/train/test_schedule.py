@@ -10,9 +10,9 @@ from megatron_r1.config.load import load
 from megatron_r1.config.schedule import BatchRampConfig, PhaseConfig, ScheduleConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError, Diverged
-from megatron_r1.train.guard import count_skips
 from megatron_r1.train.routing import pretraining_policy
 from megatron_r1.train.schedule import batch_size, learning_rate, value_at
+from megatron_r1.train.update import count_skips
 
 T = 10**12
 LATE = 10**6

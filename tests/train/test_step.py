@@ -17,7 +17,7 @@ from megatron_r1.model.build import native_tensors
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import check_none_dropped
 from megatron_r1.train.state import TrainState
-from megatron_r1.train.step import update
+from megatron_r1.train.update import update
 from tests.support.layouts import model_of
 from tests.support.optimizer_states import restore, state_of
 

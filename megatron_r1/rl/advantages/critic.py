@@ -40,7 +40,7 @@ from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.optimizer_state import OptimizerState
 from megatron_r1.train.routing import FROZEN
-from megatron_r1.train.step import UpdateResult, update
+from megatron_r1.train.update import UpdateResult, update
 
 SAVED = "critic"
 """Kind of its weights in a checkpoint; its optimizer's state is `critic_` and the kind that it has of the policy."""

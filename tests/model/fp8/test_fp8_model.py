@@ -21,7 +21,7 @@ from megatron_r1.model.fp8.linear import multiply
 from megatron_r1.platform import Platform
 from megatron_r1.runs.training_run import log_precision
 from megatron_r1.train.optimizer import Optimizer
-from megatron_r1.train.step import update
+from megatron_r1.train.update import update
 from tests.support.fp8_shape import fp8_shape, gradient_squares
 
 FP8 = PrecisionConfig(linears="fp8")

@@ -1,0 +1,97 @@
+"""One optimizer update: passes over micro-batches, a check for finite gradients on all ranks, the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.errors import Diverged
+from megatron_r1.model.chunks import Model
+from megatron_r1.model.forward_backward import Forward, LossFunction, PassResults, forward_backward, routers
+from megatron_r1.parallel import comm
+from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.train.optimizer import Optimizer
+
+Reduce = Literal["mean", "sum"]
+"""How losses of micro-batches and data-parallel ranks, and what they log, become those of the whole batch."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one update did."""
+
+    passes: PassResults
+    gradient_norm: float
+    """Global norm before clipping; not a number when the update was skipped."""
+    skipped: bool
+    """Whether a gradient was not finite, so that nothing changed."""
+    reduce: Reduce = "mean"
+
+
+def update(
+    model: Model,
+    optimizer: Optimizer,
+    micro_batches: Sequence[Any],
+    forward: Forward,
+    learning_rate: float,
+    length: int,
+    rows: int = 1,
+    reduce: Reduce = "mean",
+) -> UpdateResult:
+    """Run one optimizer update over `micro_batches`.
+
+    A gradient that is not finite on any rank leaves weights, moments and router bias as they were on all of them.
+
+    Args:
+        model: the bare model; the optimizer holds its wrapped form.
+        micro_batches: what `forward` takes, one forward pass each.
+        forward: runs the model on a micro-batch.
+        learning_rate: of this update.
+        length: longest sequence of the micro-batches, in tokens; rows: sequences of each, see `forward_backward`.
+        reduce: whether the batch's loss is the mean or the sum of its micro-batches' on all data-parallel ranks.
+    """
+    # megatron-core averages over micro-batches and data-parallel ranks.
+    scale = len(micro_batches) * dist.get_world_size(data_parallel_group()) if reduce == "sum" else 1
+    optimizer.zero_gradients()
+    biases = [(router, router.expert_bias.clone()) for router in routers(model)]
+    passes = forward_backward(model, optimizer.chunks, micro_batches, _scaled(forward, scale), length, rows)
+    if comm.all_ranks(optimizer.gradients_finite()):
+        return UpdateResult(passes, optimizer.step(learning_rate), skipped=False, reduce=reduce)
+    for router, bias in biases:
+        router.expert_bias.copy_(bias)
+    return UpdateResult(passes, float("nan"), skipped=True, reduce=reduce)
+
+
+def _scaled(forward: Forward, scale: int) -> Forward:
+    """The same passes with the loss multiplied, in a tensor of its own: megatron-core divides it in place."""
+
+    def scaled(model: Any, micro_batch: Any) -> tuple[Any, LossFunction]:
+        output, loss_function = forward(model, micro_batch)
+
+        def scaled_loss(output: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, logged = loss_function(output)
+            return loss.clone() if scale == 1 else loss * scale, logged
+
+        return output, scaled_loss
+
+    return scaled
+
+
+def count_skips(skipped_in_row: int, skipped: bool, allowed: int, step: int) -> int:
+    """Skips in a row after this update.
+
+    Raises:
+        Diverged: more than `allowed` in a row.
+    """
+    if not skipped:
+        return 0
+    if skipped_in_row + 1 > allowed:
+        raise Diverged(
+            f"step {step}: gradients were not finite {skipped_in_row + 1} updates in a row "
+            f"(train.max_skipped_steps={allowed}); weights are those of the last finite update"
+        )
+    return skipped_in_row + 1
