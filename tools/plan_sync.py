@@ -18,7 +18,7 @@ from megatron_r1.config.layout import check_degrees
 from megatron_r1.config.load import load
 from megatron_r1.errors import UserError
 from megatron_r1.hf.gather import Directory
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.cost import GB, Cluster, Prediction, predict
 from megatron_r1.rollout.sync.plan.layout import predicted
 from megatron_r1.rollout.sync.plan.traffic import Engines, StageTraffic, needed_by_a_rank, traffic
@@ -69,7 +69,7 @@ def report(stages: list[StageTraffic], engines: Engines, needed: int, found: Pre
     )
 
 
-def slices(everything: Directory, stages: list[int], outgoing: Outgoing, pattern: str) -> Iterator[str]:
+def slices(everything: Directory, stages: list[int], outgoing: WeightPayload, pattern: str) -> Iterator[str]:
     """Which rank sends which slice of a weight to which leader, and as what it goes on to the servers."""
     for name, (shape, parts) in everything.items():
         if not re.search(pattern, name) or not (items := outgoing.items(name)):
@@ -91,7 +91,7 @@ def main() -> int:
     except UserError as error:
         print(f"plan_sync: {error}", file=sys.stderr)
         return int(error.exit_code)
-    outgoing = Outgoing(config.model, given.mtp, given.fp8)
+    outgoing = WeightPayload(config.model, given.mtp, given.fp8)
     engines = Engines(given.engines, given.engine_tensor, given.engine_expert)
     cluster = Cluster(given.gpus_per_node, given.intra, given.inter, given.latency_us / 1e6, given.bucket_ms / 1e3)
     stages, needed = traffic(everything, of_rank, outgoing, given.bucket_mb << 20), needed_by_a_rank(outgoing, engines)

@@ -80,7 +80,7 @@ def choose(config: RunConfig) -> tuple[Path, Path, list[Sample]]:
         journal = Journal(run_folder / "rollouts")
         batches = [journal.path(step) for step in reversed(journal.steps())]
     for batch in batches:
-        whole = [sample for sample in read(batch) if not sample.later_versions]
+        whole = [sample for sample in read(batch) if not sample.version_changes]
         for version in sorted({int(sample.weight_version) for sample in whole} & checkpoints.keys(), reverse=True):
             samples = [sample for sample in whole if sample.weight_version == str(version)]
             return batch, checkpoints[version], samples[: config.diagnose.samples or None]

@@ -18,11 +18,10 @@ from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import ConfigError
 from megatron_r1.evaluation.benchmarks import BENCHMARKS, Metric
 from megatron_r1.evaluation.intervals import clustered
-from megatron_r1.rollout.engine import all_answered
-from megatron_r1.rollout.factory import SyncedEngine
+from megatron_r1.rollout.engine import RolloutEngine, require_completions
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.runs.folder import mark_done, open_run_folder
-from megatron_r1.runs.inference_engine import answering_engine
+from megatron_r1.runs.inference_engine import inference_engine
 from megatron_r1.runs.initial_weights import check_same_model, find_weights
 from megatron_r1.runs.prompts import prompt_formatter
 
@@ -45,7 +44,7 @@ def run(config: RunConfig) -> None:
     prompts = benchmark.prompts(config.data, config.evaluate.prompts)
     results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
     current = dict(first.tensors)
-    with answering_engine(config, first, current, folder) as engine:
+    with inference_engine(config, first, current, folder) as engine:
         for name, found in models.items():
             logger.info("evaluating %s (%s)", name, found.folder)
             current.update(found.tensors)
@@ -59,7 +58,7 @@ def run(config: RunConfig) -> None:
 
 
 def measure(
-    engine: SyncedEngine,
+    engine: RolloutEngine,
     formatter: PromptFormatter,
     prompts: Sequence[Prompt],
     metrics: Mapping[str, Metric],
@@ -104,7 +103,7 @@ def _interval(values: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def _answers(
-    engine: SyncedEngine,
+    engine: RolloutEngine,
     formatter: PromptFormatter,
     prompts: Sequence[Prompt],
     count: int,
@@ -118,7 +117,7 @@ def _answers(
     sampling = Sampling(
         temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed
     )
-    completions = all_answered(engine.engine.generate(requests, sampling))
+    completions = require_completions(engine.generate(requests, sampling))
     texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
     return [texts[start : start + count] for start in range(0, len(texts), count)]
 

@@ -27,11 +27,11 @@ from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Separate
 from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
-from megatron_r1.rollout.factory import SyncedEngine, shared_sglang_engine
+from megatron_r1.rollout.engine import RolloutEngine
+from megatron_r1.rollout.factory import training_sglang_engine
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedLayers
-from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.runs.initial_weights import Weights, find_weights
 from megatron_r1.runs.prompts import keep, prompt_formatter, prompts_of_file, training_prompts
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
@@ -72,7 +72,7 @@ def run(config: RunConfig) -> None:
                     asked, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed, routed
                 )
                 if config.rollout.ahead:
-                    rollouts = stack.enter_context(ahead_of(rollouts, config, engine.engine.abandon, joint))
+                    rollouts = stack.enter_context(ahead_of(rollouts, config, engine.abandon, joint))
             received = joint.received if joint else comm.receive_broadcast
             step = reinforcement_step(rollouts, learning.learner, engine.update_weights, prompts, placement, received)
             state = train(run.state, step, hooks, config.train.steps)
@@ -172,18 +172,17 @@ class PruneJournal(Hook):
 @contextmanager
 def rollout_engine(
     run: TrainingRun, weights: Weights, replay: RoutingReplay | None, placement: Separate | Colocated
-) -> Iterator[SyncedEngine]:
-    """The configured engine, on rank 0; each step sends it the trainer's weights before it samples."""
+) -> Iterator[RolloutEngine]:
+    """The configured engine; each step sends it the trainer's weights before it samples."""
     rollout = run.config.rollout
     if rollout.engine == "local":
         # Every rank has the whole model; rank 0 alone samples.
-        local = LocalEngine(run.model, rollout.batch_size, run.tokenizer.pad, replay) if is_rank_zero() else None
-        yield SyncedEngine(local, None)
+        yield LocalEngine(run.model, rollout.batch_size, run.tokenizer.pad, replay)
         return
     if isinstance(placement, Colocated) and run.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
         allowed = "must be true with rollout.placement=colocated on a GPU: without it servers keep their memory"
         raise ConfigError("rollout.sglang.server.memory_saver", False, allowed)
-    with shared_sglang_engine(
+    with training_sglang_engine(
         rollout,
         run.config.model,
         run.model,
@@ -192,7 +191,6 @@ def rollout_engine(
         run.platform.name,
         placement.starting_servers,
     ) as engine:
-        if isinstance(placement, Colocated) and is_rank_zero():
-            assert isinstance(engine.engine, SGLangEngine)
-            placement.engine = engine.engine
+        if isinstance(placement, Colocated):
+            placement.engine = engine.sglang
         yield engine

@@ -26,10 +26,10 @@ from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.rubric_builder import VERIFIERS, Scorer, is_correct, rule_scorer
 from megatron_r1.rewards.score import Score
-from megatron_r1.rollout.engine import Engine, all_answered
+from megatron_r1.rollout.engine import RolloutEngine, require_completions
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.runs.folder import mark_done, open_run_folder
-from megatron_r1.runs.inference_engine import answering_engine
+from megatron_r1.runs.inference_engine import inference_engine
 from megatron_r1.runs.initial_weights import find_weights
 from megatron_r1.runs.prompts import BAD_ROWS, name_bad_rows, prompt_formatter, prompts_of_file
 
@@ -57,9 +57,9 @@ def run(config: RunConfig) -> None:
             allowed = "must be 0 here: reward models work beside a trainer, in grpo"
             raise ConfigError(f"reward.{min(models)}", getattr(config.reward, min(models)), allowed)
         scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)))
-        with answering_engine(config, found, dict(found.tensors), folder) as engine:
+        with inference_engine(config, found, dict(found.tensors), folder) as engine:
             engine.update_weights(found.folder.name)
-            job.do(todo, engine.engine, tokenizer, scorer)
+            job.do(todo, engine, tokenizer, scorer)
     target, totals = publish(job, folder, config.sample.format)
     _tell(target, totals, len(file.bad_rows) if file else 0)
     mark_done(folder, totals)
@@ -120,7 +120,7 @@ class Job:
         """Numbers of the parts that are not there yet."""
         return (number for number, path in enumerate(self.paths) if not path.is_file())
 
-    def do(self, numbers: Sequence[int], engine: Engine, tokenizer: Tokenizer, scorer: Scorer) -> None:
+    def do(self, numbers: Sequence[int], engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer) -> None:
         """Sample and write parts."""
         console = Console(stderr=True)
         columns = (TextColumn("sample"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -142,7 +142,9 @@ class Job:
         start = self._starts[number]
         return self.prompts[start : start + self.config.sample.prompts_per_part]
 
-    def _sample(self, number: int, engine: Engine, tokenizer: Tokenizer, scorer: Scorer) -> Iterator[dict[str, Any]]:
+    def _sample(
+        self, number: int, engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer
+    ) -> Iterator[dict[str, Any]]:
         config, prompts = self.config, self._prompts_of(number)
         asked = [(prompt, index) for prompt in prompts for index in range(config.sample.samples)]
         tokens = {prompt.id: self.formatter.tokens(prompt.question) for prompt in prompts}
@@ -155,7 +157,7 @@ class Job:
             stop_tokens=(tokenizer.eos,),
             seed=config.seed * 1_000_003 + number,
         )
-        completions = all_answered(engine.generate(requests, sampling))
+        completions = require_completions(engine.generate(requests, sampling))
         texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
         scores = scored([prompt for prompt, _ in asked], texts, scorer)
         for (prompt, index), completion, text, score in zip(asked, completions, texts, scores, strict=True):

@@ -162,7 +162,7 @@ class Learner:
         return {"routing_otherwise": otherwise / max(1, told)}
 
     def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int]) -> MiniBatch:
-        learned = sum(len(samples[index].response_tokens) for index in indices if samples[index].learned)
+        learned = sum(len(samples[index].response_tokens) for index in indices if samples[index].in_loss)
         totals = BatchTotals(len(indices), learned, self._config.rollout.max_response_tokens)
         return MiniBatch(totals, list(self._micro_batches(samples, indices)))
 

@@ -124,14 +124,14 @@ def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:
     return {
         "staleness": max(stale for stale, _ in tokens),
         "mean_staleness": sum(stale * count for stale, count in tokens) / sum(count for _, count in tokens),
-        "continued": sum(bool(sample.later_versions) for sample in samples) / len(samples),
+        "continued": sum(bool(sample.version_changes) for sample in samples) / len(samples),
     }
 
 
 def tokens_by_version(sample: Sample) -> list[tuple[str, int]]:
     """Versions of the weights that sampled a response, in order, and how many tokens each."""
-    changes = [(0, sample.weight_version), *sample.later_versions]
-    ends = [*(place for place, _ in sample.later_versions), len(sample.response_tokens)]
+    changes = [(0, sample.weight_version), *sample.version_changes]
+    ends = [*(place for place, _ in sample.version_changes), len(sample.response_tokens)]
     return [(version, end - start) for (start, version), end in zip(changes, ends, strict=True)]
 
 

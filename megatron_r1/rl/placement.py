@@ -50,13 +50,13 @@ class OffloadableEngine(Protocol):
     """An engine whose memory can be given back."""
 
     @property
-    def missing(self) -> bool: ...
+    def has_dead_server(self) -> bool: ...
 
-    def give_back_memory(self) -> None: ...
+    def release_memory(self) -> None: ...
 
-    def take_memory(self, tags: Sequence[str]) -> None: ...
+    def resume_memory(self, tags: Sequence[str]) -> None: ...
 
-    def start_missing(self) -> None: ...
+    def restart_dead(self) -> None: ...
 
 
 class Colocated:
@@ -89,7 +89,7 @@ class Colocated:
         self._start_missing()
         comm.barrier()
         if self.engine:
-            self.engine.take_memory(WEIGHTS)
+            self.engine.resume_memory(WEIGHTS)
         try:
             yield
         except StepUnavailable:
@@ -102,23 +102,23 @@ class Colocated:
         self._weights.offload()
         comm.barrier()
         if self.engine:
-            self.engine.take_memory(CACHE)
+            self.engine.resume_memory(CACHE)
         yield  # `sending` ends this block too
 
     def _trainers_turn(self) -> None:
         if self.engine:
-            self.engine.give_back_memory()
+            self.engine.release_memory()
         comm.barrier()
         self._weights.onload()
         self._rest.onload()
 
     def _start_missing(self) -> None:
         """A server takes as much memory to start as to answer: those that ended in the trainer's turn start alone."""
-        if not comm.any_rank(bool(self.engine and self.engine.missing)):
+        if not comm.any_rank(bool(self.engine and self.engine.has_dead_server)):
             return
         self._weights.offload()
         comm.barrier()
         if self.engine:
-            self.engine.start_missing()
+            self.engine.restart_dead()
         comm.barrier()
         self._weights.onload()

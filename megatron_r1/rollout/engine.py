@@ -1,57 +1,57 @@
-"""The protocol of a rollout engine: who samples is a choice of configuration, what is promised is not."""
+"""The protocol of a rollout engine: which one samples is a choice of configuration, what it promises is not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sampling
+from megatron_r1.rollout.sample import Completion, FailedRequest, Outcome, Request, Sampling
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """Samples responses with weights that can be replaced."""
+class RolloutEngine(Protocol):
+    """Samples from the trainer's weights. Every rank has one; ranks other than 0 call only `update_weights`."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Sequence[Outcome]:
-        """What became of each request, in the order of the requests.
+        """The outcome of each request, in the order of the requests.
 
-        Completions come from the weights that are current when they are asked for. Where weights may be replaced
-        meanwhile, by another thread, later ones come from newer weights, and one may have several versions.
+        Completions come from the weights that are current when they are requested. Where another thread may update the
+        weights meanwhile, later completions come from newer weights, and one completion may have several versions.
 
         Raises:
-            NoRolloutCapacity: nobody is left to answer.
+            NoRolloutCapacity: no server is left to respond.
         """
         ...
 
-    def update_weights(self, folder: Path, version: str) -> None:
-        """Sample from now on with the weights of a Hugging Face folder; later completions carry `version`."""
+    def update_weights(self, version: str) -> None:
+        """Collective: sample from now on with the trainer's current weights; later completions carry `version`."""
         ...
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds that it has spent answering so far."""
+        """Seconds that the engine has spent generating so far."""
         ...
 
     def abandon(self) -> None:
         """End the calls of `generate` that other threads are in, if there may be any."""
         ...
 
-    def close(self) -> None:
-        """Give back everything that the engine holds; may be called twice."""
+    def health(self) -> Mapping[str, int]:
+        """Requests sent, answered, failed and resent, and restarts of servers, all since the start."""
         ...
 
 
-def all_answered(outcomes: Sequence[Outcome]) -> list[Completion]:
-    """The completions, where nothing may be missing.
+def require_completions(outcomes: Sequence[Outcome]) -> list[Completion]:
+    """The completions, where no request may have failed.
 
     Raises:
-        NoRolloutCapacity: a request was lost.
+        NoRolloutCapacity: a request failed.
     """
-    lost = [outcome for outcome in outcomes if isinstance(outcome, Lost)]
-    if lost:
+    failed = [outcome for outcome in outcomes if isinstance(outcome, FailedRequest)]
+    if failed:
+        first = failed[0]
         raise NoRolloutCapacity(
-            f"{len(lost)} of {len(outcomes)} requests were lost; request {lost[0].request_id}: {lost[0].reason}"
+            f"{len(failed)} of {len(outcomes)} requests failed; request {first.request_id}: {first.reason}"
         )
     return [outcome for outcome in outcomes if isinstance(outcome, Completion)]

@@ -15,47 +15,54 @@ from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.hf.gather import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
 from megatron_r1.parallel.launcher import is_rank_zero, rank
-from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.sample import Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sglang.servers.gpus import first_gpu
-from megatron_r1.rollout.sync.group_sender import Sender
-from megatron_r1.rollout.sync.ipc_sender import SharedSender
-from megatron_r1.rollout.sync.payload import Outgoing
-from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync, NamedTensors, Sends, StageSync, WeightSync
+from megatron_r1.rollout.sync.group_sender import GroupSender
+from megatron_r1.rollout.sync.ipc_sender import IpcSender
+from megatron_r1.rollout.sync.payload import WeightPayload
+from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync, ReadWeights, StageSync, WeightSender, WeightSync
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class SyncedEngine:
-    """An engine and the way that weights take to it; without one it samples from the trainer's own weights."""
+    """SGLang servers of rank 0, and the weight sync that every rank takes part in; see `RolloutEngine`.
 
-    def __init__(self, engine: Engine | None, sync: WeightSync | None):
-        """
-        Args:
-            engine: None on ranks that only give their part of the weights.
-            sync: None where the engine reads the trainer's memory.
-        """
-        self._engine, self._sync = engine, sync
+    Attributes:
+        sglang: None on the other ranks, which only give their part of the weights.
+    """
 
-    @property
-    def engine(self) -> Engine:
-        """Who samples; there is one on rank 0."""
-        assert self._engine is not None
-        return self._engine
+    def __init__(self, sglang: SGLangEngine | None, sync: WeightSync):
+        self.sglang, self._sync = sglang, sync
 
     def update_weights(self, version: str) -> None:
-        """Sample from now on with the weights as they stand."""
-        if self._sync:
-            self._sync.push(version)
-        elif self._engine:
-            self._engine.update_weights(Path(), version)
+        self._sync.push(version)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
+        return self._on_rank_zero.generate(requests, sampling)
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._on_rank_zero.busy_seconds
+
+    def abandon(self) -> None:
+        self._on_rank_zero.abandon()
+
+    def health(self) -> dict[str, int]:
+        return self._on_rank_zero.health()
+
+    @property
+    def _on_rank_zero(self) -> SGLangEngine:
+        assert self.sglang is not None, "only rank 0 generates"
+        return self.sglang
 
 
 @contextmanager
 def sglang_engine(
-    rollout: RolloutConfig, model: ModelConfig, tensors: NamedTensors, tokenizer_folder: Path, logs: Path, device: str
+    rollout: RolloutConfig, model: ModelConfig, tensors: ReadWeights, tokenizer_folder: Path, logs: Path, device: str
 ) -> Iterator[SyncedEngine]:
     """SGLang servers on the weights that `tensors` gives; stopped at the end.
 
@@ -81,7 +88,7 @@ def sglang_engine(
 
 
 @contextmanager
-def shared_sglang_engine(
+def training_sglang_engine(
     rollout: RolloutConfig,
     model: ModelConfig,
     module: torch.nn.Module,
@@ -110,10 +117,10 @@ def shared_sglang_engine(
             if folder:
                 engine = stack.enter_context(_servers(folder, rollout, model, logs, device))
             if engine and rollout.placement == "colocated":
-                engine.give_back_memory()
+                engine.release_memory()
         if rollout.sync == "disk":
             disk.engine = engine
-            yield SyncedEngine(engine, disk if is_leader else Contributor(module))
+            yield SyncedEngine(engine, disk if is_leader else GatherOnlySync(module))
             return
         disk.close()  # the servers have read what they start from
         # The keys travel in memory, to ranks of this job alone.
@@ -124,7 +131,7 @@ def shared_sglang_engine(
         yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, flush))
 
 
-class Contributor:
+class GatherOnlySync:
     """The other ranks' side of a sync that rank 0 does alone: they give their part of the weights."""
 
     def __init__(self, module: torch.nn.Module):
@@ -155,18 +162,18 @@ def ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> Outgoing:
+def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> WeightPayload:
     """What of the model the servers are given, at the start and with every sync."""
-    return Outgoing(model, include_mtp=rollout.sync_mtp, fp8=rollout.sglang.server.quantization == "fp8")
+    return WeightPayload(model, include_mtp=rollout.sync_mtp, fp8=rollout.sglang.server.quantization == "fp8")
 
 
 def _sender(
     rollout: RolloutConfig, endpoints: Sequence[Endpoint], name: str, tensor_parallel: int, device: str
-) -> AbstractContextManager[Sends]:
+) -> AbstractContextManager[WeightSender]:
     timeout_s = rollout.sglang.request_timeout_s
     if rollout.sync == "ipc":
-        return SharedSender(endpoints, name, tensor_parallel, device, timeout_s)
-    return Sender(endpoints, name, tensor_parallel, group_backend(rollout, device), timeout_s)
+        return IpcSender(endpoints, name, tensor_parallel, device, timeout_s)
+    return GroupSender(endpoints, name, tensor_parallel, group_backend(rollout, device), timeout_s)
 
 
 def group_backend(rollout: RolloutConfig, device: str) -> str:

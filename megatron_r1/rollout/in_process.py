@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ Routes = Callable[[], Tensor]
 
 
 class LocalEngine:
-    """Samples from a megatron-core model of this process; see `Engine` for the protocol."""
+    """Samples from a megatron-core model of this process; see `RolloutEngine` for the protocol."""
 
     def __init__(self, model: GPTModel, batch_size: int, pad_token: int, routing: RoutingReplay | None = None):
         """
@@ -43,15 +42,16 @@ class LocalEngine:
         self._version = "0"
         self.busy_seconds = 0.0
 
-    def update_weights(self, folder: Path, version: str) -> None:
-        """Take note of the version: the weights themselves are the trainer's."""
+    def update_weights(self, version: str) -> None:
+        """Note the version: the engine reads the trainer's own weights."""
         self._version = version
 
     def abandon(self) -> None:
-        """Nobody but the caller's own thread may be in `generate`."""
+        """Only the caller's own thread may be in `generate`."""
 
-    def close(self) -> None:
-        """Nothing to release."""
+    def health(self) -> dict[str, int]:
+        """Empty: nothing is sent, so nothing can fail or restart."""
+        return {}
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in the order of the requests."""

@@ -117,9 +117,9 @@ def _digest(header: Mapping[str, Any], body: bytes) -> str:
 
 def _row(sample: Sample) -> dict[str, Any]:
     row = asdict(sample)
-    if sample.learned:
-        del row["learned"]  # as nearly all are
-    for name in ("later_versions", "steps"):
+    if sample.in_loss:
+        del row["in_loss"]  # as nearly all are
+    for name in ("version_changes", "steps"):
         if not row[name]:
             del row[name]
     return row
@@ -128,7 +128,7 @@ def _row(sample: Sample) -> dict[str, Any]:
 def _sample(row: dict) -> Sample:
     for name in ("prompt_tokens", "response_tokens", "logprobs"):
         row[name] = tuple(row[name])
-    for name in ("later_versions", "steps"):
+    for name in ("version_changes", "steps"):
         row[name] = tuple((place, value) for place, value in row.get(name, ()))
     if routed := row.get("routed_experts"):
         row["routed_experts"] = RoutedExperts(tuple(routed["shape"]), routed["data"])

@@ -56,11 +56,11 @@ class Sampling:
             raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
 
 
-LaterVersions = tuple[tuple[int, str], ...]
+VersionChanges = tuple[tuple[int, str], ...]
 """Where weights changed under a response: place of the first token that newer weights sampled, and their version."""
 
 
-StepsOfTokens = tuple[tuple[int, float], ...]
+StepRewards = tuple[tuple[int, float], ...]
 """Place of the last token of each rewarded step of a response, from the first to the last, and its reward."""
 
 
@@ -70,7 +70,7 @@ def check_response(
     logprobs: tuple[float, ...],
     finish_reason: str,
     routed: RoutedExperts | None,
-    later_versions: LaterVersions,
+    version_changes: VersionChanges,
 ) -> None:
     """Raise ValueError, naming the fault, unless these make a response that can be trained on."""
     if not tokens:
@@ -82,7 +82,7 @@ def check_response(
             raise ValueError(f"log-prob {logprob} at response token {position}: must be finite and at most 0")
     if finish_reason not in FINISH_REASONS:
         raise ValueError(f"finish reason {finish_reason!r}: must be one of {', '.join(FINISH_REASONS)}")
-    places = [0, *(place for place, _ in later_versions), len(tokens)]
+    places = [0, *(place for place, _ in version_changes), len(tokens)]
     if places != sorted(set(places)):
         raise ValueError(
             f"weights changed at response tokens {places[1:-1]}: must ascend between 1 and {len(tokens) - 1}"
@@ -110,17 +110,17 @@ class Completion:
     """Version of the weights that the first token was sampled with, and all others unless `later_versions` says so."""
     routed_experts: RoutedExperts | None = None
     """Where the engine sent each token that it read, if that was asked for."""
-    later_versions: LaterVersions = ()
+    version_changes: VersionChanges = ()
 
     def __post_init__(self) -> None:
         check_response(
             self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts,
-            self.later_versions,
+            self.version_changes,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class FailedRequest:
     """A request that got no answer that could be used."""
 
     request_id: str
@@ -128,7 +128,7 @@ class Lost:
     """Why, on one line."""
 
 
-Outcome = Completion | Lost
+Outcome = Completion | FailedRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,19 +148,19 @@ class Sample:
     reward: float
     reward_parts: dict[str, float]
     """The reward's parts by name; they sum to `reward` before any weighting that the reward's own file states."""
-    learned: bool = True
+    in_loss: bool = True
     """Whether its tokens are learned from; else it only counts in its group's baseline."""
     routed_experts: RoutedExperts | None = None
     """As of the completion."""
-    later_versions: LaterVersions = ()
+    version_changes: VersionChanges = ()
     """As of the completion."""
-    steps: StepsOfTokens = ()
+    steps: StepRewards = ()
     """Steps with rewards of their own, which are not part of `reward`."""
 
     def __post_init__(self) -> None:
         check_response(
             self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts,
-            self.later_versions,
+            self.version_changes,
         )  # fmt: skip
         if not all(map(math.isfinite, (self.reward, *(value for _, value in self.steps)))):
             raise ValueError(f"prompt {self.prompt_id}: reward {self.reward}, steps {self.steps}: must be finite")

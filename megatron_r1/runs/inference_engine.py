@@ -11,15 +11,16 @@ from torch import Tensor
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.platform import select
-from megatron_r1.rollout.factory import SyncedEngine, sglang_engine
+from megatron_r1.rollout.engine import RolloutEngine
+from megatron_r1.rollout.factory import sglang_engine
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.runs.initial_weights import Weights
 
 
 @contextmanager
-def answering_engine(
+def inference_engine(
     config: RunConfig, first: Weights, current: dict[str, Tensor], folder: Path
-) -> Iterator[SyncedEngine]:
+) -> Iterator[RolloutEngine]:
     """The configured engine; `update_weights` makes it answer with what `current` then holds."""
     platform = select(config.platform)
     if config.rollout.engine == "sglang":
@@ -34,11 +35,10 @@ def answering_engine(
 
     with process_groups(platform, config.parallel, config.seed, config.threads):
         model = build_model(first.model, config.parallel, platform, config.seed)
-        local = LocalEngine(model, config.rollout.batch_size, Tokenizer.load(first.tokenizer_folder).pad)
 
-        class Loading(SyncedEngine):
+        class LoadingEngine(LocalEngine):
             def update_weights(self, version: str) -> None:
                 load_whole_tensors(model, current)
                 super().update_weights(version)
 
-        yield Loading(local, None)
+        yield LoadingEngine(model, config.rollout.batch_size, Tokenizer.load(first.tokenizer_folder).pad)

@@ -28,7 +28,7 @@ class Watching:
         rest = Offloaded(torch.device("cpu"), lambda: [self.moments])
         self.placement = Colocated(SimpleNamespace(weights=weights, rest=rest))  # type: ignore[arg-type]
         self.placement.engine = self
-        self.missing, self.fails = missing, fails
+        self.has_dead_server, self.fails = missing, fails
         self.notes: list[str] = []
         self.busy_seconds = 0.0
 
@@ -45,15 +45,15 @@ class Watching:
         if what == self.fails:
             raise NoRolloutCapacity(what)
 
-    def give_back_memory(self) -> None:
+    def release_memory(self) -> None:
         self.note("give back")
 
-    def take_memory(self, tags) -> None:
+    def resume_memory(self, tags) -> None:
         self.note(f"take {tags[0]}")
 
-    def start_missing(self) -> None:
+    def restart_dead(self) -> None:
         self.note("start")
-        self.missing = False
+        self.has_dead_server = False
 
     def take(self, step: int, first_prompt: int) -> Rollout:
         self.note("sample")

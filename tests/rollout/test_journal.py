@@ -32,8 +32,8 @@ def samples(draw) -> Sample:
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         text=draw(st.text(st.characters(exclude_categories=["Cs"]))),
         reward=draw(st.floats(allow_nan=False, allow_infinity=False)),
-        learned=draw(st.booleans()),
-        later_versions=tuple(
+        in_loss=draw(st.booleans()),
+        version_changes=tuple(
             (place, draw(st.text("ab"))) for place in sorted(draw(st.sets(st.integers(0, count - 1)))) if place
         ),
         steps=tuple(

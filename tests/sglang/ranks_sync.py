@@ -33,8 +33,8 @@ def main(folder: Path) -> None:
         from megatron_r1.model.build import build_model
         from megatron_r1.model.shards import shards
         from megatron_r1.parallel.comm import all_gather_object
-        from megatron_r1.rollout.sync.group_sender import Sender
-        from megatron_r1.rollout.sync.payload import Outgoing
+        from megatron_r1.rollout.sync.group_sender import GroupSender
+        from megatron_r1.rollout.sync.payload import WeightPayload
         from megatron_r1.rollout.sync.strategies import StageSync
         from tests.support.layouts import model_of
         from tests.support.live_bytes import LiveBytes
@@ -45,9 +45,9 @@ def main(folder: Path) -> None:
         engine = Attached(endpoints) if rank == 0 else None
         width, leads = job["tensor_parallel"], rank in stage_leaders()
         seen: dict[str, Any] = {"gaps": [], "checksums": []}
-        sender = Sender(endpoints, f"{folder.name}-{rank}", width, timeout_s=60.0) if leads else None
+        sender = GroupSender(endpoints, f"{folder.name}-{rank}", width, timeout_s=60.0) if leads else None
         with sender or nullcontext():
-            sync = StageSync(engine, sender, model, Outgoing(shape), BUCKET)
+            sync = StageSync(engine, sender, model, WeightPayload(shape), BUCKET)
             with CountedSends() as sent:
                 for version in range(1, job["updates"] + 1):
                     disturb(model, version)
@@ -68,17 +68,17 @@ def refused(model: Any, shape: Any, leads: bool) -> str:
     """What this rank is told when nobody receives."""
     from megatron_r1.errors import NoRolloutCapacity
     from megatron_r1.rollout.sglang.client import Endpoint
-    from megatron_r1.rollout.sync.group_sender import Sender
-    from megatron_r1.rollout.sync.payload import Outgoing
+    from megatron_r1.rollout.sync.group_sender import GroupSender
+    from megatron_r1.rollout.sync.payload import WeightPayload
     from megatron_r1.rollout.sync.strategies import StageSync
     from tests.support.attached import BUCKET
 
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         nobody = [Endpoint(f"http://127.0.0.1:{closed.getsockname()[1]}", "", "")]
-        with Sender(nobody, f"refused-{dist.get_rank()}", timeout_s=3.0) if leads else nullcontext() as sender:
+        with GroupSender(nobody, f"refused-{dist.get_rank()}", timeout_s=3.0) if leads else nullcontext() as sender:
             try:
-                StageSync(None, sender, model, Outgoing(shape), BUCKET).push("refused")
+                StageSync(None, sender, model, WeightPayload(shape), BUCKET).push("refused")
             except NoRolloutCapacity as error:
                 return str(error)
     return ""

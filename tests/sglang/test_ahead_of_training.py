@@ -76,7 +76,7 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judg
         versions = [int(version) for sample in samples for version, _ in tokens_by_version(sample)]
         assert row["staleness"] == step - 1 - min(versions) <= AHEAD and max(versions) <= step - 1
         assert row["mean_staleness"] <= row["staleness"]
-        assert row["continued"] == sum(bool(sample.later_versions) for sample in samples) / len(samples)
+        assert row["continued"] == sum(bool(sample.version_changes) for sample in samples) / len(samples)
         assert 0 <= row["trainer_idle"] <= 1 and 0 <= row["engine_idle"] <= 1
         assert list(dict.fromkeys(s.prompt_id for s in samples)) == [f"train-{4 * (step - 1) + i}" for i in range(4)]
     assert max(row["staleness"] for row in job.rows) > 0

@@ -37,7 +37,7 @@ def pause(engine, models, monkeypatch):
 
     def pause(name: str) -> None:
         monkeypatch.setattr(engine, "_pause", PAUSES[name])
-        engine.update_weights(models[0][0], "0")
+        engine.load_weights(models[0][0], "0")
 
     return pause
 
@@ -60,7 +60,7 @@ def under_way(engine, asked: list[Request], change: Callable[[], None]) -> list[
 
 def gap(models, one: Completion) -> float:
     """Of an answer's log-probabilities from those that the weights of each token's version give."""
-    versions = dict([(0, one.weight_version), *one.later_versions])
+    versions = dict([(0, one.weight_version), *one.version_changes])
     tokens = torch.tensor([one.prompt_tokens + one.response_tokens])
     largest, version = 0.0, ""
     for place, (token, logprob) in enumerate(zip(one.response_tokens, one.logprobs, strict=True)):
@@ -85,16 +85,16 @@ def test_every_token_is_of_the_weights_that_its_version_names(engine, models, pa
 
     def twice() -> None:
         for version in (1, 2):
-            engine.update_weights(models[0][version], str(version))
+            engine.load_weights(models[0][version], str(version))
             time.sleep(0.1)
 
     asked = requests(96)  # several times what runs at a time
     answers = under_way(engine, asked, twice)
     assert [one.request_id for one in answers] == [one.id for one in asked]
     assert {one.weight_version for one in answers} >= {"0", "2"} and engine.version == "2"
-    continued = [one for one in answers if one.later_versions]
+    continued = [one for one in answers if one.version_changes]
     assert bool(continued) == (name != "finish")
-    whole = [one for one in answers if not one.later_versions]
+    whole = [one for one in answers if not one.version_changes]
     if name == "in_place":  # keys and values of the old weights live on, in the cache of later prompts too
         assert max(gap(models, one) for one in continued) > 1e-2
     else:
@@ -108,11 +108,11 @@ def test_answers_that_a_failed_update_leaves_in_doubt_are_asked_for_again(engine
         with pytest.raises(RuntimeError, match="sender is gone"), engine.receiving("half"):
             raise RuntimeError("the sender is gone")
         time.sleep(0.2)
-        engine.update_weights(models[0][3], "3")
+        engine.load_weights(models[0][3], "3")
 
     answers = under_way(engine, requests(32), fails_then_succeeds)
     assert {one.weight_version for one in answers} <= {"0", "3"} and answers[-1].weight_version == "3"
-    assert not any(one.later_versions for one in answers)
+    assert not any(one.version_changes for one in answers)
     assert max(gap(models, one) for one in answers[:4] + answers[-4:]) < 1e-4
 
 

@@ -27,9 +27,9 @@ from megatron_r1.rollout.sample import Request, Sample, Sampling
 from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.servers.memory import CACHE, WEIGHTS
-from megatron_r1.rollout.sync.group_sender import Sender
-from megatron_r1.rollout.sync.ipc_sender import SharedSender
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.group_sender import GroupSender
+from megatron_r1.rollout.sync.ipc_sender import IpcSender
+from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.optimizer import Optimizer
@@ -64,8 +64,8 @@ def engine(new_model, tmp_path_factory):
 
 
 def push(engine: SGLangEngine, model, version: str, bucket_bytes: int = MIB) -> None:
-    sender = SharedSender(engine.endpoints, "trainer", engine.tensor_parallel, "cpu", TIMEOUT_S)
-    GroupSync(engine, sender, lambda: native_tensors(model), Outgoing(SHAPE), bucket_bytes).push(version)
+    sender = IpcSender(engine.endpoints, "trainer", engine.tensor_parallel, "cpu", TIMEOUT_S)
+    GroupSync(engine, sender, lambda: native_tensors(model), WeightPayload(SHAPE), bucket_bytes).push(version)
 
 
 @torch.no_grad()
@@ -89,30 +89,30 @@ def test_shared_memory_and_a_group_bring_the_same_weights(engine, new_model, buc
     assert engine.version == f"shared-{bucket_bytes}" and all(shared[name] != before[name] for name in before)
     assert shared_files() == files, "shared memory is left behind"
     push(engine, new_model(SHAPE), "others")
-    with Sender(engine.endpoints, "trainer", timeout_s=TIMEOUT_S) as sender:
-        GroupSync(engine, sender, lambda: native_tensors(model), Outgoing(SHAPE), MIB).push("group")
+    with GroupSender(engine.endpoints, "trainer", timeout_s=TIMEOUT_S) as sender:
+        GroupSync(engine, sender, lambda: native_tensors(model), WeightPayload(SHAPE), MIB).push("group")
     assert engine.checksums() == shared
 
 
 def test_no_order_of_calls_ends_the_server(engine, new_model):
     model = new_model(SHAPE)
-    engine.take_memory(CACHE)  # nothing was given back
-    engine.give_back_memory()
-    engine.give_back_memory()
+    engine.resume_memory(CACHE)  # nothing was given back
+    engine.release_memory()
+    engine.release_memory()
     with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
         engine.generate(ASKED, GREEDY)
     with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
         push(engine, model, "too early")
-    engine.take_memory(WEIGHTS)
-    engine.take_memory(WEIGHTS)
+    engine.resume_memory(WEIGHTS)
+    engine.resume_memory(WEIGHTS)
     push(engine, model, "sent")
     with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
         engine.generate(ASKED, GREEDY)  # without a cache
-    engine.take_memory(CACHE)
+    engine.resume_memory(CACHE)
     assert {one.weight_version for one in engine.generate(ASKED, GREEDY)} == {"sent"}
-    engine.give_back_memory()
-    engine.take_memory(CACHE)
-    engine.take_memory(WEIGHTS)
+    engine.release_memory()
+    engine.resume_memory(CACHE)
+    engine.resume_memory(WEIGHTS)
     with pytest.raises(NoRolloutCapacity, match="need an update"):
         engine.generate(ASKED, GREEDY)  # on weights that nobody knows
     push(engine, model, "again")
@@ -129,12 +129,12 @@ def test_what_a_server_still_generates_is_ended_first(engine, new_model):
         client = Client.at(engine.endpoints[0], TIMEOUT_S)
         answer = asyncio.ensure_future(client._call("/generate", body, attempts=1))
         await asyncio.sleep(0.1)
-        await asyncio.to_thread(engine.give_back_memory)
+        await asyncio.to_thread(engine.release_memory)
         return (await answer)["meta_info"]
 
     seen = asyncio.run(meanwhile())
     assert seen["finish_reason"]["type"] == "abort" and 0 < seen["completion_tokens"] < 240
-    engine.take_memory([*WEIGHTS, *CACHE])
+    engine.resume_memory([*WEIGHTS, *CACHE])
     assert engine.restarts == 0
 
 
@@ -170,7 +170,7 @@ def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[S
     placement = Colocated(TrainerMemory(model, optimizer)) if colocated else Separate()
     if isinstance(placement, Colocated):
         with placement.starting_servers():
-            engine.give_back_memory()
+            engine.release_memory()
         placement.engine = engine
     rollouts, state = Asking(engine, model, colocated), TrainState()
     learner = Learner(config, model, optimizer, None, 0, "cpu")
@@ -181,7 +181,7 @@ def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[S
         state, row = step(state)
         assert row["logprob_gap"] < 20  # tempered against greedy: the numbers are there
     if colocated:
-        engine.take_memory([*WEIGHTS, *CACHE])
+        engine.resume_memory([*WEIGHTS, *CACHE])
     return rollouts.samples, {name: tensor.clone() for name, tensor in native_tensors(model)}
 
 
@@ -193,14 +193,16 @@ def ended_in_the_trainers_turn(engine: SGLangEngine) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)
-    assert engine.missing and engine.servers[0].process.poll() is not None, "it was started in the trainer's turn"
+    assert engine.has_dead_server and engine.servers[0].process.poll() is not None, (
+        "it was started in the trainer's turn"
+    )
 
 
 def test_steps_in_turns_are_the_steps_of_an_engine_of_its_own(engine, new_model):
     separate, expected = reinforced(engine, new_model, colocated=False)
     restarts = engine.restarts
     colocated, weights = reinforced(engine, new_model, colocated=True)
-    assert engine.restarts == restarts + 1 and not engine.missing
+    assert engine.restarts == restarts + 1 and not engine.has_dead_server
     told = [
         [(one.prompt_tokens, one.response_tokens, one.weight_version) for one in run] for run in (separate, colocated)
     ]

@@ -18,11 +18,11 @@ from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
-from megatron_r1.rollout.sync.buckets import Outbound
-from megatron_r1.rollout.sync.fused_units import Units
-from megatron_r1.rollout.sync.group_sender import Sender
-from megatron_r1.rollout.sync.payload import Outgoing
-from megatron_r1.rollout.sync.send_order import Alone
+from megatron_r1.rollout.sync.buckets import NamedTensor
+from megatron_r1.rollout.sync.fused_groups import FusedGroups
+from megatron_r1.rollout.sync.group_sender import GroupSender
+from megatron_r1.rollout.sync.payload import WeightPayload
+from megatron_r1.rollout.sync.send_order import SingleSender
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 
 pytestmark = [pytest.mark.sglang]
@@ -46,7 +46,7 @@ def disk(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(DataConfig(num_documents=2000)).save(folder)
     # Its folders hold the multi-token layers, which groups below leave out: servers without drafts serve the same.
-    with DiskSync(lambda: native_tensors(model), SHAPE, folder, Outgoing(SHAPE, include_mtp=True)) as disk:
+    with DiskSync(lambda: native_tensors(model), SHAPE, folder, WeightPayload(SHAPE, include_mtp=True)) as disk:
         yield disk
 
 
@@ -61,7 +61,7 @@ def engine(disk, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sender(engine):
-    with Sender(engine.endpoints, "trainer", timeout_s=TIMEOUT_S) as sender:
+    with GroupSender(engine.endpoints, "trainer", timeout_s=TIMEOUT_S) as sender:
         yield sender
 
 
@@ -78,21 +78,21 @@ def change(model):
     return change
 
 
-def weights(model) -> list[Outbound]:
-    return list(Outgoing(SHAPE).tensors(native_tensors(model), complete=True))
+def weights(model) -> list[NamedTensor]:
+    return list(WeightPayload(SHAPE).tensors(native_tensors(model), complete=True))
 
 
-def whole(tensors: list[Outbound]) -> list[list[Outbound]]:
+def whole(tensors: list[NamedTensor]) -> list[list[NamedTensor]]:
     """What belongs together, together."""
-    return list(Units(one.name for one in tensors).of(tensors))
+    return list(FusedGroups(one.name for one in tensors).of(tensors))
 
 
-def apart(tensors: list[Outbound]) -> list[list[Outbound]]:
+def apart(tensors: list[NamedTensor]) -> list[list[NamedTensor]]:
     return [[one] for one in tensors]
 
 
 def group_sync(engine, sender, model, bucket_bytes=64 * MIB, flush_cache=True, include_mtp=False) -> GroupSync:
-    outgoing = Outgoing(SHAPE, include_mtp)
+    outgoing = WeightPayload(SHAPE, include_mtp)
     return GroupSync(engine, sender, lambda: native_tensors(model), outgoing, bucket_bytes, flush_cache)
 
 
@@ -173,8 +173,8 @@ def test_two_senders_share_a_session(engine, sender, model, change):
     change()
     everything = weights(model)
     cut = next(place for place, one in enumerate(everything) if one.name.startswith("model.layers.1."))
-    with Sender(engine.endpoints, "stage-1", timeout_s=TIMEOUT_S) as second, engine.receiving("two"):
-        assert sender.send(whole(everything[:cut]), 50_000, version="two", turns=Alone(ends_session=False)) > 1
+    with GroupSender(engine.endpoints, "stage-1", timeout_s=TIMEOUT_S) as second, engine.receiving("two"):
+        assert sender.send(whole(everything[:cut]), 50_000, version="two", turns=SingleSender(ends_session=False)) > 1
         second.send(whole(everything[cut:]), 50_000, version="two")
     assert engine.version == "two"
     assert answers(engine) == {"two"}
@@ -185,7 +185,7 @@ def test_two_senders_share_a_session(engine, sender, model, change):
 
 def test_a_session_without_a_stamp_is_refused(engine, sender, model):
     with pytest.raises(NoRolloutCapacity, match="after an update to 'unstamped'"), engine.receiving("unstamped"):
-        sender.send(whole(weights(model)), MIB, version="unstamped", turns=Alone(ends_session=False))
+        sender.send(whole(weights(model)), MIB, version="unstamped", turns=SingleSender(ends_session=False))
     assert engine.version != "unstamped"
     group_sync(engine, sender, model).push("stamped")
     assert answers(engine) == {"stamped"}
@@ -194,7 +194,7 @@ def test_a_session_without_a_stamp_is_refused(engine, sender, model):
 def test_wrong_shape_is_told_in_time_and_mended_by_the_next_update(engine, sender, model):
     version, began = engine.version, time.monotonic()
     wrong = [
-        Outbound(one.name, one.tensor[:-1] if one.name == "lm_head.weight" else one.tensor) for one in weights(model)
+        NamedTensor(one.name, one.tensor[:-1] if one.name == "lm_head.weight" else one.tensor) for one in weights(model)
     ]
     told = r"sender trainer, bucket \d+ \(.*lm_head"
     with pytest.raises(NoRolloutCapacity, match=told) as error, engine.receiving("wrong"):
@@ -212,7 +212,7 @@ def test_wrong_shape_is_told_in_time_and_mended_by_the_next_update(engine, sende
 def test_weights_of_another_model_are_refused_and_mended(engine, sender, disk, model):
     some = list(native_tensors(model))[1:]
     with pytest.raises(DataError, match="missing"):
-        GroupSync(engine, sender, lambda: some, Outgoing(SHAPE), MIB).push("incomplete")
+        GroupSync(engine, sender, lambda: some, WeightPayload(SHAPE), MIB).push("incomplete")
     with pytest.raises(NoRolloutCapacity, match="incomplete"):
         engine.generate(ASKED, SAMPLING)
     disk.push("from-disk")
@@ -222,7 +222,7 @@ def test_weights_of_another_model_are_refused_and_mended(engine, sender, disk, m
 def test_a_server_that_does_not_join_the_broadcast_ends_it(engine, model):
     """A server that has no session refuses at once, while the sender is in a broadcast that nobody receives."""
     began = time.monotonic()
-    early = Sender(engine.endpoints, "early", timeout_s=TIMEOUT_S)
+    early = GroupSender(engine.endpoints, "early", timeout_s=TIMEOUT_S)
     with pytest.raises(NoRolloutCapacity, match="must run between"), early:
         early.send(whole(weights(model)), MIB, version="early")
     assert time.monotonic() - began < 20
@@ -235,7 +235,7 @@ def test_close_leaves_nothing(engine, model):
         return len(sockets), len(c10d._world.pg_map), len(c10d._world.pg_names)
 
     before = held()
-    with Sender(engine.endpoints, "short", timeout_s=TIMEOUT_S) as short:
+    with GroupSender(engine.endpoints, "short", timeout_s=TIMEOUT_S) as short:
         group_sync(engine, short, model).push("short")
         assert held() > before
     assert held() == before

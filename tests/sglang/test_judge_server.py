@@ -52,7 +52,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
         deadline = time.monotonic() + 500
         while not running.accepts():
             running.check()
-            assert time.monotonic() < deadline, running.last_words()
+            assert time.monotonic() < deadline, running.failure_line()
             time.sleep(0.5)
         yield running
     finally:

@@ -15,7 +15,7 @@ import pytest
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.layout import predicted
 from megatron_r1.rollout.sync.plan.traffic import StageTraffic, traffic
 from megatron_r1.rollout.sync.strategies import DiskSync
@@ -77,7 +77,7 @@ def fill(engine: SGLangEngine, name: str, folder: Path, updates: int) -> dict:
 def plan_of(name: str) -> list[StageTraffic]:
     ranks, degrees = LAYOUTS[name]
     everything, stages = predicted(SHAPE, ParallelConfig(**degrees), ranks)
-    return traffic(everything, stages, Outgoing(SHAPE), BUCKET)
+    return traffic(everything, stages, WeightPayload(SHAPE), BUCKET)
 
 
 def planned_sends(name: str, receivers: int) -> list[dict[str, int]]:

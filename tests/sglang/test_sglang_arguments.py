@@ -76,7 +76,7 @@ def test_each_server_is_told_its_first_gpu(tmp_path, monkeypatch):
     for device in ("cuda", "cpu"):
         config = SGLangConfig(server=ServerConfig(tensor_parallel=2))
         dtype = "bfloat16" if device == "cuda" else "float32"
-        several = starts.Starts(tmp_path, config, tmp_path, device, dtype, 64, first_gpu=4)
+        several = starts.ServerFactory(tmp_path, config, tmp_path, device, dtype, 64, first_gpu=4)
         for place, folder in ((0, tmp_path), (1, None)):
             several.launch(place, Endpoint("http://a:1", "", ""), CurrentWeights(Versions("0"), folder))
         several.close()

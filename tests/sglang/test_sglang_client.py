@@ -51,7 +51,7 @@ def test_good_reply():
     one = completion(REPLY, REQUEST, SAMPLING, V1)
     assert (one.request_id, one.prompt_tokens, one.finish_reason) == ("r", (5, 6, 7), "stop")
     assert (one.response_tokens, one.logprobs) == ((8, 9), (-0.5, -0.25))
-    assert (one.weight_version, one.later_versions) == ("v1", ())
+    assert (one.weight_version, one.version_changes) == ("v1", ())
 
 
 def test_a_reply_may_come_from_weights_given_since_it_was_asked_for_but_not_from_older_ones():
@@ -66,7 +66,7 @@ def test_a_reply_may_come_from_weights_given_since_it_was_asked_for_but_not_from
     versions.give("v2")
     for asked in (before, allowed):
         one = completion(reply, REQUEST, SAMPLING, asked)
-        assert (one.weight_version, one.later_versions) == ("v1", ((1, "v2"),))
+        assert (one.weight_version, one.version_changes) == ("v1", ((1, "v2"),))
     with pytest.raises(BadReply, match="'v1' where 'v2' was expected"):
         completion(reply, REQUEST, SAMPLING, versions.from_now_on())
 
@@ -143,7 +143,7 @@ def test_keys_are_sent_to_their_doors():
 
     async def both(client: Client) -> None:
         await client.generate([REQUEST], SAMPLING, V1)
-        await client.update_weights("folder", "v1")
+        await client.load_weights("folder", "v1")
 
     ask(handler, both)
     assert seen == {
@@ -200,7 +200,7 @@ def test_cut_connections_are_tried_again_a_few_times_where_nothing_is_done_twice
         return web.json_response({"success": True, "weight_version": "v1"})
 
     def update(client: Client) -> object:
-        return client.update_weights("folder", "v1")
+        return client.load_weights("folder", "v1")
 
     if cuts == 1:
         ask(handler, update)
@@ -227,7 +227,7 @@ def test_version_that_did_not_take_is_an_error():
         return web.json_response({"success": True, "weight_version": "old"})
 
     with pytest.raises(BadReply, match="'old' after an update to 'new'"):
-        ask(handler, lambda client: client.update_weights("folder", "new"))
+        ask(handler, lambda client: client.load_weights("folder", "new"))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20)), max_size=12), st.integers(1, 40))

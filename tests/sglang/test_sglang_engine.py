@@ -72,12 +72,12 @@ def test_logprobs_match_transformers_through_ten_updates(engine, models):
     folders, built = models
     assert largest_difference(built[0], engine.generate(requests(seed=2), FREE)) < 1e-4
     for step in range(1, 11):
-        engine.update_weights(folders[step], f"step-{step}")
+        engine.load_weights(folders[step], f"step-{step}")
         completions = engine.generate(requests(seed=2), FREE)  # the same prompts: a cache not dropped would show
         assert {one.weight_version for one in completions} == {f"step-{step}"}
         assert largest_difference(built[step], completions) < 1e-4
         assert largest_difference(built[step - 1], completions) > 1e-2
-    engine.update_weights(folders[0], "back")
+    engine.load_weights(folders[0], "back")
 
 
 def test_more_requests_than_run_at_a_time(engine, models):
@@ -202,7 +202,7 @@ def test_plugin_is_at_work(engine):
 
 def test_weights_that_cannot_be_loaded_are_one_line(engine, tmp_path):
     with pytest.raises(NoRolloutCapacity, match="were not loaded|status 400") as error:
-        engine.update_weights(tmp_path / "nothing", "bad")
+        engine.load_weights(tmp_path / "nothing", "bad")
     assert "\n" not in str(error.value)
     assert engine.version == "back"
 

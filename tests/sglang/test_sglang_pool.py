@@ -12,9 +12,9 @@ import pytest
 
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, Lost, Request, Sampling
+from megatron_r1.rollout.sample import Completion, FailedRequest, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
-from megatron_r1.rollout.sglang.pool.member import Member
+from megatron_r1.rollout.sglang.pool.member import PoolServer
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.versions import Versions
 from tests.support.fake_sglang import FAULTS, KEY, fakes, toy_answer
@@ -35,7 +35,7 @@ def requests(count: int, each: int = 1) -> list[Request]:
 async def pool_of(running, timeout_s=5.0, hopeless=str, version="v", **config):
     config = PoolConfig(**(QUICK | config))
     async with new_session() as session:
-        members = [Member(Client(one.url, KEY, "", timeout_s, session), config, "v") for one in running]
+        members = [PoolServer(Client(one.url, KEY, "", timeout_s, session), config, "v") for one in running]
         for member in members:
             member.open()
         yield Pool(members, config, timeout_s, Versions(version), hopeless)
@@ -59,7 +59,7 @@ def check(asked, outcomes) -> int:
             right = toy_answer(request.prompt_tokens, SAMPLING.max_tokens)
             assert (outcome.response_tokens, outcome.logprobs) == right
             assert (outcome.prompt_tokens, outcome.weight_version) == (request.prompt_tokens, "v")
-    return sum(isinstance(one, Lost) for one in outcomes)
+    return sum(isinstance(one, FailedRequest) for one in outcomes)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_only_the_bad_answer_of_a_call_is_asked_for_again(healthy):
     asked = requests(16, each=4)
     outcomes, _, pool = ask(healthy[:2], asked, requests_per_call=16)
     assert check(asked, outcomes) == 0
-    assert 1 <= pool.counts["sent_again"] <= 2 * pool.counts["calls"]  # one of the call's 16
+    assert 1 <= pool.counts["resent"] <= 2 * pool.counts["calls"]  # one of the call's 16
     assert pool.members[0].breaker.closed
 
 

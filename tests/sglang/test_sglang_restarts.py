@@ -15,7 +15,7 @@ import pytest
 
 from megatron_r1.config.sglang import PoolConfig, SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.engine import all_answered
+from megatron_r1.rollout.engine import require_completions
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
@@ -44,7 +44,7 @@ def requests(seed: int, prompts: int = 32) -> list[Request]:
 
 def check(asked: list[Request], outcomes, version: str) -> None:
     """Every request has one answer of its own, by the current weights."""
-    completions = all_answered(outcomes)
+    completions = require_completions(outcomes)
     assert [one.request_id for one in completions] == [one.id for one in asked]
     assert [one.prompt_tokens for one in completions] == [one.prompt_tokens for one in asked]
     assert {one.weight_version for one in completions} == {version}
@@ -83,7 +83,7 @@ def kill_while_it_generates(engine: SGLangEngine, place: int, seed: int, version
 
 
 def test_killed_while_it_generates(engine, models):
-    engine.update_weights(models[0][1], "one")
+    engine.load_weights(models[0][1], "one")
     kill_while_it_generates(engine, 1, seed=1, version="one")
 
 
@@ -91,7 +91,7 @@ def test_killed_while_it_generates(engine, models):
 @pytest.mark.timeout(900)
 def test_killed_ten_times(engine, models):
     for number in range(10):
-        engine.update_weights(models[0][number % 10], f"v{number}")
+        engine.load_weights(models[0][number % 10], f"v{number}")
         kill_while_it_generates(engine, number % 2, seed=10 + number, version=f"v{number}")
 
 
@@ -105,7 +105,7 @@ def scheduler_of(engine: SGLangEngine, place: int) -> psutil.Process:
 
 
 def test_stopped_scheduler_is_seen_behind_a_front_end_that_answers(engine, models, caplog):
-    engine.update_weights(models[0][2], "two")
+    engine.load_weights(models[0][2], "two")
     restarts = engine.restarts
     scheduler_of(engine, 0).suspend()
     asked = requests(2)
@@ -135,9 +135,9 @@ def test_servers_by_address_and_behind_a_router(engine, models, tmp_path, monkey
         wait_for(lambda: b"starting server" in (tmp_path / "router.log").read_bytes().lower(), 30)
         with SGLangEngine(models[0][3], config, tmp_path, "cpu", "float32", context_length=CONTEXT) as outer:
             check(asked, outer.generate(asked, FREE), "initial")
-            outer.update_weights(models[0][4], "routed")
+            outer.load_weights(models[0][4], "routed")
             check(asked, outer.generate(asked, FREE), "routed")
-            assert outer.counts.get("sent_again", 0) == 0
+            assert outer.counts.get("resent", 0) == 0
             assert outer.servers == []
     finally:
         os.killpg(process.pid, signal.SIGKILL)

@@ -18,7 +18,7 @@ def worst_gap(model, engine, version: str) -> float:
     generator = torch.Generator().manual_seed(5)
     prompts = [tuple(torch.randint(5, 512, (n,), generator=generator).tolist()) for n in (4, 9, 17, 30)]
     requests = [Request(str(i), prompts[i // 2]) for i in range(8)]
-    completions = engine.engine.generate(requests, Sampling(1.0, 1.0, 20, (), 0))
+    completions = engine.generate(requests, Sampling(1.0, 1.0, 20, (), 0))
     worst = 0.0
     for completion in completions:
         assert completion.weight_version == version

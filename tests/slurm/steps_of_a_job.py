@@ -37,14 +37,14 @@ def serve(folder: Path, port: int) -> None:
 
 
 def ask(folder: Path, port: int) -> None:
-    from megatron_r1.rollout.engine import all_answered
+    from megatron_r1.rollout.engine import require_completions
     from megatron_r1.rollout.sample import Request, Sampling
     from megatron_r1.rollout.sglang.engine import SGLangEngine
 
     slurm = SlurmConfig(nodes="component", component=1, ports=[port])
     config = SGLangConfig(slurm=slurm, start_timeout_s=60)
     with SGLangEngine(folder / "model", config, folder, "cpu", "float32", context_length=LENGTH) as engine:
-        answers = all_answered(engine.generate([Request("a", (5, 6, 7))], Sampling(0.0, 1.0, 4, (), 0)))
+        answers = require_completions(engine.generate([Request("a", (5, 6, 7))], Sampling(0.0, 1.0, 4, (), 0)))
         seen = {
             "urls": [endpoint.url for endpoint in engine.endpoints],
             "started": len(engine.servers),

@@ -19,10 +19,10 @@ from typing import NamedTuple
 import psutil
 
 from megatron_r1.config.sglang import PoolConfig
-from megatron_r1.rollout.engine import all_answered
+from megatron_r1.rollout.engine import require_completions
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
-from megatron_r1.rollout.sglang.pool.member import Member
+from megatron_r1.rollout.sglang.pool.member import PoolServer
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.versions import Versions
 
@@ -46,7 +46,7 @@ async def pool_at(urls: list[str], in_flight: int, key: str) -> AsyncIterator[Po
     """A pool of servers that are known to serve version `v`."""
     config = PoolConfig(requests_per_call=1, in_flight_per_server=in_flight // len(urls))
     async with new_session() as session:
-        members = [Member(Client(url, key, "", 60.0, session), config, "v") for url in urls]
+        members = [PoolServer(Client(url, key, "", 60.0, session), config, "v") for url in urls]
         for member in members:
             member.open()
         yield Pool(members, config, 60.0, Versions("v"))
@@ -73,7 +73,7 @@ async def rates(urls: list[str], key: str, in_flight: int, count: int, rounds: i
     async with pool_at(urls, in_flight, key) as pool:
         for _ in range(rounds):
             began, core_began = time.perf_counter(), time.process_time()
-            all_answered(await pool.generate(asked, SAMPLING))
+            require_completions(await pool.generate(asked, SAMPLING))
             found.append(Rate(count / (time.perf_counter() - began), count / (time.process_time() - core_began)))
     return found
 
@@ -88,7 +88,7 @@ async def soak(urls: list[str], key: str, in_flight: int, seconds: float, each_s
             if not looks or now - looks[-1].seconds >= each_s:
                 gc.collect()
                 looks.append(Look(now, done, process.memory_info().rss, process.num_fds()))
-            all_answered(await pool.generate(asked, SAMPLING))
+            require_completions(await pool.generate(asked, SAMPLING))
             done += len(asked)
     return looks
 

@@ -32,7 +32,7 @@ from megatron_r1.model.replay import RoutingReplay  # noqa: E402
 from megatron_r1.parallel.mesh import process_groups  # noqa: E402
 from megatron_r1.rl.policy.batch import make_batch  # noqa: E402
 from megatron_r1.rl.policy.policy import Policy  # noqa: E402
-from megatron_r1.rollout.engine import Engine, all_answered  # noqa: E402
+from megatron_r1.rollout.engine import RolloutEngine, require_completions  # noqa: E402
 from megatron_r1.rollout.factory import sglang_engine  # noqa: E402
 from megatron_r1.rollout.in_process import LocalEngine  # noqa: E402
 from megatron_r1.rollout.routed_experts import RoutedLayers  # noqa: E402
@@ -48,7 +48,7 @@ def shape_of(given: argparse.Namespace) -> ModelConfig:
 
 
 @contextmanager
-def engine_of(kind: str, model: torch.nn.Module, shape: ModelConfig, replay: RoutingReplay) -> Iterator[Engine]:
+def engine_of(kind: str, model: torch.nn.Module, shape: ModelConfig, replay: RoutingReplay) -> Iterator[RolloutEngine]:
     if kind == "local":
         yield LocalEngine(model, PROMPTS, 0, replay)
         return
@@ -59,7 +59,7 @@ def engine_of(kind: str, model: torch.nn.Module, shape: ModelConfig, replay: Rou
         place = (Path(folder) / "tokenizer", Path(folder) / "logs", "cpu")
         with sglang_engine(rollout, shape, lambda: native_tensors(model), *place) as engine:
             engine.update_weights("0")
-            yield engine.engine
+            yield engine
 
 
 def as_sample(completion: Completion) -> Sample:
@@ -104,7 +104,7 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, float]:
     layers = RoutedLayers(shape.num_layers, moe.first_dense_layers, moe.top_k)
     sampling = Sampling(1.0, 1.0, given.tokens, (2,), seed, layers)
     with engine_of(given.engine, model, shape, replay) as engine:
-        completions = all_answered(engine.generate(requests, sampling))
+        completions = require_completions(engine.generate(requests, sampling))
     rows = make_batch([as_sample(one) for one in completions], range(PROMPTS), 0, "cpu")
     means = {}
     for name, used in (("off", None), ("on", replay)):

@@ -29,14 +29,14 @@ from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import select
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sync.buckets import planned
-from megatron_r1.rollout.sync.group_sender import Sender
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.group_sender import GroupSender
+from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 
 MIB = 1 << 20
 
 
-class TimedSender(Sender):
+class TimedSender(GroupSender):
     """A sender that knows where its time went."""
 
     spent: dict[str, float]
@@ -115,7 +115,7 @@ def measure(given: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
     stack.enter_context(process_groups(platform, ParallelConfig(), seed=0, threads=1))
     model = build_model(shape, ParallelConfig(), platform, seed=0)
     train_tokenizer(DataConfig(num_documents=2000)).save(folder / "tokenizer")
-    outgoing, bucket = Outgoing(shape), given.bucket_mb * MIB
+    outgoing, bucket = WeightPayload(shape), given.bucket_mb * MIB
     natives = sorted(name for name, _ in native_tensors(model))
     pieces = [sum(item.nbytes for item in items) for items in planned(outgoing.units(natives), bucket)]
     size = sum(pieces)

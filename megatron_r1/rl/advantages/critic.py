@@ -171,7 +171,7 @@ class CriticCredit:
         places = sorted(self._old)
         samples = [taken.samples[place] for place in places]
         values_SR = _stacked([response_part(taken.samples[place], self._old[place]) for place in places])
-        mask_SR = _stacked([values_SR.new_full((len(s.response_tokens),), float(s.learned)) for s in samples]).bool()
+        mask_SR = _stacked([values_SR.new_full((len(s.response_tokens),), float(s.in_loss)) for s in samples]).bool()
         penalties_SR = torch.zeros_like(values_SR)
         if taken.penalties is not None:
             penalties_SR = _stacked([taken.penalties[place] for place in places])

@@ -39,7 +39,7 @@ def drop_truncated(group: Group) -> list[Sample]:
 
 def mask_truncated(group: Group) -> list[Sample]:
     """Answers that the length limit cut off stay in the group's baseline and are not learned from (DAPO, 3.4)."""
-    return [replace(sample, learned=False) if sample.finish_reason == "length" else sample for sample in group]
+    return [replace(sample, in_loss=False) if sample.finish_reason == "length" else sample for sample in group]
 
 
 def drop_equal(group: Group) -> list[Sample]:
@@ -80,4 +80,4 @@ def filtered(group: Group, filters: dict[str, Filter]) -> tuple[list[Sample], Co
 
 
 def _masked(group: Group) -> int:
-    return sum(not sample.learned for sample in group)
+    return sum(not sample.in_loss for sample in group)

@@ -19,10 +19,10 @@ from megatron_r1.rewards.rubric_builder import Scorer
 from megatron_r1.rewards.score import Score
 from megatron_r1.rl.generation.filters import chosen, filtered
 from megatron_r1.rl.generation.step_rewards import steps_at_tokens
-from megatron_r1.rollout.factory import SyncedEngine
+from megatron_r1.rollout.engine import RolloutEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedLayers
-from megatron_r1.rollout.sample import Completion, Lost, Request, Sample, Sampling
+from megatron_r1.rollout.sample import Completion, FailedRequest, Request, Sample, Sampling
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Rollouts:
     def __init__(
         self,
         prompts: Prompts,
-        engine: SyncedEngine,
+        engine: RolloutEngine,
         formatter: PromptFormatter,
         journal: Journal,
         scorer: Scorer,
@@ -99,7 +99,7 @@ class Rollouts:
     @property
     def busy_seconds(self) -> float:
         """Seconds that the engine has spent answering so far."""
-        return self._engine.engine.busy_seconds
+        return self._engine.busy_seconds
 
     def _names(self) -> list[str]:
         """Under which names groups and answers are counted that are not learned from."""
@@ -153,7 +153,7 @@ class Rollouts:
             seed=self._seed * 1_000_003 + step + number * 7_368_787,
             routed=self._routed,
         )
-        outcomes = self._engine.engine.generate(requests, sampling)
+        outcomes = self._engine.generate(requests, sampling)
         groups: list[list[Sample] | str] = [[] for _ in prompts]
         answered = [(*place, outcome) for place, outcome in zip(asked, outcomes, strict=True)]
         completions = [(group, prompt, answer) for group, prompt, answer in answered if isinstance(answer, Completion)]
@@ -168,7 +168,7 @@ class Rollouts:
                 steps = steps_at_tokens(score.steps, completion.response_tokens, self._text)
                 members.append(replace(sample, steps=steps))
         for group, _, outcome in answered:
-            if isinstance(outcome, Lost):
+            if isinstance(outcome, FailedRequest):
                 self._lost_because, groups[group] = outcome.reason, "lost_groups"
         return groups
 
@@ -190,7 +190,7 @@ def scored_sample(group: int, prompt: Prompt, completion: Completion, text: str,
         reward=score.total,
         reward_parts=score.parts,
         routed_experts=completion.routed_experts,
-        later_versions=completion.later_versions,
+        version_changes=completion.version_changes,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 from megatron_r1.rewards.steps import RewardedStep
-from megatron_r1.rollout.sample import StepsOfTokens
+from megatron_r1.rollout.sample import StepRewards
 
 UNFINISHED = "\ufffd"
 """What a decoder writes for bytes that are no character yet."""
@@ -15,7 +15,7 @@ UNFINISHED = "\ufffd"
 
 def steps_at_tokens(
     steps: Sequence[RewardedStep], tokens: Sequence[int], decode: Callable[[Sequence[int]], str]
-) -> StepsOfTokens:
+) -> StepRewards:
     """The token with which each step is complete, and the step's reward.
 
     What was sampled need not be how the tokenizer would cut the text, so tokens are decoded rather than the text

@@ -82,7 +82,7 @@ def make_batch(
     for row, sample in enumerate(chosen):
         start, end = len(sample.prompt_tokens), num_tokens(sample)
         tokens_BL[row, :end] = torch.tensor(sample.prompt_tokens + sample.response_tokens)
-        mask_BL[row, start - 1 : end - 1] = sample.learned
+        mask_BL[row, start - 1 : end - 1] = sample.in_loss
         log_probs_BL[row, start - 1 : end - 1] = torch.tensor(sample.logprobs)
     experts_BLNK = _experts(chosen, longest - 1)
     return ResponseBatch(

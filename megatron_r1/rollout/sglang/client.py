@@ -134,7 +134,7 @@ class Client:
         except (KeyError, TypeError) as error:
             raise BadReply(f"{self.url}/v1/loads: the reply lacks a field: {error!r}") from None
 
-    async def update_weights(self, folder: str, version: str, flush_cache: bool = True) -> None:
+    async def load_weights(self, folder: str, version: str, flush_cache: bool = True) -> None:
         """Load the weights of a folder, drop the cache of the old ones, stamp the version and see it stamped."""
         body = {"model_path": folder, "weight_version": version, "flush_cache": flush_cache}
         await self._control("/update_weights_from_disk", body, attempts=ATTEMPTS)
@@ -349,7 +349,7 @@ def _completion(reply: Any, request: Request, sampling: Sampling, versions: Cont
     pairs = meta["output_token_logprobs"]
     if tuple(pair[1] for pair in pairs) != tokens:
         raise ValueError(f"log-probs are of {len(pairs)} tokens that are not the {len(tokens)} response tokens")
-    version, later_versions = versions_of(meta, len(tokens), versions)
+    version, version_changes = versions_of(meta, len(tokens), versions)
     if meta["prompt_tokens"] != len(request.prompt_tokens):
         raise ValueError(f"{meta['prompt_tokens']} prompt tokens were read of {len(request.prompt_tokens)}")
     reason = meta["finish_reason"]["type"]
@@ -364,7 +364,7 @@ def _completion(reply: Any, request: Request, sampling: Sampling, versions: Cont
     if sampling.routed:
         inputs = len(request.prompt_tokens) + len(tokens) - 1
         routed = RoutedExperts.from_sglang(meta["routed_experts"], inputs, sampling.routed)
-    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version, routed, later_versions)
+    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version, routed, version_changes)
 
 
 async def _bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:

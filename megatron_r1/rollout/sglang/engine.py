@@ -22,14 +22,14 @@ from megatron_r1.rollout.sample import Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.background import Background
 from megatron_r1.rollout.sglang.client import BadReply, Client, Endpoint, new_session
 from megatron_r1.rollout.sglang.pause import FINISH, Pause
-from megatron_r1.rollout.sglang.pool.member import Member
+from megatron_r1.rollout.sglang.pool.member import PoolServer
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.pool.router import Router
 from megatron_r1.rollout.sglang.servers import discovery as addresses
 from megatron_r1.rollout.sglang.servers.memory import TRAINERS_TURN, EngineMemory
 from megatron_r1.rollout.sglang.servers.process import Server, new_endpoints
-from megatron_r1.rollout.sglang.servers.startup import Starts
-from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights, Watched, watching
+from megatron_r1.rollout.sglang.servers.startup import ServerFactory
+from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights, SupervisedServer, watching
 from megatron_r1.rollout.sglang.versions import Versions
 
 CLOSE_SESSION_S = 10.0
@@ -76,14 +76,14 @@ class SGLangEngine:
         self._pause = pause
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
-        self._starts = Starts(model_folder, config, log_folder, device, dtype, context_length, first_gpu)
+        self._starts = ServerFactory(model_folder, config, log_folder, device, dtype, context_length, first_gpu)
         self.endpoints = addresses.given(config) if config.started_elsewhere else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a server that is restarted keeps its own."""
         self._weights = CurrentWeights(Versions(version), Path(model_folder))
         self._background = Background("sglang-pool")
         self._open: AsyncExitStack | None = None
-        self._watched: list[Watched] = []
-        self._front: Member | None = None
+        self._watched: list[SupervisedServer] = []
+        self._front: PoolServer | None = None
         try:
             self._background.run(self._start())
         except BaseException:
@@ -96,14 +96,24 @@ class SGLangEngine:
         return self._weights.version
 
     @property
+    def weights_folder(self) -> Path | None:
+        """Folder that holds the servers' current weights; None where only memory does."""
+        return self._weights.folder
+
+    @property
     def servers(self) -> list[Server]:
         """The processes that are this program's."""
         return [one.server for one in self._watched if one.server]
 
     @property
     def restarts(self) -> int:
-        """Times that a server was started again."""
+        """Restarts of servers since the start."""
         return sum(one.restarts for one in self._watched)
+
+    def health(self) -> dict[str, int]:
+        """Requests sent, answered, failed and resent, and restarts of servers, all since the start."""
+        counts = self._pool.counts
+        return {name: counts[name] for name in ("sent", "answered", "failed", "resent")} | {"restarts": self.restarts}
 
     def states(self) -> list[str]:
         """For each server why it takes no requests; empty where it does."""
@@ -141,7 +151,7 @@ class SGLangEngine:
         """End all calls of `generate` that threads are in: there they raise NoRolloutCapacity."""
         self._background.loop.call_soon_threadsafe(self._pool.abandon)
 
-    def update_weights(self, folder: Path, version: str) -> None:
+    def load_weights(self, folder: Path, version: str) -> None:
         """Load the weights of `folder` into all servers at once; each drops its cache and confirms `version`.
 
         A server that is down gets them when it is back.
@@ -173,11 +183,11 @@ class SGLangEngine:
             self._background.run(self._end())
 
     @property
-    def missing(self) -> bool:
+    def has_dead_server(self) -> bool:
         """Whether a server has ended and waits for the engine's turn (`take_memory`, `start_missing`)."""
-        return self._memory.missing
+        return self._memory.has_dead_server
 
-    def give_back_memory(self) -> None:
+    def release_memory(self) -> None:
         """Free the servers' memory for a trainer, when they have answered; until it is taken again they cannot answer.
 
         A server that fails is ended, so that the memory is free when this returns. What was in it is lost: an update of
@@ -185,7 +195,7 @@ class SGLangEngine:
         """
         self._background.run(self._memory.give_back())
 
-    def take_memory(self, tags: Sequence[str]) -> None:
+    def resume_memory(self, tags: Sequence[str]) -> None:
         """Take memory again; a server that fails is started again, and then holds all of its own.
 
         Args:
@@ -193,9 +203,9 @@ class SGLangEngine:
         """
         self._background.run(self._memory.take(tags))
 
-    def start_missing(self) -> None:
+    def restart_dead(self) -> None:
         """Start the servers that ended in the trainer's turn; afterwards the memory of all is given back."""
-        self._background.run(self._memory.start_missing())
+        self._background.run(self._memory.restart_dead())
 
     def checksums(self) -> dict[str, str]:
         """Checksum of every weight, by SGLang's name.
@@ -242,15 +252,15 @@ class SGLangEngine:
         self._open = AsyncExitStack()
         session = await self._open.enter_async_context(new_session())
         clients = [Client.at(endpoint, self.config.request_timeout_s, session) for endpoint in self.endpoints]
-        members = [Member(client, self.config.pool) for client in clients]
+        members = [PoolServer(client, self.config.pool) for client in clients]
         if self.config.router:
             front = Endpoint(self.config.router, self.endpoints[0].api_key, "")
-            self._front = Member(Client.at(front, self.config.request_timeout_s, session), self.config.pool, None)
+            self._front = PoolServer(Client.at(front, self.config.request_timeout_s, session), self.config.pool, None)
         in_pool = [self._front] if self._front else members
         timeout_s = self.config.request_timeout_s
         self._pool = Pool(in_pool, self.config.pool, timeout_s, self._weights.versions, self._hopeless)
         self._watched = [
-            Watched(member, self.config, self._weights, self._pool.changed, self._launcher(place))
+            SupervisedServer(member, self.config, self._weights, self._pool.changed, self._launcher(place))
             for place, member in enumerate(members)
         ]
         self._memory = EngineMemory(self._watched, self._pool, self._weights)
@@ -306,14 +316,14 @@ class SGLangEngine:
     async def _update(self, folder: Path, version: str) -> None:
         path, weights = str(folder.resolve()), self._weights
         self._memory.check_weights()
-        up: list[Watched] = []
+        up: list[SupervisedServer] = []
         async with weights.lock:
             try:
                 up = await self._halt()
                 if weights.doubt:
                     await self._close_sessions()
                 flush = self._pause.flush_cache
-                calls = [one.member.client.update_weights(path, version, flush) for one in up]
+                calls = [one.member.client.load_weights(path, version, flush) for one in up]
                 results = await asyncio.gather(*calls, return_exceptions=True)
                 for one, result in zip(up, results, strict=True):
                     one.member.version = "" if isinstance(result, BaseException) else version
@@ -324,7 +334,7 @@ class SGLangEngine:
             finally:
                 await self._release(up)
 
-    def _refuse(self, up: Sequence[Watched], results: Sequence[Any]) -> None:
+    def _refuse(self, up: Sequence[SupervisedServer], results: Sequence[Any]) -> None:
         """Raise what a server says against new weights; one that does not answer at all is started again on them."""
         for one, result in zip(up, results, strict=True):
             if not isinstance(result, BaseException):
@@ -333,7 +343,7 @@ class SGLangEngine:
                 raise result
             one.distrust(str(result))
 
-    async def _halt(self) -> list[Watched]:
+    async def _halt(self) -> list[SupervisedServer]:
         """Stop giving out requests, wait for those under way or pause them; returns the servers that answer."""
         for one in self._watched:
             one.updating = True
@@ -357,7 +367,7 @@ class SGLangEngine:
         self._weights.versions.give(version)
         self._weights.source, self._weights.doubt = folder, ""
 
-    async def _release(self, up: Sequence[Watched]) -> None:
+    async def _release(self, up: Sequence[SupervisedServer]) -> None:
         if self._pause.mode:
             await self._resume()
         for one in up:

@@ -18,7 +18,7 @@ from megatron_r1.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Outbound:
+class NamedTensor:
     """A tensor under its Hugging Face name."""
 
     name: str
@@ -37,7 +37,7 @@ class Outbound:
         return self.tensor.nbytes
 
 
-class Contents[AnyEntry: (Entry, Outbound)]:
+class BucketLayout[AnyEntry: (Entry, NamedTensor)]:
     """What a bucket holds: tensors without gaps, each at a multiple of its element size.
 
     Args:
@@ -76,7 +76,7 @@ class Contents[AnyEntry: (Entry, Outbound)]:
         self.items, self.nbytes = [], 0
 
 
-class Bucket(Contents[Outbound]):
+class Bucket(BucketLayout[NamedTensor]):
     """A bucket that holds the tensors themselves.
 
     Args:
@@ -94,7 +94,7 @@ class Bucket(Contents[Outbound]):
         """Shape (bytes used,), uint8."""
         return self._buffer[: self.nbytes]
 
-    def add(self, unit: Sequence[Outbound]) -> None:
+    def add(self, unit: Sequence[NamedTensor]) -> None:
         """Copy a unit in; one that is larger than the bucket takes another buffer, for itself."""
         size, place = sum(item.nbytes for item in unit), self.nbytes
         if place + size > self._buffer.numel():
@@ -116,7 +116,7 @@ class Bucket(Contents[Outbound]):
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
 
-def filled[Filled: Contents](bucket: Filled, units: Iterable[Sequence[Any]]) -> Iterator[tuple[Filled, bool]]:
+def filled[Filled: BucketLayout](bucket: Filled, units: Iterable[Sequence[Any]]) -> Iterator[tuple[Filled, bool]]:
     """Fill a bucket again and again; each time with whether it is the last.
 
     The same bucket is filled anew when the next one is asked for, and one unit is held beside it. A unit's tensors go
@@ -139,4 +139,4 @@ def filled[Filled: Contents](bucket: Filled, units: Iterable[Sequence[Any]]) -> 
 
 def planned(units: Iterable[Sequence[Entry]], capacity: int) -> list[list[Entry]]:
     """What the buckets will hold, for tensors of which only names, types and shapes are known."""
-    return [bucket.items for bucket, _ in filled(Contents[Entry](capacity), units)]
+    return [bucket.items for bucket, _ in filled(BucketLayout[Entry](capacity), units)]

@@ -24,8 +24,8 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Client, Endpoint
 from megatron_r1.rollout.sglang.servers.address_file import address_towards
-from megatron_r1.rollout.sync.buckets import Bucket, Outbound, filled
-from megatron_r1.rollout.sync.send_order import Alone, Turns
+from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, filled
+from megatron_r1.rollout.sync.send_order import SendOrder, SingleSender
 
 POLL_S = 0.001
 MOST_UNDER_WAY = 2
@@ -43,7 +43,7 @@ class _Group:
     """Kept: ranks meet in it again when a backend connects late."""
 
 
-class Sender:
+class GroupSender:
     """Rank 0 of a group with all ranks of all servers.
 
     Args:
@@ -79,11 +79,11 @@ class Sender:
 
     def send(
         self,
-        units: Iterable[Sequence[Outbound]],
+        units: Iterable[Sequence[NamedTensor]],
         bucket_bytes: int,
         *,
         version: str,
-        turns: Turns | None = None,
+        turns: SendOrder | None = None,
         flush_cache: bool = True,
     ) -> int:
         """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
@@ -105,7 +105,7 @@ class Sender:
                 next send makes a new one.
             DataError: there are no tensors.
         """
-        turns = turns or Alone()
+        turns = turns or SingleSender()
         sent = 0
         try:
             for bucket, last in filled(self._empty_bucket(bucket_bytes), units):

@@ -23,11 +23,11 @@ from torch import multiprocessing  # it teaches ForkingPickler tensors
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Client, Endpoint
-from megatron_r1.rollout.sync.buckets import Bucket, Outbound, filled
-from megatron_r1.rollout.sync.send_order import Alone, Turns
+from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, filled
+from megatron_r1.rollout.sync.send_order import SendOrder, SingleSender
 
 
-class SharedSender:
+class IpcSender:
     """Has servers of this machine read weights out of a bucket; in place of a `Sender`.
 
     Args:
@@ -47,15 +47,15 @@ class SharedSender:
 
     def send(
         self,
-        units: Iterable[Sequence[Outbound]],
+        units: Iterable[Sequence[NamedTensor]],
         bucket_bytes: int,
         *,
         version: str,
-        turns: Turns | None = None,
+        turns: SendOrder | None = None,
         flush_cache: bool = True,
     ) -> int:
         """Arguments, return value and failures as of `Sender.send`."""
-        turns, sent = turns or Alone(), 0
+        turns, sent = turns or SingleSender(), 0
         for bucket, last in filled(Bucket(bucket_bytes, self._device), units):
             if not turns.take(sent):
                 raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")

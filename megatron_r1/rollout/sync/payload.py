@@ -18,12 +18,12 @@ from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantis
 from megatron_r1.hf.names import rows
 from megatron_r1.hf.plan import FORMATS, hf_entries
 from megatron_r1.hf.row import Row
-from megatron_r1.rollout.sync.buckets import Outbound
-from megatron_r1.rollout.sync.fused_units import Units
+from megatron_r1.rollout.sync.buckets import NamedTensor
+from megatron_r1.rollout.sync.fused_groups import FusedGroups
 
 
 @dataclass(frozen=True)
-class Outgoing:
+class WeightPayload:
     """The weights that servers are sent, from those that the trainer has."""
 
     model: ModelConfig
@@ -59,7 +59,7 @@ class Outgoing:
         precision = self.model.precision
         return hf_entries(self._rows[native], "fp8" if self.fp8 else precision, FORMATS[precision])
 
-    def tensors(self, natives: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[Outbound]:
+    def tensors(self, natives: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[NamedTensor]:
         """Whole megatron-core tensors, one by one, as they are sent; they stay on their device.
 
         Args:
@@ -77,18 +77,18 @@ class Outgoing:
                 except ValueError as error:
                     raise DataError(f"{name}: {error}") from None
                 assert scales_mn is not None
-                yield Outbound(name, tensor)
-                yield Outbound(name + SCALE_SUFFIX, scales_mn)
+                yield NamedTensor(name, tensor)
+                yield NamedTensor(name + SCALE_SUFFIX, scales_mn)
                 del tensor, scales_mn
                 continue
-            yield Outbound(name, tensor)
+            yield NamedTensor(name, tensor)
             del tensor  # not held while the next is put together
 
     def units(self, natives: Iterable[str]) -> Iterator[list[Entry]]:
         """What will be sent of these megatron-core tensors, put together as it belongs together."""
         items = [item for native in natives for item in self.items(native)]
-        return Units(item.name for item in items).of(items)
+        return FusedGroups(item.name for item in items).of(items)
 
-    def together(self, natives: Iterable[str]) -> Units:
+    def together(self, natives: Iterable[str]) -> FusedGroups:
         """Puts together what `tensors` gives of these megatron-core tensors."""
-        return Units(item.name for native in natives for item in self.items(native))
+        return FusedGroups(item.name for native in natives for item in self.items(native))

@@ -14,7 +14,7 @@ from typing import Protocol
 from megatron_r1.parallel import comm
 
 
-class Turns(Protocol):
+class SendOrder(Protocol):
     """One sender's turns; its buckets are numbered from 0."""
 
     alone: bool
@@ -38,7 +38,7 @@ def round_robin(buckets: Sequence[int]) -> list[tuple[int, int]]:
     return sorted((number, place) for place, count in enumerate(buckets) for number in range(count))
 
 
-class Alone:
+class SingleSender:
     """The turns of a sender that has the servers to itself.
 
     Args:

@@ -28,14 +28,13 @@ from megatron_r1.model.shards import shards
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import rank
 from megatron_r1.parallel.mesh import pipeline_stage
-from megatron_r1.rollout.engine import Engine
-from megatron_r1.rollout.sync.buckets import Outbound, planned
-from megatron_r1.rollout.sync.payload import Outgoing
-from megatron_r1.rollout.sync.send_order import RoundRobin, Turns
+from megatron_r1.rollout.sync.buckets import NamedTensor, planned
+from megatron_r1.rollout.sync.payload import WeightPayload
+from megatron_r1.rollout.sync.send_order import RoundRobin, SendOrder
 
 _MEMORY = Path("/dev/shm")
 
-NamedTensors = Callable[[], Iterable[tuple[str, Tensor]]]
+ReadWeights = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 class WeightSync(Protocol):
@@ -46,7 +45,7 @@ class WeightSync(Protocol):
         ...
 
 
-class Receiving(Protocol):
+class WeightReceiver(Protocol):
     """An engine whose servers can be sent weights."""
 
     @property
@@ -59,16 +58,24 @@ class Receiving(Protocol):
         ...
 
 
-class Sends(Protocol):
+class FolderReader(Protocol):
+    """An engine whose servers load weights from a folder."""
+
+    def load_weights(self, folder: Path, version: str) -> None:
+        """Load the weights of `folder` into all servers."""
+        ...
+
+
+class WeightSender(Protocol):
     """A way to bring buckets of weights to an engine's servers: `Sender` or `SharedSender`."""
 
     def send(
         self,
-        units: Iterable[Sequence[Outbound]],
+        units: Iterable[Sequence[NamedTensor]],
         bucket_bytes: int,
         *,
         version: str,
-        turns: Turns | None = None,
+        turns: SendOrder | None = None,
         flush_cache: bool = True,
     ) -> int:
         """See `Sender.send`."""
@@ -84,10 +91,10 @@ class GroupSync:
 
     def __init__(
         self,
-        engine: Receiving,
-        sender: Sends,
-        tensors: NamedTensors,
-        outgoing: Outgoing,
+        engine: WeightReceiver,
+        sender: WeightSender,
+        tensors: ReadWeights,
+        outgoing: WeightPayload,
         bucket_bytes: int,
         flush_cache: bool = True,
     ):
@@ -129,10 +136,10 @@ class StageSync:
 
     def __init__(
         self,
-        engine: Receiving | None,
-        sender: Sends | None,
+        engine: WeightReceiver | None,
+        sender: WeightSender | None,
         module: torch.nn.Module,
-        outgoing: Outgoing,
+        outgoing: WeightPayload,
         bucket_bytes: int,
         flush_cache: bool = True,
     ):
@@ -196,7 +203,7 @@ class StageSync:
             turns.abandon()
 
 
-def parts_of_stages(everything: Directory, stages: list[int], outgoing: Outgoing) -> list[Directory]:
+def parts_of_stages(everything: Directory, stages: list[int], outgoing: WeightPayload) -> list[Directory]:
     """What is sent of each pipeline stage's tensors.
 
     Args:
@@ -235,7 +242,7 @@ class DiskSync:
     """
 
     def __init__(
-        self, tensors: NamedTensors, model: ModelConfig, tokenizer_folder: Path, outgoing: Outgoing | None = None
+        self, tensors: ReadWeights, model: ModelConfig, tokenizer_folder: Path, outgoing: WeightPayload | None = None
     ):
         """
         Args:
@@ -244,11 +251,11 @@ class DiskSync:
             tokenizer_folder: names the special tokens.
             outgoing: what is written, and in which formats; by default all but the multi-token layers.
         """
-        self._tensors, self._outgoing, self._tokenizer = tensors, outgoing or Outgoing(model), tokenizer_folder
+        self._tensors, self._outgoing, self._tokenizer = tensors, outgoing or WeightPayload(model), tokenizer_folder
         place = _MEMORY if _MEMORY.is_dir() else None
         self._folder = Path(tempfile.mkdtemp(prefix="megatron_r1-weights-", dir=place))
         self._turn = 0
-        self.engine: Engine | None = None
+        self.engine: FolderReader | None = None
         """Who reads the folders; started on the first of them, so not known before."""
 
     def write(self) -> Path:
@@ -267,7 +274,7 @@ class DiskSync:
             DataError: the weights are not those of the model.
         """
         assert self.engine is not None
-        self.engine.update_weights(self.write(), version)
+        self.engine.load_weights(self.write(), version)
 
     def close(self) -> None:
         """Remove the folders."""

@@ -68,7 +68,7 @@ def by_hand(config: RunConfig, samples: list, values: list[list[float]], gaps: l
     """Whitened advantages and returns of each token, from the sums written out."""
     advantages, returns = [], []
     for sample, value, gap in zip(samples, values, gaps, strict=True):
-        if not sample.learned:
+        if not sample.in_loss:
             continue
         rewards = [-config.rl.kl_coefficient * one for one in gap]
         rewards[-1] += sample.reward
@@ -90,7 +90,7 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     config = ppo_config(shape, tokens_per_micro_batch=tokens_per_micro_batch)
     policy = trainable(new_model(config.model))
     samples = make_samples(policy, 0.3)
-    samples[1] = replace(samples[1], learned=False, steps=((0, 5.0),))
+    samples[1] = replace(samples[1], in_loss=False, steps=((0, 5.0),))
     samples[2] = replace(samples[2], steps=((3, 0.5), (7, -0.25), (7, 0.5)))
     reference = ReferencePolicy(policy, shifted_reference(policy))
     values = value_model(new_model, config)
@@ -100,7 +100,7 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
 
     plain, other = two_models(new_model, config)
     plain_values = value_model(new_model, config)
-    learned = [sample for sample in samples if sample.learned]
+    learned = [sample for sample in samples if sample.in_loss]
     with torch.no_grad():
         told = [values_of(plain_values, sample).tolist() for sample in samples]
         anchors = [response_log_probs(other, s.prompt_tokens, s.response_tokens, 0.7).tolist() for s in samples]
@@ -125,7 +125,7 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     assert row["value_loss"] == pytest.approx(float(value_loss.detach()), rel=1e-4)
     assert row["kl_in_reward"] == pytest.approx(config.rl.kl_coefficient * sum(map(sum, gaps)) / 4, rel=1e-4)
     flat = torch.tensor([r for each in returns for r in each])
-    kept = torch.tensor([v for s, each in zip(samples, told, strict=True) for v in each if s.learned])
+    kept = torch.tensor([v for s, each in zip(samples, told, strict=True) for v in each if s.in_loss])
     explained = 1 - (flat - kept).var(unbiased=False) / flat.var(unbiased=False)
     assert row["explained_variance"] == pytest.approx(float(explained), rel=1e-3)
     assert row["return"] == pytest.approx(float(flat.mean()), rel=1e-4)

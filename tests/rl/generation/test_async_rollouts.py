@@ -39,7 +39,7 @@ class Source:
 
 
 def sample(prompt: str, version: str, *later: tuple[int, str]) -> Sample:
-    return Sample(prompt, 0, (1,), (2,) * 4, (-1.0,) * 4, version, "stop", "", 0.0, {}, later_versions=later)
+    return Sample(prompt, 0, (1,), (2,) * 4, (-1.0,) * 4, version, "stop", "", 0.0, {}, version_changes=later)
 
 
 @pytest.fixture

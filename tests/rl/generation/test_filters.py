@@ -22,9 +22,8 @@ from megatron_r1.rl.advantages.group_relative import group_advantages, ragged_gr
 from megatron_r1.rl.generation.filters import chosen, drop_equal, drop_repeats, drop_truncated, filtered, mask_truncated
 from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
 from megatron_r1.rl.policy.batch import make_batch
-from megatron_r1.rollout.factory import SyncedEngine
 from megatron_r1.rollout.journal import Journal
-from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sample, Sampling
+from megatron_r1.rollout.sample import Completion, FailedRequest, Outcome, Request, Sample, Sampling
 
 
 def sample(tokens: Sequence[int], reward: float, reason: str = "stop") -> Sample:
@@ -40,7 +39,7 @@ def test_each_filter_takes_out_its_own():
     group = [RIGHT, WRONG, AGAIN, CUT]
     assert drop_repeats(group) == [RIGHT, WRONG, CUT]
     assert drop_truncated(group) == [RIGHT, WRONG, AGAIN]
-    assert mask_truncated(group) == [RIGHT, WRONG, AGAIN, replace(CUT, learned=False)]
+    assert mask_truncated(group) == [RIGHT, WRONG, AGAIN, replace(CUT, in_loss=False)]
     assert drop_equal(group) == group
     assert drop_equal([RIGHT, AGAIN]) == [] == drop_equal([WRONG, CUT])
     # Steps are held against each other too, within one answer and against the answers' own rewards.
@@ -72,7 +71,7 @@ def test_nothing_is_configured_by_default():
 )
 def test_filters_together(settings, group, left, counts):
     result, counted = filtered(group, chosen(FilterConfig(**settings)))
-    assert ([one.learned for one in result], dict(counted)) == (left, counts)
+    assert ([one.in_loss for one in result], dict(counted)) == (left, counts)
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=2, max_size=5), min_size=1, max_size=5))
@@ -84,7 +83,7 @@ def test_ragged_groups_have_the_advantages_of_each_alone(groups):
 
 
 def test_masked_answers_have_no_position_to_learn_from():
-    rows = make_batch([RIGHT, replace(CUT, learned=False)], [0, 1], 0, "cpu")
+    rows = make_batch([RIGHT, replace(CUT, in_loss=False)], [0, 1], 0, "cpu")
     assert rows.mask_BL.sum(dim=1).tolist() == [2, 0]
 
 
@@ -101,7 +100,7 @@ class Scripted:
         script = [token for group in self.answers[: len(requests) // 2] for token in group]
         del self.answers[: len(requests) // 2]
         return [
-            Lost(request.id, "no reply")
+            FailedRequest(request.id, "no reply")
             if token is None
             else Completion(request.id, request.prompt_tokens, (token,), (-0.5,), "stop", "0")
             for request, token in zip(requests, script, strict=True)
@@ -109,9 +108,10 @@ class Scripted:
 
     busy_seconds = 0.0
 
-    def update_weights(self, folder, version) -> None: ...
+    def update_weights(self, version: str) -> None: ...
     def abandon(self) -> None: ...
-    def close(self) -> None: ...
+    def health(self) -> dict[str, int]:
+        return {}
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def rollouts(config, tokenizer, tmp_path):
 
         journal = Journal(tmp_path / "rollouts")
         formatter = PromptFormatter(tokenizer, "r1_zero")
-        prompts, synced = TrainingPrompts(config.data), SyncedEngine(engine, None)
-        return Rollouts(prompts, synced, formatter, journal, scorer, config.rollout, config.rl, config.seed), engine
+        prompts = TrainingPrompts(config.data)
+        return Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed), engine
 
     return make
 

@@ -16,7 +16,6 @@ from megatron_r1.rewards.rubric_builder import rule_scorer
 from megatron_r1.rl.generation.rollouts import Rollouts, shuffle_rewards
 from megatron_r1.rl.loop import step_metrics
 from megatron_r1.rl.policy.batch import make_batch
-from megatron_r1.rollout.factory import SyncedEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.sample import Completion
 
@@ -43,7 +42,7 @@ def formatter(tokenizer):
 def rollouts(tiny, config, tokenizer, formatter, tmp_path):
     from megatron_r1.rollout.in_process import LocalEngine
 
-    engine = SyncedEngine(LocalEngine(tiny, 12, tokenizer.pad), None)
+    engine = LocalEngine(tiny, 12, tokenizer.pad)
     engine.update_weights("0")
 
     def make(**rl) -> Rollouts:
@@ -134,7 +133,7 @@ def thoughts(expression: str) -> tuple[str, str]:
 
 def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer, formatter, tmp_path):
     prompts = TrainingPrompts(config.data)
-    engine = SyncedEngine(Worked([prompts.at(index) for index in range(3)], formatter), None)
+    engine = Worked([prompts.at(index) for index in range(3)], formatter)
     config.reward.steps, config.reward.steps_by = 0.5, "arithmetic"
     scorer = rule_scorer(config.reward)
     config.reward.steps, config.reward.steps_by = 0.0, ""

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from megatron_r1.rollout.sync.send_order import Alone, RoundRobin
+from megatron_r1.rollout.sync.send_order import RoundRobin, SingleSender
 
 SENDERS = (0, 3, 5)
 
@@ -68,5 +68,9 @@ def test_a_failure_ends_all_senders_that_are_not_done(failing):
 
 
 def test_a_sender_that_has_the_servers_to_itself_need_not_wait():
-    assert Alone().ends(4, True) and not Alone().ends(4, False) and not Alone(ends_session=False).ends(4, True)
+    assert (
+        SingleSender().ends(4, True)
+        and not SingleSender().ends(4, False)
+        and not SingleSender(ends_session=False).ends(4, True)
+    )
     assert RoundRobin((2,), (3,), 2).alone and not RoundRobin((2, 4), (3, 3), 2).alone

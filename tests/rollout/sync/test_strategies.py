@@ -14,9 +14,9 @@ from megatron_r1.errors import DataError
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.hf.names import expected_shapes, native_shapes
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sync.buckets import Bucket, Outbound, filled, planned
-from megatron_r1.rollout.sync.fused_units import Units, joined_name
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, filled, planned
+from megatron_r1.rollout.sync.fused_groups import FusedGroups, joined_name
+from megatron_r1.rollout.sync.payload import WeightPayload
 from tests.support.layouts import model_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
@@ -37,7 +37,7 @@ def received(bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
 
 
 def one_by_one(tensors):
-    return [[Outbound(name, tensor)] for name, tensor in tensors]
+    return [[NamedTensor(name, tensor)] for name, tensor in tensors]
 
 
 @given(
@@ -65,7 +65,7 @@ def test_every_tensor_arrives_once_in_order_and_as_planned(sizes, capacity):
 
 
 def test_units_of_several_number_formats_lie_at_multiples_of_their_elements():
-    units = [[Outbound(f"{n}.weight", torch.zeros(3, dtype=torch.uint8)), Outbound(f"{n}.scale", torch.ones(1))]
+    units = [[NamedTensor(f"{n}.weight", torch.zeros(3, dtype=torch.uint8)), NamedTensor(f"{n}.scale", torch.ones(1))]
              for n in range(3)]  # fmt: skip
     buckets = [received(bucket) for bucket, _ in filled(Bucket(1000, "cpu"), units)]
     assert [[name for name, _ in bucket] for bucket in buckets] == [[f"{n}.scale", f"{n}.weight"] for n in range(3)]
@@ -84,14 +84,17 @@ def test_weights_may_change_once_the_next_is_asked_for():
 
     def one_memory():
         for number in range(3):
-            yield [Outbound(str(number), memory.fill_(number))]
+            yield [NamedTensor(str(number), memory.fill_(number))]
 
     (bucket,) = [bucket for bucket, _ in filled(Bucket(1000, "cpu"), one_memory())]
     assert [float(tensor[0]) for _, tensor in received(bucket)] == [0.0, 1.0, 2.0]
 
 
 def units_of(names):
-    return [[one.name for one in unit] for unit in Units(names).of([Outbound(name, torch.zeros(2)) for name in names])]
+    return [
+        [one.name for one in unit]
+        for unit in FusedGroups(names).of([NamedTensor(name, torch.zeros(2)) for name in names])
+    ]
 
 
 @pytest.mark.parametrize("query", ["q_a_proj", "q_proj"])
@@ -130,9 +133,9 @@ def test_a_weight_and_its_scales_stay_together_with_their_partners():
 def test_half_a_pair_and_what_was_not_announced_and_nothing_at_all_are_refused():
     names = ["model.layers.0.self_attn.q_a_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
     with pytest.raises(DataError, match="q_a_proj"):
-        list(Units(names).of([Outbound(names[0], torch.zeros(2))]))
+        list(FusedGroups(names).of([NamedTensor(names[0], torch.zeros(2))]))
     with pytest.raises(DataError, match=r"other.weight: was not to be sent"):
-        list(Units(names).of([Outbound("other.weight", torch.zeros(2))]))
+        list(FusedGroups(names).of([NamedTensor("other.weight", torch.zeros(2))]))
     with pytest.raises(DataError, match="no weights"):
         list(filled(Bucket(100, "cpu"), []))
 
@@ -163,7 +166,7 @@ def test_hf_tensors_are_views_where_nothing_has_to_change():
 @pytest.mark.parametrize("include_mtp", [False, True])
 def test_what_is_sent_is_what_was_announced(shape, fp8, include_mtp):
     model = model_of(shape)
-    outgoing = Outgoing(model, include_mtp, fp8)
+    outgoing = WeightPayload(model, include_mtp, fp8)
     native = {name: torch.randn(size) for name, size in native_shapes(model).items()}
     sent = list(outgoing.tensors(native.items(), complete=True))
     announced = [item for name in native for item in outgoing.items(name)]
@@ -178,8 +181,8 @@ def test_linear_layers_are_sent_in_fp8_blocks():
     model = ModelConfig(hidden_size=136, ffn_hidden_size=264, vocab_size=200)
     generator = torch.Generator().manual_seed(0)
     native = {name: torch.randn(shape, generator=generator) for name, shape in native_shapes(model).items()}
-    plain = {one.name: one.tensor for one in Outgoing(model).tensors(native.items(), complete=True)}
-    sent = {one.name: one.tensor for one in Outgoing(model, fp8=True).tensors(native.items(), complete=True)}
+    plain = {one.name: one.tensor for one in WeightPayload(model).tensors(native.items(), complete=True)}
+    sent = {one.name: one.tensor for one in WeightPayload(model, fp8=True).tensors(native.items(), complete=True)}
     scaled = {name.removesuffix("_scale_inv") for name in sent if name.endswith("_scale_inv")}
     kept = ("embed_tokens", "lm_head", "norm", "mlp.gate.")
     assert scaled == {name for name in plain if not any(part in name for part in kept)}
@@ -197,7 +200,7 @@ def test_linear_layers_are_sent_in_fp8_blocks():
                 assert torch.equal(part, (block / scale).to(torch.float8_e4m3fn))
     with pytest.raises(DataError, match=r"o_proj.weight: .*infinity or a NaN"):
         native["decoder.layers.0.self_attention.linear_proj.weight"][3, 5] = math.inf
-        list(Outgoing(model, fp8=True).tensors(native.items(), complete=True))
+        list(WeightPayload(model, fp8=True).tensors(native.items(), complete=True))
 
 
 def test_endpoint_travels_with_its_keys_and_prints_without():

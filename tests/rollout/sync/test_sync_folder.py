@@ -15,7 +15,7 @@ from megatron_r1.hf.load import folder_format, load_tensors
 from megatron_r1.hf.names import expected_shapes, native_shapes
 from megatron_r1.rollout.factory import outgoing_weights, sglang_engine
 from megatron_r1.rollout.sglang.servers import discovery as addresses
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync
 from tests.support.fake_sglang import ADMIN_KEY, KEY, fakes
 
@@ -39,7 +39,7 @@ def native():
     }
 
 
-def chosen(sync_mtp: bool, fp8: bool) -> Outgoing:
+def chosen(sync_mtp: bool, fp8: bool) -> WeightPayload:
     """As the configuration of a run chooses it; servers that draft where they can."""
     speculative = SpeculativeConfig(method="mtp" if sync_mtp else "none")
     server = ServerConfig(quantization="fp8" if fp8 else "none", speculative=speculative)
@@ -94,9 +94,9 @@ def test_servers_start_from_and_sync_by_what_the_configuration_chooses(native, t
     with fakes(1) as (fake,):
         rollout = RolloutConfig(sync="disk", sync_mtp=True, sglang=SGLangConfig(addresses=[fake.url]))
         with sglang_engine(rollout, SHAPE, native.items, tokenizer, tmp_path / "logs", "cpu") as engine:
-            started = engine.engine._weights.folder
+            started = engine.sglang.weights_folder
             engine.update_weights("new")
-            synced = engine.engine._weights.folder
+            synced = engine.sglang.weights_folder
             for folder in (started, synced):
                 assert load_file(folder / "model.safetensors").keys() == expected_shapes(SHAPE).keys()
     assert started != synced

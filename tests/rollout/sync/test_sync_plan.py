@@ -10,7 +10,7 @@ import pytest
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.cost import Cluster, predict
 from megatron_r1.rollout.sync.plan.layout import expert_number, predicted
 from megatron_r1.rollout.sync.plan.traffic import Engines, StageTraffic, needed_by_a_rank, traffic
@@ -66,7 +66,7 @@ def test_traffic_of_a_small_model_by_hand():
     model = model_of("tiny")
     parallel = ParallelConfig(tensor=2)
     everything, stages = predicted(model, parallel, 2)
-    (stage,) = traffic(everything, stages, Outgoing(model), 100_000)
+    (stage,) = traffic(everything, stages, WeightPayload(model), 100_000)
     stored = te_layout("tiny")
     sent = {name: entry for name, entry in stored.items() if not name.startswith("mtp.")}
     sizes = {name: 4 * prod(entry.shape) for name, entry in sent.items()}
@@ -95,7 +95,7 @@ def test_turns_overlap_gathering_with_others_sending():
 
 def test_a_servers_rank_keeps_its_share():
     model = model_of("tiny")
-    outgoing = Outgoing(model)
+    outgoing = WeightPayload(model)
     all_of_it = needed_by_a_rank(outgoing, Engines())
     assert all_of_it == sum(item.nbytes for name in outgoing.names() for item in outgoing.items(name))
     whole = sum(4 * prod(e.shape) for n, e in te_layout("tiny").items() if e.split is None and not n.startswith("mtp."))

@@ -109,18 +109,18 @@ def backoff_s(attempt: int, base_s: float = 0.05, longest_s: float = 5.0) -> flo
     return random.uniform(0.0, min(longest_s, base_s * 2 ** (attempt - 1)))
 
 
-class Changed:
+class StateChanged:
     """Wakes all that wait for something to change."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         self._event.set()
         self._event = asyncio.Event()
 
     async def wait(self, longest_s: float) -> None:
-        """Return at the next `tell`, or after `longest_s`."""
+        """Return at the next `notify`, or after `longest_s`."""
         try:
             async with asyncio.timeout(longest_s):
                 await self._event.wait()

@@ -18,7 +18,7 @@ class Evicted(NoRolloutCapacity):
     """A call was ended from this side, because its server is given up or restarted."""
 
 
-class Member:
+class PoolServer:
     """One server of a pool.
 
     Args:

@@ -17,12 +17,12 @@ from typing import Any
 
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, Lost, Outcome, Request, Sampling
+from megatron_r1.rollout.sample import Completion, FailedRequest, Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.client import BadReply, Refused
-from megatron_r1.rollout.sglang.pool.breaker import Changed, RetryBudget, backoff_s
+from megatron_r1.rollout.sglang.pool.breaker import RetryBudget, StateChanged, backoff_s
 from megatron_r1.rollout.sglang.pool.load_balancing import choose, key_of, pieces
-from megatron_r1.rollout.sglang.pool.member import Evicted, Member, current_task_is_cancelled
-from megatron_r1.rollout.sglang.pool.slots import Slots
+from megatron_r1.rollout.sglang.pool.member import Evicted, PoolServer, current_task_is_cancelled
+from megatron_r1.rollout.sglang.pool.slots import InFlightLimit
 from megatron_r1.rollout.sglang.versions import Versions
 
 HELD_LOOK_S = 60.0
@@ -43,7 +43,7 @@ class Pool:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        members: Sequence[PoolServer],
         config: PoolConfig,
         request_timeout_s: float,
         versions: Versions,
@@ -53,13 +53,13 @@ class Pool:
         self._versions, self._hopeless = versions, hopeless
         self.held = False
         """Requests wait, however long, since servers are about to be given new weights."""
-        self.changed = Changed()
+        self.changed = StateChanged()
         """To be told when a member opens or closes."""
         self.counts: Counter[str] = Counter()
-        """Calls, and requests by what became of them: sent, answered, lost, sent_again."""
+        """Calls, and requests by what became of them: sent, answered, failed, resent."""
         self._budget = RetryBudget(config.retry_share, config.retry_floor_per_s * len(self.members))
         self._none_since: float | None = None
-        self._slots = Slots(config.in_flight_per_server * len(self.members))
+        self._slots = InFlightLimit(config.in_flight_per_server * len(self.members))
         self._asking: set[asyncio.Task[Any]] = set()
 
     async def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
@@ -115,9 +115,9 @@ class Pool:
     def release(self) -> None:
         """Requests need not wait for new weights any more."""
         self.held = False
-        self.changed.tell()
+        self.changed.notify()
 
-    async def acquire(self, key: bytes, avoid: set[Member]) -> Member:
+    async def acquire(self, key: bytes, avoid: set[PoolServer]) -> PoolServer:
         """The member for a prompt, rather none of `avoid`; waits for one.
 
         Raises:
@@ -150,7 +150,7 @@ class Pool:
 
     def take_budget(self, requests: int) -> float:
         """Seconds to wait until so many requests may be sent again."""
-        self.counts["sent_again"] += requests
+        self.counts["resent"] += requests
         return self._budget.wait_s(requests)
 
     def sent_first(self, requests: int) -> None:
@@ -176,7 +176,7 @@ class _Piece:
         self._waiting = dict(enumerate(requests))
         self._outcomes: dict[int, Outcome] = {}
         self._spent, self._refused, self._reason = 0.0, 0, ""
-        self._avoid: set[Member] = set()
+        self._avoid: set[PoolServer] = set()
 
     async def outcomes(self) -> list[Outcome]:
         self._pool.sent_first(len(self._requests))
@@ -200,7 +200,7 @@ class _Piece:
         self._spent += seconds
         await asyncio.sleep(max(0.0, min(seconds, seconds + self._pool.config.give_up_s - self._spent)))
 
-    async def _try(self, member: Member) -> bool:
+    async def _try(self, member: PoolServer) -> bool:
         """Ask a member for what is missing; whether what is still missing may be sent again for free."""
         pool, places = self._pool, list(self._waiting)
         left = min(pool.request_timeout_s, pool.config.give_up_s - self._spent)
@@ -230,7 +230,7 @@ class _Piece:
         else:
             member.breaker.fail(tried)
         if tried:
-            pool.changed.tell()
+            pool.changed.notify()
         return free
 
     def _take(self, places: Sequence[int], replies: Sequence[Completion | BadReply]) -> None:
@@ -243,7 +243,7 @@ class _Piece:
                 self._pool.counts["answered"] += 1
 
     def _give_up(self) -> None:
-        self._pool.counts["lost"] += len(self._waiting)
+        self._pool.counts["failed"] += len(self._waiting)
         for place, request in self._waiting.items():
-            self._outcomes[place] = Lost(request.id, self._reason)
+            self._outcomes[place] = FailedRequest(request.id, self._reason)
         self._waiting = {}

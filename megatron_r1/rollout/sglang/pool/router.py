@@ -15,7 +15,7 @@ import aiohttp
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sglang.pool.breaker import Changed
+from megatron_r1.rollout.sglang.pool.breaker import StateChanged
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Router:
         except TimeoutError:
             raise NoRolloutCapacity(f"{self.url}: the router did not take the servers {sorted(wanted)}") from None
 
-    async def follow(self, wanted: Callable[[], dict[str, Endpoint]], ours: set[str], changed: Changed) -> None:
+    async def follow(self, wanted: Callable[[], dict[str, Endpoint]], ours: set[str], changed: StateChanged) -> None:
         """Keep the router's list true until cancelled."""
         while True:
             try:

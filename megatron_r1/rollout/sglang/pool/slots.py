@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Slots:
+class InFlightLimit:
     """So many requests may be under way; who came first is let in first, however many they are."""
 
     def __init__(self, count: int):

@@ -21,7 +21,7 @@ from megatron_r1.rollout.sglang.client import BadReply, Client
 
 if TYPE_CHECKING:
     from megatron_r1.rollout.sglang.pool.pool import Pool
-    from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights, Watched
+    from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights, SupervisedServer
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +98,11 @@ class EngineMemory:
         weights: what they serve; not replaced while memory changes hands.
     """
 
-    def __init__(self, servers: Sequence[Watched], pool: Pool, weights: CurrentWeights):
+    def __init__(self, servers: Sequence[SupervisedServer], pool: Pool, weights: CurrentWeights):
         self._servers, self._pool, self._weights = servers, pool, weights
 
     @property
-    def missing(self) -> bool:
+    def has_dead_server(self) -> bool:
         """Whether a server waits for the engine's turn to be started again."""
         return any(one.gone() and not one.given_up for one in self._servers)
 
@@ -135,24 +135,26 @@ class EngineMemory:
             one.turn.set()
             if not self._weights.doubt:
                 one.open_if_current()
-        self._pool.changed.tell()
+        self._pool.changed.notify()
 
-    async def start_missing(self) -> None:
+    async def restart_dead(self) -> None:
         """Start the servers that wait for it, and free their memory too."""
         for one in self._servers:
             one.turn.set()
         await asyncio.gather(*[one.settled() for one in self._servers], return_exceptions=True)
         await self.give_back()
 
-    async def _begun(self, one: Watched) -> None:
+    async def _begun(self, one: SupervisedServer) -> None:
         """Return when a server that is being started answers, or its process is gone."""
         while not (one.up or one.gone() or one.given_up):
             await asyncio.sleep(0.05)
 
-    async def _each(self, call: Callable[[Watched], Coroutine[Any, Any, None]]) -> None:
+    async def _each(self, call: Callable[[SupervisedServer], Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*[self._or_end(one, call) for one in self._servers if one.up and not one.gone()])
 
-    async def _or_end(self, one: Watched, call: Callable[[Watched], Coroutine[Any, Any, None]]) -> None:
+    async def _or_end(
+        self, one: SupervisedServer, call: Callable[[SupervisedServer], Coroutine[Any, Any, None]]
+    ) -> None:
         one.updating = True
         try:
             await call(one)

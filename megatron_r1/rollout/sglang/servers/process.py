@@ -82,11 +82,11 @@ class Server:
     def check(self) -> None:
         """Raise NoRolloutCapacity, with the reason from the log, when the server's process has ended."""
         if self.process.poll() is not None:
-            raise NoRolloutCapacity(self.how_it_ended())
+            raise NoRolloutCapacity(self.exit_reason())
 
-    def how_it_ended(self) -> str:
+    def exit_reason(self) -> str:
         """What is known of a server whose process has ended."""
-        return f"SGLang server ended with status {self.process.returncode}: {self.last_words()}"
+        return f"SGLang server ended with status {self.process.returncode}: {self.failure_line()}"
 
     def accepts(self) -> bool:
         """Whether something listens on the server's port."""
@@ -95,7 +95,7 @@ class Server:
             # A socket that connects to a free port may be given that very port, and then it talks to itself.
             return probe.connect_ex((HOST, self.port)) == 0 and probe.getsockname() != probe.getpeername()
 
-    def last_words(self) -> str:
+    def failure_line(self) -> str:
         """The line of the log that tells most about a failure, on one line, with the log's path."""
         with open(self.log, "rb") as file:
             file.seek(self._log_start)

@@ -19,7 +19,7 @@ SHAPE = ("config.json", "generation_config.json")
 """What a server needs to start without weights."""
 
 
-class Starts:
+class ServerFactory:
     """Starts the servers of one engine; arguments are those of the engine.
 
     Raises:

@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sglang.pool.breaker import Changed, backoff_s
-from megatron_r1.rollout.sglang.pool.member import Member
+from megatron_r1.rollout.sglang.pool.breaker import StateChanged, backoff_s
+from megatron_r1.rollout.sglang.pool.member import PoolServer
 from megatron_r1.rollout.sglang.servers.memory import TRAINERS_TURN, ServerMemory
 from megatron_r1.rollout.sglang.servers.process import Server
 from megatron_r1.rollout.sglang.versions import Versions
@@ -73,7 +73,7 @@ class Progress:
         return seconds if seconds > self._timeout else 0.0
 
 
-class Watched:
+class SupervisedServer:
     """One server under watch, of this program or of somebody else.
 
     Args:
@@ -86,10 +86,10 @@ class Watched:
 
     def __init__(
         self,
-        member: Member,
+        member: PoolServer,
         config: SGLangConfig,
         weights: CurrentWeights,
-        changed: Changed,
+        changed: StateChanged,
         launch: Callable[[], Server] | None,
     ):
         self.member, self._config, self._weights, self._changed = member, config, weights, changed
@@ -128,7 +128,7 @@ class Watched:
         while self.server and not self.server.accepts():
             self.server.check()
             if time.monotonic() > deadline:
-                raise NoRolloutCapacity(f"SGLang server does not answer in time: {self.server.last_words()}")
+                raise NoRolloutCapacity(f"SGLang server does not answer in time: {self.server.failure_line()}")
             await asyncio.sleep(0.05)
         await self.member.client.weight_version()
         self.up, self.trouble = True, ""
@@ -142,7 +142,7 @@ class Watched:
             logger.exception("%s: is not watched any more", self.member.name)
             self.up, self.given_up, self.trouble = False, True, f"its watch failed: {error!r}"
             self.member.evict(self.trouble)
-            self._changed.tell()
+            self._changed.notify()
 
     async def _watch(self) -> None:
         while not self.given_up:
@@ -152,9 +152,9 @@ class Watched:
             if self.gone():
                 self.member.version = ""
             self.member.evict(trouble)
-            self._changed.tell()
+            self._changed.notify()
             await self._recover()
-            self._changed.tell()
+            self._changed.notify()
 
     def distrust(self, reason: str) -> None:
         """Have the server started again: nobody knows what it has."""
@@ -177,7 +177,7 @@ class Watched:
             self.member.version = await client.weight_version()
             foreign = first and self._launch is None
             if (foreign or self.member.version != weights.version) and weights.folder:
-                await client.update_weights(str(weights.folder.resolve()), weights.version)
+                await client.load_weights(str(weights.folder.resolve()), weights.version)
                 self.member.version = weights.version
             if self.member.version == weights.version:
                 self.member.open()
@@ -225,7 +225,7 @@ class Watched:
         progress, look_at, silence = Progress(self._config.pool.hang_timeout_s), 0.0, ""
         while True:
             if self.server and self.gone():
-                return self.server.how_it_ended()
+                return self.server.exit_reason()
             if self._distrusted:
                 reason, self._distrusted = self._distrusted, ""
                 return reason
@@ -272,13 +272,13 @@ class Watched:
         self.restarts += 1
         await self.stop()
         self.member.version = ""
-        self._changed.tell()
+        self._changed.notify()
         await self.turn.wait()
         self.launch()
 
 
 @contextlib.asynccontextmanager
-async def watching(servers: list[Watched]) -> Any:
+async def watching(servers: list[SupervisedServer]) -> Any:
     """The servers are watched inside the block."""
     tasks = [asyncio.ensure_future(one.watch()) for one in servers]
     try:

@@ -13,7 +13,7 @@ from math import prod
 
 from megatron_r1.hf.gather import Directory
 from megatron_r1.rollout.sync.buckets import planned
-from megatron_r1.rollout.sync.payload import Outgoing
+from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.layout import expert_number, tensor_split
 from megatron_r1.rollout.sync.strategies import parts_of_stages
 
@@ -51,7 +51,7 @@ class StageTraffic:
         return sum(self.buckets)
 
 
-def traffic(everything: Directory, stages: list[int], outgoing: Outgoing, bucket_bytes: int) -> list[StageTraffic]:
+def traffic(everything: Directory, stages: list[int], outgoing: WeightPayload, bucket_bytes: int) -> list[StageTraffic]:
     """By pipeline stage, what one sync sends.
 
     Args:
@@ -73,7 +73,7 @@ def traffic(everything: Directory, stages: list[int], outgoing: Outgoing, bucket
     return found
 
 
-def needed_by_a_rank(outgoing: Outgoing, engines: Engines) -> int:
+def needed_by_a_rank(outgoing: WeightPayload, engines: Engines) -> int:
     """Bytes of the weights that the fullest rank of a server keeps: its share of what is shared, the rest whole."""
     total = 0
     for native in outgoing.names():

@@ -43,7 +43,7 @@ def joined_name(name: str) -> str:
     return name
 
 
-class Units:
+class FusedGroups:
     """Puts together what belongs together.
 
     Args:
