@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def canonical(value: Any) -> bytes:
+def canonical_json(value: Any) -> bytes:
     """The one JSON text of a value."""
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode("ascii")
 

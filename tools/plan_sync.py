@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from megatron_r1.config.layout import check_degrees
 from megatron_r1.config.load import load
 from megatron_r1.errors import UserError
-from megatron_r1.hf.gather import Directory
+from megatron_r1.hf.gather import ShardDirectory
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.cost import GB, Cluster, Prediction, predict
 from megatron_r1.rollout.sync.plan.layout import predicted
@@ -69,7 +69,7 @@ def report(stages: list[StageTraffic], engines: Engines, needed: int, found: Pre
     )
 
 
-def slices(everything: Directory, stages: list[int], outgoing: WeightPayload, pattern: str) -> Iterator[str]:
+def slices(everything: ShardDirectory, stages: list[int], outgoing: WeightPayload, pattern: str) -> Iterator[str]:
     """Which rank sends which slice of a weight to which leader, and as what it goes on to the servers."""
     for name, (shape, parts) in everything.items():
         if not re.search(pattern, name) or not (items := outgoing.items(name)):
@@ -77,7 +77,7 @@ def slices(everything: Directory, stages: list[int], outgoing: WeightPayload, pa
         leader = stages.index(stages[parts[0].rank])
         yield f"{name} {list(shape)} -> rank {leader} -> {', '.join(item.name for item in items)}"
         for part in parts:
-            place = ", ".join(f"{extent.start}:{extent.stop}" for extent in part.place)
+            place = ", ".join(f"{extent.start}:{extent.stop}" for extent in part.index)
             yield f"    rank {part.rank} [{place}]{' (there already)' if part.rank == leader else ''}"
 
 

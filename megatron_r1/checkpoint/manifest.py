@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import CheckpointDamaged
-from megatron_r1.files import canonical, digest_of
+from megatron_r1.files import canonical_json, digest_of
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
@@ -50,8 +50,8 @@ class Manifest:
             "files": {name: {"size": record.size, "sha256": record.sha256} for name, record in self.files.items()},
             "metadata": self.metadata,
         }
-        digest = hashlib.sha256(canonical(body)).hexdigest()
-        return canonical(body | {"sha256": digest}) + b"\n"
+        digest = hashlib.sha256(canonical_json(body)).hexdigest()
+        return canonical_json(body | {"sha256": digest}) + b"\n"
 
     @staticmethod
     def decode(raw: bytes, folder: Path) -> Manifest:

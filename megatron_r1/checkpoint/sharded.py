@@ -28,7 +28,7 @@ INDEX = "parts"
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A box of numbers out of a whole tensor."""
 
     name: str
@@ -39,7 +39,7 @@ class Part:
     tensor: Tensor
 
 
-def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[Part]) -> dict[str, FileRecord]:
+def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[TensorPart]) -> dict[str, FileRecord]:
     """Write this rank's parts of one kind; a rank that has none writes no file.
 
     Returns:

@@ -20,7 +20,7 @@ from megatron_r1.config.load import resolved
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.hf.audit import AUDIT_FILE, merged
+from megatron_r1.hf.audit import AUDIT_FILE, merge_audits
 from megatron_r1.hf.config import (
     SpecialTokens,
     generation_config,
@@ -38,7 +38,7 @@ from megatron_r1.hf.plan import hf_index, totals
 from megatron_r1.hf.publish import check_replaceable, publish
 from megatron_r1.hf.source import FolderSource, NativeSource
 from megatron_r1.hf.target import FolderTarget, NativeTarget
-from megatron_r1.hf.work import Work, work_folder
+from megatron_r1.hf.workspace import ConversionWorkspace, open_workspace
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.initial_weights import find_checkpoint, hf_folder
 
@@ -114,7 +114,7 @@ def _publish_folder(config: RunConfig, origin: Origin, conversion: Conversion, r
     companions = _companions(origin, conversion.model, target.format)
     check_replaceable(published)
 
-    def finish(work: Work, audit: dict[str, Any]) -> Path:
+    def finish(work: ConversionWorkspace, audit: dict[str, Any]) -> Path:
         write_companions(work.files, *companions)
         write_json(work.files / AUDIT_FILE, audit)
         if len(files := conversion.files()) > 1:
@@ -129,7 +129,7 @@ def _publish_checkpoint(config: RunConfig, origin: Origin, conversion: Conversio
     tree = resolved(config) | {"model": resolved(conversion.model)}
     metadata = {"config": tree, "layout": {"ranks": 1, **asdict(config.parallel)}}
 
-    def finish(work: Work, audit: dict[str, Any]) -> Path:
+    def finish(work: ConversionWorkspace, audit: dict[str, Any]) -> Path:
         def write(folder: Path) -> dict[str, FileRecord]:
             for name in audit["files"]:
                 os.link(work.files / name, folder / name)
@@ -146,14 +146,17 @@ def _publish_checkpoint(config: RunConfig, origin: Origin, conversion: Conversio
 
 
 def _convert(
-    config: RunConfig, conversion: Conversion, run_folder: Path, finish: Callable[[Work, dict[str, Any]], Path]
+    config: RunConfig,
+    conversion: Conversion,
+    run_folder: Path,
+    finish: Callable[[ConversionWorkspace, dict[str, Any]], Path],
 ) -> None:
     """Write the files, publish them, and say what was done."""
     started, size = time.perf_counter(), totals(conversion.files()).nbytes
-    with work_folder(run_folder / f"{config.convert.to}.tmp", conversion.settings()) as work:
+    with open_workspace(run_folder / f"{config.convert.to}.tmp", conversion.settings()) as work:
         with bytes_on_disk(work.written_bytes, size, f"convert {config.name}"):
             records = convert_files(conversion, work, config.convert.workers)
-        audit = merged({name: record.pop("audit") for name, record in records.items()})
+        audit = merge_audits({name: record.pop("audit") for name, record in records.items()})
         about = {"source": config.init.from_, "target": repr(conversion.target), "files": records}
         target = finish(work, about | audit)
     seconds = time.perf_counter() - started

@@ -1,10 +1,12 @@
-"""The proof that nothing was lost: every tensor that was read, every tensor that was written, which became which.
+"""The audit of a conversion: every tensor that was read, every tensor that was written, which became which.
+
+`tools/verify_checkpoint.py` holds a converted folder against it.
 
 `audit.json` of what was converted:
 
     source, target   what was converted, and into what
     files            file -> size, sha256
-    read             the source's tensor -> dtype, shape, sha256 of its bytes, and `to`: who holds its numbers now
+    read             the source's tensor -> dtype, shape, sha256 of its bytes, and `to`: the tensors it became
     written          tensor -> file, dtype, shape, sha256 of its bytes
 """
 
@@ -34,29 +36,29 @@ def described(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": digest}
 
 
-def audit_of_row(read: Mapping[str, Tensor], row: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Audit:
-    """What one row of the table adds to the audit of one file.
+def audit_of_mapping(read: Mapping[str, Tensor], written: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Audit:
+    """What the tensors of one parameter mapping add to the audit of one file.
 
     Args:
         read: the source's tensors.
-        row: all that they became.
-        here: what of it is in this file.
+        written: all tensors that they became.
+        here: those of `written` that are in this file.
     """
     known: dict[int, dict[str, Any]] = {}  # by identity: what is only passed on, or repeated, is hashed once
 
-    def once(tensor: Tensor) -> dict[str, Any]:
+    def describe_once(tensor: Tensor) -> dict[str, Any]:
         if id(tensor) not in known:
             known[id(tensor)] = described(tensor)
         return dict(known[id(tensor)])
 
-    heirs = {name: [heir for heir in _heirs(name, row) if heir in here] for name in read}
+    written_to = {name: [to for to in written_names(name, written) if to in here] for name in read}
     return {
-        "read": {name: once(read[name]) | {"to": to} for name, to in heirs.items() if to},
-        "written": {name: once(tensor) for name, tensor in here.items()},
+        "read": {name: describe_once(read[name]) | {"to": to} for name, to in written_to.items() if to},
+        "written": {name: describe_once(tensor) for name, tensor in here.items()},
     }
 
 
-def merged(audits: Mapping[str, Audit]) -> Audit:
+def merge_audits(audits: Mapping[str, Audit]) -> Audit:
     """One audit of the audits of all files.
 
     Raises:
@@ -95,11 +97,11 @@ def check_audit(audit: Audit, written: Mapping[str, Tensor], read: Mapping[str, 
     Raises:
         DataError: names the first that differs, or whose numbers went nowhere or came from nowhere.
     """
-    heirs = {heir for tensor in audit["read"].values() for heir in tensor["to"]}
+    to_names = {to for tensor in audit["read"].values() for to in tensor["to"]}
     for name, tensor in audit["read"].items():
         if not tensor["to"]:
             raise DataError(f"{name}: was read, and nothing holds its numbers")
-    if strange := heirs ^ audit["written"].keys():
+    if strange := to_names ^ audit["written"].keys():
         raise DataError(f"{min(strange)}: read and written tensors of the audit do not match")
     _compare(audit["written"], written)
     if read is not None:
@@ -107,18 +109,18 @@ def check_audit(audit: Audit, written: Mapping[str, Tensor], read: Mapping[str, 
     return len(audit["written"]) + (len(audit["read"]) if read is not None else 0)
 
 
-def _compare(said: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
-    if different := said.keys() ^ set(tensors):
+def _compare(recorded: Mapping[str, dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    if different := recorded.keys() ^ set(tensors):
         name = min(different)
-        raise DataError(f"{name}: {'is missing' if name in said else 'is not in the audit'}")
-    for name, expected in said.items():
+        raise DataError(f"{name}: {'is missing' if name in recorded else 'is not in the audit'}")
+    for name, expected in recorded.items():
         found = described(tensors[name])
         for key, value in found.items():
             if value != expected[key]:
                 raise DataError(f"{name}: {key} is {value}, in the audit {expected[key]}")
 
 
-def _heirs(name: str, row: Mapping[str, Tensor]) -> list[str]:
-    """Who holds a tensor's numbers: the tensor of its name with its scales, else all of the row."""
+def written_names(name: str, written: Mapping[str, Tensor]) -> list[str]:
+    """The written tensors that hold a read tensor's numbers: the one of its name with its scales, else all of them."""
     weight = name.removesuffix(SCALE_SUFFIX)
-    return [heir for heir in row if heir.removesuffix(SCALE_SUFFIX) == weight] or list(row)
+    return [to for to in written if to.removesuffix(SCALE_SUFFIX) == weight] or list(written)

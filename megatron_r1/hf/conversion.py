@@ -1,4 +1,4 @@
-"""From a source to files, one tensor in memory at a time: by several processes, and going on after an interruption."""
+"""From a source to files, one tensor in memory at a time, by several processes; an interrupted conversion resumes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, TensorFile
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import UserError
-from megatron_r1.hf.audit import audit_of_row
-from megatron_r1.hf.names import rows
+from megatron_r1.hf.audit import audit_of_mapping
+from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import PlannedFile, plan_files
-from megatron_r1.hf.row import Row
-from megatron_r1.hf.source import Source, Taken, digest_of_value
+from megatron_r1.hf.source import Source, TensorRead, digest_of_value
 from megatron_r1.hf.target import Target
-from megatron_r1.hf.work import Work
+from megatron_r1.hf.workspace import ConversionWorkspace
 
 
 class ConversionStopped(UserError):
@@ -39,12 +39,12 @@ class Conversion:
     source: Source
     target: Target
     model: ModelConfig
-    """Of what is written: the source's, but for its type and the rows of its vocabulary."""
+    """Of what is written: the source's, but for its type and the size of its vocabulary."""
     shard_bytes: int
 
     def files(self) -> list[PlannedFile]:
         """The files to be written."""
-        return plan_files(rows(self.model), self.target.entries, self.shard_bytes, self.target.file_name)
+        return plan_files(param_mappings(self.model), self.target.entries, self.shard_bytes, self.target.file_name)
 
     def settings(self) -> str:
         """Hash of all that decides what is written."""
@@ -55,7 +55,9 @@ class Conversion:
         return digest_of_value([self.source.fingerprint(), repr(self.target), plan])
 
 
-def convert_files(conversion: Conversion, work: Work, workers: int = 1) -> dict[str, dict[str, Any]]:
+def convert_files(
+    conversion: Conversion, workspace: ConversionWorkspace, workers: int = 1
+) -> dict[str, dict[str, Any]]:
     """Write what is not finished yet.
 
     Args:
@@ -69,39 +71,39 @@ def convert_files(conversion: Conversion, work: Work, workers: int = 1) -> dict[
         ConversionStopped: a process died or the disk is full.
     """
     names = [file.name for file in conversion.files()]
-    finished = work.finished(names)
+    finished = workspace.finished(names)
     waiting = [number for number, name in enumerate(names) if name not in finished]
     try:
         if workers == 1 or len(waiting) < 2:
-            write_files(conversion, work, waiting)
+            write_files(conversion, workspace, waiting)
         else:
-            _divide(conversion, work, [waiting[first::workers] for first in range(min(workers, len(waiting)))])
+            _divide(conversion, workspace, [waiting[first::workers] for first in range(min(workers, len(waiting)))])
     except OSError as error:
-        reason = f"{error.strerror or error}: {error.filename or work.files}"
+        reason = f"{error.strerror or error}: {error.filename or workspace.files}"
         raise ConversionStopped(f"{reason}; the same command goes on with what is finished") from error
-    return work.records(names)
+    return workspace.records(names)
 
 
-def write_files(conversion: Conversion, work: Work, numbers: Sequence[int]) -> None:
+def write_files(conversion: Conversion, workspace: ConversionWorkspace, numbers: Sequence[int]) -> None:
     """Write files of the plan, one after the other, each recorded when it is durable."""
     if not numbers:
         return
     files = conversion.files()
-    there = {row.native: row for row in rows(conversion.source.model)}
+    source_mappings = {mapping.native: mapping for mapping in param_mappings(conversion.source.model)}
     with conversion.source.open() as reader:
 
-        def take(row: Row) -> Taken:
-            taken = reader.take(there[row.native])
-            fitted = [part.with_rows(shape[0]) for part, shape in zip(taken.parts, row.part_shapes, strict=True)]
-            return Taken(fitted, taken.read)
+        def read_tensors(mapping: ParamMapping) -> TensorRead:
+            found = reader.read(source_mappings[mapping.native])
+            fitted = [part.with_rows(shape[0]) for part, shape in zip(found.parts, mapping.part_shapes, strict=True)]
+            return TensorRead(fitted, found.source)
 
         for number in numbers:
-            file, audit = write_file(files[number], take, conversion.target, work.files)
-            work.record(files[number].name, file, audit)
+            file, audit = write_file(files[number], read_tensors, conversion.target, workspace.files)
+            workspace.record(files[number].name, file, audit)
 
 
 def write_file(
-    planned: PlannedFile, take: Callable[[Row], Taken], target: Target, folder: Path
+    planned: PlannedFile, read_tensors: Callable[[ParamMapping], TensorRead], target: Target, folder: Path
 ) -> tuple[FileRecord, dict[str, Any]]:
     """Write one file; returns its record and the audit of its tensors."""
     entries, metadata = target.header(planned.entries)
@@ -110,11 +112,11 @@ def write_file(
     written: dict[str, Any] = {}
     # Its hashes are taken while the same tensors are written: both leave Python's lock to others.
     with TensorFile(folder / planned.name, entries, metadata) as file, ThreadPoolExecutor(1) as hashing:
-        for piece in planned.pieces:
-            taken = take(piece.row)
-            encoded = target.encode(piece.row, taken.parts)
-            here = {entry.name: encoded[entry.name] for entry in piece.entries}
-            hashes = hashing.submit(audit_of_row, taken.read, encoded, here)
+        for segment in planned.segments:
+            found = read_tensors(segment.mapping)
+            encoded = target.encode(segment.mapping, found.parts)
+            here = {entry.name: encoded[entry.name] for entry in segment.entries}
+            hashes = hashing.submit(audit_of_mapping, found.source, encoded, here)
             for tensor in here.values():
                 file.write(next(names_in_file).name, tensor)
             audit = hashes.result()
@@ -124,14 +126,16 @@ def write_file(
     return record, {"read": read, "written": written}
 
 
-def _divide(conversion: Conversion, work: Work, shares: list[list[int]]) -> None:
+def _divide(conversion: Conversion, workspace: ConversionWorkspace, shares: list[list[int]]) -> None:
     """Let a process write each share; the first that fails ends the others."""
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, Any] = {}
     try:
         for share in shares:
             mine, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(theirs, write_files, conversion, work, share), daemon=True)
+            process = context.Process(
+                target=_write_share, args=(theirs, write_files, conversion, workspace, share), daemon=True
+            )
             process.start()
             theirs.close()  # so that its end shows here
             processes[mine] = process
@@ -156,11 +160,11 @@ def _divide(conversion: Conversion, work: Work, shares: list[list[int]]) -> None
             process.join()
 
 
-def _work(
+def _write_share(
     connection: Connection,
-    write: Callable[[Conversion, Work, Sequence[int]], None],
+    write: Callable[[Conversion, ConversionWorkspace, Sequence[int]], None],
     conversion: Conversion,
-    work: Work,
+    workspace: ConversionWorkspace,
     numbers: Sequence[int],
 ) -> None:
     """What one process does: its share, then None or what went wrong to the one that started it."""
@@ -168,7 +172,7 @@ def _work(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
-        write(conversion, work, numbers)
+        write(conversion, workspace, numbers)
     except (UserError, OSError) as error:
         connection.send(error)
     else:

@@ -26,10 +26,10 @@ from megatron_r1.hf.config import (
     special_tokens,
     write_json,
 )
-from megatron_r1.hf.names import canonical, rows
+from megatron_r1.hf.names import canonical_name, param_mappings
+from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import hf_file_name
 from megatron_r1.hf.publish import published
-from megatron_r1.hf.row import Row
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000
@@ -115,20 +115,20 @@ def hf_tensors(
         DataError: a tensor is unknown, missing, doubled or has the wrong shape. What is missing shows at the end.
     """
     dtype = dtype or getattr(torch, DTYPE_NAMES[model.precision])
-    for row, tensor in _matched(tensors, model, include_mtp, complete):
-        yield from _parts(row, tensor.detach(), torch.float32 if row.float32 else dtype)
+    for mapping, tensor in _matched(tensors, model, include_mtp, complete):
+        yield from _parts(mapping, tensor.detach(), torch.float32 if mapping.float32 else dtype)
         del tensor  # not held while the next is put together
 
 
 def _matched(
     tensors: Iterable[tuple[str, Tensor]], model: ModelConfig, include_mtp: bool, complete: bool
-) -> Iterator[tuple[Row, Tensor]]:
-    """Pair each tensor with its row of the table, each row once; with `complete` every row must be met."""
-    table = {row.native: row for row in rows(model)}
-    written = {row.native: row for row in rows(model, include_mtp)}
+) -> Iterator[tuple[ParamMapping, Tensor]]:
+    """Pair each tensor with its mapping, each mapping once; with `complete` every mapping must be met."""
+    table = {mapping.native: mapping for mapping in param_mappings(model)}
+    written = {mapping.native: mapping for mapping in param_mappings(model, include_mtp)}
     seen: set[str] = set()
     for name, tensor in tensors:
-        native = canonical(name)
+        native = canonical_name(name)
         if native not in table:
             raise DataError(f"{name}: no tensor of this model has that name")
         if native in seen:
@@ -143,10 +143,10 @@ def _matched(
         raise DataError(f"{min(missing)}: missing; tensors missing in all: {len(missing)}")
 
 
-def _parts(row: Row, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _parts(mapping: ParamMapping, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     tensor = tensor.to(dtype)
-    yield from zip(row.hf, row.split(tensor), strict=True)
-    for name in row.copies:
+    yield from zip(mapping.hf, mapping.split(tensor), strict=True)
+    for name in mapping.copies:
         yield name, tensor.clone()  # safetensors refuses two names for one memory
 
 

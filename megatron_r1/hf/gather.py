@@ -22,16 +22,17 @@ def stage_leaders() -> list[int]:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where a shard lies, as other ranks need to know it."""
+class ShardLocation:
+    """Which rank holds a shard, and where it lies in the whole tensor."""
 
     rank: int
-    place: tuple[slice, ...]
+    index: tuple[slice, ...]
+    """The shard as an index into the whole tensor."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-Directory = dict[str, tuple[tuple[int, ...], list[Part]]]
+ShardDirectory = dict[str, tuple[tuple[int, ...], list[ShardLocation]]]
 """Whole tensors by name: the shape, and the parts in one order that all ranks share."""
 
 
@@ -52,31 +53,31 @@ def whole_tensors(
     Raises:
         DataError: the ranks' shards do not make up a whole tensor.
     """
-    mine_too = stage is None or stage == pipeline_stage()
-    owned = [shard for shard in shards(model, of) if shard.owned and mine_too]
+    this_stage = stage is None or stage == pipeline_stage()
+    owned = [shard for shard in shards(model, of) if shard.owned and this_stage]
     yield from gather_whole(owned, next(model.parameters()).device, to_rank)
 
 
 def gather_whole(owned: list[Shard], device: torch.device, to_rank: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Collective over all ranks: whole tensors from the shards that each rank speaks for; see `whole_tensors`.
+    """Collective over all ranks: whole tensors from the shards that each rank owns; see `whole_tensors`.
 
     Args:
         owned: this rank's; their memory may be anywhere.
         device: where ranks send from and receive at.
     """
-    yield from assemble(directory(owned), owned, device, to_rank)
+    yield from assemble(shard_directory(owned), owned, device, to_rank)
 
 
-def directory(owned: list[Shard]) -> Directory:
+def shard_directory(owned: list[Shard]) -> ShardDirectory:
     """Collective over all ranks: every rank's owned shards, by whole tensor in name order.
 
     Raises:
         DataError: the ranks' shards do not make up a whole tensor.
     """
     rank = dist.get_rank()
-    told = [(s.name, s.whole_shape, Part(rank, s.place, tuple(s.tensor.shape), s.tensor.dtype)) for s in owned]
-    found: Directory = {}
-    for name, shape, part in (entry for entries in all_gather_object(told) for entry in entries):
+    mine = [(s.name, s.whole_shape, ShardLocation(rank, s.index, tuple(s.tensor.shape), s.tensor.dtype)) for s in owned]
+    found: ShardDirectory = {}
+    for name, shape, part in (entry for entries in all_gather_object(mine) for entry in entries):
         found.setdefault(name, (shape, []))[1].append(part)
     for name, (shape, parts) in found.items():
         if sum(_size(part.shape) for part in parts) != _size(shape):
@@ -85,7 +86,7 @@ def directory(owned: list[Shard]) -> Directory:
 
 
 def assemble(
-    entries: Directory, owned: list[Shard], device: torch.device, to_rank: int = 0
+    entries: ShardDirectory, owned: list[Shard], device: torch.device, to_rank: int = 0
 ) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors, one at a time; collective over the ranks that have a part of `entries`, and `to_rank`.
 
@@ -111,21 +112,21 @@ def assemble(
         else:
             whole = torch.empty(shape, dtype=parts[0].dtype, device=device)
             for part in parts:
-                _fill(whole[part.place], part, next(local).tensor if part.rank == rank else None)
+                _fill(whole[part.index], part, next(local).tensor if part.rank == rank else None)
             yield name, whole
             del whole  # not held while the next is put together
 
 
-def _fill(place: Tensor, part: Part, local: Tensor | None) -> None:
+def _fill(target: Tensor, part: ShardLocation, local: Tensor | None) -> None:
     """Put a part where it belongs: this rank's own, or the one that another rank sends."""
     if local is not None:
-        place.copy_(local)
-    elif place.is_contiguous():
-        dist.recv(place, part.rank)
+        target.copy_(local)
+    elif target.is_contiguous():
+        dist.recv(target, part.rank)
     else:
-        buffer = torch.empty(part.shape, dtype=part.dtype, device=place.device)
+        buffer = torch.empty(part.shape, dtype=part.dtype, device=target.device)
         dist.recv(buffer, part.rank)
-        place.copy_(buffer)
+        target.copy_(buffer)
 
 
 def _size(shape: tuple[int, ...]) -> int:

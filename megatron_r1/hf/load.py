@@ -15,7 +15,7 @@ from megatron_r1.hf.config import format_of, read_json
 from megatron_r1.hf.families import FAMILIES
 from megatron_r1.hf.families.family import Family, read_rope
 from megatron_r1.hf.folder import TensorFolder, refuse
-from megatron_r1.hf.names import rows
+from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.plan import FORMATS
 from megatron_r1.hf.source import FolderReader, folder_problems
 
@@ -36,18 +36,18 @@ class NativeTensors(Mapping[str, Tensor]):
         tensors = TensorFolder(folder)
         refuse(folder, folder_problems(tensors, model, format, include_mtp))
         self._reader, self._dtype = FolderReader(tensors, format), FORMATS[format]
-        self._rows = {row.native: row for row in rows(model, include_mtp)}
+        self._mappings = {mapping.native: mapping for mapping in param_mappings(model, include_mtp)}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self._mappings)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._mappings)
 
     def __getitem__(self, name: str) -> Tensor:
-        row = self._rows[name]
-        dtype = torch.float32 if row.float32 else self._dtype
-        return row.join([part.to(dtype) for part in self._reader.take(row).parts])
+        mapping = self._mappings[name]
+        dtype = torch.float32 if mapping.float32 else self._dtype
+        return mapping.join([part.to(dtype) for part in self._reader.read(mapping).parts])
 
 
 def load_tensors(folder: Path, model: ModelConfig, include_mtp: bool = True) -> Iterator[tuple[str, Tensor]]:

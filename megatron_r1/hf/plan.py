@@ -16,17 +16,17 @@ import torch
 
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry
 from megatron_r1.hf.fp8_blocks import FP8, SCALE_SUFFIX, scale_shape
-from megatron_r1.hf.row import Row
+from megatron_r1.hf.param_mapping import ParamMapping
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Of a Hugging Face folder, with the type of what is not quantised."""
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """What one row of the table puts into one file."""
+class FileSegment:
+    """The tensors of one mapping that go into one file."""
 
-    row: Row
+    mapping: ParamMapping
     entries: tuple[Entry, ...]
 
 
@@ -35,11 +35,11 @@ class PlannedFile:
     """A file to be written."""
 
     name: str
-    pieces: tuple[Piece, ...]
+    segments: tuple[FileSegment, ...]
 
     @property
     def entries(self) -> list[Entry]:
-        return [entry for piece in self.pieces for entry in piece.entries]
+        return [entry for segment in self.segments for entry in segment.entries]
 
     @property
     def nbytes(self) -> int:
@@ -47,47 +47,47 @@ class PlannedFile:
         return sum(entry.nbytes for entry in self.entries)
 
 
-def hf_entries(row: Row, format: str, plain: torch.dtype | None = None) -> list[Entry]:
-    """The Hugging Face tensors of a row in one of FORMATS, a weight before its scales.
+def hf_entries(mapping: ParamMapping, format: str, plain: torch.dtype | None = None) -> list[Entry]:
+    """The Hugging Face tensors of a mapping in one of FORMATS, a weight before its scales.
 
     Args:
         plain: type of what is not quantised, by default the format's.
     """
-    dtype = torch.float32 if row.float32 else plain or FORMATS[format]
-    if format != "fp8" or not row.quantised:
-        return [Entry(name, dtype, shape) for name, shape in row.hf_shapes.items()]
+    dtype = torch.float32 if mapping.float32 else plain or FORMATS[format]
+    if format != "fp8" or not mapping.quantised:
+        return [Entry(name, dtype, shape) for name, shape in mapping.hf_shapes.items()]
     entries: list[Entry] = []
-    for name, shape in row.hf_shapes.items():
+    for name, shape in mapping.hf_shapes.items():
         entries += [Entry(name, FP8, shape), Entry(name + SCALE_SUFFIX, torch.float32, scale_shape(shape))]
     return entries
 
 
 def plan_files(
-    rows: Iterable[Row],
-    entries_of: Callable[[Row], Sequence[Entry]],
+    mappings: Iterable[ParamMapping],
+    entries_of: Callable[[ParamMapping], Sequence[Entry]],
     shard_bytes: int,
     name_of: Callable[[int, int], str],
 ) -> list[PlannedFile]:
-    """Divide the tensors of all rows, in order, into files of at most `shard_bytes` (one tensor may be larger).
+    """Divide the tensors of all mappings, in order, into files of at most `shard_bytes` (one tensor may be larger).
 
     Args:
-        entries_of: the tensors that a row becomes.
+        entries_of: the tensors that a mapping becomes.
         name_of: number of a file from 0, and how many there are -> its name.
     """
-    files: list[list[Piece]] = [[]]
+    files: list[list[FileSegment]] = [[]]
     filled = 0
-    for row in rows:
+    for mapping in mappings:
         here: list[Entry] = []
-        for entry in entries_of(row):
+        for entry in entries_of(mapping):
             if filled and filled + entry.nbytes > shard_bytes:
                 if here:
-                    files[-1].append(Piece(row, tuple(here)))
+                    files[-1].append(FileSegment(mapping, tuple(here)))
                 files.append([])
                 here, filled = [], 0
             here.append(entry)
             filled += entry.nbytes
-        files[-1].append(Piece(row, tuple(here)))
-    return [PlannedFile(name_of(number, len(files)), tuple(pieces)) for number, pieces in enumerate(files)]
+        files[-1].append(FileSegment(mapping, tuple(here)))
+    return [PlannedFile(name_of(number, len(files)), tuple(segments)) for number, segments in enumerate(files)]
 
 
 def hf_file_name(number: int, files: int) -> str:
@@ -103,7 +103,7 @@ def hf_index(files: Sequence[PlannedFile]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class PlanTotals:
     """How much a plan is."""
 
     files: int
@@ -117,10 +117,10 @@ class Totals:
         return sum(self.bytes_by_type.values())
 
 
-def totals(files: Sequence[PlannedFile]) -> Totals:
+def totals(files: Sequence[PlannedFile]) -> PlanTotals:
     """Count what a plan will write."""
     entries = [entry for file in files for entry in file.entries]
     by_type: Counter[str] = Counter()
     for entry in entries:
         by_type[TYPE_NAMES[entry.dtype]] += entry.nbytes
-    return Totals(len(files), len(entries), sum(prod(entry.shape) for entry in entries), dict(by_type))
+    return PlanTotals(len(files), len(entries), sum(prod(entry.shape) for entry in entries), dict(by_type))

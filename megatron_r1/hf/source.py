@@ -1,7 +1,7 @@
 """Where a model's tensors are read from: a native checkpoint or a Hugging Face folder, behind one interface.
 
-A source is a small value that can be sent to another process. Opened, it gives the tensors of one row of the table at a
-time, as Hugging Face divides them, and says which stored tensors it took them from.
+A source is a small value that can be sent to another process. Opened, it reads the tensors of one parameter mapping
+at a time, as Hugging Face divides them, and says which stored tensors they come from.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from megatron_r1.checkpoint.sharded import WholeTensors
 from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical as canonical_json
+from megatron_r1.files import canonical_json
 from megatron_r1.hf.folder import INDEX_FILE, TensorFolder, problems
 from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, Stored
-from megatron_r1.hf.names import canonical, rows
+from megatron_r1.hf.names import canonical_name, param_mappings
+from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries
-from megatron_r1.hf.row import Row
 
 
-class Taken(NamedTuple):
-    """The tensors of one row."""
+class TensorRead(NamedTuple):
+    """The tensors of one parameter mapping."""
 
     parts: list[Stored]
     """As Hugging Face divides them."""
-    read: dict[str, Tensor]
-    """What they were taken from: the source's own names and tensors."""
+    source: dict[str, Tensor]
+    """The stored tensors that they were read from, by the source's own names."""
 
 
 class Reader(Protocol):
     """An open source."""
 
-    def take(self, row: Row) -> Taken:
+    def read(self, mapping: ParamMapping) -> TensorRead:
         """
         Raises:
             DataError: the numbers are not what the source says they are.
@@ -84,11 +84,13 @@ class NativeSource:
         found: dict[str, Entry] = {}
         twice = []
         for name, entry in entries.items():
-            if canonical(name) in found:
+            if canonical_name(name) in found:
                 twice.append(f"{name}: given twice, by an old name and a new one")
-            found[canonical(name)] = entry
-        wanted = [Entry(row.native, torch.float32, row.native_shape) for row in rows(self.model)]
-        return twice + problems(wanted, found, {row.native: torch.bfloat16 for row in rows(self.model)})
+            found[canonical_name(name)] = entry
+        wanted = [Entry(mapping.native, torch.float32, mapping.native_shape) for mapping in param_mappings(self.model)]
+        return twice + problems(
+            wanted, found, {mapping.native: torch.bfloat16 for mapping in param_mappings(self.model)}
+        )
 
     def fingerprint(self) -> Any:
         manifest = (self.folder / MANIFEST_NAME).read_bytes()
@@ -98,12 +100,12 @@ class NativeSource:
 class _NativeReader:
     def __init__(self, tensors: WholeTensors):
         self._tensors = tensors
-        self._names = {canonical(name): name for name in tensors}
+        self._names = {canonical_name(name): name for name in tensors}
 
-    def take(self, row: Row) -> Taken:
-        name = self._names[row.native]
+    def read(self, mapping: ParamMapping) -> TensorRead:
+        name = self._names[mapping.native]
         tensor = self._tensors[name]
-        return Taken([Stored(part) for part in row.split(tensor)], {name: tensor})
+        return TensorRead([Stored(part) for part in mapping.split(tensor)], {name: tensor})
 
 
 @dataclass(frozen=True)
@@ -144,33 +146,33 @@ class FolderSource:
 
 
 class FolderReader:
-    """Reads rows from a folder whose headers were found to be right."""
+    """Reads the tensors of a folder whose headers were found to be right."""
 
     def __init__(self, folder: TensorFolder, format: str):
         self._folder, self._fp8 = folder, format == "fp8"
 
-    def take(self, row: Row) -> Taken:
-        read: dict[str, Tensor] = {}
+    def read(self, mapping: ParamMapping) -> TensorRead:
+        source: dict[str, Tensor] = {}
         parts = []
-        for name in row.hf:
-            read[name] = self._folder[name]
+        for name in mapping.hf:
+            source[name] = self._folder[name]
             scale = None
-            if self._fp8 and row.quantised:
-                scale = read[name + SCALE_SUFFIX] = _scale(self._folder, name + SCALE_SUFFIX)
-            parts.append(Stored(read[name], scale))
-        for name in row.copies:
-            read[name] = self._folder[name]
-            if not torch.equal(read[name], read[row.hf[0]]):
-                raise DataError(f"{self._folder.folder}: {name} differs from {row.hf[0]}, which it repeats")
-        return Taken(parts, read)
+            if self._fp8 and mapping.quantised:
+                scale = source[name + SCALE_SUFFIX] = _scale(self._folder, name + SCALE_SUFFIX)
+            parts.append(Stored(source[name], scale))
+        for name in mapping.copies:
+            source[name] = self._folder[name]
+            if not torch.equal(source[name], source[mapping.hf[0]]):
+                raise DataError(f"{self._folder.folder}: {name} differs from {mapping.hf[0]}, which it repeats")
+        return TensorRead(parts, source)
 
 
 def folder_problems(folder: TensorFolder, model: ModelConfig, format: str, include_mtp: bool = True) -> list[str]:
     """What a folder lacks or has too much or in the wrong shape or type."""
-    table = rows(model, include_mtp)
-    wanted = [entry for row in table for entry in hf_entries(row, format)]
+    table = param_mappings(model, include_mtp)
+    wanted = [entry for mapping in table for entry in hf_entries(mapping, format)]
     # transformers casts the balancing bias with the rest of a model that is cast.
-    also = {name: FORMATS[format] for row in table if row.float32 for name in row.hf}
+    also = {name: FORMATS[format] for mapping in table if mapping.float32 for name in mapping.hf}
     return problems(wanted, folder.entries, also)
 
 

@@ -14,19 +14,19 @@ from megatron_r1.checkpoint.sharded import INDEX
 from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.errors import DataError
 from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, Stored, quantise_blocks
+from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries, hf_file_name
-from megatron_r1.hf.row import Row
 
 
 class Target(Protocol):
     """A way to write tensors; a small value that can be sent to another process."""
 
-    def entries(self, row: Row) -> list[Entry]:
-        """What a row of the table becomes."""
+    def entries(self, mapping: ParamMapping) -> list[Entry]:
+        """What a parameter mapping becomes."""
         ...
 
-    def encode(self, row: Row, parts: Sequence[Stored]) -> dict[str, Tensor]:
-        """The tensors of these entries by name, from the row's parts as Hugging Face divides them.
+    def encode(self, mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
+        """The tensors of these entries by name, from the mapping's parts as Hugging Face divides them.
 
         Raises:
             DataError: the format has no place for the numbers.
@@ -46,15 +46,15 @@ class FolderTarget:
 
     format: str
 
-    def entries(self, row: Row) -> list[Entry]:
-        return hf_entries(row, self.format)
+    def entries(self, mapping: ParamMapping) -> list[Entry]:
+        return hf_entries(mapping, self.format)
 
-    def encode(self, row: Row, parts: Sequence[Stored]) -> dict[str, Tensor]:
-        if self.format == "fp8" and row.quantised:
-            return _quantised(row, parts)
-        dtype = torch.float32 if row.float32 else FORMATS[self.format]
-        tensors = {name: part.to(dtype) for name, part in zip(row.hf, parts, strict=True)}
-        return tensors | dict.fromkeys(row.copies, tensors[row.hf[0]])
+    def encode(self, mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
+        if self.format == "fp8" and mapping.quantised:
+            return _quantised(mapping, parts)
+        dtype = torch.float32 if mapping.float32 else FORMATS[self.format]
+        tensors = {name: part.to(dtype) for name, part in zip(mapping.hf, parts, strict=True)}
+        return tensors | dict.fromkeys(mapping.copies, tensors[mapping.hf[0]])
 
     def file_name(self, number: int, files: int) -> str:
         return hf_file_name(number, files)
@@ -70,11 +70,11 @@ class NativeTarget:
     precision: str
     kind: str = "model"
 
-    def entries(self, row: Row) -> list[Entry]:
-        return [Entry(row.native, self._dtype(row), row.native_shape)]
+    def entries(self, mapping: ParamMapping) -> list[Entry]:
+        return [Entry(mapping.native, self._dtype(mapping), mapping.native_shape)]
 
-    def encode(self, row: Row, parts: Sequence[Stored]) -> dict[str, Tensor]:
-        return {row.native: row.join([part.to(self._dtype(row)) for part in parts])}
+    def encode(self, mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
+        return {mapping.native: mapping.join([part.to(self._dtype(mapping)) for part in parts])}
 
     def file_name(self, number: int, files: int) -> str:
         return f"{self.kind}-{number:05d}.safetensors"
@@ -84,13 +84,13 @@ class NativeTarget:
         index = [[entry.name, entry.shape, (0,) * len(entry.shape)] for entry in entries]
         return numbered, {INDEX: json.dumps(index)}
 
-    def _dtype(self, row: Row) -> torch.dtype:
-        return torch.float32 if row.float32 else FORMATS[self.precision]
+    def _dtype(self, mapping: ParamMapping) -> torch.dtype:
+        return torch.float32 if mapping.float32 else FORMATS[self.precision]
 
 
-def _quantised(row: Row, parts: Sequence[Stored]) -> dict[str, Tensor]:
+def _quantised(mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, part in zip(row.hf, parts, strict=True):
+    for name, part in zip(mapping.hf, parts, strict=True):
         if part.scale_inv is None:
             try:
                 part = quantise_blocks(part.weight)

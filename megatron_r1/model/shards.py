@@ -32,10 +32,10 @@ class Shard:
     tensor: Tensor
     """The part itself: a view of the model's memory."""
     owned: bool
-    """Whether, of all ranks that hold this part, this is the one that speaks for it."""
+    """Whether this rank, of all that hold this part, sends and saves it."""
 
     @property
-    def place(self) -> tuple[slice, ...]:
+    def index(self) -> tuple[slice, ...]:
         """The part as an index into the whole tensor."""
         return tuple(slice(start, start + size) for start, size in zip(self.offset, self.tensor.shape, strict=True))
 
@@ -49,9 +49,9 @@ def shards(model: Model, of: Callable[[Tensor], Tensor | None] = Tensor.detach) 
     """
     entries = (entry for part in chunks(model) for entry in part.sharded_state_dict().values())
     for entry in entries:
-        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or (shown := of(entry.data)) is None:
+        if not isinstance(entry, ShardedTensor | ShardedTensorFactory) or (value := of(entry.data)) is None:
             continue
-        entry.data = shown
+        entry.data = value
         if isinstance(entry, ShardedTensorFactory):
             yield from map(_shard, entry.build())
         else:
@@ -90,7 +90,7 @@ def initialise(model: Model, std: float, seed: int) -> None:
         digest = hashlib.sha256(f"{seed}/{shard.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         whole = torch.randn(shard.whole_shape, generator=generator, dtype=torch.float32)
-        shard.tensor.copy_(whole[shard.place] * std)
+        shard.tensor.copy_(whole[shard.index] * std)
 
 
 def load_whole_tensors(model: Model, tensors: Mapping[str, Tensor]) -> None:
@@ -117,4 +117,4 @@ def part_of(tensors: Mapping[str, Tensor], shard: Shard) -> Tensor:
     whole = tensors[shard.name]
     if tuple(whole.shape) != shard.whole_shape:
         raise DataError(f"{shard.name}: has shape {tuple(whole.shape)}, must have {shard.whole_shape}")
-    return whole[shard.place]
+    return whole[shard.index]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import FileRecord
-from megatron_r1.checkpoint.sharded import Part, write_parts
+from megatron_r1.checkpoint.sharded import TensorPart, write_parts
 from megatron_r1.checkpoint.tensors import write_state, write_tensors
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.model.shards import Shard
@@ -22,7 +22,7 @@ class Snapshot:
     """One rank's share of a checkpoint."""
 
     rank: int
-    parts: dict[str, list[Part]] = field(default_factory=dict)
+    parts: dict[str, list[TensorPart]] = field(default_factory=dict)
     """Parts of whole tensors, by kind."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Tensors of this rank alone, by kind."""
@@ -36,7 +36,7 @@ class Snapshot:
         for kind, shard in shards:
             tensor = shard.tensor.detach()
             tensor = tensor.to("cpu", copy=True) if copy else tensor.cpu()
-            self.parts.setdefault(kind, []).append(Part(shard.name, shard.whole_shape, shard.offset, tensor))
+            self.parts.setdefault(kind, []).append(TensorPart(shard.name, shard.whole_shape, shard.offset, tensor))
 
     def write(self, folder: Path) -> dict[str, FileRecord]:
         """Write all of it; returns the files with their hashes."""

@@ -24,7 +24,7 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError, Requeue
 from megatron_r1.model.build import build_model
 from megatron_r1.model.chunks import Model
-from megatron_r1.model.fp8.apply import Fp8Plan, merged
+from megatron_r1.model.fp8.apply import Fp8Plan, merge_plans
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
 from megatron_r1.parallel.comm import AllRanks, all_gather_object
 from megatron_r1.parallel.mesh import process_groups
@@ -183,7 +183,7 @@ def log_precision(model: Any, folder: Path) -> None:
     plan: Fp8Plan | None = getattr(model, "fp8_plan", None)
     if plan is None:
         return
-    plan = merged(all_gather_object(plan))
+    plan = merge_plans(all_gather_object(plan))
     if dist.get_rank() == 0:
         (folder / "precision.json").write_text(json.dumps(asdict(plan), indent=1))
         print("\n".join(plan.lines()), file=sys.stderr)

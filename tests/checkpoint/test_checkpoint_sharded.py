@@ -9,28 +9,28 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_r1.checkpoint.sharded import Part, WholeTensors, write_parts
+from megatron_r1.checkpoint.sharded import TensorPart, WholeTensors, write_parts
 from megatron_r1.errors import DataError
 
 WHOLE = torch.arange(24.0).reshape(4, 6)
 COUNT = torch.tensor(7.0)
 
 
-def part(rows: slice, columns: slice) -> Part:
-    return Part("weight", (4, 6), (rows.start, columns.start), WHOLE[rows, columns])
+def part(rows: slice, columns: slice) -> TensorPart:
+    return TensorPart("weight", (4, 6), (rows.start, columns.start), WHOLE[rows, columns])
 
 
 QUARTERS = [part(slice(r, r + 2), slice(c, c + 3)) for r in (0, 2) for c in (0, 3)]
 
 
-def write(folder: Path, *parts_of_ranks: list[Part]) -> WholeTensors:
+def write(folder: Path, *parts_of_ranks: list[TensorPart]) -> WholeTensors:
     for rank, parts in enumerate(parts_of_ranks):
         write_parts(folder, "model", rank, parts)
     return WholeTensors(folder, "model")
 
 
 def test_any_box_comes_back_whoever_wrote_it(tmp_path):
-    found = write(tmp_path, QUARTERS[:1], QUARTERS[1:], [Part("count", (), (), COUNT)])
+    found = write(tmp_path, QUARTERS[:1], QUARTERS[1:], [TensorPart("count", (), (), COUNT)])
     assert set(found) == {"weight", "count"} and torch.equal(found["count"], COUNT)
     for top in range(4):
         for left in range(6):
@@ -42,7 +42,7 @@ def test_any_box_comes_back_whoever_wrote_it(tmp_path):
 
 def test_bits_and_types_come_back(tmp_path):
     odd = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
-    found = write(tmp_path, [Part("odd", (4,), (0,), odd), Part("half", (4,), (0,), odd.bfloat16())])
+    found = write(tmp_path, [TensorPart("odd", (4,), (0,), odd), TensorPart("half", (4,), (0,), odd.bfloat16())])
     assert torch.equal(found["odd"].view(torch.int32), odd.view(torch.int32))
     assert found["half"].dtype == torch.bfloat16
 
@@ -76,7 +76,7 @@ def test_what_is_not_there_or_has_another_shape_is_refused(tmp_path):
 
 def test_ranks_that_disagree_about_a_shape_are_refused(tmp_path):
     with pytest.raises(DataError, match="elsewhere"):
-        write(tmp_path, QUARTERS[:2], [Part("weight", (4, 7), (2, 0), WHOLE[2:])])
+        write(tmp_path, QUARTERS[:2], [TensorPart("weight", (4, 7), (2, 0), WHOLE[2:])])
 
 
 def test_a_file_of_another_program_is_refused(tmp_path):

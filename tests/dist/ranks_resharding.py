@@ -54,17 +54,17 @@ def step(model: Any, optimizer: Any, number: int) -> float:
 
 def save(config: Any, platform: Any, folder: Path) -> dict[str, Any]:
     """Train a little and save; then the loss that comes next."""
-    from megatron_r1.checkpoint.sharded import Part, write_parts
+    from megatron_r1.checkpoint.sharded import TensorPart, write_parts
     from megatron_r1.model.shards import shards
     from megatron_r1.train.optimizer_state import OptimizerState
 
     model, optimizer = build(config, platform, seed=0)
     for number in range(STEPS):
         step(model, optimizer, number)
-    kinds: dict[str, list[Part]] = {}
+    kinds: dict[str, list[TensorPart]] = {}
     states = [("model", shard) for shard in shards(model) if shard.owned]
     for kind, shard in (*states, *OptimizerState(model, optimizer).shards()):
-        part = Part(shard.name, shard.whole_shape, shard.offset, shard.tensor.clone())
+        part = TensorPart(shard.name, shard.whole_shape, shard.offset, shard.tensor.clone())
         kinds.setdefault(kind, []).append(part)
     for kind, parts in kinds.items():
         write_parts(folder, kind, dist.get_rank(), parts)

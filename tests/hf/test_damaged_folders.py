@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, write_manifest
-from megatron_r1.checkpoint.sharded import Part, WholeTensors, write_parts
+from megatron_r1.checkpoint.sharded import TensorPart, WholeTensors, write_parts
 from megatron_r1.config.load import load
 from megatron_r1.errors import DataError, UserError
 from megatron_r1.hf.audit import check_audit, read_audit
@@ -229,12 +229,12 @@ def resealed(checkpoint: Path, folder: Path, change: Callable[[Path], object]) -
 
 
 def part(name: str, whole: tuple[int, int], offset: tuple[int, int], shape: tuple[int, int]) -> Damage:
-    return lambda folder: write_parts(folder, "model", 2, [Part(name, whole, offset, torch.ones(shape))])
+    return lambda folder: write_parts(folder, "model", 2, [TensorPart(name, whole, offset, torch.ones(shape))])
 
 
 def without_half_of_the_head(folder: Path) -> None:
     with WholeTensors(folder, "model") as tensors:
-        parts = [Part(name, tuple(t.shape), (0,) * t.dim(), t.clone()) for name, t in tensors.items()]
+        parts = [TensorPart(name, tuple(t.shape), (0,) * t.dim(), t.clone()) for name, t in tensors.items()]
     for path in folder.glob("model-*.safetensors"):
         path.unlink()
     cut = [replace(p, tensor=p.tensor[:256]) if p.name == "output_layer.weight" else p for p in parts]

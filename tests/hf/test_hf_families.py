@@ -18,8 +18,8 @@ from megatron_r1.hf.config import SpecialTokens, check_exportable, hf_config, se
 from megatron_r1.hf.export import export
 from megatron_r1.hf.families import FAMILIES, family_of
 from megatron_r1.hf.load import model_config_from_hf
-from megatron_r1.hf.names import native_shapes, rows
-from megatron_r1.hf.row import Row
+from megatron_r1.hf.names import native_shapes, param_mappings
+from megatron_r1.hf.param_mapping import ParamMapping
 from tests.support.draws import DENSE, dense_shape, sparse_shape
 
 _COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16"}
@@ -154,12 +154,12 @@ def test_config_that_would_be_computed_otherwise_is_refused(name: str, key: str,
 
 def test_heads_of_a_group_lie_together() -> None:
     """[q q k v] for each key-value head, as megatron-core splits them."""
-    row = Row("native", ("q", "k", "v"), ((8, 1), (4, 1), (4, 1)), groups=2)
+    mapping = ParamMapping("native", ("q", "k", "v"), ((8, 1), (4, 1), (4, 1)), groups=2)
     parts = [torch.arange(8.0), 10 + torch.arange(4.0), 20 + torch.arange(4.0)]
-    native = row.join([part[:, None] for part in parts])
+    native = mapping.join([part[:, None] for part in parts])
     assert native[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
-    assert all(torch.equal(found[:, 0], part) for found, part in zip(row.split(native), parts, strict=True))
-    assert row.native_shape == (16, 1)
+    assert all(torch.equal(found[:, 0], part) for found, part in zip(mapping.split(native), parts, strict=True))
+    assert mapping.native_shape == (16, 1)
 
 
 def test_a_tied_head_is_not_stored_and_the_view_for_serving_changes_no_positions(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_tied_head_is_not_stored_and_the_view_for_serving_changes_no_positions
         moe=MixtureConfig.none(),
         mtp=MultiTokenConfig(num_layers=0),
     )
-    assert not [row.native for row in rows(model) if "lm_head.weight" in row.hf]
+    assert not [mapping.native for mapping in param_mappings(model) if "lm_head.weight" in mapping.hf]
     tensors = {name: torch.zeros(shape) for name, shape in native_shapes(model).items()}
     folder = export(tensors.items(), model, tmp_path / "hf")
     view = json.loads((serving_view(folder, tmp_path / "view") / "config.json").read_text())

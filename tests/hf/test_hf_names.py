@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig
-from megatron_r1.hf.names import canonical, expected_shapes, native_shapes, rows
+from megatron_r1.hf.names import canonical_name, expected_shapes, native_shapes, param_mappings
 
 
 def deepseek_v3() -> ModelConfig:
@@ -54,10 +54,10 @@ def test_released_shapes() -> None:
 
 
 def test_names_are_unique_both_ways(model: ModelConfig) -> None:
-    table = rows(model)
-    hf_names = [name for row in table for name in row.hf + row.copies]
+    table = param_mappings(model)
+    hf_names = [name for mapping in table for name in mapping.hf + mapping.copies]
     assert len(set(hf_names)) == len(hf_names)
-    assert len({row.native for row in table}) == len(table)
+    assert len({mapping.native for mapping in table}) == len(table)
 
 
 NATIVE_BY_HAND = """
@@ -126,5 +126,5 @@ def test_native_names_are_transformer_engines() -> None:
 
 def test_old_name_of_the_multi_token_layer() -> None:
     old = "mtp.layers.1.transformer_layer.mlp.router.weight"
-    assert canonical(old) == "mtp.layers.1.mtp_model_layer.mlp.router.weight"
-    assert canonical("decoder.layers.1.mlp.router.weight") == "decoder.layers.1.mlp.router.weight"
+    assert canonical_name(old) == "mtp.layers.1.mtp_model_layer.mlp.router.weight"
+    assert canonical_name("decoder.layers.1.mlp.router.weight") == "decoder.layers.1.mlp.router.weight"

@@ -18,7 +18,7 @@ from megatron_r1.config.load import load
 from megatron_r1.errors import DataError
 from megatron_r1.hf import conversion as conversion_module
 from megatron_r1.hf.conversion import ConversionStopped
-from megatron_r1.hf.work import work_folder
+from megatron_r1.hf.workspace import open_workspace
 from tests.support.conversions import convert, hf_of, native_run, native_weights, same_bits
 from tests.support.launching import marked_processes
 
@@ -114,7 +114,7 @@ def test_a_refusal_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch:
 
 
 def test_two_conversions_do_not_share_a_folder(checkpoint: Path, tmp_path: Path) -> None:
-    with work_folder(tmp_path / "run" / "hf.tmp", "mine"), pytest.raises(FolderInUse, match="is in use"):
+    with open_workspace(tmp_path / "run" / "hf.tmp", "mine"), pytest.raises(FolderInUse, match="is in use"):
         convert(checkpoint, tmp_path / "run", **SETTINGS)
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_r1.__main__ import exit_code
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
 from megatron_r1.config.load import load
-from megatron_r1.hf.names import rows
+from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.plan import PlannedFile, hf_entries, hf_file_name, plan_files, totals
 
 HIDDEN, HEADS, VOCABULARY, LAYERS, DENSE, EXPERTS = 7168, 128, 129280, 61, 3, 256
@@ -67,8 +67,8 @@ def released() -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def plan(model: str, format: str, shard_bytes: int) -> list[PlannedFile]:
-    table = rows(load("convert", [f"model={model}"]).model)
-    return plan_files(table, lambda row: hf_entries(row, format), shard_bytes, hf_file_name)
+    table = param_mappings(load("convert", [f"model={model}"]).model)
+    return plan_files(table, lambda mapping: hf_entries(mapping, format), shard_bytes, hf_file_name)
 
 
 def test_the_plan_of_deepseek_v3_is_its_release() -> None:
@@ -88,7 +88,7 @@ def test_the_plan_of_deepseek_v3_is_its_release() -> None:
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 10**12])
 def test_files_hold_every_tensor_once_in_order_and_up_to_the_limit(format: str, shard_bytes: int) -> None:
     files = plan("tiny", format, shard_bytes)
-    entries = [entry for row in rows(load("convert").model) for entry in hf_entries(row, format)]
+    entries = [entry for mapping in param_mappings(load("convert").model) for entry in hf_entries(mapping, format)]
     assert [entry for file in files for entry in file.entries] == entries
     assert all(file.nbytes <= shard_bytes or len(file.entries) == 1 for file in files)
     # No file could have taken the next one's first tensor.

@@ -121,7 +121,7 @@ def disturb(model: Any, version: int) -> None:
 
     for shard in shards(model):
         generator = torch.Generator().manual_seed(version * 1_000_003 + sum(shard.name.encode()))
-        noise = torch.randn(shard.whole_shape, generator=generator)[shard.place]
+        noise = torch.randn(shard.whole_shape, generator=generator)[shard.index]
         shard.tensor.add_(noise * (0.05 if shard.name.endswith("expert_bias") else 0.02))
 
 

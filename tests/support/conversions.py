@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_r1.checkpoint.sharded import Part, WholeTensors, write_parts
+from megatron_r1.checkpoint.sharded import TensorPart, WholeTensors, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.commands.convert import run
 from megatron_r1.config.convert import ConversionConfig
@@ -19,7 +19,7 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
 from megatron_r1.config.schema import resolved
-from megatron_r1.hf.names import rows
+from megatron_r1.hf.names import param_mappings
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 
@@ -29,10 +29,10 @@ def native_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.precision]
     weights = {}
-    for row in rows(model):
-        tensor = torch.randn(row.native_shape, generator=generator) * 0.2
+    for mapping in param_mappings(model):
+        tensor = torch.randn(mapping.native_shape, generator=generator) * 0.2
         tensor[..., -1] *= 7
-        weights[row.native] = tensor.to(torch.float32 if row.float32 else dtype)
+        weights[mapping.native] = tensor.to(torch.float32 if mapping.float32 else dtype)
     return weights
 
 
@@ -40,12 +40,14 @@ def native_run(run_folder: Path, model: ModelConfig, weights: dict[str, Tensor])
     """A run that has one checkpoint, of two ranks that halve every matrix."""
 
     def write(folder: Path) -> None:
-        parts: list[list[Part]] = [[], []]
+        parts: list[list[TensorPart]] = [[], []]
         for name, tensor in weights.items():
             half = len(tensor) // 2 if tensor.dim() > 1 else 0
             for rank, (start, part) in enumerate(((0, tensor[:half]), (half, tensor[half:]))):
                 if len(part):
-                    parts[rank].append(Part(name, tuple(tensor.shape), (start,) + (0,) * (tensor.dim() - 1), part))
+                    parts[rank].append(
+                        TensorPart(name, tuple(tensor.shape), (start,) + (0,) * (tensor.dim() - 1), part)
+                    )
         for rank, own in enumerate(parts):
             write_parts(folder, "model", rank, own)
         write_tokenizer(folder / "tokenizer")

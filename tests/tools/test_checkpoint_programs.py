@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_r1.checkpoint.sharded import Part, write_parts
+from megatron_r1.checkpoint.sharded import TensorPart, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensors import write_state, write_tensors
 from megatron_r1.errors import ExitCode
@@ -51,10 +51,10 @@ def write(cuts: list[slice], moved: float = 0.0) -> Callable[[Path], dict]:
         write_state(folder, {"step": 7})
         records = {}
         for rank, rows in enumerate(cuts):
-            parts = [Part("decoder.weight", (4, 6), (rows.start, 0), WHOLE[rows] + moved)]
-            parts += [Part("decoder.odd", (4,), (0,), ODD)] if rank == 0 else []
+            parts = [TensorPart("decoder.weight", (4, 6), (rows.start, 0), WHOLE[rows] + moved)]
+            parts += [TensorPart("decoder.odd", (4,), (0,), ODD)] if rank == 0 else []
             records |= write_parts(folder, "model", rank, parts)
-            moment = Part("decoder.weight", (4, 6), (rows.start, 0), WHOLE[rows])
+            moment = TensorPart("decoder.weight", (4, 6), (rows.start, 0), WHOLE[rows])
             records |= write_parts(folder, "exp_avg", rank, [moment])
             records |= write_tensors(folder, "random", rank, [("cpu", torch.arange(5, dtype=torch.uint8))])
         return records
@@ -127,7 +127,7 @@ def test_inspect_compares_to_the_last_bit_whatever_the_layout(run, call):
 def test_inspect_tells_what_only_one_has(run, call, tmp_path):
     other = Path(shutil.copytree(step(run, 6), tmp_path / "other"))
     (other / "exp_avg-00000.safetensors").unlink()
-    write_parts(other, "model", 1, [Part("extra", (2,), (0,), torch.zeros(2))])
+    write_parts(other, "model", 1, [TensorPart("extra", (2,), (0,), torch.zeros(2))])
     code, out, _ = call("inspect_checkpoint", step(run, 6), "--against", other)
     assert code == 1 and out.count("only in") == 2 and f"only in {other}" in out
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_r1.checkpoint.manifest import verify
-from megatron_r1.checkpoint.sharded import Part, write_parts
+from megatron_r1.checkpoint.sharded import TensorPart, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore
 
 TENSORS = 64
@@ -37,7 +37,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     count = given.megabytes * 1_000_000 // (4 * TENSORS)
-    parts = [Part(str(number), (count,), (0,), torch.randn(count)) for number in range(TENSORS)]
+    parts = [TensorPart(str(number), (count,), (0,), torch.randn(count)) for number in range(TENSORS)]
     taken: dict[str, list[float]] = {"cp": [], "save": [], "verify": []}
     with tempfile.TemporaryDirectory(dir=given.folder) as folder, CheckpointStore(Path(folder) / "saved") as store:
         copy = Path(folder) / "copy"

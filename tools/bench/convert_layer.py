@@ -34,18 +34,18 @@ from megatron_r1.config.convert import ConversionConfig
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig
-from megatron_r1.hf.audit import AUDIT_FILE, merged
+from megatron_r1.hf.audit import AUDIT_FILE, merge_audits
 from megatron_r1.hf.config import hf_config, in_format, write_json
 from megatron_r1.hf.conversion import Conversion, convert_files
 from megatron_r1.hf.folder import INDEX_FILE
 from megatron_r1.hf.fp8_blocks import Stored
-from megatron_r1.hf.names import rows
+from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import hf_index, totals
 from megatron_r1.hf.publish import publish
-from megatron_r1.hf.row import Row
-from megatron_r1.hf.source import Reader, Taken
+from megatron_r1.hf.source import Reader, TensorRead
 from megatron_r1.hf.target import FolderTarget
-from megatron_r1.hf.work import work_folder
+from megatron_r1.hf.workspace import open_workspace
 
 STEPS = ("generated as FP8", "FP8 to BF16", "BF16 to FP8")
 LIMIT_GIB = 8
@@ -98,7 +98,7 @@ class Generated:
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
-        largest = max(prod(row.native_shape) for row in rows(self.model))
+        largest = max(prod(mapping.native_shape) for mapping in param_mappings(self.model))
         numbers = torch.randn(largest + _OFFSETS, generator=torch.Generator().manual_seed(0)).bfloat16()
         yield _Windows(numbers)
 
@@ -110,21 +110,21 @@ class _Windows:
     def __init__(self, numbers: torch.Tensor):
         self._numbers = numbers
 
-    def take(self, row: Row) -> Taken:
-        digest = hashlib.sha256(row.native.encode()).digest()
+    def read(self, mapping: ParamMapping) -> TensorRead:
+        digest = hashlib.sha256(mapping.native.encode()).digest()
         offset, power = int.from_bytes(digest[:4], "little") % _OFFSETS, int.from_bytes(digest[4:6], "little") / 65536
-        size = prod(row.native_shape)
-        tensor = self._numbers[offset : offset + size].view(row.native_shape) * (0.02 * 2 ** (8 * power))
-        tensor = tensor.float() if row.float32 else tensor
-        return Taken([Stored(part) for part in row.split(tensor)], {row.native: tensor})
+        size = prod(mapping.native_shape)
+        tensor = self._numbers[offset : offset + size].view(mapping.native_shape) * (0.02 * 2 ** (8 * power))
+        tensor = tensor.float() if mapping.float32 else tensor
+        return TensorRead([Stored(part) for part in mapping.split(tensor)], {mapping.native: tensor})
 
 
 def generate(given: argparse.Namespace, target: Path) -> None:
     """The first folder."""
     conversion = Conversion(Generated(layer(given)), FolderTarget("fp8"), layer(given), int(given.shard_gb * 1e9))
-    with work_folder(target.with_name("hf.tmp"), conversion.settings()) as work:
+    with open_workspace(target.with_name("hf.tmp"), conversion.settings()) as work:
         records = convert_files(conversion, work, given.workers)
-        audit = merged({name: record.pop("audit") for name, record in records.items()})
+        audit = merge_audits({name: record.pop("audit") for name, record in records.items()})
         write_json(work.files / "config.json", in_format(hf_config(conversion.model), "fp8"))
         if len(files := conversion.files()) > 1:
             write_json(work.files / INDEX_FILE, hf_index(files))

@@ -33,7 +33,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
 from megatron_r1.config.schema import resolved
 from megatron_r1.files import sync
-from megatron_r1.hf.names import rows
+from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.target import NativeTarget
 
 
@@ -82,7 +82,7 @@ def shape(layers: int) -> ModelConfig:
 def write_source(model: ModelConfig, run_folder: Path) -> None:
     """A run with one checkpoint of random weights."""
     target, generator = NativeTarget("bf16"), torch.Generator().manual_seed(0)
-    entries = [entry for row in rows(model) for entry in target.entries(row)]
+    entries = [entry for mapping in param_mappings(model) for entry in target.entries(mapping)]
 
     def write(folder: Path) -> None:
         numbered, metadata = target.header(entries)

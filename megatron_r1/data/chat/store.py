@@ -37,7 +37,7 @@ from megatron_r1.data.chat.rows import Conversation, conversation_of
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical, digest_of, sync, write_whole
+from megatron_r1.files import canonical_json, digest_of, sync, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def open_examples(
     template = template_source(sft.chat_template, tokenizer, TEMPLATE_KEY)
     settings = [FORMAT_VERSION, asdict(sft), asdict(data), sequence_length, seed, template, tokenizer.fingerprint()]
     inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for _, file in _files(sft)]
-    name = hashlib.sha256(canonical([settings, inputs])).hexdigest()[:16]
+    name = hashlib.sha256(canonical_json([settings, inputs])).hexdigest()[:16]
     kept = run_folder / "data"
     kept.mkdir(parents=True, exist_ok=True)
     folder, pinned = kept / f"examples-{name}", kept / "examples.sha256"
@@ -175,10 +175,10 @@ class _Maker:
         np.save(part / "heldout.npy", heldout_N)
         counts: dict[str, Any] = {**self._counts, "examples": len(lengths_N), "heldout": int(heldout_N.sum())}
         files = [part / name for name in ("tokens.bin", "loss_mask.bin", "lengths.npy", "heldout.npy")]
-        counts["sha256"] = hashlib.sha256(canonical([digest_of(file) for file in files])).hexdigest()
+        counts["sha256"] = hashlib.sha256(canonical_json([digest_of(file) for file in files])).hexdigest()
         for file in files:
             sync(file)
-        write_whole(part / "counts.json", canonical(counts))
+        write_whole(part / "counts.json", canonical_json(counts))
 
     def _found(self) -> Iterator[_Found]:
         """All conversations; rows that hold none are counted on the way."""

@@ -12,7 +12,7 @@ from megatron_r1.data.prepare.encode import DocumentEncoder
 from megatron_r1.data.prepare.sources import InputSpan, RawRecord, read
 from megatron_r1.data.pretraining.indexed import IndexedWriter, token_dtype, with_suffix
 from megatron_r1.data.pretraining.shards import shard_name
-from megatron_r1.files import canonical, sync, write_whole
+from megatron_r1.files import canonical_json, sync, write_whole
 
 BATCH_CHARACTERS = 1 << 17
 """Text that is encoded at once."""
@@ -71,7 +71,7 @@ class ShardMaker:
             files = {}
         sync(self._folder)
         record = {"name": name, "counts": counts, "files": files, **left_out}
-        write_whole(record_path(self._folder, number), canonical(record))
+        write_whole(record_path(self._folder, number), canonical_json(record))
         return record
 
 

@@ -31,7 +31,7 @@ from megatron_r1.data.prepare.sources import InputSpan, read, scan
 from megatron_r1.data.pretraining.shards import QUARANTINE, TOKENIZER, read_manifest, write_manifest
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical, digest_of, write_whole
+from megatron_r1.files import canonical_json, digest_of, write_whole
 
 POLL_S = 0.2
 
@@ -115,7 +115,7 @@ def _pin(folder: Path, plan: Plan, tokenizer: Tokenizer) -> None:
         left.unlink()
     (folder / WORK).mkdir(exist_ok=True)
     tokenizer.save(folder / TOKENIZER)
-    write_whole(pinned, canonical(plan.description))
+    write_whole(pinned, canonical_json(plan.description))
 
 
 def _make_shards(

@@ -20,7 +20,7 @@ import numpy as np
 
 from megatron_r1.data.pretraining.indexed import IndexedTokens
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical, digest_of, write_whole
+from megatron_r1.files import canonical_json, digest_of, write_whole
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
@@ -38,8 +38,8 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
     Args:
         body: "files": name -> {"size", "sha256"}, "shards": prefixes in order, "plan", "totals".
     """
-    digest = hashlib.sha256(canonical(body)).hexdigest()
-    write_whole(folder / MANIFEST, canonical(body | {"sha256": digest}) + b"\n")
+    digest = hashlib.sha256(canonical_json(body)).hexdigest()
+    write_whole(folder / MANIFEST, canonical_json(body | {"sha256": digest}) + b"\n")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -52,7 +52,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         body = json.loads(path.read_bytes())
         digest = body.pop("sha256")
-        if hashlib.sha256(canonical(body)).hexdigest() != digest:
+        if hashlib.sha256(canonical_json(body)).hexdigest() != digest:
             raise ValueError
     except FileNotFoundError:
         return None

@@ -1,7 +1,8 @@
 """DeepSeek-V3 (and Moonlight, which is one) and DeepSeek-V2: names and config.json.
 
 Hugging Face numbers the multi-token layers after the decoder layers and stores the embedding and the head a second
-time in each of them; megatron-core shares those two, so there they are `copies` of a row and not rows of their own.
+time in each of them; megatron-core shares those two, so there they are `copies` of a mapping
+and not mappings of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.families.family import Family
-from megatron_r1.hf.row import Row, dense_feed_forward, gated_feed_forward, linear, whole
+from megatron_r1.hf.param_mapping import (
+    ParamMapping,
+    dense_feed_forward,
+    gated_feed_forward,
+    linear_weight,
+    same_tensor,
+)
 
 LATENT_NORM_EPSILON = 1e-6
 """DeepSeek's modelling code fixes this for the norms of the latents, whatever `rms_norm_eps` says."""
@@ -36,18 +43,18 @@ class _DeepSeek(Family):
             # DeepSeek's code and transformers part ways where only one temperature is given.
             raise ConfigError("model.rope.mscale", rope.mscale, "must be 1.0 where mscale_all_dim=0 to be exported")
 
-    def rows(self, model: ModelConfig, include_mtp: bool) -> list[Row]:
+    def mappings(self, model: ModelConfig, include_mtp: bool) -> list[ParamMapping]:
         hidden, vocab = model.hidden_size, model.vocab_size
         mtp_layers = [model.num_layers + depth for depth in range(model.mtp.num_layers if include_mtp else 0)]
         embedding_copies = tuple(f"model.layers.{layer}.embed_tokens.weight" for layer in mtp_layers)
         head_copies = tuple(f"model.layers.{layer}.shared_head.head.weight" for layer in mtp_layers)
         embedding = ("embedding.word_embeddings.weight", "model.embed_tokens.weight")
-        table = [whole(*embedding, vocab, hidden, copies=embedding_copies)]
+        table = [same_tensor(*embedding, vocab, hidden, copies=embedding_copies)]
         for layer in range(model.num_layers):
             dense = layer < model.moe.first_dense_layers
             table += _layer(model, f"decoder.layers.{layer}", f"model.layers.{layer}", dense)
-        table.append(whole("decoder.final_layernorm.weight", "model.norm.weight", hidden))
-        table.append(whole("output_layer.weight", "lm_head.weight", vocab, hidden, copies=head_copies))
+        table.append(same_tensor("decoder.final_layernorm.weight", "model.norm.weight", hidden))
+        table.append(same_tensor("output_layer.weight", "lm_head.weight", vocab, hidden, copies=head_copies))
         for depth, layer in enumerate(mtp_layers):
             table += _multi_token_layer(model, f"mtp.layers.{depth}", f"model.layers.{layer}")
         return table
@@ -167,41 +174,41 @@ def _latent(model: ModelConfig) -> AttentionConfig:
     return model.attention
 
 
-def _layer(model: ModelConfig, native: str, hf: str, dense: bool) -> Iterator[Row]:
+def _layer(model: ModelConfig, native: str, hf: str, dense: bool) -> Iterator[ParamMapping]:
     hidden = model.hidden_size
-    yield whole(f"{native}.input_layernorm.weight", f"{hf}.input_layernorm.weight", hidden)
+    yield same_tensor(f"{native}.input_layernorm.weight", f"{hf}.input_layernorm.weight", hidden)
     yield from _attention(model, f"{native}.self_attention", f"{hf}.self_attn")
     if dense:
         yield from dense_feed_forward(native, hf, hidden, model.ffn_hidden_size)
     else:
         # Before experts the norm stands alone.
-        yield whole(f"{native}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", hidden)
+        yield same_tensor(f"{native}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", hidden)
         yield from _experts(model, f"{native}.mlp", f"{hf}.mlp")
 
 
-def _attention(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
+def _attention(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMapping]:
     hidden, heads, attention = model.hidden_size, model.num_attention_heads, _latent(model)
     query = heads * (attention.qk_nope_head_dim + attention.qk_rope_head_dim)
     query_rank, latent = attention.q_lora_rank, attention.kv_lora_rank
     if query_rank:
-        yield linear(f"{native}.linear_q_down_proj.weight", f"{hf}.q_a_proj.weight", query_rank, hidden)
-        yield whole(f"{native}.linear_q_up_proj.layer_norm_weight", f"{hf}.q_a_layernorm.weight", query_rank)
-        yield linear(f"{native}.linear_q_up_proj.weight", f"{hf}.q_b_proj.weight", query, query_rank)
+        yield linear_weight(f"{native}.linear_q_down_proj.weight", f"{hf}.q_a_proj.weight", query_rank, hidden)
+        yield same_tensor(f"{native}.linear_q_up_proj.layer_norm_weight", f"{hf}.q_a_layernorm.weight", query_rank)
+        yield linear_weight(f"{native}.linear_q_up_proj.weight", f"{hf}.q_b_proj.weight", query, query_rank)
     else:
-        yield linear(f"{native}.linear_q_proj.weight", f"{hf}.q_proj.weight", query, hidden)
+        yield linear_weight(f"{native}.linear_q_proj.weight", f"{hf}.q_proj.weight", query, hidden)
     down, up = latent + attention.qk_rope_head_dim, heads * (attention.qk_nope_head_dim + attention.v_head_dim)
-    yield linear(f"{native}.linear_kv_down_proj.weight", f"{hf}.kv_a_proj_with_mqa.weight", down, hidden)
-    yield whole(f"{native}.linear_kv_up_proj.layer_norm_weight", f"{hf}.kv_a_layernorm.weight", latent)
-    yield linear(f"{native}.linear_kv_up_proj.weight", f"{hf}.kv_b_proj.weight", up, latent)
-    yield linear(f"{native}.linear_proj.weight", f"{hf}.o_proj.weight", hidden, heads * attention.v_head_dim)
+    yield linear_weight(f"{native}.linear_kv_down_proj.weight", f"{hf}.kv_a_proj_with_mqa.weight", down, hidden)
+    yield same_tensor(f"{native}.linear_kv_up_proj.layer_norm_weight", f"{hf}.kv_a_layernorm.weight", latent)
+    yield linear_weight(f"{native}.linear_kv_up_proj.weight", f"{hf}.kv_b_proj.weight", up, latent)
+    yield linear_weight(f"{native}.linear_proj.weight", f"{hf}.o_proj.weight", hidden, heads * attention.v_head_dim)
 
 
-def _experts(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
+def _experts(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMapping]:
     hidden, moe = model.hidden_size, model.moe
-    yield whole(f"{native}.router.weight", f"{hf}.gate.weight", moe.num_experts, hidden)
+    yield same_tensor(f"{native}.router.weight", f"{hf}.gate.weight", moe.num_experts, hidden)
     if moe.score_function == "sigmoid":
         bias = f"{hf}.gate.e_score_correction_bias"
-        yield whole(f"{native}.router.expert_bias", bias, moe.num_experts, float32=True)
+        yield same_tensor(f"{native}.router.expert_bias", bias, moe.num_experts, float32=True)
     for expert in range(moe.num_experts):
         width = moe.ffn_hidden_size
         yield from gated_feed_forward(f"{native}.experts", str(expert), f"{hf}.experts.{expert}", hidden, width)
@@ -210,13 +217,13 @@ def _experts(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
         yield from gated_feed_forward(f"{native}.shared_experts", "", f"{hf}.shared_experts", hidden, width)
 
 
-def _multi_token_layer(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
+def _multi_token_layer(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMapping]:
     hidden = model.hidden_size
-    yield whole(f"{native}.enorm.weight", f"{hf}.enorm.weight", hidden)
-    yield whole(f"{native}.hnorm.weight", f"{hf}.hnorm.weight", hidden)
-    yield whole(f"{native}.eh_proj.weight", f"{hf}.eh_proj.weight", hidden, 2 * hidden)
+    yield same_tensor(f"{native}.enorm.weight", f"{hf}.enorm.weight", hidden)
+    yield same_tensor(f"{native}.hnorm.weight", f"{hf}.hnorm.weight", hidden)
+    yield same_tensor(f"{native}.eh_proj.weight", f"{hf}.eh_proj.weight", hidden, 2 * hidden)
     yield from _layer(model, f"{native}.mtp_model_layer", hf, dense=False)
-    yield whole(f"{native}.final_layernorm.weight", f"{hf}.shared_head.norm.weight", hidden)
+    yield same_tensor(f"{native}.final_layernorm.weight", f"{hf}.shared_head.norm.weight", hidden)
 
 
 DEEPSEEK_V3 = _DeepSeekV3()

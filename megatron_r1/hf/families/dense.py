@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
 from megatron_r1.hf.families.family import Family
-from megatron_r1.hf.row import Row, dense_feed_forward, linear, whole
+from megatron_r1.hf.param_mapping import ParamMapping, dense_feed_forward, linear_weight, same_tensor
 
 
 class _Dense(Family):
@@ -27,14 +27,14 @@ class _Dense(Family):
     def check(self, model: ModelConfig) -> None:
         """Everything that a dense ModelConfig can say is computed alike elsewhere."""
 
-    def rows(self, model: ModelConfig, include_mtp: bool) -> list[Row]:
+    def mappings(self, model: ModelConfig, include_mtp: bool) -> list[ParamMapping]:
         hidden, vocab = model.hidden_size, model.vocab_size
-        table = [whole("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, hidden)]
+        table = [same_tensor("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, hidden)]
         for layer in range(model.num_layers):
             table += _layer(model, f"decoder.layers.{layer}", f"model.layers.{layer}")
-        table.append(whole("decoder.final_layernorm.weight", "model.norm.weight", hidden))
+        table.append(same_tensor("decoder.final_layernorm.weight", "model.norm.weight", hidden))
         if not model.tied_embeddings:
-            table.append(whole("output_layer.weight", "lm_head.weight", vocab, hidden))
+            table.append(same_tensor("output_layer.weight", "lm_head.weight", vocab, hidden))
         return table
 
     def config(self, model: ModelConfig, include_mtp: bool) -> dict[str, Any]:
@@ -90,26 +90,26 @@ def _grouped(model: ModelConfig) -> GroupedAttentionConfig:
     return model.attention
 
 
-def _layer(model: ModelConfig, native: str, hf: str) -> Iterator[Row]:
+def _layer(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMapping]:
     hidden, attention = model.hidden_size, _grouped(model)
     query = model.num_attention_heads * attention.head_dim
     key_value, groups = attention.num_key_value_heads * attention.head_dim, attention.num_key_value_heads
     core, other = f"{native}.self_attention", f"{hf}.self_attn"
 
-    def queries_keys_values(kind: str, *columns: int) -> Row:
+    def queries_keys_values(kind: str, *columns: int) -> ParamMapping:
         names = tuple(f"{other}.{part}_proj.{kind}" for part in "qkv")
         shapes = tuple((rows, *columns) for rows in (query, key_value, key_value))
-        return Row(f"{core}.linear_qkv.{kind}", names, shapes, groups=groups, quantised=kind == "weight")
+        return ParamMapping(f"{core}.linear_qkv.{kind}", names, shapes, groups=groups, quantised=kind == "weight")
 
     # The norm before attention is fused into the first map.
-    yield whole(f"{core}.linear_qkv.layer_norm_weight", f"{hf}.input_layernorm.weight", hidden)
+    yield same_tensor(f"{core}.linear_qkv.layer_norm_weight", f"{hf}.input_layernorm.weight", hidden)
     yield queries_keys_values("weight", hidden)
     if attention.qkv_bias:
         yield queries_keys_values("bias")
     if attention.qk_norm:
-        yield whole(f"{core}.q_layernorm.weight", f"{other}.q_norm.weight", attention.head_dim)
-        yield whole(f"{core}.k_layernorm.weight", f"{other}.k_norm.weight", attention.head_dim)
-    yield linear(f"{core}.linear_proj.weight", f"{other}.o_proj.weight", hidden, query)
+        yield same_tensor(f"{core}.q_layernorm.weight", f"{other}.q_norm.weight", attention.head_dim)
+        yield same_tensor(f"{core}.k_layernorm.weight", f"{other}.k_norm.weight", attention.head_dim)
+    yield linear_weight(f"{core}.linear_proj.weight", f"{other}.o_proj.weight", hidden, query)
     yield from dense_feed_forward(native, hf, hidden, model.ffn_hidden_size)
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from megatron_r1.config.model import ModelConfig, RopeConfig
-from megatron_r1.hf.row import Row
+from megatron_r1.hf.param_mapping import ParamMapping
 
 
 class Family(ABC):
@@ -32,7 +32,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def rows(self, model: ModelConfig, include_mtp: bool) -> list[Row]:
+    def mappings(self, model: ModelConfig, include_mtp: bool) -> list[ParamMapping]:
         """The table of names, in Hugging Face's layer order."""
 
     @abstractmethod

@@ -63,7 +63,7 @@ class Fp8Plan:
         return result
 
 
-def merged(plans: Iterable[Fp8Plan]) -> Fp8Plan:
+def merge_plans(plans: Iterable[Fp8Plan]) -> Fp8Plan:
     """The plan of a whole model from those of its parts, which may overlap."""
     whole = Fp8Plan()
     for plan in plans:

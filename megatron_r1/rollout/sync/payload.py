@@ -15,9 +15,9 @@ from megatron_r1.errors import DataError
 from megatron_r1.hf.config import SpecialTokens, hf_config
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise_blocks
-from megatron_r1.hf.names import rows
+from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries
-from megatron_r1.hf.row import Row
 from megatron_r1.rollout.sync.buckets import NamedTensor
 from megatron_r1.rollout.sync.fused_groups import FusedGroups
 
@@ -33,15 +33,15 @@ class WeightPayload:
     """Whether the servers hold linear layers in FP8 with block scales; they are then quantised before they travel."""
 
     @cached_property
-    def _rows(self) -> dict[str, Row]:
-        return {row.native: row for row in rows(self.model, self.include_mtp)}
+    def _rows(self) -> dict[str, ParamMapping]:
+        return {mapping.native: mapping for mapping in param_mappings(self.model, self.include_mtp)}
 
     @cached_property
     def _quantised(self) -> frozenset[str]:
         """Hugging Face names of what is quantised."""
         if not self.fp8:
             return frozenset()
-        return frozenset(name for row in self._rows.values() if row.quantised for name in row.hf)
+        return frozenset(name for mapping in self._rows.values() if mapping.quantised for name in mapping.hf)
 
     def names(self) -> list[str]:
         """The megatron-core tensors that are sent."""

@@ -23,7 +23,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import NoRolloutCapacity, UserError
 from megatron_r1.hf.config import generation_config, serving_view, special_tokens
 from megatron_r1.hf.export import write_folder
-from megatron_r1.hf.gather import Directory, assemble, directory
+from megatron_r1.hf.gather import ShardDirectory, assemble, shard_directory
 from megatron_r1.model.shards import shards
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import rank
@@ -156,7 +156,7 @@ class StageSync:
         self._bucket_bytes, self._flush_cache = bucket_bytes, flush_cache
         self._rank = rank()
         stages = all_gather_object(pipeline_stage())
-        everything = directory([shard for shard in shards(module) if shard.owned])
+        everything = shard_directory([shard for shard in shards(module) if shard.owned])
         self._parts = parts_of_stages(everything, stages, outgoing)
         """By stage, what its ranks hold of what is sent."""
         self._stage = pipeline_stage()
@@ -203,7 +203,7 @@ class StageSync:
             turns.abandon()
 
 
-def parts_of_stages(everything: Directory, stages: list[int], outgoing: WeightPayload) -> list[Directory]:
+def parts_of_stages(everything: ShardDirectory, stages: list[int], outgoing: WeightPayload) -> list[ShardDirectory]:
     """What is sent of each pipeline stage's tensors.
 
     Args:
@@ -212,7 +212,7 @@ def parts_of_stages(everything: Directory, stages: list[int], outgoing: WeightPa
         outgoing: what is sent.
     """
     sent = set(outgoing.names())
-    parts: list[Directory] = [{} for _ in range(max(stages) + 1)]
+    parts: list[ShardDirectory] = [{} for _ in range(max(stages) + 1)]
     for name, (shape, held) in everything.items():
         if name in sent:
             parts[stages[held[0].rank]][name] = (shape, held)

@@ -16,7 +16,7 @@ from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.build import build_model
 from megatron_r1.model.forward_backward import forward_backward
-from megatron_r1.model.fp8.apply import Fp8Plan, kind_of, merged, recipe_of, wants_fp8
+from megatron_r1.model.fp8.apply import Fp8Plan, kind_of, merge_plans, recipe_of, wants_fp8
 from megatron_r1.model.fp8.linear import multiply
 from megatron_r1.platform import Platform
 from megatron_r1.runs.training_run import log_precision
@@ -166,7 +166,7 @@ def test_what_a_platform_cannot_do_is_refused(platform, change, message):
 def test_plans_of_parts_make_one_of_the_whole():
     first = Fp8Plan({"a.eh_proj": "x"}, ["output_layer"], [])
     second = Fp8Plan({"b.eh_proj": "x"}, ["output_layer", "c.mlp.router"], ["b.eh_proj"])
-    whole = merged([first, second])
+    whole = merge_plans([first, second])
     assert whole == Fp8Plan({"a.eh_proj": "x", "b.eh_proj": "x"}, ["output_layer", "c.mlp.router"], ["b.eh_proj"])
     assert whole.lines()[-1] == "fp8: shards of eh_proj end within a block of 128: another layout has other scales"
 

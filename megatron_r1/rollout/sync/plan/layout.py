@@ -14,9 +14,9 @@ import torch
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.hf.gather import Directory, Part
-from megatron_r1.hf.names import rows
-from megatron_r1.hf.row import Row, Shape
+from megatron_r1.hf.gather import ShardDirectory, ShardLocation
+from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.param_mapping import ParamMapping, Shape
 from megatron_r1.model.spec import DTYPES
 
 ROWS = re.compile(
@@ -30,7 +30,7 @@ EXPERT = re.compile(r"\.mlp\.experts\.linear_fc[12]\.weight(\d+)$")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
-def predicted(model: ModelConfig, parallel: ParallelConfig, ranks: int) -> tuple[Directory, list[int]]:
+def predicted(model: ModelConfig, parallel: ParallelConfig, ranks: int) -> tuple[ShardDirectory, list[int]]:
     """What megatron-core's metadata will say: the parts of every weight by owner, and each rank's pipeline stage.
 
     Raises:
@@ -38,12 +38,15 @@ def predicted(model: ModelConfig, parallel: ParallelConfig, ranks: int) -> tuple
     """
     stages = _Stages(model, parallel)
     a_stage = ranks // parallel.pipeline
-    everything: Directory = {}
-    for row in sorted(rows(model), key=lambda row: row.native):
-        first = stages.of(row.native) * a_stage
-        dtype = torch.float32 if row.float32 else DTYPES[model.precision]
-        parts = [Part(first + rank, place, _extent(place), dtype) for rank, place in _places(row, model, parallel)]
-        everything[row.native] = row.native_shape, parts
+    everything: ShardDirectory = {}
+    for mapping in sorted(param_mappings(model), key=lambda mapping: mapping.native):
+        first = stages.of(mapping.native) * a_stage
+        dtype = torch.float32 if mapping.float32 else DTYPES[model.precision]
+        parts = [
+            ShardLocation(first + rank, place, _extent(place), dtype)
+            for rank, place in _places(mapping, model, parallel)
+        ]
+        everything[mapping.native] = mapping.native_shape, parts
     return everything, [rank // a_stage for rank in range(ranks)]
 
 
@@ -58,9 +61,11 @@ def expert_number(native: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _places(row: Row, model: ModelConfig, parallel: ParallelConfig) -> Iterator[tuple[int, tuple[slice, ...]]]:
+def _places(
+    mapping: ParamMapping, model: ModelConfig, parallel: ParallelConfig
+) -> Iterator[tuple[int, tuple[slice, ...]]]:
     """The parts of a weight: the rank, counted within its stage, that speaks for a part, and where the part lies."""
-    expert, split = expert_number(row.native), tensor_split(row.native)
+    expert, split = expert_number(mapping.native), tensor_split(mapping.native)
     shares = parallel.tensor if expert is None else parallel.expert_tensor
     first = 0
     if expert is not None:
@@ -68,14 +73,14 @@ def _places(row: Row, model: ModelConfig, parallel: ParallelConfig) -> Iterator[
         if rest:
             raise ConfigError("parallel.expert", parallel.expert, f"must divide the {model.moe.num_experts} experts")
         first = expert // each * shares
-    whole = tuple(slice(0, size) for size in row.native_shape)
+    whole = tuple(slice(0, size) for size in mapping.native_shape)
     if split is None:
         yield first, whole
         return
-    halves = 2 if "linear_fc1" in row.native else 1  # gate and up are shared out one by one
-    size = row.native_shape[split] // halves
+    halves = 2 if "linear_fc1" in mapping.native else 1  # gate and up are shared out one by one
+    size = mapping.native_shape[split] // halves
     if size % shares:
-        raise ConfigError("parallel.tensor", shares, f"must divide {size}, dimension {split} of {row.native}")
+        raise ConfigError("parallel.tensor", shares, f"must divide {size}, dimension {split} of {mapping.native}")
     share = size // shares
     for rank in range(shares):
         for half in range(halves):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from megatron_r1.hf.gather import Directory
+from megatron_r1.hf.gather import ShardDirectory
 from megatron_r1.rollout.sync.buckets import planned
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.layout import expert_number, tensor_split
@@ -51,7 +51,7 @@ class StageTraffic:
         return sum(self.buckets)
 
 
-def traffic(everything: Directory, stages: list[int], outgoing: WeightPayload, bucket_bytes: int) -> list[StageTraffic]:
+def traffic(everything: ShardDirectory, stages: list[int], outgoing: WeightPayload, bucket_bytes: int) -> list[StageTraffic]:
     """By pipeline stage, what one sync sends.
 
     Args:

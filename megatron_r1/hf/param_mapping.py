@@ -1,4 +1,4 @@
-"""One line of a table of names: a megatron-core tensor and the Hugging Face tensors that hold the same numbers."""
+"""One parameter mapping: a megatron-core tensor and the Hugging Face tensors that hold the same numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ParamMapping:
     """One megatron-core tensor and its Hugging Face parts, joined along dimension 0."""
 
     native: str
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:
-        """Shape of every Hugging Face tensor of the row, copies included."""
+        """Shape of every Hugging Face tensor of the mapping, copies included."""
         return dict(zip(self.hf, self.part_shapes, strict=True)) | dict.fromkeys(self.copies, self.native_shape)
 
     def split(self, native: Tensor) -> list[Tensor]:
@@ -51,17 +51,17 @@ class Row:
         return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
-def whole(native: str, hf: str, *shape: int, copies: tuple[str, ...] = (), float32: bool = False) -> Row:
+def same_tensor(native: str, hf: str, *shape: int, copies: tuple[str, ...] = (), float32: bool = False) -> ParamMapping:
     """A tensor that both sides hold alike."""
-    return Row(native, (hf,), (shape,), copies, float32=float32)
+    return ParamMapping(native, (hf,), (shape,), copies, float32=float32)
 
 
-def linear(native: str, hf: str, rows: int, columns: int) -> Row:
+def linear_weight(native: str, hf: str, out_features: int, in_features: int) -> ParamMapping:
     """The weight of a linear layer that both sides hold alike."""
-    return Row(native, (hf,), ((rows, columns),), quantised=True)
+    return ParamMapping(native, (hf,), ((out_features, in_features),), quantised=True)
 
 
-def gated_feed_forward(native: str, expert: str, hf: str, hidden: int, width: int) -> Iterator[Row]:
+def gated_feed_forward(native: str, expert: str, hf: str, hidden: int, width: int) -> Iterator[ParamMapping]:
     """The two maps of a gated feed-forward: the gate lies before the up-projection in the first.
 
     Args:
@@ -69,12 +69,12 @@ def gated_feed_forward(native: str, expert: str, hf: str, hidden: int, width: in
     """
     gate_and_up = (f"{hf}.gate_proj.weight", f"{hf}.up_proj.weight")
     shapes = ((width, hidden), (width, hidden))
-    yield Row(f"{native}.linear_fc1.weight{expert}", gate_and_up, shapes, quantised=True)
-    yield linear(f"{native}.linear_fc2.weight{expert}", f"{hf}.down_proj.weight", hidden, width)
+    yield ParamMapping(f"{native}.linear_fc1.weight{expert}", gate_and_up, shapes, quantised=True)
+    yield linear_weight(f"{native}.linear_fc2.weight{expert}", f"{hf}.down_proj.weight", hidden, width)
 
 
-def dense_feed_forward(native: str, hf: str, hidden: int, width: int) -> Iterator[Row]:
+def dense_feed_forward(native: str, hf: str, hidden: int, width: int) -> Iterator[ParamMapping]:
     """A dense layer's feed-forward with its norm, which is fused into the first map."""
     norm = f"{native}.mlp.linear_fc1.layer_norm_weight"
-    yield whole(norm, f"{hf}.post_attention_layernorm.weight", hidden)
+    yield same_tensor(norm, f"{hf}.post_attention_layernorm.weight", hidden)
     yield from gated_feed_forward(f"{native}.mlp", "", f"{hf}.mlp", hidden, width)

@@ -1,4 +1,4 @@
-"""Where a conversion keeps what it has finished, so that the next call goes on from there.
+"""Where a conversion keeps the files that it has finished, so that the next call resumes from there.
 
 NAME.tmp/files/      what is to be published
 NAME.tmp/records/    for each finished file: its size and SHA-256, and the audit of its tensors
@@ -20,11 +20,11 @@ from typing import Any
 from megatron_r1.checkpoint.lock import take_lock
 from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical, digest_of, write_whole
+from megatron_r1.files import canonical_json, digest_of, write_whole
 
 
 @dataclass(frozen=True)
-class Work:
+class ConversionWorkspace:
     """The folder of one conversion."""
 
     root: Path
@@ -36,7 +36,7 @@ class Work:
     def record(self, file_name: str, file: FileRecord, audit: dict[str, Any]) -> None:
         """Note that a file is finished; it must be durable already."""
         content = {"size": file.size, "sha256": file.sha256, "audit": audit}
-        write_whole(self._record_path(file_name), canonical(content))
+        write_whole(self._record_path(file_name), canonical_json(content))
 
     def finished(self, file_names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Records of the files that are there as they were recorded, to the last bit; what else is there is removed."""
@@ -70,7 +70,7 @@ class Work:
 
 
 @contextmanager
-def work_folder(root: Path, settings: str) -> Iterator[Work]:
+def open_workspace(root: Path, settings: str) -> Iterator[ConversionWorkspace]:
     """Make or find a conversion's folder; it is removed when the block ends well, or with a refusal of what is read.
 
     After any other end it stays, and a call with the same settings goes on with what is finished in it.
@@ -83,7 +83,7 @@ def work_folder(root: Path, settings: str) -> Iterator[Work]:
     """
     root.mkdir(parents=True, exist_ok=True)
     with take_lock(root / "lock", "another conversion writes there"):
-        work, note = Work(root), root / "settings"
+        workspace, note = ConversionWorkspace(root), root / "settings"
         if not note.is_file() or note.read_text() != settings:
             for name in ("files", "records"):
                 shutil.rmtree(root / name, ignore_errors=True)
@@ -91,7 +91,7 @@ def work_folder(root: Path, settings: str) -> Iterator[Work]:
             (root / name).mkdir(exist_ok=True)
         write_whole(note, settings.encode())
         try:
-            yield work
+            yield workspace
         except DataError:
             shutil.rmtree(root)
             raise
