@@ -51,7 +51,9 @@ class StageTraffic:
         return sum(self.buckets)
 
 
-def traffic(everything: ShardDirectory, stages: list[int], outgoing: WeightPayload, bucket_bytes: int) -> list[StageTraffic]:
+def traffic(
+    everything: ShardDirectory, stages: list[int], outgoing: WeightPayload, bucket_bytes: int
+) -> list[StageTraffic]:
     """By pipeline stage, what one sync sends.
 
     Args:
