@@ -17,7 +17,7 @@ import torch
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
-from megatron_r1.rollout.engine import Engine
+from megatron_r1.rollout.engine import RolloutEngine
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 
@@ -59,7 +59,7 @@ def largest_difference(model, completions, temperature: float = 1.0) -> float:
 
 
 def test_keeps_order_and_protocol(engine):
-    assert isinstance(engine, Engine)
+    assert isinstance(engine, RolloutEngine)
     asked = requests(seed=1)
     completions = engine.generate(asked, FREE)
     assert [one.request_id for one in completions] == [one.id for one in asked]
