@@ -320,7 +320,7 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
 def samples(model: Any) -> Iterator[Any]:
     """Answers of many lengths to prompts of many lengths, off-policy; every second one with experts it took."""
     from megatron_r1.rollout.routed_experts import RoutedExperts
-    from megatron_r1.rollout.sample import Sample
+    from tests.support.samples import make_sample
 
     generator = torch.Generator().manual_seed(4)
 
@@ -344,11 +344,11 @@ def samples(model: Any) -> Iterator[Any]:
             response = tuple(torch.randint(5, 512, (length,), generator=generator).tolist())
             log_probs = tuple((-6.3 + 0.4 * torch.randn(length, generator=generator, dtype=torch.float32)).tolist())
             reward = float(draw(0, 3))
-            told = experts(len(prompt) + length - 1) if number % 2 else None
-            parts = {"accuracy": reward}
-            yield Sample(
-                str(group), group, prompt, response, log_probs, "0", "stop", "", reward, parts, routed_experts=told
-            )
+            routed = experts(len(prompt) + length - 1) if number % 2 else None
+            yield make_sample(
+                prompt_id=str(group), group=group, prompt_tokens=prompt, response_tokens=response, logprobs=log_probs,
+                reward=reward, reward_parts={"accuracy": reward}, routed_experts=routed,
+            )  # fmt: skip
 
 
 def whole_gradients(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:

@@ -11,12 +11,12 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated
-from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.loop import StepUnavailable
 from megatron_r1.train.offload import Offloaded
 from megatron_r1.train.state import TrainState
+from tests.support.samples import make_sample
 
-SAMPLES = [Sample("p", 0, (1,), (2,), (-0.5,), "0", "stop", "", 1.0, {})]
+SAMPLES = [make_sample(reward=1.0)]
 
 
 class Watching:

@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 from megatron_r1.errors import DataError
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.sample import Sample
+from tests.support.samples import make_sample
 
 SAMPLES = [
-    Sample("p-0", 0, (1, 2, 3), (4, 5), (-math.pi, -1e-300), "v1", "stop", "4 5\u2028\n\x00", 1.1, {"format": 0.1}),
-    Sample("p-0", 0, (1, 2, 3), (6,), (-0.1,), "v1", "length", "\u4e94", 0.0, {}),
-]
+    make_sample(
+        prompt_tokens=(1, 2, 3), response_tokens=(4, 5), logprobs=(-math.pi, -1e-300), weight_version="v1",
+        text="4 5\u2028\n\x00", reward=1.1, reward_parts={"format": 0.1},
+    ),
+    make_sample(response_tokens=(6,), logprobs=(-0.1,), finish_reason="length", text="\u4e94"),
+]  # fmt: skip
 
 
 @st.composite

@@ -10,7 +10,8 @@ import pytest
 
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedExperts, RoutedLayers
-from megatron_r1.rollout.sample import Completion, Sample
+from megatron_r1.rollout.sample import Completion
+from tests.support.samples import make_sample
 
 LAYERS = RoutedLayers(layers=3, first_dense=1, top_k=2)
 
@@ -52,7 +53,7 @@ def test_what_is_not_that_is_refused(text, said):
         RoutedExperts.from_sglang(text, 5, LAYERS)
 
 
-SAMPLE = Sample("p", 0, (1, 2), (3, 4), (-0.5, -1.0), "0", "stop", "text", 1.0, {"accuracy": 1.0})
+SAMPLE = make_sample(prompt_tokens=(1, 2), response_tokens=(3, 4))
 
 
 def test_the_journal_keeps_them(tmp_path):

@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
+from megatron_r1.rollout.sample import Completion, Request, Sampling
+from tests.support.samples import make_sample
 
 COMPLETION = Completion("a", (1, 2), (3, 4), (-0.5, -0.25), "stop", "v1")
-SAMPLE = Sample("p", 0, (1, 2), (3, 4), (-0.5, -0.25), "v1", "length", "34", 1.0, {"accuracy": 1.0})
+SAMPLE = make_sample(prompt_tokens=(1, 2), response_tokens=(3, 4), reward=1.0)
 
 
 @pytest.mark.parametrize("record", [COMPLETION, SAMPLE])

@@ -131,7 +131,8 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     from megatron_r1.parallel.mesh import tensor_parallel_group
     from megatron_r1.rl.policy.batch import make_batch
     from megatron_r1.rl.policy.policy import Policy
-    from megatron_r1.rollout.sample import Request, Sample, Sampling
+    from megatron_r1.rollout.sample import Request, Sampling
+    from tests.support.samples import sample_of
 
     generator = torch.Generator().manual_seed(5)
     prompts = [tuple(torch.randint(5, 512, (n,), generator=generator).tolist()) for n in (4, 9, 17, 30)]
@@ -140,10 +141,7 @@ def gap(model: Any, engine: Any, servers: int) -> float:
         requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts)]
         completions = engine.generate(requests, Sampling(1.0, 1.0, 16, (), 0))
         assert len(completions) == servers * len(prompts)
-    samples = [
-        Sample("p", 0, c.prompt_tokens, c.response_tokens, c.logprobs, c.weight_version, "length", "", 0.0, {})
-        for c in comm.broadcast(completions)
-    ]
+    samples = [sample_of(completion) for completion in comm.broadcast(completions)]
     multiple = dist.get_world_size(tensor_parallel_group())
     rows = make_batch(samples, range(len(samples)), 0, "cpu", multiple)
     worst = 0.0

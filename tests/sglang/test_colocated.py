@@ -34,6 +34,7 @@ from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
+from tests.support.samples import sample_of
 
 pytestmark = [pytest.mark.sglang]
 SHAPE = ModelConfig(init_std=0.08)
@@ -151,10 +152,9 @@ class Asking:
         held += sum(p.main_grad.untyped_storage().nbytes() for p in self._model.parameters() if p.requires_grad)
         assert (held == 0) == self._offloaded
         samples = [
-            Sample(f"p{n}", n // 2, one.prompt_tokens, one.response_tokens, one.logprobs, one.weight_version, "length",
-                   "", float(sum(one.response_tokens) % 2), {"accuracy": 1.0})
+            sample_of(one, prompt_id=f"p{n}", group=n // 2, reward=float(sum(one.response_tokens) % 2))
             for n, one in enumerate(self._engine.generate(ASKED, GREEDY))
-        ]  # fmt: skip
+        ]
         self.samples += samples
         return Rollout(samples, {})
 

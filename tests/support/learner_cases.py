@@ -9,6 +9,7 @@ from megatron_r1.model.build import native_tensors
 from megatron_r1.rollout.sample import Sample
 from tests.support.layouts import model_of
 from tests.support.plain_grpo import response_log_probs
+from tests.support.samples import make_sample
 
 LENGTHS = ((5, 7), (5, 3), (9, 12), (9, 1))
 REWARDS = (1.1, 0.1, 0.0, 1.0)
@@ -44,8 +45,17 @@ def make_samples(model, noise: float) -> list[Sample]:
         with torch.no_grad():
             own = response_log_probs(model, prompt, response, 0.7)
         shifted = (own + noise * torch.randn(length, generator=generator)).clamp(max=0.0).tolist()
-        parts = (f"p{index // 2}", index // 2, prompt, response, tuple(shifted), "0", "stop", "", reward)
-        samples.append(Sample(*parts, reward_parts={"accuracy": reward}))
+        samples.append(
+            make_sample(
+                prompt_id=f"p{index // 2}",
+                group=index // 2,
+                prompt_tokens=prompt,
+                response_tokens=response,
+                logprobs=tuple(shifted),
+                reward=reward,
+                reward_parts={"accuracy": reward},
+            )
+        )
     return samples
 
 

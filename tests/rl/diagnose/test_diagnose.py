@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
+from tests.support.samples import sample_of
 
 TEMPERATURE, FLOOR = 1.0, 1e-5
 PROMPTS = [(2, *(3 + (7 * row + 5 * place) % 400 for place in range(8 + row % 5))) for row in range(12)]
@@ -44,11 +45,11 @@ def sampled(model, prompts: Sequence[tuple[int, ...]], temperature: float = TEMP
 def saved(completions: Sequence[Completion], prompts=PROMPTS, experts: bool = False) -> list[Sample]:
     """As a run would keep them: after the prompts that it believes in."""
     return [
-        Sample(
-            str(place), place, prompt, one.response_tokens, one.logprobs, "7", one.finish_reason, "", 0.0, {},
+        sample_of(
+            one, prompt_id=str(index), group=index, prompt_tokens=prompt, weight_version="7",
             routed_experts=one.routed_experts if experts else None,
         )
-        for place, (one, prompt) in enumerate(zip(completions, prompts, strict=True))
+        for index, (one, prompt) in enumerate(zip(completions, prompts, strict=True))
     ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.loop import staleness, tokens_by_version
 from megatron_r1.rollout.sample import Sample
+from tests.support.samples import make_sample
 
 LAST, PROMPTS = 8, 10
 
@@ -39,7 +40,7 @@ class Source:
 
 
 def sample(prompt: str, version: str, *later: tuple[int, str]) -> Sample:
-    return Sample(prompt, 0, (1,), (2,) * 4, (-1.0,) * 4, version, "stop", "", 0.0, {}, version_changes=later)
+    return make_sample(prompt_id=prompt, response_tokens=(2,) * 4, weight_version=version, version_changes=later)
 
 
 @pytest.fixture

@@ -24,11 +24,12 @@ from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
 from megatron_r1.rl.policy.batch import make_batch
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.sample import Completion, FailedRequest, Outcome, Request, Sample, Sampling
+from tests.support.samples import make_sample
 
 
 def sample(tokens: Sequence[int], reward: float, reason: str = "stop") -> Sample:
-    logprobs = tuple(-0.5 for _ in tokens)
-    return Sample("p", 0, (1, 2), tuple(tokens), logprobs, "v", reason, "", reward, {"accuracy": reward})
+    parts = {"accuracy": reward}
+    return make_sample(response_tokens=tuple(tokens), finish_reason=reason, reward=reward, reward_parts=parts)
 
 
 RIGHT, WRONG, AGAIN = sample([5, 9], 1.0), sample([6, 9], 0.0), sample([5, 9], 1.0)

@@ -16,7 +16,7 @@ from megatron_r1.rewards.score import Rubric, Weighted
 from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
 from megatron_r1.rl.generation.reward_service import CollectiveRewardService
 from megatron_r1.rl.generation.rollouts import Rollout
-from megatron_r1.rollout.sample import Sample
+from tests.support.samples import make_sample
 
 pytestmark = [pytest.mark.usefixtures("one_rank"), pytest.mark.timeout(20)]
 PROMPT = Prompt("train-0", "?", "", "", "number")
@@ -58,7 +58,7 @@ class Source:
             self.ended[step] = error
             raise
         reward, parts = score.total, score.parts
-        return Rollout([Sample("p", 0, (1,), (2,), (-1.0,), "0", "stop", "", reward, parts)], {})
+        return Rollout([make_sample(reward=reward, reward_parts=parts)], {})
 
 
 @pytest.fixture
