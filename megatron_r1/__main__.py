@@ -115,6 +115,7 @@ def prepare(command: Command) -> RunConfig | None:
         config = load(command.verb, command.overrides, command.config_name)
         if not command.print_config:
             check_layout(config, command.verb, world_size())
+            VERBS[command.verb].check(command.verb, config.init.from_)
             return config
         print(as_yaml(config), end="")
     return None

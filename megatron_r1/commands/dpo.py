@@ -10,8 +10,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.data.preference.examples import PreferenceDataset, TokenizedPreference
 from megatron_r1.data.preference.policy_encoder import PolicyPairEncoder
 from megatron_r1.data.preference_example import PreferenceExample
-from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.errors import DataError
 from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.preference.dpo import DirectPreference, HeldoutPairs
@@ -27,7 +26,7 @@ from megatron_r1.preference.step import (
     with_epoch_steps,
 )
 from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
-from megatron_r1.runs.initial_weights import find_weights
+from megatron_r1.runs.initial_weights import initial_model
 from megatron_r1.runs.prompts import prompt_formatter
 from megatron_r1.runs.training_run import finish_run, training_run
 from megatron_r1.train.hooks.measure import MeasureHook
@@ -39,11 +38,8 @@ SHOWN = ("loss", "accuracy", "margin", "heldout_accuracy", "heldout_margin", "gr
 
 def run(config: RunConfig) -> None:
     """Train a policy on pairs, or go on where its run stopped; then say how it orders held-out pairs."""
-    if not config.init.from_:
-        raise ConfigError("init.from", "", "dpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
     settings, size = config.dpo, config.train.micro_batch_size
-    weights = find_weights(config.init.from_, which=config.init.weights)
-    tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    weights, tokenizer = initial_model(config)
     encoder = PolicyPairEncoder(prompt_formatter(config, tokenizer))
     learned = learned_items(settings, config.data, settings.num_pairs)
     examples = examples_of(learned, encoder, config, settings.epochs)

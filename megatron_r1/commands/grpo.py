@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import RoutingReplay
@@ -32,7 +31,7 @@ from megatron_r1.rollout.factory import training_sglang_engine
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedLayers
-from megatron_r1.runs.initial_weights import Weights, find_weights
+from megatron_r1.runs.initial_weights import Weights, initial_model
 from megatron_r1.runs.prompts import keep, prompt_formatter, prompts_of_file, training_prompts
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks import Hook, Hooks
@@ -45,9 +44,7 @@ SHOWN = ("reward", "accuracy", "format", "response_length", "kl", "entropy", "ro
 
 def run(config: RunConfig) -> None:
     """Reinforce a model, or go on where its run stopped."""
-    check(config)
-    weights = find_weights(config.init.from_, which=config.init.weights)
-    tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    weights, tokenizer = initial_model(config)
     formatter = prompt_formatter(config, tokenizer)
     questions = prompts_of_file(config, formatter)
     # Answers predict one token at a time: the multi-token layers are carried through untouched.
@@ -77,16 +74,6 @@ def run(config: RunConfig) -> None:
             step = reinforcement_step(rollouts, learning.learner, engine.update_weights, prompts, placement, received)
             state = train(run.state, step, hooks, config.train.steps)
         finish_run(run, state)
-
-
-def check(config: RunConfig) -> None:
-    """Refuse what this stage cannot do.
-
-    Raises:
-        ConfigError: nothing to start from.
-    """
-    if not config.init.from_:
-        raise ConfigError("init.from", "", "grpo needs a model to start from: a run, a checkpoint or hf:FOLDER")
 
 
 @dataclass(frozen=True)

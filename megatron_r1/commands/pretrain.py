@@ -20,7 +20,7 @@ from megatron_r1.parallel.context import context_parallel_group, share_of_sequen
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.runs.folder import run_folder
-from megatron_r1.runs.initial_weights import Weights, find_weights
+from megatron_r1.runs.initial_weights import Weights, check_vocabulary, find_weights
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.balance import BalanceHook
 from megatron_r1.train.loop import Step, train
@@ -61,9 +61,7 @@ def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | Pa
         tokenizer = Tokenizer.load(weights.tokenizer_folder) if weights else train_tokenizer(config.data)
         return build_corpus(config.data, tokenizer, length, config.seed, run_folder(config) / "data"), tokenizer
     tokenizer = Tokenizer.load(weights.tokenizer_folder if weights else tokenizer_folder(indexed))
-    if tokenizer.vocab_size > config.model.vocab_size:
-        allowed = f"must be at least {tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
-        raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+    check_vocabulary(config.model, tokenizer)
     return packed_corpus(indexed, tokenizer, length, config.seed), tokenizer
 
 

@@ -9,8 +9,6 @@ import torch.distributed as dist
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.preference.examples import PreferenceDataset, TokenizedPreference
-from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.reward_head import add_reward_head, with_head
 from megatron_r1.parallel.mesh import data_parallel_group
@@ -25,7 +23,7 @@ from megatron_r1.preference.step import (
     report_results,
     with_epoch_steps,
 )
-from megatron_r1.runs.initial_weights import find_weights
+from megatron_r1.runs.initial_weights import initial_model
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import train
@@ -37,11 +35,8 @@ SHOWN = ("loss", "accuracy", "margin", "reasoning_loss", "heldout_accuracy", "gr
 
 def run(config: RunConfig) -> None:
     """Train a reward model, or go on where its run stopped; then say how right it is on held-out items."""
-    if not config.init.from_:
-        raise ConfigError("init.from", "", "reward needs a model to start from: a run, a checkpoint or hf:FOLDER")
     settings = config.reward_model
-    weights = find_weights(config.init.from_, which=config.init.weights)
-    tokenizer = Tokenizer.load(weights.tokenizer_folder)
+    weights, tokenizer = initial_model(config)
     encoder = encoder_of(settings, tokenizer)
     learned = learned_items(settings, config.data, settings.num_items, settings.objective)
     heldout = heldout_items(settings, config.data, settings.objective)

@@ -69,10 +69,8 @@ def check(config: RunConfig) -> None:
     """Refuse what this stage cannot do.
 
     Raises:
-        ConfigError: no model, or a world is asked for without a limit.
+        ConfigError: generated prompts are requested without a limit.
     """
-    if not config.init.from_:
-        raise ConfigError("init.from", "", "sample needs a model: a run, a checkpoint or hf:FOLDER")
     if not (config.data.prompts.path or config.sample.limit):
         raise ConfigError("sample.limit", 0, "must be above 0 where the prompts are a world's, which has no end")
 

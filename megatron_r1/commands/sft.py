@@ -20,7 +20,7 @@ from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.context import context_parallel_group
 from megatron_r1.parallel.mesh import all_gather_data_parallel, data_parallel_group, is_metrics_rank
 from megatron_r1.runs.folder import run_folder
-from megatron_r1.runs.initial_weights import find_weights
+from megatron_r1.runs.initial_weights import initial_model
 from megatron_r1.runs.training_run import TrainingRun, finish_run, limit_steps, training_run
 from megatron_r1.sft.supervised import SupervisedReader, packing_metrics
 from megatron_r1.sft.teacher_setup import distilling_reader, find_teacher
@@ -43,11 +43,7 @@ SHOWN = (
 def run(config: RunConfig) -> None:
     """Fine-tune a model, or go on where its run stopped."""
     check(config)
-    weights = find_weights(config.init.from_, which=config.init.weights)
-    tokenizer = Tokenizer.load(weights.tokenizer_folder)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        allowed = f"must be at least {tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
-        raise ConfigError("model.vocab_size", config.model.vocab_size, allowed)
+    weights, tokenizer = initial_model(config)
     teacher = find_teacher(config, tokenizer)
     length = config.train.sequence_length
     examples = open_examples(config.sft, config.data, tokenizer, length, config.seed, run_folder(config))
@@ -76,10 +72,8 @@ def check(config: RunConfig) -> None:
     """Refuse what this stage cannot do.
 
     Raises:
-        ConfigError: nothing to start from, or what contradicts the way that examples are packed.
+        ConfigError: no dataset, or what contradicts the way that examples are packed.
     """
-    if not config.init.from_:
-        raise ConfigError("init.from", "", "sft needs a model to start from: a run, a checkpoint or hf:FOLDER")
     if config.sft.source == "files" and not config.sft.datasets:
         raise ConfigError("sft.datasets", "{}", "must name a source: sft.datasets.NAME.path=FILE")
     ramp = config.train.schedule.batch_ramp

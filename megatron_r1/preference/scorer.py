@@ -7,21 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from megatron_r1.checkpoint.manifest import read_manifest
-from megatron_r1.config.division import check_division
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.schema import convert
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError
-from megatron_r1.model.build import build_model
-from megatron_r1.model.reward_head import HEAD, add_reward_head
-from megatron_r1.model.shards import load_whole_tensors
+from megatron_r1.model.reward_head import add_reward_head
 from megatron_r1.platform import Platform
 from megatron_r1.preference.items import encoder_of
 from megatron_r1.preference.measure import score_texts
 from megatron_r1.preference.reward_model import RewardModel
 from megatron_r1.rewards.reward import RewardPrompt, Value
-from megatron_r1.runs.initial_weights import find_weights
+from megatron_r1.runs.second_model import check_shareable, find_reward_model, second_model
 
 
 class RewardModelScorer:
@@ -37,7 +33,7 @@ class RewardModelScorer:
         """Collective over all ranks, whose process groups must exist: load the model that `source` names.
 
         Args:
-            source: run or checkpoint directory of the verb reward.
+            source: run or checkpoint directory of the verb reward_model.
             parallel: degrees by which the ranks share the work, which need not be those it was trained with.
             key: configuration key to name in an error.
             name: of the reward; empty is helpfulness or harmlessness, by what the model learned.
@@ -46,21 +42,11 @@ class RewardModelScorer:
             ConfigError: there is no reward model, or these degrees do not divide it.
             CheckpointDamaged: there is a checkpoint, but neither it nor an older one verifies.
         """
-        found = find_weights(source, key)
-        if f"{HEAD}.weight" not in found.tensors:
-            raise ConfigError(key, source, "must be a run of the verb reward, or one of its checkpoints")
-        try:
-            check_division(parallel, found.model)
-        except ConfigError as error:
-            raise ConfigError(key, source, f"must be a model that ranks can share as the policy: {error}") from None
+        found = find_reward_model(source, key)
+        check_shareable(parallel, found.model, source, key)
         settings = convert(RewardModelConfig, read_manifest(found.folder).metadata["config"]["reward_model"])
-        # The policy's draws must not depend on whether a reward model was built beside it.
-        with torch.random.fork_rng():
-            model = build_model(found.model, parallel, platform, seed=0)
-        add_reward_head(model)
-        load_whole_tensors(model, found.tensors)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        model = second_model(found.model, parallel, platform, found.tensors, add_reward_head)
+        model.requires_grad_(False)
         tokenizer = Tokenizer.load(found.tokenizer_folder)
         self._pairwise = settings.objective == "pairwise"
         self.name = name or ("helpfulness" if self._pairwise else "harmlessness")

@@ -15,6 +15,8 @@ from megatron_r1.checkpoint.store import newest_verified, step_folders
 from megatron_r1.checkpoint.tensors import has_tensors
 from megatron_r1.config.schema import convert
 from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.run import RunConfig
+from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.load import NativeTensors, model_config_from_hf
 
@@ -54,6 +56,25 @@ def find_weights(source: str, key: str = "init.from", which: str = "model") -> W
         return Weights(model, NativeTensors(folder, model), folder, folder)
     folder, model = find_checkpoint(source, key, which)
     return Weights(model, WholeTensors(folder, which), folder / "tokenizer", folder)
+
+
+def initial_model(config: RunConfig) -> tuple[Weights, Tokenizer]:
+    """The weights that `init.from` names, and their tokenizer; raises as `find_weights`.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the run's model has embeddings.
+    """
+    found = find_weights(config.init.from_, which=config.init.weights)
+    tokenizer = Tokenizer.load(found.tokenizer_folder)
+    check_vocabulary(config.model, tokenizer)
+    return found, tokenizer
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError: the tokenizer has more tokens than the model has embeddings."""
+    if tokenizer.vocab_size > model.vocab_size:
+        allowed = f"must be at least {tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
+        raise ConfigError("model.vocab_size", model.vocab_size, allowed)
 
 
 def hf_folder(source: str, key: str = "init.from") -> Path | None:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from megatron_r1.config.division import check_division
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.model.build import build_model
-from megatron_r1.model.shards import load_whole_tensors
 from megatron_r1.runs.initial_weights import Weights, find_weights
+from megatron_r1.runs.second_model import check_shareable, second_model
 from megatron_r1.runs.training_run import TrainingRun
 from megatron_r1.sft.teacher import DistillingReader, Teacher
 
@@ -60,10 +56,7 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: ModelConfig,
             f"must have a multiple of {degrees.stages} layers, one share for each stage, but has {teacher.num_layers}"
         )
         raise ConfigError(KEY, source, allowed)
-    try:
-        check_division(degrees, teacher)
-    except ConfigError as error:
-        raise ConfigError(KEY, source, f"must be a model that the ranks can share, but for it {error}") from None
+    check_shareable(degrees, teacher, source, KEY)
 
 
 def shared_as(degrees: ParallelConfig, student: ModelConfig, teacher: ModelConfig) -> ParallelConfig:
@@ -77,10 +70,7 @@ def distilling_reader(run: TrainingRun, found: Weights) -> DistillingReader:
     """Collective: load the teacher beside the student; what reads the batches then has its words in them."""
     config, words = run.config, run.tokenizer.vocab_size
     settings, degrees = config.sft.teacher, shared_as(config.parallel, config.model, found.model)
-    # The student's draws must not depend on whether a teacher was built beside it.
-    with torch.random.fork_rng():
-        model = build_model(found.model, degrees, run.platform, seed=0)
-    load_whole_tensors(model, found.tensors)
+    model = second_model(found.model, degrees, run.platform, found.tensors)
     teacher = Teacher(model, settings.top_k, settings.temperature, words)
     padded = words < config.model.vocab_size
     return DistillingReader(

@@ -87,7 +87,7 @@ def test_a_critic_starts_from_a_reward_model(folder, found):
     for name, tensor in judge.items():
         torch.testing.assert_close(critic[name], tensor, rtol=0, atol=1e-9)
     assert "rl.critic.init_from=" in found["no_reward_model"]
-    assert "must be a run of the verb reward" in found["no_reward_model"]
+    assert "must be a run of the verb reward_model" in found["no_reward_model"]
 
 
 def test_questions_of_a_file_are_asked_in_the_models_own_template(folder):

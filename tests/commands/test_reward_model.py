@@ -1,4 +1,4 @@
-"""The verb reward from a base model to a scorer: resumed bit for bit, measured, and read as it was trained."""
+"""The verb reward_model from a base model to a scorer: resumed bit for bit, measured, and read as it was trained."""
 
 from __future__ import annotations
 
@@ -90,10 +90,9 @@ def test_helpfulness_reads_the_summary_and_harmlessness_everything(found):
 
 
 def test_what_is_no_reward_model_is_refused(found):
-    assert "must be a run of the verb reward" in found["scores"]["base"]
+    assert "must be a run of the verb reward_model" in found["scores"]["base"]
     divided = found["scores"]["divided"]
     assert divided.startswith("reward.helpfulness_model=") and "parallel.tensor=8: must divide" in divided
-    assert found["refused"].startswith("init.from=: reward needs a model to start from")
 
 
 def test_reward_models_score_beside_a_policy(folder, found):

@@ -221,7 +221,6 @@ def test_steps_are_those_of_the_epochs_or_fewer():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "init.from=: sft needs a model"),
         (["init.from=a", "sft.source=files"], "sft.datasets={}: must name a source"),
         (
             ["init.from=a", "train.schedule.batch_ramp.tokens=9", "train.schedule.batch_ramp.start=8"],

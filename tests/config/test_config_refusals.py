@@ -150,6 +150,8 @@ REFUSALS = [
     ("pretrian", "VERB=pretrian", "must be one of pretrain"),
     ("pretrain --cfg hydra", "--cfg=hydra", "must be job"),
     ("pretrain --multirun", "option=--multirun", "must be one of --config-name"),
+    # nothing to start from
+    *((verb, "init.from=", f"{verb} needs a model") for verb in ("sft", "grpo", "reward_model", "dpo", "sample")),
 ]
 LIMIT_S = 1.0
 

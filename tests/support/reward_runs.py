@@ -46,7 +46,7 @@ BESIDE = (
 
 
 def main(folder: Path) -> None:
-    from megatron_r1.errors import ConfigError, Requeue
+    from megatron_r1.errors import Requeue
     from megatron_r1.platform import select
 
     select("cpu")
@@ -84,10 +84,6 @@ def main(folder: Path) -> None:
     )
     run(grpo, "grpo", *BESIDE)
     found = {"stopped": told, "scores": score(folder)}
-    try:
-        run(reward_model, "reward_model", "name=none")
-    except ConfigError as error:
-        found["refused"] = str(error)
     (folder / "found.json").write_text(json.dumps(found))
 
 

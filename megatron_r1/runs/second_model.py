@@ -1,0 +1,73 @@
+"""A second model in the process groups of a run: critic, teacher, reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_r1.config.division import check_division
+from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.performance import PerformanceConfig
+from megatron_r1.config.precision import PrecisionConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.model.build import build_model
+from megatron_r1.model.chunks import Model
+from megatron_r1.model.reward_head import HEAD
+from megatron_r1.model.shards import load_whole_tensors
+from megatron_r1.platform import Platform
+from megatron_r1.runs.initial_weights import Weights, find_weights
+
+
+def second_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    platform: Platform,
+    tensors: Mapping[str, Tensor] | None,
+    prepare: Callable[[Model], None] = lambda _: None,
+    performance: PerformanceConfig | None = None,
+    precision: PrecisionConfig | None = None,
+) -> Model:
+    """Collective: build a model and load its weights; random numbers of the run stay those of a run without it.
+
+    Args:
+        parallel: degrees by which the ranks share it.
+        tensors: whole weights; None where the caller restores them from a checkpoint.
+        prepare: adds to the model what is no part of a language model, before weights are read.
+        performance, precision: as of `build_model`.
+    """
+    with torch.random.fork_rng():
+        built = build_model(model, parallel, platform, 0, performance, precision)
+    prepare(built)
+    if tensors is not None:
+        load_whole_tensors(built, tensors)
+    return built
+
+
+def find_reward_model(source: str, key: str) -> Weights:
+    """The weights of a reward model, its head among them; raises as `find_weights`.
+
+    Raises:
+        ConfigError: `source` names another kind of model.
+    """
+    found = find_weights(source, key)
+    if f"{HEAD}.weight" not in found.tensors:
+        raise ConfigError(key, source, "must be a run of the verb reward_model, or one of its checkpoints")
+    return found
+
+
+def check_shareable(parallel: ParallelConfig, model: ModelConfig, source: str, key: str) -> None:
+    """Refuse a model that these degrees of parallelism do not divide.
+
+    Args:
+        source: where the model is from; key: configuration key to name in an error.
+
+    Raises:
+        ConfigError: names what does not divide.
+    """
+    try:
+        check_division(parallel, model)
+    except ConfigError as error:
+        raise ConfigError(key, source, f"must be a model that the ranks can share, but for it {error}") from None
