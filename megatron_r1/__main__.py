@@ -20,6 +20,7 @@ from megatron_r1 import __version__
 from megatron_r1.config.recipes import groups, recipes
 from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError, ExitCode, Requeue, UserError
+from megatron_r1.lifeline import die_with_parent
 from megatron_r1.parallel.launcher import is_rank_zero, world_size
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ def exit_code(arguments: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the `megatron-r1` command."""
+    die_with_parent()
     # Read by OpenMP when torch is imported: threads that spin while they wait starve an engine on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = exit_code(sys.argv[1:])

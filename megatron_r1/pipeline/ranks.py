@@ -1,7 +1,7 @@
 """Start the ranks of one job on this machine and bring back how it ended.
 
 torchrun starts ranks too, but ends with status 1 whatever theirs was; recipes act on the ranks' own exit codes (85
-asks to be started again), so they are started here.
+requests a restart), so they are started here.
 """
 
 from __future__ import annotations
@@ -12,31 +12,36 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from types import FrameType
+
+from megatron_r1 import lifeline
 
 GRACE_S = 10.0
-"""Seconds that the other ranks get to end once one has failed and they were told."""
+"""Seconds between SIGTERM and SIGKILL for the ranks that still run when another one has failed."""
 
 
 def run_ranks(command: Sequence[str], ranks: int) -> int:
     """Run `command` as `ranks` processes that find one another, until all have ended.
 
-    Signals for this process go to all of them. When one fails, the others are ended.
+    Signals for this process go to all of them. When one fails, the others are ended; when this process dies, they die.
 
     Returns:
         Exit code of the first rank that failed, or 0.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
+    common = os.environ | lifeline.variables()
+    if ranks > 1:
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
     processes = [
-        subprocess.Popen(command, env=os.environ | address | _numbers(rank, ranks) if ranks > 1 else None)
+        subprocess.Popen(command, env=common | (_rank_variables(rank, ranks) if ranks > 1 else {}))
         for rank in range(ranks)
     ]
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         for process in processes:
             process.send_signal(number)
 
-    # A terminal sends Ctrl-C to the ranks as well, which save and end; a scheduler's signal is passed on.
-    handlers = {signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on, signal.SIGINT: lambda *_: None}
+    # A terminal sends Ctrl-C to the ranks as well, which save and end; a scheduler's signal is forwarded.
+    handlers = {signal.SIGTERM: forward, signal.SIGUSR1: forward, signal.SIGINT: lambda *_: None}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         return _wait(processes)
@@ -48,7 +53,7 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
             process.wait()
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     failed = 0
     deadline = float("inf")
     while running := [process for process in processes if process.poll() is None]:
@@ -63,11 +68,11 @@ def _wait(processes: list[subprocess.Popen]) -> int:
     return failed or next((p.returncode for p in processes if p.returncode), 0)
 
 
-def _numbers(rank: int, ranks: int) -> dict[str, str]:
+def _rank_variables(rank: int, ranks: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])

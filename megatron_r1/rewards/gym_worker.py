@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from typing import Any
 
+from megatron_r1.lifeline import die_with_parent
 from megatron_r1.rewards.worker_main import serve
 
 
@@ -25,6 +26,7 @@ def judge(item: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     import reasoning_gym  # noqa: F401  slow to import: before it says that it can work
 
     serve(judge, float(sys.argv[1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from megatron_r1.lifeline import die_with_parent
 from megatron_r1.rewards.worker_main import serve
 
 
@@ -28,5 +29,6 @@ def judge(item: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     judge({"truth": "1", "answer": "1"})  # imports, and compiles what is compiled at first use
     serve(judge, float(sys.argv[1]))

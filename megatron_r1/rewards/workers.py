@@ -16,6 +16,8 @@ import threading
 import time
 from typing import Any
 
+from megatron_r1 import lifeline
+
 START_S = 120.0
 """For a worker to import what it needs, on a machine that is busy."""
 LONGEST_REPLY = 1 << 16
@@ -44,7 +46,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | lifeline.variables(),
             start_new_session=True,  # Ctrl-C is the trainer's; workers end when their standard input does
         )
         self._ready = False
