@@ -33,7 +33,15 @@ from megatron_r1.train.hooks.measure import MeasureHook
 from megatron_r1.train.loop import train
 from megatron_r1.train.routing import FROZEN
 
-SHOWN = ("loss", "accuracy", "margin", "heldout_accuracy", "heldout_margin", "gradient_norm", "learning_rate")
+SHOWN = (
+    "train/loss",
+    "train/accuracy",
+    "train/margin",
+    "eval/accuracy",
+    "eval/margin",
+    "train/gradient_norm",
+    "train/learning_rate",
+)
 
 
 def run(config: RunConfig) -> None:
@@ -100,10 +108,10 @@ def measure_of(heldout: HeldoutPairs) -> Callable[[], dict[str, float]]:
         margins = torch.tensor(heldout.margins(), dtype=torch.float64)
         found = clustered(pairwise_accuracy(margins).tolist())
         return {
-            "heldout_accuracy": found.mean,
-            "heldout_low": found.low,
-            "heldout_high": found.high,
-            "heldout_margin": float(margins.mean()),
+            "eval/accuracy": found.mean,
+            "eval/accuracy_low": found.low,
+            "eval/accuracy_high": found.high,
+            "eval/margin": float(margins.mean()),
         }
 
     return measure

@@ -39,7 +39,16 @@ from megatron_r1.train.loop import train
 from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.state import TrainState
 
-SHOWN = ("reward", "accuracy", "format", "response_length", "kl", "entropy", "rollout_seconds", "train_seconds")
+SHOWN = (
+    "rollout/reward",
+    "rollout/accuracy",
+    "rollout/format",
+    "rollout/response_length",
+    "policy/kl",
+    "policy/entropy",
+    "perf/rollout_seconds",
+    "perf/train_seconds",
+)
 
 
 def run(config: RunConfig) -> None:

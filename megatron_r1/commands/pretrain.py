@@ -31,7 +31,15 @@ from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import BatchOutcome, training_step
 from megatron_r1.train.update import update
 
-SHOWN = ("loss", "mtp_loss", "gradient_norm", "learning_rate", "tokens_per_second", "mfu", "router_load_max")
+SHOWN = (
+    "train/loss",
+    "train/mtp_loss",
+    "train/gradient_norm",
+    "train/learning_rate",
+    "perf/tokens_per_second",
+    "perf/mfu",
+    "moe/load_max",
+)
 
 
 def run(config: RunConfig) -> None:
@@ -85,7 +93,11 @@ def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
         shape = settings.sequence_length, min(settings.micro_batch_size, size // ranks)
         result = update(run.model, run.optimizer, micro_batches, reader.forward, rate, *shape)
         tokens = size * settings.sequence_length
-        metrics = {"batch_size": size, "mtp_weight": mtp_weight, "bias_rate": policy.bias_rate_at(consumed)}
+        metrics = {
+            "train/batch_size": size,
+            "train/mtp_weight": mtp_weight,
+            "moe/bias_rate": policy.bias_rate_at(consumed),
+        }
         return BatchOutcome(result=result, sequences=size, tokens=tokens, routed_tokens=tokens, metrics=metrics)
 
     return training_step(config, learn, run.platform.device)
@@ -132,6 +144,6 @@ def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
 
     def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = output_BL.float().mean()
-        return loss / sharing, {"loss": loss.detach()}
+        return loss / sharing, {"train/loss": loss.detach()}
 
     return model(inputs_BL, positions_BL, None, labels=labels_BL), loss_function

@@ -30,7 +30,15 @@ from megatron_r1.train.loop import train
 from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.update import update
 
-SHOWN = ("loss", "accuracy", "margin", "reasoning_loss", "heldout_accuracy", "gradient_norm", "learning_rate")
+SHOWN = (
+    "train/loss",
+    "train/accuracy",
+    "train/margin",
+    "train/reasoning_loss",
+    "eval/accuracy",
+    "train/gradient_norm",
+    "train/learning_rate",
+)
 
 
 def run(config: RunConfig) -> None:

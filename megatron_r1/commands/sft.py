@@ -35,8 +35,15 @@ from megatron_r1.train.update import update
 logger = logging.getLogger(__name__)
 
 SHOWN = (
-    *("loss", "cross_entropy", "distillation_loss", "heldout_loss", "gradient_norm", "learning_rate"),
-    *("packing_efficiency", "tokens_per_second", "epoch"),
+    *(
+        "train/loss",
+        "train/cross_entropy",
+        "train/distillation_loss",
+        "eval/loss",
+        "train/gradient_norm",
+        "train/learning_rate",
+    ),
+    *("train/packing_efficiency", "perf/tokens_per_second", "train/epoch"),
 )
 
 
@@ -122,12 +129,12 @@ def supervised_step(run: TrainingRun, reader: SupervisedReader, batches: ChatBat
         return BatchOutcome(
             result=result,
             sequences=size,
-            tokens=int(metrics["tokens"]),
+            tokens=int(metrics["train/tokens"]),
             routed_tokens=sum(all_gather_data_parallel(sum(part.document_ids_BL.numel() for part in micro_batches))),
             metrics={
                 **metrics,
-                "learned_tokens": int(reader.counted(batch).sum()),
-                "epoch": min(state.data_position + size, batches.total) / batches.per_epoch,
+                "train/loss_tokens": int(reader.counted(batch).sum()),
+                "train/epoch": min(state.data_position + size, batches.total) / batches.per_epoch,
             },
         )
 
@@ -164,6 +171,6 @@ class HeldoutLoss:
         shape = self._reader.shape(self._run.config.train.sequence_length, len(micro_batches[0].tokens_BL))
         outputs = forward_only(self._run.model, micro_batches, forward, *shape)
         return sum(
-            float(functions[id(rows)](output_BL)[1]["loss"]) / rows.weight
+            float(functions[id(rows)](output_BL)[1]["train/loss"]) / rows.weight
             for rows, output_BL in zip(micro_batches, outputs, strict=False)
         )

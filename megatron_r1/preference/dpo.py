@@ -60,7 +60,7 @@ class DirectPreference:
             rate: learning rate.
             size: pairs of a micro-batch.
         Returns:
-            what the update did, with `loss` and the metrics of `dpo_loss` logged, whose sums are means over all
+            what the update did, with `train/loss` and the metrics of `dpo_loss` logged, whose sums are means over all
             pairs; and this rank's tokens, padding included.
         """
         micro_batches = self._micro_batches(examples, size)
@@ -78,7 +78,7 @@ class DirectPreference:
                     label_smoothing=self._label_smoothing,
                     num_pairs=len(examples),
                 )
-                return loss, {"loss": loss.detach(), **metrics}
+                return loss, {"train/loss": loss.detach(), **metrics}
 
             return self._policy.scores(model, rows), loss_function
 

@@ -38,7 +38,8 @@ def dpo_loss(
             equation 3, conservative DPO).
         num_pairs: of the whole mini-batch, by which sums are divided so that micro-batches add up; None is P.
     Returns:
-        the loss, and without gradient `chosen_reward`, `rejected_reward`, `margin` (beta x log-ratios), `accuracy`.
+        the loss, and without gradient `train/` metrics: `chosen_reward`, `rejected_reward`, `margin` (beta x
+        log-ratios), `accuracy`.
     """
     chosen_P = beta * (chosen_P - reference_chosen_P.detach())
     rejected_P = beta * (rejected_P - reference_rejected_P.detach())
@@ -46,9 +47,9 @@ def dpo_loss(
     loss_P = -(1 - label_smoothing) * logsigmoid(margin_P) - label_smoothing * logsigmoid(-margin_P)
     pairs = num_pairs if num_pairs is not None else len(margin_P)
     per_pair = {
-        "chosen_reward": chosen_P,
-        "rejected_reward": rejected_P,
-        "margin": margin_P,
-        "accuracy": (margin_P > 0).to(margin_P.dtype),
+        "train/chosen_reward": chosen_P,
+        "train/rejected_reward": rejected_P,
+        "train/margin": margin_P,
+        "train/accuracy": (margin_P > 0).to(margin_P.dtype),
     }
     return loss_P.sum() / pairs, {name: value_P.detach().sum() / pairs for name, value_P in per_pair.items()}

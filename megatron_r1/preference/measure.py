@@ -36,7 +36,7 @@ class HeldoutAccuracy:
     def __call__(self) -> dict[str, float]:
         """Accuracy with a 95 % interval, the same on every rank."""
         found = clustered(self.per_item())
-        return {"heldout_accuracy": found.mean, "heldout_low": found.low, "heldout_high": found.high}
+        return {"eval/accuracy": found.mean, "eval/accuracy_low": found.low, "eval/accuracy_high": found.high}
 
     def per_item(self) -> list[float]:
         """1, 0, or a half for a tie, for each item; the same on every rank. Collective.

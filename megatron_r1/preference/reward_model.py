@@ -138,17 +138,17 @@ class RewardModel:
             losses_I = F.binary_cross_entropy_with_logits(scores_B, rows.safe_I, reduction="none")
         score_loss = losses_I.mean()
         logged = {
-            "score_loss": score_loss.detach(),
-            "accuracy": pairwise_accuracy(margins_I.detach()).mean(),
-            "margin": margins_I.detach().mean(),
-            "score": scores_B.detach().mean(),
+            "train/score_loss": score_loss.detach(),
+            "train/accuracy": pairwise_accuracy(margins_I.detach()).mean(),
+            "train/margin": margins_I.detach().mean(),
+            "train/score": scores_B.detach().mean(),
         }
         loss = score_loss
         if self._reasoning_weight:
             reasoning_loss = (output_BX[:, 1:] * rows.learned_BL).sum() * rows.token_weight
-            logged["reasoning_loss"] = reasoning_loss.detach()
+            logged["train/reasoning_loss"] = reasoning_loss.detach()
             loss = loss + self._reasoning_weight * reasoning_loss
-        return loss, {**logged, "loss": loss.detach()}
+        return loss, {**logged, "train/loss": loss.detach()}
 
     def scores(self, rows: Sequence[Sequence[int]], size: int) -> list[float]:
         """The score of each row of tokens, the last of which is read; the same on every stage.

@@ -76,7 +76,7 @@ def preference_step(config: RunConfig, preferences: PreferenceDataset, learn: Le
             sequences=size,
             tokens=sum(len(sequence.tokens) for example in batch for sequence in example.sequences),
             routed_tokens=sum(all_gather_data_parallel(positions)),
-            metrics={"epoch": (state.data_position + size) / len(preferences.examples)},
+            metrics={"train/epoch": (state.data_position + size) / len(preferences.examples)},
         )
 
     return training_step(config, learn_next)

@@ -74,7 +74,10 @@ def by_minutes(rows: Rows) -> Rows:
     """The rows of a stage of reinforcement learning, their steps replaced by the minutes spent until their end."""
     spent, timed = 0.0, []
     for row in rows:
-        spent += sum(row.get(part, math.nan) for part in ("sync_seconds", "rollout_seconds", "train_seconds")) / 60
+        spent += (
+            sum(row.get(part, math.nan) for part in ("perf/sync_seconds", "perf/rollout_seconds", "perf/train_seconds"))
+            / 60
+        )
         timed.append({**row, "step": spent})
     return timed if math.isfinite(spent) else []
 

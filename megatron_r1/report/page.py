@@ -72,22 +72,27 @@ def _rl_together(recipe: Recipe) -> str:
     stages = recipe.of_kind("rl")
     runs = {stage.name: stage.rows for stage in stages}
     figures = _figure(
-        comparison("all-accuracy", runs, "accuracy", "accuracy"), "Share of right answers in each stage's rollouts."
+        comparison("all-accuracy", runs, "rollout/accuracy", "accuracy"),
+        "Share of right answers in each stage's rollouts.",
     )
     timed = {stage.name: by_minutes(stage.rows) for stage in stages}
     caption = "The same over the time that each stage took."
-    figures += _figure(comparison("all-minutes", timed, "accuracy", "accuracy", xlabel="minutes"), caption)
+    figures += _figure(comparison("all-minutes", timed, "rollout/accuracy", "accuracy", xlabel="minutes"), caption)
     caption = "What the trainer needs for a step, a critic's share included."
-    figures += _figure(comparison("all-train-seconds", runs, "train_seconds", "trainer (seconds per step)"), caption)
+    figures += _figure(
+        comparison("all-train-seconds", runs, "perf/train_seconds", "trainer (seconds per step)"), caption
+    )
     return f'<div class="figures">{figures}</div>' if figures else ""
 
 
 def _pretrain_together(recipe: Recipe) -> str:
     """What several pre-training stages have in common, in one figure each."""
     runs = {stage.name: stage.rows for stage in recipe.of_kind("pretrain")}
-    figures = _figure(comparison("all-loss", runs, "loss", "loss (nats per token)"), "Training loss of each stage.")
+    figures = _figure(
+        comparison("all-loss", runs, "train/loss", "loss (nats per token)"), "Training loss of each stage."
+    )
     caption = "Load of the busiest expert of any layer; 1 is an even share."
-    figures += _figure(comparison("all-load", runs, "router_load_max", "load of the busiest expert"), caption)
+    figures += _figure(comparison("all-load", runs, "moe/load_max", "load of the busiest expert"), caption)
     return f'<div class="figures">{figures}</div>' if figures else ""
 
 
@@ -97,18 +102,18 @@ def _figure(svg: str, caption: str) -> str:
 
 def _pretrain_figures(stage: Stage) -> Iterable[str]:
     name, rows = stage.name, stage.rows
-    loss = {"loss": "next token", "mtp_loss": "token after next"}
+    loss = {"train/loss": "next token", "train/mtp_loss": "token after next"}
     yield _figure(curves(f"{name}-loss", rows, loss, "loss (nats per token)"), "Training loss.")
-    norm = {"gradient_norm": "gradient norm"}
+    norm = {"train/gradient_norm": "gradient norm"}
     yield _figure(curves(f"{name}-norm", rows, norm, "gradient norm", log=True), "Gradient norm before clipping.")
-    rate = {"learning_rate": "learning rate"}
+    rate = {"train/learning_rate": "learning rate"}
     yield _figure(curves(f"{name}-rate", rows, rate, "learning rate"), "Learning-rate schedule.")
-    speed = {"tokens_per_second": "tokens per second"}
+    speed = {"perf/tokens_per_second": "tokens per second"}
     yield _figure(curves(f"{name}-speed", rows, speed, "tokens per second"), "Throughput of training.")
-    load = {"router_load_max": "busiest expert", "mtp_router_load_max": "of multi-token layers"}
+    load = {"moe/load_max": "busiest expert", "moe/mtp_load_max": "of multi-token layers"}
     caption = "Load of the busiest expert of any layer in each step; 1 is an even share."
     yield _figure(curves(f"{name}-load", rows, load, "load of the busiest expert"), caption)
-    violation = {"router_violation": "backbone", "mtp_router_violation": "multi-token layers"}
+    violation = {"moe/max_violation": "backbone", "moe/mtp_max_violation": "multi-token layers"}
     caption = "What the busiest expert has above an even share over a window of steps (MaxVio); 0 is balance."
     yield _figure(curves(f"{name}-violation", rows, violation, "violation over a window"), caption)
     step, table = _last_loads(rows)
@@ -118,7 +123,7 @@ def _pretrain_figures(stage: Stage) -> Iterable[str]:
 
 def _last_loads(rows: Sequence[dict[str, Any]]) -> tuple[int, dict[str, list[float]]]:
     """The last recorded table of the experts' loads by layer, and its step."""
-    tables = ((row["step"], row["router_load"]) for row in reversed(rows) if isinstance(row.get("router_load"), dict))
+    tables = ((row["step"], row["moe/load"]) for row in reversed(rows) if isinstance(row.get("moe/load"), dict))
     return next(tables, (0, {}))
 
 
@@ -130,56 +135,56 @@ def _if_any(recipe: Recipe, title: str, kind: str, figures_of: Callable[[Stage],
 
 def _sft_figures(stage: Stage) -> Iterable[str]:
     name, rows = stage.name, stage.rows
-    loss = {"loss": "learned", "heldout_loss": "held out", "mtp_loss": "token after next"}
-    loss |= {"cross_entropy": "written words", "distillation_loss": "divergence from the teacher"}
+    loss = {"train/loss": "learned", "eval/loss": "held out", "train/mtp_loss": "token after next"}
+    loss |= {"train/cross_entropy": "written words", "train/distillation_loss": "divergence from the teacher"}
     caption = "Loss on the answers' tokens, of what is learned and of what is held out."
     yield _figure(curves(f"{name}-loss", rows, loss, "loss (nats per token)"), caption)
-    tokens = {"tokens": "all", "learned_tokens": "learned"}
+    tokens = {"train/tokens": "all", "train/loss_tokens": "learned"}
     yield _figure(curves(f"{name}-tokens", rows, tokens, "tokens per step"), "Tokens of a step, padding left out.")
-    packing = {"packing_efficiency": "tokens", "padding_share": "padding"}
+    packing = {"train/packing_efficiency": "tokens"}
     yield _figure(curves(f"{name}-packing", rows, packing, "share of a step's places"), "How full sequences are.")
-    imbalance = {"token_imbalance": "fullest rank"}
+    imbalance = {"train/token_imbalance": "fullest rank"}
     caption = "Tokens of the data-parallel rank that has most, above the mean of all."
     yield _figure(curves(f"{name}-imbalance", rows, imbalance, "share above the mean"), caption)
-    norm = {"gradient_norm": "gradient norm"}
+    norm = {"train/gradient_norm": "gradient norm"}
     yield _figure(curves(f"{name}-norm", rows, norm, "gradient norm", log=True), "Gradient norm before clipping.")
-    rate = {"learning_rate": "learning rate"}
+    rate = {"train/learning_rate": "learning rate"}
     yield _figure(curves(f"{name}-rate", rows, rate, "learning rate"), "Learning-rate schedule.")
 
 
 def _rl_figures(stage: Stage) -> Iterable[str]:
     name, rows = stage.name, stage.rows
-    rewards = {"reward": "reward", "accuracy": "accuracy", "format": "format"}
+    rewards = {"rollout/reward": "reward", "rollout/accuracy": "accuracy", "rollout/format": "format"}
     caption = "Mean reward of each rollout, and the shares of right and of well-formed answers in it."
     yield _figure(curves(f"{name}-reward", rows, rewards, "mean over a rollout"), caption)
-    length = {"response_length": "response length"}
+    length = {"rollout/response_length": "response length"}
     yield _figure(curves(f"{name}-length", rows, length, "response length (tokens)"), "Mean length of an answer.")
-    kl = {"kl": "KL"}
-    caption = "Divergence from the reference policy (k3 estimate)."
+    kl = {"policy/kl": "KL"}
+    caption = "Divergence from the reference policy."
     yield _figure(curves(f"{name}-kl", rows, kl, "KL (nats per token)"), caption)
-    entropy = {"entropy": "entropy"}
+    entropy = {"policy/entropy": "policy/entropy"}
     yield _figure(curves(f"{name}-entropy", rows, entropy, "entropy (nats per token)"), "Entropy of the policy.")
-    times = {"rollout_seconds": "waiting for answers", "train_seconds": "training"}
+    times = {"perf/rollout_seconds": "waiting for answers", "perf/train_seconds": "training"}
     yield _figure(time_shares(f"{name}-time", rows, times), "Where the time of a step goes.")
-    idle = {"trainer_idle": "trainer", "engine_idle": "engine"}
+    idle = {"perf/trainer_idle": "trainer", "perf/engine_idle": "engine"}
     caption = (
         "Share of a step's time in which the trainer did not learn, and in which the engine had nothing to answer."
     )
     yield _figure(curves(f"{name}-idle", rows, idle, "idle share"), caption)
-    stale = {"staleness": "oldest token", "mean_staleness": "mean over tokens"}
+    stale = {"rollout/staleness_max": "oldest token", "rollout/staleness_mean": "mean over tokens"}
     caption = "Updates between the weights that sampled a token and those that learn from it."
     yield _figure(curves(f"{name}-stale", rows, stale, "staleness (updates)"), caption)
-    clip = {"clip_fraction": "clipped"}
+    clip = {"policy/clip_fraction": "clipped"}
     yield _figure(curves(f"{name}-clip", rows, clip, "clipped share of tokens"), "Tokens whose ratio was held back.")
-    norm = {"gradient_norm": "gradient norm"}
+    norm = {"train/gradient_norm": "gradient norm"}
     yield _figure(curves(f"{name}-norm", rows, norm, "gradient norm", log=True), "Gradient norm before clipping.")
-    value = {"value_loss": "value loss"}
+    value = {"critic/loss": "value loss"}
     caption = "What the critic is wrong by: half the mean square over tokens."
     yield _figure(curves(f"{name}-value", rows, value, "value loss", log=True), caption)
-    explained = {"explained_variance": "explained"}
+    explained = {"critic/explained_variance": "explained"}
     caption = "Share of the returns' variance that the critic knew before it learned from them."
     yield _figure(curves(f"{name}-explained", rows, explained, "explained variance"), caption)
-    gap = {"logprob_gap": "gap"}
+    gap = {"mismatch/logprob_max_abs": "gap"}
     caption = "Difference between the sampler's and the trainer's log-probabilities of the same tokens."
     yield _figure(curves(f"{name}-gap", rows, gap, "log-probability gap (nats)", log=True), caption)
 

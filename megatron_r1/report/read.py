@@ -31,11 +31,11 @@ class Stage:
         """rl, reward_model, preference, sft, pretrain, or other: told by what the rows hold."""
         keys = set().union(*self.rows[:1], *self.rows[-1:])
         known = {
-            "score_loss": "reward_model",
-            "chosen_reward": "preference",
-            "reward": "rl",
-            "learned_tokens": "sft",
-            "loss": "pretrain",
+            "train/score_loss": "reward_model",
+            "train/chosen_reward": "preference",
+            "rollout/reward": "rl",
+            "train/loss_tokens": "sft",
+            "train/loss": "pretrain",
         }
         return next((kind for key, kind in known.items() if key in keys), "other")
 

@@ -14,13 +14,13 @@ from megatron_r1.report.read import Stage
 def reward_model_figures(stage: Stage) -> Iterable[str]:
     """Curves of one stage, and its accuracy table."""
     name, rows = stage.name, stage.rows
-    loss = {"score_loss": "scores", "reasoning_loss": "judge's reasoning"}
+    loss = {"train/score_loss": "scores", "train/reasoning_loss": "judge's reasoning"}
     svg = curves(f"{name}-loss", rows, loss, "loss (nats)")
     yield figure(svg, "Loss on scores per item, and on the judge's reasoning per token.")
-    accuracy = {"accuracy": "learned items, before each step", "heldout_accuracy": "held-out items"}
+    accuracy = {"train/accuracy": "learned items, before each step", "eval/accuracy": "held-out items"}
     svg = curves(f"{name}-accuracy", rows, accuracy, "share of right scores", share=True)
     yield figure(svg, "Share of items that the scores order, or label, rightly.")
-    margin = {"margin": "margin"}
+    margin = {"train/margin": "margin"}
     yield figure(curves(f"{name}-margin", rows, margin, "margin of scores"), "By how much scores tell items apart.")
     yield accuracy_table(stage.accuracy, "reward model")
 

@@ -124,7 +124,7 @@ class Learner:
             consumed_tokens=state.consumed_tokens + sum(map(num_tokens, samples)),
         )
         row = {**combined_metrics(results), **credit.metrics(), **self._routing_metrics(), **extra}
-        row["learning_rate"] = rate
+        row["train/learning_rate"] = rate
         for alarm in alarms(row, rl.mismatch) if is_rank_zero() else ():
             logger.warning("step %d: %s", state.step, alarm)
         return state, row
@@ -152,14 +152,16 @@ class Learner:
             for place, values_L in token_penalties(rl, samples, self._policy, told, seen).items()
         }
         sums = sum_per_response(by_token, len(samples))
-        return AdvantageInputs(samples, seen, owned_samples, by_token, sums), {"kl_in_reward": float(sums.mean())}
+        return AdvantageInputs(samples, seen, owned_samples, by_token, sums), {
+            "policy/kl_in_reward": float(sums.mean())
+        }
 
     def _routing_metrics(self) -> dict[str, float]:
         """Share of the engine's choices that the trainer's routers would have made otherwise, over all passes."""
         if not self._replay:
             return {}
         told, otherwise = map(sum, zip(*all_gather_object(self._replay.count()), strict=True))
-        return {"routing_otherwise": otherwise / max(1, told)}
+        return {"mismatch/routing": otherwise / max(1, told)}
 
     def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int]) -> MiniBatch:
         learned = sum(len(samples[index].response_tokens) for index in indices if samples[index].in_loss)
@@ -212,7 +214,7 @@ class Learner:
                 entropy = scores.entropy.detach().where(rows.mask_BL, 0.0).sum()
                 limits = rl.mismatch.low, rl.mismatch.high
                 apart = mismatch_sums(scores.log_probs, rows.rollout_log_probs_BL, rows.mask_BL, *limits)
-                return loss * scale, metrics | apart | {"entropy": entropy, "tokens": rows.mask_BL.sum()}
+                return loss * scale, metrics | apart | {"policy/entropy": entropy, "tokens": rows.mask_BL.sum()}
 
             # Where the penalty is in the reward, the whole distribution has served.
             other = told.other(rows) if rl.kl_in == "loss" and is_last_stage() else None
@@ -235,9 +237,9 @@ def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
     updates = [[entry for rank in told for entry in rank[number]] for number in range(len(results))]
     keys = updates[0][0].keys() - {*KEYS}
     row = {key: sum(entry[key] for update in updates for entry in update) / len(results) for key in sorted(keys)}
-    row["entropy"] /= row.pop("tokens") or 1.0
+    row["policy/entropy"] /= row.pop("tokens") or 1.0
     row |= summary(updates[0])
     norms = [result.gradient_norm for result in results if not result.skipped]
-    row["gradient_norm"] = sum(norms) / len(norms) if norms else float("nan")
-    row["skipped"] = sum(result.skipped for result in results)
+    row["train/gradient_norm"] = sum(norms) / len(norms) if norms else float("nan")
+    row["train/skipped_updates"] = sum(result.skipped for result in results)
     return row

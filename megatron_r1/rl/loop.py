@@ -64,11 +64,11 @@ def reinforcement_step(
             | {
                 **stale,
                 **idle.since_last_time(waited=sampled - started),
-                "rollout_seconds": sampled - sent,
-                "engine_seconds": rollout.seconds,
-                "train_seconds": time.perf_counter() - sampled,
-                "sync_seconds": sent - started,
-                "consumed_tokens": state.consumed_tokens,
+                "perf/rollout_seconds": sampled - sent,
+                "perf/engine_seconds": rollout.seconds,
+                "perf/train_seconds": time.perf_counter() - sampled,
+                "perf/sync_seconds": sent - started,
+                "train/consumed_tokens": state.consumed_tokens,
             }
         )
         return state, row
@@ -122,9 +122,9 @@ def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:
     share of answers that weights changed under."""
     tokens = [(step - int(version), count) for sample in samples for version, count in tokens_by_version(sample)]
     return {
-        "staleness": max(stale for stale, _ in tokens),
-        "mean_staleness": sum(stale * count for stale, count in tokens) / sum(count for _, count in tokens),
-        "continued": sum(bool(sample.version_changes) for sample in samples) / len(samples),
+        "rollout/staleness_max": max(stale for stale, _ in tokens),
+        "rollout/staleness_mean": sum(stale * count for stale, count in tokens) / sum(count for _, count in tokens),
+        "rollout/multi_version": sum(bool(sample.version_changes) for sample in samples) / len(samples),
     }
 
 
@@ -153,7 +153,7 @@ class IdleShares:
         now, busy = time.perf_counter(), self._rollouts.busy_seconds
         seconds, worked = now - self._at, busy - self._busy
         self._at, self._busy = now, busy
-        return {"trainer_idle": waited / seconds, "engine_idle": max(0.0, 1.0 - worked / seconds)}
+        return {"perf/trainer_idle": waited / seconds, "perf/engine_idle": max(0.0, 1.0 - worked / seconds)}
 
 
 def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
@@ -163,16 +163,16 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample.reward)
     return {
-        "reward": sum(sample.reward for sample in samples) / count,
+        "rollout/reward": sum(sample.reward for sample in samples) / count,
         **{
-            f"reward_{name}": sum(sample.reward_parts[name] for sample in samples) / count
+            f"rollout/reward/{name}": sum(sample.reward_parts[name] for sample in samples) / count
             for name in samples[0].reward_parts
         },
-        "accuracy": sum(sample.reward_parts.get("accuracy", 0.0) > 0 for sample in samples) / count,
-        "format": sum(sample.reward_parts.get("format", 0.0) > 0 for sample in samples) / count,
-        "response_length": sum(len(sample.response_tokens) for sample in samples) / count,
-        "cut_off": sum(sample.finish_reason == "length" for sample in samples) / count,
-        "equal_share": sum(len(set(rewards)) == 1 for rewards in groups.values()) / len(groups),
+        "rollout/accuracy": sum(sample.reward_parts.get("accuracy", 0.0) > 0 for sample in samples) / count,
+        "rollout/format": sum(sample.reward_parts.get("format", 0.0) > 0 for sample in samples) / count,
+        "rollout/response_length": sum(len(sample.response_tokens) for sample in samples) / count,
+        "rollout/truncated": sum(sample.finish_reason == "length" for sample in samples) / count,
+        "rollout/zero_std_groups": sum(len(set(rewards)) == 1 for rewards in groups.values()) / len(groups),
         **step_metrics(samples),
     }
 
@@ -180,4 +180,8 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """How many rewarded steps an answer has, and what one is worth; nothing where no answer has any."""
     values = [value for sample in samples for _, value in sample.steps]
-    return {"steps": len(values) / len(samples), "step_reward": sum(values) / len(values)} if values else {}
+    return (
+        {"rollout/rewarded_steps": len(values) / len(samples), "rollout/step_reward": sum(values) / len(values)}
+        if values
+        else {}
+    )

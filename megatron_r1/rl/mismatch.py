@@ -19,7 +19,7 @@ from megatron_r1.config.rl import MismatchConfig
 from megatron_r1.rl.objective.kl import k3
 from megatron_r1.rl.objective.ratios import ratio_of
 
-KEYS = ("logprob_gap", "mismatch_k1", "mismatch_k3", "mismatch_limited", "mismatch_tokens")
+KEYS = ("mismatch/logprob_max_abs", "mismatch/k1", "mismatch/k3", "mismatch/outside_range", "mismatch/tokens")
 
 
 def mismatch_sums(
@@ -34,38 +34,40 @@ def mismatch_sums(
     Args:
         low, high: weights trainer/engine outside of these count as limited, as a correction would.
     Returns:
-        `logprob_gap`: largest |difference| in nats. Sums over tokens: `mismatch_k1`, log(engine/trainer);
-        `mismatch_k3`, the never negative estimate of KL(engine || trainer); `mismatch_limited`; `mismatch_tokens`.
+        `mismatch/logprob_max_abs`: largest |difference| in nats. Sums over tokens: `mismatch/k1`,
+        log(engine/trainer); `mismatch/k3`, the never negative estimate of KL(engine || trainer);
+        `mismatch/outside_range`; `mismatch/tokens`.
     """
     trainer_BL, rollout_BL = (x.detach().where(mask_BL, 0.0) for x in (logprobs_BL, rollout_logprobs_BL))
     ratio_BL = ratio_of(trainer_BL - rollout_BL)
     inside_BL = (ratio_BL >= low) & (ratio_BL <= high)
     return {
-        "logprob_gap": (trainer_BL - rollout_BL).abs().max(),
-        "mismatch_k1": (rollout_BL - trainer_BL).sum(),
-        "mismatch_k3": k3(rollout_BL, trainer_BL).sum(),
-        "mismatch_limited": (mask_BL & ~inside_BL).sum().to(trainer_BL.dtype),
-        "mismatch_tokens": mask_BL.sum().to(trainer_BL.dtype),
+        "mismatch/logprob_max_abs": (trainer_BL - rollout_BL).abs().max(),
+        "mismatch/k1": (rollout_BL - trainer_BL).sum(),
+        "mismatch/k3": k3(rollout_BL, trainer_BL).sum(),
+        "mismatch/outside_range": (mask_BL & ~inside_BL).sum().to(trainer_BL.dtype),
+        "mismatch/tokens": mask_BL.sum().to(trainer_BL.dtype),
     }
 
 
 def summary(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over tokens, and the largest difference, of the sums of all micro-batches and ranks."""
-    tokens = sum(part["mismatch_tokens"] for part in parts) or 1.0
+    tokens = sum(part["mismatch/tokens"] for part in parts) or 1.0
     means = {
-        key: sum(part[key] for part in parts) / tokens for key in ("mismatch_k1", "mismatch_k3", "mismatch_limited")
+        key: sum(part[key] for part in parts) / tokens
+        for key in ("mismatch/k1", "mismatch/k3", "mismatch/outside_range")
     }
     # max() passes over a NaN unless it comes first.
-    gaps = torch.tensor([part["logprob_gap"] for part in parts], dtype=torch.float64)
-    return {"logprob_gap": float(gaps.max()), **means}
+    gaps = torch.tensor([part["mismatch/logprob_max_abs"] for part in parts], dtype=torch.float64)
+    return {"mismatch/logprob_max_abs": float(gaps.max()), **means}
 
 
 def alarms(row: Mapping[str, float], thresholds: MismatchConfig) -> list[str]:
     """A line for each threshold that the row's numbers are above, or that they cannot be compared with."""
     limits = {
-        "logprob_gap": thresholds.gap_alarm,
-        "mismatch_k3": thresholds.k3_alarm,
-        "mismatch_limited": thresholds.limited_alarm,
+        "mismatch/logprob_max_abs": thresholds.gap_alarm,
+        "mismatch/k3": thresholds.k3_alarm,
+        "mismatch/outside_range": thresholds.limited_alarm,
     }
     return [
         f"{key}={row[key]:.3g} is above rl.mismatch.{name}_alarm={limit:g}: trainer and engine disagree on the samples"

@@ -50,7 +50,7 @@ class SupervisedReader(PackedReader):
 
         def loss_function(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = (output_1T.float().view_as(rows.loss_mask_BL) * rows.loss_mask_BL).sum() * rows.weight
-            return loss, {"loss": loss.detach()}
+            return loss, {"train/loss": loss.detach()}
 
         output = self.ask(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
         return -output.log_probs if isinstance(output, TokenScores) else output, loss_function
@@ -129,9 +129,8 @@ def packing_metrics(batch: ChatBatch, ranks: int) -> dict[str, float]:
     tokens, slots = int(tokens_B.sum()), batch.document_ids_BL.shape[0] * batch.document_ids_BL.shape[1]
     of_ranks = [int(tokens_B[share].sum()) for share in balanced_shares(tokens_B, ranks)]
     return {
-        "tokens": tokens,
-        "examples": int(batch.document_ids_BL.max(1).sum()),
-        "packing_efficiency": tokens / slots,
-        "padding_share": 1 - tokens / slots,
-        "token_imbalance": max(of_ranks) * ranks / max(1, tokens) - 1,
+        "train/tokens": tokens,
+        "train/examples": int(batch.document_ids_BL.max(1).sum()),
+        "train/packing_efficiency": tokens / slots,
+        "train/token_imbalance": max(of_ranks) * ranks / max(1, tokens) - 1,
     }

@@ -126,8 +126,8 @@ class DistillingReader(SupervisedReader):
         divergence_N = distillation_loss(log_probs_NX[:, 1:], rows.said.log_probs, settings.tail, settings.temperature)
         cross_entropy, divergence = -log_probs_NX[:, 0].sum() * rows.weight, divergence_N.sum() * rows.weight
         loss = (1 - settings.weight) * cross_entropy + settings.weight * divergence
-        logged = {"loss": loss.detach(), "cross_entropy": cross_entropy.detach()}
-        return loss, {**logged, "distillation_loss": divergence.detach()}
+        logged = {"train/loss": loss.detach(), "train/cross_entropy": cross_entropy.detach()}
+        return loss, {**logged, "train/distillation_loss": divergence.detach()}
 
 
 def learned(rows: PackedMicroBatch) -> Tensor:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from megatron_r1.config.track import TrackConfig
+from megatron_r1.track import metrics
 from megatron_r1.track.record import Record, read_metrics
 from megatron_r1.track.wandb_run import WandbRun, wandb_mode
 
@@ -27,17 +28,18 @@ class Tracker:
         self, run_folder: Path, config: Mapping[str, Any], name: str, track: TrackConfig, resume_step: int = 0
     ):
         run_folder.mkdir(parents=True, exist_ok=True)
-        metrics = run_folder / "metrics.jsonl"
-        self._record = Record(metrics, resume_step)
+        path = run_folder / "metrics.jsonl"
+        self._record = Record(path, resume_step)
         mode = wandb_mode(track.wandb, os.environ)
-        self._wandb = WandbRun(run_folder, mode, config, name, track.project, history=read_metrics(metrics))
+        self._wandb = WandbRun(run_folder, mode, config, name, track.project, history=read_metrics(path))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Records the metrics of one step; steps rise.
 
         Raises:
-            ValueError: `step` does not lie above the last one.
+            ValueError: `step` does not lie above the last one, or the registry has no metric of a name.
         """
+        metrics.check(row)
         self._record.append(step, row)
         self._wandb.log(step, row)
 

@@ -15,11 +15,11 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
     """What every kind of training records of an update; collective, the same on every rank."""
     metrics: dict[str, Any] = {
         **logged_metrics(result),
-        "gradient_norm": result.gradient_norm,
-        "skipped": int(result.skipped),
+        "train/gradient_norm": result.gradient_norm,
+        "train/skipped_updates": int(result.skipped),
     }
     if result.passes.mtp_loss is not None:
-        metrics["mtp_loss"] = result.passes.mtp_loss
+        metrics["train/mtp_loss"] = result.passes.mtp_loss
     return metrics | load_metrics(result.passes.expert_load)
 
 

@@ -110,7 +110,7 @@ class PackedReader:
         def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = (output_BL.float() * loss_mask_BL).sum() * rows.weight
             # Context-parallel ranks each have a part of the sum, and the mean of what is logged is shown.
-            return loss, {"loss": loss.detach() * sharing}
+            return loss, {"train/loss": loss.detach() * sharing}
 
         with mtp_loss_weighted(model, rows.mtp_weight):
             output = model(inputs_BL, positions_BL, mask_B1LL, labels=labels_BL, loss_mask=mtp_loss_mask_BL)

@@ -63,12 +63,12 @@ def training_step(config: RunConfig, learn: LearnBatch, mfu_device: str = "") ->
         row = {
             **update_metrics(result),
             **outcome.metrics,
-            "learning_rate": rate,
-            "consumed_tokens": state.consumed_tokens,
-            "tokens_per_second": outcome.tokens / seconds,
+            "train/learning_rate": rate,
+            "train/consumed_tokens": state.consumed_tokens,
+            "perf/tokens_per_second": outcome.tokens / seconds,
         }
         if mfu_device:
-            row["mfu"] = outcome.tokens * flops / seconds / peak
+            row["perf/mfu"] = outcome.tokens * flops / seconds / peak
         return state, row
 
     return step

@@ -60,7 +60,7 @@ def test_training_starts_from_an_fp8_folder_as_from_its_checkpoint(folder: Path,
     done = megatron_r1("pretrain", f"init.from='hf:{folder}'", f"root='{tmp_path}'", "name=trained", *SHORT)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 2 and rows[0]["loss"] > 1.5 * math.log(MODEL.vocab_size)  # a new model guesses
+    assert len(rows) == 2 and rows[0]["train/loss"] > 1.5 * math.log(MODEL.vocab_size)  # a new model guesses
 
 
 def lose_an_expert(folder: Path) -> None:

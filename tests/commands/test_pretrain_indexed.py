@@ -31,7 +31,7 @@ def test_text_becomes_a_trained_model(tmp_path):
     run_to_the_end([sys.executable, "-m", "megatron_r1", "pretrain", *overrides], seconds=100)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["mtp_loss"] < rows[0]["mtp_loss"]
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] and rows[-1]["train/mtp_loss"] < rows[0]["train/mtp_loss"]
     (checkpoint,) = (tmp_path / "run/checkpoints").glob("step-*")
     kept = Tokenizer.load(checkpoint / "tokenizer").fingerprint()
     assert kept == Tokenizer.load(tmp_path / "tokenizer").fingerprint()

@@ -13,11 +13,11 @@ import torch
 
 from megatron_r1.checkpoint.sharded import WholeTensors
 from megatron_r1.rollout.journal import Journal
+from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
 from tests.support.launching import run_to_the_end
 
 SUPPORT = Path(__file__).parents[1] / "support"
-TIMED = {"tokens_per_second", "seconds", "time"}
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +44,19 @@ def of_two_ranks(folder, found) -> list[dict[str, Any]]:
 
 
 def rows(folder: Path, run: str) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in read_metrics(folder / run / "metrics.jsonl")]
+    return [reproducible(row) for row in read_metrics(folder / run / "metrics.jsonl")]
 
 
 def test_one_epoch_is_learned_and_held_out_items_are_measured(folder):
     whole = rows(folder, "whole")
     assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6], "48 items in batches of 8"
-    assert [row["step"] for row in whole if "heldout_accuracy" in row] == [4, 6]
-    assert whole[-1]["epoch"] == 1.0
-    assert whole[0]["score_loss"] == pytest.approx(0.693147, abs=1e-6)
-    assert whole[-1]["reasoning_loss"] < whole[0]["reasoning_loss"]
+    assert [row["step"] for row in whole if "eval/accuracy" in row] == [4, 6]
+    assert whole[-1]["train/epoch"] == 1.0
+    assert whole[0]["train/score_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert whole[-1]["train/reasoning_loss"] < whole[0]["train/reasoning_loss"]
     results = json.loads((folder / "whole" / "accuracy.json").read_text())
     assert results["items"] == 12
-    assert results["accuracy"]["mean"] == whole[-1]["heldout_accuracy"]
+    assert results["accuracy"]["mean"] == whole[-1]["eval/accuracy"]
     assert results["length_baselines"]["tokens"]["mean"] == 0.5
 
 
@@ -103,7 +103,9 @@ def test_reward_models_score_beside_a_policy(folder, found):
         assert given == pytest.approx([weight * score for score in scores[f"{run} of the policy"]], rel=1e-4, abs=1e-6)
         assert len(set(given)) > 4
     row, _ = read_metrics(folder / "policy" / "metrics.jsonl")
-    assert row["reward"] == pytest.approx(row["reward_helpfulness"] + row["reward_harmlessness"])
+    assert row["rollout/reward"] == pytest.approx(
+        row["rollout/reward/helpfulness"] + row["rollout/reward/harmlessness"]
+    )
 
 
 @pytest.mark.dist
@@ -138,4 +140,4 @@ def test_two_ranks_learn_from_what_both_score(folder, of_two_ranks):
     )
     one, two = rows(folder, "policy"), rows(folder, "policy-of-two")
     assert [row["step"] for row in two] == [1, 2]
-    assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-3)
+    assert two[0]["train/gradient_norm"] == pytest.approx(one[0]["train/gradient_norm"], rel=1e-3)

@@ -107,7 +107,7 @@ def test_a_fine_tuned_model_has_the_same_loss_in_transformers(trained, dialogues
     ids, masks = encoded_by_transformers(tokenizer, dialogues)
     measured = heldout_of(run, ids)
     assert len(measured) >= HELDOUT - 1
-    for source, expected in ((run.parent / "hf", rows[0]["heldout_loss_before"]), (folder, rows[-1]["heldout_loss"])):
+    for source, expected in ((run.parent / "hf", rows[0]["eval/loss_before"]), (folder, rows[-1]["eval/loss"])):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         total, count = 0.0, 0
         for place in measured:
@@ -118,7 +118,7 @@ def test_a_fine_tuned_model_has_the_same_loss_in_transformers(trained, dialogues
             count += len(targets)
         print(f"{source.name}: {expected:.6f} here, {total / count:.6f} in transformers")
         assert total / count == pytest.approx(expected, rel=1e-5)
-    assert rows[-1]["heldout_loss"] < 0.6 * rows[0]["heldout_loss_before"]
+    assert rows[-1]["eval/loss"] < 0.6 * rows[0]["eval/loss_before"]
 
 
 def encoded_by_transformers(tokenizer: Any, dialogues: Path) -> tuple[list[list[int]], list[list[int]]]:
@@ -148,17 +148,17 @@ def test_rows_record_what_was_learned(trained):
     run, _ = trained
     rows, done = rows_of(run), json.loads((run / "done.json").read_text())
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and done["step"] == len(rows)
-    assert rows[-1]["epoch"] == 2 and rows[0]["epoch"] < 0.5
+    assert rows[-1]["train/epoch"] == 2 and rows[0]["train/epoch"] < 0.5
     for row in rows:
-        assert 0 < row["learned_tokens"] < row["tokens"] and row["token_imbalance"] == 0
-        assert row["packing_efficiency"] + row["padding_share"] == pytest.approx(1)
-    full = sum(row["packing_efficiency"] for row in rows[:-1]) / (len(rows) - 1)
+        assert 0 < row["train/loss_tokens"] < row["train/tokens"] and row["train/token_imbalance"] == 0
+        assert 0 < row["train/packing_efficiency"] <= 1
+    full = sum(row["train/packing_efficiency"] for row in rows[:-1]) / (len(rows) - 1)
     print(f"{full:.3f} of the places hold tokens")
     assert full > 0.8
     # Both epochs have every token; the end token of each of the answers is among what is learned.
     lengths, heldout = (np.load(next((run / "data").glob(f"*/{name}.npy"))) for name in ("lengths", "heldout"))
-    assert sum(row["tokens"] for row in rows) == done["consumed_tokens"] == 2 * lengths[~heldout].sum()
-    assert sum(row["examples"] for row in rows) == 2 * (~heldout).sum()
+    assert sum(row["train/tokens"] for row in rows) == done["consumed_tokens"] == 2 * lengths[~heldout].sum()
+    assert sum(row["train/examples"] for row in rows) == 2 * (~heldout).sum()
     assert len((run / "bad_rows.txt").read_text().splitlines()) == BAD
     kept = Tokenizer.load(next((run / "checkpoints").iterdir()) / "tokenizer")
     assert kept.settings["chat_template"] == QWEN_MARKED
@@ -183,13 +183,15 @@ def taught(trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
 def test_a_smaller_model_learns_from_a_teacher(taught):
     rows = rows_of(taught[0])
     for row in rows:
-        assert row["loss"] == pytest.approx(0.25 * row["cross_entropy"] + 0.75 * row["distillation_loss"], rel=1e-5)
-    measured = [row for row in rows if "heldout_loss" in row]
-    assert all(row["heldout_perplexity"] == pytest.approx(np.exp(row["heldout_loss"])) for row in measured)
+        assert row["train/loss"] == pytest.approx(
+            0.25 * row["train/cross_entropy"] + 0.75 * row["train/distillation_loss"], rel=1e-5
+        )
+    measured = [row for row in rows if "eval/loss" in row]
+    assert all(row["eval/perplexity"] == pytest.approx(np.exp(row["eval/loss"])) for row in measured)
     first, last = rows[0], rows[-1]
-    print({name: (first[name], last[name]) for name in ("cross_entropy", "distillation_loss")})
-    assert last["distillation_loss"] < 0.5 * first["distillation_loss"]
-    assert measured[-1]["heldout_loss"] < 0.8 * first["heldout_loss_before"]
+    print({name: (first[name], last[name]) for name in ("train/cross_entropy", "train/distillation_loss")})
+    assert last["train/distillation_loss"] < 0.5 * first["train/distillation_loss"]
+    assert measured[-1]["eval/loss"] < 0.8 * first["eval/loss_before"]
 
 
 @pytest.mark.timeout(240)
@@ -202,10 +204,10 @@ def test_a_run_that_goes_on_ends_where_it_would_have(taught, tmp_path):
     stopped = int(max((run / "checkpoints").glob("step-*")).name.removeprefix("step-"))
     assert 0 < stopped < len(rows_of(run))
     sft(command)
-    timed = dict.fromkeys(("tokens_per_second", "mfu"))
+    timed = dict.fromkeys(("perf/tokens_per_second", "perf/mfu"))
     for found, expected in zip(rows_of(run), rows_of(undisturbed), strict=True):
         assert found | timed == expected | timed
-    assert rows_of(run)[-1]["mfu"] != rows_of(undisturbed)[-1]["mfu"]  # they are other rows
+    assert rows_of(run)[-1]["perf/mfu"] != rows_of(undisturbed)[-1]["perf/mfu"]  # they are other rows
     assert same_bits(*(dict(find_weights(str(each)).tensors) for each in (run, undisturbed)))
 
 
@@ -259,7 +261,7 @@ def test_examples_alone_on_interleaved_stages_are_learned_and_measured_as_on_one
     stages = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "name=stages"]
     run_to_the_end([*launcher, "megatron_r1", "sft", *common, *stages], seconds=200)
     one, several = (rows_of(tmp_path / name) for name in ("one", "stages"))
-    assert len(one) == len(several) == 3 and "heldout_loss_before" in one[0] and "heldout_loss" in one[-1]
-    for key in ("loss", "gradient_norm", "heldout_loss_before", "heldout_loss"):
+    assert len(one) == len(several) == 3 and "eval/loss_before" in one[0] and "eval/loss" in one[-1]
+    for key in ("train/loss", "train/gradient_norm", "eval/loss_before", "eval/loss"):
         found, expected = ([row[key] for row in rows if key in row] for rows in (several, one))
         assert found == pytest.approx(expected, rel=1e-5), key

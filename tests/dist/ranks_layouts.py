@@ -270,6 +270,7 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     from megatron_r1.rl.advantages.critic import Critic, CriticAdvantages
     from megatron_r1.rl.learner import Learner
     from megatron_r1.rl.policy.reference import ReferencePolicy
+    from megatron_r1.track.metrics import reproducible
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.state import TrainState
 
@@ -288,7 +289,7 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     gradients = whole_gradients(model, optimizer)
     if beside:
         gradients |= {f"critic {name}": gradient for name, gradient in whole_gradients(*beside).items()}
-    return {key: value for key, value in row.items() if not key.endswith("seconds")}, gradients
+    return reproducible(row), gradients
 
 
 def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
@@ -314,7 +315,9 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
 
     loss = plain_loss(model, reference, list(samples(config.model)), *settings, replaying)
     loss.backward()
-    return {"loss": float(loss.detach())}, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"policy/loss": float(loss.detach())}, {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def samples(model: Any) -> Iterator[Any]:

@@ -207,4 +207,4 @@ def test_the_update_is_the_plain_loss_over_the_whole_vocabulary(one_rank_alike):
             f"one rank {precision}: largest relative difference to float64's plain gradient {difference:.1e} ({name})"
         )
         assert difference < allowed
-        assert learnt.row["loss"] == pytest.approx(plain.row["loss"], rel=allowed)
+        assert learnt.row["policy/loss"] == pytest.approx(plain.row["policy/loss"], rel=allowed)

@@ -55,5 +55,5 @@ def test_reinforcement_in_turns_on_one_gpu(tmp_path, sync):
     run("pretrain", "name=base", "train.steps=5")
     run("grpo", "name=zero", *GRPO, f"rollout.sync={sync}", f"init.from='{tmp_path / 'base'}'", "train.steps=5")
     rows = [json.loads(line) for line in (tmp_path / "zero" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["staleness"] for row in rows] == [0] * 5
-    assert max(row["logprob_gap"] for row in rows) < 0.5, "the server does not have the trainer's weights"
+    assert [row["rollout/staleness_max"] for row in rows] == [0] * 5
+    assert max(row["mismatch/logprob_max_abs"] for row in rows) < 0.5, "the server does not have the trainer's weights"

@@ -32,7 +32,7 @@ def test_pre_training_learns_on_cuda(tmp_path, precision):
         *("data.num_documents=2000", "train.steps=60", "train.schedule.warmup_steps=5", "track=off"),
     )
     assert done.returncode == 0, done.stderr
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "gpu" / "metrics.jsonl").read_text().splitlines()]
+    losses = [json.loads(line)["train/loss"] for line in (tmp_path / "gpu" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 60 and losses[-1] < 0.6 * losses[0]
 
 
@@ -56,7 +56,7 @@ def test_pre_training_learns_in_fp8(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         rows = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
-        losses[precision] = [json.loads(row)["loss"] for row in rows]
+        losses[precision] = [json.loads(row)["train/loss"] for row in rows]
     plan = json.loads((tmp_path / "deepseek_fp8" / "precision.json").read_text())
     assert "mtp.layers.0.eh_proj" in plan["high"] and set(plan["quantised"].values()) == {TRANSFORMER_ENGINE}
     assert losses["full"] != losses["deepseek_fp8"]
@@ -73,7 +73,7 @@ def test_a_cuda_run_starts_with_the_losses_of_a_cpu_run(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         rows = (tmp_path / platform / "metrics.jsonl").read_text().splitlines()
-        losses[platform] = [json.loads(row)["loss"] for row in rows]
+        losses[platform] = [json.loads(row)["train/loss"] for row in rows]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 
@@ -103,7 +103,7 @@ def test_packed_fine_tuning_learns_as_unpacked_on_cuda(tmp_path, precision):
         done = run("sft", *common, *chosen, f"init.from='{tmp_path / 'base'}'")
         assert done.returncode == 0, done.stderr
         rows = [json.loads(line) for line in (tmp_path / packing / "metrics.jsonl").read_text().splitlines()]
-        assert rows[-1]["heldout_loss"] < 0.8 * rows[0]["heldout_loss_before"]
-        losses[packing] = rows[0]["heldout_loss_before"]
+        assert rows[-1]["eval/loss"] < 0.8 * rows[0]["eval/loss_before"]
+        losses[packing] = rows[0]["eval/loss_before"]
     # The same weights on the same examples, packed and each alone.
     assert losses["best_fit"] == pytest.approx(losses["none"], rel=1e-4 if precision == "fp32" else 1e-2)

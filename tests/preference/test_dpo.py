@@ -46,7 +46,7 @@ def plain(new_model) -> tuple[Any, Any]:
 def test_an_update_is_the_loss_written_out(alone, plain):
     metrics, gradients, _ = alone
     model, _ = plain
-    assert metrics["loss"] == pytest.approx(model.loss, rel=1e-5)
+    assert metrics["train/loss"] == pytest.approx(model.loss, rel=1e-5)
     expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     print(f"largest relative difference of a gradient {assert_close(gradients, expected):.1e}")
 
@@ -55,10 +55,12 @@ def test_metrics_are_means_over_all_pairs(alone, plain):
     metrics, model, reference = alone[0], *plain
     with torch.no_grad():
         margins = BETA * (plain_gaps(model, pairs()) - plain_gaps(reference, pairs()))
-    assert 0 < metrics["accuracy"] < 1
-    assert metrics["accuracy"] == float((margins > 0).float().mean())
-    assert metrics["margin"] == pytest.approx(float(margins.mean()), rel=1e-4, abs=1e-6)
-    assert metrics["margin"] == pytest.approx(metrics["chosen_reward"] - metrics["rejected_reward"], abs=1e-6)
+    assert 0 < metrics["train/accuracy"] < 1
+    assert metrics["train/accuracy"] == float((margins > 0).float().mean())
+    assert metrics["train/margin"] == pytest.approx(float(margins.mean()), rel=1e-4, abs=1e-6)
+    assert metrics["train/margin"] == pytest.approx(
+        metrics["train/chosen_reward"] - metrics["train/rejected_reward"], abs=1e-6
+    )
 
 
 def test_heldout_margins_are_those_of_each_pair_on_its_own(alone, plain):

@@ -74,7 +74,7 @@ def test_pairwise_loss_is_bradley_terry_on_the_last_token(bare):
     expected = sum(-math.log(1 / (1 + math.exp(worse - better))) for better, worse in scores) / len(scores)
     loss, logged = loss_of(bare, True, 0.0, examples)
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert logged["accuracy"] == sum(better > worse for better, worse in scores) / len(scores)
+    assert logged["train/accuracy"] == sum(better > worse for better, worse in scores) / len(scores)
     assert loss_of(bare, True, 0.0, examples, micro_batches=4)[0] == pytest.approx(loss, rel=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_pointwise_loss_is_cross_entropy(bare):
     assert 0 < labels.mean() < 1
     loss, logged = loss_of(bare, False, 0.0, examples)
     assert loss == pytest.approx(float(F.binary_cross_entropy_with_logits(scores, labels)), rel=1e-5)
-    assert logged["accuracy"] == float(((scores > 0) == (labels > 0.5)).float().mean())
+    assert logged["train/accuracy"] == float(((scores > 0) == (labels > 0.5)).float().mean())
 
 
 @pytest.mark.parametrize("pairwise", [True, False])
@@ -98,8 +98,8 @@ def test_reasoning_is_learned_by_its_tokens(bare, pairwise):
             total, count = total - float(log_probs[place - 1, row.tokens[place]]), count + 1
     for micro_batches in (1, 4):
         loss, logged = loss_of(bare, pairwise, 0.5, examples, micro_batches)
-        assert logged["reasoning_loss"] == pytest.approx(total / count, rel=1e-5)
-        assert loss == pytest.approx(logged["score_loss"] + 0.5 * total / count, rel=1e-5)
+        assert logged["train/reasoning_loss"] == pytest.approx(total / count, rel=1e-5)
+        assert loss == pytest.approx(logged["train/score_loss"] + 0.5 * total / count, rel=1e-5)
 
 
 def test_removing_the_reasoning_changes_the_loss(bare):
@@ -109,9 +109,11 @@ def test_removing_the_reasoning_changes_the_loss(bare):
         for e in examples
     ]
     whole, without = (loss_of(bare, True, 0.5, each) for each in (examples, removed))
-    assert without[1]["reasoning_loss"] == 0.0
+    assert without[1]["train/reasoning_loss"] == 0.0
     assert abs(whole[0] - without[0]) > 0.1
-    assert abs(whole[1]["score_loss"] - without[1]["score_loss"]) > 1e-3, "the score is read after the reasoning"
+    assert abs(whole[1]["train/score_loss"] - without[1]["train/score_loss"]) > 1e-3, (
+        "the score is read after the reasoning"
+    )
 
 
 def test_a_new_head_scores_zero(new_model):

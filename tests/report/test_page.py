@@ -54,54 +54,53 @@ class Page(HTMLParser):
 def pretrain_row(step, generator):
     loss = 1.2 + 4 * math.exp(-step / 40) + generator.gauss(0, 0.05)
     return {
-        "loss": loss,
-        "mtp_loss": loss + 0.4,
-        "gradient_norm": 0.5 + generator.random(),
-        "learning_rate": 3e-3 * (1 - step / 400),
-        "tokens_per_second": 9000 + generator.gauss(0, 300),
-        "mfu": 0.2,
-        "router_load_max": 1.6,
-        "mtp_router_load_max": 1.2,
-        "router_violation": 0.3,
-        **({} if step % 10 else {"router_load": {"layer 2": [1.6, 0.4, 0.9, 1.1], "mtp 1": [1.2, 0.8, 1.0, 1.0]}}),
-        "consumed_tokens": 1280 * step,
+        "train/loss": loss,
+        "train/mtp_loss": loss + 0.4,
+        "train/gradient_norm": 0.5 + generator.random(),
+        "train/learning_rate": 3e-3 * (1 - step / 400),
+        "perf/tokens_per_second": 9000 + generator.gauss(0, 300),
+        "perf/mfu": 0.2,
+        "moe/load_max": 1.6,
+        "moe/mtp_load_max": 1.2,
+        "moe/max_violation": 0.3,
+        **({} if step % 10 else {"moe/load": {"layer 2": [1.6, 0.4, 0.9, 1.1], "mtp 1": [1.2, 0.8, 1.0, 1.0]}}),
+        "train/consumed_tokens": 1280 * step,
     }
 
 
 def sft_row(step, generator):
     return {
-        "loss": 0.5 - step / 100,
-        **({} if step % 5 else {"heldout_loss": 0.6 - step / 100}),
-        "tokens": 900 + generator.randrange(50),
-        "learned_tokens": 300 + generator.randrange(50),
-        "packing_efficiency": 0.9,
-        "padding_share": 0.1,
-        "token_imbalance": 0.01,
-        "gradient_norm": 1.0,
-        "learning_rate": 1e-5,
+        "train/loss": 0.5 - step / 100,
+        **({} if step % 5 else {"eval/loss": 0.6 - step / 100}),
+        "train/tokens": 900 + generator.randrange(50),
+        "train/loss_tokens": 300 + generator.randrange(50),
+        "train/packing_efficiency": 0.9,
+        "train/token_imbalance": 0.01,
+        "train/gradient_norm": 1.0,
+        "train/learning_rate": 1e-5,
     }
 
 
 def rl_row(step, generator):
     accuracy = 0.8 / (1 + math.exp(-(step - 20) / 5))
     return {
-        "reward": accuracy + 0.1,
-        "accuracy": accuracy,
-        "format": min(1, 0.5 + step / 40),
-        "kl": 0.001 * step,
-        "entropy": 1.5 - step / 60,
-        "clip_fraction": 0.02 * generator.random(),
-        "response_length": 20 + step / 3,
-        "gradient_norm": 0.3,
-        "learning_rate": 1e-4,
-        "rollout_seconds": 2 + generator.random(),
-        "train_seconds": 3.0,
-        "sync_seconds": 0.1,
-        "trainer_idle": 0.4,
-        "engine_idle": 0.6,
-        "staleness": 2,
-        "mean_staleness": 1.5,
-        "logprob_gap": 1e-5 * (1 + generator.random()),
+        "rollout/reward": accuracy + 0.1,
+        "rollout/accuracy": accuracy,
+        "rollout/format": min(1, 0.5 + step / 40),
+        "policy/kl": 0.001 * step,
+        "policy/entropy": 1.5 - step / 60,
+        "policy/clip_fraction": 0.02 * generator.random(),
+        "rollout/response_length": 20 + step / 3,
+        "train/gradient_norm": 0.3,
+        "train/learning_rate": 1e-4,
+        "perf/rollout_seconds": 2 + generator.random(),
+        "perf/train_seconds": 3.0,
+        "perf/sync_seconds": 0.1,
+        "perf/trainer_idle": 0.4,
+        "perf/engine_idle": 0.6,
+        "rollout/staleness_max": 2,
+        "rollout/staleness_mean": 1.5,
+        "mismatch/logprob_max_abs": 1e-5 * (1 + generator.random()),
     }
 
 
@@ -221,12 +220,19 @@ def test_general_tasks_have_measures_of_their_own(tmp_path):
 
 
 def test_curves_are_present_with_labels_and_units(page):
-    metrics = ("reward-reward", "reward-accuracy", "reward-format", "length-response_length", "kl-kl")
-    expected = {f"curve-r1_zero-{metric}" for metric in (*metrics, "entropy-entropy", "time-rollout_seconds")}
-    expected |= {"curve-pretrain-loss-loss", "curve-pretrain-loss-mtp_loss", "curve-pretrain-load-router_load_max"}
-    expected |= {"curve-pretrain-load-mtp_router_load_max", "curve-pretrain-violation-router_violation"}
-    expected |= {"curve-pretrain-experts", "curve-r1_zero-idle-engine_idle", "curve-r1_zero-stale-mean_staleness"}
-    expected |= {f"curve-cold_start-{metric}" for metric in ("loss-loss", "loss-heldout_loss", "packing-padding_share")}
+    curves = {
+        "r1_zero": (
+            *("reward-rollout/reward", "reward-rollout/accuracy", "reward-rollout/format"),
+            *("length-rollout/response_length", "kl-policy/kl", "entropy-policy/entropy", "time-perf/rollout_seconds"),
+            *("idle-perf/engine_idle", "stale-rollout/staleness_mean"),
+        ),
+        "pretrain": (
+            *("loss-train/loss", "loss-train/mtp_loss", "load-moe/load_max", "load-moe/mtp_load_max"),
+            *("violation-moe/max_violation", "experts"),
+        ),
+        "cold_start": ("loss-train/loss", "loss-eval/loss", "packing-train/packing_efficiency"),
+    }
+    expected = {f"curve-{stage}-{curve}" for stage, of_stage in curves.items() for curve in of_stage}
     assert "Supervised fine-tuning" in page.text
     assert expected <= page.ids
     for label in ("loss (nats per token)", "response length (tokens)", "KL (nats per token)", "tokens per second"):
@@ -310,7 +316,10 @@ def test_stages_are_drawn_side_by_side(recipe):
 
 
 def test_minutes_add_up_and_need_all_parts():
-    rows = [{"step": step, "sync_seconds": 6, "rollout_seconds": 24, "train_seconds": 30.0} for step in (3, 4)]
+    rows = [
+        {"step": step, "perf/sync_seconds": 6, "perf/rollout_seconds": 24, "perf/train_seconds": 30.0}
+        for step in (3, 4)
+    ]
     assert [row["step"] for row in by_minutes(rows)] == [1.0, 2.0] and by_minutes([*rows, {"step": 5}]) == []
 
 
@@ -319,7 +328,7 @@ def test_figures_without_values_are_empty():
     assert time_shares("f", [{"step": 1, "a": 1.0}], {"a": "a", "b": "b"}) == ""
     assert heat_map("f", {}, "expert", "load") == ""
     assert comparison("f", {"a": [{"step": 1, "loss": 1.0}], "b": []}, "loss", "loss") == ""
-    assert series([{"step": 3, "router_load": [0.1, 0.7]}, {"step": 4}], "router_load") == ([3.0], [0.7])
+    assert series([{"step": 3, "moe/load": [0.1, 0.7]}, {"step": 4}], "moe/load") == ([3.0], [0.7])
     assert thinned(([0.0, 1, 2, 3, 4], [1.0, 3, 5, 7, 9]), 3) == ([0.5, 2.5, 4.0], [2.0, 6.0, 9.0])
 
 

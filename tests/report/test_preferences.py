@@ -13,8 +13,14 @@ SHARE = {"mean": 0.925, "low": 0.9, "high": 0.95}
 def test_curves_and_accuracy_are_shown(tmp_path):
     run = tmp_path / "dpo"
     run.mkdir()
-    row = {"loss": 0.5, "accuracy": 0.7, "margin": 0.2, "chosen_reward": 0.1, "rejected_reward": -0.1}
-    measured = {"heldout_accuracy": 0.8, "heldout_margin": 0.3}
+    row = {
+        "train/loss": 0.5,
+        "train/accuracy": 0.7,
+        "train/margin": 0.2,
+        "train/chosen_reward": 0.1,
+        "train/rejected_reward": -0.1,
+    }
+    measured = {"eval/accuracy": 0.8, "eval/margin": 0.3}
     rows = [{"step": step, **row, **(measured if step == 2 else {})} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "accuracy.json").write_text(json.dumps({"items": 256, "accuracy": SHARE, "by_task": {"<b>": SHARE}}))
@@ -22,7 +28,7 @@ def test_curves_and_accuracy_are_shown(tmp_path):
     assert [stage.kind for stage in recipe.stages] == ["preference"]
     html = render(recipe)
     assert "<h2>Direct preference optimization</h2>" in html
-    for curve in ("loss-loss", "accuracy-heldout_accuracy", "margin-heldout_margin", "rewards-rejected_reward"):
+    for curve in ("loss-train/loss", "accuracy-eval/accuracy", "margin-eval/margin", "rewards-train/rejected_reward"):
         assert f'id="curve-dpo-{curve}"' in html
     assert "256 held-out items" in html and html.count("92.5 %") == 2
     assert "implicit reward, &lt;b&gt;" in html and "reward model" not in html

@@ -13,15 +13,26 @@ SHARE = {"mean": 0.925, "low": 0.9, "high": 0.95}
 def test_curves_and_accuracy_are_shown(tmp_path):
     run = tmp_path / "helpfulness"
     run.mkdir()
-    row = {"loss": 0.5, "score_loss": 0.4, "reasoning_loss": 0.1, "accuracy": 0.7, "margin": 0.2}
-    rows = [{"step": step, **row, **({"heldout_accuracy": 0.8} if step == 2 else {})} for step in (1, 2, 3)]
+    row = {
+        "train/loss": 0.5,
+        "train/score_loss": 0.4,
+        "train/reasoning_loss": 0.1,
+        "train/accuracy": 0.7,
+        "train/margin": 0.2,
+    }
+    rows = [{"step": step, **row, **({"eval/accuracy": 0.8} if step == 2 else {})} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {"items": 512, "accuracy": SHARE, "length_baselines": {"<b>": SHARE}, "by_task": {"list": SHARE}}
     (run / "accuracy.json").write_text(json.dumps(found))
     recipe = read_recipe(tmp_path)
     assert [stage.kind for stage in recipe.stages] == ["reward_model"]
     html = render(recipe)
-    for curve in ("loss-score_loss", "loss-reasoning_loss", "accuracy-heldout_accuracy", "margin-margin"):
+    for curve in (
+        "loss-train/score_loss",
+        "loss-train/reasoning_loss",
+        "accuracy-eval/accuracy",
+        "margin-train/margin",
+    ):
         assert f'id="curve-helpfulness-{curve}"' in html
     assert "512 held-out items" in html
     assert html.count("92.5 %") == 3
@@ -30,8 +41,10 @@ def test_curves_and_accuracy_are_shown(tmp_path):
 
 def test_a_run_without_accuracy_has_curves_alone(tmp_path):
     (tmp_path / "safety").mkdir()
-    (tmp_path / "safety" / "metrics.jsonl").write_text(json.dumps({"step": 1, "score_loss": 0.7, "margin": 0.0}) + "\n")
+    (tmp_path / "safety" / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "train/score_loss": 0.7, "train/margin": 0.0}) + "\n"
+    )
     (tmp_path / "safety" / "accuracy.json").write_text('{"accuracy": 3')
     html = render(read_recipe(tmp_path))
-    assert "curve-safety-loss-score_loss" in html
+    assert "curve-safety-loss-train/score_loss" in html
     assert "held-out items, 95" not in html

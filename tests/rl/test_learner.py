@@ -65,10 +65,10 @@ def test_an_update_is_the_loss_written_out(new_model, shape, tokens_per_micro_ba
     gradients, row, _ = learnt(new_model, shape=shape, tokens_per_micro_batch=tokens_per_micro_batch)
     expected, loss = written_out(new_model, shape)
     print(f"largest relative difference of a gradient {assert_close(gradients, expected):.1e}")
-    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    assert row["policy/loss"] == pytest.approx(loss, rel=1e-5)
     norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in expected.values() if gradient is not None))
-    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-5)
-    assert row["kl"] > 0 and row["clip_fraction"] > 0 and row["skipped"] == 0
+    assert row["train/gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    assert row["policy/kl"] > 0 and row["policy/clip_fraction"] > 0 and row["train/skipped_updates"] == 0
 
 
 def test_process_supervision_is_the_loss_with_an_advantage_for_each_token(new_model):
@@ -94,7 +94,7 @@ def test_multi_token_layers_and_balancing_biases_are_carried_through_untouched(n
     _, row, after = learnt(new_model, mini_batches=2, inner_epochs=2)
     before = dict(native_tensors(new_model(config_of().model)))
     carried = [name for name in before if in_multi_token_layer(name) or name.endswith("expert_bias")]
-    assert len([name for name in carried if name.endswith("expert_bias")]) == 4 and row["skipped"] == 0
+    assert len([name for name in carried if name.endswith("expert_bias")]) == 4 and row["train/skipped_updates"] == 0
     for name in carried:
         assert torch.equal(after[name], before[name]), name
     assert not torch.equal(after["output_layer.weight"], before["output_layer.weight"])
@@ -107,7 +107,7 @@ def test_the_trainers_own_log_probs_are_those_of_a_rollout_that_it_sampled(new_m
         model = trainable(new_model(config.model))
         samples, optimizer = make_samples(model, 0.0), Optimizer(model, config.train)
         _, row = Learner(config, model, optimizer, None, 0, "cpu").learn(samples, TrainState())
-        assert row["logprob_gap"] < 1e-5 and row["change_ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert row["mismatch/logprob_max_abs"] < 1e-5 and row["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
         updates.append({name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in updates[0].items():
         torch.testing.assert_close(updates[1][name], gradient, rtol=1e-3, atol=1e-6)
@@ -145,7 +145,7 @@ def test_the_exact_penalty_is_that_of_the_whole_vocabulary(new_model):
     model, other = two_models(new_model, config)
     samples = make_samples(model, 0.3)
     divergences = [exact_divergence(model, other, sample).mean() for sample in samples]
-    assert row["kl"] == pytest.approx(float(torch.stack(divergences).mean().detach()), rel=1e-4)
+    assert row["policy/kl"] == pytest.approx(float(torch.stack(divergences).mean().detach()), rel=1e-4)
     surrogate = plain_loss(model, other, samples, temperature=0.7, epsilon=0.2, kl_coefficient=0.0)
     (surrogate + 0.05 * torch.stack(divergences).mean()).backward()
     assert_close(gradients, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -165,7 +165,7 @@ def test_a_penalty_in_the_reward_changes_advantages_alone(new_model, estimator):
                 continue
             told = sample.prompt_tokens, sample.response_tokens, 0.7
             penalties.append(0.05 * float((torch.tensor(sample.logprobs) - response_log_probs(other, *told)).sum()))
-    assert row["kl_in_reward"] == pytest.approx(sum(penalties) / 4, rel=1e-4) and row["stay_stable_part"] == 0
+    assert row["policy/kl_in_reward"] == pytest.approx(sum(penalties) / 4, rel=1e-4) and row["policy/kl_loss"] == 0
     changed = [replace(s, reward=s.reward - penalty) for s, penalty in zip(samples, penalties, strict=True)]
     plain_loss(model, other, changed, temperature=0.7, epsilon=0.2, kl_coefficient=0.0).backward()
     assert_close(gradients, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -188,8 +188,8 @@ def test_a_correction_weighs_tokens_by_trainer_over_engine(new_model):
         total = total - (weights * advantage * log_probs).mean() / len(samples)
     total.backward()
     assert_close(found, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert 0 < row["correction_limited"] < 1 and row["change_ratio"] == pytest.approx(1.0, abs=1e-5)
-    assert row["mismatch_k3"] > 0 and 0 < row["mismatch_limited"] < 1
+    assert 0 < row["mismatch/importance_weight_clipped"] < 1 and row["policy/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert row["mismatch/k3"] > 0 and 0 < row["mismatch/outside_range"] < 1
 
 
 def test_an_entropy_bonus_and_the_average_over_tokens_reach_the_update(new_model):
@@ -214,8 +214,8 @@ def test_an_entropy_bonus_and_the_average_over_tokens_reach_the_update(new_model
         total = total - (gain + 0.1 * entropy).sum() / tokens
     total.backward()
     assert_close(gradients, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert row["loss"] == pytest.approx(float(total.detach()), rel=1e-4)
-    assert row["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
+    assert row["policy/loss"] == pytest.approx(float(total.detach()), rel=1e-4)
+    assert row["policy/entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-4)
 
 
 def test_the_reference_is_the_policy_again_every_so_many_rollouts(new_model, caplog):
@@ -228,5 +228,5 @@ def test_the_reference_is_the_policy_again_every_so_many_rollouts(new_model, cap
         state, row = learner.learn(samples, state)
         rows.append(row)
     # Each update is at the policy that its passes see: 0 as long as that is the reference.
-    assert rows[0]["kl"] < 1e-9 < rows[1]["kl"] and rows[2]["kl"] < 1e-9
+    assert rows[0]["policy/kl"] < 1e-9 < rows[1]["policy/kl"] and rows[2]["policy/kl"] < 1e-9
     assert "step 1: logprob_gap=" in caplog.text and "is above rl.mismatch.gap_alarm=0.01" in caplog.text

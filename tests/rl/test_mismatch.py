@@ -24,10 +24,10 @@ def test_numbers_by_hand_and_parts_that_add_up():
     # Differences trainer - engine: 0.1, -1, 0; weights e^0.1 and 1 are inside of 0.5..2, e^-1 is not.
     assert row == pytest.approx(
         {
-            "logprob_gap": 1.0,
-            "mismatch_k1": (-0.1 + 1.0) / 3,
-            "mismatch_k3": (math.exp(0.1) - 1.1 + math.exp(-1.0)) / 3,
-            "mismatch_limited": 1 / 3,
+            "mismatch/logprob_max_abs": 1.0,
+            "mismatch/k1": (-0.1 + 1.0) / 3,
+            "mismatch/k3": (math.exp(0.1) - 1.1 + math.exp(-1.0)) / 3,
+            "mismatch/outside_range": 1 / 3,
         }
     )
     parts = [floats(mismatch_sums(TRAINER[i : i + 1], ROLLOUT[i : i + 1], MASK[i : i + 1], 0.5, 2.0)) for i in (0, 1)]
@@ -37,16 +37,26 @@ def test_numbers_by_hand_and_parts_that_add_up():
 
 
 def test_a_warning_for_each_threshold_that_is_crossed():
-    row = {"logprob_gap": 1.0, "mismatch_k1": 0.1, "mismatch_k3": 0.2, "mismatch_limited": 0.3}
+    row = {"mismatch/logprob_max_abs": 1.0, "mismatch/k1": 0.1, "mismatch/k3": 0.2, "mismatch/outside_range": 0.3}
     assert alarms(row, MismatchConfig(k3_alarm=0.2, limited_alarm=0.3)) == []
     assert alarms(row, MismatchConfig(k3_alarm=0.0, limited_alarm=0.0)) == []
     lines = alarms(row, MismatchConfig(gap_alarm=0.5, k3_alarm=0.1, limited_alarm=0.2))
-    assert [line.partition("=")[0] for line in lines] == ["logprob_gap", "mismatch_k3", "mismatch_limited"]
-    assert lines[1].startswith("mismatch_k3=0.2 is above rl.mismatch.k3_alarm=0.1")
+    assert [line.partition("=")[0] for line in lines] == [
+        "mismatch/logprob_max_abs",
+        "mismatch/k3",
+        "mismatch/outside_range",
+    ]
+    assert lines[1].startswith("mismatch/k3=0.2 is above rl.mismatch.k3_alarm=0.1")
 
 
 def test_what_is_not_a_number_is_noticed_wherever_it_stands():
-    good = {"logprob_gap": 0.1, "mismatch_k1": 0.0, "mismatch_k3": 0.0, "mismatch_limited": 0.0, "mismatch_tokens": 2.0}
-    row = summary([good, good | {"logprob_gap": math.nan, "mismatch_k3": math.nan}, good])
-    assert math.isnan(row["logprob_gap"]) and math.isnan(row["mismatch_k3"])
+    good = {
+        "mismatch/logprob_max_abs": 0.1,
+        "mismatch/k1": 0.0,
+        "mismatch/k3": 0.0,
+        "mismatch/outside_range": 0.0,
+        "mismatch/tokens": 2.0,
+    }
+    row = summary([good, good | {"mismatch/logprob_max_abs": math.nan, "mismatch/k3": math.nan}, good])
+    assert math.isnan(row["mismatch/logprob_max_abs"]) and math.isnan(row["mismatch/k3"])
     assert len(alarms(row, MismatchConfig(gap_alarm=0.5))) == 2

@@ -34,14 +34,14 @@ class Run(Hook):
 
     def take(self, step: int, first_prompt: int) -> Rollout:
         self.note(f"take {step} from {first_prompt}")
-        return Rollout(SAMPLES, {"lost_groups": 0})
+        return Rollout(SAMPLES, {"rollout/lost_groups": 0})
 
     def learn(self, samples, state: TrainState) -> tuple[TrainState, dict]:
         self.note("learn")
         return state.advance(updates=state.updates + 1), {}
 
     def after_step(self, state: TrainState, row: dict) -> None:
-        assert row["lost_groups"] == 0
+        assert row["rollout/lost_groups"] == 0
         self.note(f"row {state.step}")
 
     def finish(self, state: TrainState) -> None:

@@ -116,7 +116,7 @@ def test_the_loss_is_the_weighted_sum_and_further_predictions_stay_as_they_are(n
     [rows] = mixed.micro_batches(BATCH, 0, 1, 6)
     output, loss_function = mixed.forward(student, rows)
     logged = {name: float(value) for name, value in loss_function(output)[1].items()}
-    expected = {"loss": loss, "cross_entropy": written_loss, "distillation_loss": taught_loss}
+    expected = {"train/loss": loss, "train/cross_entropy": written_loss, "train/distillation_loss": taught_loss}
     assert logged == pytest.approx(expected, rel=1e-6)
 
 

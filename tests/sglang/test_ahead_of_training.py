@@ -74,15 +74,15 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judg
     for step, row in enumerate(job.rows, start=1):
         samples = journal.read(step)
         versions = [int(version) for sample in samples for version, _ in tokens_by_version(sample)]
-        assert row["staleness"] == step - 1 - min(versions) <= AHEAD and max(versions) <= step - 1
-        assert row["mean_staleness"] <= row["staleness"]
-        assert row["continued"] == sum(bool(sample.version_changes) for sample in samples) / len(samples)
-        assert 0 <= row["trainer_idle"] <= 1 and 0 <= row["engine_idle"] <= 1
+        assert row["rollout/staleness_max"] == step - 1 - min(versions) <= AHEAD and max(versions) <= step - 1
+        assert row["rollout/staleness_mean"] <= row["rollout/staleness_max"]
+        assert row["rollout/multi_version"] == sum(bool(sample.version_changes) for sample in samples) / len(samples)
+        assert 0 <= row["perf/trainer_idle"] <= 1 and 0 <= row["perf/engine_idle"] <= 1
         assert list(dict.fromkeys(s.prompt_id for s in samples)) == [f"train-{4 * (step - 1) + i}" for i in range(4)]
-    assert max(row["staleness"] for row in job.rows) > 0
+    assert max(row["rollout/staleness_max"] for row in job.rows) > 0
     check_scores(job, judge, one_rank)
     # The engine's own log-probabilities are those of the weights that it had: a rollout ago they were the trainer's.
-    assert job.rows[0]["logprob_gap"] < 1e-4
+    assert job.rows[0]["mismatch/logprob_max_abs"] < 1e-4
     asked = Job(["diagnose", *COMMON, f"init.from='{tmp_path}/ahead'"], tmp_path, "diagnosis")
     assert (done := run_alone(asked)).returncode == 0, done.stderr
     assert "engine and trainer agree" in json.loads((asked.folder / "diagnosis.json").read_text())["verdict"]
@@ -103,5 +103,8 @@ def test_two_ranks_share_policy_and_reward_model(base, judge, one_rank, tmp_path
     with launched(job) as launcher:
         assert end_of(job, launcher) == 0, job.log
     assert [row["step"] for row in job.rows] == [1, 2, 3, 4]
-    assert all(row["staleness"] <= AHEAD for row in job.rows) and max(row["staleness"] for row in job.rows) > 0
+    assert (
+        all(row["rollout/staleness_max"] <= AHEAD for row in job.rows)
+        and max(row["rollout/staleness_max"] for row in job.rows) > 0
+    )
     check_scores(job, judge, one_rank)

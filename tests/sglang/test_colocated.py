@@ -179,7 +179,7 @@ def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[S
         if colocated and number == 1:
             ended_in_the_trainers_turn(engine)
         state, row = step(state)
-        assert row["logprob_gap"] < 20  # tempered against greedy: the numbers are there
+        assert row["mismatch/logprob_max_abs"] < 20  # tempered against greedy: the numbers are there
     if colocated:
         engine.resume_memory([*WEIGHTS, *CACHE])
     return rollouts.samples, {name: tensor.clone() for name, tensor in native_tensors(model)}

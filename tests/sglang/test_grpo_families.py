@@ -51,7 +51,9 @@ def test_what_is_exported_gives_the_servers_log_probabilities(kind, tmp_path):
     (tmp_path / "vowels.py").write_text(REWARD)  # a random model is right about nothing else
     job = Job([*GRPO, *KINDS[kind], f"reward={tmp_path}/vowels.py:score", f"init.from='hf:{base}'"], tmp_path, "learnt")
     assert (done := run_alone(job)).returncode == 0, done.stderr
-    assert [row["step"] for row in job.rows] == [1, 2] and all(row["logprob_gap"] < 1e-4 for row in job.rows)
+    assert [row["step"] for row in job.rows] == [1, 2] and all(
+        row["mismatch/logprob_max_abs"] < 1e-4 for row in job.rows
+    )
     # The second rollout was sampled by the weights of the first checkpoint.
     folder = convert(job.folder / "checkpoints/step-00000001", tmp_path / "exported", to="hf", format="fp32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

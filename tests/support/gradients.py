@@ -28,7 +28,7 @@ def gradients_of(model: Any, micro_batches: Sequence[Any], reader: Any, length: 
         for name, buffer in model.named_buffers():
             if name in biases:
                 buffer.copy_(biases[name])
-    return gradients, float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean())
+    return gradients, float(torch.stack([entry["train/loss"] for entry in result.passes.logged]).mean())
 
 
 def worst(found: Gradients, expected: Gradients) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
 from tests.support.launching import marked_processes
 
@@ -29,10 +30,6 @@ PRETRAIN = [
 INTERVAL = 2
 """Steps between checkpoints of short runs."""
 SHORT = ["train.steps=40", f"train.checkpoint_interval={INTERVAL}"]
-WALL_CLOCK = (
-    "tokens_per_second", "mfu", "rollout_seconds", "engine_seconds", "train_seconds", "sync_seconds", "trainer_idle",
-    "engine_idle",
-)  # fmt: skip
 ATTEMPT_S = 100.0
 SERVER_GRACE_S = 5.0
 """A server looks once a second whether the rank that started it still lives."""
@@ -126,5 +123,5 @@ def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             key: json.dumps(value, default=str) if not isinstance(value, float) else value.hex()
             for key, value in row.items()
         }
-        for row in ({key: value for key, value in row.items() if key not in WALL_CLOCK} for row in rows)
+        for row in map(reproducible, rows)
     ]

@@ -116,7 +116,9 @@ def updates(model: Any, rows_BL: torch.Tensor) -> dict[str, Any]:
     return {
         "loads": {layer: load_E.tolist() for layer, load_E in results[-1].passes.expert_load.items()},
         "averages": {name: float(tensor.norm()) for name, tensor in averages},
-        "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
+        "losses": [
+            float(torch.stack([entry["train/loss"] for entry in result.passes.logged]).mean()) for result in results
+        ],
         "norms": [result.gradient_norm for result in results],
         "mtp_losses": [result.passes.mtp_loss for result in results],
     }
@@ -132,7 +134,9 @@ def two_fp8_updates() -> dict[str, Any]:
     squares = gradient_squares(model, optimizer, rows_BL)
     results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 128) for _ in range(2)]
     return {
-        "losses": [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results],
+        "losses": [
+            float(torch.stack([entry["train/loss"] for entry in result.passes.logged]).mean()) for result in results
+        ],
         "norms": [result.gradient_norm for result in results],
         "squares": squares,
         "cut": model.fp8_plan.cut,

@@ -21,14 +21,14 @@ def test_measures_are_those_of_the_last_third(tmp_path):
     record = Record(tmp_path / "metrics.jsonl")
     for step in range(1, 91):
         loads = {"layer 2": 5.0 if step <= 40 else 1.2, "layer 3": 1.1 if step < 90 else 2.0}
-        record.append(step, {"loss": 90.0 - step, "router_max_over_mean": loads, "router_violation": step / 100})
+        record.append(step, {"train/loss": 90.0 - step, "moe/layer_load_max": loads, "moe/max_violation": step / 100})
     record.close()
     found = balance.measure(tmp_path)
     assert found["loss"] == pytest.approx(14.5) and found["violation"] == 0.9
     assert (found["p95"], found["largest"]) == (1.2, 2.0) and found["median"] == pytest.approx(1.15, abs=0.051)
     # One load of the forty in its window may lie above the bound, two may not.
     assert found["first_even"] == 40
-    assert math.isnan(balance.first_even([{"step": 1, "router_max_over_mean": {"layer 2": 1.0}}]))
+    assert math.isnan(balance.first_even([{"step": 1, "moe/layer_load_max": {"layer 2": 1.0}}]))
 
 
 @pytest.mark.slow

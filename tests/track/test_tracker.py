@@ -76,7 +76,7 @@ def plain(history):
 
 
 def row_of(step):
-    return {"loss": 1.0 / step, "router_load": [0.25, 0.75], "consumed_tokens": 640 * step}
+    return {"train/loss": 1.0 / step, "moe/load": [0.25, 0.75], "train/consumed_tokens": 640 * step}
 
 
 def track(folder, steps, resume_step=0, setting="auto"):
@@ -160,11 +160,11 @@ def test_online_without_a_network_warns_and_records_offline(tmp_path, monkeypatc
 
 def test_failure_while_logging_warns_once_and_the_record_goes_on(tmp_path, caplog):
     with Tracker(tmp_path, {}, "run", TrackConfig(wandb="offline")) as tracker:
-        tracker.log(1, {"loss": 1.0})
+        tracker.log(1, {"train/loss": 1.0})
         tracker._wandb._run.finish()
         with caplog.at_level(logging.WARNING, "megatron_r1"):
-            tracker.log(2, {"loss": 0.5})
-            tracker.log(3, {"loss": 0.4})
+            tracker.log(2, {"train/loss": 0.5})
+            tracker.log(3, {"train/loss": 0.4})
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("megatron_r1")]
     assert [warning.split(":")[0] for warning in warnings] == ["wandb could not log"]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3

@@ -26,21 +26,21 @@ def rows_of(hook: BalanceHook, steps: range) -> list[dict]:
 
 def test_loads_are_multiples_of_an_even_share_and_multi_token_layers_stay_apart():
     row = load_metrics({layer: torch.tensor(load) for layer, load in LOADS[0].items()})
-    assert row["router_load"] == {
+    assert row["moe/load"] == {
         "layer 2": [2.0, 0.6667, 0.6667, 0.6667],
         "layer 3": [0.6667, 1.3333, 0.6667, 1.3333],
         "mtp 1": [4.0, 0.0, 0.0, 0.0],
     }
-    assert (row["router_load_max"], row["mtp_router_load_max"]) == (2.0, 4.0)
+    assert (row["moe/load_max"], row["moe/mtp_load_max"]) == (2.0, 4.0)
     assert load_metrics({}) == {}
 
 
 def test_violations_are_those_of_the_window():
     rows = rows_of(BalanceHook(2, 2, {}), range(3))
-    assert [row["router_violation"] for row in rows] == pytest.approx([1.0, 1 / 3, 1 / 3], abs=1e-3)
-    assert [row["mtp_router_violation"] for row in rows] == pytest.approx([3.0, 3.0, 1.0], abs=1e-3)
-    assert rows[2]["router_max_over_mean"] == {"layer 2": 2.0, "layer 3": 1.0, "mtp 1": 4.0}
-    assert ["router_load" in row for row in rows] == [False, True, False]
+    assert [row["moe/max_violation"] for row in rows] == pytest.approx([1.0, 1 / 3, 1 / 3], abs=1e-3)
+    assert [row["moe/mtp_max_violation"] for row in rows] == pytest.approx([3.0, 3.0, 1.0], abs=1e-3)
+    assert rows[2]["moe/layer_load_max"] == {"layer 2": 2.0, "layer 3": 1.0, "mtp 1": 4.0}
+    assert ["moe/load" in row for row in rows] == [False, True, False]
 
 
 def test_a_resumed_window_goes_on_as_if_it_had_not_stopped():

@@ -22,12 +22,12 @@ def rows_of(losses: list[float], start: int, steps: int) -> list[dict]:
 
 def test_every_so_many_steps_and_at_both_ends():
     rows = rows_of([3.0, 2.0, 1.0, 0.5], 0, 5)
-    assert [row.get("heldout_loss") for row in rows] == [None, 2.0, None, 1.0, 0.5]
-    assert [row.get("heldout_loss_before") for row in rows] == [3.0, None, None, None, None]
-    assert [*rows_of([1.0, 0.5], 3, 5)[0]] == ["heldout_loss", "heldout_perplexity"]
+    assert [row.get("eval/loss") for row in rows] == [None, 2.0, None, 1.0, 0.5]
+    assert [row.get("eval/loss_before") for row in rows] == [3.0, None, None, None, None]
+    assert [*rows_of([1.0, 0.5], 3, 5)[0]] == ["eval/loss", "eval/perplexity"]
 
 
 def test_perplexity_stands_beside_the_loss():
     rows = rows_of([9.0, 2.0, 1000.0], 0, 4)
-    assert rows[1]["heldout_perplexity"] == pytest.approx(7.389056098930650)
-    assert rows[3]["heldout_perplexity"] == math.inf and "heldout_perplexity" not in rows[0]
+    assert rows[1]["eval/perplexity"] == pytest.approx(7.389056098930650)
+    assert rows[3]["eval/perplexity"] == math.inf and "eval/perplexity" not in rows[0]

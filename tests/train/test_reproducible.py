@@ -58,8 +58,16 @@ def pretrain(names: str, root: Path, *more: str, stop_at: int = -1) -> int:
 
 
 METRICS = (
-    *("loss", "mtp_loss", "gradient_norm", "learning_rate", "batch_size", "mtp_weight", "bias_rate"),
-    *("consumed_tokens", "router_load_max", "router_violation", "mtp_router_violation"),
+    *(
+        "train/loss",
+        "train/mtp_loss",
+        "train/gradient_norm",
+        "train/learning_rate",
+        "train/batch_size",
+        "train/mtp_weight",
+        "moe/bias_rate",
+    ),
+    *("train/consumed_tokens", "moe/load_max", "moe/max_violation", "moe/mtp_max_violation"),
 )
 
 
@@ -95,15 +103,15 @@ def test_two_runs_with_one_seed_are_equal_to_the_last_bit(root):
 def test_every_schedule_is_followed(root):
     rows = rows_of(root / "first")
     sequences = [2, 2, 2, 2, 2, 4, 4, 4]
-    assert [row["batch_size"] for row in rows] == sequences
+    assert [row["train/batch_size"] for row in rows] == sequences
     consumed = [64 * sum(sequences[:step]) for step in range(9)]
-    assert [row["consumed_tokens"] for row in rows] == consumed[1:]
-    assert [row["mtp_weight"] for row in rows] == [0.3 if tokens < 700 else 0.1 for tokens in consumed[:-1]]
-    assert [row["bias_rate"] for row in rows] == [1e-2 if tokens < 1000 else 0.0 for tokens in consumed[:-1]]
+    assert [row["train/consumed_tokens"] for row in rows] == consumed[1:]
+    assert [row["train/mtp_weight"] for row in rows] == [0.3 if tokens < 700 else 0.1 for tokens in consumed[:-1]]
+    assert [row["moe/bias_rate"] for row in rows] == [1e-2 if tokens < 1000 else 0.0 for tokens in consumed[:-1]]
     cosines = [1e-4 + 1.45e-3 * (1 + math.cos(math.pi * (tokens - 600) / 800)) for tokens in consumed[5:8]]
     rates = [1.5e-3, 3e-3, 3e-3, 3e-3, 3e-3, *cosines]
-    assert [row["learning_rate"] for row in rows] == pytest.approx(rates, rel=1e-12)
-    assert set(rows[-1]["router_load"]) == {"layer 2", "mtp 1"}
+    assert [row["train/learning_rate"] for row in rows] == pytest.approx(rates, rel=1e-12)
+    assert set(rows[-1]["moe/load"]) == {"layer 2", "mtp 1"}
 
 
 def test_the_moving_average_is_a_model_of_its_own(root):

@@ -94,12 +94,12 @@ def test_skips_are_recorded_and_too_many_in_a_row_end_the_run(trained, one_rank)
     this = SimpleNamespace(config=config, model=model, optimizer=optimizer, platform=one_rank)
     step, state = pretraining_step(this, corpus), TrainState()
     state, row = step(state)
-    assert (state.updates, row["skipped"], state.skipped_in_row) == (1, 0, 0)
+    assert (state.updates, row["train/skipped_updates"], state.skipped_in_row) == (1, 0, 0)
     with torch.no_grad():
         dict(model.named_parameters())["output_layer.weight"][0, 0] = float("nan")
     for skips in (1, 2):
         state, row = step(state)
-        assert (state.updates, row["skipped"], state.skipped_in_row) == (1, 1, skips)
+        assert (state.updates, row["train/skipped_updates"], state.skipped_in_row) == (1, 1, skips)
     with pytest.raises(Diverged, match="max_skipped_steps=2"):
         step(state)
 
@@ -132,7 +132,7 @@ def test_two_tensor_parallel_ranks_train_as_one(new_model, two_ranks, shape):
     model, rows_BL = new_model(config), ROWS_BL % config.vocab_size
     optimizer = Optimizer(model, TrainConfig())
     results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 32) for _ in range(2)]
-    losses = [float(torch.stack([entry["loss"] for entry in result.passes.logged]).mean()) for result in results]
+    losses = [float(torch.stack([entry["train/loss"] for entry in result.passes.logged]).mean()) for result in results]
     for rank in two_ranks:
         found = rank["updates" if shape == "tiny" else shape]
         assert found["losses"] == pytest.approx(losses, rel=1e-5)

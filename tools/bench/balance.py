@@ -87,20 +87,20 @@ def measure(run: Path) -> dict[str, float]:
     """What a run came to, over its last third."""
     rows: list[dict[str, Any]] = read_metrics(run / "metrics.jsonl")
     last = rows[-(len(rows) // 3) :]
-    load_SL = np.array([[*row["router_max_over_mean"].values()] for row in last])
+    load_SL = np.array([[*row["moe/layer_load_max"].values()] for row in last])
     return {
         "p95": float(np.percentile(load_SL, 95)),
         "median": float(np.median(load_SL)),
         "largest": float(load_SL.max()),
-        "violation": last[-1]["router_violation"],
-        "loss": float(np.mean([row["loss"] for row in last])),
+        "violation": last[-1]["moe/max_violation"],
+        "loss": float(np.mean([row["train/loss"] for row in last])),
         "first_even": first_even(rows),
     }
 
 
 def first_even(rows: list[dict[str, Any]], bound: float = 1.3, window: int = 20) -> float:
     """First step from which, for `window` steps, 95 % of max/mean loads are at most `bound`; NaN if there is none."""
-    load_SL = np.array([[*row["router_max_over_mean"].values()] for row in rows])
+    load_SL = np.array([[*row["moe/layer_load_max"].values()] for row in rows])
     for start in range(len(rows) - window + 1):
         if np.percentile(load_SL[start : start + window], 95) <= bound:
             return float(rows[start]["step"])

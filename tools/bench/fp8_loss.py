@@ -141,7 +141,7 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
     started = time.process_time()
     while state.step < options.steps:
         state, row = step(state)
-        losses.append(row["loss"])
+        losses.append(row["train/loss"])
         if state.step % 25 == 0:
             print(f"{variant}, seed {seed}: step {state.step}/{options.steps}, loss {row['loss']:.4f}", file=sys.stderr)
     kept = {
@@ -197,7 +197,7 @@ def passes(config: Any, weights: dict[str, Any], batches: Sequence[Any], platfor
         found = forward_backward(model, optimizer.chunks, [batch], next_token_forward, config.train.sequence_length)
         parameters: list[Any] = [*model.parameters()]
         gradient = torch.cat([parameter.main_grad.flatten() for parameter in parameters])
-        yield float(found.logged[0]["loss"]), gradient
+        yield float(found.logged[0]["train/loss"]), gradient
 
 
 def move_one_unit(model: Any) -> None:

@@ -182,8 +182,8 @@ class CriticCredit:
         counted_SR = mask_SR & counted_S[:, None]
         advantages_SR = found.advantages_BL
         self._known = {
-            "explained_variance": explained_variance(found.returns_BL, values_SR, counted_SR, _over_data),
-            "return": float(spread(found.returns_BL, counted_SR, _over_data).mean),
+            "critic/explained_variance": explained_variance(found.returns_BL, values_SR, counted_SR, _over_data),
+            "critic/return": float(spread(found.returns_BL, counted_SR, _over_data).mean),
         }
         if settings.whiten:
             advantages_SR = whitened(advantages_SR, mask_SR, spread(advantages_SR, counted_SR, _over_data))
@@ -210,8 +210,8 @@ class CriticCredit:
         return {
             **{key: sum(entry[key] for entry in entries) / len(self._results) for key in sorted(entries[0])},
             **told[0][1],
-            "value_gradient_norm": sum(norms) / len(norms) if norms else float("nan"),
-            "value_seconds": self._seconds,
+            "critic/gradient_norm": sum(norms) / len(norms) if norms else float("nan"),
+            "perf/critic_seconds": self._seconds,
         }
 
 

@@ -137,7 +137,7 @@ def critic_loss(
     decided_BL = bound_BL > free_BL
     loss = 0.5 * torch.where(decided_BL, bound_BL, free_BL).sum() / num_tokens
     return loss, {
-        "value_loss": loss.detach().clone(),
-        "value_clip_fraction": decided_BL.sum() / num_tokens,
-        "value": values_BL.detach().sum() / num_tokens,
+        "critic/loss": loss.detach().clone(),
+        "critic/clip_fraction": decided_BL.sum() / num_tokens,
+        "critic/value": values_BL.detach().sum() / num_tokens,
     }

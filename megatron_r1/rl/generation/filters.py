@@ -22,6 +22,8 @@ Group = Sequence[Sample]
 Filter = Callable[[Group], list[Sample]]
 
 FEWEST_ANSWERS = 2
+ZERO_STD = "zero_std_groups"
+"""The filter that drops whole groups."""
 
 
 def drop_repeats(group: Group) -> list[Sample]:
@@ -52,31 +54,36 @@ def chosen(config: FilterConfig) -> dict[str, Filter]:
     """The configured filters by the name under which they count, in the order in which they work."""
     filters: dict[str, Filter] = {}
     if config.repeats == "drop":
-        filters["repeats"] = drop_repeats
+        filters["duplicates"] = drop_repeats
     if config.truncated != "keep":
         filters["truncated"] = mask_truncated if config.truncated == "mask" else drop_truncated
     if config.equal_groups == "drop":
-        filters["equal"] = drop_equal
+        filters[ZERO_STD] = drop_equal
     return filters
 
 
 def filtered(group: Group, filters: dict[str, Filter]) -> tuple[list[Sample], Counter[str]]:
     """What is left of a group, nothing where it is dropped; and what was taken out.
 
-    Counts: for each filter the answers that it took out or masked; `equal_groups` and `small_groups` are groups that
-    were dropped, the latter for having too few answers left or none to learn from.
+    Counts, by metric: for each filter the answers that it took out or masked, for `ZERO_STD` the groups;
+    `rollout/filtered_small_groups` are groups that were dropped for having too few answers left or none to learn from.
     """
     counts: Counter[str] = Counter()
     left = list(group)
     for name, apply in filters.items():
         before, left = left, apply(left)
-        if name == "equal":
-            counts["equal_groups"] += not left
+        if name == ZERO_STD:
+            counts[counted_as(name)] += not left
             continue
-        counts[name] += len(before) - len(left) + _masked(left) - _masked(before)
+        counts[counted_as(name)] += len(before) - len(left) + _masked(left) - _masked(before)
         if len(left) < FEWEST_ANSWERS or _masked(left) == len(left):
-            return [], counts + Counter(small_groups=1)
+            return [], counts + Counter({"rollout/filtered_small_groups": 1})
     return left, +counts
+
+
+def counted_as(name: str) -> str:
+    """The metric that counts what a filter takes out."""
+    return f"rollout/filtered_{name}"
 
 
 def _masked(group: Group) -> int:

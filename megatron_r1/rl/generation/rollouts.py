@@ -17,7 +17,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.rubric_builder import Scorer
 from megatron_r1.rewards.score import Score
-from megatron_r1.rl.generation.filters import chosen, filtered
+from megatron_r1.rl.generation.filters import ZERO_STD, chosen, counted_as, filtered
 from megatron_r1.rl.generation.step_rewards import steps_at_tokens
 from megatron_r1.rollout.engine import RolloutEngine
 from megatron_r1.rollout.journal import Journal
@@ -103,10 +103,14 @@ class Rollouts:
 
     def _names(self) -> list[str]:
         """Under which names groups and answers are counted that are not learned from."""
-        answers = [name for name in self._filters if name != "equal"]
-        groups = ["lost_groups", "unscored_groups", *(["small_groups"] if answers else [])]
-        equal = ["equal_groups"] if "equal" in self._filters else []
-        return groups + answers + equal + (["refill_prompts"] if self._rl.filters.extra_rounds else [])
+        answers = [counted_as(name) for name in self._filters if name != ZERO_STD]
+        groups = [
+            "rollout/lost_groups",
+            "rollout/unscored_groups",
+            *(["rollout/filtered_small_groups"] if answers else []),
+        ]
+        equal = [counted_as(ZERO_STD)] if ZERO_STD in self._filters else []
+        return groups + answers + equal + (["rollout/resampled_prompts"] if self._rl.filters.extra_rounds else [])
 
     def _sample(self, step: int, first_prompt: int) -> Rollout:
         """Rounds of prompts until there are groups enough, or no further round is allowed.
@@ -125,7 +129,7 @@ class Rollouts:
             groups = self._round(step, number, place, wanted)
             place += wanted
             if number:
-                counts["refill_prompts"] += wanted
+                counts["rollout/resampled_prompts"] += wanted
             for group in groups:
                 if isinstance(group, str):
                     counts[group] += 1
@@ -162,14 +166,14 @@ class Rollouts:
         for (group, prompt, completion), text, score in zip(completions, texts, scores, strict=True):
             members = groups[group]
             if isinstance(score, Unscored):
-                self._lost_because, groups[group] = score.reason, "unscored_groups"
+                self._lost_because, groups[group] = score.reason, "rollout/unscored_groups"
             elif isinstance(members, list):
                 sample = scored_sample(group, prompt, completion, text, score)
                 steps = steps_at_tokens(score.steps, completion.response_tokens, self._text)
                 members.append(replace(sample, steps=steps))
         for group, _, outcome in answered:
             if isinstance(outcome, FailedRequest):
-                self._lost_because, groups[group] = outcome.reason, "lost_groups"
+                self._lost_because, groups[group] = outcome.reason, "rollout/lost_groups"
         return groups
 
     def _text(self, response_tokens: Sequence[int]) -> str:

@@ -91,10 +91,9 @@ class Objective:
         Args:
             totals: of the whole mini-batch, over all micro-batches and ranks.
         Returns:
-            the loss, to be minimised, and metrics without gradient: `loss` as it is averaged; and as means over
-            answers of their tokens' means `change_ratio`, `limited_change_ratio`, `advantage`, `smaller_of`,
-            `stay_stable_part` (kl_coefficient * kl), `clip_fraction`, `kl`, and with a correction
-            `correction_weight`, `correction_limited`.
+            the loss, to be minimised, and metrics without gradient: `policy/loss` as it is averaged; and as means
+            over responses of their tokens' means the other `policy/` metrics, and with a correction
+            `mismatch/importance_weight` and `mismatch/importance_weight_clipped`.
         Raises:
             ValueError: something that a part needs is None.
         """
@@ -104,8 +103,8 @@ class Objective:
         if self.correction:
             weighing = self._weights(answers, self.correction)
             values_BU = values_BU * weighing.values
-            metrics_B["correction_weight"] = sequence_mean(weighing.values, mask_BL)
-            metrics_B["correction_limited"] = sequence_mean(weighing.limited, mask_BL)
+            metrics_B["mismatch/importance_weight"] = sequence_mean(weighing.values, mask_BL)
+            metrics_B["mismatch/importance_weight_clipped"] = sequence_mean(weighing.limited, mask_BL)
         loss_B = -average.per_answer(values_BU, mask_BL)
         kl_BU = self._penalty(answers)
         # Without the penalty the estimate is only looked at: 0 times its gradient could still be 0 times infinity.
@@ -117,17 +116,17 @@ class Objective:
             loss_B = loss_B - self.entropy_coefficient * average.per_answer(answers.entropy_BL, mask_BL)
         kl_B = torch.zeros_like(loss_B) if kl_BU is None else sequence_mean(kl_BU, mask_BL)
         metrics_B |= {
-            "change_ratio": sequence_mean(pieces.ratio, mask_BL),
-            "limited_change_ratio": sequence_mean(pieces.ratio_clipped, mask_BL),
-            "advantage": _mean_advantage(answers),
-            "smaller_of": sequence_mean(pieces.objective, mask_BL),
-            "stay_stable_part": self.kl_coefficient * kl_B,
-            "clip_fraction": sequence_mean(pieces.clipped, mask_BL),
-            "kl": kl_B,
+            "policy/ratio": sequence_mean(pieces.ratio, mask_BL),
+            "policy/ratio_clipped": sequence_mean(pieces.ratio_clipped, mask_BL),
+            "policy/advantage": _mean_advantage(answers),
+            "policy/objective": sequence_mean(pieces.objective, mask_BL),
+            "policy/kl_loss": self.kl_coefficient * kl_B,
+            "policy/clip_fraction": sequence_mean(pieces.clipped, mask_BL),
+            "policy/kl": kl_B,
         }
         loss = loss_B.sum() / average.divisor(totals)
         metrics = {name: value_B.detach().sum() / totals.answers for name, value_B in metrics_B.items()}
-        return loss, metrics | {"loss": loss.detach().clone()}
+        return loss, metrics | {"policy/loss": loss.detach().clone()}
 
     def _penalty(self, answers: ObjectiveInputs) -> Tensor | None:
         """[B, U], None where there is nothing to compare with."""

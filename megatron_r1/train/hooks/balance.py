@@ -28,22 +28,22 @@ class BalanceHook(Hook):
         """
         Args:
             window: steps whose loads are added up.
-            interval: steps between rows that keep the whole table, `router_load`.
+            interval: steps between rows that keep the whole table, `moe/load`.
             saved: what `tensors` gave, for a run that goes on.
         """
         self._interval = interval
         self._loads: deque[Tensor] = deque(saved.get(SAVED, ()), maxlen=window)
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
-        if not (loads := row.get("router_load")):
+        if not (loads := row.get("moe/load")):
             return
         self._loads.append(torch.tensor([*loads.values()]))
         mean_LE = torch.stack([*self._loads]).mean(0)
         violations = dict(zip(loads, (mean_LE.amax(1) / mean_LE.mean(1) - 1).tolist(), strict=True))
-        row |= worst_of_each_kind("router_violation", violations)
-        row["router_max_over_mean"] = {layer: max(load) for layer, load in loads.items()}
+        row |= worst_of_each_kind("max_violation", violations)
+        row["moe/layer_load_max"] = {layer: max(load) for layer, load in loads.items()}
         if state.step % self._interval:
-            del row["router_load"]
+            del row["moe/load"]
 
     def tensors(self) -> dict[str, Tensor]:
         """The window [W, L, E], for a checkpoint; nothing before the first step."""
@@ -63,12 +63,12 @@ def load_metrics(expert_load: Mapping[str, Tensor]) -> dict[str, Any]:
         return {}
     loads = relative_loads(expert_load)
     busiest = {layer: max(load) for layer, load in loads.items()}
-    return {**worst_of_each_kind("router_load_max", busiest), "router_load": loads}
+    return {**worst_of_each_kind("load_max", busiest), "moe/load": loads}
 
 
 def worst_of_each_kind(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The largest value over the backbone's layers, and apart from it, as `mtp_NAME`, over multi-token layers."""
+    """The largest value over the backbone's layers, and apart from it, as `moe/mtp_NAME`, over multi-token layers."""
     kinds: dict[str, list[float]] = {}
     for layer, value in values.items():
-        kinds.setdefault(f"mtp_{name}" if layer.startswith("mtp ") else name, []).append(value)
+        kinds.setdefault(f"moe/mtp_{name}" if layer.startswith("mtp ") else f"moe/{name}", []).append(value)
     return {kind: max(found) for kind, found in kinds.items()}

@@ -14,9 +14,9 @@ LARGEST_EXPONENT = 700.0
 
 
 class HeldoutHook(Hook):
-    """Adds what is measured to the row of every so many steps and of the last, and `heldout_loss_before` to the first.
+    """Adds what is measured to the row of every so many steps and of the last, and `eval/loss_before` to the first.
 
-    `heldout_loss` is the mean in nats per token, `heldout_perplexity` its exponential. Collective: every rank has one.
+    `eval/loss` is the mean in nats per token, `eval/perplexity` its exponential. Collective: every rank has one.
     """
 
     def __init__(self, measure: Callable[[], float], interval: int, steps: int, start: int):
@@ -31,7 +31,7 @@ class HeldoutHook(Hook):
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
         if self._before is not None:
-            row["heldout_loss_before"], self._before = self._before, None
+            row["eval/loss_before"], self._before = self._before, None
         if state.step % self._interval == 0 or state.step == self._steps:
-            row["heldout_loss"] = loss = self._measure()
-            row["heldout_perplexity"] = math.exp(loss) if loss < LARGEST_EXPONENT else math.inf
+            row["eval/loss"] = loss = self._measure()
+            row["eval/perplexity"] = math.exp(loss) if loss < LARGEST_EXPONENT else math.inf

@@ -187,7 +187,7 @@ def test_two_tensor_parallel_ranks_quantise_as_one(build, two_ranks):
         optimizer = Optimizer(model, TrainConfig())
         squares[name] = gradient_squares(model, optimizer, ROWS_BL)
         updates = [update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 128) for _ in range(2)]
-        losses[name] = [float(torch.stack([e["loss"] for e in each.passes.logged]).mean()) for each in updates]
+        losses[name] = [float(torch.stack([e["train/loss"] for e in each.passes.logged]).mean()) for each in updates]
         norms[name] = [each.gradient_norm for each in updates]
     for name, expected in squares["fp8"].items():
         shards = [found["fp8"]["squares"][name] for found in two_ranks]

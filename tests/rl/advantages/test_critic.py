@@ -121,14 +121,14 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     for found, model in ((policy, plain), (values, plain_values)):
         gradients = {name: p.main_grad for name, p in found.named_parameters() if p.requires_grad}
         assert_close(gradients, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    assert row["loss"] == pytest.approx(float(policy_loss.detach()), rel=1e-4)
-    assert row["value_loss"] == pytest.approx(float(value_loss.detach()), rel=1e-4)
-    assert row["kl_in_reward"] == pytest.approx(config.rl.kl_coefficient * sum(map(sum, gaps)) / 4, rel=1e-4)
+    assert row["policy/loss"] == pytest.approx(float(policy_loss.detach()), rel=1e-4)
+    assert row["critic/loss"] == pytest.approx(float(value_loss.detach()), rel=1e-4)
+    assert row["policy/kl_in_reward"] == pytest.approx(config.rl.kl_coefficient * sum(map(sum, gaps)) / 4, rel=1e-4)
     flat = torch.tensor([r for each in returns for r in each])
     kept = torch.tensor([v for s, each in zip(samples, told, strict=True) for v in each if s.in_loss])
     explained = 1 - (flat - kept).var(unbiased=False) / flat.var(unbiased=False)
-    assert row["explained_variance"] == pytest.approx(float(explained), rel=1e-3)
-    assert row["return"] == pytest.approx(float(flat.mean()), rel=1e-4)
+    assert row["critic/explained_variance"] == pytest.approx(float(explained), rel=1e-3)
+    assert row["critic/return"] == pytest.approx(float(flat.mean()), rel=1e-4)
 
 
 def test_the_critic_learns_what_answers_are_worth_while_the_policy_waits(new_model):
@@ -144,13 +144,13 @@ def test_the_critic_learns_what_answers_are_worth_while_the_policy_waits(new_mod
     for _ in range(12):
         state, row = learner.learn(samples, state)
         rows.append(row)
-    print([f"{row['value_loss']:.4f} {row['explained_variance']:.3f}" for row in rows])
+    print([f"{row['critic/loss']:.4f} {row['critic/explained_variance']:.3f}" for row in rows])
     assert all(torch.equal(tensor, before[name]) for name, tensor in native_tensors(policy))
-    assert rows[-1]["value_loss"] < 0.2 * rows[0]["value_loss"]
-    assert rows[0]["explained_variance"] < 0 and rows[-1]["explained_variance"] > 0.6
-    assert {row["learning_rate"] for row in rows} == {0.0} and rows[0]["value_seconds"] > 0
+    assert rows[-1]["critic/loss"] < 0.2 * rows[0]["critic/loss"]
+    assert rows[0]["critic/explained_variance"] < 0 and rows[-1]["critic/explained_variance"] > 0.6
+    assert {row["train/learning_rate"] for row in rows} == {0.0} and rows[0]["perf/critic_seconds"] > 0
     _, row = learner.learn(samples, state)
-    assert row["learning_rate"] > 0
+    assert row["train/learning_rate"] > 0
     assert not all(torch.equal(tensor, before[name]) for name, tensor in native_tensors(policy))
 
 
@@ -162,4 +162,4 @@ def test_what_moved_far_in_one_rollout_is_held_back(new_model):
     _, advantages = critic_beside(value_model(new_model, config), config)
     learner = Learner(config, policy, Optimizer(policy, config.train), None, 0, "cpu", advantages=advantages)
     _, row = learner.learn(make_samples(policy, 0.0), TrainState())
-    assert row["value_clip_fraction"] > 0
+    assert row["critic/clip_fraction"] > 0

@@ -65,7 +65,7 @@ def test_the_critics_loss_is_a_loop_over_tokens():
             decided += (limited - target) ** 2 > (v - target) ** 2
             gradient[i, t] = 0.0 if (limited - target) ** 2 > (v - target) ** 2 else (v - target) / int(mask.sum())
         assert float(loss.detach()) == pytest.approx(0.5 * math.fsum(terms) / len(terms), rel=1e-12)
-        assert float(metrics["value_clip_fraction"]) == pytest.approx(decided / len(terms)) and decided
+        assert float(metrics["critic/clip_fraction"]) == pytest.approx(decided / len(terms)) and decided
         loss.backward()
         torch.testing.assert_close(values.grad, gradient)
 

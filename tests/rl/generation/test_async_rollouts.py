@@ -58,7 +58,7 @@ def train(rollouts, source: Source) -> list[tuple[str, int]]:
     for step in range(1, LAST + 1):
         source.version = str(step - 1)
         rollout = rollouts.take(step, (step - 1) * PROMPTS)
-        seen.append((rollout.samples[0].prompt_id, staleness(rollout.samples, step - 1)["staleness"]))
+        seen.append((rollout.samples[0].prompt_id, staleness(rollout.samples, step - 1)["rollout/staleness_max"]))
         time.sleep(0.01)  # the others are begun meanwhile
     return seen
 
@@ -116,7 +116,7 @@ def test_staleness_counts_tokens():
     assert tokens_by_version(samples[0]) == [("3", 1), ("4", 2), ("6", 1)]
     assert tokens_by_version(samples[1]) == [("6", 4)]
     told = staleness(samples, 6)
-    assert told == {"staleness": 3, "mean_staleness": (3 + 2 * 2) / 8, "continued": 0.5}
+    assert told == {"rollout/staleness_max": 3, "rollout/staleness_mean": (3 + 2 * 2) / 8, "rollout/multi_version": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -56,18 +56,48 @@ def test_nothing_is_configured_by_default():
 @pytest.mark.parametrize(
     ("settings", "group", "left", "counts"),
     [
-        ({"truncated": "mask"}, [RIGHT, CUT, CUT], [True, False, False], {"truncated": 2}),
-        ({"truncated": "mask"}, [CUT, CUT_RIGHT], [], {"truncated": 2, "small_groups": 1}),
-        ({"truncated": "drop"}, [RIGHT, CUT, WRONG], [True, True], {"truncated": 1}),
-        ({"truncated": "drop"}, [RIGHT, CUT], [], {"truncated": 1, "small_groups": 1}),
-        ({"repeats": "drop"}, [RIGHT, AGAIN, WRONG], [True, True], {"repeats": 1}),
-        ({"repeats": "drop"}, [RIGHT, AGAIN], [], {"repeats": 1, "small_groups": 1}),
-        ({"equal_groups": "drop"}, [WRONG, CUT], [], {"equal_groups": 1}),
+        ({"truncated": "mask"}, [RIGHT, CUT, CUT], [True, False, False], {"rollout/filtered_truncated": 2}),
+        (
+            {"truncated": "mask"},
+            [CUT, CUT_RIGHT],
+            [],
+            {"rollout/filtered_truncated": 2, "rollout/filtered_small_groups": 1},
+        ),
+        ({"truncated": "drop"}, [RIGHT, CUT, WRONG], [True, True], {"rollout/filtered_truncated": 1}),
+        (
+            {"truncated": "drop"},
+            [RIGHT, CUT],
+            [],
+            {"rollout/filtered_truncated": 1, "rollout/filtered_small_groups": 1},
+        ),
+        ({"repeats": "drop"}, [RIGHT, AGAIN, WRONG], [True, True], {"rollout/filtered_duplicates": 1}),
+        (
+            {"repeats": "drop"},
+            [RIGHT, AGAIN],
+            [],
+            {"rollout/filtered_duplicates": 1, "rollout/filtered_small_groups": 1},
+        ),
+        ({"equal_groups": "drop"}, [WRONG, CUT], [], {"rollout/filtered_zero_std_groups": 1}),
         ({"equal_groups": "drop"}, [WRONG, RIGHT], [True, True], {}),
         # Without the wrong answer, which was cut off, the group is equal.
-        ({"equal_groups": "drop", "truncated": "drop"}, [RIGHT, AGAIN, CUT], [], {"truncated": 1, "equal_groups": 1}),
-        ({"equal_groups": "drop", "truncated": "mask"}, [RIGHT, AGAIN, CUT], [True, True, False], {"truncated": 1}),
-        ({"repeats": "drop", "truncated": "mask"}, [CUT, CUT, RIGHT], [False, True], {"repeats": 1, "truncated": 1}),
+        (
+            {"equal_groups": "drop", "truncated": "drop"},
+            [RIGHT, AGAIN, CUT],
+            [],
+            {"rollout/filtered_truncated": 1, "rollout/filtered_zero_std_groups": 1},
+        ),
+        (
+            {"equal_groups": "drop", "truncated": "mask"},
+            [RIGHT, AGAIN, CUT],
+            [True, True, False],
+            {"rollout/filtered_truncated": 1},
+        ),
+        (
+            {"repeats": "drop", "truncated": "mask"},
+            [CUT, CUT, RIGHT],
+            [False, True],
+            {"rollout/filtered_duplicates": 1, "rollout/filtered_truncated": 1},
+        ),
     ],
 )
 def test_filters_together(settings, group, left, counts):
@@ -158,7 +188,12 @@ def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts,
     taker, engine = rollouts(script, equal_groups="drop", extra_rounds=5)
     rollout = taker.take(step=4, first_prompt=10)
     assert [len(requests) for requests, _ in engine.asked] == [6, 4, 2]
-    assert rollout.counts == {"lost_groups": 0, "unscored_groups": 0, "equal_groups": 3, "refill_prompts": 3}
+    assert rollout.counts == {
+        "rollout/lost_groups": 0,
+        "rollout/unscored_groups": 0,
+        "rollout/filtered_zero_std_groups": 3,
+        "rollout/resampled_prompts": 3,
+    }
     prompts, refills = TrainingPrompts(config.data), REFILLS + 10 * 5
     places = [10, refills + 1, refills + 2]
     assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(place).id for place in places]
@@ -175,21 +210,21 @@ def test_rounds_are_bounded_and_a_short_rollout_is_what_is_left(rollouts, two_ki
     taker, engine = rollouts([[zero, one], [one, one], [one, one], [one, one], [one, one]],
                              equal_groups="drop", extra_rounds=1)  # fmt: skip
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.counts["refill_prompts"], len(engine.asked)) == (2, 2, 2)
+    assert (len(rollout.samples), rollout.counts["rollout/resampled_prompts"], len(engine.asked)) == (2, 2, 2)
 
 
 def test_where_nothing_teaches_anything_the_groups_are_kept(rollouts, two_kinds):
     _, one = two_kinds
     taker, _ = rollouts([[one, one]] * 3, equal_groups="drop")
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.counts["equal_groups"]) == (6, 3)
+    assert (len(rollout.samples), rollout.counts["rollout/filtered_zero_std_groups"]) == (6, 3)
 
 
 def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one], [None, one], [one, zero]])
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.counts) == (4, {"lost_groups": 1, "unscored_groups": 0})
+    assert (len(rollout.samples), rollout.counts) == (4, {"rollout/lost_groups": 1, "rollout/unscored_groups": 0})
     assert rollouts([])[0].take(step=1, first_prompt=0) == rollout
     taker, _ = rollouts([[None, one]] * 3)
     with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no reply"):
@@ -208,7 +243,7 @@ def test_unscored_answers_cost_their_group_and_are_counted_apart(rollouts, two_k
 
     taker._scorer = down
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.counts) == (2, {"lost_groups": 1, "unscored_groups": 1})
+    assert (len(rollout.samples), rollout.counts) == (2, {"rollout/lost_groups": 1, "rollout/unscored_groups": 1})
     taker, _ = rollouts([[zero, one]] * 3)
     taker._scorer = lambda prompts, texts: [Unscored("no sandbox")] * len(texts)
     with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no sandbox"):
@@ -219,5 +254,5 @@ def test_an_ordinary_rollout_leaves_no_notes(rollouts, two_kinds, tmp_path):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one]] * 3)
     rollout = taker.take(step=1, first_prompt=0)
-    assert rollout.counts == {"lost_groups": 0, "unscored_groups": 0}
+    assert rollout.counts == {"rollout/lost_groups": 0, "rollout/unscored_groups": 0}
     assert Journal(tmp_path / "rollouts").read_all(1)[1] == {}

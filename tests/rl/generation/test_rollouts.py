@@ -148,5 +148,5 @@ def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer
             assert read[-1].isdigit() and "=" in read
         assert tokenizer.decode(sample.response_tokens[: second + 2]).endswith("</think>")
         assert set(sample.reward_parts) == {"accuracy", "format"} and sample.reward == sum(sample.reward_parts.values())
-    assert step_metrics(taken.samples) == {"steps": 2.0, "step_reward": 0.375}
+    assert step_metrics(taken.samples) == {"rollout/rewarded_steps": 2.0, "rollout/step_reward": 0.375}
     assert step_metrics([replace(sample, steps=()) for sample in taken.samples]) == {}

@@ -89,11 +89,11 @@ def test_token_level_by_hand():
     assert clipped_objective(new, old, advantages, mask, 0.2).tolist() == pytest.approx([1.7, -1.5, -0.8])
     loss, metrics = grpo_loss(new, old, None, advantages, mask, num_answers=3, epsilon=0.2)
     assert loss.item() == pytest.approx(-(1.7 - 1.5 - 0.8) / 3)
-    assert metrics["change_ratio"].item() == pytest.approx((1.0 + 1.5 + 0.5) / 3)
-    assert metrics["limited_change_ratio"].item() == pytest.approx(((1.2 + 0.8) / 2 + 1.2 + 0.8) / 3)
-    assert metrics["smaller_of"].item() == pytest.approx(-0.6 / 3)
-    assert metrics["advantage"].item() == pytest.approx(0.0)
-    assert metrics["clip_fraction"].item() == pytest.approx((0.5 + 0 + 1) / 3)
+    assert metrics["policy/ratio"].item() == pytest.approx((1.0 + 1.5 + 0.5) / 3)
+    assert metrics["policy/ratio_clipped"].item() == pytest.approx(((1.2 + 0.8) / 2 + 1.2 + 0.8) / 3)
+    assert metrics["policy/objective"].item() == pytest.approx(-0.6 / 3)
+    assert metrics["policy/advantage"].item() == pytest.approx(0.0)
+    assert metrics["policy/clip_fraction"].item() == pytest.approx((0.5 + 0 + 1) / 3)
 
 
 def test_sequence_level_by_hand():
@@ -108,8 +108,8 @@ def test_sequence_level_by_hand():
     loss, metrics = grpo_loss(
         new, old, old, advantages, mask, num_answers=2, epsilon=0.2, kl_coefficient=0.5, level="sequence"
     )
-    assert metrics["kl"].item() == pytest.approx(kl)
-    assert metrics["stay_stable_part"].item() == pytest.approx(0.5 * kl)
+    assert metrics["policy/kl"].item() == pytest.approx(kl)
+    assert metrics["policy/kl_loss"].item() == pytest.approx(0.5 * kl)
     assert loss.item() == pytest.approx(0.5 * kl - (1.5 - 1.6) / 2)
 
 
@@ -123,7 +123,7 @@ def test_loss_equals_a_loop_over_tokens(level, epsilon, seed):
         new, old, reference, advantages, mask, num_answers=5, epsilon=epsilon, kl_coefficient=0.04, level=level
     )
     assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
-    assert metrics["loss"].item() == loss.item()
+    assert metrics["policy/loss"].item() == loss.item()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -159,8 +159,8 @@ def test_on_policy_value_is_the_advantage_and_gradient_is_policy_gradient(level)
     lengths = mask.sum(1)
     answered = lengths > 0
     assert loss.item() == pytest.approx(-(advantages * answered).sum().item() / 5)
-    assert metrics["change_ratio"].item() == pytest.approx(answered.sum().item() / 5)
-    assert metrics["clip_fraction"].item() == 0
+    assert metrics["policy/ratio"].item() == pytest.approx(answered.sum().item() / 5)
+    assert metrics["policy/clip_fraction"].item() == 0
     share = 1 / lengths.clamp(min=1) if level == "token" else torch.ones(5)
     torch.testing.assert_close(new.grad, -(advantages * share)[:, None] * mask / 5)
 

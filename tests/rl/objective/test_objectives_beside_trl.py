@@ -126,7 +126,7 @@ def test_corrections_are_trls(kind, level):
             correction_BU=weights_BU,
         )
         assert_alike(mine, theirs, [answers.logprobs_BL])
-        assert 0 < metrics["correction_limited"] < 1
+        assert 0 < metrics["mismatch/importance_weight_clipped"] < 1
 
 
 def test_the_entropy_bonus_is_trls_where_tokens_count_alike():
@@ -180,7 +180,9 @@ def test_direct_preference_optimization_is_trls(beta):
             beta,
         )
         assert_alike(mine, theirs, inputs)
-        assert metrics["margin"].item() == pytest.approx((metrics["chosen_reward"] - metrics["rejected_reward"]).item())
+        assert metrics["train/margin"].item() == pytest.approx(
+            (metrics["train/chosen_reward"] - metrics["train/rejected_reward"]).item()
+        )
 
 
 PRESETS = {

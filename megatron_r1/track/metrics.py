@@ -1,0 +1,284 @@
+"""The registry of recorded metrics: name, unit, meaning, which direction is better, and the commands that record it.
+
+Tracker, wandb, the report's captions and the reference in `README.md` beside this file read it. `step` is the x-axis of
+every metric and no metric itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Better = Literal["higher", "lower", ""]
+
+STEP = "step"
+PREFIXES: Mapping[str, str] = {
+    "train": "The update: loss, gradient, schedule and data. Preference learning records its accuracy and margin here.",
+    "eval": "Measured on held-out data that no training sees.",
+    "policy": "Reinforcement learning: the objective and its parts.",
+    "rollout": "Reinforcement learning: sampled responses, their rewards, and what the engine went through.",
+    "critic": "PPO's critic.",
+    "mismatch": "How far the trainer's probabilities of sampled tokens are from the engine's, before any update.",
+    "moe": "How the routers load the experts. `mtp_` metrics are of multi-token prediction layers.",
+    "perf": "Time and throughput.",
+}
+ALL = ("pretrain", "sft", "reward_model", "dpo", "grpo")
+SUPERVISED, PREFERENCE = ("pretrain", "sft"), ("reward_model", "dpo")
+RL = ("grpo",)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is known of one metric, or of all whose names begin alike.
+
+    `name` may end in `/*`: any name in its place is of the family. A `table` holds a number, or a list of them, by
+    layer. `varies` marks what differs between two runs of one configuration, such as time.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    commands: tuple[str, ...]
+    better: Better = ""
+    table: bool = False
+    varies: bool = False
+
+    def matches(self, name: str) -> bool:
+        return name.startswith(self.name[:-1]) if self.name.endswith("/*") else name == self.name
+
+
+def _entries() -> Iterator[Metric]:
+    yield from _train()
+    yield from _eval()
+    yield from _policy()
+    yield from _rollout()
+    yield from _critic()
+    yield from _mismatch()
+    yield from _moe()
+    yield from _perf()
+
+
+def _train() -> Iterator[Metric]:
+    nats = "nats per token"
+    without_rl = (*SUPERVISED, *PREFERENCE)
+    yield Metric(
+        "train/loss", "nats", "The loss that the update minimises, without the multi-token part.", without_rl, "lower"
+    )
+    yield Metric("train/mtp_loss", nats, "Loss of multi-token prediction, unweighted.", SUPERVISED, "lower")
+    yield Metric("train/cross_entropy", nats, "With a teacher: loss on the tokens of the data.", ("sft",), "lower")
+    yield Metric(
+        "train/distillation_loss", nats, "With a teacher: divergence of the student from it.", ("sft",), "lower"
+    )
+    yield Metric("train/score_loss", "nats per example", "Loss on a reward model's scores.", ("reward_model",), "lower")
+    yield Metric("train/reasoning_loss", nats, "Loss on the judge's reasoning.", ("reward_model",), "lower")
+    yield Metric(
+        "train/accuracy",
+        "share",
+        "Share of the batch's pairs, or labelled responses, that scores or implicit rewards order rightly.",
+        PREFERENCE,
+        "higher",
+    )
+    yield Metric(
+        "train/margin",
+        "reward",
+        "Chosen response's score, or implicit reward, above the rejected one's.",
+        PREFERENCE,
+        "higher",
+    )
+    yield Metric("train/score", "reward", "Mean score of the batch's responses.", ("reward_model",))
+    yield Metric("train/chosen_reward", "reward", "Implicit reward of chosen responses: beta x log-ratio.", ("dpo",))
+    yield Metric("train/rejected_reward", "reward", "The same of rejected responses.", ("dpo",))
+    yield Metric(
+        "train/gradient_norm", "", "Norm of the gradient before clipping; in RL the mean over a rollout's updates.", ALL
+    )
+    yield Metric("train/skipped_updates", "updates", "Updates of this step skipped: gradient not finite.", ALL, "lower")
+    yield Metric("train/learning_rate", "", "Learning rate of the step; 0 while only the critic is trained.", ALL)
+    yield Metric("train/batch_size", "sequences", "Sequences of the global batch.", ("pretrain",))
+    yield Metric("train/mtp_weight", "", "Weight of the multi-token loss.", ("pretrain",))
+    yield Metric("train/epoch", "epochs", "Passes over the training data so far.", ("sft", *PREFERENCE))
+    yield Metric("train/consumed_tokens", "tokens", "Tokens trained on so far, padding not counted.", ALL)
+    yield Metric("train/tokens", "tokens", "Tokens of the global batch, padding not counted.", ("sft",))
+    yield Metric("train/loss_tokens", "tokens", "Those of them that count in the loss.", ("sft",))
+    yield Metric("train/examples", "examples", "Conversations of the global batch.", ("sft",))
+    yield Metric(
+        "train/packing_efficiency",
+        "share",
+        "Share of the batch's positions that hold a token, not padding.",
+        ("sft",),
+        "higher",
+    )
+    yield Metric(
+        "train/token_imbalance",
+        "share",
+        "Tokens of the fullest data-parallel rank above the mean of all.",
+        ("sft",),
+        "lower",
+    )
+
+
+def _eval() -> Iterator[Metric]:
+    yield Metric("eval/loss", "nats per token", "Mean loss on held-out conversations.", ("sft",), "lower")
+    yield Metric("eval/loss_before", "nats per token", "The same before the first step.", ("sft",), "lower")
+    yield Metric("eval/perplexity", "", "exp(eval/loss).", ("sft",), "lower")
+    yield Metric(
+        "eval/accuracy", "share", "Share of held-out examples ordered, or labelled, rightly.", PREFERENCE, "higher"
+    )
+    yield Metric("eval/accuracy_low", "share", "Lower bound of its 95 % interval.", PREFERENCE, "higher")
+    yield Metric("eval/accuracy_high", "share", "Upper bound of its 95 % interval.", PREFERENCE, "higher")
+    yield Metric("eval/margin", "reward", "Mean margin of implicit rewards on held-out pairs.", ("dpo",), "higher")
+
+
+def _policy() -> Iterator[Metric]:
+    yield Metric("policy/loss", "", "What the update minimises: -objective + kl_loss - entropy bonus, aggregated.", RL)
+    yield Metric("policy/ratio", "", "New over old policy's probability: the change ratio.", RL)
+    yield Metric("policy/ratio_clipped", "", "The limited change ratio: kept within the clip range.", RL)
+    yield Metric("policy/objective", "", "The smaller of ratio x advantage and clipped ratio x advantage.", RL)
+    yield Metric("policy/kl_loss", "nats", "The stay-stable part: kl_coefficient x policy/kl.", RL)
+    yield Metric("policy/kl", "nats per token", "Divergence from the reference policy, by `rl.kl_estimator`.", RL)
+    yield Metric("policy/kl_in_reward", "reward", "Penalty for divergence that is taken from a response's reward.", RL)
+    yield Metric("policy/clip_fraction", "share", "Share of tokens, or responses, whose ratio was clipped.", RL)
+    yield Metric("policy/advantage", "reward", "Mean advantage.", RL)
+    yield Metric("policy/entropy", "nats per token", "Entropy of the policy.", RL)
+
+
+def _rollout() -> Iterator[Metric]:
+    yield Metric("rollout/reward", "reward", "Mean reward of a response.", RL, "higher")
+    yield Metric("rollout/reward/*", "reward", "Mean of one part of the reward, weighted as in the sum.", RL, "higher")
+    yield Metric("rollout/accuracy", "share", "Share of correct responses.", RL, "higher")
+    yield Metric("rollout/format", "share", "Share of responses in the required format.", RL, "higher")
+    yield Metric("rollout/response_length", "tokens", "Mean length of a response.", RL)
+    yield Metric("rollout/truncated", "share", "Share of responses that the length limit cut off.", RL, "lower")
+    yield Metric("rollout/zero_std_groups", "share", "Share of groups whose rewards are all equal.", RL, "lower")
+    yield Metric("rollout/rewarded_steps", "steps", "Mean number of rewarded steps of a response.", RL)
+    yield Metric("rollout/step_reward", "reward", "Mean reward of such a step.", RL, "higher")
+    yield Metric("rollout/staleness_max", "updates", "Age of the weights that sampled the oldest token.", RL, "lower")
+    yield Metric("rollout/staleness_mean", "updates", "The same, mean over tokens.", RL, "lower")
+    yield Metric("rollout/multi_version", "share", "Share of responses whose weights changed under way.", RL)
+    yield Metric("rollout/lost_groups", "groups", "Groups without a response, by failure of the engine.", RL, "lower")
+    yield Metric("rollout/unscored_groups", "groups", "Groups that a reward could not score.", RL, "lower")
+    yield Metric("rollout/filtered_duplicates", "responses", "Taken out: the same, token for token, as another.", RL)
+    yield Metric("rollout/filtered_truncated", "responses", "Taken out, or masked in the loss: truncated.", RL)
+    yield Metric("rollout/filtered_zero_std_groups", "groups", "Dropped: all rewards are equal.", RL)
+    yield Metric(
+        "rollout/filtered_small_groups", "groups", "Dropped: too few responses left, or none to learn from.", RL
+    )
+    yield Metric("rollout/resampled_prompts", "prompts", "Further prompts sampled in place of dropped groups.", RL)
+
+
+def _critic() -> Iterator[Metric]:
+    yield Metric("critic/loss", "reward squared", "Half the mean square of value - return, clipped.", RL, "lower")
+    yield Metric("critic/clip_fraction", "share", "Share of tokens whose value was clipped.", RL)
+    yield Metric("critic/value", "reward", "Mean value of a token.", RL)
+    yield Metric("critic/return", "reward", "Mean return of a token.", RL, "higher")
+    yield Metric(
+        "critic/explained_variance", "share", "Share of the returns' variance known before the update.", RL, "higher"
+    )
+    yield Metric("critic/gradient_norm", "", "Norm of the critic's gradient before clipping.", RL)
+
+
+def _mismatch() -> Iterator[Metric]:
+    yield Metric("mismatch/logprob_max_abs", "nats", "Largest difference of a token's log-probability.", RL, "lower")
+    yield Metric("mismatch/k1", "nats per token", "Mean of log(engine / trainer).", RL)
+    yield Metric(
+        "mismatch/k3", "nats per token", "Estimate of KL(engine || trainer) that is never negative.", RL, "lower"
+    )
+    yield Metric(
+        "mismatch/outside_range", "share", "Share of tokens whose ratio is outside `rl.mismatch`'s range.", RL, "lower"
+    )
+    yield Metric(
+        "mismatch/routing",
+        "share",
+        "Share of the engine's expert choices that the trainer's routers would not make.",
+        RL,
+        "lower",
+    )
+    yield Metric("mismatch/importance_weight", "", "Mean importance weight trainer / engine.", RL)
+    yield Metric(
+        "mismatch/importance_weight_clipped", "share", "Share of importance weights clipped or masked.", RL, "lower"
+    )
+
+
+def _moe() -> Iterator[Metric]:
+    loaded, pretrain = (*SUPERVISED, *PREFERENCE), ("pretrain",)
+    share = "multiple of an even share"
+    yield Metric("moe/load_max", share, "Tokens of the busiest expert of any layer in this step.", loaded, "lower")
+    yield Metric("moe/mtp_load_max", share, "The same of multi-token layers.", SUPERVISED, "lower")
+    yield Metric(
+        "moe/max_violation", share, "MaxVio over a window: busiest expert above an even share.", pretrain, "lower"
+    )
+    yield Metric("moe/mtp_max_violation", share, "The same of multi-token layers.", pretrain, "lower")
+    yield Metric("moe/layer_load_max", share, "Tokens of the busiest expert by layer.", pretrain, "lower", table=True)
+    yield Metric("moe/load", share, "Tokens of every expert by layer.", loaded, table=True)
+    yield Metric("moe/bias_rate", "", "How far a step moves the routers' bias.", pretrain)
+
+
+def _perf() -> Iterator[Metric]:
+    def of(name: str, unit: str, meaning: str, commands: tuple[str, ...], better: Better) -> Metric:
+        return Metric(f"perf/{name}", unit, meaning, commands, better, varies=True)
+
+    yield of("tokens_per_second", "tokens/s", "Tokens trained on in a second.", (*SUPERVISED, *PREFERENCE), "higher")
+    yield of("mfu", "share", "Model FLOP/s over the devices' peak.", SUPERVISED, "higher")
+    yield of("rollout_seconds", "s", "The trainer waits for a rollout.", RL, "lower")
+    yield of("engine_seconds", "s", "The engine samples and rewards score a rollout.", RL, "lower")
+    yield of("train_seconds", "s", "The trainer's part of a step, the critic's share included.", RL, "lower")
+    yield of("critic_seconds", "s", "The critic's share of it.", RL, "lower")
+    yield of("sync_seconds", "s", "The weights are sent to the engine.", RL, "lower")
+    yield of("trainer_idle", "share", "Share of a step in which the trainer does not train.", RL, "lower")
+    yield of("engine_idle", "share", "Share of a step in which the engine has nothing to answer.", RL, "lower")
+
+
+METRICS: tuple[Metric, ...] = tuple(_entries())
+_BY_NAME = {metric.name: metric for metric in METRICS}
+_FAMILIES = tuple(metric for metric in METRICS if metric.name.endswith("/*"))
+
+
+def find(name: str) -> Metric:
+    """What is known of a metric.
+
+    Raises:
+        ValueError: the registry has no such name.
+    """
+    if metric := _BY_NAME.get(name) or next((family for family in _FAMILIES if family.matches(name)), None):
+        return metric
+    raise ValueError(f"metric {name}: not in the registry megatron_r1/track/metrics.py")
+
+
+def check(row: Mapping[str, object]) -> None:
+    """Raises ValueError for a name that the registry does not have."""
+    for name in row:
+        if name != STEP:
+            find(name)
+
+
+def reproducible(row: Mapping[str, object]) -> dict[str, object]:
+    """The part of a row that two runs of one configuration have in common."""
+    return {name: value for name, value in row.items() if name == STEP or not find(name).varies}
+
+
+def reference() -> str:
+    """The page about all metrics, as Markdown."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated from `metrics.py` by `python -m megatron_r1.track.metrics`; a test compares.",
+        "",
+        "Every command that trains records one row a step, in `metrics.jsonl` of the run's folder and in wandb.",
+        "`step` is the x-axis. A name that is not here is refused.",
+        "Metrics marked * differ between two runs of one configuration.",
+    ]
+    for prefix, about in PREFIXES.items():
+        lines += ["", f"## {prefix}/", "", about, ""]
+        lines += ["| metric | unit | meaning | better | recorded by |", "|---|---|---|---|---|"]
+        lines += [_line(metric) for metric in METRICS if metric.name.startswith(f"{prefix}/")]
+    return "\n".join(lines) + "\n"
+
+
+def _line(metric: Metric) -> str:
+    name = f"`{metric.name.replace('/*', '/NAME')}`{' *' if metric.varies else ''}"
+    meaning = metric.meaning.replace("|", "\\|") + (" A table." if metric.table else "")
+    return f"| {name} | {metric.unit} | {meaning} | {metric.better} | {', '.join(metric.commands)} |"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
