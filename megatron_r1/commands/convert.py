@@ -15,7 +15,7 @@ from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.commands.dry_run import show_index, show_plan
 from megatron_r1.commands.progress import bytes_on_disk
-from megatron_r1.config.convert import ConversionConfig
+from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.load import resolved
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
@@ -63,7 +63,7 @@ def run(config: RunConfig) -> None:
     if not config.init.from_ and not settings.dry_run:
         raise ConfigError("init.from", "", "convert needs a model: a run, a checkpoint or hf:FOLDER")
     if not config.init.from_:
-        show_index(_conversion(None, config.model, config.model.precision, settings))
+        show_index(_conversion(None, config.model, config.model.dtype, settings))
         return
     origin = find_origin(config.init.from_, config.init.weights, verified=not settings.dry_run)
     conversion = _conversion(origin.source, origin.model, origin.format, settings)
@@ -95,17 +95,17 @@ def find_origin(source: str, which: str, verified: bool) -> Origin:
         model, format = model_config_from_hf(folder / "config.json"), folder_format(folder / "config.json")
         return Origin(FolderSource(folder, model, format), format, folder)
     folder, model = find_checkpoint(source, "init.from", which, verified)
-    return Origin(NativeSource(folder, model, which), model.precision, folder / "tokenizer")
+    return Origin(NativeSource(folder, model, which), model.dtype, folder / "tokenizer")
 
 
-def _conversion(source: Any, model: ModelConfig, format: str, settings: ConversionConfig) -> Conversion:
-    wanted = format if settings.format == "same" else settings.format
+def _conversion(source: Any, model: ModelConfig, format: str, settings: ConvertConfig) -> Conversion:
+    wanted = format if settings.dtype == "same" else settings.dtype
     model = replace(model, vocab_size=settings.vocab_size or model.vocab_size)
     target: FolderTarget | NativeTarget = FolderTarget(wanted)
     if settings.to == "native":
         target = NativeTarget("bf16" if wanted == "fp8" else wanted)
-        model = replace(model, precision=target.precision)
-    return Conversion(source, target, model, int(settings.shard_gb * 1e9))
+        model = replace(model, dtype=target.precision)
+    return Conversion(source, target, model, int(settings.max_shard_gb * 1e9))
 
 
 def _publish_folder(config: RunConfig, origin: Origin, conversion: Conversion, run_folder: Path) -> None:

@@ -50,7 +50,7 @@ def run(config: RunConfig) -> None:
         trial = Trial(model, samples, config.rollout.temperature, pad, config.rl.tokens_per_micro_batch, replay)
         with console.status("") as status:
             others = other_weights(checkpoint, found)
-            result = diagnose(trial, others, config.diagnose.floor, lambda what: status.update(f"trying: {what}"))
+            result = diagnose(trial, others, config.diagnose.tolerance, lambda what: status.update(f"trying: {what}"))
     write_whole(folder / "diagnosis.json", json.dumps(result.as_dict(), indent=1).encode())
     explained = {f"{one.cause.kind}: {one.cause.what}": one.explained for one in result.tried[:SHOWN]}
     if figure := bars("explained", explained, "share of the difference that is explained"):
@@ -71,10 +71,10 @@ def choose(config: RunConfig) -> tuple[Path, Path, list[Sample]]:
     if not (run_folder / "checkpoints").is_dir() or not config.init.from_:
         raise ConfigError("init.from", config.init.from_, "must be a run of reinforcement learning, with checkpoints")
     checkpoints = dict(step_folders(run_folder / "checkpoints"))
-    if config.diagnose.batch:
-        batch = Path(config.diagnose.batch)
+    if config.diagnose.rollout_file:
+        batch = Path(config.diagnose.rollout_file)
         if not batch.is_file():
-            raise ConfigError("diagnose.batch", batch, "must be a file of a run's rollouts folder")
+            raise ConfigError("diagnose.rollout_file", batch, "must be a file of a run's rollouts folder")
         batches = [batch]
     else:
         journal = Journal(run_folder / "rollouts")
@@ -83,9 +83,9 @@ def choose(config: RunConfig) -> tuple[Path, Path, list[Sample]]:
         whole = [sample for sample in read(batch) if not sample.version_changes]
         for version in sorted({int(sample.weight_version) for sample in whole} & checkpoints.keys(), reverse=True):
             samples = [sample for sample in whole if sample.weight_version == str(version)]
-            return batch, checkpoints[version], samples[: config.diagnose.samples or None]
+            return batch, checkpoints[version], samples[: config.diagnose.max_samples or None]
     have = ", ".join(map(str, sorted(checkpoints)))
-    key, value = ("diagnose.batch", batches[0]) if config.diagnose.batch else ("init.from", run_folder)
+    key, value = ("diagnose.rollout_file", batches[0]) if config.diagnose.rollout_file else ("init.from", run_folder)
     raise ConfigError(key, value, f"must hold answers sampled with the weights of a checkpoint: {have}")
 
 

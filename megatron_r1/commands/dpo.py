@@ -75,7 +75,7 @@ def run(config: RunConfig) -> None:
             SHOWN,
             f"dpo {config.name}",
             extra_shards=reference.saved,
-            first=[MeasureHook(measure_of(heldout), settings.heldout_interval, config.train.steps)],
+            first=[MeasureHook(measure_of(heldout), settings.eval_interval, config.train.steps)],
         )
         step = preference_step(config, PreferenceDataset(examples, config.seed), learn)
         state = train(run.state, step, hooks, config.train.steps)

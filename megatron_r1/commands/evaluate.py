@@ -40,9 +40,9 @@ def run(config: RunConfig) -> None:
     for name, found in models.items():
         check_same_model(first.model, found.model, f"evaluate.models.{name}={sources[name]}")
     formatter = prompt_formatter(config, Tokenizer.load(first.tokenizer_folder))
-    benchmark = BENCHMARKS[config.evaluate.questions]
-    prompts = benchmark.prompts(config.data, config.evaluate.prompts)
-    results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples, "models": {}}
+    benchmark = BENCHMARKS[config.evaluate.benchmark]
+    prompts = benchmark.prompts(config.data, config.evaluate.num_prompts)
+    results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples_per_prompt, "models": {}}
     current = dict(first.tensors)
     with inference_engine(config, first, current, folder) as engine:
         for name, found in models.items():
@@ -71,7 +71,10 @@ def measure(
     settings = config.evaluate
     result: dict[str, Any] = {}
     with samples_file.open("w", encoding="utf-8") as file:
-        for mode, count, temperature in (("greedy", 1, 0.0), ("sampled", settings.samples, settings.temperature)):
+        for mode, count, temperature in (
+            ("greedy", 1, 0.0),
+            ("sampled", settings.samples_per_prompt, settings.temperature),
+        ):
             answers = _answers(engine, formatter, prompts, count, temperature, config)
             marks = {
                 name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]

@@ -77,7 +77,7 @@ def run(config: RunConfig) -> None:
                 rollouts = Rollouts(
                     asked, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed, routed
                 )
-                if config.rollout.ahead:
+                if config.rollout.max_staleness:
                     rollouts = stack.enter_context(ahead_of(rollouts, config, engine.abandon, joint))
             received = joint.received if joint else comm.receive_broadcast
             step = reinforcement_step(rollouts, learning.learner, engine.update_weights, prompts, placement, received)
@@ -103,7 +103,7 @@ def learning_of(run: TrainingRun, weights: Weights, replay: RoutingReplay | None
     """The learner with the reference and the critic that the configuration asks for, as a checkpoint left them."""
     rl = run.config.rl
     reference = ReferencePolicy(run.model, run.saved(SAVED)) if rl.kl_coefficient else None
-    critic = critic_of(run, weights) if rl.advantages == "critic" else None
+    critic = critic_of(run, weights) if rl.advantage_estimator == "critic" else None
     advantages = CriticAdvantages(critic, rl.critic) if critic else None
     device, pad = run.platform.device, run.tokenizer.pad
     learner = Learner(run.config, run.model, run.optimizer, reference, pad, device, replay, advantages)
@@ -143,7 +143,7 @@ def ahead_of(
     rollouts: RolloutSource, config: RunConfig, abandon: Callable[[], None], joint: CollectiveRewardService | None
 ) -> AsyncRollouts:
     """The same rollouts, taken while the trainer learns; reward models score when it waits for one."""
-    ahead, prompts, last = config.rollout.ahead, config.rl.prompts_per_rollout, config.train.steps
+    ahead, prompts, last = config.rollout.max_staleness, config.rl.prompts_per_rollout, config.train.steps
     if joint is None:
         return AsyncRollouts(rollouts, ahead, prompts, last, abandon)
 
@@ -159,7 +159,7 @@ class PruneJournal(Hook):
 
     def __init__(self, journal: Journal, train):
         self._journal = journal
-        self._horizon = train.checkpoint_interval * (train.keep_checkpoints + 1)
+        self._horizon = train.save_interval * (train.save_total_limit + 1)
 
     def after_step(self, state: TrainState, row: dict) -> None:
         self._journal.prune(before_step=state.step - self._horizon)
@@ -173,7 +173,7 @@ def rollout_engine(
     rollout = run.config.rollout
     if rollout.engine == "local":
         # Every rank has the whole model; rank 0 alone samples.
-        yield LocalEngine(run.model, rollout.batch_size, run.tokenizer.pad, replay)
+        yield LocalEngine(run.model, rollout.local_batch_size, run.tokenizer.pad, replay)
         return
     if isinstance(placement, Colocated) and run.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
         allowed = "must be true with rollout.placement=colocated on a GPU: without it servers keep their memory"

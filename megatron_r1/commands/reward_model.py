@@ -46,7 +46,7 @@ def run(config: RunConfig) -> None:
     settings = config.reward_model
     weights, tokenizer = initial_model(config)
     encoder = encoder_of(settings, tokenizer)
-    learned = learned_items(settings, config.data, settings.num_items, settings.objective)
+    learned = learned_items(settings, config.data, settings.num_examples, settings.objective)
     heldout = heldout_items(settings, config.data, settings.objective)
     examples = examples_of(learned, encoder, config, settings.epochs)
     config = with_epoch_steps(config, len(examples) * settings.epochs)
@@ -54,11 +54,11 @@ def run(config: RunConfig) -> None:
     with training_run(config, tokenizer, weights, trained(config), add_reward_head) as run:
         FROZEN.apply(run.model, 0)
         model = reward_model_of(run)
-        measure = HeldoutAccuracy(model, encoder, heldout, settings.max_reasoning_tokens)
+        measure = HeldoutAccuracy(model, encoder, heldout, settings.max_critique_tokens)
         hooks = run.hooks(
             SHOWN,
             f"reward {config.name}",
-            first=[MeasureHook(measure, settings.heldout_interval, config.train.steps)],
+            first=[MeasureHook(measure, settings.eval_interval, config.train.steps)],
         )
         step = preference_step(config, PreferenceDataset(examples, config.seed), learning(run, model))
         state = train(run.state, step, hooks, config.train.steps)
@@ -69,7 +69,7 @@ def run(config: RunConfig) -> None:
 
 def trained(config: RunConfig) -> Callable[[str], bool]:
     """Which parameters a score, or the judge's reasoning, depends on: by name, whether it is one."""
-    words = config.reward_model.reasoning_weight > 0
+    words = config.reward_model.critique_loss_weight > 0
 
     def depends(name: str) -> bool:
         return not in_multi_token_layer(name) and (words or "output_layer" not in name.split("."))
@@ -83,7 +83,7 @@ def reward_model_of(run: TrainingRun) -> RewardModel:
     return RewardModel(
         run.model,
         settings.objective == "pairwise",
-        settings.reasoning_weight,
+        settings.critique_loss_weight,
         run.tokenizer.pad,
         run.platform.device,
         run.config.parallel.tensor,

@@ -43,7 +43,7 @@ def run(config: RunConfig) -> None:
     check(config)
     found = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(found.tokenizer_folder)
-    formatter, limit = prompt_formatter(config, tokenizer), config.sample.limit
+    formatter, limit = prompt_formatter(config, tokenizer), config.sample.max_prompts
     file = prompts_of_file(config, formatter, limit)
     world = TrainingPrompts(config.data)
     prompts = file.prompts if file else [world.at(index) for index in range(limit)]
@@ -71,8 +71,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: generated prompts are requested without a limit.
     """
-    if not (config.data.prompts.path or config.sample.limit):
-        raise ConfigError("sample.limit", 0, "must be above 0 where the prompts are a world's, which has no end")
+    if not (config.data.prompts.path or config.sample.max_prompts):
+        raise ConfigError("sample.max_prompts", 0, "must be above 0 where the prompts are a world's, which has no end")
 
 
 def plan_of(config: RunConfig, prompts: Sequence[Prompt], formatter: PromptFormatter, weights: Path) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Job:
         self, number: int, engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer
     ) -> Iterator[dict[str, Any]]:
         config, prompts = self.config, self._prompts_of(number)
-        asked = [(prompt, index) for prompt in prompts for index in range(config.sample.samples)]
+        asked = [(prompt, index) for prompt in prompts for index in range(config.sample.samples_per_prompt)]
         tokens = {prompt.id: self.formatter.tokens(prompt.question) for prompt in prompts}
         requests = [Request(f"{prompt.id}#{index}", tokens[prompt.id]) for prompt, index in asked]
         rollout = config.rollout

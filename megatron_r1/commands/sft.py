@@ -67,7 +67,7 @@ def run(config: RunConfig) -> None:
         if heldout.total:
             settings, start = config.sft, run.state.step
             measure = HeldoutLoss(run, reader, heldout)
-            first.append(HeldoutHook(measure, settings.heldout_interval, config.train.steps, start))
+            first.append(HeldoutHook(measure, settings.eval_interval, config.train.steps, start))
         if dist.get_rank() == 0:
             logger.info("%s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
         hooks = run.hooks(SHOWN, f"sft {config.name}", first=first)

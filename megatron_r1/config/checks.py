@@ -32,8 +32,8 @@ def one_of(section: object, name: str, allowed: Iterable[str]) -> None:
 
 
 def check_files(section: Any) -> None:
-    """Refuse files of judged responses, `file` and `heldout_file`, unless `source` is file; then both are needed."""
-    for name in ("file", "heldout_file"):
+    """Refuse files `train_file` and `eval_file` unless `source` is file; then both are needed."""
+    for name in ("train_file", "eval_file"):
         if (section.source == "file") != bool(value := getattr(section, name)):
             allowed = "must name a .jsonl file" if section.source == "file" else "must be empty: source is assistant"
             raise ConfigError(name, value, allowed)

@@ -9,16 +9,16 @@ from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
-class ConversionConfig:
+class ConvertConfig:
     """From `init.from` to a Hugging Face folder or a checkpoint of this project."""
 
     to: str = "hf"
     """hf (the run's folder hf/) or native (a checkpoint that init.from takes)."""
-    format: str = "same"
+    dtype: str = "same"
     """fp32, bf16, fp8 (as DeepSeek-V3 is released; hf only), or same: as init.from has it."""
     vocab_size: int = 0
     """Rows of embedding and head: more than init.from has are filled with zeros, fewer cut the last; 0 keeps them."""
-    shard_gb: float = 5.0
+    max_shard_gb: float = 5.0
     """Largest file, in 10^9 bytes; a single tensor may be larger."""
     workers: int = 1
     """Processes that divide the files among themselves."""
@@ -27,12 +27,12 @@ class ConversionConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "to", ("hf", "native"))
-        one_of(self, "format", ("same", "fp32", "bf16", "fp8"))
+        one_of(self, "dtype", ("same", "fp32", "bf16", "fp8"))
         at_least(self, 1, "workers")
         at_least(self, 0, "vocab_size")
-        if self.shard_gb <= 0:
-            raise ConfigError("shard_gb", self.shard_gb, "must be above 0")
-        if self.to == "native" and self.format == "fp8":
+        if self.max_shard_gb <= 0:
+            raise ConfigError("max_shard_gb", self.max_shard_gb, "must be above 0")
+        if self.to == "native" and self.dtype == "fp8":
             raise ConfigError(
-                "format", "fp8", "must be fp32, bf16 or same with to=native: training keeps no FP8 weights"
+                "dtype", "fp8", "must be fp32, bf16 or same with to=native: training keeps no FP8 weights"
             )

@@ -48,7 +48,7 @@ class DataConfig:
     """Documents of pre-training text to generate."""
     vocab_size: int = 512
     """Vocabulary of the tokenizer that is trained on the source."""
-    heldout_fraction: float = 0.15
+    eval_fraction: float = 0.15
     """Share of expressions, and of the assistant world's questions, that no training text or prompt contains."""
     reasoning_gym_share: float = 0.2
     """Share of prompts drawn from reasoning-gym tasks."""
@@ -64,5 +64,5 @@ class DataConfig:
         at_least(self, 0, "seed")
         at_least(self, 100, "num_documents")
         at_least(self, 512, "vocab_size")
-        within(self, 0.01, 0.5, "heldout_fraction")
+        within(self, 0.01, 0.5, "eval_fraction")
         within(self, 0.0, 1.0, "reasoning_gym_share", "arithmetic_share")

@@ -18,17 +18,17 @@ class DpoConfig:
     """Chance that a pair's label is wrong; 0 trusts every label."""
     source: str = "assistant"
     """Where pairs come from: assistant (generated, see data.source=assistant) or file."""
-    file: str = ""
+    train_file: str = ""
     """JSONL of source=file: prompt, chosen, rejected."""
-    heldout_file: str = ""
+    eval_file: str = ""
     """The same, of what is measured and never learned; where source is file."""
     num_pairs: int = 16_000
     """Pairs to generate; where source is assistant."""
     epochs: int = 1
     """Times that every pair is learned; train.steps may end the run before."""
-    heldout: int = 256
+    eval_examples: int = 256
     """Pairs that are measured; where source is assistant."""
-    heldout_interval: int = 100
+    eval_interval: int = 100
     """Steps between measurements; there is one after the last step too."""
 
     def __post_init__(self) -> None:
@@ -37,5 +37,5 @@ class DpoConfig:
             allowed = "must be at least 0 and below 0.5, where labels would say nothing"
             raise ConfigError("label_smoothing", self.label_smoothing, allowed)
         one_of(self, "source", ("assistant", "file"))
-        at_least(self, 1, "num_pairs", "epochs", "heldout", "heldout_interval")
+        at_least(self, 1, "num_pairs", "epochs", "eval_examples", "eval_interval")
         check_files(self)

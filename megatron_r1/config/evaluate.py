@@ -13,16 +13,16 @@ class EvaluateConfig:
 
     models: dict[str, str] = field(default_factory=dict)
     """Name -> run, checkpoint or hf:FOLDER; evaluated one after the other by the same engine."""
-    questions: str = "arithmetic"
+    benchmark: str = "arithmetic"
     """What is asked: arithmetic, or assistant (general tasks, judged by rules that no training sees)."""
-    prompts: int = 512
+    num_prompts: int = 512
     """Held-out prompts."""
-    samples: int = 4
+    samples_per_prompt: int = 4
     """Sampled answers per prompt."""
     temperature: float = 1.0
     """Temperature of the sampled answers."""
 
     def __post_init__(self) -> None:
-        one_of(self, "questions", ("arithmetic", "assistant"))
-        at_least(self, 1, "prompts", "samples")
+        one_of(self, "benchmark", ("arithmetic", "assistant"))
+        at_least(self, 1, "num_prompts", "samples_per_prompt")
         within(self, 0.01, 10.0, "temperature")

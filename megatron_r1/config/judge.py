@@ -16,7 +16,7 @@ class JudgeConfig:
     """Of the API, up to and including its version: http://host:port/v1."""
     model: str = "default"
     """Name of the model, as the endpoint knows it."""
-    asks: str = "comparison"
+    mode: str = "comparison"
     """comparison (with the prompt's reference answer, in both orders) or correctness (right or not, by that answer)."""
     votes: int = 4
     """Verdicts on each answer; of a comparison half in either order."""
@@ -34,12 +34,12 @@ class JudgeConfig:
     """Calls at a time."""
 
     def __post_init__(self) -> None:
-        one_of(self, "asks", ("comparison", "correctness"))
+        one_of(self, "mode", ("comparison", "correctness"))
         within(self, 0.0, 2.0, "temperature")
         at_least(self, 0, "analysis_characters")
         at_least(self, 1, "votes", "max_tokens", "attempts", "concurrency")
         within(self, 0.1, 3600.0, "timeout_s")
-        if self.asks == "comparison" and self.votes % 2:
+        if self.mode == "comparison" and self.votes % 2:
             raise ConfigError("votes", self.votes, "must be even: as many in either order")
         if self.url and not self.url.startswith(("http://", "https://")):
             raise ConfigError("url", self.url, "must begin with http:// or https://")

@@ -38,9 +38,9 @@ def _check_reinforcement(config: RunConfig) -> None:
     degrees, longest = config.parallel, config.model.max_sequence_length
     if config.rl.routing_replay and not config.model.moe.num_experts:
         raise ConfigError("rl.routing_replay", True, "must be false: the model has no routers")
-    told = config.rollout.engine == "local" or config.rollout.sglang.server.routed_experts
+    told = config.rollout.engine == "local" or config.rollout.sglang.server.return_routed_experts
     if config.rl.routing_replay and not told:
-        raise ConfigError("rl.routing_replay", True, "needs rollout.sglang.server.routed_experts=true")
+        raise ConfigError("rl.routing_replay", True, "needs rollout.sglang.server.return_routed_experts=true")
     if config.rl.tokens_per_micro_batch < longest:
         raise ConfigError(
             "rl.tokens_per_micro_batch",
@@ -58,47 +58,51 @@ def _check_reinforcement(config: RunConfig) -> None:
 
 def _check_ahead(config: RunConfig) -> None:
     """Refuse what cannot learn from answers of older weights."""
-    if not config.rollout.ahead:
+    if not config.rollout.max_staleness:
         return
-    corrected = config.rl.correction.kind != "none"
-    if config.rl.old_log_probs != "rollout" and not corrected:
+    corrected = config.rl.importance_sampling.kind != "none"
+    if config.rl.old_logprobs_from != "rollout" and not corrected:
         allowed = (
-            "must be rollout with rollout.ahead, or rl.correction.kind something else than none: "
+            "must be rollout with rollout.max_staleness, or rl.importance_sampling.kind something else than none: "
             "answers are of older weights, and either the ratio or the correction must know it"
         )
-        raise ConfigError("rl.old_log_probs", config.rl.old_log_probs, allowed)
+        raise ConfigError("rl.old_logprobs_from", config.rl.old_logprobs_from, allowed)
     if config.rl.objective == "on_policy":
-        allowed = "must be another one with rollout.ahead: it takes no ratio, and answers are of older weights"
+        allowed = "must be another one with rollout.max_staleness: it takes no ratio, and answers are of older weights"
         raise ConfigError("rl.objective", "on_policy", allowed)
-    if config.rl.routing_replay and config.rollout.pause != "finish":
+    if config.rl.routing_replay and config.rollout.weight_sync.pause_mode != "finish":
         allowed = (
             "must be finish with rl.routing_replay: what is read again takes other experts than when it was sampled"
         )
-        raise ConfigError("rollout.pause", config.rollout.pause, allowed)
+        raise ConfigError("rollout.weight_sync.pause_mode", config.rollout.weight_sync.pause_mode, allowed)
 
 
 def _check_advantages(config: RunConfig) -> None:
     """Refuse advantages that lack what they are made of, or that a layout cannot give."""
     degrees = config.parallel
-    if config.rl.advantages == "process" and not config.reward.steps:
-        raise ConfigError("reward.steps", 0.0, "must be above 0 with rl.advantages=process")
-    if config.rl.advantages == "group" and config.reward.steps:
-        allowed = "must be 0 with rl.advantages=group, which gives all tokens of an answer the same"
+    if config.rl.advantage_estimator == "process" and not config.reward.steps:
+        raise ConfigError("reward.steps", 0.0, "must be above 0 with rl.advantage_estimator=process")
+    if config.rl.advantage_estimator == "group" and config.reward.steps:
+        allowed = "must be 0 with rl.advantage_estimator=group, which gives all tokens of an answer the same"
         raise ConfigError("reward.steps", config.reward.steps, allowed)
-    if config.rl.advantages == "critic" and config.model.tied_embeddings and degrees.pipeline > 1:
-        allowed = "must be 1 with rl.advantages=critic and model.tied_embeddings: a critic has no gradient for the head"
+    if config.rl.advantage_estimator == "critic" and config.model.tied_embeddings and degrees.pipeline > 1:
+        allowed = "must be 1 with rl.advantage_estimator=critic and model.tied_embeddings: no head gradient there"
         raise ConfigError("parallel.pipeline", degrees.pipeline, allowed)
-    if config.rl.advantages == "critic" and config.rollout.placement == "colocated":
-        allowed = "must be separate with rl.advantages=critic: the critic's memory cannot be given back"
+    if config.rl.advantage_estimator == "critic" and config.rollout.placement == "colocated":
+        allowed = "must be separate with rl.advantage_estimator=critic: the critic's memory cannot be given back"
         raise ConfigError("rollout.placement", "colocated", allowed)
 
 
 def _check_fine_tuning(config: RunConfig, ranks: int) -> None:
     _check_batch(config, ranks)
     degrees = config.parallel
-    if config.sft.packing == "none" and degrees.expert > 1 and config.performance.dispatcher == "allgather":
+    if (
+        config.sft.packing == "none"
+        and degrees.expert > 1
+        and config.performance.moe_token_dispatcher_type == "allgather"
+    ):
         allowed = "needs as many tokens on every rank: with sft.packing=none, take alltoall"
-        raise ConfigError("performance.dispatcher", "allgather", allowed)
+        raise ConfigError("performance.moe_token_dispatcher_type", "allgather", allowed)
 
 
 def _check_many_lengths(config: RunConfig) -> None:
@@ -107,9 +111,9 @@ def _check_many_lengths(config: RunConfig) -> None:
     if degrees.virtual_pipeline > 1:
         allowed = "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths"
         raise ConfigError("parallel.virtual_pipeline", degrees.virtual_pipeline, allowed)
-    if degrees.expert > 1 and config.performance.dispatcher == "allgather":
+    if degrees.expert > 1 and config.performance.moe_token_dispatcher_type == "allgather":
         allowed = "needs as many tokens on every rank: with answers, take alltoall"
-        raise ConfigError("performance.dispatcher", "allgather", allowed)
+        raise ConfigError("performance.moe_token_dispatcher_type", "allgather", allowed)
 
 
 def _check_judged_rows(config: RunConfig, ranks: int) -> None:

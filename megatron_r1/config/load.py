@@ -103,7 +103,7 @@ def _spelt_out(line: str) -> list[str]:
     """`reward=FILE.py:NAME` is short for the preset of a function of one's own, with that function."""
     key, _, value = line.partition("=")
     if key.lstrip("+") == "reward" and ".py:" in value:
-        return ["reward=own", f"reward.function={value}"]
+        return ["reward=custom", f"reward.custom_function={value}"]
     return [line]
 
 

@@ -43,7 +43,7 @@ _SIZES = ("top_k", "ffn_hidden_size", "num_shared_experts", "first_dense_layers"
 
 
 @dataclass(kw_only=True, slots=True)
-class MixtureConfig:
+class MoeConfig:
     """The mixture-of-experts layers and their router."""
 
     num_experts: int = 8
@@ -70,7 +70,7 @@ class MixtureConfig:
     """Weight of the sequence-wise balance loss; 0 turns it off."""
 
     @classmethod
-    def none(cls) -> MixtureConfig:
+    def none(cls) -> MoeConfig:
         """No experts: every layer is dense."""
         return cls(num_experts=0, **dict.fromkeys(_SIZES, 0))  # type: ignore[arg-type]
 
@@ -94,7 +94,7 @@ class MixtureConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class MultiTokenConfig:
+class MtpConfig:
     """Multi-token prediction (DeepSeek-V3 report, section 2.2)."""
 
     num_layers: int = 1
@@ -127,7 +127,7 @@ class ModelConfig:
     """Epsilon of every RMSNorm but those of the latents."""
     init_std: float = 0.045
     """Standard deviation of all initial weights; DeepSeek-V3's is 0.006, at a width of 7168."""
-    precision: str = "fp32"
+    dtype: str = "fp32"
     """Parameter and activation type: fp32 or bf16."""
     tied_embeddings: bool = False
     """Whether the output head is the embedding."""
@@ -135,9 +135,9 @@ class ModelConfig:
     """Latent or grouped attention, by its key `kind`."""
     rope: RopeConfig = field(default_factory=RopeConfig)
     """Rotary positions."""
-    moe: MixtureConfig = field(default_factory=MixtureConfig)
+    moe: MoeConfig = field(default_factory=MoeConfig)
     """Experts and their router."""
-    mtp: MultiTokenConfig = field(default_factory=MultiTokenConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
     """Multi-token prediction."""
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class ModelConfig:
         at_least(self, 2, "max_sequence_length")
         within(self, 1e-12, 1e-2, "norm_epsilon")
         within(self, 1e-5, 1.0, "init_std")
-        one_of(self, "precision", ("fp32", "bf16"))
+        one_of(self, "dtype", ("fp32", "bf16"))
         if isinstance(self.attention, GroupedAttentionConfig):
             self._check_dense(self.attention)
         else:

@@ -14,11 +14,11 @@ from megatron_r1.errors import ConfigError
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "shared_experts")
 DISPATCHERS = ("allgather", "alltoall", "deepep", "hybridep")
 _NEEDS_CUDA = {
-    "overlap_expert_communication": "two CUDA streams",
-    "delay_weight_gradients": "Transformer Engine's split backward pass",
-    "overlap_shared_experts": "two CUDA streams",
-    "fuse_gradient_accumulation": "NVIDIA Apex's kernel",
-    "fuse_rope": "Transformer Engine's kernel",
+    "overlap_moe_expert_parallel_comm": "two CUDA streams",
+    "delay_wgrad_compute": "Transformer Engine's split backward pass",
+    "moe_shared_expert_overlap": "two CUDA streams",
+    "gradient_accumulation_fusion": "NVIDIA Apex's kernel",
+    "apply_rope_fusion": "Transformer Engine's kernel",
 }
 
 
@@ -26,44 +26,46 @@ _NEEDS_CUDA = {
 class PerformanceConfig:
     """Recomputation, overlap and fusion."""
 
-    recompute: list[str] = field(default_factory=list)
+    recompute_modules: list[str] = field(default_factory=list)
     """Modules computed again in the backward pass instead of kept; DeepSeek-V3: layernorm, mla_up_proj, moe_act."""
-    dispatcher: str = "alltoall"
+    moe_token_dispatcher_type: str = "alltoall"
     """How tokens travel to their experts: allgather, alltoall, deepep or hybridep."""
-    overlap_expert_communication: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
     """Run one micro-batch's all-to-all beside another's computation."""
-    delay_weight_gradients: bool = False
+    delay_wgrad_compute: bool = False
     """Compute weight gradients apart from input gradients, to fill the gaps of the overlap."""
-    overlap_shared_experts: bool = False
+    moe_shared_expert_overlap: bool = False
     """Run the shared experts beside the all-to-all of the routed ones."""
-    overlap_gradient_reduction: bool = False
+    overlap_grad_reduce: bool = False
     """Sum gradients over data-parallel ranks beside the backward pass."""
-    fuse_gradient_accumulation: bool = False
+    gradient_accumulation_fusion: bool = False
     """Add weight gradients to their fp32 buffer in the matrix product itself."""
-    fuse_rope: bool = False
+    apply_rope_fusion: bool = False
     """Apply rotary positions in one kernel; latent attention has it for YaRN only."""
 
     def __post_init__(self) -> None:
-        for module in self.recompute:
+        for module in self.recompute_modules:
             if module not in RECOMPUTABLE:
-                raise ConfigError("recompute", module, f"must be some of {', '.join(RECOMPUTABLE)}")
-        one_of(self, "dispatcher", DISPATCHERS)
-        if self.delay_weight_gradients and not self.overlap_expert_communication:
-            raise ConfigError("delay_weight_gradients", True, "needs overlap_expert_communication=true")
-        if self.overlap_expert_communication:
+                raise ConfigError("recompute_modules", module, f"must be some of {', '.join(RECOMPUTABLE)}")
+        one_of(self, "moe_token_dispatcher_type", DISPATCHERS)
+        if self.delay_wgrad_compute and not self.overlap_moe_expert_parallel_comm:
+            raise ConfigError("delay_wgrad_compute", True, "needs overlap_moe_expert_parallel_comm=true")
+        if self.overlap_moe_expert_parallel_comm:
             self._check_overlap()
-        if self.overlap_shared_experts and self.dispatcher == "allgather":
-            raise ConfigError("overlap_shared_experts", True, "needs another dispatcher than allgather")
-        if self.overlap_shared_experts and "shared_experts" in self.recompute:
-            raise ConfigError("recompute", "shared_experts", "cannot be while overlap_shared_experts=true")
+        if self.moe_shared_expert_overlap and self.moe_token_dispatcher_type == "allgather":
+            raise ConfigError("moe_shared_expert_overlap", True, "needs another dispatcher than allgather")
+        if self.moe_shared_expert_overlap and "shared_experts" in self.recompute_modules:
+            raise ConfigError("recompute_modules", "shared_experts", "cannot be while moe_shared_expert_overlap=true")
 
     def _check_overlap(self) -> None:
-        if self.dispatcher == "allgather":
-            raise ConfigError("overlap_expert_communication", True, "needs another dispatcher than allgather")
-        if "moe" in self.recompute:
-            raise ConfigError("recompute", "moe", "cannot be while overlap_expert_communication=true")
-        if self.overlap_shared_experts:
-            raise ConfigError("overlap_shared_experts", True, "cannot be while overlap_expert_communication=true")
+        if self.moe_token_dispatcher_type == "allgather":
+            raise ConfigError("overlap_moe_expert_parallel_comm", True, "needs another dispatcher than allgather")
+        if "moe" in self.recompute_modules:
+            raise ConfigError("recompute_modules", "moe", "cannot be while overlap_moe_expert_parallel_comm=true")
+        if self.moe_shared_expert_overlap:
+            raise ConfigError(
+                "moe_shared_expert_overlap", True, "cannot be while overlap_moe_expert_parallel_comm=true"
+            )
 
 
 def refuse_on_cpu(performance: PerformanceConfig) -> None:
@@ -75,5 +77,9 @@ def refuse_on_cpu(performance: PerformanceConfig) -> None:
     for item in fields(performance):
         if item.name in _NEEDS_CUDA and getattr(performance, item.name):
             raise ConfigError(f"performance.{item.name}", True, f"needs {_NEEDS_CUDA[item.name]}: false on a CPU")
-    if performance.dispatcher in ("deepep", "hybridep"):
-        raise ConfigError("performance.dispatcher", performance.dispatcher, "must be alltoall or allgather on a CPU")
+    if performance.moe_token_dispatcher_type in ("deepep", "hybridep"):
+        raise ConfigError(
+            "performance.moe_token_dispatcher_type",
+            performance.moe_token_dispatcher_type,
+            "must be alltoall or allgather on a CPU",
+        )

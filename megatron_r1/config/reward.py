@@ -13,7 +13,7 @@ from megatron_r1.errors import ConfigError
 class SandboxConfig:
     """What a program that a model wrote may use; every limit ends it, and none is an error of the run."""
 
-    parallel: int = 2
+    max_parallel: int = 2
     """Programs that run at the same time."""
     wall_s: float = 10.0
     """Seconds from start to end, of one run of a program or of a compiler."""
@@ -31,8 +31,8 @@ class SandboxConfig:
     """Whether the reward is the share of tests passed; otherwise it is 1 where all pass, else 0."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "parallel", "cpu_s", "disk_mib", "output_kib")
-        within(self, 1, 256, "parallel")
+        at_least(self, 1, "max_parallel", "cpu_s", "disk_mib", "output_kib")
+        within(self, 1, 256, "max_parallel")
         within(self, 0.1, 3600, "wall_s")
         within(self, 64, 1 << 20, "memory_mib")
         within(self, 4, 4096, "processes")
@@ -44,15 +44,15 @@ class MathConfig:
 
     workers: int = 2
     """Answers that are judged at the same time."""
-    deadline_s: float = 4.0
+    timeout_s: float = 4.0
     """Seconds after which an answer is wrong and its worker is killed."""
-    longest: int = 1000
+    max_characters: int = 1000
     """Characters; a longer answer is wrong without being read."""
 
     def __post_init__(self) -> None:
         within(self, 1, 256, "workers")
-        within(self, 0.5, 600, "deadline_s")
-        within(self, 1, 100_000, "longest")
+        within(self, 0.5, 600, "timeout_s")
+        within(self, 1, 100_000, "max_characters")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,14 +74,14 @@ class RewardConfig:
     harmlessness: float = 0.0
     """Weight of a response's harmlessness, by the reward model in `harmlessness_model`."""
     judge: float = 0.0
-    """Weight of the verdicts of a language model, as `judge_by` says."""
-    own: float = 0.0
-    """Weight of the function that `function` names."""
+    """Weight of the verdicts of a language model, as `judge_config` says."""
+    custom: float = 0.0
+    """Weight of the function that `custom_function` names."""
     steps: float = 0.0
-    """Weight of each step's reward, by `steps_by`; steps are not part of the score: rl.advantages makes use of them."""
+    """Weight of each step's reward, by `step_rewards`; not part of the score, but for rl.advantage_estimator."""
     format_style: str = "strict"
     """strict: every tag closed, once, in order; lenient: an answer tag that is opened need not be closed."""
-    answer_in: str = "tags"
+    answer_format: str = "tags"
     """Where the answer is looked for: tags, boxed, or any (tags, then boxed, then the last number)."""
     verifier: str = "number"
     """How an answer is compared where its task has no verifier of its own: number, text or math."""
@@ -91,16 +91,16 @@ class RewardConfig:
     """Longest response in tokens (L_max); reaching it costs the whole penalty."""
     overlong_buffer: int = 1024
     """Tokens before it over which the penalty grows (L_cache)."""
-    repetition_words: int = 20
+    repetition_ngram_size: int = 20
     """Words of a run that counts as repeated."""
     helpfulness_model: str = ""
     """Run or checkpoint of the verb reward that learned from pairs; it scores summaries. All ranks share it as they do
-    the policy, and it scores in the trainer's turn: with rollout.ahead, answers wait until the trainer's step ends."""
+    the policy, and it scores between the trainer's steps: with rollout.max_staleness, responses wait for its end."""
     harmlessness_model: str = ""
     """Run or checkpoint of the verb reward that learned what is safe; it scores whole responses, in the same turn."""
-    function: str = ""
-    """A function of yours, FILE.py:NAME; see configs/reward/own.yaml."""
-    steps_by: str = ""
+    custom_function: str = ""
+    """A function of yours, FILE.py:NAME; see configs/reward/custom.yaml."""
+    step_rewards: str = ""
     """What rewards steps: arithmetic (1 for each equation of the reasoning that follows from the question), or a
     function of yours, FILE.py:NAME."""
     retries: int = 2
@@ -109,19 +109,20 @@ class RewardConfig:
     """How answers are compared as mathematics."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     """What a program that a model wrote may use."""
-    judge_by: JudgeConfig = field(default_factory=JudgeConfig)
+    judge_config: JudgeConfig = field(default_factory=JudgeConfig)
     """Who judges, and how often."""
 
     def __post_init__(self) -> None:
         weights = (
-            "accuracy", "format", "language", "overlong", "repetition", "helpfulness", "harmlessness", "judge", "own",
+            "accuracy", "format", "language", "overlong", "repetition", "helpfulness", "harmlessness", "judge",
+            "custom",
         )  # fmt: skip
         at_least(self, 0, *weights, "steps")
         one_of(self, "format_style", ("strict", "lenient"))
-        one_of(self, "answer_in", ("tags", "boxed", "any"))
+        one_of(self, "answer_format", ("tags", "boxed", "any"))
         one_of(self, "verifier", ("number", "text", "math"))
         one_of(self, "target_language", ("en", "zh", "question"))
-        at_least(self, 1, "overlong_tokens", "overlong_buffer", "repetition_words")
+        at_least(self, 1, "overlong_tokens", "overlong_buffer", "repetition_ngram_size")
         within(self, 0, 100, "retries")
         if not any(getattr(self, name) for name in weights):
             raise ConfigError("accuracy", self.accuracy, "at least one reward needs a weight above 0")
@@ -129,16 +130,16 @@ class RewardConfig:
             raise ConfigError(
                 "overlong_buffer", self.overlong_buffer, f"must be at most overlong_tokens={self.overlong_tokens}"
             )
-        if self.function and not _is_place(self.function):
-            raise ConfigError("function", self.function, "must be FILE.py:NAME")
-        if self.steps_by not in ("", "arithmetic") and not _is_place(self.steps_by):
-            raise ConfigError("steps_by", self.steps_by, "must be arithmetic or FILE.py:NAME")
+        if self.custom_function and not _is_place(self.custom_function):
+            raise ConfigError("custom_function", self.custom_function, "must be FILE.py:NAME")
+        if self.step_rewards not in ("", "arithmetic") and not _is_place(self.step_rewards):
+            raise ConfigError("step_rewards", self.step_rewards, "must be arithmetic or FILE.py:NAME")
         for weight, key, source in (
-            ("own", "function", self.function),
-            ("steps", "steps_by", self.steps_by),
+            ("custom", "custom_function", self.custom_function),
+            ("steps", "step_rewards", self.step_rewards),
             ("helpfulness", "helpfulness_model", self.helpfulness_model),
             ("harmlessness", "harmlessness_model", self.harmlessness_model),
-            ("judge", "judge_by.url", self.judge_by.url),
+            ("judge", "judge_config.url", self.judge_config.url),
         ):
             if bool(source) != bool(getattr(self, weight)):
                 allowed = f"is the weight of reward.{key}: both are given, or neither"

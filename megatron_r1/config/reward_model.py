@@ -13,34 +13,34 @@ class RewardModelConfig:
 
     objective: str = "pairwise"
     """pairwise (the better of two responses, Bradley-Terry: helpfulness) or pointwise (safe or not, cross-entropy)."""
-    reads: str = "summary"
+    scored_part: str = "summary"
     """What of a response is judged: summary (what follows the reasoning: helpfulness) or response (all of it)."""
     source: str = "assistant"
     """Where judged responses come from: assistant (generated, see data.source=assistant) or file."""
-    file: str = ""
+    train_file: str = ""
     """JSONL of source=file: prompt, chosen, rejected; or prompt, response, safe."""
-    heldout_file: str = ""
+    eval_file: str = ""
     """The same, of what is measured and never learned; where source is file."""
-    template: str = "r1_zero"
+    chat_template: str = "r1_zero"
     """What surrounds a question: r1_zero (the template of DeepSeek-R1-Zero) or none (the question is the prompt)."""
-    num_items: int = 16_000
+    num_examples: int = 16_000
     """Pairs or labelled responses to generate; where source is assistant."""
-    reasoning_weight: float = 0.0
+    critique_loss_weight: float = 0.0
     """Weight of the token loss on the judge's reasoning, which then stands between response and score; 0 has none."""
-    max_reasoning_tokens: int = 32
-    """Longest reasoning that the model writes before it scores; where reasoning_weight is not 0."""
+    max_critique_tokens: int = 32
+    """Longest reasoning that the model writes before it scores; where critique_loss_weight is not 0."""
     epochs: int = 1
     """Times that every item is learned; train.steps may end the run before."""
-    heldout: int = 512
+    eval_examples: int = 512
     """Items that are measured; where source is assistant."""
-    heldout_interval: int = 100
+    eval_interval: int = 100
     """Steps between measurements; there is one after the last step too."""
 
     def __post_init__(self) -> None:
         one_of(self, "objective", ("pairwise", "pointwise"))
-        one_of(self, "reads", ("summary", "response"))
+        one_of(self, "scored_part", ("summary", "response"))
         one_of(self, "source", ("assistant", "file"))
-        one_of(self, "template", ("r1_zero", "none"))
-        at_least(self, 1, "num_items", "max_reasoning_tokens", "epochs", "heldout", "heldout_interval")
-        at_least(self, 0, "reasoning_weight")
+        one_of(self, "chat_template", ("r1_zero", "none"))
+        at_least(self, 1, "num_examples", "max_critique_tokens", "epochs", "eval_examples", "eval_interval")
+        at_least(self, 0, "critique_loss_weight")
         check_files(self)

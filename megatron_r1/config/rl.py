@@ -11,13 +11,13 @@ from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
-class CorrectionConfig:
+class ImportanceSamplingConfig:
     """Importance weights for responses that the engine sampled with other probabilities than the trainer's; see
     rl/objective/importance_weights.py."""
 
     kind: str = "none"
     """none, truncated (weights beyond the limits become the limits) or masked (they become 0); needs
-    old_log_probs=trainer."""
+    old_logprobs_from=trainer."""
     level: str = "token"
     """What has a weight: token or sequence (the product over an answer's tokens)."""
     low: float = 0.0
@@ -36,14 +36,14 @@ class CorrectionConfig:
 class MismatchConfig:
     """When trainer and engine disagree so much on sampled tokens, before any update, that a warning is due; 0 is never.
 
-    With rollout.ahead the answers' weights are some updates older, and the numbers hold that difference too.
+    With rollout.max_staleness the answers' weights are some updates older, and the numbers hold that difference too.
     """
 
-    gap_alarm: float = 0.0
+    logprob_max_abs_warn: float = 0.0
     """Largest absolute difference of a token's log-probability, in nats."""
-    k3_alarm: float = 0.05
+    k3_warn: float = 0.05
     """Estimate of KL(engine || trainer), in nats per token."""
-    limited_alarm: float = 0.05
+    outside_range_warn: float = 0.05
     """Share of tokens whose weight trainer/engine is outside of low and high."""
     low: float = 0.5
     """Weights below this count."""
@@ -51,7 +51,7 @@ class MismatchConfig:
     """Weights above this count."""
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "gap_alarm", "k3_alarm", "limited_alarm")
+        at_least(self, 0, "logprob_max_abs_warn", "k3_warn", "outside_range_warn")
         within(self, 0.0, 1.0, "low")
         within(self, 1.0, 1e6, "high")
 
@@ -64,16 +64,16 @@ class RLConfig:
     """Prompts answered per rollout."""
     group_size: int = 16
     """Answers per prompt (G)."""
-    mini_batches: int = 4
+    updates_per_rollout: int = 4
     """Optimizer steps per rollout; its samples are split among them at random."""
-    inner_epochs: int = 1
+    epochs_per_rollout: int = 1
     """Passes over each rollout."""
     objective: str = "grpo"
     """The policy term: grpo (a ratio per token, DeepSeekMath), grpo_sequence (of whole answers, the V3 and R1 reports),
     on_policy (no ratio: one update per rollout), gspo, gspo_token or cispo; see rl/objective/policy_terms.py."""
-    average: str = "answer"
-    """How tokens become one loss: answer (mean over each answer's tokens, then over answers), token (mean over all
-    tokens, DAPO) or constant (sum over tokens by rollout.max_response_tokens, Dr.GRPO)."""
+    loss_aggregation: str = "sequence_mean"
+    """How token losses become one loss: sequence_mean (mean over each response's tokens, then over responses),
+    token_mean (mean over all tokens, DAPO) or constant (sum over tokens by rollout.max_response_tokens, Dr.GRPO)."""
     clip_epsilon: float = 0.2
     """Clip range of the probability ratio; R1's first stage uses 10."""
     clip_epsilon_high: float = 0.0
@@ -82,22 +82,22 @@ class RLConfig:
     """Weight of the penalty towards the reference policy; 0 drops the reference policy."""
     kl_estimator: str = "k3"
     """How the penalty is taken: k1, k2 or k3 from sampled tokens, or exact over the whole vocabulary."""
-    kl_in: str = "loss"
-    """Where the penalty goes: loss, or reward (summed over an answer's tokens, or of each where advantages=critic)."""
+    kl_placement: str = "loss"
+    """Where the penalty goes: loss, or reward (summed over a response; per token with advantage_estimator=critic)."""
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy, which is maximised."""
-    advantages: str = "group"
+    advantage_estimator: str = "group"
     """What an answer is held against: group (the other answers to its prompt), process (each of its steps against all
     steps of those answers; needs reward.steps) or critic (a value model: PPO)."""
     advantage_std: str = "population"
     """Divisor of the group advantage: population, sample or none."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The value model."""
-    old_log_probs: str = "rollout"
+    old_logprobs_from: str = "rollout"
     """Denominator of the ratio: rollout (the engine's own log-probabilities) or trainer (computed again)."""
     routing_replay: bool = False
     """Whether the trainer's routers take the experts that the engine's took (R3)."""
-    reference_reset_interval: int = 0
+    reference_sync_interval: int = 0
     """Rollouts between replacements of the reference policy by the current one; 0 never replaces it."""
     tokens_per_micro_batch: int = 8192
     """Padded tokens of one forward pass."""
@@ -105,50 +105,52 @@ class RLConfig:
     """Control experiment: permute the rewards over the rollout, so that nothing can be learnt."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Which answers are learned from."""
-    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
     """Weights for the difference between trainer and engine."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """When that difference is worth a warning."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "prompts_per_rollout", "mini_batches", "inner_epochs", "tokens_per_micro_batch")
-        one_of(self, "advantages", ("group", "process", "critic"))
-        at_least(self, 1 if self.advantages == "critic" else 2, "group_size")
+        at_least(self, 1, "prompts_per_rollout", "updates_per_rollout", "epochs_per_rollout", "tokens_per_micro_batch")
+        one_of(self, "advantage_estimator", ("group", "process", "critic"))
+        at_least(self, 1 if self.advantage_estimator == "critic" else 2, "group_size")
         within(self, 1e-6, 100.0, "clip_epsilon")
-        at_least(self, 0, "kl_coefficient", "reference_reset_interval", "entropy_coefficient")
+        at_least(self, 0, "kl_coefficient", "reference_sync_interval", "entropy_coefficient")
         within(self, 0.0, 100.0, "clip_epsilon_high")
         one_of(self, "objective", ("grpo", "grpo_sequence", "on_policy", "gspo", "gspo_token", "cispo"))
-        one_of(self, "average", ("answer", "token", "constant"))
+        one_of(self, "loss_aggregation", ("sequence_mean", "token_mean", "constant"))
         one_of(self, "kl_estimator", ("k1", "k2", "k3", "exact"))
-        one_of(self, "kl_in", ("loss", "reward"))
-        one_of(self, "old_log_probs", ("rollout", "trainer"))
+        one_of(self, "kl_placement", ("loss", "reward"))
+        one_of(self, "old_logprobs_from", ("rollout", "trainer"))
         one_of(self, "advantage_std", ("population", "sample", "none"))
-        if self.correction.kind != "none" and self.old_log_probs != "trainer":
+        if self.importance_sampling.kind != "none" and self.old_logprobs_from != "trainer":
             allowed = (
-                "must be trainer with correction.kind: the ratio to the engine's log-probabilities corrects already"
+                "must be trainer with importance_sampling.kind: the ratio to the engine's log-probs corrects already"
             )
-            raise ConfigError("old_log_probs", self.old_log_probs, allowed)
-        if self.objective == "on_policy" and self.mini_batches * self.inner_epochs > 1:
-            key = "mini_batches" if self.mini_batches > 1 else "inner_epochs"
+            raise ConfigError("old_logprobs_from", self.old_logprobs_from, allowed)
+        if self.objective == "on_policy" and self.updates_per_rollout * self.epochs_per_rollout > 1:
+            key = "updates_per_rollout" if self.updates_per_rollout > 1 else "epochs_per_rollout"
             raise ConfigError(key, getattr(self, key), "must be 1 with objective=on_policy, which knows no old policy")
-        if self.advantages != "group" and self.objective in ("grpo_sequence", "gspo"):
+        if self.advantage_estimator != "group" and self.objective in ("grpo_sequence", "gspo"):
             allowed = (
-                f"must be of tokens (grpo, on_policy, gspo_token, cispo) with advantages={self.advantages}, "
-                "whose tokens differ"
+                "must be of tokens (grpo, on_policy, gspo_token, cispo) with "
+                f"advantage_estimator={self.advantage_estimator}, whose tokens differ"
             )
             raise ConfigError("objective", self.objective, allowed)
-        if self.advantages == "process" and self.shuffle_rewards:
+        if self.advantage_estimator == "process" and self.shuffle_rewards:
             raise ConfigError(
-                "shuffle_rewards", True, "must be false with advantages=process: steps keep their rewards"
+                "shuffle_rewards", True, "must be false with advantage_estimator=process: steps keep their rewards"
             )
-        if self.advantages == "critic":
+        if self.advantage_estimator == "critic":
             self._check_critic()
         samples = self.prompts_per_rollout * self.group_size
-        if samples % self.mini_batches:
-            raise ConfigError("mini_batches", self.mini_batches, f"must divide the {samples} samples of a rollout")
+        if samples % self.updates_per_rollout:
+            raise ConfigError(
+                "updates_per_rollout", self.updates_per_rollout, f"must divide the {samples} samples of a rollout"
+            )
 
     def _check_critic(self) -> None:
-        for name in ("equal_groups", "truncated", "repeats"):
+        for name in ("zero_std_groups", "truncated", "duplicates"):
             if self.group_size == 1 and (value := getattr(self.filters, name)) != "keep":
                 raise ConfigError(
                     f"filters.{name}", value, "must be keep with group_size=1: it would drop whole groups"

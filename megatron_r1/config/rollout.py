@@ -10,12 +10,34 @@ from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
+class WeightSyncConfig:
+    """How new weights reach the servers, and what becomes of the requests that run meanwhile."""
+
+    method: str = "group"
+    """group (a process group, in memory), ipc (memory that colocated servers share with the trainer) or disk (a folder
+    that the servers read)."""
+    bucket_mb: int = 64
+    """Megabytes (2^20 bytes) of weights that method=group or ipc sends at a time."""
+    include_mtp: bool = False
+    """Whether the servers get the multi-token prediction layers too, at the start and with every sync. Servers that
+    draft with these layers need them; others ignore them."""
+    pause_mode: str = "finish"
+    """What the servers do with running requests when weights change: finish (wait for them), retract (continue them
+    under the new weights, after a new prefill), in_place (continue from the old cache) or abort (those of others)."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "method", ("group", "ipc", "disk"))
+        one_of(self, "pause_mode", ("finish", "abort", "retract", "in_place"))
+        within(self, 1, 65_536, "bucket_mb")
+
+
+@dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     """Sampling of answers."""
 
     engine: str = "sglang"
     """Who samples: sglang (servers) or local (in this process, seeded)."""
-    template: str = "r1_zero"
+    chat_template: str = "r1_zero"
     """What stands around a question: r1_zero (the template of DeepSeek-R1-Zero), none (the question is the prompt),
     tokenizer (the model's own chat template), or a file with one."""
     system_prompt: str = ""
@@ -26,66 +48,71 @@ class RolloutConfig:
     """Nucleus: the smallest set of tokens with this probability is sampled from."""
     max_response_tokens: int = 64
     """Longest answer, in tokens."""
-    batch_size: int = 256
+    local_batch_size: int = 256
     """Sequences that the local engine decodes at a time."""
-    ahead: int = 0
+    max_staleness: int = 0
     """Rollouts begun before their step, while the trainer learns, and most updates by which a token may be older than
     the weights that learn from it: 0 takes turns, 1 is one step off-policy, more is asynchronous. Trained reward models
     score between steps only; rollouts that still need them wait until then, and are no staler for it."""
     placement: str = "separate"
     """Where the servers run: separate (on devices of their own) or colocated (on the trainer's, in turns with it)."""
-    sync: str = "group"
-    """How new weights reach the servers: group (a process group, in memory), ipc (memory that colocated ones share with
-    the trainer) or disk (a folder that they read)."""
-    bucket_mb: int = 64
-    """Megabytes (2^20 bytes) of weights that sync=group or ipc sends at a time."""
-    sync_mtp: bool = False
-    """Whether the servers are given the multi-token layers too, at the start and with every sync. Those that draft with
-    them need them; others let them pass."""
-    pause: str = "finish"
-    """What becomes of answers under way when weights change: finish (are waited for), retract (go on under the new
-    weights, after their beginning was read again), in_place (go on from the old cache) or abort (those of others)."""
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    """How new weights reach the servers."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     """Servers of engine=sglang."""
 
     def __post_init__(self) -> None:
         one_of(self, "engine", ("sglang", "local"))
         one_of(self, "placement", ("separate", "colocated"))
-        one_of(self, "sync", ("group", "ipc", "disk"))
-        one_of(self, "pause", ("finish", "abort", "retract", "in_place"))
         within(self, 0.0, 10.0, "temperature")
         within(self, 1e-6, 1.0, "top_p")
-        at_least(self, 1, "max_response_tokens", "batch_size")
-        if not self.template:
-            raise ConfigError("template", self.template, "must be r1_zero, none, tokenizer or a file")
-        within(self, 1, 65_536, "bucket_mb")
-        within(self, 0, 64, "ahead")
-        if self.ahead and self.pause == "abort":
+        at_least(self, 1, "max_response_tokens", "local_batch_size")
+        if not self.chat_template:
+            raise ConfigError("chat_template", self.chat_template, "must be r1_zero, none, tokenizer or a file")
+        within(self, 0, 64, "max_staleness")
+        if self.max_staleness and self.weight_sync.pause_mode == "abort":
             raise ConfigError(
-                "pause", "abort", "must be finish, retract or in_place with ahead: no answer may be cut short"
+                "weight_sync.pause_mode",
+                "abort",
+                "must be finish, retract or in_place with max_staleness: no response may be cut short",
             )
-        if self.ahead and self.engine == "local":
-            raise ConfigError("ahead", self.ahead, "must be 0 with engine=local, whose weights are the trainer's own")
-        if self.sglang.server.speculative.method == "mtp" and not self.sync_mtp:
+        if self.max_staleness and self.engine == "local":
             raise ConfigError(
-                "sync_mtp", False, "must be true with sglang.server.speculative.method=mtp, which drafts by them"
+                "max_staleness", self.max_staleness, "must be 0 with engine=local, whose weights are the trainer's own"
+            )
+        if self.sglang.server.speculative.method == "mtp" and not self.weight_sync.include_mtp:
+            raise ConfigError(
+                "weight_sync.include_mtp",
+                False,
+                "must be true with sglang.server.speculative.method=mtp, which drafts by them",
             )
         groups = self.sglang.server.data_parallel_attention
-        if groups > 1 and self.sync != "disk":
-            allowed = f"must be 1 with sync={self.sync}: SGLang takes weights from memory only without it"
+        if groups > 1 and self.weight_sync.method != "disk":
+            method = self.weight_sync.method
+            allowed = f"must be 1 with weight_sync.method={method}: SGLang takes weights from memory only without it"
             raise ConfigError("sglang.server.data_parallel_attention", groups, allowed)
         if self.placement == "colocated":
             self._check_colocated()
-        elif self.sync == "ipc":
-            raise ConfigError("sync", "ipc", "must be group or disk with placement=separate")
+        elif self.weight_sync.method == "ipc":
+            raise ConfigError("weight_sync.method", "ipc", "must be group or disk with placement=separate")
 
     def _check_colocated(self) -> None:
         """Servers on the trainer's devices stop and start with its turns, so they must be this run's own and alone."""
         with_it = "with placement=colocated"
         for key, value, holds, allowed in (
             ("engine", self.engine, self.engine == "sglang", f"must be sglang {with_it}"),
-            ("ahead", self.ahead, not self.ahead, f"must be 0 {with_it}: engine and trainer take turns"),
-            ("pause", self.pause, self.pause == "finish", f"must be finish {with_it}: the servers serve nobody else"),
+            (
+                "max_staleness",
+                self.max_staleness,
+                not self.max_staleness,
+                f"must be 0 {with_it}: engine and trainer take turns",
+            ),
+            (
+                "weight_sync.pause_mode",
+                self.weight_sync.pause_mode,
+                self.weight_sync.pause_mode == "finish",
+                f"must be finish {with_it}: the servers serve nobody else",
+            ),
             ("sglang.addresses", self.sglang.addresses, not self.sglang.addresses, f"must be empty {with_it}"),
             ("sglang.address_file", self.sglang.address_file, not self.sglang.address_file, f"must be empty {with_it}"),
             ("sglang.router", self.sglang.router, not self.sglang.router, f"must be empty {with_it}"),

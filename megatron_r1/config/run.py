@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of
-from megatron_r1.config.convert import ConversionConfig
+from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.diagnose import DiagnoseConfig
 from megatron_r1.config.division import check_division, check_sequences
 from megatron_r1.config.dpo import DpoConfig
 from megatron_r1.config.evaluate import EvaluateConfig
+from megatron_r1.config.fp8 import Fp8Config
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.pipeline import PipelineConfig
-from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import RLConfig
@@ -56,7 +56,7 @@ class RunConfig:
     """CPU threads per rank; 0 divides the cores among the ranks."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     """In which number format linear layers multiply."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Degrees of parallelism."""
@@ -88,7 +88,7 @@ class RunConfig:
     """Where metrics go."""
     init: InitConfig = field(default_factory=InitConfig)
     """Where the first weights come from."""
-    convert: ConversionConfig = field(default_factory=ConversionConfig)
+    convert: ConvertConfig = field(default_factory=ConvertConfig)
     """What convert makes of them."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Stages of a recipe."""
@@ -111,7 +111,7 @@ class RunConfig:
         self._check_rollout()
         check_division(self.parallel, self.model)
         check_sequences(self.parallel, self.train.sequence_length)
-        if self.performance.overlap_expert_communication:
+        if self.performance.overlap_moe_expert_parallel_comm:
             self._check_expert_overlap()
 
     def _check_rollout(self) -> None:
@@ -127,10 +127,10 @@ class RunConfig:
             raise ConfigError("rollout.sglang.server.speculative.method", method, allowed)
 
     def _check_expert_overlap(self) -> None:
-        degrees, key = self.parallel, "performance.overlap_expert_communication"
+        degrees, key = self.parallel, "performance.overlap_moe_expert_parallel_comm"
         for needed, holds in (
             ("parallel.expert above 1", degrees.expert > 1),
-            ("model.precision=bf16", self.model.precision == "bf16"),
+            ("model.dtype=bf16", self.model.dtype == "bf16"),
             (
                 "parallel.virtual_pipeline above 1 where there is a pipeline",
                 degrees.virtual_pipeline > 1 or degrees.pipeline == 1,

@@ -11,9 +11,9 @@ from megatron_r1.config.checks import at_least, one_of
 class SampleConfig:
     """What is sampled, and how it is written."""
 
-    limit: int = 0
+    max_prompts: int = 0
     """Prompts to take, from the first; 0 takes all of a file. A world has no end and needs it."""
-    samples: int = 4
+    samples_per_prompt: int = 4
     """Answers per prompt."""
     prompts_per_part: int = 64
     """Prompts sampled and written together: what a kill loses at most."""
@@ -22,5 +22,5 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "format", ("jsonl", "parquet"))
-        at_least(self, 0, "limit")
-        at_least(self, 1, "samples", "prompts_per_part")
+        at_least(self, 0, "max_prompts")
+        at_least(self, 1, "samples_per_prompt", "prompts_per_part")

@@ -49,14 +49,14 @@ class ScheduleConfig:
 
     learning_rate: float = 3e-3
     """Peak learning rate."""
-    final_learning_rate: float = 0.0
+    min_learning_rate: float = 0.0
     """Learning rate at the end."""
     warmup_steps: int = 50
     """Steps of linear warm-up."""
-    decay: str = "cosine"
+    lr_decay_style: str = "cosine"
     """After the warm-up: constant, linear or cosine by step until the last one, or tokens, by learning_rate_phases."""
     learning_rate_phases: list[PhaseConfig] = field(default_factory=list)
-    """Learning rate by consumed tokens, from learning_rate on; for decay=tokens."""
+    """Learning rate by consumed tokens, from learning_rate on; for lr_decay_style=tokens."""
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     """Growth of the batch."""
     mtp_weight_phases: list[PhaseConfig] = field(default_factory=list)
@@ -66,24 +66,26 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         within(self, 1e-12, 1.0, "learning_rate")
-        at_least(self, 0, "final_learning_rate", "warmup_steps")
-        one_of(self, "decay", ("constant", "linear", "cosine", "tokens"))
-        if self.final_learning_rate > self.learning_rate:
+        at_least(self, 0, "min_learning_rate", "warmup_steps")
+        one_of(self, "lr_decay_style", ("constant", "linear", "cosine", "tokens"))
+        if self.min_learning_rate > self.learning_rate:
             raise ConfigError(
-                "final_learning_rate", self.final_learning_rate, f"must be at most learning_rate={self.learning_rate}"
+                "min_learning_rate", self.min_learning_rate, f"must be at most learning_rate={self.learning_rate}"
             )
         for name in ("learning_rate_phases", "mtp_weight_phases", "bias_rate_phases"):
             _check_order(name, getattr(self, name))
-        if (self.decay == "tokens") != bool(self.learning_rate_phases):
+        if (self.lr_decay_style == "tokens") != bool(self.learning_rate_phases):
             raise ConfigError(
                 "learning_rate_phases",
                 self.learning_rate_phases,
-                "must name phases for decay=tokens" if self.decay == "tokens" else f"must be [] for decay={self.decay}",
+                "must name phases for lr_decay_style=tokens"
+                if self.lr_decay_style == "tokens"
+                else f"must be [] for lr_decay_style={self.lr_decay_style}",
             )
-        if self.learning_rate_phases and self.final_learning_rate != self.learning_rate_phases[-1].value:
+        if self.learning_rate_phases and self.min_learning_rate != self.learning_rate_phases[-1].value:
             raise ConfigError(
-                "final_learning_rate",
-                self.final_learning_rate,
+                "min_learning_rate",
+                self.min_learning_rate,
                 f"must be {self.learning_rate_phases[-1].value}, the value of the last of learning_rate_phases",
             )
 

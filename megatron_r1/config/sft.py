@@ -46,21 +46,21 @@ class SftConfig:
     """r1_zero (one question in DeepSeek-R1-Zero's words), tokenizer (the tokenizer's own), or a file with one."""
     system_prompt: str = ""
     """Put before conversations that have none of their own."""
-    learn: str = "all"
+    loss_on: str = "all"
     """Which answers: all of a conversation, the last alone, or each as an example of its own, after the prompt that
     the template makes of the turns before it."""
-    answers: str = "template"
+    response_text: str = "template"
     """template (as the template writes an answer) or verbatim (as it stands in the row, and the end token): for
     templates that cut the reasoning out of answers."""
-    too_long: str = "drop"
+    overlong: str = "drop"
     """What becomes of an example longer than a sequence: drop or truncate, at its end."""
     packing: str = "best_fit"
     """best_fit (several examples share a sequence, none sees another) or none (one to a sequence)."""
     epochs: int = 2
     """Times that every example is learned; train.steps may end the run before."""
-    heldout: int = 128
+    eval_examples: int = 128
     """Conversations that are not learned but measured."""
-    heldout_interval: int = 50
+    eval_interval: int = 50
     """Steps between measurements of the loss on them; it is measured before the first step and after the last too."""
     max_bad_rows: int = 0
     """Rows that may be left out, each named in bad_rows.txt, before the run is refused."""
@@ -71,12 +71,12 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "source", ("arithmetic", "assistant", "files"))
-        one_of(self, "learn", ("all", "last", "each"))
-        one_of(self, "answers", ("template", "verbatim"))
-        one_of(self, "too_long", ("drop", "truncate"))
+        one_of(self, "loss_on", ("all", "last", "each"))
+        one_of(self, "response_text", ("template", "verbatim"))
+        one_of(self, "overlong", ("drop", "truncate"))
         one_of(self, "packing", ("best_fit", "none"))
-        at_least(self, 1, "num_conversations", "epochs", "heldout_interval")
-        at_least(self, 0, "heldout", "max_bad_rows")
+        at_least(self, 1, "num_conversations", "epochs", "eval_interval")
+        at_least(self, 0, "eval_examples", "max_bad_rows")
         within(self, 0.0, 1.0, "max_bad_share")
         if not self.chat_template:
             raise ConfigError("chat_template", self.chat_template, "must be r1_zero, tokenizer or a file")

@@ -51,13 +51,13 @@ class ServerConfig:
     """Most prompt tokens that are read in one step; 0 leaves it to SGLang."""
     quantization: str = "none"
     """Of the linear layers: none, or fp8 (128 x 128 blocks, as DeepSeek-V3)."""
-    kv_cache: str = AUTO
+    kv_cache_dtype: str = AUTO
     """Number format of the key-value cache: auto (the model's), fp8_e4m3 or fp8_e5m2."""
     attention_backend: str = AUTO
     """SGLang's name of the attention kernels; auto takes torch_native on the CPU, else SGLang's own choice."""
     expert_dispatch: str = "none"
     """How tokens reach experts of other ranks: none (SGLang's collectives) or deepep."""
-    routed_experts: bool = False
+    return_routed_experts: bool = False
     """Answers can say which experts their tokens took, as rl.routing_replay needs."""
     memory_saver: bool = False
     """Memory can be given back to a trainer on the same devices."""
@@ -71,7 +71,7 @@ class ServerConfig:
         at_least(self, 0, "chunked_prefill_tokens")
         within(self, 0.0, 0.99, "memory_fraction")
         one_of(self, "quantization", ("none", "fp8"))
-        one_of(self, "kv_cache", (AUTO, "fp8_e4m3", "fp8_e5m2"))
+        one_of(self, "kv_cache_dtype", (AUTO, "fp8_e4m3", "fp8_e5m2"))
         one_of(self, "expert_dispatch", ("none", "deepep"))
         for name in ("expert_parallel", "data_parallel_attention"):
             if self.tensor_parallel % getattr(self, name):

@@ -21,9 +21,9 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices."""
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
-    moment_precision: str = "fp32"
+    moments_dtype: str = "fp32"
     """Type in which both moments rest between updates: fp32 or bf16 (DeepSeek-V3's)."""
     offload: bool = False
     """Whether the moments rest in the host's memory; each comes to the GPU for its update."""
@@ -31,8 +31,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         within(self, 0.0, 0.99999, "beta1", "beta2")
         within(self, 1e-16, 1e-3, "epsilon")
-        at_least(self, 0, "weight_decay", "clip_norm")
-        one_of(self, "moment_precision", ("fp32", "bf16"))
+        at_least(self, 0, "weight_decay", "max_grad_norm")
+        one_of(self, "moments_dtype", ("fp32", "bf16"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,20 +57,20 @@ class TrainConfig:
     """Steps over which the experts' loads are added up before their balance is measured."""
     max_skipped_steps: int = 3
     """Steps in a row that may be skipped for non-finite gradients before the run stops."""
-    checkpoint_interval: int = 200
+    save_interval: int = 200
     """Steps between checkpoints."""
-    background_saves: bool = False
+    async_save: bool = False
     """Whether a checkpoint is written while training goes on; that takes another copy of the weights on the host."""
-    keep_checkpoints: int = 2
+    save_total_limit: int = 2
     """Verified checkpoints to keep."""
     log_interval: int = 10
     """Steps between lines on the terminal; every step is recorded."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "checkpoint_interval", "log_interval")
+        at_least(self, 1, "steps", "global_batch_size", "micro_batch_size", "save_interval", "log_interval")
         at_least(self, 1, "balance_window")
         within(self, 0.0, 0.9999999, "ema_decay")
-        at_least(self, 2, "sequence_length", "keep_checkpoints")
+        at_least(self, 2, "sequence_length", "save_total_limit")
         at_least(self, 0, "max_skipped_steps")
         ramp = self.schedule.batch_ramp
         if ramp.tokens and ramp.start > self.global_batch_size:

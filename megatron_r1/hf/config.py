@@ -15,7 +15,7 @@ from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG
 from megatron_r1.hf.publish import published
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
-"""Spelling of `model.precision` in config.json."""
+"""Spelling of `model.dtype` in config.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def hf_config(
     Args:
         model: shape of the model.
         tokens: ids for generation; unknown ones are null.
-        dtype: "float32" or "bfloat16"; by default as `model.precision`.
+        dtype: "float32" or "bfloat16"; by default as `model.dtype`.
         include_mtp: whether the weights hold the multi-token layers.
 
     Raises:
@@ -80,7 +80,7 @@ def hf_config(
         "rope_scaling": written_rope(model.rope),
         "rope_theta": model.rope.base,
         "tie_word_embeddings": model.tied_embeddings,
-        "torch_dtype": dtype or DTYPE_NAMES[model.precision],
+        "torch_dtype": dtype or DTYPE_NAMES[model.dtype],
         "use_cache": True,
         "vocab_size": model.vocab_size,
         **family.config(model, include_mtp),

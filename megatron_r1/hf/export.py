@@ -51,7 +51,7 @@ def export(
         tensors: (native name, tensor) pairs. A yielded tensor must keep its values until `export` returns.
         model: shape of the model.
         folder: what to publish; an earlier export there is replaced.
-        dtype: type of the written weights, by default as `model.precision`; the router's bias is always float32.
+        dtype: type of the written weights, by default as `model.dtype`; the router's bias is always float32.
         include_mtp: write the multi-token layers. Without, their tensors may be in `tensors` and are left out.
         tokenizer_folder: tokenizer files to copy; their special tokens go into config.json.
         shard_bytes: a file ends before it outgrows this; one file needs no index.
@@ -63,7 +63,7 @@ def export(
         DataError: a tensor is unknown, missing, doubled or has the wrong shape; nothing is published.
         ConfigError: code of the model's family elsewhere would compute another model.
     """
-    folder, dtype = Path(folder), dtype or getattr(torch, DTYPE_NAMES[model.precision])
+    folder, dtype = Path(folder), dtype or getattr(torch, DTYPE_NAMES[model.dtype])
     tokens = special_tokens(tokenizer_folder) if tokenizer_folder else SpecialTokens()
     config = hf_config(model, tokens, str(dtype).removeprefix("torch."), include_mtp)
     named = hf_tensors(tensors, model, dtype=dtype, include_mtp=include_mtp)
@@ -107,14 +107,14 @@ def hf_tensors(
     Args:
         tensors: (native name, tensor) pairs in any order.
         model: shape of the model.
-        dtype: type of the weights, by default as `model.precision`; the router's bias is always float32.
+        dtype: type of the weights, by default as `model.dtype`; the router's bias is always float32.
         include_mtp: give the multi-token layers. Without, their tensors may be in `tensors` and are left out.
         complete: every tensor of the model must come; without, `tensors` may be a part of them.
 
     Raises:
         DataError: a tensor is unknown, missing, doubled or has the wrong shape. What is missing shows at the end.
     """
-    dtype = dtype or getattr(torch, DTYPE_NAMES[model.precision])
+    dtype = dtype or getattr(torch, DTYPE_NAMES[model.dtype])
     for mapping, tensor in _matched(tensors, model, include_mtp, complete):
         yield from _parts(mapping, tensor.detach(), torch.float32 if mapping.float32 else dtype)
         del tensor  # not held while the next is put together

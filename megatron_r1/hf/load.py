@@ -88,7 +88,7 @@ def _model_config(config: dict[str, Any], family: Family) -> ModelConfig:
         max_sequence_length=config["max_position_embeddings"],
         norm_epsilon=config["rms_norm_eps"],
         init_std=config["initializer_range"],
-        precision="bf16" if format == "fp8" else format,
+        dtype="bf16" if format == "fp8" else format,
         rope=read_rope(config),
         **family.sections(config),
     )

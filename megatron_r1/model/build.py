@@ -14,10 +14,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_r1.config.attention import AttentionConfig
+from megatron_r1.config.fp8 import Fp8Config
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
-from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.errors import DataError
 from megatron_r1.model.attention import set_latent_norm_epsilon, use_latent_attention
 from megatron_r1.model.chunks import Chunks, Model, chunks
@@ -37,7 +37,7 @@ def build_model(
     platform: Platform,
     seed: int,
     performance: PerformanceConfig | None = None,
-    precision: PrecisionConfig | None = None,
+    precision: Fp8Config | None = None,
 ) -> Model:
     """This rank's part of the model, with its initial weights: a GPTModel, or `Chunks` of them.
 
@@ -47,12 +47,12 @@ def build_model(
         platform: decides between Transformer Engine's modules and torch's.
         seed: seed of the initial weights, which depend on it and on the parameter's name alone.
         performance: recomputation, overlap and fusion; None is plain.
-        precision: how linear layers multiply, by default as `model.precision` says; in FP8 the model has an `fp8_plan`.
+        precision: how linear layers multiply, by default as `model.dtype` says; in FP8 the model has an `fp8_plan`.
 
     Raises:
         ConfigError: the platform cannot multiply as `precision` asks.
     """
-    precision = precision or PrecisionConfig()
+    precision = precision or Fp8Config()
     fp8 = wants_fp8(precision, platform)
     if not platform.transformer_engine:
         adopt_torch_modules()

@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megatron_r1.config.model import MixtureConfig
+from megatron_r1.config.model import MoeConfig
 
 
 class GroupChoice:
@@ -45,7 +45,7 @@ class GroupChoice:
         return values_TK, indices_TK
 
 
-def choose_groups_as_released(model: torch.nn.Module, moe: MixtureConfig) -> None:
+def choose_groups_as_released(model: torch.nn.Module, moe: MoeConfig) -> None:
     """Let the routers rank groups as the releases do: V3 by its best two experts, V2 by its best one.
 
     megatron-core takes the best top_k / group_top_k, which is the same for V3's own 8 experts of 4 groups, but not for

@@ -128,9 +128,9 @@ def _experts(model: ModelConfig) -> dict:
 def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dict:
     interleaved = parallel.virtual_pipeline > 1
     return {
-        "params_dtype": DTYPES[model.precision],
-        "bf16": model.precision == "bf16",
-        "pipeline_dtype": DTYPES[model.precision],
+        "params_dtype": DTYPES[model.dtype],
+        "bf16": model.dtype == "bf16",
+        "pipeline_dtype": DTYPES[model.dtype],
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.tensor > 1,
         "pipeline_model_parallel_size": parallel.pipeline,
@@ -154,17 +154,17 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
 
 
 def _performance(performance: PerformanceConfig) -> dict:
-    flexible = performance.dispatcher in ("deepep", "hybridep")
+    flexible = performance.moe_token_dispatcher_type in ("deepep", "hybridep")
     return {
-        "recompute_granularity": "selective" if performance.recompute else None,
-        "recompute_modules": list(performance.recompute),
-        "moe_token_dispatcher_type": "flex" if flexible else performance.dispatcher,
-        **({"moe_flex_dispatcher_backend": performance.dispatcher} if flexible else {}),
-        "overlap_moe_expert_parallel_comm": performance.overlap_expert_communication,
-        "delay_wgrad_compute": performance.delay_weight_gradients,
-        "moe_shared_expert_overlap": performance.overlap_shared_experts,
-        "gradient_accumulation_fusion": performance.fuse_gradient_accumulation,
-        "apply_rope_fusion": performance.fuse_rope,
+        "recompute_granularity": "selective" if performance.recompute_modules else None,
+        "recompute_modules": list(performance.recompute_modules),
+        "moe_token_dispatcher_type": "flex" if flexible else performance.moe_token_dispatcher_type,
+        **({"moe_flex_dispatcher_backend": performance.moe_token_dispatcher_type} if flexible else {}),
+        "overlap_moe_expert_parallel_comm": performance.overlap_moe_expert_parallel_comm,
+        "delay_wgrad_compute": performance.delay_wgrad_compute,
+        "moe_shared_expert_overlap": performance.moe_shared_expert_overlap,
+        "gradient_accumulation_fusion": performance.gradient_accumulation_fusion,
+        "apply_rope_fusion": performance.apply_rope_fusion,
     }
 
 

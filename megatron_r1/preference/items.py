@@ -23,7 +23,7 @@ TEMPLATES: dict[str, Callable[[str], str]] = {"r1_zero": fill_template, "none": 
 def encoder_of(settings: RewardModelConfig, tokenizer: Tokenizer) -> RewardModelEncoder:
     """How this reward model reads a question and a response."""
     return RewardModelEncoder(
-        tokenizer, TEMPLATES[settings.template], READS[settings.reads], settings.reasoning_weight > 0
+        tokenizer, TEMPLATES[settings.chat_template], READS[settings.scored_part], settings.critique_loss_weight > 0
     )
 
 
@@ -32,7 +32,7 @@ def learned_items(
 ) -> list[PreferenceExample]:
     """What is learned, of generated items so many; raises DataError for a broken file."""
     if settings.source == "file":
-        return list(read_preferences(Path(settings.file), objective == "pairwise"))
+        return list(read_preferences(Path(settings.train_file), objective == "pairwise"))
     return list(SOURCES[objective](data, count, False))
 
 
@@ -45,8 +45,8 @@ def heldout_items(
         DataError: a file is broken, or the rules do not tell the two responses of a pair apart.
     """
     if settings.source == "file":
-        return list(read_preferences(Path(settings.heldout_file), objective == "pairwise"))
-    return [by_hidden_rules(item) for item in SOURCES[objective](data, settings.heldout, True)]
+        return list(read_preferences(Path(settings.eval_file), objective == "pairwise"))
+    return [by_hidden_rules(item) for item in SOURCES[objective](data, settings.eval_examples, True)]
 
 
 def by_hidden_rules(item: PreferenceExample) -> PreferenceExample:

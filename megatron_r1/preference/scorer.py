@@ -51,9 +51,9 @@ class RewardModelScorer:
         self._pairwise = settings.objective == "pairwise"
         self.name = name or ("helpfulness" if self._pairwise else "harmlessness")
         self._encoder = encoder_of(settings, tokenizer)
-        self._longest_reasoning = settings.max_reasoning_tokens
+        self._longest_reasoning = settings.max_critique_tokens
         self._model = RewardModel(
-            model, self._pairwise, settings.reasoning_weight, tokenizer.pad, platform.device, parallel.tensor
+            model, self._pairwise, settings.critique_loss_weight, tokenizer.pad, platform.device, parallel.tensor
         )
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:

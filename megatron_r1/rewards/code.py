@@ -173,7 +173,7 @@ class CodeReward:
     def __init__(self, config: SandboxConfig):
         """Raises PlatformError: there is no sandbox here."""
         self._sandbox, self._per_test = Sandbox(config), config.per_test
-        self._parallel = config.parallel
+        self._parallel = config.max_parallel
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         with ThreadPoolExecutor(self._parallel, "sandbox") as threads:

@@ -1,11 +1,11 @@
-"""A function of the user's own as a reward: `reward=FILE.py:NAME`, or `reward.function=FILE.py:NAME` among others.
+"""A user's function as a reward: `reward=FILE.py:NAME`, or `reward.custom_function=FILE.py:NAME` among others.
 
 The function gets keyword arguments and gives one number for each response, in order:
 
     def score(prompts: list[str], responses: list[str], answers: list[str], tasks: list[str]) -> list[float]
 
-One for steps, `reward.steps_by=FILE.py:NAME`, gives a list for each response instead: for each step, in order, how many
-characters of the response there are up to its end, and its reward:
+One for steps, `reward.step_rewards=FILE.py:NAME`, gives a list for each response instead: for each step, in order, how
+many characters of the response there are up to its end, and its reward:
 
     def steps(prompts, responses, answers, tasks) -> list[list[tuple[int, float]]]
 
@@ -116,7 +116,7 @@ class CustomReward:
     name = "own"
 
     def __init__(self, place: str):
-        self._function = CustomFunction(place, "reward.function")
+        self._function = CustomFunction(place, "reward.custom_function")
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """Raises OwnRewardFailed."""
@@ -127,7 +127,7 @@ class CustomStepRewards:
     """The user's function for steps; a `StepRewards`."""
 
     def __init__(self, place: str):
-        self._function = CustomFunction(place, "reward.steps_by")
+        self._function = CustomFunction(place, "reward.step_rewards")
 
     def __call__(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[list[RewardedStep]]:
         """Raises OwnRewardFailed."""

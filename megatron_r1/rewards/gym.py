@@ -39,7 +39,7 @@ class GymVerifier:
 
     def __init__(self, config: MathConfig):
         self._config = config
-        self.pool = WorkerPool(MODULE, [str(config.deadline_s)], config.workers, config.deadline_s)
+        self.pool = WorkerPool(MODULE, [str(config.timeout_s)], config.workers, config.timeout_s)
 
     def is_correct(self, answer: str | None, task: str, truth: str) -> bool | Unscored:
         """Whether the library's verifier gives full marks; partial credit counts as wrong.
@@ -49,7 +49,7 @@ class GymVerifier:
         """
         name = task.removeprefix(PREFIX)
         check_task(name)
-        if answer is None or len(answer) > self._config.longest:
+        if answer is None or len(answer) > self._config.max_characters:
             return False
         try:
             return bool(self.pool.ask({"task": name, "answer": answer, "entry": truth}))

@@ -77,11 +77,11 @@ class MathVerifier:
 
     def __init__(self, config: MathConfig):
         self._config = config
-        self.pool = WorkerPool(MODULE, [str(config.deadline_s)], config.workers, config.deadline_s)
+        self.pool = WorkerPool(MODULE, [str(config.timeout_s)], config.workers, config.timeout_s)
 
     def is_correct(self, answer: str | None, truth: str) -> bool | Unscored:
         """Whether an answer is right; Unscored when no worker can be had."""
-        if answer is None or len(answer) > self._config.longest:
+        if answer is None or len(answer) > self._config.max_characters:
             return False
         answer, truth = unwrapped(answer), unwrapped(truth)
         if (verdict := at_once(answer, truth)) is not None:

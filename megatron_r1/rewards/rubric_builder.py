@@ -73,7 +73,7 @@ class Accuracy:
     def _judge(self, kind: str, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> Sequence[Value]:
         if kind == CODE:
             return self._programs().score(prompts, texts)
-        answers = [answer_of(text, self._config.answer_in) for text in texts]
+        answers = [answer_of(text, self._config.answer_format) for text in texts]
         truths = [prompt.answer for prompt in prompts]
         if kind == "math":
             return self._math.verdicts(answers, truths)
@@ -124,16 +124,16 @@ def rule_scorer(
 
     add(config.format, "format", lambda _, text: format_reward(text, config.format_style))
     add(config.language, "language", in_language)
-    add(config.repetition, "repetition", lambda _, text: repetition(text, config.repetition_words))
+    add(config.repetition, "repetition", lambda _, text: repetition(text, config.repetition_ngram_size))
     if config.overlong:
         if count_tokens is None:
             raise ConfigError("reward.overlong", config.overlong, "must be 0 where no tokenizer counts a response")
         count, longest, buffer = count_tokens, config.overlong_tokens, config.overlong_buffer
         add(config.overlong, "overlong", lambda _, text: overlong(count(text), longest, buffer))
-    if config.own:
-        rules.append(Weighted(config.own, CustomReward(config.function)))
+    if config.custom:
+        rules.append(Weighted(config.custom, CustomReward(config.custom_function)))
     if config.judge:
-        rules.append(Weighted(config.judge, JudgeReward(config.judge_by)))
+        rules.append(Weighted(config.judge, JudgeReward(config.judge_config)))
     rules += models
     return Rubric(rules, config.retries, step_rewards(config))
 
@@ -147,5 +147,6 @@ def step_rewards(config: RewardConfig) -> WeightedSteps | None:
     if not config.steps:
         return None
     return WeightedSteps(
-        config.steps, arithmetic_steps if config.steps_by == "arithmetic" else CustomStepRewards(config.steps_by)
+        config.steps,
+        arithmetic_steps if config.step_rewards == "arithmetic" else CustomStepRewards(config.step_rewards),
     )

@@ -95,10 +95,10 @@ class Learner:
             samples: whole groups, one after the other; the same on every rank.
         """
         rl, train = self._config.rl, self._config.train
-        count = min(rl.mini_batches, len(samples))
+        count = min(rl.updates_per_rollout, len(samples))
         mini_batches = [
             self._mini_batch(samples, indices.tolist())
-            for epoch in range(rl.inner_epochs)
+            for epoch in range(rl.epochs_per_rollout)
             for indices in shuffle_into_mini_batches(len(samples), count, (self._config.seed, state.step, epoch))
         ]
         # Later epochs divide the same samples anew: among several ranks, some go to a rank that had not had them.
@@ -116,7 +116,7 @@ class Learner:
             result = self._update(batch, told, credit, rate)
             skipped = count_skips(skipped, result.skipped or not finite, train.max_skipped_steps, state.step + 1)
             results.append(result)
-        if self._reference and rl.reference_reset_interval and (state.step + 1) % rl.reference_reset_interval == 0:
+        if self._reference and rl.reference_sync_interval and (state.step + 1) % rl.reference_sync_interval == 0:
             self._reference.reset()
         state = state.advance(
             updates=state.updates + sum(not result.skipped for result in results),
@@ -145,7 +145,7 @@ class Learner:
             for sample, learned in zip(rows.samples_B.tolist(), rows.mask_BL.any(1).tolist(), strict=True)
             if learned
         )
-        if rl.kl_in != "reward" or not rl.kl_coefficient:
+        if rl.kl_placement != "reward" or not rl.kl_coefficient:
             return AdvantageInputs(samples, seen, owned_samples), {}
         by_token = {
             place: rl.kl_coefficient * values_L
@@ -217,7 +217,7 @@ class Learner:
                 return loss * scale, metrics | apart | {"policy/entropy": entropy, "tokens": rows.mask_BL.sum()}
 
             # Where the penalty is in the reward, the whole distribution has served.
-            other = told.other(rows) if rl.kl_in == "loss" and is_last_stage() else None
+            other = told.other(rows) if rl.kl_placement == "loss" and is_last_stage() else None
             return self._policy.scores(model, rows, other), loss_function
 
         try:

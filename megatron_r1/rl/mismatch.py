@@ -65,12 +65,12 @@ def summary(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def alarms(row: Mapping[str, float], thresholds: MismatchConfig) -> list[str]:
     """A line for each threshold that the row's numbers are above, or that they cannot be compared with."""
     limits = {
-        "mismatch/logprob_max_abs": thresholds.gap_alarm,
-        "mismatch/k3": thresholds.k3_alarm,
-        "mismatch/outside_range": thresholds.limited_alarm,
+        "mismatch/logprob_max_abs": thresholds.logprob_max_abs_warn,
+        "mismatch/k3": thresholds.k3_warn,
+        "mismatch/outside_range": thresholds.outside_range_warn,
     }
     return [
-        f"{key}={row[key]:.3g} is above rl.mismatch.{name}_alarm={limit:g}: trainer and engine disagree on the samples"
-        for (key, limit), name in zip(limits.items(), ("gap", "k3", "limited"), strict=True)
+        f"{key}={row[key]:.3g} is above rl.{key.replace('/', '.')}_warn={limit:g}: trainer and engine disagree"
+        for key, limit in limits.items()
         if limit and not row[key] <= limit
     ]

@@ -75,16 +75,18 @@ def sglang_engine(
         device: ``cpu`` or ``cuda``.
     """
     with ExitStack() as stack:
-        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
         disk = stack.enter_context(DiskSync(tensors, model, tokenizer_folder, outgoing))
         engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device))
-        if rollout.sync == "disk":
+        if rollout.weight_sync.method == "disk":
             disk.engine = engine
             yield SyncedEngine(engine, disk)
             return
         disk.close()  # the servers have read what they start from
         sender = stack.enter_context(_sender(rollout, engine.endpoints, "trainer", engine.tensor_parallel, device))
-        yield SyncedEngine(engine, GroupSync(engine, sender, tensors, outgoing, rollout.bucket_mb << 20, flush))
+        yield SyncedEngine(
+            engine, GroupSync(engine, sender, tensors, outgoing, rollout.weight_sync.bucket_mb << 20, flush)
+        )
 
 
 @contextmanager
@@ -107,7 +109,7 @@ def training_sglang_engine(
     """
     is_leader = is_rank_zero()
     with ExitStack() as stack:
-        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.pause].flush_cache
+        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
         disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder, outgoing))
         folder = disk.write() if is_leader else None
         if not is_leader:
@@ -118,7 +120,7 @@ def training_sglang_engine(
                 engine = stack.enter_context(_servers(folder, rollout, model, logs, device))
             if engine and rollout.placement == "colocated":
                 engine.release_memory()
-        if rollout.sync == "disk":
+        if rollout.weight_sync.method == "disk":
             disk.engine = engine
             yield SyncedEngine(engine, disk if is_leader else GatherOnlySync(module))
             return
@@ -128,7 +130,9 @@ def training_sglang_engine(
         sender = None
         if (own_rank := rank()) in stage_leaders():
             sender = stack.enter_context(_sender(rollout, endpoints, f"trainer-{own_rank}", width, device))
-        yield SyncedEngine(engine, StageSync(engine, sender, module, outgoing, rollout.bucket_mb << 20, flush))
+        yield SyncedEngine(
+            engine, StageSync(engine, sender, module, outgoing, rollout.weight_sync.bucket_mb << 20, flush)
+        )
 
 
 class GatherOnlySync:
@@ -143,8 +147,8 @@ class GatherOnlySync:
 
 
 def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
-    length, dtype = model.max_sequence_length, DTYPES[model.precision]
-    pause, first = PAUSES[rollout.pause], servers_first_gpu(rollout, device)
+    length, dtype = model.max_sequence_length, DTYPES[model.dtype]
+    pause, first = PAUSES[rollout.weight_sync.pause_mode], servers_first_gpu(rollout, device)
     return SGLangEngine(
         folder, rollout.sglang, logs, device, dtype, context_length=length, pause=pause, first_gpu=first
     )
@@ -164,14 +168,16 @@ def ranks_here() -> int:
 
 def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> WeightPayload:
     """What of the model the servers are given, at the start and with every sync."""
-    return WeightPayload(model, include_mtp=rollout.sync_mtp, fp8=rollout.sglang.server.quantization == "fp8")
+    return WeightPayload(
+        model, include_mtp=rollout.weight_sync.include_mtp, fp8=rollout.sglang.server.quantization == "fp8"
+    )
 
 
 def _sender(
     rollout: RolloutConfig, endpoints: Sequence[Endpoint], name: str, tensor_parallel: int, device: str
 ) -> AbstractContextManager[WeightSender]:
     timeout_s = rollout.sglang.request_timeout_s
-    if rollout.sync == "ipc":
+    if rollout.weight_sync.method == "ipc":
         return IpcSender(endpoints, name, tensor_parallel, device, timeout_s)
     return GroupSender(endpoints, name, tensor_parallel, group_backend(rollout, device), timeout_s)
 

@@ -19,9 +19,9 @@ from megatron_r1.parallel.launcher import is_rank_zero
 _FREE_TO_CHANGE = (
     "track.",
     "train.log_interval",
-    "train.checkpoint_interval",
-    "train.background_saves",
-    "train.keep_checkpoints",
+    "train.save_interval",
+    "train.async_save",
+    "train.save_total_limit",
     "threads",
     "platform",
     "parallel.",

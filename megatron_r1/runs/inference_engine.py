@@ -41,4 +41,4 @@ def inference_engine(
                 load_whole_tensors(model, current)
                 super().update_weights(version)
 
-        yield LoadingEngine(model, config.rollout.batch_size, Tokenizer.load(first.tokenizer_folder).pad)
+        yield LoadingEngine(model, config.rollout.local_batch_size, Tokenizer.load(first.tokenizer_folder).pad)

@@ -25,7 +25,7 @@ BAD_ROWS, PINNED = "bad_rows.txt", "prompts.sha256"
 
 def prompt_formatter(config: RunConfig, tokenizer: Tokenizer) -> PromptFormatter:
     """How this run puts questions to its model; raises as `Asking`."""
-    return PromptFormatter(tokenizer, config.rollout.template, config.rollout.system_prompt)
+    return PromptFormatter(tokenizer, config.rollout.chat_template, config.rollout.system_prompt)
 
 
 def prompts_of_file(config: RunConfig, formatter: PromptFormatter, limit: int = 0) -> PromptFile | None:

@@ -11,7 +11,7 @@ from megatron_r1.config.division import check_division
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
-from megatron_r1.config.precision import PrecisionConfig
+from megatron_r1.config.fp8 import Fp8Config
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.build import build_model
 from megatron_r1.model.chunks import Model
@@ -28,7 +28,7 @@ def second_model(
     tensors: Mapping[str, Tensor] | None,
     prepare: Callable[[Model], None] = lambda _: None,
     performance: PerformanceConfig | None = None,
-    precision: PrecisionConfig | None = None,
+    precision: Fp8Config | None = None,
 ) -> Model:
     """Collective: build a model and load its weights; random numbers of the run stay those of a run without it.
 

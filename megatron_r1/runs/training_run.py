@@ -94,9 +94,9 @@ class TrainingRun:
                 self.store,
                 lambda state: self.snapshot(state, extra_tensors, extra_shards).write,
                 {"config": resolved(self.config), "layout": layout(self.config)},
-                train.checkpoint_interval,
+                train.save_interval,
                 self.state.step,
-                train.background_saves,
+                train.async_save,
             )
         ]
         if dist.get_rank() == 0:
@@ -126,7 +126,7 @@ class TrainingRun:
         """
         rank = dist.get_rank()
         taken = RankZeroSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
-        taken.take(self._shards(extra_shards), copy=self.config.train.background_saves)
+        taken.take(self._shards(extra_shards), copy=self.config.train.async_save)
         taken.tensors["random"] = random_state()
         if rank == 0 and (extra := extra_tensors()):
             taken.tensors["extra"] = {name: tensor.clone() for name, tensor in extra.items()}
@@ -158,11 +158,11 @@ def training_run(
             raise ConfigError("train.optimizer.offload", True, "must be false on a CPU: moments are there already")
     with (
         process_groups(platform, config.parallel, config.seed, config.threads),
-        CheckpointStore(folder / "checkpoints", config.train.keep_checkpoints, AllRanks()) as store,
+        CheckpointStore(folder / "checkpoints", config.train.save_total_limit, AllRanks()) as store,
     ):
         # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
         preempt = PreemptHook()
-        model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.precision)
+        model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.fp8)
         prepare(model)
         log_precision(model, folder)
         if weights:

@@ -59,7 +59,7 @@ class Optimizer:
             performance: what is overlapped; None is nothing.
         """
         self.chunks = [_with_gradient_buffers(part, performance or PerformanceConfig()) for part in chunks(model)]
-        if performance and performance.overlap_gradient_reduction:
+        if performance and performance.overlap_grad_reduce:
             # Only the last micro-batch's backward pass finds gradients complete.
             waiting = [chunk.no_sync for chunk in self.chunks]
             model.config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
@@ -71,13 +71,13 @@ class Optimizer:
             adam_beta1=settings.beta1,
             adam_beta2=settings.beta2,
             adam_eps=settings.epsilon,
-            clip_grad=settings.clip_norm,
+            clip_grad=settings.max_grad_norm,
             bf16=model.config.bf16,
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
         )
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
-        rounded = settings.moment_precision == "bf16"
+        rounded = settings.moments_dtype == "bf16"
         # Moments are as precise as the weights that they step, which are never less than fp32.
         weights_dtype = torch.promote_types(model.config.params_dtype, torch.float32)
         self.moments_dtype = torch.bfloat16 if rounded else weights_dtype
@@ -143,14 +143,14 @@ def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> D
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=model.config.bf16,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=performance.overlap_gradient_reduction,
+        overlap_grad_reduce=performance.overlap_grad_reduce,
         # Weights are gathered before a step ends: hooks save and average them, and engines get them, right after it.
         overlap_param_gather=False,
     )
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        max(BUCKET, ranks * BUCKET // 40) if performance.overlap_gradient_reduction else None,
+        max(BUCKET, ranks * BUCKET // 40) if performance.overlap_grad_reduce else None,
         ranks,
         settings,
         parallel_state.get_expert_data_parallel_world_size(),

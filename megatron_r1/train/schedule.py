@@ -42,14 +42,14 @@ def learning_rate(schedule: ScheduleConfig, step: int, steps: int, tokens: int) 
 
     Linear warm-up from 0, then the configured shape: by step down to the final rate at the last one, or by tokens.
     """
-    peak, final = schedule.learning_rate, schedule.final_learning_rate
+    peak, final = schedule.learning_rate, schedule.min_learning_rate
     warm = min(1.0, step / max(1, schedule.warmup_steps))
-    if schedule.decay == "tokens":
+    if schedule.lr_decay_style == "tokens":
         return warm * value_at(peak, schedule.learning_rate_phases, tokens)
-    if warm < 1.0 or schedule.decay == "constant":
+    if warm < 1.0 or schedule.lr_decay_style == "constant":
         return warm * peak
     done = min(1.0, (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps))
-    return _between(peak, final, schedule.decay, done)
+    return _between(peak, final, schedule.lr_decay_style, done)
 
 
 def batch_size(train: TrainConfig, tokens: int) -> int:

@@ -19,10 +19,10 @@ from megatron_r1.runs.initial_weights import find_weights
 from tests.support.conversions import convert, hf_of, in_precision, native_run, native_weights, same_bits
 
 RECIPE = load("pretrain")
-MODEL = replace(RECIPE.model, num_layers=2, precision="bf16")
+MODEL = replace(RECIPE.model, num_layers=2, dtype="bf16")
 LOST = "model.layers.1.mlp.experts.5.up_proj.weight"
 SHORT = [
-    *("model.num_layers=2", "model.precision=bf16", "train.steps=2", "train.schedule.warmup_steps=1"),
+    *("model.num_layers=2", "model.dtype=bf16", "train.steps=2", "train.schedule.warmup_steps=1"),
     *("data.num_documents=2000", "track=off", "platform=cpu", "threads=1"),
 ]
 
@@ -95,7 +95,7 @@ def test_damage_is_one_line_and_leaves_nothing(damage, message: str, folder: Pat
 def test_a_dry_run_reads_headers_and_writes_nothing(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["convert", f"root='{tmp_path / 'runs'}'", "convert.dry_run=true", "convert.format=bf16"]
+    arguments = ["convert", f"root='{tmp_path / 'runs'}'", "convert.dry_run=true", "convert.dtype=bf16"]
     assert exit_code([*arguments, f"init.from='hf:{folder}'"]) == 0
     said = capsys.readouterr()
     assert "bytes in BF16" in said.err and "F8_E4M3" not in said.err and not said.out
@@ -120,9 +120,9 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
         ([], "init.from="),
         (["init.from=nowhere"], "init.from=nowhere: must be a run"),
         (["init.from=hf:nowhere"], "init.from=hf:nowhere: must be a folder with a config.json"),
-        (["convert.format=fp16"], "convert.format=fp16: must be one of"),
-        (["convert.to=native", "convert.format=fp8"], "convert.format=fp8: must be fp32"),
-        (["convert.shard_gb=0"], "convert.shard_gb=0.0: must be above 0"),
+        (["convert.dtype=fp16"], "convert.dtype=fp16: must be one of"),
+        (["convert.to=native", "convert.dtype=fp8"], "convert.dtype=fp8: must be fp32"),
+        (["convert.max_shard_gb=0"], "convert.max_shard_gb=0.0: must be above 0"),
         (["convert.workers=0"], "convert.workers=0: must be at least 1"),
     ],
 )

@@ -22,7 +22,10 @@ def test_pairs_of_files_are_all_taken(tmp_path):
         rows = [{"prompt": f"{name} {n}?", "chosen": "yes", "rejected": "no"} for n in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = DpoConfig(
-        source="file", file=str(tmp_path / "learned.jsonl"), heldout_file=str(tmp_path / "heldout.jsonl"), heldout=1
+        source="file",
+        train_file=str(tmp_path / "learned.jsonl"),
+        eval_file=str(tmp_path / "heldout.jsonl"),
+        eval_examples=1,
     )
     learned, heldout = learned_items(settings, DataConfig(), 1), heldout_items(settings, DataConfig())
     assert [item.question for item in learned] == ["learned 0?", "learned 1?", "learned 2?"]
@@ -34,7 +37,7 @@ def test_pairs_of_files_are_all_taken(tmp_path):
 
 def test_generated_pairs_are_counted_and_heldout_ones_judged_by_the_hidden_rules():
     data = DataConfig(source="assistant")
-    learned, heldout = learned_items(DpoConfig(), data, 7), heldout_items(DpoConfig(heldout=9), data)
+    learned, heldout = learned_items(DpoConfig(), data, 7), heldout_items(DpoConfig(eval_examples=9), data)
     assert (len(learned), len(heldout)) == (7, 9)
     assert not {item.question for item in learned} & {item.question for item in heldout}
     for item in heldout:
@@ -43,7 +46,7 @@ def test_generated_pairs_are_counted_and_heldout_ones_judged_by_the_hidden_rules
 
 def test_heldout_pairs_longer_than_a_row_are_left_out_and_counted(caplog):
     encoder = PolicyPairEncoder(PromptFormatter(small_tokenizer(), "none"))
-    items = heldout_items(DpoConfig(heldout=8), DataConfig(source="assistant"))
+    items = heldout_items(DpoConfig(eval_examples=8), DataConfig(source="assistant"))
     lengths = [encoder.example(item).length for item in items]
     longest = sorted(lengths)[3]
     kept, examples = measured_pairs(items, encoder, longest)

@@ -18,12 +18,12 @@ SHORT = [
     "train.schedule.warmup_steps=1",
     "data.num_documents=2000",
     "train.log_interval=1",
-    "train.checkpoint_interval=2",
+    "train.save_interval=2",
     "model.num_layers=2",
     "rl.prompts_per_rollout=4",
     "rl.group_size=4",
-    "evaluate.prompts=16",
-    "evaluate.samples=2",
+    "evaluate.num_prompts=16",
+    "evaluate.samples_per_prompt=2",
     "track.wandb=offline",
 ]
 STAGES = {"pretrain": ["train.steps=6"], "r1_zero": ["train.steps=3", "init.from='{pretrain}'"]}

@@ -39,7 +39,7 @@ def start(*arguments: str, dying: bool = False) -> subprocess.CompletedProcess[s
 def root(tmp_path_factory) -> Path:
     """A folder with a model that two steps have trained, and prompts."""
     root = tmp_path_factory.mktemp("runs")
-    steps = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=2000", "train.checkpoint_interval=2"]
+    steps = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=2000", "train.save_interval=2"]
     shape = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
     done = start("pretrain", *MODEL, *steps, *shape, f"root='{root}'", "name=base")
     assert done.returncode == 0, done.stderr
@@ -49,7 +49,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def job(root: Path, name: str) -> list[str]:
-    sample = ["sample.samples=2", "sample.prompts_per_part=4", "sample.limit=0"]
+    sample = ["sample.samples_per_prompt=2", "sample.prompts_per_part=4", "sample.max_prompts=0"]
     keys = [*sample, "data.prompts.max_bad_rows=1", f"data.prompts.path='{root}/prompts.jsonl'"]
     return ["sample", *MODEL, *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
 

@@ -60,9 +60,9 @@ def trained(
     command = [
         *KINDS[request.param],
         *("sft.source=files", f"sft.datasets.sums.path='{dialogues}'", "sft.chat_template=tokenizer"),
-        *(f"sft.max_bad_rows={BAD}", f"sft.heldout={HELDOUT}", "sft.heldout_interval=2", "sft.epochs=2"),
+        *(f"sft.max_bad_rows={BAD}", f"sft.eval_examples={HELDOUT}", "sft.eval_interval=2", "sft.epochs=2"),
         *("train.sequence_length=96", "train.schedule.learning_rate=3e-3", "train.schedule.warmup_steps=1"),
-        *("train.global_batch_size=16", "train.micro_batch_size=8", "train.checkpoint_interval=5"),
+        *("train.global_batch_size=16", "train.micro_batch_size=8", "train.save_interval=5"),
         *(f"init.from='hf:{base / 'hf'}'", f"root='{base}'", "name=run", "platform=cpu", "threads=1", "track=off"),
     ]
     sft(command)
@@ -248,7 +248,7 @@ def test_examples_alone_on_interleaved_stages_are_learned_and_measured_as_on_one
         *("sft.source=files", f"sft.datasets.sums.path='{dialogues}'", "sft.chat_template=tokenizer"),
         *(
             f"sft.max_bad_rows={BAD}",
-            f"sft.heldout={HELDOUT}",
+            f"sft.eval_examples={HELDOUT}",
             "sft.packing=none",
             "train.steps=3",
             "train.schedule.warmup_steps=1",

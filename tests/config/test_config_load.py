@@ -29,7 +29,7 @@ NEEDS = {
     ("train", "sft_v3"): ["model.max_sequence_length=32768"],
     ("train", "sft_r1"): ["model.max_sequence_length=32768"],
     ("train", "reward_r1"): ["model.max_sequence_length=8192"],
-    ("performance", "deepseek"): ["parallel.expert=2", "model.precision=bf16"],
+    ("performance", "deepseek"): ["parallel.expert=2", "model.dtype=bf16"],
 }
 """What an option asks of other sections, beyond the tiny model on one rank."""
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
@@ -135,7 +135,7 @@ def test_loading_leaves_no_global_state(tmp_path, monkeypatch):
         ("model/tiny.yaml", "hidden_size: 128\n", "hiden_size: 128\n", "model.hiden_size=128: no such key"),
         ("model/tiny.yaml", "  top_k: 2\n", "  top_k: null\n", "model.moe.top_k=null: must be a whole number"),
         ("model/tiny.yaml", "  top_k: 2\n", "  top_k: ${gone}\n", "model.moe.top_k=${gone}: Interpolation key 'gone'"),
-        ("model/tiny.yaml", "precision: fp32", "precision: [", "--config-name=pretrain: cannot be composed: "),
+        ("model/tiny.yaml", "dtype: fp32", "dtype: [", "--config-name=pretrain: cannot be composed: "),
         ("pretrain.yaml", "model: tiny", "model: huge", "model=huge: no such file; "),
         ("pretrain.yaml", "name: pretrain", "1: pretrain", "1=pretrain: no such key"),
     ],

@@ -89,11 +89,11 @@ REFUSALS = [
     ("grpo rollout.max_response_tokens=256", "rollout.max_response_tokens=256", "model.max_sequence_length=256"),
     (
         "grpo rollout.sglang.server.speculative.method=mtp",
-        "rollout.sync_mtp=false",
+        "rollout.weight_sync.include_mtp=false",
         "must be true with sglang.server.speculative.method=mtp",
     ),
     (
-        "grpo model.mtp.num_layers=0 rollout.sync_mtp=true rollout.sglang.server.speculative.method=mtp",
+        "grpo model.mtp.num_layers=0 rollout.weight_sync.include_mtp=true rollout.sglang.server.speculative.method=mtp",
         "rollout.sglang.server.speculative.method=mtp",
         "needs model.mtp.num_layers of at least 1",
     ),
@@ -120,20 +120,36 @@ REFUSALS = [
         "must be false with advantages",
     ),
     ("grpo rl=ppo rl.group_size=1 rl.filters.truncated=mask", "rl.filters.truncated=mask", "must be keep with group"),
-    ("grpo rl=ppo rl.critic.decay=1.5", "rl.critic.decay=1.5", "must lie between"),
-    ("grpo rl=ppo rollout.placement=colocated", "rollout.placement=colocated", "must be separate with rl.advantages"),
+    ("grpo rl=ppo rl.critic.gae_lambda=1.5", "rl.critic.gae_lambda=1.5", "must lie between"),
+    (
+        "grpo rl=ppo rollout.placement=colocated",
+        "rollout.placement=colocated",
+        "must be separate with rl.advantage_estimator",
+    ),
     ("grpo rollout.placement=apart", "rollout.placement=apart", "must be one of separate, colocated"),
-    ("grpo rollout.placement=colocated rollout.ahead=1", "rollout.ahead=1", "must be 0 with placement=colocated"),
+    (
+        "grpo rollout.placement=colocated rollout.max_staleness=1",
+        "rollout.max_staleness=1",
+        "must be 0 with placement=colocated",
+    ),
     (
         "grpo rollout.placement=colocated rollout.sglang.addresses=['http://a:1']",
         "rollout.sglang.addresses=['http://a:1']",
         "must be empty with placement=colocated",
     ),
-    ("grpo rollout.placement=colocated rollout.pause=abort", "rollout.pause=abort", "must be finish with"),
+    (
+        "grpo rollout.placement=colocated rollout.weight_sync.pause_mode=abort",
+        "rollout.weight_sync.pause_mode=abort",
+        "must be finish with",
+    ),
     ("grpo rollout=local rollout.placement=colocated", "rollout.engine=local", "must be sglang with"),
     ("grpo reward.helpfulness=1", "reward.helpfulness=1.0", "helpfulness_model: both are given, or neither"),
-    ("grpo reward.judge_by.url=http://a:1/v1", "reward.judge=0.0", "judge_by.url: both are given, or neither"),
-    ("grpo rollout.sync=ipc", "rollout.sync=ipc", "must be group or disk with placement=separate"),
+    ("grpo reward.judge_config.url=http://a:1/v1", "reward.judge=0.0", "judge_config.url: both are given, or neither"),
+    (
+        "grpo rollout.weight_sync.method=ipc",
+        "rollout.weight_sync.method=ipc",
+        "must be group or disk with placement=separate",
+    ),
     # choices, grammar, files, interpolation
     ("pretrain model=huge", "model=huge", "must be one of llama3_1_8b"),
     ("pretrain +model=huge", "model=huge", "must be one of llama3_1_8b"),
@@ -184,15 +200,15 @@ def test_refusals_take_under_a_second(answers):
 def test_a_critic_of_tied_embeddings_on_two_stages_is_refused():
     config = load("grpo", ["rl=ppo", "model=tiny_dense", "parallel.pipeline=2"])
     assert config.model.tied_embeddings
-    with pytest.raises(ConfigError, match="parallel.pipeline=2: must be 1 with rl.advantages=critic"):
+    with pytest.raises(ConfigError, match="parallel.pipeline=2: must be 1 with rl.advantage_estimator=critic"):
         check_layout(config, "grpo", ranks=2)
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["rl=process"], "reward.steps=0.0: must be above 0 with rl.advantages=process"),
-        (["reward=steps"], "reward.steps=0.5: must be 0 with rl.advantages=group"),
+        (["rl=process"], "reward.steps=0.0: must be above 0 with rl.advantage_estimator=process"),
+        (["reward=steps"], "reward.steps=0.5: must be 0 with rl.advantage_estimator=group"),
     ],
 )
 def test_rewards_of_steps_and_advantages_of_steps_need_each_other(overrides, said):

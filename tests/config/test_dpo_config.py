@@ -8,7 +8,7 @@ from megatron_r1.config.layout import check_layout
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
 
-FILES = ["dpo.source=file", "dpo.file=a.jsonl", "dpo.heldout_file=b.jsonl"]
+FILES = ["dpo.source=file", "dpo.train_file=a.jsonl", "dpo.eval_file=b.jsonl"]
 INTERLEAVED = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micro_batch_size=8"]
 
 
@@ -20,8 +20,8 @@ INTERLEAVED = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micr
         (["dpo.label_smoothing=-0.1"], "dpo.label_smoothing=-0.1: must be at least 0 and below 0.5"),
         (["dpo.source=web"], "dpo.source=web: must be one of assistant, file"),
         (["dpo.epochs=0"], "dpo.epochs=0: must be at least 1"),
-        (["dpo.file=a.jsonl"], "dpo.file=a.jsonl: must be empty: source is assistant"),
-        (FILES[:2], "dpo.heldout_file=: must name a .jsonl file"),
+        (["dpo.train_file=a.jsonl"], "dpo.train_file=a.jsonl: must be empty: source is assistant"),
+        (FILES[:2], "dpo.eval_file=: must name a .jsonl file"),
     ],
 )
 def test_what_is_not_allowed_is_one_line(overrides, message):
@@ -32,7 +32,7 @@ def test_what_is_not_allowed_is_one_line(overrides, message):
 
 def test_files_may_replace_the_generated_pairs():
     settings = load("dpo", FILES).dpo
-    assert (settings.source, settings.file, settings.heldout_file) == ("file", "a.jsonl", "b.jsonl")
+    assert (settings.source, settings.train_file, settings.eval_file) == ("file", "a.jsonl", "b.jsonl")
 
 
 @pytest.mark.parametrize("verb", ["dpo", "reward_model"])
@@ -41,7 +41,11 @@ def test_files_may_replace_the_generated_pairs():
     [
         (["parallel.context=2"], 2, "parallel.context=2: must be 1: a response is judged by its whole row"),
         (INTERLEAVED, 2, "parallel.virtual_pipeline=2: must be 1"),
-        (["parallel.expert=2", "performance.dispatcher=allgather"], 2, "performance.dispatcher=allgather: needs"),
+        (
+            ["parallel.expert=2", "performance.moe_token_dispatcher_type=allgather"],
+            2,
+            "performance.moe_token_dispatcher_type=allgather: needs",
+        ),
         (["train.global_batch_size=16"], 3, "train.global_batch_size=16: must be a multiple of the 3"),
     ],
 )

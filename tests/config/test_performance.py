@@ -10,20 +10,20 @@ from megatron_r1.config.performance import PerformanceConfig, refuse_on_cpu
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 
-OVERLAP = {"overlap_expert_communication": True}
+OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"recompute": ["attention"]}, "must be some of core_attn"),
-        ({"dispatcher": "flex"}, "must be one of allgather, alltoall"),
-        ({"delay_weight_gradients": True}, "needs overlap_expert_communication=true"),
-        (OVERLAP | {"dispatcher": "allgather"}, "needs another dispatcher"),
-        (OVERLAP | {"recompute": ["moe"]}, "cannot be while overlap_expert_communication=true"),
-        (OVERLAP | {"overlap_shared_experts": True}, "cannot be while overlap_expert_communication=true"),
-        ({"overlap_shared_experts": True, "recompute": ["shared_experts"]}, "cannot be while overlap_shared"),
-        ({"overlap_shared_experts": True, "dispatcher": "allgather"}, "needs another dispatcher"),
+        ({"recompute_modules": ["attention"]}, "must be some of core_attn"),
+        ({"moe_token_dispatcher_type": "flex"}, "must be one of allgather, alltoall"),
+        ({"delay_wgrad_compute": True}, "needs overlap_moe_expert_parallel_comm=true"),
+        (OVERLAP | {"moe_token_dispatcher_type": "allgather"}, "needs another dispatcher"),
+        (OVERLAP | {"recompute_modules": ["moe"]}, "cannot be while overlap_moe_expert_parallel_comm=true"),
+        (OVERLAP | {"moe_shared_expert_overlap": True}, "cannot be while overlap_moe_expert_parallel_comm=true"),
+        ({"moe_shared_expert_overlap": True, "recompute_modules": ["shared_experts"]}, "cannot be while moe_shared"),
+        ({"moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "allgather"}, "needs another dispatcher"),
     ],
 )
 def test_switches_that_exclude_one_another_are_refused(settings, said):
@@ -35,16 +35,16 @@ def test_switches_that_exclude_one_another_are_refused(settings, said):
     ("parallel", "model", "said"),
     [
         ({}, {"precision": "bf16"}, "needs parallel.expert above 1"),
-        ({"expert": 2}, {"precision": "fp32"}, "needs model.precision=bf16"),
+        ({"expert": 2}, {"dtype": "fp32"}, "needs model.dtype=bf16"),
         ({"expert": 2, "pipeline": 2}, {"precision": "bf16"}, "needs parallel.virtual_pipeline above 1"),
         ({"expert": 2}, {"precision": "bf16", "mtp": 2}, "needs at most 1 multi-token layer"),
     ],
 )
 def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, said):
-    from megatron_r1.config.model import ModelConfig, MultiTokenConfig
+    from megatron_r1.config.model import ModelConfig, MtpConfig
     from megatron_r1.config.parallel import ParallelConfig
 
-    shape = ModelConfig(precision=model["precision"], mtp=MultiTokenConfig(num_layers=model.get("mtp", 1)))
+    shape = ModelConfig(dtype=model["dtype"], mtp=MtpConfig(num_layers=model.get("mtp", 1)))
     with pytest.raises(ConfigError, match=said):
         RunConfig(model=shape, parallel=ParallelConfig(**parallel), performance=PerformanceConfig(**OVERLAP))
 
@@ -60,8 +60,12 @@ def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(name):
 @pytest.mark.parametrize("dispatcher", ["deepep", "hybridep"])
 def test_gpu_dispatchers_are_refused_on_a_cpu(dispatcher):
     with pytest.raises(ConfigError, match="must be alltoall or allgather on a CPU"):
-        refuse_on_cpu(PerformanceConfig(dispatcher=dispatcher))
+        refuse_on_cpu(PerformanceConfig(moe_token_dispatcher_type=dispatcher))
 
 
 def test_what_a_cpu_can_do_is_not_refused():
-    refuse_on_cpu(PerformanceConfig(recompute=["layernorm"], dispatcher="allgather", overlap_gradient_reduction=True))
+    refuse_on_cpu(
+        PerformanceConfig(
+            recompute_modules=["layernorm"], moe_token_dispatcher_type="allgather", overlap_grad_reduce=True
+        )
+    )

@@ -25,9 +25,9 @@ def test_schedules_are_the_reports(recipe, first, last):
     ("override", "message"),
     [
         ("source=web", "sft.source=web: must be one of arithmetic, assistant, files"),
-        ("learn=none", "sft.learn=none: must be one of all, last, each"),
-        ("answers=short", "sft.answers=short: must be one of template, verbatim"),
-        ("too_long=keep", "sft.too_long=keep: must be one of drop, truncate"),
+        ("loss_on=none", "sft.loss_on=none: must be one of all, last, each"),
+        ("response_text=short", "sft.response_text=short: must be one of template, verbatim"),
+        ("overlong=keep", "sft.overlong=keep: must be one of drop, truncate"),
         ("packing=tight", "sft.packing=tight: must be one of best_fit, none"),
         ("epochs=0", "sft.epochs=0: must be at least 1"),
         ("max_bad_share=2", "sft.max_bad_share=2.0: must lie between"),

@@ -32,14 +32,14 @@ def main(folder: Path) -> None:
 
     job = json.loads((folder / "job.json").read_text())
     config, platform = convert(RunConfig, job["config"]), select("cpu")
-    config.train.optimizer.clip_norm = 0.0
+    config.train.optimizer.max_grad_norm = 0.0
     from megatron_r1.parallel.mesh import process_groups
 
     with process_groups(platform, config.parallel, seed=0, threads=1):
         for precision in ("fp32", "fp64"):
             if precision == "fp64":
                 compute_in_float64()
-            config.model.precision = precision
+            config.model.dtype = precision
             found = {"pretrain": pretrain(config, platform)}
             if precision == "fp64":
                 found["packed"] = packed(config, platform, cross=True)
@@ -82,7 +82,7 @@ def build(config: Any, platform: Any) -> Any:
 
     model = build_model(config.model, config.parallel, platform, 0, config.performance)
     for part in chunks(model):
-        part.config.moe_router_dtype = config.model.precision
+        part.config.moe_router_dtype = config.model.dtype
     return model
 
 
@@ -181,7 +181,7 @@ def build_teacher(tree: Any, config: Any, platform: Any) -> Any:
 
     teacher = copy.copy(config)
     teacher.model = convert(ModelConfig, tree)
-    teacher.model.precision = config.model.precision
+    teacher.model.dtype = config.model.dtype
     teacher.parallel = shared_as(config.parallel, config.model, teacher.model)
     return build(teacher, platform)
 
@@ -233,7 +233,7 @@ def post_training(config: Any) -> Any:
     """The same model, the routers' balance left alone, and a rollout to learn from in one mini-batch."""
     config = copy.deepcopy(config)
     config.model.moe.sequence_loss_coefficient = config.model.moe.bias_update_rate = 0.0
-    config.rl.prompts_per_rollout, config.rl.group_size, config.rl.mini_batches = PROMPTS, GROUP, 1
+    config.rl.prompts_per_rollout, config.rl.group_size, config.rl.updates_per_rollout = PROMPTS, GROUP, 1
     config.rl.tokens_per_micro_batch, config.rl.kl_coefficient, config.rollout.temperature = 120, 0.05, 0.7
     config.rl.routing_replay = config.model.moe.num_experts > 0
     return config
@@ -242,9 +242,15 @@ def post_training(config: Any) -> Any:
 def with_critic(config: Any) -> Any:
     """The same by PPO, every answer twice, so that among several ranks some change theirs."""
     rl = config.rl
-    rl.advantages, rl.average, rl.kl_in, rl.kl_estimator, rl.inner_epochs = "critic", "token", "reward", "k1", 2
+    rl.advantage_estimator, rl.loss_aggregation, rl.kl_placement, rl.kl_estimator, rl.epochs_per_rollout = (
+        "critic",
+        "token_mean",
+        "reward",
+        "k1",
+        2,
+    )
     config.train.schedule.warmup_steps, config.train.schedule.learning_rate = 0, 1e-5
-    rl.critic.learning_rate, rl.critic.decay = 1e-5, 0.9
+    rl.critic.learning_rate, rl.critic.gae_lambda = 1e-5, 0.9
     return config
 
 
@@ -282,8 +288,8 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     for copy_of_weight in reference.copies:
         copy_of_weight *= REFERENCE_SCALE
     replay = RoutingReplay(model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
-    beside = critic_of(config, platform) if config.rl.advantages == "critic" else None
-    advantages = CriticAdvantages(Critic(*beside, config.rl.critic.clip), config.rl.critic) if beside else None
+    beside = critic_of(config, platform) if config.rl.advantage_estimator == "critic" else None
+    advantages = CriticAdvantages(Critic(*beside, config.rl.critic.value_clip), config.rl.critic) if beside else None
     learner = Learner(config, model, optimizer, reference, 0, "cpu", replay, advantages)
     _, row = learner.learn(list(samples(config.model)), TrainState())
     gradients = whole_gradients(model, optimizer)

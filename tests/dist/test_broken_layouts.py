@@ -54,7 +54,12 @@ BROKEN = [
     ("grpo", 2, "parallel.tensor=2 parallel.expert=2 parallel.expert_tensor=2", "=4 must divide 2 ranks"),
     # What a stage cannot do.
     ("grpo", 2, "parallel.context=2", "must be 1: only pretrain"),
-    ("grpo", 2, "parallel.expert=2 performance.dispatcher=allgather", "needs as many tokens on every rank"),
+    (
+        "grpo",
+        2,
+        "parallel.expert=2 performance.moe_token_dispatcher_type=allgather",
+        "needs as many tokens on every rank",
+    ),
     ("pretrain", 2, "parallel.context=2 train.sequence_length=62", "must divide train.sequence_length=62"),
     ("grpo", 2, "rollout=local parallel.tensor=2 init.from=base", "needs the whole model on a rank"),
     ("pretrain", 2, "train.global_batch_size=5 train.micro_batch_size=5", "a multiple of the 2 data-parallel ranks"),
@@ -70,7 +75,7 @@ BROKEN = [
     (
         "sft",
         2,
-        "parallel.expert=2 sft.packing=none performance.dispatcher=allgather",
+        "parallel.expert=2 sft.packing=none performance.moe_token_dispatcher_type=allgather",
         "needs as many tokens on every rank: with sft.packing=none",
     ),
     # What is no degree.

@@ -70,14 +70,18 @@ LAYOUTS = {
     "dp2-tp2": Case(4, (TENSOR,)),
     "pp2-uneven": Case(2, (PIPELINE, "parallel.pipeline_layers=[3,1]")),
     "pp2-vpp2": Case(2, (PIPELINE, INTERLEAVED), reinforce=False),
-    "cp2-recomputed": Case(2, (CONTEXT, "performance.recompute=[layernorm,mla_up_proj,moe_act]"), reinforce=False),
-    "cp2-tp2": Case(4, (CONTEXT, TENSOR), reinforce=False),
-    "tp2-recomputed": Case(2, (TENSOR, "performance.recompute=[core_attn,mlp,shared_experts]")),
-    "ep2-gathered": Case(
-        2, (EXPERT, "performance.recompute=[moe]", "performance.dispatcher=allgather"), reinforce=False
+    "cp2-recomputed": Case(
+        2, (CONTEXT, "performance.recompute_modules=[layernorm,mla_up_proj,moe_act]"), reinforce=False
     ),
-    "dp2-overlapped": Case(2, ("performance.overlap_gradient_reduction=true",)),
-    "tp2-bf16-moments": Case(2, (TENSOR, "train.optimizer.moment_precision=bf16")),
+    "cp2-tp2": Case(4, (CONTEXT, TENSOR), reinforce=False),
+    "tp2-recomputed": Case(2, (TENSOR, "performance.recompute_modules=[core_attn,mlp,shared_experts]")),
+    "ep2-gathered": Case(
+        2,
+        (EXPERT, "performance.recompute_modules=[moe]", "performance.moe_token_dispatcher_type=allgather"),
+        reinforce=False,
+    ),
+    "dp2-overlapped": Case(2, ("performance.overlap_grad_reduce=true",)),
+    "tp2-bf16-moments": Case(2, (TENSOR, "train.optimizer.moments_dtype=bf16")),
     "pp2-without-mtp": Case(2, (PIPELINE, "model.mtp.num_layers=0")),
     "dense-tp2": Case(2, (*DENSE, TENSOR)),
     "dense-pp2": Case(2, (*DENSE, PIPELINE)),

@@ -30,7 +30,7 @@ def test_arithmetic_tells_right_from_tagged_from_well_formed():
     assert marks("arithmetic", lambda p: tagged("x", p.answer)) == {"blind": 1.0, "strict": 1.0, "format": 1.0}
     assert marks("arithmetic", lambda p: f"It is {p.answer}.") == {"blind": 1.0, "strict": 0.0, "format": 0.0}
     assert marks("arithmetic", lambda p: tagged("x", "-1")) == {"blind": 0.0, "strict": 0.0, "format": 1.0}
-    assert all(is_heldout(p.expression, CONFIG.heldout_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
+    assert all(is_heldout(p.expression, CONFIG.eval_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
 
 
 def test_general_tasks_tell_what_was_asked_from_what_is_safe():

@@ -47,7 +47,7 @@ def survive(job: Job, expected: list[dict], points: list[str], lost: int, seed: 
 
 @pytest.mark.dist
 def test_the_run_goes_on(root, pretrained):
-    arguments = [*PRETRAIN, *SHORT, "train.background_saves=true"]
+    arguments = [*PRETRAIN, *SHORT, "train.async_save=true"]
     job = Job(arguments, root, "dies", PROGRAM)
     survive(job, pretrained[0], ["mid_shard", "before_rename"], 2 * INTERVAL, 1)
 
@@ -58,9 +58,9 @@ def test_the_run_goes_on(root, pretrained):
 @pytest.mark.parametrize("background", ["false", "true"])
 def test_the_run_goes_on_from_every_point(background, root):
     """Both ranks hold experts, so that both have shards to write."""
-    arguments = [*PRETRAIN, "train.steps=120", f"train.checkpoint_interval={INTERVAL}", "parallel.expert=2"]
+    arguments = [*PRETRAIN, "train.steps=120", f"train.save_interval={INTERVAL}", "parallel.expert=2"]
     expected, _ = undisturbed(Job(arguments, root, f"experts-{background}"))
-    arguments += [f"train.background_saves={background}"]
+    arguments += [f"train.async_save={background}"]
     points = list(islice(cycle([*list(POINTS)[1:], "verifying"]), 25))
     lost = INTERVAL * (2 if background == "true" else 1)
     survive(Job(arguments, root, f"dies-{background}", PROGRAM), expected, points, lost, 2)

@@ -27,13 +27,13 @@ from tests.support.jobs import (
 )
 
 GRPO = [
-    "grpo", *COMMON, f"train.checkpoint_interval={INTERVAL}", "train.steps=30", "rollout=local",
-    "rollout.max_response_tokens=32", "rl.prompts_per_rollout=2", "rl.group_size=4", "rl.mini_batches=2",
+    "grpo", *COMMON, f"train.save_interval={INTERVAL}", "train.steps=30", "rollout=local",
+    "rollout.max_response_tokens=32", "rl.prompts_per_rollout=2", "rl.group_size=4", "rl.updates_per_rollout=2",
 ]  # fmt: skip
 SGLANG = [
     *GRPO, "rollout=sglang", "rollout.sglang.max_total_tokens=4096", "rollout.sglang.max_running_requests=16",
     # So many that no rollout is dropped from the journal before it is compared.
-    "train.checkpoint_interval=8", "train.steps=24",
+    "train.save_interval=8", "train.steps=24",
 ]  # fmt: skip
 
 
@@ -127,9 +127,9 @@ def test_pretraining_survives_kills(kills, seed, root, pretrained):
 def test_a_long_run_survives_many_kills(background, root):
     """With saves in the background, the newest checkpoint may be the one before the one that is being written."""
     interval = 10
-    arguments = [*PRETRAIN, "train.steps=200", f"train.checkpoint_interval={interval}"]
+    arguments = [*PRETRAIN, "train.steps=200", f"train.save_interval={interval}"]
     expected, life = undisturbed(Job(arguments, root, f"long-{background}"))
-    arguments += [f"train.background_saves={str(background).lower()}"]
+    arguments += [f"train.async_save={str(background).lower()}"]
     survive(arguments, root, expected, life, 20, 5, interval * (1 + background))
 
 

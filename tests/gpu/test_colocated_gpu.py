@@ -17,11 +17,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 COMMON = [
-    "platform=cuda", "track=off", "seed=3", "data.num_documents=2000", "model.num_layers=2", "model.precision=bf16",
+    "platform=cuda", "track=off", "seed=3", "data.num_documents=2000", "model.num_layers=2", "model.dtype=bf16",
     "train.schedule.warmup_steps=2",
 ]  # fmt: skip
 GRPO = [
-    "rollout.max_response_tokens=24", "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.mini_batches=2",
+    "rollout.max_response_tokens=24", "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.updates_per_rollout=2",
     "rollout.placement=colocated", "rollout.sglang.server.memory_saver=true",
     "rollout.sglang.server.memory_fraction=0.3",
 ]  # fmt: skip
@@ -53,7 +53,14 @@ def test_reinforcement_in_turns_on_one_gpu(tmp_path, sync):
         assert done.returncode == 0, done.stderr
 
     run("pretrain", "name=base", "train.steps=5")
-    run("grpo", "name=zero", *GRPO, f"rollout.sync={sync}", f"init.from='{tmp_path / 'base'}'", "train.steps=5")
+    run(
+        "grpo",
+        "name=zero",
+        *GRPO,
+        f"rollout.weight_sync.method={sync}",
+        f"init.from='{tmp_path / 'base'}'",
+        "train.steps=5",
+    )
     rows = [json.loads(line) for line in (tmp_path / "zero" / "metrics.jsonl").read_text().splitlines()]
     assert [row["rollout/staleness_max"] for row in rows] == [0] * 5
     assert max(row["mismatch/logprob_max_abs"] for row in rows) < 0.5, "the server does not have the trainer's weights"

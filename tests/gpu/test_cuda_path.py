@@ -28,7 +28,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pre_training_learns_on_cuda(tmp_path, precision):
     done = run(
-        *("pretrain", f"root='{tmp_path}'", "name=gpu", "platform=cuda", f"model.precision={precision}"),
+        *("pretrain", f"root='{tmp_path}'", "name=gpu", "platform=cuda", f"model.dtype={precision}"),
         *("data.num_documents=2000", "train.steps=60", "train.schedule.warmup_steps=5", "track=off"),
     )
     assert done.returncode == 0, done.stderr
@@ -45,11 +45,11 @@ def test_pre_training_learns_in_fp8(tmp_path):
     from megatron_r1.model.fp8.apply import TRANSFORMER_ENGINE
 
     losses = {}
-    for precision in ("full", "deepseek_fp8"):
+    for precision in ("off", "deepseek"):
         done = run(
-            *("pretrain", f"root='{tmp_path}'", f"name={precision}", "platform=cuda", "model.precision=bf16"),
+            *("pretrain", f"root='{tmp_path}'", f"name={precision}", "platform=cuda", "model.dtype=bf16"),
             *("model.hidden_size=256", "model.ffn_hidden_size=512", "model.moe.ffn_hidden_size=128", "track=off"),
-            *("model.attention.q_lora_rank=128", "model.attention.kv_lora_rank=128", f"precision={precision}"),
+            *("model.attention.q_lora_rank=128", "model.attention.kv_lora_rank=128", f"fp8={precision}"),
             *("model.attention.qk_nope_head_dim=64", "model.attention.qk_rope_head_dim=64"),
             *("model.attention.v_head_dim=64", "data.num_documents=2000", "train.steps=60"),
             "train.schedule.warmup_steps=5",
@@ -57,10 +57,10 @@ def test_pre_training_learns_in_fp8(tmp_path):
         assert done.returncode == 0, done.stderr
         rows = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
         losses[precision] = [json.loads(row)["train/loss"] for row in rows]
-    plan = json.loads((tmp_path / "deepseek_fp8" / "precision.json").read_text())
+    plan = json.loads((tmp_path / "deepseek" / "precision.json").read_text())
     assert "mtp.layers.0.eh_proj" in plan["high"] and set(plan["quantised"].values()) == {TRANSFORMER_ENGINE}
-    assert losses["full"] != losses["deepseek_fp8"]
-    assert losses["deepseek_fp8"][-1] == pytest.approx(losses["full"][-1], rel=0.05)
+    assert losses["off"] != losses["deepseek"]
+    assert losses["deepseek"][-1] == pytest.approx(losses["off"][-1], rel=0.05)
 
 
 @pytest.mark.timeout(700)
@@ -94,7 +94,7 @@ def test_the_moving_average_on_cuda_is_that_of_the_steps_weights(tmp_path):
 @pytest.mark.timeout(1400)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_packed_fine_tuning_learns_as_unpacked_on_cuda(tmp_path, precision):
-    common = (f"root='{tmp_path}'", "platform=cuda", f"model.precision={precision}", "track=off")
+    common = (f"root='{tmp_path}'", "platform=cuda", f"model.dtype={precision}", "track=off")
     done = run("pretrain", *common, "name=base", "data.num_documents=2000", "train.steps=60")
     assert done.returncode == 0, done.stderr
     losses = {}

@@ -12,7 +12,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig, RopeConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.hf.config import hf_config
 from megatron_r1.hf.names import native_shapes
 
@@ -20,7 +20,7 @@ from megatron_r1.hf.names import native_shapes
 def small_model(**changes: object) -> ModelConfig:
     """A model whose dimensions are all different, so that a swapped pair of them shows."""
     attention = AttentionConfig(q_lora_rank=20, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14)
-    moe = MixtureConfig(num_experts=8, top_k=4, ffn_hidden_size=20, num_groups=4, group_top_k=2, first_dense_layers=1)
+    moe = MoeConfig(num_experts=8, top_k=4, ffn_hidden_size=20, num_groups=4, group_top_k=2, first_dense_layers=1)
     settings = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 3, "ffn_hidden_size": 44, "vocab_size": 67}
     return ModelConfig(**{**settings, "max_sequence_length": 64, "attention": attention, "moe": moe, **changes})
 
@@ -29,13 +29,11 @@ SHAPES: dict[str, Callable[[], ModelConfig]] = {
     "one-dense": small_model,
     "no-dense-no-query-rank": lambda: small_model(
         attention=AttentionConfig(q_lora_rank=0, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10),
-        moe=MixtureConfig(
-            num_experts=6, top_k=2, ffn_hidden_size=12, num_groups=3, group_top_k=1, first_dense_layers=0
-        ),
+        moe=MoeConfig(num_experts=6, top_k=2, ffn_hidden_size=12, num_groups=3, group_top_k=1, first_dense_layers=0),
     ),
     "two-dense-two-shared-yarn": lambda: small_model(
         num_layers=4,
-        moe=MixtureConfig(
+        moe=MoeConfig(
             num_experts=4,
             top_k=2,
             ffn_hidden_size=12,
@@ -45,7 +43,7 @@ SHAPES: dict[str, Callable[[], ModelConfig]] = {
             num_shared_experts=2,
         ),
         rope=RopeConfig(base=5000.0, factor=4.0, original_max_position=16),
-        mtp=MultiTokenConfig(num_layers=2),
+        mtp=MtpConfig(num_layers=2),
     ),
 }
 

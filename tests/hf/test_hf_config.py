@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig, RopeConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.hf.config import SpecialTokens, hf_config, serving_view
 from megatron_r1.hf.export import export
@@ -74,7 +74,7 @@ RELEASED = {
 def test_released_config_there_and_back(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(RELEASED))
     model = model_config_from_hf(tmp_path / "config.json")
-    assert model.precision == "bf16"
+    assert model.dtype == "bf16"
     assert hf_config(model, SpecialTokens(0, 1)) == RELEASED | {"pad_token_id": None}
 
 
@@ -133,11 +133,11 @@ def test_config_that_is_missing_or_incomplete_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"moe": MixtureConfig(num_experts=8, top_k=8, num_groups=8, group_top_k=8)}, "moe.num_groups=8"),
-        ({"moe": MixtureConfig(top_k=1)}, "moe.top_k=1"),
+        ({"moe": MoeConfig(num_experts=8, top_k=8, num_groups=8, group_top_k=8)}, "moe.num_groups=8"),
+        ({"moe": MoeConfig(top_k=1)}, "moe.top_k=1"),
         (
             {
-                "moe": MixtureConfig(score_function="softmax", num_shared_experts=0),
+                "moe": MoeConfig(score_function="softmax", num_shared_experts=0),
             },
             "moe.num_shared_experts=0",
         ),
@@ -147,7 +147,7 @@ def test_config_that_is_missing_or_incomplete_is_refused(tmp_path: Path) -> None
 )
 def test_what_deepseek_code_computes_otherwise_is_not_exported(changes: dict, key: str) -> None:
     with pytest.raises(ConfigError) as error:
-        hf_config(ModelConfig(mtp=MultiTokenConfig(num_layers=0), **changes))
+        hf_config(ModelConfig(mtp=MtpConfig(num_layers=0), **changes))
     assert str(error.value).startswith(f"model.{key}: ") and "\n" not in str(error.value)
 
 
@@ -179,7 +179,7 @@ def test_serving_view_keeps_yarn_and_can_be_renewed(random_tensors: RandomTensor
     model = ModelConfig(
         num_layers=2,
         attention=AttentionConfig(q_lora_rank=0),
-        moe=MixtureConfig(num_experts=2, num_groups=1, group_top_k=1),
+        moe=MoeConfig(num_experts=2, num_groups=1, group_top_k=1),
         rope=RopeConfig(factor=4.0, original_max_position=64),
     )
     folder = export(random_tensors(model).items(), model, tmp_path / "hf")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
+from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.export import export
 from megatron_r1.hf.load import load_tensors
@@ -291,7 +291,7 @@ def test_tensor_in_two_files_is_refused(one_model: ModelConfig, random_tensors: 
 
 def test_export_is_quick_enough_for_a_weight_push(random_tensors: RandomTensors, tmp_path: Path) -> None:
     """The quickstart's model: pushed to the rollout engine once a step, so well under a tenth of a second."""
-    model = ModelConfig(moe=MixtureConfig(group_top_k=1), mtp=MultiTokenConfig(num_layers=1))
+    model = ModelConfig(moe=MoeConfig(group_top_k=1), mtp=MtpConfig(num_layers=1))
     native = random_tensors(model)
     seconds = []
     for number in range(4):

@@ -12,7 +12,7 @@ import torch
 
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.load import load
-from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig, RopeConfig
+from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import SpecialTokens, check_exportable, hf_config, serving_view
 from megatron_r1.hf.export import export
@@ -89,8 +89,8 @@ def comparable(model: ModelConfig) -> ModelConfig:
     """Without what a config.json does not say: how a model is trained, and positions that nothing extends."""
     rope = RopeConfig(base=model.rope.base) if model.rope.factor == 1 else model.rope
     moe = replace(model.moe, bias_update_rate=0.0, sequence_loss_coefficient=0.0)
-    moe = moe if moe.num_experts else MixtureConfig.none()
-    return replace(model, rope=rope, moe=moe, init_std=0.02, mtp=MultiTokenConfig(num_layers=0))
+    moe = moe if moe.num_experts else MoeConfig.none()
+    return replace(model, rope=rope, moe=moe, init_std=0.02, mtp=MtpConfig(num_layers=0))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -117,7 +117,7 @@ DRAWN = {"deepseek-v3": sparse_shape(0), "deepseek-v2": sparse_shape(5)} | {
 def test_what_transformers_writes_is_read(name: str, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    model = replace(DRAWN[name], mtp=MultiTokenConfig(num_layers=0))
+    model = replace(DRAWN[name], mtp=MtpConfig(num_layers=0))
     (tmp_path / "config.json").write_text(json.dumps(hf_config(model)))
     AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     assert comparable(model_config_from_hf(tmp_path / "again" / "config.json")) == comparable(model)
@@ -166,8 +166,8 @@ def test_a_tied_head_is_not_stored_and_the_view_for_serving_changes_no_positions
     model = ModelConfig(
         tied_embeddings=True,
         attention=GroupedAttentionConfig(qkv_bias=True),
-        moe=MixtureConfig.none(),
-        mtp=MultiTokenConfig(num_layers=0),
+        moe=MoeConfig.none(),
+        mtp=MtpConfig(num_layers=0),
     )
     assert not [mapping.native for mapping in param_mappings(model) if "lm_head.weight" in mapping.hf]
     tensors = {name: torch.zeros(shape) for name, shape in native_shapes(model).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig
 from megatron_r1.hf.names import canonical_name, expected_shapes, native_shapes, param_mappings
 
 
@@ -19,7 +19,7 @@ def deepseek_v3() -> ModelConfig:
         attention=AttentionConfig(
             q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
         ),
-        moe=MixtureConfig(
+        moe=MoeConfig(
             num_experts=256, top_k=8, ffn_hidden_size=2048, num_groups=8, group_top_k=4, first_dense_layers=3
         ),
     )
@@ -117,7 +117,7 @@ mtp.layers.0.final_layernorm.weight 128
 
 
 def test_native_names_are_transformer_engines() -> None:
-    moe = MixtureConfig(num_experts=2, top_k=2, num_groups=1, group_top_k=1)
+    moe = MoeConfig(num_experts=2, top_k=2, num_groups=1, group_top_k=1)
     by_hand = (line.split() for line in NATIVE_BY_HAND.strip().splitlines())
     assert native_shapes(ModelConfig(num_layers=2, moe=moe)) == {
         name: tuple(map(int, shape)) for name, *shape in by_hand

@@ -99,7 +99,7 @@ def test_files_hold_every_tensor_once_in_order_and_up_to_the_limit(format: str, 
 
 
 def test_the_command_prints_the_index_of_a_model_that_is_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code(["convert", "convert.dry_run=true", "model=v3_671b", "convert.format=fp8"]) == 0
+    assert exit_code(["convert", "convert.dry_run=true", "model=v3_671b", "convert.dtype=fp8"]) == 0
     said = capsys.readouterr()
     index = json.loads(said.out)
     assert index["weight_map"].keys() == released().keys()

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from megatron_r1.config.load import load
-from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig, RopeConfig
+from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig, RopeConfig
 
 TEMPERATURE_OF_40 = 0.1 * math.log(40) + 1
 
 
 def built(new_model, model: ModelConfig):
     """The model with its own head widths and rotary positions, small in everything else."""
-    moe = MixtureConfig(num_experts=2, top_k=2, num_groups=1, group_top_k=1, ffn_hidden_size=8)
+    moe = MoeConfig(num_experts=2, top_k=2, num_groups=1, group_top_k=1, ffn_hidden_size=8)
     sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "ffn_hidden_size": 16, "vocab_size": 32}
-    small = replace(model, **sizes, precision="fp32", moe=moe, mtp=MultiTokenConfig(num_layers=1))
+    small = replace(model, **sizes, dtype="fp32", moe=moe, mtp=MtpConfig(num_layers=1))
     return new_model(small)
 
 

@@ -110,7 +110,7 @@ def test_several_passes_before_their_backward_passes_recompute_their_own(one_ran
 
     grads = {}
     for recompute in (False, True):
-        performance = PerformanceConfig(recompute=["moe"]) if recompute else PerformanceConfig()
+        performance = PerformanceConfig(recompute_modules=["moe"]) if recompute else PerformanceConfig()
         shape = model_of("tiny")
         model = unsettled(build_model(shape, ParallelConfig(), one_rank, 0, performance))
         replay = RoutingReplay(model, shape.moe.first_dense_layers)

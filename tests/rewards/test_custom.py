@@ -11,7 +11,7 @@ from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
 from megatron_r1.rewards.custom import CustomReward, CustomRewardFailed, CustomStepRewards
 
-EXAMPLE = Path(__file__).parents[2] / "configs" / "reward" / "own_example.py"
+EXAMPLE = Path(__file__).parents[2] / "configs" / "reward" / "custom_example.py"
 
 
 @dataclass
@@ -65,7 +65,7 @@ def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
     place = f"{tmp_path / 'absent.py'}:score" if text is None else own(text)
     with pytest.raises(ConfigError, match=said) as refused:
         CustomReward(place)
-    assert refused.value.key == "reward.function" and "\n" not in str(refused.value)
+    assert refused.value.key == "reward.custom_function" and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
 def test_what_goes_wrong_in_it_ends_the_run_in_one_line(own, body, said):
     with pytest.raises(CustomRewardFailed, match=said) as failed:
         ask(own(f"def score(**_):\n    {body}"))
-    assert "reward.function=" in str(failed.value) and "\n" not in str(failed.value)
+    assert "reward.custom_function=" in str(failed.value) and "\n" not in str(failed.value)
 
 
 def test_another_signature_is_named(own):
@@ -110,23 +110,31 @@ def test_steps_come_with_their_ends_in_the_response(own):
     ):
         with pytest.raises(CustomRewardFailed, match=said) as failed:
             steps(body)
-        assert "reward.steps_by=" in str(failed.value) and "\n" not in str(failed.value)
+        assert "reward.step_rewards=" in str(failed.value) and "\n" not in str(failed.value)
 
 
 def test_on_the_command_line():
     reward = load("grpo", ["reward=my_reward.py:score"]).reward
-    assert (reward.function, reward.own, reward.accuracy, reward.format) == ("my_reward.py:score", 1.0, 0.0, 0.0)
-    reward = load("grpo", ["reward.function=folder/my_reward.py:score", "reward.own=0.5"]).reward
-    assert (reward.function, reward.own, reward.accuracy) == ("folder/my_reward.py:score", 0.5, 1.0)
+    assert (reward.custom_function, reward.custom, reward.accuracy, reward.format) == (
+        "my_reward.py:score",
+        1.0,
+        0.0,
+        0.0,
+    )
+    reward = load("grpo", ["reward.custom_function=folder/my_reward.py:score", "reward.custom=0.5"]).reward
+    assert (reward.custom_function, reward.custom, reward.accuracy) == ("folder/my_reward.py:score", 0.5, 1.0)
     for overrides, said in (
-        (["reward.function=my_reward:score", "reward.own=1"], "reward.function=my_reward:score: must be FILE.py:NAME"),
-        (["reward=my_reward.py:"], "reward.function=my_reward.py:: must be FILE.py:NAME"),
-        (["reward.own=1"], "reward.own=1.0: is the weight of reward.function"),
-        (["reward.function=a.py:f"], "reward.own=0.0: is the weight of reward.function"),
-        (["reward.steps=1", "rl=process"], "reward.steps=1.0: is the weight of reward.steps_by"),
         (
-            ["reward=steps", "reward.steps_by=equations"],
-            "reward.steps_by=equations: must be arithmetic or FILE.py:NAME",
+            ["reward.custom_function=my_reward:score", "reward.custom=1"],
+            "reward.custom_function=my_reward:score: must be FILE.py:NAME",
+        ),
+        (["reward=my_reward.py:"], "reward.custom_function=my_reward.py:: must be FILE.py:NAME"),
+        (["reward.custom=1"], "reward.custom=1.0: is the weight of reward.custom_function"),
+        (["reward.custom_function=a.py:f"], "reward.custom=0.0: is the weight of reward.custom_function"),
+        (["reward.steps=1", "rl=process"], "reward.steps=1.0: is the weight of reward.step_rewards"),
+        (
+            ["reward=steps", "reward.step_rewards=equations"],
+            "reward.step_rewards=equations: must be arithmetic or FILE.py:NAME",
         ),
         (["reward=nowhere"], "reward=nowhere: must be one of"),
     ):
@@ -134,7 +142,7 @@ def test_on_the_command_line():
             load("grpo", overrides)
 
 
-@pytest.mark.parametrize("preset", ["seed", "seed_language", "steps", "paper", "r1", "dapo", "own"])
+@pytest.mark.parametrize("preset", ["basic", "basic_language", "steps", "paper", "r1", "dapo", "custom"])
 def test_every_preset_composes(preset):
     assert load("grpo", [f"reward={preset}"]).reward is not None
 
@@ -146,7 +154,7 @@ def test_presets_are_the_sources_weights():
         return {name: value for name in names if (value := getattr(reward, name))}
 
     assert weights("seed") == {"accuracy": 1.0, "format": 0.1}
-    assert weights("seed_language") == {"accuracy": 1.0, "language": 0.2}
+    assert weights("basic_language") == {"accuracy": 1.0, "language": 0.2}
     assert weights("paper") == {"accuracy": 1.0, "format": 1.0}
     assert weights("r1") == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
     assert weights("dapo") == {"accuracy": 1.0, "overlong": 0.5}

@@ -16,7 +16,7 @@ GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 
 @pytest.fixture(scope="module")
 def verifier():
-    verifier = MathVerifier(MathConfig(deadline_s=60.0))
+    verifier = MathVerifier(MathConfig(timeout_s=60.0))
     yield verifier
     verifier.close()
 

@@ -28,7 +28,7 @@ def tagged(answer: str, thought: str = "so") -> str:
 
 @pytest.fixture(scope="module")
 def accuracy():
-    accuracy = Accuracy(RewardConfig(math=MathConfig(deadline_s=60.0, workers=1), sandbox=SandboxConfig(wall_s=60.0)))
+    accuracy = Accuracy(RewardConfig(math=MathConfig(timeout_s=60.0, workers=1), sandbox=SandboxConfig(wall_s=60.0)))
     yield accuracy
     accuracy.close()
 
@@ -80,7 +80,9 @@ def test_verifiers_that_run_answers_are_refused(accuracy, task):
 
 
 def test_weights_and_breakdown():
-    config = RewardConfig(accuracy=1.0, format=0.5, language=0.25, overlong=0.1, repetition=2.0, repetition_words=2)
+    config = RewardConfig(
+        accuracy=1.0, format=0.5, language=0.25, overlong=0.1, repetition=2.0, repetition_ngram_size=2
+    )
     config.overlong_tokens, config.overlong_buffer = 60, 50
     scorer = rule_scorer(config, count_tokens=len)
     text = tagged("14", "yes yes yes \u662f")

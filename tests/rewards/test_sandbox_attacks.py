@@ -94,7 +94,7 @@ def attack(name: str, sandbox: Sandbox, names: dict[str, str]) -> None:
 
 def all_attacks(sandbox: Sandbox, names: dict[str, str], times: int) -> None:
     jobs = [*BY_OUTPUT, *BY_CALLS] * times
-    with ThreadPoolExecutor(LIMITS.parallel) as threads:
+    with ThreadPoolExecutor(LIMITS.max_parallel) as threads:
         list(threads.map(lambda name: attack(name, sandbox, names), jobs))
 
 
@@ -119,7 +119,7 @@ def honest(sandbox: Sandbox, number: int) -> bool:
 def speed(sandbox: Sandbox, seconds: float) -> float:
     """Honest programs a second, all of them judged right."""
     started, done = time.monotonic(), 0
-    with ThreadPoolExecutor(sandbox.config.parallel) as threads:
+    with ThreadPoolExecutor(sandbox.config.max_parallel) as threads:
         while (passed := time.monotonic() - started) < seconds:
             assert all(threads.map(lambda number: honest(sandbox, number), range(10)))
             done += 10
@@ -153,7 +153,7 @@ def test_honest_programs_go_on_beside_attacks(sandbox, canaries):
             attack(name, attackers, names)
         raise AssertionError
 
-    with ThreadPoolExecutor(LIMITS.parallel) as beside:
+    with ThreadPoolExecutor(LIMITS.max_parallel) as beside:
         attacking = [beside.submit(keep_attacking, first) for first in (0, 10)]
         try:
             under = speed(sandbox, 20)

@@ -117,7 +117,7 @@ def judge_all(answers: list[str], config: MathConfig, most_s: float) -> tuple[Ma
 
 def test_hostile_answers_are_wrong_in_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    verifier, before, after = judge_all(hostile_answers()[::4], MathConfig(deadline_s=1.0), most_s=6.0)
+    verifier, before, after = judge_all(hostile_answers()[::4], MathConfig(timeout_s=1.0), most_s=6.0)
     verifier.close()
     assert after > before / 4 and list(tmp_path.iterdir()) == []
 

@@ -39,7 +39,7 @@ def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:
     samples, reference = make_samples(model, 0.3), ReferencePolicy(model, shifted_reference(model))
     optimizer = Optimizer(model, config.train)
     state, row = Learner(config, model, optimizer, reference, 0, "cpu").learn(samples, TrainState())
-    assert (state.step, state.updates) == (1, config.rl.mini_batches * config.rl.inner_epochs)
+    assert (state.step, state.updates) == (1, config.rl.updates_per_rollout * config.rl.epochs_per_rollout)
     assert state.consumed_tokens == sum(map(sum, LENGTHS))
     gradients = {name: p.main_grad.clone() for name, p in model.named_parameters() if p.requires_grad}
     return gradients, row, {name: tensor.clone() for name, tensor in native_tensors(model)}
@@ -91,7 +91,7 @@ def test_without_steps_process_supervision_is_group_relative_to_the_bit(new_mode
 
 
 def test_multi_token_layers_and_balancing_biases_are_carried_through_untouched(new_model):
-    _, row, after = learnt(new_model, mini_batches=2, inner_epochs=2)
+    _, row, after = learnt(new_model, updates_per_rollout=2, epochs_per_rollout=2)
     before = dict(native_tensors(new_model(config_of().model)))
     carried = [name for name in before if in_multi_token_layer(name) or name.endswith("expert_bias")]
     assert len([name for name in carried if name.endswith("expert_bias")]) == 4 and row["train/skipped_updates"] == 0
@@ -103,7 +103,7 @@ def test_multi_token_layers_and_balancing_biases_are_carried_through_untouched(n
 def test_the_trainers_own_log_probs_are_those_of_a_rollout_that_it_sampled(new_model):
     updates = []
     for source in ("rollout", "trainer"):
-        config = config_of(old_log_probs=source, kl_coefficient=0.0)
+        config = config_of(old_logprobs_from=source, kl_coefficient=0.0)
         model = trainable(new_model(config.model))
         samples, optimizer = make_samples(model, 0.0), Optimizer(model, config.train)
         _, row = Learner(config, model, optimizer, None, 0, "cpu").learn(samples, TrainState())
@@ -153,7 +153,7 @@ def test_the_exact_penalty_is_that_of_the_whole_vocabulary(new_model):
 
 @pytest.mark.parametrize("estimator", ["k1", "exact"])
 def test_a_penalty_in_the_reward_changes_advantages_alone(new_model, estimator):
-    gradients, row, _ = learnt(new_model, shape="tiny_dense", kl_in="reward", kl_estimator=estimator)
+    gradients, row, _ = learnt(new_model, shape="tiny_dense", kl_placement="reward", kl_estimator=estimator)
     config = config_of("tiny_dense")
     model, other = two_models(new_model, config)
     samples = make_samples(model, 0.3)
@@ -173,8 +173,8 @@ def test_a_penalty_in_the_reward_changes_advantages_alone(new_model, estimator):
 
 def test_a_correction_weighs_tokens_by_trainer_over_engine(new_model):
     """At the first update the ratio is 1: the gradient is that of weight x advantage x log p."""
-    config = config_of("tiny_dense", old_log_probs="trainer", kl_coefficient=0.0)
-    config.rl.correction.kind, config.rl.correction.high = "truncated", 1.1
+    config = config_of("tiny_dense", old_logprobs_from="trainer", kl_coefficient=0.0)
+    config.rl.importance_sampling.kind, config.rl.importance_sampling.high = "truncated", 1.1
     model = trainable(new_model(config.model))
     samples, optimizer = make_samples(model, 0.3), Optimizer(model, config.train)
     _, row = Learner(config, model, optimizer, None, 0, "cpu").learn(samples, TrainState())
@@ -194,7 +194,7 @@ def test_a_correction_weighs_tokens_by_trainer_over_engine(new_model):
 
 def test_an_entropy_bonus_and_the_average_over_tokens_reach_the_update(new_model):
     gradients, row, _ = learnt(
-        new_model, shape="tiny_dense", kl_coefficient=0.0, entropy_coefficient=0.1, average="token",
+        new_model, shape="tiny_dense", kl_coefficient=0.0, entropy_coefficient=0.1, loss_aggregation="token_mean",
         tokens_per_micro_batch=40,
     )  # fmt: skip
     model = trainable(new_model(config_of("tiny_dense").model))
@@ -219,8 +219,8 @@ def test_an_entropy_bonus_and_the_average_over_tokens_reach_the_update(new_model
 
 
 def test_the_reference_is_the_policy_again_every_so_many_rollouts(new_model, caplog):
-    config = config_of("tiny_dense", reference_reset_interval=2)
-    config.rl.mismatch.gap_alarm = 0.01
+    config = config_of("tiny_dense", reference_sync_interval=2)
+    config.rl.mismatch.logprob_max_abs_warn = 0.01
     model = trainable(new_model(config.model))
     samples, optimizer, reference = make_samples(model, 0.3), Optimizer(model, config.train), ReferencePolicy(model)
     learner, state, rows = Learner(config, model, optimizer, reference, 0, "cpu"), TrainState(), []
@@ -229,4 +229,4 @@ def test_the_reference_is_the_policy_again_every_so_many_rollouts(new_model, cap
         rows.append(row)
     # Each update is at the policy that its passes see: 0 as long as that is the reference.
     assert rows[0]["policy/kl"] < 1e-9 < rows[1]["policy/kl"] and rows[2]["policy/kl"] < 1e-9
-    assert "step 1: logprob_gap=" in caplog.text and "is above rl.mismatch.gap_alarm=0.01" in caplog.text
+    assert "step 1: logprob_gap=" in caplog.text and "is above rl.mismatch.logprob_max_abs_warn=0.01" in caplog.text

@@ -38,15 +38,15 @@ def test_numbers_by_hand_and_parts_that_add_up():
 
 def test_a_warning_for_each_threshold_that_is_crossed():
     row = {"mismatch/logprob_max_abs": 1.0, "mismatch/k1": 0.1, "mismatch/k3": 0.2, "mismatch/outside_range": 0.3}
-    assert alarms(row, MismatchConfig(k3_alarm=0.2, limited_alarm=0.3)) == []
-    assert alarms(row, MismatchConfig(k3_alarm=0.0, limited_alarm=0.0)) == []
-    lines = alarms(row, MismatchConfig(gap_alarm=0.5, k3_alarm=0.1, limited_alarm=0.2))
+    assert alarms(row, MismatchConfig(k3_warn=0.2, outside_range_warn=0.3)) == []
+    assert alarms(row, MismatchConfig(k3_warn=0.0, outside_range_warn=0.0)) == []
+    lines = alarms(row, MismatchConfig(logprob_max_abs_warn=0.5, k3_warn=0.1, outside_range_warn=0.2))
     assert [line.partition("=")[0] for line in lines] == [
         "mismatch/logprob_max_abs",
         "mismatch/k3",
         "mismatch/outside_range",
     ]
-    assert lines[1].startswith("mismatch/k3=0.2 is above rl.mismatch.k3_alarm=0.1")
+    assert lines[1].startswith("mismatch/k3=0.2 is above rl.mismatch.k3_warn=0.1")
 
 
 def test_what_is_not_a_number_is_noticed_wherever_it_stands():
@@ -59,4 +59,4 @@ def test_what_is_not_a_number_is_noticed_wherever_it_stands():
     }
     row = summary([good, good | {"mismatch/logprob_max_abs": math.nan, "mismatch/k3": math.nan}, good])
     assert math.isnan(row["mismatch/logprob_max_abs"]) and math.isnan(row["mismatch/k3"])
-    assert len(alarms(row, MismatchConfig(gap_alarm=0.5))) == 2
+    assert len(alarms(row, MismatchConfig(logprob_max_abs_warn=0.5))) == 2

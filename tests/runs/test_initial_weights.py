@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.config.schema import convert, resolved
 from megatron_r1.config.load import load
-from megatron_r1.config.model import MixtureConfig, ModelConfig
+from megatron_r1.config.model import MoeConfig, ModelConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.runs.initial_weights import check_same_model
 
@@ -71,8 +71,8 @@ def test_dense_weights_do_not_serve_a_sparse_model():
 
 def test_a_dense_model_serves_whatever_is_said_of_experts_that_it_has_not():
     dense = preset("tiny_dense")
-    check_same_model(dense, replace(dense, moe=MixtureConfig.none()), "hf:folder")
-    assert dense.moe != MixtureConfig.none()
+    check_same_model(dense, replace(dense, moe=MoeConfig.none()), "hf:folder")
+    assert dense.moe != MoeConfig.none()
 
 
 def test_each_context_recipe_starts_from_the_one_before():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_r1.config.model import MultiTokenConfig
+from megatron_r1.config.model import MtpConfig
 from megatron_r1.config.teacher import TeacherConfig
 from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.build import without_multi_token_prediction
@@ -31,7 +31,7 @@ def shapes():
 @pytest.fixture(scope="module")
 def students(new_model, shapes):
     """By kind, with nothing that predicts further than the next token."""
-    sparse = replace(shapes["sparse"], mtp=MultiTokenConfig(num_layers=0))
+    sparse = replace(shapes["sparse"], mtp=MtpConfig(num_layers=0))
     models = {"sparse": new_model(sparse), "dense": new_model(shapes["dense"])}
     for model in models.values():
         FROZEN.apply(model, 0)
@@ -92,7 +92,7 @@ def test_all_words_give_the_divergence_over_the_whole_vocabulary(students, teach
 
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
 def test_a_teacher_like_the_student_has_nothing_to_say(new_model, shapes, students, kind):
-    shape = replace(shapes[kind], mtp=MultiTokenConfig(num_layers=0))
+    shape = replace(shapes[kind], mtp=MtpConfig(num_layers=0))
     alike, other = (reader_of(new_model(shape, seed), top_k=16, weight=1.0) for seed in (0, 1))
     found, loss = gradients_of(students[kind], alike.micro_batches(BATCH, 0, 1, 6), alike)
     usual, more = gradients_of(students[kind], other.micro_batches(BATCH, 0, 1, 6), other)

@@ -18,7 +18,7 @@ from tests.support.jobs import COMMON, Job, end_of, launched, run_alone
 STEPS, AHEAD = 6, 2
 SMALL = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
 GRPO = [
-    "rollout.max_response_tokens=24", "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.mini_batches=2",
+    "rollout.max_response_tokens=24", "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.updates_per_rollout=2",
     "rollout.sglang.max_total_tokens=4096", "rollout.sglang.max_running_requests=16",
 ]  # fmt: skip
 
@@ -35,7 +35,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def judge(base) -> Path:
     """A reward model of the same shape."""
-    items = ["reward_model.num_items=32", "reward_model.heldout=4", "train.global_batch_size=8"]
+    items = ["reward_model.num_examples=32", "reward_model.eval_examples=4", "train.global_batch_size=8"]
     rate = ["train.micro_batch_size=8", "train.schedule.warmup_steps=1", "train.schedule.learning_rate=1e-2"]
     job = Job(["reward_model", *COMMON, *items, *rate, f"init.from='{base}'"], base.parent, "judge")
     assert (done := run_alone(job)).returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def judge(base) -> Path:
 def ahead_of(base: Path, judge: Path) -> list[str]:
     """Rollouts ahead of a policy's training, scored by a reward model too."""
     scored = ["reward.helpfulness=0.5", f"reward.helpfulness_model='{judge}'"]
-    return [f"rollout.ahead={AHEAD}", "rollout.pause=retract", f"init.from='{base}'", *scored]
+    return [f"rollout.max_staleness={AHEAD}", "rollout.weight_sync.pause_mode=retract", f"init.from='{base}'", *scored]
 
 
 def check_scores(job: Job, judge: Path, platform: Platform) -> None:
@@ -66,7 +66,7 @@ def check_scores(job: Job, judge: Path, platform: Platform) -> None:
 @pytest.mark.timeout(200)
 def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judge, one_rank, tmp_path):
     ahead = ahead_of(base, judge)
-    often = ["train.checkpoint_interval=1", f"train.keep_checkpoints={STEPS}"]  # a rollout's weights can be compared
+    often = ["train.save_interval=1", f"train.save_total_limit={STEPS}"]  # a rollout's weights can be compared
     job = Job(["grpo", *COMMON, f"train.steps={STEPS}", *GRPO, *ahead, *often], tmp_path, "ahead")
     assert (done := run_alone(job)).returncode == 0, done.stderr
     assert len(job.rows) == STEPS

@@ -162,9 +162,9 @@ class Asking:
 def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[Sample], dict[str, torch.Tensor]]:
     """The answers of some steps, and the weights after them."""
     config = RunConfig(model=SHAPE)
-    config.rl.old_log_probs, config.rl.kl_coefficient, config.train.steps = "trainer", 0.0, STEPS
+    config.rl.old_logprobs_from, config.rl.kl_coefficient, config.train.steps = "trainer", 0.0, STEPS
     config.train.schedule.warmup_steps, config.train.schedule.learning_rate = 0, 1e-3
-    config.train.optimizer.clip_norm = 1.0
+    config.train.optimizer.max_grad_norm = 1.0
     model = new_model(SHAPE, seed=1)
     optimizer = Optimizer(model, config.train)
     placement = Colocated(TrainerMemory(model, optimizer)) if colocated else Separate()

@@ -21,9 +21,9 @@ KINDS = {
     "llama": [*SHAPE, "model.attention.qkv_bias=false", "model.tied_embeddings=false", "model.rope.base=5e5"],
 }
 GRPO = [
-    "grpo", "platform=cpu", "threads=1", "track=off", "train.steps=2", "train.checkpoint_interval=1",
+    "grpo", "platform=cpu", "threads=1", "track=off", "train.steps=2", "train.save_interval=1",
     "train.schedule.learning_rate=1e-3", "train.schedule.warmup_steps=1", "rl.prompts_per_rollout=4", "rl.group_size=4",
-    "rl.mini_batches=2", "rollout.max_response_tokens=24", "rollout.sglang.max_total_tokens=4096",
+    "rl.updates_per_rollout=2", "rollout.max_response_tokens=24", "rollout.sglang.max_total_tokens=4096",
     "rollout.sglang.max_running_requests=16", "data.reasoning_gym_share=0.0",
 ]  # fmt: skip
 

@@ -63,7 +63,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 def test_a_random_model_gives_verdicts(server, asks, monkeypatch):
     monkeypatch.setenv(client.KEY, server.endpoint.api_key)
     settings = JudgeConfig(
-        url=f"{server.url}/v1", asks=asks, votes=2, max_tokens=200, analysis_characters=10, attempts=10
+        url=f"{server.url}/v1", mode=asks, votes=2, max_tokens=200, analysis_characters=10, attempts=10
     )
     reward = JudgeReward(settings)
     values = reward.score([Asked(), Asked()], ["5", "<think>hm</think> <answer>6</answer>"])

@@ -19,8 +19,8 @@ from megatron_r1.rollout.sglang.versions import Versions
 
 EVERYTHING = ServerConfig(
     tensor_parallel=8, expert_parallel=8, data_parallel_attention=4, memory_fraction=0.8, chunked_prefill_tokens=4096,
-    quantization="fp8", kv_cache="fp8_e4m3", attention_backend="flashmla", expert_dispatch="deepep",
-    memory_saver=True, routed_experts=True, cuda_graph=False,
+    quantization="fp8", kv_cache_dtype="fp8_e4m3", attention_backend="flashmla", expert_dispatch="deepep",
+    memory_saver=True, return_routed_experts=True, cuda_graph=False,
     speculative=SpeculativeConfig(method="mtp", steps=3, draft_tokens=4),
 )  # fmt: skip
 
@@ -101,7 +101,7 @@ def test_options_are_in_sglangs_words():
     ("key", "value"),
     [
         ("quantization", "fp8"),
-        ("kv_cache", "fp8_e5m2"),
+        ("kv_cache_dtype", "fp8_e5m2"),
         ("expert_dispatch", "deepep"),
         ("memory_saver", True),
         ("data_parallel_attention", 2),

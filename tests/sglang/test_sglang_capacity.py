@@ -22,9 +22,9 @@ COMMON = [
 ]  # fmt: skip
 PRETRAIN = ["train.steps=4", "train.sequence_length=64", "train.global_batch_size=2", "train.micro_batch_size=2"]
 GRPO = [
-    "train.steps=1000", "train.checkpoint_interval=1000", "rollout.max_response_tokens=16",
+    "train.steps=1000", "train.save_interval=1000", "rollout.max_response_tokens=16",
     "rollout.sglang.servers=1", "rollout.sglang.max_total_tokens=4096", "rollout.sglang.max_running_requests=16",
-    "rollout.sglang.pool.restarts=0", "rl.prompts_per_rollout=2", "rl.group_size=4", "rl.mini_batches=2",
+    "rollout.sglang.pool.restarts=0", "rl.prompts_per_rollout=2", "rl.group_size=4", "rl.updates_per_rollout=2",
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "placement",
-    [(), pytest.param(("rollout.placement=colocated", "rollout.sync=ipc"), marks=pytest.mark.slow)],
+    [(), pytest.param(("rollout.placement=colocated", "rollout.weight_sync.method=ipc"), marks=pytest.mark.slow)],
 )
 def test_all_servers_dead_is_status_87_with_a_checkpoint(base, tmp_path, placement):
     run, log = tmp_path / "zero", tmp_path / "log"

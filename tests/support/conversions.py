@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_r1.checkpoint.sharded import TensorPart, WholeTensors, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.commands.convert import run
-from megatron_r1.config.convert import ConversionConfig
+from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
@@ -27,7 +27,7 @@ TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 def native_weights(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Random weights of the model's own type; every matrix has a column that outweighs the rest."""
     generator = torch.Generator().manual_seed(seed)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.dtype]
     weights = {}
     for mapping in param_mappings(model):
         tensor = torch.randn(mapping.native_shape, generator=generator) * 0.2
@@ -72,7 +72,7 @@ def convert(source: Path | str, run_folder: Path, **settings: object) -> Path:
         init=InitConfig(from_=str(source)),
         root=str(run_folder.parent),
         name=run_folder.name,
-        convert=ConversionConfig(**settings),
+        convert=ConvertConfig(**settings),
     )
     run(config)
     return run_folder / "hf" if config.convert.to == "hf" else run_folder / "checkpoints" / "step-00000000"
@@ -105,4 +105,4 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 def in_precision(model: ModelConfig, precision: str) -> ModelConfig:
-    return replace(model, precision=precision)
+    return replace(model, dtype=precision)

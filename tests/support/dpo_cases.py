@@ -78,7 +78,7 @@ def one_update(
         parameter.requires_grad_(not name.startswith("mtp."))
     FROZEN.apply(model, 0)
     settings = TrainConfig(steps=100)
-    settings.optimizer.clip_norm = 0.0
+    settings.optimizer.max_grad_norm = 0.0
     optimizer, reference = Optimizer(model, settings), ReferencePolicy(model)
     for weight in reference.copies:
         weight *= REFERENCE_SCALE

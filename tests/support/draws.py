@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from megatron_r1.config.attention import AttentionConfig, GroupedAttentionConfig
-from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig, RopeConfig
+from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig, RopeConfig
 
 MSCALES = ((1.0, 1.0), (0.707, 0.707), (1.0, 0.0))
 """V3's temperatures, V2-Lite's, and the one that scales rotary parts alone."""
@@ -22,7 +22,7 @@ def sparse_shape(seed: int) -> ModelConfig:
     # V2's groups are never all open: how they are ranked is what its router differs in.
     open_groups = draw.randint(1, max(1, groups - 1) if score_function == "softmax" else groups)
     most = min(4, open_groups * size)
-    moe = MixtureConfig(
+    moe = MoeConfig(
         num_experts=groups * size,
         top_k=draw.randint(2, most),
         ffn_hidden_size=draw.choice((12, 20)),
@@ -49,7 +49,7 @@ def sparse_shape(seed: int) -> ModelConfig:
         mscale=mscale,
         mscale_all_dim=all_dim,
     )
-    mtp = MultiTokenConfig(num_layers=0 if score_function == "softmax" else draw.randint(0, 1))
+    mtp = MtpConfig(num_layers=0 if score_function == "softmax" else draw.randint(0, 1))
     # transformers' DeepSeek-V2 wants a width that its heads divide.
     return _model(draw, moe.first_dense_layers + draw.choice((1, 2)), 24, (2, 3), attention, rope, moe, mtp)
 
@@ -68,7 +68,7 @@ def dense_shape(kind: str, seed: int) -> ModelConfig:
         factor, original = draw.choice((8.0, 32.0)), draw.choice((16, 64))
         rope = RopeConfig(base=1e4, scaling="llama3", factor=factor, original_max_position=original, beta_fast=4.0)
     settings = {"tied_embeddings": seed % 2 == 1}
-    none = MixtureConfig.none(), MultiTokenConfig(num_layers=0)
+    none = MoeConfig.none(), MtpConfig(num_layers=0)
     return _model(draw, draw.choice((2, 3)), 24, (4, 8), attention, rope, *none, **settings)
 
 
@@ -79,8 +79,8 @@ def _model(
     heads: tuple[int, ...],
     attention: AttentionConfig | GroupedAttentionConfig,
     rope: RopeConfig,
-    moe: MixtureConfig,
-    mtp: MultiTokenConfig,
+    moe: MoeConfig,
+    mtp: MtpConfig,
     **settings: Any,
 ) -> ModelConfig:
     return ModelConfig(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig
 
 
 def fp8_shape() -> ModelConfig:
@@ -21,7 +21,7 @@ def fp8_shape() -> ModelConfig:
         attention=AttentionConfig(
             q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64
         ),
-        moe=MixtureConfig(num_experts=4, top_k=2, ffn_hidden_size=256),
+        moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=256),
     )
 
 

@@ -17,7 +17,7 @@ def gradients_of(model: Any, micro_batches: Sequence[Any], reader: Any, length: 
     from megatron_r1.train.update import update
 
     config = TrainConfig()
-    config.optimizer.clip_norm = 0.0
+    config.optimizer.max_grad_norm = 0.0
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     biases = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     result = update(model, Optimizer(model, config), micro_batches, reader.forward, 1e-3, length)

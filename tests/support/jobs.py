@@ -29,7 +29,7 @@ PRETRAIN = [
 ]  # fmt: skip
 INTERVAL = 2
 """Steps between checkpoints of short runs."""
-SHORT = ["train.steps=40", f"train.checkpoint_interval={INTERVAL}"]
+SHORT = ["train.steps=40", f"train.save_interval={INTERVAL}"]
 ATTEMPT_S = 100.0
 SERVER_GRACE_S = 5.0
 """A server looks once a second whether the rank that started it still lives."""

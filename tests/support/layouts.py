@@ -14,7 +14,7 @@ import torch
 
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.load import load
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig
 
 STORED = json.loads((Path(__file__).parents[1] / "model" / "te_layout.json").read_text())
 
@@ -72,8 +72,8 @@ def model_of(shape: str) -> ModelConfig:
             init_std=0.08,
             tied_embeddings=not bias,
             attention=GroupedAttentionConfig(num_key_value_heads=2, head_dim=10, qkv_bias=bias, qk_norm=not bias),
-            moe=MixtureConfig.none(),
-            mtp=MultiTokenConfig(num_layers=0),
+            moe=MoeConfig.none(),
+            mtp=MtpConfig(num_layers=0),
         )
     return ModelConfig(
         num_layers=3,
@@ -86,5 +86,5 @@ def model_of(shape: str) -> ModelConfig:
         attention=AttentionConfig(
             q_lora_rank=0, kv_lora_rank=14, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20
         ),
-        moe=MixtureConfig(num_experts=4, top_k=2, ffn_hidden_size=24, num_shared_experts=2),
+        moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=24, num_shared_experts=2),
     )

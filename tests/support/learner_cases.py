@@ -19,9 +19,9 @@ def config_of(shape: str = "tiny", **rl) -> RunConfig:
     config = RunConfig(model=model_of(shape))
     config.model.moe.sequence_loss_coefficient = 0.0
     config.rollout.temperature = 0.7
-    config.train.optimizer.clip_norm = 0.0
+    config.train.optimizer.max_grad_norm = 0.0
     settings = {
-        "prompts_per_rollout": 2, "group_size": 2, "mini_batches": 1, "kl_coefficient": 0.05,
+        "prompts_per_rollout": 2, "group_size": 2, "updates_per_rollout": 1, "kl_coefficient": 0.05,
         "tokens_per_micro_batch": 1000, **rl,
     }  # fmt: skip
     for name, value in settings.items():

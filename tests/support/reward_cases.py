@@ -56,7 +56,7 @@ def one_update(
         parameter.requires_grad_(not name.startswith("mtp."))
     FROZEN.apply(model, 0)
     settings = TrainConfig(steps=100)
-    settings.optimizer.clip_norm = 0.0
+    settings.optimizer.max_grad_norm = 0.0
     optimizer = Optimizer(model, settings)
     this = RewardModel(model, pairwise, reasoning_weight, PAD, "cpu", parallel.tensor)
     examples, group = examples_of(pairwise), data_parallel_group()

@@ -24,21 +24,21 @@ RUN = (
     "data.num_documents=300",
     "model.num_layers=2",
     "train.schedule.warmup_steps=1",
-    "train.checkpoint_interval=2",
+    "train.save_interval=2",
 )
 REWARD = (
     "init.from={}/base",
-    "reward_model.num_items=48",
-    "reward_model.heldout=12",
-    "reward_model.heldout_interval=4",
-    "reward_model.reasoning_weight=0.5",
-    "reward_model.max_reasoning_tokens=3",
+    "reward_model.num_examples=48",
+    "reward_model.eval_examples=12",
+    "reward_model.eval_interval=4",
+    "reward_model.critique_loss_weight=0.5",
+    "reward_model.max_critique_tokens=3",
     "train.global_batch_size=8",
     "train.micro_batch_size=4",
 )
 BESIDE = (
     "name=policy", "init.from={}/base", "rollout=local", "rollout.max_response_tokens=8", "train.steps=2",
-    "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.mini_batches=1", "reward.accuracy=0", "reward.format=0",
+    "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.updates_per_rollout=1", "reward.accuracy=0", "reward.format=0",
     "reward.helpfulness=0.5", "reward.helpfulness_model={}/whole",
     "reward.harmlessness=2", "reward.harmlessness_model={}/safety",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def main(folder: Path) -> None:
         "reward_model",
         "name=safety",
         *REWARD,
-        "reward_model.reasoning_weight=0.0",
+        "reward_model.critique_loss_weight=0.0",
         recipe="reward_safety",
     )
     run(grpo, "grpo", *BESIDE)

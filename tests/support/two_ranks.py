@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from megatron_r1.config.fp8 import Fp8Config
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.config.precision import PrecisionConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import select
@@ -126,7 +126,7 @@ def updates(model: Any, rows_BL: torch.Tensor) -> dict[str, Any]:
 
 def two_fp8_updates() -> dict[str, Any]:
     """Losses and norms of two updates in FP8, squares of gradients, and which weights' blocks a rank's shard cuts."""
-    precision = PrecisionConfig(linears="fp8")
+    precision = Fp8Config(enabled="fp8")
     tiny = build_model(model_of("tiny"), SHARED, PLATFORM, seed=0, precision=precision)
     model = build_model(fp8_shape(), SHARED, PLATFORM, seed=0, precision=precision)
     optimizer = Optimizer(model, TrainConfig())

@@ -58,7 +58,7 @@ def test_a_run_with_resting_moments_goes_on_from_its_state(precision, new_model)
     from megatron_r1.train.update import update
     from tests.support.layouts import model_of
 
-    train = TrainConfig(optimizer=OptimizerConfig(moment_precision=precision))
+    train = TrainConfig(optimizer=OptimizerConfig(moments_dtype=precision))
     rows_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
 
     def advance(model, optimizer):

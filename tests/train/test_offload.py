@@ -52,10 +52,10 @@ def test_training_goes_on_as_if_nothing_had_left(new_model, precision, moments):
     rows_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
 
     def trained(disturbed: bool) -> dict[str, torch.Tensor]:
-        model = new_model(replace(model_of("tiny"), precision=precision))
+        model = new_model(replace(model_of("tiny"), dtype=precision))
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith("mtp."))  # frozen weights have storages of their own
-        optimizer = Optimizer(model, TrainConfig(optimizer=OptimizerConfig(moment_precision=moments)))
+        optimizer = Optimizer(model, TrainConfig(optimizer=OptimizerConfig(moments_dtype=moments)))
         memory = TrainerMemory(model, optimizer)
         for _ in range(2):
             if disturbed:

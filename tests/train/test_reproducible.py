@@ -36,9 +36,9 @@ sys.exit(max(exit_code(["pretrain", f"name={name}", *sys.argv[3:]]) for name in 
 SETTINGS = [
     "platform=cpu", "threads=1", "track=off", "seed=3", "data.num_documents=2000", "model.num_layers=2",
     "model.init_std=0.02", "train.steps=8", "train.sequence_length=64", "train.global_batch_size=4",
-    "train.micro_batch_size=2", "train.schedule.warmup_steps=2", "train.checkpoint_interval=100",
+    "train.micro_batch_size=2", "train.schedule.warmup_steps=2", "train.save_interval=100",
     "train.log_interval=1", "train.balance_window=3", "train.ema_decay=0.5",
-    "train.schedule={learning_rate:3e-3,final_learning_rate:1e-4,decay:tokens,learning_rate_phases:["
+    "train.schedule={learning_rate:3e-3,min_learning_rate:1e-4,lr_decay_style:tokens,learning_rate_phases:["
     "{until:600,value:3e-3},{until:1400,value:1e-4,shape:cosine}],"
     "batch_ramp:{start:2,increment:2,tokens:600},"
     "mtp_weight_phases:[{until:700,value:0.3},{until:900,value:0.1}],"
@@ -46,7 +46,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-IN_BACKGROUND = ["train.background_saves=true", "train.checkpoint_interval=1"]
+IN_BACKGROUND = ["train.async_save=true", "train.save_interval=1"]
 
 
 def pretrain(names: str, root: Path, *more: str, stop_at: int = -1) -> int:

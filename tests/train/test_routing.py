@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_r1.commands.pretrain import next_token_forward
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schedule import PhaseConfig
 from megatron_r1.config.train import OptimizerConfig, TrainConfig
@@ -21,7 +21,7 @@ ROWS_BL = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed
 
 def after(model, policy: RoutingPolicy, tokens: int = 0) -> tuple[dict, dict]:
     """Each router's bias, and the gradients, after one update of a model under a policy."""
-    optimizer = Optimizer(model, TrainConfig(optimizer=OptimizerConfig(clip_norm=0.0)))
+    optimizer = Optimizer(model, TrainConfig(optimizer=OptimizerConfig(max_grad_norm=0.0)))
     policy.apply(model, tokens)
     update(model, optimizer, ROWS_BL.split(2), next_token_forward, 0.0, 32)
     gradients = {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
@@ -80,8 +80,8 @@ SMALL = ModelConfig(
     vocab_size=64,
     init_std=0.2,
     attention=AttentionConfig(q_lora_rank=0, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8),
-    moe=MixtureConfig(ffn_hidden_size=16, sequence_loss_coefficient=0.0),
-    mtp=MultiTokenConfig(num_layers=0),
+    moe=MoeConfig(ffn_hidden_size=16, sequence_loss_coefficient=0.0),
+    mtp=MtpConfig(num_layers=0),
 )
 
 

@@ -20,7 +20,7 @@ LATE = 10**6
 
 
 def schedule(decay: str, warmup: int = 10) -> ScheduleConfig:
-    return ScheduleConfig(learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=warmup, decay=decay)
+    return ScheduleConfig(learning_rate=2e-3, min_learning_rate=2e-4, warmup_steps=warmup, lr_decay_style=decay)
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
@@ -118,7 +118,7 @@ def test_a_value_goes_from_phase_to_phase():
 def test_a_rate_by_tokens_may_fall_during_the_warm_up():
     phases = [PhaseConfig(until=100, value=0.0, shape="linear")]
     by_tokens = ScheduleConfig(
-        learning_rate=1e-2, final_learning_rate=0.0, warmup_steps=4, decay="tokens", learning_rate_phases=phases
+        learning_rate=1e-2, min_learning_rate=0.0, warmup_steps=4, lr_decay_style="tokens", learning_rate_phases=phases
     )
     assert [learning_rate(by_tokens, step, 9, 10 * step - 10) for step in (1, 4, 5, 9)] == pytest.approx(
         [1e-2 / 4, 0.7e-2, 0.6e-2, 0.2e-2]
@@ -137,7 +137,7 @@ def test_without_a_ramp_every_batch_is_full():
         ({"learning_rate_phases": [PhaseConfig()]}, "learning_rate_phases", "must be [] for decay=cosine"),
         (
             {"decay": "tokens", "learning_rate_phases": [PhaseConfig(value=1e-4)]},
-            "final_learning_rate",
+            "min_learning_rate",
             "must be 0.0001",
         ),
         ({"bias_rate_phases": [PhaseConfig(until=5)] * 2}, "bias_rate_phases.until", "must be above 5"),

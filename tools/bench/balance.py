@@ -31,7 +31,7 @@ SETTINGS = [
     *("model.moe.num_groups=4", "model.moe.group_top_k=2"),
     *("train.sequence_length=64", "train.global_batch_size=64", "train.micro_batch_size=32"),
     *("train.schedule.warmup_steps=20", "train.schedule.learning_rate=2e-3"),
-    *("train.checkpoint_interval=50", "train.log_interval=25"),
+    *("train.save_interval=50", "train.log_interval=25"),
 ]
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from megatron_r1.commands.convert import run
-from megatron_r1.config.convert import ConversionConfig
+from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig
@@ -139,8 +139,8 @@ def step(given: argparse.Namespace) -> None:
         folders[0].parent.mkdir(parents=True)
         generate(given, folders[0])
     else:
-        settings = ConversionConfig(
-            format=("fp8", "bf16")[given.step % 2], workers=given.workers, shard_gb=given.shard_gb
+        settings = ConvertConfig(
+            dtype=("fp8", "bf16")[given.step % 2], workers=given.workers, max_shard_gb=given.shard_gb
         )
         init = InitConfig(from_=f"hf:{folders[given.step - 1]}")
         run(replace(load("convert"), init=init, root=str(given.folder), name=str(given.step), convert=settings))

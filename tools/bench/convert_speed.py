@@ -27,7 +27,7 @@ import torch
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensor_file import TensorFile
 from megatron_r1.commands.convert import run
-from megatron_r1.config.convert import ConversionConfig
+from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
@@ -131,7 +131,7 @@ def convert(case: Case, source: str, folder: Path, name: str, workers: int) -> N
         init=InitConfig(from_=source),
         root=str(folder),
         name=name,
-        convert=ConversionConfig(**case.settings, workers=workers, shard_gb=0.25),
+        convert=ConvertConfig(**case.settings, workers=workers, max_shard_gb=0.25),
     )
     run(config)
 

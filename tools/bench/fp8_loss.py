@@ -32,11 +32,11 @@ BASELINE, FLOOR, SAME_WEIGHTS = "bf16", "bf16, one unit in the last place off", 
 VARIANTS: dict[str, list[str]] = {
     BASELINE: [],
     FLOOR: [],
-    "fp8, as the report": ["precision=deepseek_fp8"],
-    "fp8, gradients in 128x128": ["precision=deepseek_fp8", "precision.gradients=128x128"],
+    "fp8, as the report": ["fp8=deepseek"],
+    "fp8, gradients in 128x128": ["fp8=deepseek", "fp8.gradient_tiling=128x128"],
     "fp8, a scale a tensor": [
-        *("precision=deepseek_fp8", "precision.activations=tensor", "precision.gradients=tensor"),
-        "precision.weights=tensor",
+        *("fp8=deepseek", "fp8.activation_tiling=tensor", "fp8.gradient_tiling=tensor"),
+        "fp8.weight_tiling=tensor",
     ],
 }
 SHARED = ("steps", "batch", "documents", "probes", "folder")
@@ -46,7 +46,7 @@ SETTINGS = [
     *("model.attention.q_lora_rank=128", "model.attention.kv_lora_rank=128", "model.attention.qk_nope_head_dim=64"),
     *("model.attention.qk_rope_head_dim=64", "model.attention.v_head_dim=64", "model.moe.ffn_hidden_size=256"),
     # 0.006 at the width of 7168, carried over by 1 / sqrt(width).
-    *("model.init_std=0.032", "model.mtp.num_layers=0", "model.precision=bf16"),
+    *("model.init_std=0.032", "model.mtp.num_layers=0", "model.dtype=bf16"),
     *("train.sequence_length=64", "train.schedule.learning_rate=2e-3"),
     *("platform=cpu", "threads=1"),
 ]
@@ -132,7 +132,7 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
     config = config_of(variant, seed, options)
     tokenizer, folder = train_tokenizer(config.data), options.folder / "data"
     corpus = build_corpus(config.data, tokenizer, config.train.sequence_length, seed, folder)
-    model = build_model(config.model, config.parallel, platform, seed, precision=config.precision)
+    model = build_model(config.model, config.parallel, platform, seed, precision=config.fp8)
     if variant == FLOOR:
         move_one_unit(model)
     optimizer = Optimizer(model, config.train)
@@ -170,7 +170,7 @@ def at_the_same_weights(seed: int, options: argparse.Namespace, platform: Any) -
     first = options.steps * options.batch
     batches = [torch.from_numpy(corpus.batch(first + i * options.batch, options.batch)) for i in range(options.probes)]
     still = "model.moe.bias_update_rate=0.0"
-    exact = list(passes(config_of(BASELINE, seed, options, still, "model.precision=fp32"), weights, batches, platform))
+    exact = list(passes(config_of(BASELINE, seed, options, still, "model.dtype=fp32"), weights, batches, platform))
     errors = {}
     for variant in (variant for variant in VARIANTS if variant != FLOOR):
         found = passes(config_of(variant, seed, options, still), weights, batches, platform)
@@ -189,7 +189,7 @@ def passes(config: Any, weights: dict[str, Any], batches: Sequence[Any], platfor
     from megatron_r1.model.forward_backward import forward_backward
     from megatron_r1.train.optimizer import Optimizer
 
-    model = build_model(config.model, config.parallel, platform, config.seed, precision=config.precision)
+    model = build_model(config.model, config.parallel, platform, config.seed, precision=config.fp8)
     load_native_tensors(model, weights)
     optimizer = Optimizer(model, config.train)
     for batch in batches:

@@ -44,7 +44,7 @@ PROMPTS, PROMPT_TOKENS = 64, 12
 def shape_of(given: argparse.Namespace) -> ModelConfig:
     groups = [f"model.moe.num_groups={given.experts // 8}", f"model.moe.group_top_k={max(1, given.experts // 16)}"]
     size = [f"model.num_layers={given.layers}", f"model.moe.num_experts={given.experts}", "model.moe.top_k=4"]
-    return load("pretrain", ["model.init_std=0.08", "model.precision=bf16", *size, *groups]).model
+    return load("pretrain", ["model.init_std=0.08", "model.dtype=bf16", *size, *groups]).model
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def engine_of(kind: str, model: torch.nn.Module, shape: ModelConfig, replay: Rou
     if kind == "local":
         yield LocalEngine(model, PROMPTS, 0, replay)
         return
-    server = ServerConfig(routed_experts=True)
+    server = ServerConfig(return_routed_experts=True)
     rollout = RolloutConfig(sglang=SGLangConfig(max_running_requests=64, max_total_tokens=16_384, server=server))
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(DataConfig(num_documents=2000)).save(Path(folder) / "tokenizer")

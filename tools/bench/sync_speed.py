@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.config.model import AttentionConfig, MixtureConfig, ModelConfig, MultiTokenConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.rollout import SGLangConfig
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
@@ -68,8 +68,8 @@ def model_of(megabytes: int) -> ModelConfig:
         ffn_hidden_size=2048,
         vocab_size=4096,
         attention=AttentionConfig(q_lora_rank=256, kv_lora_rank=128),
-        moe=MixtureConfig(num_experts=max(4, megabytes // 130 * 2), ffn_hidden_size=1536, num_groups=2),
-        mtp=MultiTokenConfig(num_layers=0),
+        moe=MoeConfig(num_experts=max(4, megabytes // 130 * 2), ffn_hidden_size=1536, num_groups=2),
+        mtp=MtpConfig(num_layers=0),
     )
 
 

@@ -7,7 +7,7 @@ from megatron_r1.data.chat.render import CannotRender
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 
-KEY = "rollout.template"
+KEY = "rollout.chat_template"
 NO_TEMPLATE = "none"
 
 

@@ -74,7 +74,9 @@ class ConversationSegmenter:
         for index in trained_on:
             prompt = self._template.render(messages[:index], answer_follows=True).text
             if not prompt.startswith(before):
-                raise BadRow(f"the chat template changes what stands before message {index + 1}: needs sft.learn=each")
+                raise BadRow(
+                    f"the chat template changes what stands before message {index + 1}: needs sft.loss_on=each"
+                )
             answer = self._answer(prompt, messages[: index + 1])
             segments.append(Segment(prompt[len(before) :], False))
             # Line breaks after the end token are the template's, not the model's.
@@ -97,7 +99,7 @@ class ConversationSegmenter:
         text = self._template.render(messages).text
         if not text.startswith(prompt):
             raise BadRow(
-                "the chat template's prompt is no prefix of prompt and answer: needs sft.answers=verbatim, or a "
+                "the chat template's prompt is no prefix of prompt and answer: needs sft.response_text=verbatim, or a "
                 "template with generation marks"
             )
         answer = text[len(prompt) :]
@@ -109,4 +111,6 @@ class ConversationSegmenter:
 def _check_kept(content: str, answer: str) -> None:
     """An answer must be in the text whole; templates may trim and set its lines otherwise."""
     if "".join(content.split()) not in "".join(answer.split()):
-        raise BadRow("the chat template leaves out part of an answer: needs sft.answers=verbatim, or sft.learn=each")
+        raise BadRow(
+            "the chat template leaves out part of an answer: needs sft.response_text=verbatim, or sft.loss_on=each"
+        )

@@ -96,7 +96,7 @@ def open_examples(
     with _one_at_a_time(kept / "examples.lock"):
         if not folder.is_dir():
             encoder = ChatEncoder(
-                tokenizer, chat_template(tokenizer, template, sft.chat_template), sft.learn, sft.answers
+                tokenizer, chat_template(tokenizer, template, sft.chat_template), sft.loss_on, sft.response_text
             )
             _Maker(sft, data, encoder, sequence_length, seed).make(folder, run_folder / BAD_ROWS)
         content = json.loads((folder / "counts.json").read_text())["sha256"]
@@ -185,7 +185,7 @@ class _Maker:
         source = self._sft.source
         if world := GENERATED.get(source):
             training = world.training(self._data, self._sft.num_conversations)
-            heldout_conversations = world.heldout(self._data, self._sft.heldout)
+            heldout_conversations = world.heldout(self._data, self._sft.eval_examples)
             for heldout, conversations in ((False, training), (True, heldout_conversations)):
                 for number, conversation in enumerate(conversations, 1):
                     self._counts["rows"] += 1
@@ -218,7 +218,7 @@ class _Maker:
         """The example as it fits a sequence; None where it is left out."""
         if len(example.tokens) <= self._longest:
             return example
-        if self._sft.too_long == "truncate" and any(example.loss_mask[1 : self._longest]):
+        if self._sft.overlong == "truncate" and any(example.loss_mask[1 : self._longest]):
             self._counts["truncated"] += 1
             return ChatExample(example.tokens[: self._longest], example.loss_mask[: self._longest])
         self._counts["dropped_too_long"] += 1
@@ -239,9 +239,9 @@ class _Maker:
 
     def _drawn(self, keys_N: np.ndarray) -> np.ndarray:
         """Which examples are held out of files: bool [N]; equal conversations are on one side."""
-        if self._sft.source != "files" or not self._sft.heldout:
+        if self._sft.source != "files" or not self._sft.eval_examples:
             return np.zeros(len(keys_N), bool)
-        smallest = np.unique(keys_N)[: self._sft.heldout]
+        smallest = np.unique(keys_N)[: self._sft.eval_examples]
         return np.isin(keys_N, smallest)
 
     def _said(self) -> str:

@@ -105,7 +105,7 @@ def encode_preferences(
     for item in items:
         if encoder.reasoning and not all(labelled.critique for labelled in item.responses):
             prompt = f"prompt={item.question[:40]!r}"
-            raise DataError(f"{prompt}: has no critique, which reward_model.reasoning_weight above 0 trains on")
+            raise DataError(f"{prompt}: has no critique, which reward_model.critique_loss_weight above 0 trains on")
         example = encoder.example(item)
         if example.length <= max_length:
             examples.append(example)

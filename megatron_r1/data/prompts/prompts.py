@@ -46,7 +46,7 @@ class TrainingPrompts:
         if config.source == "assistant" and rng.random() >= config.arithmetic_share:
             return assistant_prompt(next(synthetic_prompts(config, 1, start=index)), f"train-{index}")
         if rng.random() < config.reasoning_gym_share:
-            problem = draw_item(rng, config.heldout_fraction, heldout=False)
+            problem = draw_item(rng, config.eval_fraction, heldout=False)
         else:
             problem = family_problem(draw_expression(rng, FAMILY_FORMS.draw(rng), config), rng, config)
         return as_prompt(problem, f"train-{index}")
@@ -67,19 +67,17 @@ def heldout_problems(config: DataConfig, count: int) -> list[Problem]:
         DataError: the split does not hold that many.
     """
     rng = random.Random("heldout prompts")
-    pool = list(heldout_expressions(config.heldout_fraction))
+    pool = list(heldout_expressions(config.eval_fraction))
     seen: set[str] = set()
     problems: list[Problem] = []
     for _ in range(count):
         if rng.random() < config.reasoning_gym_share:
-            problem = draw_unseen(rng, config.heldout_fraction, seen)
+            problem = draw_unseen(rng, config.eval_fraction, seen)
         else:
             while pool and pool[0] in seen:
                 pool.pop(0)
             if not pool:
-                raise DataError(
-                    f"prompts={count}: heldout_fraction={config.heldout_fraction} holds out only {len(problems)}"
-                )
+                raise DataError(f"prompts={count}: eval_fraction={config.eval_fraction} holds out only {len(problems)}")
             problem = family_problem(pool.pop(0), rng, config)
         seen.add(problem.expression)
         problems.append(problem)
@@ -106,7 +104,7 @@ def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> 
         problem = draw_item(rng, heldout_fraction, heldout=True)
         if problem.expression not in seen:
             return problem
-    raise DataError(f"heldout_fraction={heldout_fraction}: holds out only {len(seen)} expressions")
+    raise DataError(f"eval_fraction={heldout_fraction}: holds out only {len(seen)} expressions")
 
 
 def as_prompt(problem: Problem, id: str) -> Prompt:

@@ -109,7 +109,7 @@ def draw_problem(rng: random.Random, config: DataConfig) -> Problem:
 
 
 def draw_expression(rng: random.Random, operators: str, config: DataConfig) -> str:
-    return rng.choice(training_expressions(operators, config.heldout_fraction))
+    return rng.choice(training_expressions(operators, config.eval_fraction))
 
 
 def family_problem(expression: str, rng: random.Random, config: DataConfig) -> Problem:

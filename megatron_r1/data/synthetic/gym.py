@@ -63,7 +63,7 @@ def draw_item(rng: random.Random, heldout_fraction: float, heldout: bool) -> Pro
         problem = item(task, rng.randrange(2**40))
         if problem is not None and is_heldout(problem.expression, heldout_fraction) is heldout:
             return problem
-    raise DataError(f"heldout_fraction={heldout_fraction}: leaves no {task} item on the wanted side")
+    raise DataError(f"eval_fraction={heldout_fraction}: leaves no {task} item on the wanted side")
 
 
 def verify(task: str, answer: str, truth: str) -> bool:

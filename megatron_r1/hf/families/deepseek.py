@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from megatron_r1.config.attention import AttentionConfig
-from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
+from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.families.family import Family
 from megatron_r1.hf.param_mapping import (
@@ -94,7 +94,7 @@ class _DeepSeek(Family):
             norm_epsilon=LATENT_NORM_EPSILON,
         )
         groups, open_groups = self._groups(config)
-        moe = MixtureConfig(
+        moe = MoeConfig(
             num_experts=config["n_routed_experts"],
             top_k=config["num_experts_per_tok"],
             ffn_hidden_size=config["moe_intermediate_size"],
@@ -106,7 +106,7 @@ class _DeepSeek(Family):
             scaling_factor=config["routed_scaling_factor"],
         )
         extra = config.get("num_nextn_predict_layers", config.get("num_mtp_layers", 0))
-        return {"attention": attention, "moe": moe, "mtp": MultiTokenConfig(num_layers=extra)}
+        return {"attention": attention, "moe": moe, "mtp": MtpConfig(num_layers=extra)}
 
     def _groups(self, config: dict[str, Any]) -> tuple[int, int]:
         return config["n_group"], config["topk_group"]

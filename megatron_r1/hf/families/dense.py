@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from megatron_r1.config.attention import GroupedAttentionConfig
-from megatron_r1.config.model import MixtureConfig, ModelConfig, MultiTokenConfig
+from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.hf.families.family import Family
 from megatron_r1.hf.param_mapping import ParamMapping, dense_feed_forward, linear_weight, same_tensor
 
@@ -55,8 +55,8 @@ class _Dense(Family):
         )
         return {
             "attention": attention,
-            "moe": MixtureConfig.none(),
-            "mtp": MultiTokenConfig(num_layers=0),
+            "moe": MoeConfig.none(),
+            "mtp": MtpConfig(num_layers=0),
             "tied_embeddings": config.get("tie_word_embeddings", False),
         }
 

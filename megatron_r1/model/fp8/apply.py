@@ -1,6 +1,6 @@
 """Which linear layers of a model multiply in FP8; the one place that decides it, for either backend.
 
-Every module that holds a matrix is looked at by name: it is a linear layer that `config.precision` knows, or one that
+Every module that holds a matrix is looked at by name: it is a linear layer that `config.fp8` knows, or one that
 always stays high, or an error. So nothing new in a model is quantised, or left out, unnoticed.
 
 Under tensor parallelism 128-wide blocks are cut from each rank's shard, as Transformer Engine cuts them. They are the
@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from megatron_r1.config.precision import LINEARS, PrecisionConfig
+from megatron_r1.config.fp8 import LINEARS, Fp8Config
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import Model, chunks
 from megatron_r1.model.fp8.linear import LinearRecipe, multiply, parallel_multiply
@@ -82,15 +82,15 @@ def kind_of(name: str) -> str:
     for kind in (*LINEARS, *ALWAYS_HIGH):
         if name == kind or name.endswith(f".{kind}"):
             return kind
-    raise ConfigError("precision.linears", "fp8", f"{name} holds a matrix of a kind that is not known to FP8")
+    raise ConfigError("fp8.enabled", True, f"{name} holds a matrix of a kind that is not known to FP8")
 
 
-def use_fp8(model: Model, precision: PrecisionConfig, platform: Platform) -> Fp8Plan:
+def use_fp8(model: Model, fp8: Fp8Config, platform: Platform) -> Fp8Plan:
     """Let the linear layers of a built model multiply in FP8.
 
     Args:
         model: this rank's part, of Transformer Engine's modules or torch's.
-        precision: for which `wants_fp8`.
+        fp8: for which `wants_fp8`.
         platform: of the model.
 
     Raises:
@@ -102,50 +102,50 @@ def use_fp8(model: Model, precision: PrecisionConfig, platform: Platform) -> Fp8
         if weight is None:
             continue
         kind = kind_of(name)
-        if kind in ALWAYS_HIGH or kind in precision.stay_high:
+        if kind in ALWAYS_HIGH or kind in fp8.exclude_modules:
             plan.high.append(name)
             if platform.transformer_engine and kind in LINEARS:
                 _keep_high(module)
             continue
-        recipe = recipe_of(kind, precision)
+        recipe = recipe_of(kind, fp8)
         if platform.transformer_engine:
             plan.quantised[name] = TRANSFORMER_ENGINE
         else:
             _emulate(name, module, recipe)
             plan.quantised[name] = str(recipe)
-        if precision.weights == "128x128" and _shard_ends_within_a_block(weight):
+        if fp8.weight_tiling == "128x128" and _shard_ends_within_a_block(weight):
             plan.cut.append(name)
     if not plan.quantised:
-        raise ConfigError("precision.linears", "fp8", "no linear layer of this model would be quantised")
+        raise ConfigError("fp8.enabled", True, "no linear layer of this model would be quantised")
     return plan
 
 
-def wants_fp8(precision: PrecisionConfig, platform: Platform) -> bool:
+def wants_fp8(fp8: Fp8Config, platform: Platform) -> bool:
     """Whether linear layers are to multiply in FP8.
 
     Raises:
         ConfigError: they are, in a way that the platform cannot; names the key.
     """
-    if precision.linears != "fp8":
+    if not fp8.enabled:
         return False
     if platform.name == "cuda" and not platform.transformer_engine:
-        raise ConfigError("precision.linears", "fp8", "needs Transformer Engine on CUDA, which is not installed")
+        raise ConfigError("fp8.enabled", True, "needs Transformer Engine on CUDA, which is not installed")
     if platform.transformer_engine:
-        for key, only in (("activations", "1x128"), ("gradients", "1x128"), ("weights", "128x128")):
-            if (value := getattr(precision, key)) != only:
-                raise ConfigError(f"precision.{key}", value, f"must be {only} with Transformer Engine")
+        for key, only in (("activation_tiling", "1x128"), ("gradient_tiling", "1x128"), ("weight_tiling", "128x128")):
+            if (value := getattr(fp8, key)) != only:
+                raise ConfigError(f"fp8.{key}", value, f"must be {only} with Transformer Engine")
     return True
 
 
-def recipe_of(kind: str, precision: PrecisionConfig) -> LinearRecipe:
+def recipe_of(kind: str, fp8: Fp8Config) -> LinearRecipe:
     """How linear layers of one kind are quantised."""
     return LinearRecipe(
-        activations=TILINGS[precision.activations],
-        gradients=TILINGS[precision.gradients],
-        weights=TILINGS[precision.weights],
-        power_of_two_inputs=kind in precision.power_of_two_inputs,
-        power_of_two_gradients=kind in precision.power_of_two_gradients,
-        kept=E5M6 if kind in precision.e5m6_inputs else E4M3,
+        activations=TILINGS[fp8.activation_tiling],
+        gradients=TILINGS[fp8.gradient_tiling],
+        weights=TILINGS[fp8.weight_tiling],
+        power_of_two_inputs=kind in fp8.power_of_two_inputs,
+        power_of_two_gradients=kind in fp8.power_of_two_gradients,
+        kept=E5M6 if kind in fp8.e5m6_inputs else E4M3,
     )
 
 
@@ -172,7 +172,7 @@ def _emulate(name: str, module: Any, recipe: LinearRecipe) -> None:
         # The method that both call for their product; gathering and reduction around it stay as they are.
         module._forward_impl = parallel_multiply(recipe)
     else:
-        raise ConfigError("precision.linears", "fp8", f"{name} is a {type(module).__name__}, which cannot multiply so")
+        raise ConfigError("fp8.enabled", True, f"{name} is a {type(module).__name__}, which cannot multiply so")
 
 
 def _keep_high(module: Any) -> None:

@@ -41,7 +41,7 @@ class JudgeReward:
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """A value for each response text, in order."""
         parts = [self._part(text) for text in texts]
-        if self._config.asks == "comparison":
+        if self._config.mode == "comparison":
             triples = [(prompt.question, part, prompt.answer) for prompt, part in zip(prompts, parts, strict=True)]
             margins = self.margins(triples)
             return [margin if isinstance(margin, Unscored) else (margin + 2) / 4 for margin in margins]

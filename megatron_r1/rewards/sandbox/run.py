@@ -85,7 +85,7 @@ class Sandbox:
         """Raises PlatformError: the sandbox does not work on this machine, and nothing is run without it."""
         self.config = config
         self._tools, self._filter = find_tools(), seccomp_filter()
-        self._at_once = threading.Semaphore(config.parallel)
+        self._at_once = threading.Semaphore(config.max_parallel)
         try:
             tried = self.run([*PYTHON, "-c", "print(6 * 7)"])
         except SandboxDown as error:

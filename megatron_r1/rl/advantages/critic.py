@@ -177,7 +177,7 @@ class CriticCredit:
             penalties_SR = _stacked([taken.penalties[place] for place in places])
         rewards_S = values_SR.new_tensor([sample.reward for sample in samples])
         rewards_SR = token_rewards(rewards_S, penalties_SR, mask_SR, 1.0) + _of_steps(samples, mask_SR)
-        found: Estimates = generalized_advantages(rewards_SR, values_SR, mask_SR, settings.discount, settings.decay)
+        found: Estimates = generalized_advantages(rewards_SR, values_SR, mask_SR, settings.gamma, settings.gae_lambda)
         counted_S = torch.tensor([place in taken.owned_samples for place in places], device=mask_SR.device)
         counted_SR = mask_SR & counted_S[:, None]
         advantages_SR = found.advantages_BL
@@ -185,7 +185,7 @@ class CriticCredit:
             "critic/explained_variance": explained_variance(found.returns_BL, values_SR, counted_SR, _over_data),
             "critic/return": float(spread(found.returns_BL, counted_SR, _over_data).mean),
         }
-        if settings.whiten:
+        if settings.whiten_advantages:
             advantages_SR = whitened(advantages_SR, mask_SR, spread(advantages_SR, counted_SR, _over_data))
         self._advantages, self._returns = (
             {place: to_positions(sample, row_R) for place, sample, row_R in zip(places, samples, rows_SR, strict=True)}

@@ -30,12 +30,12 @@ def critic_of(run: TrainingRun, policy: Weights) -> Critic:
     config, settings = run.config, run.config.rl.critic
     tensors = None if run.resumed else _initial_tensors(run, policy)
     model = second_model(
-        config.model, config.parallel, run.platform, tensors, add_reward_head, config.performance, config.precision
+        config.model, config.parallel, run.platform, tensors, add_reward_head, config.performance, config.fp8
     )
     for name, parameter in model.named_parameters():
         # No value depends on the words' logits.
         parameter.requires_grad_(not in_multi_token_layer(name) and "output_layer" not in name.split("."))
-    critic = Critic(model, Optimizer(model, config.train, config.performance), settings.clip)
+    critic = Critic(model, Optimizer(model, config.train, config.performance), settings.value_clip)
     if run.resumed:
         critic.restore(run.saved)
     return critic

@@ -123,7 +123,7 @@ class ProcessAdvantages:
 
 def build_advantage_estimator(config: RLConfig) -> Advantages:
     """Answers, or their steps, against the other answers to the same prompt."""
-    return (ProcessAdvantages if config.advantages == "process" else GroupAdvantages)(config.advantage_std)
+    return (ProcessAdvantages if config.advantage_estimator == "process" else GroupAdvantages)(config.advantage_std)
 
 
 def _rewards(taken: AdvantageInputs) -> Tensor:

@@ -3,9 +3,9 @@
 While a step learns from its rollout, the engine works on those of the next steps, at most `ahead` of them, the earliest
 first. A rollout is begun when at most `ahead` updates of the weights lie between what the engine has then and what will
 learn from it, so no token is ever staler than that; and rollouts are learned from in the order of their prompts, so
-long answers are not left behind by short ones. What happens to answers under way when new weights arrive is the
-engine's choice (rollout.pause): they end under the old ones, or go on under the new ones. Either way each token's
-log-probability is of the weights that sampled it, and the objective's ratio corrects for the difference.
+long answers are not left behind by short ones. What happens to running requests when new weights arrive is the engine's
+choice (rollout.weight_sync.pause_mode): they end under the old weights, or continue under the new ones. Either way each
+token's log-probability is of the weights that sampled it, and the objective's ratio corrects for the difference.
 
 Trained reward models score in the trainer's thread alone, while it waits for a rollout. One that has been answered and
 still needs their scores waits until the trainer has ended its step; others do not, and no token gets staler by it:

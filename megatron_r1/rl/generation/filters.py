@@ -53,11 +53,11 @@ def drop_equal(group: Group) -> list[Sample]:
 def chosen(config: FilterConfig) -> dict[str, Filter]:
     """The configured filters by the name under which they count, in the order in which they work."""
     filters: dict[str, Filter] = {}
-    if config.repeats == "drop":
+    if config.duplicates == "drop":
         filters["duplicates"] = drop_repeats
     if config.truncated != "keep":
         filters["truncated"] = mask_truncated if config.truncated == "mask" else drop_truncated
-    if config.equal_groups == "drop":
+    if config.zero_std_groups == "drop":
         filters[ZERO_STD] = drop_equal
     return filters
 

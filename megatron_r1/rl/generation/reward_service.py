@@ -3,7 +3,7 @@
 A reward model is shared out over the ranks as the policy is, so each of its scores is computed by all of them at the
 same time; and two threads of a rank could not agree with those of another about whose turn it is with the process
 groups, so only the trainer's thread scores. Answers however are scored where rollouts are taken: on rank 0, and with
-rollout.ahead in threads beside the trainer's. Therefore
+rollout.max_staleness in threads beside the trainer's. Therefore
 
 | who | while the next rollout is taken |
 |---|---|

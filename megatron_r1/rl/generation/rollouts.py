@@ -110,7 +110,9 @@ class Rollouts:
             *(["rollout/filtered_small_groups"] if answers else []),
         ]
         equal = [counted_as(ZERO_STD)] if ZERO_STD in self._filters else []
-        return groups + answers + equal + (["rollout/resampled_prompts"] if self._rl.filters.extra_rounds else [])
+        return (
+            groups + answers + equal + (["rollout/resampled_prompts"] if self._rl.filters.max_resample_rounds else [])
+        )
 
     def _sample(self, step: int, first_prompt: int) -> Rollout:
         """Rounds of prompts until there are groups enough, or no further round is allowed.
@@ -121,11 +123,11 @@ class Rollouts:
         kept: list[list[Sample]] = []
         idle: list[list[Sample]] = []
         place = first_prompt
-        for number in range(1 + self._rl.filters.extra_rounds):
+        for number in range(1 + self._rl.filters.max_resample_rounds):
             if not (wanted := self._rl.prompts_per_rollout - len(kept)):
                 break
             if number == 1:
-                place = REFILLS + first_prompt * self._rl.filters.extra_rounds
+                place = REFILLS + first_prompt * self._rl.filters.max_resample_rounds
             groups = self._round(step, number, place, wanted)
             place += wanted
             if number:

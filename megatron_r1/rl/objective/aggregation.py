@@ -49,9 +49,9 @@ def sequence_sum(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) 
 
 LOSS_AGGREGATIONS: dict[str, LossAggregation] = {
     # 1/G sum_i 1/|o_i| sum_t (DeepSeekMath, equation 3): a long answer's tokens count less.
-    "answer": LossAggregation(sequence_mean, lambda totals: totals.answers),
+    "sequence_mean": LossAggregation(sequence_mean, lambda totals: totals.answers),
     # 1/sum_i |o_i| sum_i sum_t (DAPO, equation 8): every token counts the same.
-    "token": LossAggregation(sequence_sum, lambda totals: max(totals.tokens, 1)),
+    "token_mean": LossAggregation(sequence_sum, lambda totals: max(totals.tokens, 1)),
     # 1/G sum_i 1/longest sum_t (Dr.GRPO, section 3.2): the same in every mini-batch, whatever its lengths.
     "constant": LossAggregation(sequence_sum, lambda totals: totals.answers * totals.longest),
 }

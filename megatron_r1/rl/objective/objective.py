@@ -66,7 +66,7 @@ class Objective:
     clip: Clip
     term: str = "grpo"
     """A key of `TERMS`."""
-    average: str = "answer"
+    average: str = "sequence_mean"
     """A key of `AVERAGES`; penalty and bonus are averaged likewise."""
     kl_coefficient: float = 0.0
     penalty: str = "k3"
@@ -182,13 +182,13 @@ def _mean_advantage(answers: ObjectiveInputs) -> Tensor:
 
 def objective_of(config: RLConfig) -> Objective:
     """The configured objective. A penalty that is in the reward is not in the loss."""
-    correction = config.correction
+    correction = config.importance_sampling
     limits = ClipRange(correction.low, correction.high)
     return Objective(
         Clip(config.clip_epsilon, config.clip_epsilon_high or config.clip_epsilon),
         config.objective,
-        config.average,
-        config.kl_coefficient if config.kl_in == "loss" else 0.0,
+        config.loss_aggregation,
+        config.kl_coefficient if config.kl_placement == "loss" else 0.0,
         config.kl_estimator,
         config.entropy_coefficient,
         None if correction.kind == "none" else ImportanceSampling(correction.kind, correction.level, limits),

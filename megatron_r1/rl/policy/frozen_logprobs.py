@@ -67,7 +67,7 @@ def compute_frozen_logprobs(
     Args:
         reference_policy: the model, as the reference reads: it routes for itself.
     """
-    old = policy.log_probs_by_sample(rows) if config.old_log_probs == "trainer" else None
+    old = policy.log_probs_by_sample(rows) if config.old_logprobs_from == "trainer" else None
     if not (reference and config.kl_coefficient):
         return FrozenLogProbs(old, None, None, None)
     with reference.in_place():

@@ -56,7 +56,7 @@ class WeightPayload:
         """What becomes of a megatron-core tensor, in the order of `tensors`; empty when it is not sent."""
         if native not in self._rows:
             return []
-        precision = self.model.precision
+        precision = self.model.dtype
         return hf_entries(self._rows[native], "fp8" if self.fp8 else precision, FORMATS[precision])
 
     def tensors(self, natives: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[NamedTensor]:

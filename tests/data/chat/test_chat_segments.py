@@ -46,7 +46,7 @@ def test_answers_and_their_end_are_learned(source, end):
 
 
 def test_reasoning_that_a_template_drops_is_never_lost_in_silence():
-    assert "is no prefix of prompt and answer: needs sft.answers=verbatim" in encoded(REASONED, REASONING)
+    assert "is no prefix of prompt and answer: needs sft.response_text=verbatim" in encoded(REASONED, REASONING)
     unopened = REASONING.replace("<|assistant|><think>\\n' }}{% endif %}", "<|assistant|>' }}{% endif %}")
     assert "leaves out part of an answer" in encoded(REASONED, unopened, "last")
     marked = QWEN_MARKED.replace("message['content'] + '<|im_end|>' }}{%- endg", "message['content'][3:] }}{%- endg")
@@ -57,7 +57,7 @@ def test_reasoning_that_a_template_drops_is_never_lost_in_silence():
 
 def test_verbatim_answers_come_after_the_prompt_that_the_template_makes():
     """The turns before keep no reasoning, as when the model is asked; the answer keeps its own."""
-    assert "needs sft.learn=each" in encoded(REASONED, REASONING, "all", "verbatim")
+    assert "needs sft.loss_on=each" in encoded(REASONED, REASONING, "all", "verbatim")
     for opening in ("<think>\\n", ""):
         source = REASONING.replace("<think>\\n", opening)
         (one, _), (two, text) = encoded(REASONED, source, "each", "verbatim")

@@ -130,7 +130,7 @@ def test_what_is_too_long_is_dropped_or_cut_and_counted(tmp_path):
     hopeless = {"prompt": "a " * 100, "response": "b"}
     path = jsonl(tmp_path / "a.jsonl", [*ROWS[:3], long, hopeless])
     dropped = opened(settings(path), tmp_path / "dropped", length=20)
-    cut = opened(settings(path, too_long="truncate"), tmp_path / "cut", length=20)
+    cut = opened(settings(path, overlong="truncate"), tmp_path / "cut", length=20)
     assert (dropped.counts["examples"], dropped.counts["dropped_too_long"]) == (3, 2)
     assert (cut.counts["examples"], cut.counts["truncated"], cut.counts["dropped_too_long"]) == (4, 1, 1)
     assert cut.lengths_N.max() == 21 and cut.loss_mask_T[-1] and cut.tokens_T[-1] != TOKENIZER.eos
@@ -147,7 +147,7 @@ def test_held_out_conversations_are_on_one_side_with_all_that_equal_them(tmp_pat
 
 
 def test_the_arithmetic_world_holds_out_its_own_expressions(tmp_path):
-    config = SftConfig(num_conversations=200, heldout=30)
+    config = SftConfig(num_conversations=200, eval_examples=30)
     examples = opened(config, tmp_path / "run", length=128)
     assert examples.counts["examples"] == 230 and examples.heldout_N.sum() == 30
     for text in texts(examples):
@@ -155,7 +155,7 @@ def test_the_arithmetic_world_holds_out_its_own_expressions(tmp_path):
     for heldout in (False, True):
         for text in texts(examples, heldout):
             [expression] = {"".join(found.split()) for found in QUESTION.findall(text.split("User: ")[1])[:1]}
-            assert is_heldout(normalise(expression), DataConfig().heldout_fraction) is heldout
+            assert is_heldout(normalise(expression), DataConfig().eval_fraction) is heldout
 
 
 def test_a_run_finds_what_it_began_with_or_is_refused(tmp_path, monkeypatch):

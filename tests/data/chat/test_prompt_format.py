@@ -46,9 +46,9 @@ def test_a_vocabulary_without_a_begin_token_begins_with_the_text():
 
 
 def test_what_cannot_be_asked_is_refused_at_the_start(tmp_path):
-    with pytest.raises(ConfigError, match=r"^rollout\.template=r1_zero: must take a system prompt and a question"):
+    with pytest.raises(ConfigError, match=r"^rollout\.chat_template=r1_zero: must take a system prompt and a question"):
         PromptFormatter(TOKENIZER, "r1_zero", "You are kind.")
-    with pytest.raises(ConfigError, match=r"^rollout\.template=gone: must be r1_zero, tokenizer or a file"):
+    with pytest.raises(ConfigError, match=r"^rollout\.chat_template=gone: must be r1_zero, tokenizer or a file"):
         PromptFormatter(TOKENIZER, "gone")
     (tmp_path / "broken").write_text("{% if %}")
     with pytest.raises(DataError, match="chat template .*broken: line 1"):

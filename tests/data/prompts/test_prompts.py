@@ -30,7 +30,7 @@ def test_template_is_the_papers():
 def test_training_prompts_are_right_and_never_held_out():
     prompts = [TrainingPrompts(CONFIG).at(index) for index in range(3000)]
     for prompt in prompts:
-        assert not is_heldout(prompt.expression, CONFIG.heldout_fraction)
+        assert not is_heldout(prompt.expression, CONFIG.eval_fraction)
         assert prompt.answer == str(value(prompt.expression))
         assert prompt.expression in prompt.question
     tasks = Counter(prompt.task for prompt in prompts)
@@ -50,7 +50,7 @@ def test_training_prompts_are_addressed_by_index():
 def test_heldout_prompts_are_distinct_held_out_and_the_same_for_every_seed():
     prompts = heldout_prompts(CONFIG, 600)
     assert len({prompt.expression for prompt in prompts}) == len({prompt.id for prompt in prompts}) == 600
-    assert all(is_heldout(prompt.expression, CONFIG.heldout_fraction) for prompt in prompts)
+    assert all(is_heldout(prompt.expression, CONFIG.eval_fraction) for prompt in prompts)
     assert all(prompt.answer == str(value(prompt.expression)) for prompt in prompts)
     assert heldout_prompts(DataConfig(seed=5), 100) == prompts[:100]
 
@@ -58,7 +58,7 @@ def test_heldout_prompts_are_distinct_held_out_and_the_same_for_every_seed():
 @pytest.mark.parametrize("share", [0.0, 0.2])
 def test_too_many_heldout_prompts_are_refused(share):
     with pytest.raises(DataError, match="holds out only"):
-        heldout_prompts(DataConfig(heldout_fraction=0.01, reasoning_gym_share=share), 600)
+        heldout_prompts(DataConfig(eval_fraction=0.01, reasoning_gym_share=share), 600)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -63,7 +63,7 @@ def test_documents_hold_no_heldout_expression(seed):
     config = DataConfig(num_documents=20_000, seed=seed)
     shown = {normalise(chain) for text in documents(config) for chain in CHAIN.findall(text)}
     assert len(shown) > 3000
-    assert not {e for e in shown if is_heldout(e, config.heldout_fraction)}
+    assert not {e for e in shown if is_heldout(e, config.eval_fraction)}
     assert not CHAIN.search(R1_ZERO_TEMPLATE)
 
 

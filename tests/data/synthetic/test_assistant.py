@@ -88,7 +88,7 @@ def test_rules_know_no_other_question():
 def test_no_training_text_asks_what_is_held_out():
     asked = {each.question for each in synthetic_prompts(CONFIG, 400, heldout=True)}
     assert len(asked) == 400
-    assert all(is_heldout(question, CONFIG.heldout_fraction) for question in asked)
+    assert all(is_heldout(question, CONFIG.eval_fraction) for question in asked)
     asked |= {pair.question for pair in preference_pairs(CONFIG, 400, True)}
     asked |= {item.question for item in safety_items(CONFIG, 400, True)}
     learned = {each.question for each in synthetic_prompts(CONFIG, 1000)}

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_r1.commands.pretrain import next_token_forward
+from megatron_r1.config.fp8 import LINEARS, Fp8Config
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.config.precision import LINEARS, PrecisionConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.build import build_model
@@ -24,13 +24,13 @@ from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.update import update
 from tests.support.fp8_shape import fp8_shape, gradient_squares
 
-FP8 = PrecisionConfig(linears="fp8")
+FP8 = Fp8Config(enabled=True)
 ROWS_BL = torch.randint(0, 512, (4, 129), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
 def build(one_rank):
-    def model(precision: PrecisionConfig | None = FP8, config=None):
+    def model(precision: Fp8Config | None = FP8, config=None):
         return build_model(config or fp8_shape(), ParallelConfig(), one_rank, 0, precision=precision)
 
     return model
@@ -125,15 +125,15 @@ def test_gradients_of_every_matrix_differ_from_full_precision_and_little(build):
 
 
 def test_left_out_layers_stay_out(build):
-    plan = build(replace(FP8, stay_high=["eh_proj", "mlp.shared_experts.linear_fc1"])).fp8_plan
+    plan = build(replace(FP8, exclude_modules=["eh_proj", "mlp.shared_experts.linear_fc1"])).fp8_plan
     assert "decoder.layers.1.mlp.shared_experts.linear_fc1" in plan.high
     assert "decoder.layers.1.mlp.shared_experts.linear_fc2" in plan.quantised
 
 
 def test_nothing_to_quantise_is_an_error(build):
     nothing = replace(FP8, power_of_two_inputs=[], power_of_two_gradients=[], e5m6_inputs=[])
-    nothing.stay_high = [kind for kind in LINEARS if kind != "self_attention.linear_qkv"]
-    with pytest.raises(ConfigError, match="precision.linears=fp8: no linear layer of this model would be quantised"):
+    nothing.exclude_modules = [kind for kind in LINEARS if kind != "self_attention.linear_qkv"]
+    with pytest.raises(ConfigError, match="fp8.enabled=True: no linear layer of this model would be quantised"):
         build(nothing)
 
 
@@ -144,23 +144,27 @@ def test_a_matrix_that_is_not_known_is_an_error(build):
 
 
 def test_full_precision_leaves_the_model_alone(build):
-    plain, full = build(None), build(PrecisionConfig())
+    plain, full = build(None), build(Fp8Config())
     assert not hasattr(plain, "fp8_plan") and not hasattr(full, "fp8_plan")
 
 
 @pytest.mark.parametrize(
     ("platform", "change", "message"),
     [
-        (Platform("cuda", "nccl", transformer_engine=False), {}, "precision.linears=fp8: needs Transformer Engine"),
-        (Platform("cuda", "nccl", True), {"gradients": "128x128"}, "precision.gradients=128x128: must be 1x128 with"),
-        (Platform("cuda", "nccl", True), {"weights": "tensor"}, "precision.weights=tensor: must be 128x128 with"),
+        (Platform("cuda", "nccl", transformer_engine=False), {}, "fp8.enabled=True: needs Transformer Engine"),
+        (
+            Platform("cuda", "nccl", True),
+            {"gradient_tiling": "128x128"},
+            "fp8.gradient_tiling=128x128: must be 1x128 with",
+        ),
+        (Platform("cuda", "nccl", True), {"weight_tiling": "tensor"}, "fp8.weight_tiling=tensor: must be 128x128 with"),
     ],
 )
 def test_what_a_platform_cannot_do_is_refused(platform, change, message):
     with pytest.raises(ConfigError, match=message):
         wants_fp8(replace(FP8, **change), platform)
     assert wants_fp8(FP8, Platform("cuda", "nccl", transformer_engine=True))
-    assert not wants_fp8(PrecisionConfig(), platform)
+    assert not wants_fp8(Fp8Config(), platform)
 
 
 def test_plans_of_parts_make_one_of_the_whole():

@@ -21,15 +21,15 @@ from tests.support.learner_cases import assert_close, config_of, make_samples, s
 from tests.support.plain_grpo import response_log_probs
 
 SETTINGS: dict[str, Any] = {
-    "advantages": "critic", "average": "token", "kl_in": "reward", "kl_estimator": "k1", "group_size": 1,
-    "prompts_per_rollout": 4,
+    "advantage_estimator": "critic", "loss_aggregation": "token_mean", "kl_placement": "reward", "kl_estimator": "k1",
+    "group_size": 1, "prompts_per_rollout": 4,
 }  # fmt: skip
 DISCOUNT, DECAY, CLIP = 0.95, 0.9, 0.05
 
 
 def ppo_config(shape: str = "tiny_dense", **rl) -> RunConfig:
     config = config_of(shape, **{**SETTINGS, **rl})
-    config.rl.critic.discount, config.rl.critic.decay, config.rl.critic.clip = DISCOUNT, DECAY, CLIP
+    config.rl.critic.gamma, config.rl.critic.gae_lambda, config.rl.critic.value_clip = DISCOUNT, DECAY, CLIP
     return config
 
 
@@ -46,7 +46,7 @@ def value_model(new_model: Callable, config: RunConfig) -> Any:
 
 
 def critic_beside(model: Any, config: RunConfig) -> tuple[Critic, CriticAdvantages]:
-    critic = Critic(model, Optimizer(model, config.train), config.rl.critic.clip)
+    critic = Critic(model, Optimizer(model, config.train), config.rl.critic.value_clip)
     return critic, CriticAdvantages(critic, config.rl.critic)
 
 
@@ -133,8 +133,8 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
 
 def test_the_critic_learns_what_answers_are_worth_while_the_policy_waits(new_model):
     config = ppo_config(kl_coefficient=0.0)
-    config.rl.critic.warmup_rollouts, config.rl.critic.discount, config.rl.critic.decay = 12, 1.0, 1.0
-    config.rl.critic.learning_rate, config.rl.critic.clip = 1e-4, 10.0
+    config.rl.critic.warmup_rollouts, config.rl.critic.gamma, config.rl.critic.gae_lambda = 12, 1.0, 1.0
+    config.rl.critic.learning_rate, config.rl.critic.value_clip = 1e-4, 10.0
     config.train.schedule.warmup_steps = 0
     policy = trainable(new_model(config.model))
     before = {name: tensor.clone() for name, tensor in native_tensors(policy)}
@@ -155,8 +155,8 @@ def test_the_critic_learns_what_answers_are_worth_while_the_policy_waits(new_mod
 
 
 def test_what_moved_far_in_one_rollout_is_held_back(new_model):
-    config = ppo_config(kl_coefficient=0.0, inner_epochs=3)
-    config.rl.critic.clip, config.rl.critic.learning_rate = 1e-3, 1e-2
+    config = ppo_config(kl_coefficient=0.0, epochs_per_rollout=3)
+    config.rl.critic.value_clip, config.rl.critic.learning_rate = 1e-3, 1e-2
     config.train.schedule.warmup_steps = 0
     policy = trainable(new_model(config.model))
     _, advantages = critic_beside(value_model(new_model, config), config)

@@ -122,14 +122,14 @@ def test_staleness_counts_tokens():
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        (["rollout=local", "rollout.ahead=1"], "rollout.ahead=1"),
-        (["rollout.ahead=1", "rl.old_log_probs=trainer"], "old_log_probs"),
-        (["rollout.ahead=2", "rollout.pause=abort"], "rollout.pause=abort"),
-        (["rollout.ahead=1", "rl=on_policy"], "rl.objective=on_policy"),
+        (["rollout=local", "rollout.max_staleness=1"], "rollout.max_staleness=1"),
+        (["rollout.max_staleness=1", "rl.old_logprobs_from=trainer"], "old_logprobs_from"),
+        (["rollout.max_staleness=2", "rollout.weight_sync.pause_mode=abort"], "rollout.weight_sync.pause_mode=abort"),
+        (["rollout.max_staleness=1", "rl=on_policy"], "rl.objective=on_policy"),
         (
-            ["rollout.ahead=2", "rollout.pause=retract", "rl.routing_replay=true",
-             "rollout.sglang.server.routed_experts=true"],
-            "rollout.pause=retract",
+            ["rollout.max_staleness=2", "rollout.weight_sync.pause_mode=retract", "rl.routing_replay=true",
+             "rollout.sglang.server.return_routed_experts=true"],
+            "rollout.weight_sync.pause_mode=retract",
         ),
     ],
 )  # fmt: skip

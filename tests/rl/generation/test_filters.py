@@ -77,17 +77,17 @@ def test_nothing_is_configured_by_default():
             [],
             {"rollout/filtered_duplicates": 1, "rollout/filtered_small_groups": 1},
         ),
-        ({"equal_groups": "drop"}, [WRONG, CUT], [], {"rollout/filtered_zero_std_groups": 1}),
-        ({"equal_groups": "drop"}, [WRONG, RIGHT], [True, True], {}),
+        ({"zero_std_groups": "drop"}, [WRONG, CUT], [], {"rollout/filtered_zero_std_groups": 1}),
+        ({"zero_std_groups": "drop"}, [WRONG, RIGHT], [True, True], {}),
         # Without the wrong answer, which was cut off, the group is equal.
         (
-            {"equal_groups": "drop", "truncated": "drop"},
+            {"zero_std_groups": "drop", "truncated": "drop"},
             [RIGHT, AGAIN, CUT],
             [],
             {"rollout/filtered_truncated": 1, "rollout/filtered_zero_std_groups": 1},
         ),
         (
-            {"equal_groups": "drop", "truncated": "mask"},
+            {"zero_std_groups": "drop", "truncated": "mask"},
             [RIGHT, AGAIN, CUT],
             [True, True, False],
             {"rollout/filtered_truncated": 1},
@@ -185,7 +185,7 @@ def two_kinds(tokenizer) -> tuple[int, int]:
 def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts, config, two_kinds):
     zero, one = two_kinds
     script = [[zero, one], [one, one], [zero, zero], [one, one], [one, zero], [zero, one]]
-    taker, engine = rollouts(script, equal_groups="drop", extra_rounds=5)
+    taker, engine = rollouts(script, zero_std_groups="drop", max_resample_rounds=5)
     rollout = taker.take(step=4, first_prompt=10)
     assert [len(requests) for requests, _ in engine.asked] == [6, 4, 2]
     assert rollout.counts == {
@@ -201,21 +201,21 @@ def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts,
     assert len({sampling.seed for _, sampling in engine.asked}) == 3
     names = [request.id for requests, _ in engine.asked for request in requests]
     assert len(set(names)) == len(names)
-    again, silent = rollouts([], equal_groups="drop", extra_rounds=5)
+    again, silent = rollouts([], zero_std_groups="drop", max_resample_rounds=5)
     assert again.take(step=4, first_prompt=99) == rollout and silent.asked == []
 
 
 def test_rounds_are_bounded_and_a_short_rollout_is_what_is_left(rollouts, two_kinds):
     zero, one = two_kinds
     taker, engine = rollouts([[zero, one], [one, one], [one, one], [one, one], [one, one]],
-                             equal_groups="drop", extra_rounds=1)  # fmt: skip
+                             zero_std_groups="drop", max_resample_rounds=1)  # fmt: skip
     rollout = taker.take(step=1, first_prompt=0)
     assert (len(rollout.samples), rollout.counts["rollout/resampled_prompts"], len(engine.asked)) == (2, 2, 2)
 
 
 def test_where_nothing_teaches_anything_the_groups_are_kept(rollouts, two_kinds):
     _, one = two_kinds
-    taker, _ = rollouts([[one, one]] * 3, equal_groups="drop")
+    taker, _ = rollouts([[one, one]] * 3, zero_std_groups="drop")
     rollout = taker.take(step=1, first_prompt=0)
     assert (len(rollout.samples), rollout.counts["rollout/filtered_zero_std_groups"]) == (6, 3)
 

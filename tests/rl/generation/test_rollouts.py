@@ -134,9 +134,9 @@ def thoughts(expression: str) -> tuple[str, str]:
 def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer, formatter, tmp_path):
     prompts = TrainingPrompts(config.data)
     engine = Worked([prompts.at(index) for index in range(3)], formatter)
-    config.reward.steps, config.reward.steps_by = 0.5, "arithmetic"
+    config.reward.steps, config.reward.step_rewards = 0.5, "arithmetic"
     scorer = rule_scorer(config.reward)
-    config.reward.steps, config.reward.steps_by = 0.0, ""
+    config.reward.steps, config.reward.step_rewards = 0.0, ""
     journal = Journal(tmp_path / "rollouts")
     taken = Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
     assert journal.read(0) == taken.samples and len(taken.samples) == 12

@@ -67,12 +67,12 @@ def assert_alike(mine: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
 OBJECTIVES = {
     "grpo": (Objective(Clip(0.2, 0.2)), {"loss_type": "grpo"}),
     "grpo, limits of ten": (Objective(Clip(10.0, 10.0)), {"loss_type": "grpo"}),
-    "dapo": (Objective(Clip(0.2, 0.28), average="token"), {"loss_type": "dapo"}),
+    "dapo": (Objective(Clip(0.2, 0.28), average="token_mean"), {"loss_type": "dapo"}),
     "dr_grpo": (Objective(Clip(0.2, 0.2), average="constant"), {"loss_type": "dr_grpo", "longest": LONGEST}),
     "gspo": (Objective(Clip(3e-4, 4e-4), "gspo"), {"loss_type": "grpo", "level": "sequence"}),
     "gspo, wide": (Objective(Clip(0.5, 0.5), "gspo"), {"loss_type": "grpo", "level": "sequence"}),
-    "gspo, token mean": (Objective(Clip(0.5, 0.5), "gspo", "token"), {"loss_type": "dapo", "level": "sequence"}),
-    "cispo": (Objective(Clip(1.0, 4.0), "cispo", "token"), {"loss_type": "cispo"}),
+    "gspo, token mean": (Objective(Clip(0.5, 0.5), "gspo", "token_mean"), {"loss_type": "dapo", "level": "sequence"}),
+    "cispo": (Objective(Clip(1.0, 4.0), "cispo", "token_mean"), {"loss_type": "cispo"}),
     "on_policy": (Objective(Clip(0.2, 0.2), "on_policy"), {"loss_type": "grpo"}),
 }
 
@@ -132,7 +132,7 @@ def test_corrections_are_trls(kind, level):
 def test_the_entropy_bonus_is_trls_where_tokens_count_alike():
     for seed in SEEDS:
         answers, totals = drawn(seed)
-        objective = Objective(Clip(0.2, 0.28), average="token", entropy_coefficient=0.1)
+        objective = Objective(Clip(0.2, 0.28), average="token_mean", entropy_coefficient=0.1)
         mine, _ = objective.loss(answers, totals)
         theirs = trl_policy_loss(
             answers.logprobs_BL,
@@ -192,9 +192,9 @@ PRESETS = {
     "r1_zero": Objective(Clip(0.2, 0.2), kl_coefficient=1e-3),
     "on_policy": Objective(Clip(0.2, 0.2), "on_policy", kl_coefficient=1e-3),
     "dr_grpo": Objective(Clip(0.2, 0.2), average="constant"),
-    "dapo": Objective(Clip(0.2, 0.28), average="token"),
+    "dapo": Objective(Clip(0.2, 0.28), average="token_mean"),
     "gspo": Objective(Clip(3e-4, 4e-4), "gspo"),
-    "cispo": Objective(Clip(1.0, 4.0), "cispo", "token"),
+    "cispo": Objective(Clip(1.0, 4.0), "cispo", "token_mean"),
     "corrected": Objective(
         Clip(0.2, 0.2), kl_coefficient=1e-3, correction=ImportanceSampling("truncated", "token", ClipRange(0.0, 2.0))
     ),

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig, SpeculativeConfig
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.hf.load import folder_format, load_tensors
@@ -19,7 +19,7 @@ from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync
 from tests.support.fake_sglang import ADMIN_KEY, KEY, fakes
 
-SHAPE = ModelConfig(precision="bf16", hidden_size=136, ffn_hidden_size=264, vocab_size=512)
+SHAPE = ModelConfig(dtype="bf16", hidden_size=136, ffn_hidden_size=264, vocab_size=512)
 """Widths that cross edges of 128."""
 
 
@@ -43,7 +43,9 @@ def chosen(sync_mtp: bool, fp8: bool) -> WeightPayload:
     """As the configuration of a run chooses it; servers that draft where they can."""
     speculative = SpeculativeConfig(method="mtp" if sync_mtp else "none")
     server = ServerConfig(quantization="fp8" if fp8 else "none", speculative=speculative)
-    return outgoing_weights(RolloutConfig(sync_mtp=sync_mtp, sglang=SGLangConfig(server=server)), SHAPE)
+    return outgoing_weights(
+        RolloutConfig(weight_sync=WeightSyncConfig(include_mtp=sync_mtp), sglang=SGLangConfig(server=server)), SHAPE
+    )
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -92,7 +94,9 @@ def test_servers_start_from_and_sync_by_what_the_configuration_chooses(native, t
     monkeypatch.setenv(addresses.API_KEY, KEY)
     monkeypatch.setenv(addresses.ADMIN_KEY, ADMIN_KEY)
     with fakes(1) as (fake,):
-        rollout = RolloutConfig(sync="disk", sync_mtp=True, sglang=SGLangConfig(addresses=[fake.url]))
+        rollout = RolloutConfig(
+            weight_sync=WeightSyncConfig(method="disk", include_mtp=True), sglang=SGLangConfig(addresses=[fake.url])
+        )
         with sglang_engine(rollout, SHAPE, native.items, tokenizer, tmp_path / "logs", "cpu") as engine:
             started = engine.sglang.weights_folder
             engine.update_weights("new")

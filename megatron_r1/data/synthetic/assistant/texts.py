@@ -64,7 +64,7 @@ def documents(config: DataConfig) -> Iterator[str]:
 
 def document(rng: random.Random, config: DataConfig) -> str:
     """A question of the training side with an answer, most often a good one, and at times a judgement on it."""
-    task = draw_from(rng, False, config.heldout_fraction)
+    task = draw_from(rng, False, config.eval_fraction)
     good = rng.random() < GOOD_SHARE
     response = respond(task, good, STYLES.draw(rng), rng)
     context = fill_template(task.question) if rng.random() < TEMPLATE_SHARE else f"{task.question}\n"
@@ -155,11 +155,11 @@ def _tasks(
     for index in range(start, start + count):
         rng = random.Random(f"assistant {use} {'held-out' if heldout else config.seed} {index}")
         for _ in range(MOST_DRAWS):
-            task = draw_from(rng, heldout, config.heldout_fraction, names, harmful_share)
+            task = draw_from(rng, heldout, config.eval_fraction, names, harmful_share)
             if not heldout or task.question not in seen:
                 break
         else:
-            raise DataError(f"{use} {index}: heldout_fraction={config.heldout_fraction} holds out too few questions")
+            raise DataError(f"{use} {index}: eval_fraction={config.eval_fraction} holds out too few questions")
         seen.add(task.question)
         yield rng, task
 

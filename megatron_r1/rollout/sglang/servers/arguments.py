@@ -70,13 +70,13 @@ def options(server: ServerConfig) -> dict[str, Any]:
         chosen["chunked_prefill_size"] = server.chunked_prefill_tokens
     if server.quantization != "none":
         chosen["quantization"] = server.quantization
-    if server.kv_cache != AUTO:
-        chosen["kv_cache_dtype"] = server.kv_cache
+    if server.kv_cache_dtype != AUTO:
+        chosen["kv_cache_dtype"] = server.kv_cache_dtype
     if server.attention_backend != AUTO:
         chosen["attention_backend"] = server.attention_backend
     if server.expert_dispatch != "none":
         chosen["moe_a2a_backend"] = server.expert_dispatch
-    if server.routed_experts:
+    if server.return_routed_experts:
         chosen["enable_return_routed_experts"] = True
     if server.memory_saver:
         chosen["enable_memory_saver"] = True
@@ -103,7 +103,7 @@ def refuse_on_cpu(server: ServerConfig) -> None:
         ConfigError: an option needs CUDA.
     """
     allowed = ServerConfig()
-    for name in ("data_parallel_attention", "quantization", "kv_cache", "expert_dispatch", "memory_saver"):
+    for name in ("data_parallel_attention", "quantization", "kv_cache_dtype", "expert_dispatch", "memory_saver"):
         if (value := getattr(server, name)) != (only := getattr(allowed, name)):
             shown = str(only).lower() if isinstance(only, bool) else only
             raise ConfigError(f"rollout.sglang.server.{name}", value, f"must be {shown} on a CPU: it needs CUDA")

@@ -41,7 +41,7 @@ def predicted(model: ModelConfig, parallel: ParallelConfig, ranks: int) -> tuple
     everything: ShardDirectory = {}
     for mapping in sorted(param_mappings(model), key=lambda mapping: mapping.native):
         first = stages.of(mapping.native) * a_stage
-        dtype = torch.float32 if mapping.float32 else DTYPES[model.precision]
+        dtype = torch.float32 if mapping.float32 else DTYPES[model.dtype]
         parts = [
             ShardLocation(first + rank, place, _extent(place), dtype)
             for rank, place in _places(mapping, model, parallel)

@@ -1,4 +1,4 @@
-"""A reward of one's own: `megatron-r1 grpo reward=configs/reward/own_example.py:score init.from=RUN`.
+"""A reward of one's own: `megatron-r1 grpo reward=configs/reward/custom_example.py:score init.from=RUN`.
 
 The function is called by keyword with lists of the same length, for many responses at a time, and returns one finite
 number for each, in order. Several threads may call it at a time.

@@ -27,22 +27,22 @@ LINEARS = (
 
 
 @dataclass(kw_only=True, slots=True)
-class PrecisionConfig:
-    """How linear layers multiply; parameters, and all that is no linear layer, keep `model.precision`.
+class Fp8Config:
+    """How linear layers multiply; parameters, and all that is no linear layer, keep `model.dtype`.
 
     A tiling says how many rows and columns of a matrix share one scale: 1x128 runs along the dimension that a product
     sums over, so the weight gradient's operands are tiled 128x1, along the tokens.
     """
 
-    linears: str = "full"
-    """full (`model.precision`) or fp8 (E4M3 operands in forward, input-gradient and weight-gradient products)."""
-    activations: str = "1x128"
+    enabled: bool = False
+    """Whether they multiply in FP8 (E4M3 operands in forward, input-gradient and weight-gradient products)."""
+    activation_tiling: str = "1x128"
     """Tiling of a linear layer's input: 1x128, 128x128 or tensor."""
-    gradients: str = "1x128"
+    gradient_tiling: str = "1x128"
     """Tiling of the gradient of its output: 1x128, 128x128 or tensor."""
-    weights: str = "128x128"
+    weight_tiling: str = "128x128"
     """Tiling of its weight: 128x128 or tensor."""
-    stay_high: list[str] = field(default_factory=lambda: ["eh_proj"])
+    exclude_modules: list[str] = field(default_factory=lambda: ["eh_proj"])
     """Linear layers left out of FP8; the embedding, the output head, routers, norms and attention always are."""
     power_of_two_inputs: list[str] = field(
         default_factory=lambda: ["self_attention.linear_proj", "mlp.experts.linear_fc1"]
@@ -54,15 +54,16 @@ class PrecisionConfig:
     """Linear layers whose input is kept for the backward pass in E5M6 instead of E4M3."""
 
     def __post_init__(self) -> None:
-        one_of(self, "linears", ("full", "fp8"))
-        one_of(self, "activations", ("1x128", "128x128", "tensor"))
-        one_of(self, "gradients", ("1x128", "128x128", "tensor"))
-        one_of(self, "weights", ("128x128", "tensor"))
-        for key in ("stay_high", "power_of_two_inputs", "power_of_two_gradients", "e5m6_inputs"):
+        one_of(self, "activation_tiling", ("1x128", "128x128", "tensor"))
+        one_of(self, "gradient_tiling", ("1x128", "128x128", "tensor"))
+        one_of(self, "weight_tiling", ("128x128", "tensor"))
+        for key in ("exclude_modules", "power_of_two_inputs", "power_of_two_gradients", "e5m6_inputs"):
             for name in getattr(self, key):
                 if name not in LINEARS:
                     raise ConfigError(key, name, f"each must be one of {', '.join(LINEARS)}")
-                if key != "stay_high" and name in self.stay_high:
-                    raise ConfigError(key, name, "is in stay_high, so it is not quantised")
-        if set(self.stay_high) >= set(LINEARS):
-            raise ConfigError("stay_high", len(self.stay_high), "names every linear layer: take linears=full")
+                if key != "exclude_modules" and name in self.exclude_modules:
+                    raise ConfigError(key, name, "is in exclude_modules, so it is not quantised")
+        if set(self.exclude_modules) >= set(LINEARS):
+            raise ConfigError(
+                "exclude_modules", len(self.exclude_modules), "names every linear layer: take enabled=false"
+            )
