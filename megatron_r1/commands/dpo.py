@@ -29,7 +29,7 @@ from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
 from megatron_r1.runs.initial_weights import initial_model
 from megatron_r1.runs.prompts import prompt_formatter
 from megatron_r1.runs.training_run import finish_run, training_run
-from megatron_r1.train.hooks.measure import MeasureHook
+from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
 from megatron_r1.train.routing import FROZEN
 
@@ -75,7 +75,7 @@ def run(config: RunConfig) -> None:
             SHOWN,
             f"dpo {config.name}",
             extra_shards=reference.saved,
-            first=[MeasureHook(measure_of(heldout), settings.eval_interval, config.train.steps)],
+            first=[EvalHook(measure_of(heldout), settings.eval_interval, config.train.steps)],
         )
         step = preference_step(config, PreferenceDataset(examples, config.seed), learn)
         state = train(run.state, step, hooks, config.train.steps)

@@ -25,7 +25,7 @@ from megatron_r1.preference.step import (
 )
 from megatron_r1.runs.initial_weights import initial_model
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
-from megatron_r1.train.hooks.measure import MeasureHook
+from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
 from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.update import update
@@ -58,7 +58,7 @@ def run(config: RunConfig) -> None:
         hooks = run.hooks(
             SHOWN,
             f"reward {config.name}",
-            first=[MeasureHook(measure, settings.eval_interval, config.train.steps)],
+            first=[EvalHook(measure, settings.eval_interval, config.train.steps)],
         )
         step = preference_step(config, PreferenceDataset(examples, config.seed), learning(run, model))
         state = train(run.state, step, hooks, config.train.steps)

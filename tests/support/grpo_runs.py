@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
 
     select("cpu")
     from megatron_r1.commands import dpo, evaluate, grpo, pretrain, reward_model
-    from megatron_r1.train.hooks.measure import MeasureHook
+    from megatron_r1.train.hooks.eval import EvalHook
 
     def run(stage: Any, verb: str, *overrides: str) -> None:
         stage.run(load(verb, [line.format(folder) for line in (*RUN, f"root={folder}", *overrides)]))
@@ -132,7 +132,7 @@ def main(folder: Path) -> None:
     run(evaluate, "evaluate", "name=general", *EXAM)
     run(pretrain, "pretrain", "name=speaker", *SPEAKER, "train.steps=2")
     run(dpo, "dpo", "name=preferring", *DPO)
-    found["stopped_dpo"] = stopped(MeasureHook, 3, dpo, "dpo", "name=stopped_dpo", *DPO)
+    found["stopped_dpo"] = stopped(EvalHook, 3, dpo, "dpo", "name=stopped_dpo", *DPO)
     found["no_reward_model"] = refused("rl.critic.init_from={}/base")
     (folder / "found.json").write_text(json.dumps(found))
 

@@ -51,12 +51,12 @@ def main(folder: Path) -> None:
 
     select("cpu")
     from megatron_r1.commands import grpo, pretrain, reward_model
-    from megatron_r1.train.hooks.measure import MeasureHook
+    from megatron_r1.train.hooks.eval import EvalHook
 
     run = partial(run_in, folder)
 
     def stopping(plain: Callable) -> Callable:
-        def after_step(self: MeasureHook, state: Any, row: dict) -> None:
+        def after_step(self: EvalHook, state: Any, row: dict) -> None:
             plain(self, state, row)
             if state.step == STOP_AFTER:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -65,14 +65,14 @@ def main(folder: Path) -> None:
 
     run(pretrain, "pretrain", "name=base", "train.steps=3")
     run(reward_model, "reward_model", "name=whole", *REWARD)
-    plain = MeasureHook.after_step
-    MeasureHook.after_step = stopping(plain)
+    plain = EvalHook.after_step
+    EvalHook.after_step = stopping(plain)
     try:
         run(reward_model, "reward_model", "name=stopped", *REWARD)
         raise AssertionError("was not stopped")
     except Requeue as stopped:
         told = str(stopped)
-    MeasureHook.after_step = plain
+    EvalHook.after_step = plain
     run(reward_model, "reward_model", "name=stopped", *REWARD)
     run(
         reward_model,

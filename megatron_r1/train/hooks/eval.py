@@ -1,4 +1,4 @@
-"""Something measured now and then, such as accuracy on held-out data."""
+"""Evaluation during training, such as accuracy or loss on validation data."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
 
 
-class MeasureHook(Hook):
+class EvalHook(Hook):
     """Adds what is measured to the row of every so many steps and of the last one. Collective: every rank has one."""
 
-    def __init__(self, measure: Callable[[], Mapping[str, Any]], interval: int, steps: int):
+    def __init__(
+        self,
+        measure: Callable[[], Mapping[str, Any]],
+        interval: int,
+        steps: int,
+        before: Mapping[str, Any] | None = None,
+    ):
         """
         Args:
             measure: the same on every rank.
             interval: steps between measurements.
             steps: of the run.
+            before: what was measured before the first step; goes into the first row.
         """
         self._measure, self._interval, self._steps = measure, interval, steps
+        self._before = before or {}
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
+        row |= self._before
+        self._before = {}
         if state.step % self._interval == 0 or state.step == self._steps:
-            row.update(self._measure())
+            row |= self._measure()
