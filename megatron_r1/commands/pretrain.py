@@ -16,7 +16,7 @@ from megatron_r1.data.pretraining.packed import PackedCorpus, packed_corpus, tok
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
+from megatron_r1.parallel.context import context_parallel_group, positions_of, share_of_sequence
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.runs.folder import run_folder
@@ -138,7 +138,7 @@ def reader_of(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Any:
 def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
     """Cross-entropy of each row's tokens given those before."""
     inputs_BL, labels_BL = rows_BL[:, :-1].contiguous(), rows_BL[:, 1:].contiguous()
-    positions_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
+    positions_BL = positions_of(inputs_BL)
     inputs_BL, labels_BL, positions_BL = map(share_of_sequence, (inputs_BL, labels_BL, positions_BL))
     sharing = dist.get_world_size(context_parallel_group())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,6 +66,11 @@ def all_gather_object[Value](value: Value) -> list[Value]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def merge_by_key[Key, Value](mine: Mapping[Key, Value]) -> dict[Key, Value]:
+    """Collective: all ranks' entries in one dictionary; of a key that several have, the highest rank's."""
+    return {key: value for entries in all_gather_object(dict(mine)) for key, value in entries.items()}
 
 
 class AllRanks:

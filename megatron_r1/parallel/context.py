@@ -18,6 +18,11 @@ def context_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_context_parallel_group()
 
 
+def positions_of(x_BL: Tensor) -> Tensor:
+    """Each element's position in its whole sequence, int64 [B, L]."""
+    return torch.arange(x_BL.shape[1], device=x_BL.device).expand_as(x_BL)
+
+
 def share_of_sequence(x_BL: Tensor) -> Tensor:
     """This rank's positions of whole sequences: [B, L] -> [B, L / ranks]; L must be a multiple of twice the ranks."""
     group = context_parallel_group()

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_r1.data.preference.examples import TokenizedPreference
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.vocab_parallel import TokenScores
-from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
 from megatron_r1.preference.reward_model import reward_micro_batch
@@ -96,10 +96,9 @@ class DirectPreference:
             size: pairs of a pass.
         """
         mine = self._log_probs(self._micro_batches(examples, size))
-        told: dict[int, float] = {}
-        for found in all_gather_object(to_floats(mine) if is_metrics_rank() else {}):
-            told |= found
-        return [told[2 * place] - told[2 * place + 1] for place in range(len(examples))]
+        floats = {number: float(log_prob) for number, log_prob in mine.items()} if is_metrics_rank() else {}
+        everyone = merge_by_key(floats)
+        return [everyone[2 * index] - everyone[2 * index + 1] for index in range(len(examples))]
 
     def _micro_batches(self, examples: Sequence[TokenizedPreference], size: int) -> list[ResponseBatch]:
         """This data-parallel rank's share, in as many micro-batches as every other's.
@@ -155,7 +154,3 @@ class HeldoutPairs:
 def sides(values_B: Tensor) -> tuple[Tensor, Tensor]:
     """Those of the better answers and those of the others, [P] each."""
     return values_B[0::2], values_B[1::2]
-
-
-def to_floats(values: dict[int, Tensor]) -> dict[int, float]:
-    return {place: float(value) for place, value in values.items()}

@@ -23,6 +23,7 @@ from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import LossFunction, forward_only
 from megatron_r1.model.reward_head import head_of
+from megatron_r1.parallel.context import positions_of
 from megatron_r1.parallel.mesh import all_gather_data_parallel, broadcast_from_last_stage
 
 
@@ -104,9 +105,8 @@ class RewardModel:
         return self._run(model, rows, self._scores_and_losses), partial(self._loss, rows)
 
     def _run(self, model: Any, rows: RewardMicroBatch, read: Callable[..., Tensor]) -> Tensor:
-        positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.inputs_BL.device).expand_as(rows.inputs_BL)
         with without_multi_token_prediction(self._model):
-            return model(rows.inputs_BL, positions_BL, None, output_processor=partial(read, rows))
+            return model(rows.inputs_BL, positions_of(rows.inputs_BL), None, output_processor=partial(read, rows))
 
     def _scores(self, rows: RewardMicroBatch, *, hidden_states: Tensor, **_: Any) -> Tensor:
         return head_of(self._model)(hidden_states, rows.ends_B)

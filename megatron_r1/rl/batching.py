@@ -39,17 +39,3 @@ def micro_batches_by_tokens(lengths: Sequence[int], tokens_per_micro_batch: int)
         else:
             batches.append([row])
     return batches
-
-
-def divide_by_tokens(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Rows divided among ranks so that each has about as many tokens: the longest first, to who has least.
-
-    Every rank gets at least one row where there are enough.
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    tokens = [0] * ranks
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        rank = min(range(ranks), key=lambda rank: (tokens[rank], rank))
-        shares[rank].append(row)
-        tokens[rank] += lengths[row]
-    return shares

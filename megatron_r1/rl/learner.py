@@ -26,7 +26,7 @@ from megatron_r1.rl.advantages.estimators import (
     RolloutAdvantages,
     build_advantage_estimator,
 )
-from megatron_r1.rl.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
+from megatron_r1.rl.batching import micro_batches_by_tokens, shuffle_into_mini_batches
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.objective import ObjectiveInputs, objective_of
@@ -40,6 +40,7 @@ from megatron_r1.rl.policy.frozen_logprobs import (
 from megatron_r1.rl.policy.policy import Policy, longest_input
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
+from megatron_r1.train.batching import divide_by_tokens
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.schedule import learning_rate

@@ -41,7 +41,7 @@ class EvalLoss:
             batch = self._batches.batch(position, settings.global_batch_size)
             micro_batches = self._reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
             total += self._sum_of(micro_batches)
-            targets += int(self._reader.counted(batch).sum())
+            targets += int(self._reader.loss_mask(batch).sum())
         mine = total if is_metrics_rank() else 0.0
         context_ranks = dist.get_world_size(context_parallel_group())
         return sum(all_gather_object(mine)) / context_ranks / max(1, targets)

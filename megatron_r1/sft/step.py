@@ -33,7 +33,7 @@ def supervised_step(run: TrainingRun, reader: SupervisedReader, batches: ChatBat
             routed_tokens=sum(all_gather_data_parallel(sum(part.document_ids_BL.numel() for part in micro_batches))),
             metrics={
                 **metrics,
-                "train/loss_tokens": int(reader.counted(batch).sum()),
+                "train/loss_tokens": int(reader.loss_mask(batch).sum()),
                 "train/epoch": min(state.data_position + size, batches.total) / batches.per_epoch,
             },
         )

@@ -9,7 +9,7 @@ Shapes: B sequences, L positions; position t predicts token t + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.apart import sequences_apart
 from megatron_r1.model.scores import model_scores
 from megatron_r1.model.vocab_parallel import TokenScores
+from megatron_r1.train.batching import divide_by_tokens
 from megatron_r1.train.packed import PackedMicroBatch, PackedReader, mtp_loss_weighted, positions_in_documents
 
 
@@ -72,14 +73,14 @@ class SupervisedReader(PackedReader):
         """Length and number of what the model gets of a micro-batch of `rows` sequences."""
         return (length * rows, 1) if self._packed else (length, rows)
 
-    def counted(self, batch: ChatBatch) -> np.ndarray:
+    def loss_mask(self, batch: ChatBatch) -> np.ndarray:
         document_ids_BL = batch.document_ids_BL
         return (document_ids_BL[:, 1:] == document_ids_BL[:, :-1]) & batch.loss_mask_BL[:, 1:]
 
-    def shares(self, batch: ChatBatch, ranks: int) -> list[np.ndarray]:
-        return balanced_shares(tokens_of(batch), ranks)
+    def shares(self, batch: ChatBatch, ranks: int) -> list[list[int]]:
+        return divide_by_tokens(tokens_of(batch).tolist(), ranks, equal_counts=True)
 
-    def length(self, batch: ChatBatch, part: np.ndarray) -> int:
+    def length(self, batch: ChatBatch, part: Sequence[int]) -> int:
         whole = super().length(batch, part)
         if not self._trimmed_to:
             return whole
@@ -109,25 +110,11 @@ def tokens_of(batch: ChatBatch) -> np.ndarray:
     return (batch.document_ids_BL != 0).sum(1)
 
 
-def balanced_shares(tokens_B: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Sequences divided among ranks, equally many each and about as many tokens: the longest first, to who has least.
-
-    A rank's own come from the longest to the shortest, so that those of one micro-batch are about as long.
-    """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    room, tokens = -(-len(tokens_B) // ranks), [0] * ranks
-    for row in np.argsort(-tokens_B, kind="stable").tolist():
-        rank = min((rank for rank in range(ranks) if len(shares[rank]) < room), key=lambda rank: tokens[rank])
-        shares[rank].append(row)
-        tokens[rank] += int(tokens_B[row])
-    return [np.array(share, dtype=np.int64) for share in shares]
-
-
 def packing_metrics(batch: ChatBatch, ranks: int) -> dict[str, float]:
     """What a step's batch holds, the same on every rank."""
     tokens_B = tokens_of(batch)
     tokens, slots = int(tokens_B.sum()), batch.document_ids_BL.shape[0] * batch.document_ids_BL.shape[1]
-    of_ranks = [int(tokens_B[share].sum()) for share in balanced_shares(tokens_B, ranks)]
+    of_ranks = [int(tokens_B[share].sum()) for share in divide_by_tokens(tokens_B.tolist(), ranks, equal_counts=True)]
     return {
         "train/tokens": tokens,
         "train/examples": int(batch.document_ids_BL.max(1).sum()),

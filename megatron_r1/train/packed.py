@@ -8,7 +8,7 @@ Shapes: B sequences, L positions; position t predicts token t + 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.data.pretraining.packed import PackedBatch
-from megatron_r1.parallel.context import context_parallel_group, share_of_sequence
+from megatron_r1.model.forward_backward import LossFunction
+from megatron_r1.parallel.context import context_parallel_group, positions_of, share_of_sequence
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class PackedMicroBatch:
     tokens_BL: Tensor
     """Inputs, and one more token, a target only: [B, L + 1]."""
     document_ids_BL: Tensor
-    """Piece of a document that each input belongs to; 0 is padding."""
+    """Document, or part of a cut one, that each input belongs to; 0 is padding."""
     loss_mask_BL: Tensor
     """1 where the target counts, else 0."""
     mtp_loss_mask_BL: Tensor
-    """The same for multi-token prediction, as megatron-core takes it."""
+    """The same for multi-token prediction, as megatron-core reads it."""
     weight: float
-    """Of one target's loss, so that means over micro-batches and ranks come out as the mean over all targets."""
+    """Of one target's loss; the mean over micro-batches and ranks is then the mean over all targets."""
     mtp_weight: float
-    """Of this micro-batch's mean loss of the extra predictions, to the same end."""
+    """Of this micro-batch's mean multi-token prediction loss, to the same end."""
 
 
 class PackedReader:
@@ -49,21 +50,21 @@ class PackedReader:
             cross_document_attention: whether a token sees the documents before its own in the sequence.
             extra_predictions: layers of multi-token prediction.
         """
-        self._cross, self._extra, self._device = cross_document_attention, mtp_layers, device
+        self._cross, self._mtp_layers, self._device = cross_document_attention, mtp_layers, device
 
     def micro_batches(self, batch: Any, rank: int, ranks: int, size: int) -> list[PackedMicroBatch]:
         """This data-parallel rank's share of a global batch.
 
         Args:
-            batch: of the kind that `counted` knows.
+            batch: of the kind that `loss_mask` reads.
             size: sequences of a micro-batch.
         """
-        loss_mask_BL = self.counted(batch)
-        mtp_loss_mask_BL = mtp_loss_mask_of(loss_mask_BL, self._extra)
-        rows = self.shares(batch, ranks)[rank]
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        loss_mask_BL = self.loss_mask(batch)
+        mtp_loss_mask_BL = mtp_loss_mask_of(loss_mask_BL, self._mtp_layers)
+        share = self.shares(batch, ranks)[rank]
+        parts = [share[start : start + size] for start in range(0, len(share), size)]
         means = len(parts) * ranks
-        targets, extras = max(1, int(loss_mask_BL.sum())), max(1, int(mtp_loss_mask_BL.sum()))
+        targets, mtp_targets = max(1, int(loss_mask_BL.sum())), max(1, int(mtp_loss_mask_BL.sum()))
         micro_batches = []
         for part in parts:
             length = self.length(batch, part)
@@ -74,45 +75,45 @@ class PackedReader:
                     self._tensor(loss_mask_BL[part, :length]).float(),
                     self._tensor(mtp_loss_mask_BL[part, :length]).float(),
                     means / targets,
-                    means * int(mtp_loss_mask_BL[part].sum()) / extras,
+                    means * int(mtp_loss_mask_BL[part].sum()) / mtp_targets,
                 )
             )
         return micro_batches
 
-    def counted(self, batch: Any) -> np.ndarray:
+    def loss_mask(self, batch: Any) -> np.ndarray:
         """Which positions' targets count: bool [B, L]."""
         return loss_mask_of(batch, self._cross)
 
-    def shares(self, batch: Any, ranks: int) -> list[np.ndarray]:
-        """The sequences of each data-parallel rank, equally many."""
-        rows = np.arange(len(batch.tokens_BL))
-        return [rows[rank::ranks] for rank in range(ranks)]
+    def shares(self, batch: Any, ranks: int) -> list[list[int]]:
+        """Indices of each data-parallel rank's sequences, equally many."""
+        indices = list(range(len(batch.tokens_BL)))
+        return [indices[rank::ranks] for rank in range(ranks)]
 
-    def length(self, batch: Any, part: np.ndarray) -> int:
+    def length(self, batch: Any, part: Sequence[int]) -> int:
         """Inputs of a micro-batch of these sequences."""
         return batch.tokens_BL.shape[1] - 1
 
-    def forward(self, model: Any, rows: PackedMicroBatch) -> tuple[Tensor, Callable]:
-        """Cross-entropy of the counted targets."""
-        inputs_BL, labels_BL = rows.tokens_BL[:, :-1].contiguous(), rows.tokens_BL[:, 1:].contiguous()
-        places_BL = torch.arange(inputs_BL.shape[1], device=inputs_BL.device).expand_as(inputs_BL)
-        loss_mask_BL, mtp_loss_mask_BL = rows.loss_mask_BL, rows.mtp_loss_mask_BL
-        sharing = dist.get_world_size(context_parallel_group())
+    def forward(self, model: Any, batch: PackedMicroBatch) -> tuple[Tensor, LossFunction]:
+        """Cross-entropy of the targets that count."""
+        inputs_BL, labels_BL = batch.tokens_BL[:, :-1].contiguous(), batch.tokens_BL[:, 1:].contiguous()
+        index_BL = positions_of(inputs_BL)
+        loss_mask_BL, mtp_loss_mask_BL = batch.loss_mask_BL, batch.mtp_loss_mask_BL
+        context_ranks = dist.get_world_size(context_parallel_group())
         if self._cross:
-            inputs_BL, labels_BL, loss_mask_BL, mtp_loss_mask_BL, places_BL = map(
-                share_of_sequence, (inputs_BL, labels_BL, loss_mask_BL, mtp_loss_mask_BL, places_BL)
+            inputs_BL, labels_BL, loss_mask_BL, mtp_loss_mask_BL, index_BL = map(
+                share_of_sequence, (inputs_BL, labels_BL, loss_mask_BL, mtp_loss_mask_BL, index_BL)
             )
-            positions_BL, mask_B1LL = places_BL, None
+            positions_BL, mask_B1LL = index_BL, None
         else:
-            positions_BL = positions_in_documents(rows.document_ids_BL)
-            mask_B1LL = attention_mask_of(rows.document_ids_BL)
+            positions_BL = positions_in_documents(batch.document_ids_BL)
+            mask_B1LL = attention_mask_of(batch.document_ids_BL)
 
         def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = (output_BL.float() * loss_mask_BL).sum() * rows.weight
+            loss = (output_BL.float() * loss_mask_BL).sum() * batch.weight
             # Context-parallel ranks each have a part of the sum, and the mean of what is logged is shown.
-            return loss, {"train/loss": loss.detach() * sharing}
+            return loss, {"train/loss": loss.detach() * context_ranks}
 
-        with mtp_loss_weighted(model, rows.mtp_weight):
+        with mtp_loss_weighted(model, batch.mtp_weight):
             output = model(inputs_BL, positions_BL, mask_B1LL, labels=labels_BL, loss_mask=mtp_loss_mask_BL)
         return output, loss_function
 
@@ -146,15 +147,15 @@ def mtp_loss_mask_of(loss_mask_BL: np.ndarray, depth: int) -> np.ndarray:
 
 
 def positions_in_documents(document_ids_BL: Tensor) -> Tensor:
-    """Place of each token in its piece, from 0."""
-    places_BL = torch.arange(document_ids_BL.shape[1], device=document_ids_BL.device).expand_as(document_ids_BL)
+    """Position of each token in its document's part of the sequence, from 0."""
+    index_BL = positions_of(document_ids_BL)
     first_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
     first_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
-    return places_BL - torch.where(first_BL, places_BL, 0).cummax(1).values
+    return index_BL - torch.where(first_BL, index_BL, 0).cummax(1).values
 
 
 def attention_mask_of(document_ids_BL: Tensor) -> Tensor:
-    """Attention mask [B, 1, L, L], true where a position must not be seen: later, or of another piece."""
+    """Attention mask [B, 1, L, L], true where a position must not be seen: later, or of another document."""
     length = document_ids_BL.shape[1]
     later_LL = torch.ones(length, length, dtype=torch.bool, device=document_ids_BL.device).triu(1)
     return (later_LL | (document_ids_BL[:, :, None] != document_ids_BL[:, None, :])).unsqueeze(1)

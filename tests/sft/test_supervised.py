@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.build import without_multi_token_prediction
-from megatron_r1.sft.supervised import SupervisedReader, balanced_shares, packing_metrics
+from megatron_r1.sft.supervised import SupervisedReader, packing_metrics
 from megatron_r1.train.routing import FROZEN
 from tests.support.gradients import gradients_of, worst
 from tests.support.layouts import model_of
@@ -93,7 +93,7 @@ def logits(model, batch, vocab_size):
 
 def test_ranks_and_micro_batches_do_not_change_the_gradient(model):
     whole, loss = gradients_of(model, PACKED.micro_batches(BATCH, 0, 1, 6), PACKED)
-    counts = [int(PACKED.counted(BATCH)[share].sum()) for share in PACKED.shares(BATCH, 2)]
+    counts = [int(PACKED.loss_mask(BATCH)[share].sum()) for share in PACKED.shares(BATCH, 2)]
     assert counts[0] != counts[1]  # a mean of means would differ
     shares = [gradients_of(model, PACKED.micro_batches(BATCH, rank, 2, 2), PACKED) for rank in (0, 1)]
     mean = {name: (shares[0][0][name] + shares[1][0][name]) / 2 for name in whole}
@@ -124,18 +124,6 @@ def test_rows_of_one_example_end_with_the_longest():
     empty = ChatBatch(*(np.zeros_like(array) for array in (BATCH.tokens_BL, BATCH.document_ids_BL, BATCH.loss_mask_BL)))
     [part] = reader.micro_batches(empty, 0, 1, 6)
     assert part.tokens_BL.shape == (6, 5) and not part.loss_mask_BL.any()
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_ranks_get_equally_many_sequences_and_about_as_many_tokens(ranks):
-    tokens_B = np.random.default_rng(ranks).integers(1, 4097, 64)
-    shares = balanced_shares(tokens_B, ranks)
-    assert sorted(np.concatenate(shares)) == list(range(64)) and {len(share) for share in shares} == {64 // ranks}
-    sums = [int(tokens_B[share].sum()) for share in shares]
-    unbalanced = [int(tokens_B[rank::ranks].sum()) for rank in range(ranks)]
-    mean = tokens_B.sum() / ranks
-    print(f"{ranks} ranks: {max(sums) / mean - 1:.4f} above the mean, in turn {max(unbalanced) / mean - 1:.4f}")
-    assert max(sums) / mean - 1 < 0.03 and (ranks == 1 or max(sums) < max(unbalanced))
 
 
 def test_metrics_say_how_full_a_batch_is():

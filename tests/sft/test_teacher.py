@@ -137,7 +137,7 @@ def test_words_of_learned_tokens_alone_are_kept_and_the_teacher_stays_as_it_is(s
     batch.loss_mask_BL[reader.shares(batch, 1)[0][:2]] = False  # nothing to learn in the first micro-batch
     micro_batches = reader.micro_batches(batch, 0, 1, 2)
     counts = [len(rows.said.ids) for rows in micro_batches]
-    assert sum(counts) == int(reader.counted(batch).sum()) and counts[0] == 0 < counts[1]
+    assert sum(counts) == int(reader.loss_mask(batch).sum()) and counts[0] == 0 < counts[1]
     for rows in micro_batches:
         assert rows.said.ids.shape == rows.said.log_probs.shape == (int(rows.loss_mask_BL.sum()), 9)
         assert (rows.said.ids < 500).all() and (rows.said.log_probs.exp().sum(-1) <= 1 + 1e-6).all()

@@ -15,7 +15,7 @@ from megatron_r1.config.rl import RLConfig
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.scores import head_weight
 from megatron_r1.model.vocab_parallel import ReferenceHidden
-from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import is_last_stage, is_metrics_rank
 from megatron_r1.rl.objective.kl import EXACT
 from megatron_r1.rl.objective.objective import penalty
@@ -103,7 +103,5 @@ def token_penalties(
 def sum_per_response(by_token: BySample, count: int) -> Tensor:
     """Collective: what `penalties_of_tokens` gives, summed over each answer of the rollout: [samples], everywhere."""
     mine = {index: float(values_L.sum()) for index, values_L in by_token.items()}
-    everyone: dict[int, float] = {}
-    for found in all_gather_object(mine if is_metrics_rank() else {}):
-        everyone |= found
+    everyone = merge_by_key(mine if is_metrics_rank() else {})
     return torch.tensor([everyone[index] for index in range(count)])

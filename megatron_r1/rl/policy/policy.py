@@ -17,6 +17,7 @@ from megatron_r1.model.forward_backward import forward_only
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.model.scores import last_hidden_states, model_scores
 from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores
+from megatron_r1.parallel.context import positions_of
 from megatron_r1.parallel.mesh import is_last_stage
 from megatron_r1.rl.policy.batch import ResponseBatch
 
@@ -103,8 +104,7 @@ def outputs_by_sample(
 
 def inputs_of(rows: ResponseBatch) -> tuple[Tensor, Tensor]:
     """Tokens and positions, [B, L], as a model takes them."""
-    positions_BL = torch.arange(rows.inputs_BL.shape[1], device=rows.tokens_BL.device).expand_as(rows.inputs_BL)
-    return rows.inputs_BL.contiguous(), positions_BL
+    return rows.inputs_BL.contiguous(), positions_of(rows.inputs_BL)
 
 
 def longest_input(micro_batches: Sequence[ResponseBatch]) -> int:
