@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch.compile's cache does not know of it: code for wider vectors would be found there and not compile.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{capability}")
 SUPPORT = Path(__file__).resolve().parent / "support"
 # Programs that tests start as ranks import `tests.support` too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH"))))
@@ -38,7 +42,7 @@ def one_rank() -> Iterator[Any]:
     platform = select("cpu")
     from megatron_r1.parallel.mesh import process_groups
 
-    with process_groups(platform, ParallelConfig(), seed=0, threads=1):
+    with process_groups(platform, ParallelConfig(), seed=0, threads=1, timeout_minutes=45):
         yield platform
 
 

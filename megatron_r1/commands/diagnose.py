@@ -40,7 +40,7 @@ def run(config: RunConfig) -> None:
     folder = open_run_folder(config)
     platform = select(config.platform)
     console = Console(stderr=True)
-    with process_groups(platform, config.parallel, config.seed, config.threads):
+    with process_groups(platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes):
         model = build_model(found.model, config.parallel, platform, config.seed)
         load_whole_tensors(model, dict(found.tensors))
         model.eval()

@@ -54,6 +54,10 @@ class RunConfig:
     """cuda, cpu, or auto (refused inside a SLURM job)."""
     threads: int = 0
     """CPU threads per rank; 0 divides the cores among the ranks."""
+    distributed_timeout_minutes: int = 120
+    """Minutes after which a collective operation that some rank has not joined ends the run. Ranks wait in one for the
+    slowest: for rank 0 while it generates, scores or saves, for all ranks while servers load weights.
+    It must be longer than the longest of these; where a rank dies, the launcher notices at once, whatever this says."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
@@ -95,6 +99,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "threads")
+        at_least(self, 1, "distributed_timeout_minutes")
         one_of(self, "platform", ("auto", "cpu", "cuda"))
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError("name", self.name, "must be a plain folder name")

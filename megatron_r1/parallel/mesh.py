@@ -16,25 +16,27 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.parallel.launcher import local_world_size, rank, world_size
 from megatron_r1.platform import Platform
 
-TIMEOUT = datetime.timedelta(minutes=10)
-
 
 @contextmanager
-def process_groups(platform: Platform, degrees: ParallelConfig, seed: int, threads: int) -> Iterator[None]:
-    """Join the job: process groups, thread count and random state; everything is left again at the end.
+def process_groups(
+    platform: Platform, degrees: ParallelConfig, seed: int, threads: int, timeout_minutes: int = 10
+) -> Iterator[None]:
+    """Join the job: process groups, thread count and random state; the groups are destroyed at the end.
 
     Args:
         platform: where the ranks run.
         degrees: degrees of parallelism.
         seed: seed of this job; ranks that must differ derive theirs from it.
         threads: CPU threads per rank; 0 divides the cores among the ranks of this machine.
+        timeout_minutes: a collective operation that some rank has not joined by then fails.
     """
     ranks = world_size()
     check_degrees(degrees, ranks)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     # A lone process needs no network rendezvous, so that any number of them can run side by side.
     store = dist.HashStore() if ranks == 1 else None
-    dist.init_process_group(platform.backend, store=store, rank=rank(), world_size=ranks, timeout=TIMEOUT)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    dist.init_process_group(platform.backend, store=store, rank=rank(), world_size=ranks, timeout=timeout)
     try:
         from megatron.core import parallel_state, tensor_parallel
 
@@ -45,6 +47,7 @@ def process_groups(platform: Platform, degrees: ParallelConfig, seed: int, threa
             context_parallel_size=degrees.context,
             expert_model_parallel_size=degrees.expert,
             expert_tensor_parallel_size=degrees.expert_tensor,
+            distributed_timeout_minutes=timeout_minutes,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed + 1)
         try:

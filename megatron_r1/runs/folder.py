@@ -23,6 +23,7 @@ _FREE_TO_CHANGE = (
     "train.async_save",
     "train.save_total_limit",
     "threads",
+    "distributed_timeout_minutes",
     "platform",
     "parallel.",
     "performance.",

@@ -33,7 +33,9 @@ def inference_engine(
     from megatron_r1.model.shards import load_whole_tensors
     from megatron_r1.parallel.mesh import process_groups
 
-    with process_groups(platform, config.parallel, config.seed, config.threads):
+    with process_groups(
+        platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes
+    ):
         model = build_model(first.model, config.parallel, platform, config.seed)
 
         class LoadingEngine(LocalEngine):

@@ -157,7 +157,9 @@ def training_run(
         if config.train.optimizer.offload:
             raise ConfigError("train.optimizer.offload", True, "must be false on a CPU: moments are there already")
     with (
-        process_groups(platform, config.parallel, config.seed, config.threads),
+        process_groups(
+            platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes
+        ),
         CheckpointStore(folder / "checkpoints", config.train.save_total_limit, AllRanks()) as store,
     ):
         # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.

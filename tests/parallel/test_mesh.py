@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from megatron_r1.config.layout import check_degrees, check_layout
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.parallel.comm import AllRanks, all_gather_object, all_ranks, any_rank, broadcast
+from megatron_r1.parallel.mesh import data_parallel_group, tensor_parallel_group
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,17 @@ def test_degrees_that_divide_the_ranks_pass():
 def test_one_rank_agrees_with_itself(one_rank):
     assert [any_rank(True), any_rank(False), all_ranks(True), all_ranks(False)] == [True, False, True, False]
     assert broadcast("value") == "value" and all_gather_object(3) == [3] and AllRanks().rank == 0
+
+
+def test_every_process_group_has_the_configured_timeout(one_rank):
+    """`one_rank` asks for 45 minutes."""
+    for group in (dist.group.WORLD, tensor_parallel_group(), data_parallel_group()):
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=45)
+
+
+def test_a_timeout_of_no_minutes_is_refused():
+    with pytest.raises(ConfigError, match="distributed_timeout_minutes=0"):
+        RunConfig(distributed_timeout_minutes=0)
 
 
 def test_two_ranks_give_the_same_answers(two_ranks):

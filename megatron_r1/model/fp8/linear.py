@@ -1,11 +1,12 @@
-"""A linear layer's three products with quantised operands, computed exactly: quantise, dequantise, multiply in fp32.
+"""A linear layer's three products with quantised operands, computed exactly: quantise, dequantise, multiply.
 
 Forward y = x W', input gradient dx = dy W, weight gradient dW = dy' x. Each operand is tiled along the dimension that
 its product sums over (DeepSeek-V3 report, section 3.3.2 and appendix B.2): x by 128 channels in the forward product and
 by 128 tokens in the weight gradient, dy by 128 channels in the input gradient and by 128 tokens in the weight gradient.
 For the backward pass x is kept quantised, so its second tiling starts from the first one's values (section 3.3.3).
 
-Results have the types of the input and of the weight, as they have without quantisation.
+Results have the types of the input and of the weight, as they have without quantisation. Sums are in fp32, of float64
+models in float64.
 
 Shapes: T tokens, K input features, N output features.
 """
@@ -60,7 +61,7 @@ class _Products(torch.autograd.Function):
         weights_NK = through(weight_NK, recipe.weights)
         ctx.save_for_backward(kept_TK, weights_NK)
         ctx.recipe, ctx.types = recipe, (x_TK.dtype, weight_NK.dtype)
-        return (inputs_TK @ weights_NK.t()).to(x_TK.dtype)
+        return _product(inputs_TK, weights_NK.t(), x_TK.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -69,12 +70,18 @@ class _Products(torch.autograd.Function):
         dx_TK = dw_NK = None
         if ctx.needs_input_grad[0]:
             by_channel_TN = through(dy_TN, recipe.gradients, E4M3, recipe.power_of_two_gradients)
-            dx_TK = (by_channel_TN @ weights_NK).to(ctx.types[0])
+            dx_TK = _product(by_channel_TN, weights_NK, ctx.types[0])
         if ctx.needs_input_grad[1]:
             by_token_TN = through(dy_TN, recipe.gradients.turned(), E4M3, recipe.power_of_two_gradients)
             retiled_TK = through(kept_TK, recipe.activations.turned(), E4M3, recipe.power_of_two_inputs)
-            dw_NK = (by_token_TN.t() @ retiled_TK).to(ctx.types[1])
+            dw_NK = _product(by_token_TN.t(), retiled_TK, ctx.types[1])
         return dx_TK, dw_NK, None
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """A product of fp32 matrices in `dtype`; it is summed in fp32, for float64 in float64."""
+    sums = torch.promote_types(dtype, torch.float32)
+    return (left.to(sums) @ right.to(sums)).to(dtype)
 
 
 def multiply(x: Tensor, weight_NK: Tensor, recipe: LinearRecipe) -> Tensor:
