@@ -18,8 +18,9 @@ import pytest
 
 # Set before torch is imported: two cores shared by the threads of several libraries are slower than one used well, and
 # sums over one thread have one order. Child processes inherit all of it.
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for variable in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, os.environ["OMP_NUM_THREADS"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -42,7 +43,9 @@ def one_rank() -> Iterator[Any]:
     platform = select("cpu")
     from megatron_r1.parallel.mesh import process_groups
 
-    with process_groups(platform, ParallelConfig(), seed=0, threads=1, timeout_minutes=45):
+    with process_groups(
+        platform, ParallelConfig(), seed=0, threads=int(os.environ["OMP_NUM_THREADS"]), timeout_minutes=45
+    ):
         yield platform
 
 
