@@ -19,13 +19,16 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.errors import DataError
-from megatron_r1.model.attention import set_latent_norm_epsilon, use_latent_attention
 from megatron_r1.model.chunks import Chunks, Model, chunks
 from megatron_r1.model.fp8.apply import use_fp8, wants_fp8
-from megatron_r1.model.mtp import weigh_context_ranks_alike
+from megatron_r1.model.megatron_overrides import (
+    fix_mtp_loss_scale_under_cp,
+    set_latent_norm_epsilon,
+    use_deepseek_group_topk,
+    use_latent_attention,
+    use_llama3_rope_scaling,
+)
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
-from megatron_r1.model.rope import extend_as_llama
-from megatron_r1.model.routing import choose_groups_as_released
 from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
 from megatron_r1.platform import Platform
@@ -57,7 +60,7 @@ def build_model(
     if not platform.transformer_engine:
         adopt_torch_modules()
     if parallel.context > 1:
-        weigh_context_ranks_alike()
+        fix_mtp_loss_scale_under_cp()
     fused = platform.transformer_engine
     config = transformer_config(model, parallel, performance or PerformanceConfig(), fused=fused, fp8=fp8 and fused)
     if parallel.virtual_pipeline == 1:
@@ -97,9 +100,9 @@ def _part(model: ModelConfig, config: TransformerConfig, platform: Platform, sta
     )
     if isinstance(model.attention, AttentionConfig):
         set_latent_norm_epsilon(part, model.attention.norm_epsilon)
-        choose_groups_as_released(part, model.moe)
+        use_deepseek_group_topk(part, model.moe)
     elif model.rope.factor > 1:
-        extend_as_llama(part, model.rope)
+        use_llama3_rope_scaling(part, model.rope)
     return part
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
@@ -124,6 +125,22 @@ def _mtp_loss(num_micro_batches: int) -> float | None:
     mean = tracker["loss_values"].mean()
     torch.distributed.all_reduce(mean, group=group)
     return float(mean) / group.size() / num_micro_batches
+
+
+def packed_seq_params(bounds: Tensor) -> PackedSeqParams:
+    """megatron-core's argument for several sequences end to end, [1, T], that do not attend to one another.
+
+    Args:
+        bounds: first token of each sequence, and T: int32 [N + 1].
+    """
+    longest = int(bounds.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
 
 
 def forward_only(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.data.chat.batches import ChatBatch
-from megatron_r1.model.apart import sequences_apart
+from megatron_r1.model.forward_backward import packed_seq_params
 from megatron_r1.model.scores import model_scores
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.train.batching import divide_by_tokens
@@ -92,7 +92,7 @@ def end_to_end(rows: PackedMicroBatch) -> tuple[Tensor, Tensor, Any]:
     """Tokens and positions of all sequences laid end to end, [1, T], and what keeps their examples apart."""
     positions_BL = positions_in_documents(rows.document_ids_BL)
     tokens_1T, positions_1T = rows.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
-    return tokens_1T, positions_1T, sequences_apart(bounds(positions_BL))
+    return tokens_1T, positions_1T, packed_seq_params(bounds(positions_BL))
 
 
 def bounds(positions_BL: Tensor) -> Tensor:

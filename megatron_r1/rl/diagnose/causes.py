@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_r1.model.build import native_tensors
 from megatron_r1.model.chunks import Model
-from megatron_r1.model.routing import routers_in_bf16
+from megatron_r1.model.megatron_overrides import routers_in_bf16
 from megatron_r1.rl.diagnose.trial import Trial, replaced, with_prompt
 from megatron_r1.rollout.sample import Sample
 

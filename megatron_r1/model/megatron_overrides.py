@@ -1,0 +1,160 @@
+"""Every place where megatron-core 0.19 computes something else than the released models, and what is done about it.
+
+The file to open when megatron-core is upgraded:
+
+    what                        megatron-core                           here
+    latent attention's query    norms the input twice where there is    `use_latent_attention`
+                                no query latent (DeepSeek-V2-Lite)
+    norms of the latents        the epsilon of all norms                `set_latent_norm_epsilon`
+    group-limited routing       ranks groups by top_k / group_top_k     `use_deepseek_group_topk`
+                                of their experts, whatever the release
+    Llama 3's rotary positions  passes on the factor alone              `use_llama3_rope_scaling`
+    multi-token loss under      weighs each rank's mean alike           `fix_mtp_loss_scale_under_cp`
+    context parallelism
+    routers' logits in bf16     has no such choice; `diagnose` asks     `routers_in_bf16`
+                                whether an engine computes them so
+
+Shapes: T tokens, E experts, G groups, K chosen experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import multi_token_prediction
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+from torch.nn.functional import linear
+
+from megatron_r1.config.model import MoeConfig, RopeConfig
+
+_roll = multi_token_prediction.roll_tensor
+
+
+class LatentAttention(MLASelfAttention):
+    """Multi-head latent attention whose directly projected query is not normed (DeepSeek-V2 report, section 2.1).
+
+    The latents are. megatron-core would norm the query's input a second time where there is no query latent.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> Any:
+        chosen = super()._resolve_qk_norm_config(submodules)
+        if self.config.q_lora_rank is None:
+            chosen["linear_q_proj"] = submodules.linear_q_proj
+        return chosen
+
+
+def use_latent_attention(block: TransformerBlockSubmodules) -> None:
+    """Let every layer of the block, and multi-token layers made after it, attend by `LatentAttention`."""
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.module = LatentAttention
+
+
+def set_latent_norm_epsilon(model: torch.nn.Module, epsilon: float) -> None:
+    """Give the latents' norms, which are fused into the up-projections, an epsilon of their own.
+
+    megatron-core has one epsilon for all norms, DeepSeek's released code a fixed one for these (1e-6).
+    """
+    for attention in (module for module in model.modules() if isinstance(module, LatentAttention)):
+        for name in ("linear_q_up_proj", "linear_kv_up_proj"):
+            if up_projection := getattr(attention, name, None):
+                up_projection.eps = epsilon
+
+
+class GroupTopK:
+    """Chooses groups by the sum of each one's best scores, then experts among the chosen groups.
+
+    Stands where megatron-core asks a routing replay which experts to take.
+    """
+
+    layer_number: int | None = None
+
+    def __init__(self, best: int):
+        """
+        Args:
+            best: how many of a group's experts are summed to rank the group.
+        """
+        self._best = best
+
+    def get_replay_topk(
+        self, scores_TE: Tensor, topk: int, num_groups: int, group_topk: int, default: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and indices [T, K] of the chosen experts."""
+        scores_TGE = scores_TE.unflatten(1, (num_groups, -1))
+        groups_TG = scores_TGE.topk(self._best, dim=-1).values.sum(-1)
+        chosen_TG = torch.zeros_like(groups_TG, dtype=torch.bool)
+        chosen_TG.scatter_(1, groups_TG.topk(group_topk, dim=-1, sorted=False).indices, True)
+        open_TE = scores_TGE.masked_fill(~chosen_TG.unsqueeze(-1), float("-inf")).flatten(1)
+        values_TK, indices_TK = open_TE.topk(topk, dim=-1)
+        return values_TK, indices_TK
+
+
+def use_deepseek_group_topk(model: torch.nn.Module, moe: MoeConfig) -> None:
+    """Let the routers rank groups as the releases do: V3 by its best two experts, V2 by its best one.
+
+    megatron-core takes the best top_k / group_top_k, which is the same for V3's own 8 experts of 4 groups, but not for
+    V2's 6 of 3. Where all groups are open, or the two rules agree, megatron-core's own choice stays.
+    """
+    best = 2 if moe.score_function == "sigmoid" else 1
+    if moe.group_top_k == moe.num_groups or moe.top_k // moe.group_top_k == best:
+        return
+    for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+        router.router_replay = GroupTopK(best)
+
+
+def use_llama3_rope_scaling(model: GPTModel, rope: RopeConfig) -> None:
+    """Scale the rotary frequencies as Llama 3 does.
+
+    megatron-core computes it, but `GPTModel` passes on the factor alone and fixes the other three numbers.
+    """
+    rotary = model.rotary_pos_emb
+    rotary.inv_freq = rotary._apply_scaling(
+        rotary.inv_freq,
+        factor=rope.factor,
+        low_freq_factor=rope.beta_slow,
+        high_freq_factor=rope.beta_fast,
+        original_max_position_embeddings=rope.original_max_position,
+    )
+
+
+def fix_mtp_loss_scale_under_cp() -> None:
+    """Let every predicted token count the same where context-parallel ranks share a sequence.
+
+    megatron-core divides each rank's loss by the tokens that this rank predicts, and the rank that holds the end of the
+    sequence predicts fewer. Dividing by the mean over the ranks gives the mean over the sequence (DeepSeek-V3 report,
+    equation 24, but for the constant). Calling it again changes nothing.
+    """
+    multi_token_prediction.roll_tensor = _roll_and_count
+
+
+def _roll_and_count(tensor: Tensor, *args: Any, cp_group: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    rolled, count = _roll(tensor, *args, cp_group=cp_group, **kwargs)
+    if cp_group is not None and cp_group.size() > 1:
+        count = count.double()
+        dist.all_reduce(count, group=cp_group)
+        count = count / cp_group.size()
+    return rolled, count
+
+
+@contextmanager
+def routers_in_bf16(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block routers compute their logits in bf16, as some engines do."""
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
+
+    def in_bf16(router: Any) -> Callable[[Tensor], Tensor]:
+        return lambda inputs: linear(inputs.bfloat16(), router.weight.bfloat16()).float()
+
+    try:
+        for router in routers:
+            router.gating = in_bf16(router)
+        yield
+    finally:
+        for router in routers:
+            del router.gating  # the class's own again
