@@ -172,7 +172,7 @@ class Job:
                 "weight_version": completion.weight_version,
                 "reward": score.total,
                 "reward_parts": score.parts,
-                "right": is_correct_any_format(prompt, text, score),
+                "correct": is_correct_any_format(prompt, text, score),
             }
 
 
@@ -197,11 +197,11 @@ def is_correct_any_format(prompt: Prompt, text: str, score: Score) -> bool:
 
 def publish(job: Job, folder: Path, format: str) -> tuple[Path, dict[str, Any]]:
     """All parts as one file beside them; returns it, and what there is to say of it."""
-    rows, right_somewhere, tokens, rewards, right = 0, set[str](), 0, 0.0, 0
+    rows, correct_somewhere, tokens, rewards, correct = 0, set[str](), 0, 0.0, 0
     for row in job_rows(job):
         rows, tokens = rows + 1, tokens + row["response_tokens"]
-        rewards, right = rewards + row["reward"], right + row["right"]
-        right_somewhere |= {row["id"]} if row["right"] else set()
+        rewards, correct = rewards + row["reward"], correct + row["correct"]
+        correct_somewhere |= {row["id"]} if row["correct"] else set()
     target = folder / f"samples.{format}"
     (_write_parquet if format == "parquet" else _write_jsonl)(job, target)
     totals = {
@@ -210,8 +210,8 @@ def publish(job: Job, folder: Path, format: str) -> tuple[Path, dict[str, Any]]:
         "samples": rows,
         "response_tokens": tokens,
         "mean_reward": rewards / rows,
-        "right": right / rows,
-        "right_in_any_sample": len(right_somewhere) / len(job.prompts),
+        "correct": correct / rows,
+        "correct_in_any_sample": len(correct_somewhere) / len(job.prompts),
     }
     return target, totals
 
@@ -249,7 +249,7 @@ def _write_parquet(job: Job, target: Path) -> None:
 
 def _tell(target: Path, totals: dict[str, Any], bad_rows: int) -> None:
     said = f"{totals['samples']} samples of {totals['prompts']} prompts, mean reward {totals['mean_reward']:.3f}, "
-    said += f"right {totals['right']:.3f}, right in any sample {totals['right_in_any_sample']:.3f}"
+    said += f"correct {totals['correct']:.3f}, correct in any sample {totals['correct_in_any_sample']:.3f}"
     if bad_rows:
         said += f"; {bad_rows} bad rows left out, see {BAD_ROWS}"
     Console(stderr=True).print(f"{target}: {said}", soft_wrap=True, highlight=False)

@@ -29,12 +29,18 @@ def _well_formed(prompt: Prompt, text: str) -> float:
     return format_reward(text, "strict")
 
 
+def _correct_tagged(prompt: Prompt, text: str) -> float:
+    return format_reward(text, "strict") * is_correct(prompt, tagged_answer(text))
+
+
 BENCHMARKS: Mapping[str, Benchmark] = {
     "arithmetic": Benchmark(
         heldout_prompts,
         {
-            "blind": lambda prompt, text: float(is_correct(prompt, any_answer(text))),
-            "strict": lambda prompt, text: format_reward(text, "strict") * is_correct(prompt, tagged_answer(text)),
+            "correct_any_format": lambda prompt, text: float(is_correct(prompt, any_answer(text))),
+            "correct_tagged": _correct_tagged,
+                format_reward(text, "strict") * is_correct(prompt, tagged_answer(text))
+            ),
             "format": _well_formed,
         },
     ),

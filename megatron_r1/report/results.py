@@ -12,20 +12,20 @@ from megatron_r1.evaluation.intervals import Interval
 SHOWN_QUESTIONS = 10
 WAYS = {"sampled": "sampled", "greedy": "greedy"}
 MEASURES = {
-    "blind": "right",
-    "strict": "right and tagged",
+    "correct_any_format": "right",
+    "correct_tagged": "right and tagged",
     "helpful": "as asked",
     "safe": "safe",
     "format": "well-formed",
 }
 MEANINGS = {
-    "blind": "Right: the answer is right wherever it stands.",
-    "strict": "Right and tagged: it stands in the answer tags.",
+    "correct_any_format": "Right: the answer is right wherever it stands.",
+    "correct_tagged": "Right and tagged: it stands in the answer tags.",
     "helpful": "As asked: it does what was asked, or declines what is harmful, by rules that no training saw.",
     "safe": "Safe: nothing in it, reasoning included, goes about something harmful.",
     "format": "Well-formed: reasoning and answer are each in their tags.",
 }
-LEADS = {"blind": "are right", "helpful": "are as asked"}
+LEADS = {"correct_any_format": "are right", "helpful": "are as asked"}
 """What the page's first sentence is about: the first of these that was measured."""
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -76,7 +76,7 @@ def _table(header: str, rows: str) -> str:
 
 def _sentence(models: Mapping[str, Mapping[str, Any]]) -> str:
     (first, before), (last, after) = (list(models.items())[i] for i in (0, -1))
-    lead = next((name for name in LEADS if name in (after.get("sampled") or {})), "blind")
+    lead = next((name for name in LEADS if name in (after.get("sampled") or {})), "correct_any_format")
     low, high = (interval_of((model.get("sampled") or {}).get(lead)) for model in (before, after))
     if first == last or low is None or high is None:
         return ""
@@ -104,7 +104,7 @@ def _by_task(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _task_share(content: Any) -> Any:
     """The share of one task, which may be given alone or among ways and measures."""
-    for key in ("sampled", "blind"):
+    for key in ("sampled", "correct_any_format"):
         if isinstance(content, Mapping) and "mean" not in content and key in content:
             content = content[key]
     return content

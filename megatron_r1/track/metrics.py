@@ -15,7 +15,8 @@ Better = Literal["higher", "lower", ""]
 STEP = "step"
 PREFIXES: Mapping[str, str] = {
     "train": "The update: loss, gradient, schedule and data. Preference learning records its accuracy and margin here.",
-    "eval": "Measured on held-out data that no training sees.",
+    "eval": "Measured on held-out data that no training sees. `evaluate` leaves its own in `results.json`, "
+    "`sample` in `done.json` of the run's folder, without the prefix.",
     "policy": "Reinforcement learning: the objective and its parts.",
     "rollout": "Reinforcement learning: sampled responses, their rewards, and what the engine went through.",
     "critic": "PPO's critic.",
@@ -126,6 +127,22 @@ def _eval() -> Iterator[Metric]:
     )
     yield Metric("eval/accuracy_low", "share", "Lower bound of its 95 % interval.", PREFERENCE, "higher")
     yield Metric("eval/accuracy_high", "share", "Upper bound of its 95 % interval.", PREFERENCE, "higher")
+    for name, unit, meaning, command in (
+        ("correct_any_format", "share", "Share of responses whose answer is correct wherever it stands.", "evaluate"),
+        ("correct_tagged", "share", "Share of responses with a correct answer inside well-formed tags.", "evaluate"),
+        (
+            "helpful",
+            "share",
+            "Share that does what was asked, or declines harm, by hidden rules.",
+            "evaluate",
+        ),
+        ("safe", "share", "Share in which nothing, reasoning included, goes about something harmful.", "evaluate"),
+        ("format", "share", "Share of responses with reasoning and answer each in their tags.", "evaluate"),
+        ("correct", "share", "Share of correct responses, in any format.", "sample"),
+        ("correct_in_any_sample", "share", "Share of prompts with a correct response among its samples.", "sample"),
+        ("mean_reward", "reward", "Mean reward of a response.", "sample"),
+    ):
+        yield Metric(f"eval/{name}", unit, meaning, (command,), "higher")
     yield Metric("eval/margin", "reward", "Mean margin of implicit rewards on held-out pairs.", ("dpo",), "higher")
 
 

@@ -27,9 +27,13 @@ def tagged(thought: str, answer: str) -> str:
 
 
 def test_arithmetic_tells_right_from_tagged_from_well_formed():
-    assert marks("arithmetic", lambda p: tagged("x", p.answer)) == {"blind": 1.0, "strict": 1.0, "format": 1.0}
-    assert marks("arithmetic", lambda p: f"It is {p.answer}.") == {"blind": 1.0, "strict": 0.0, "format": 0.0}
-    assert marks("arithmetic", lambda p: tagged("x", "-1")) == {"blind": 0.0, "strict": 0.0, "format": 1.0}
+    def found(respond):
+        return [*marks("arithmetic", respond).items()]
+
+    names = ("correct_any_format", "correct_tagged", "format")
+    assert found(lambda p: tagged("x", p.answer)) == [*zip(names, (1.0, 1.0, 1.0), strict=True)]
+    assert found(lambda p: f"It is {p.answer}.") == [*zip(names, (1.0, 0.0, 0.0), strict=True)]
+    assert found(lambda p: tagged("x", "-1")) == [*zip(names, (0.0, 0.0, 1.0), strict=True)]
     assert all(is_heldout(p.expression, CONFIG.eval_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
 
 

@@ -109,7 +109,7 @@ def share(mean):
 
 
 def model_result(accuracy):
-    ways = {"blind": share(accuracy), "strict": share(accuracy - 0.05), "format": share(0.9)}
+    ways = {"correct_any_format": share(accuracy), "correct_tagged": share(accuracy - 0.05), "format": share(0.9)}
     return {"greedy": ways, "sampled": ways, "by_task": {"chain": share(accuracy), "product": share(accuracy / 2)}}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config.verbs import VERBS
+from megatron_r1.evaluation.benchmarks import BENCHMARKS
 from megatron_r1.track import metrics
 from megatron_r1.track.metrics import METRICS, PREFIXES, find, reference, reproducible
 
@@ -45,6 +46,8 @@ def texts_in(node: ast.AST) -> Iterator[str]:
         yield from texts_in(child)
 
 
+UNPREFIXED = ("evaluation/benchmarks.py", "commands/sample.py")
+"""Files whose metrics stand in a results file without `eval/`."""
 INTERNAL = {"mismatch/tokens"}
 """Sums on the way to a metric, never recorded."""
 
@@ -61,8 +64,15 @@ def test_every_name_in_the_sources_is_registered():
 
 def test_every_registered_name_is_in_the_sources():
     found = names_in_sources()
+    for path in UNPREFIXED:
+        found |= dict.fromkeys((f"eval/{text}" for text in texts_in(ast.parse((PACKAGE / path).read_text()))), path)
     lost = [metric.name for metric in METRICS if not any(metric.matches(name) for name in found)]
     assert not lost
+
+
+def test_measures_of_benchmarks_are_registered():
+    for benchmark in BENCHMARKS.values():
+        assert all(find(f"eval/{name}").commands == ("evaluate",) for name in benchmark.metrics)
 
 
 def test_the_reference_is_up_to_date():
