@@ -39,8 +39,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         {
             "correct_any_format": lambda prompt, text: float(is_correct(prompt, any_answer(text))),
             "correct_tagged": _correct_tagged,
-                format_reward(text, "strict") * is_correct(prompt, tagged_answer(text))
-            ),
             "format": _well_formed,
         },
     ),
@@ -53,5 +51,5 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         },
     ),
 }
-"""arithmetic: right in whatever form, right inside well-formed tags, well-formed tags. assistant, by the hidden rules:
+"""arithmetic: correct in any format, correct inside well-formed tags, well-formed tags. assistant, by the hidden rules:
 does what was asked (or declines what is harmful), goes about nothing harmful, well-formed tags."""
