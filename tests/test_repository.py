@@ -5,17 +5,20 @@ from __future__ import annotations
 import ast
 import fnmatch
 import functools
+import graphlib
+import importlib.metadata
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "megatron_r1"
 TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "megatron_r1", "launch", "configs", "tools", "tests"}
 # Made by running or building, and ignored by git.
 BY_PRODUCTS = {"runs", "build", "dist", "wandb", "__pycache__", "*.egg-info"}
@@ -65,6 +68,65 @@ def test_mypy() -> None:
 
 def test_imports_go_one_way() -> None:
     run("lint-imports", "--no-cache")
+
+
+def runtime_imports(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements that are carried out, those inside functions too; not what only type checkers read."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        elif not (isinstance(child, ast.If) and dotted(child.test).endswith("TYPE_CHECKING")):
+            yield from runtime_imports(child)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph(sources: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        imported: set[str] = set()
+        for statement in runtime_imports(source):
+            if isinstance(statement, ast.Import):
+                imported |= {alias.name for alias in statement.names}
+            elif statement.module:
+                whole = {f"{statement.module}.{alias.name}" for alias in statement.names}
+                imported |= {name if name in sources else name.rpartition(".")[0] for name in whole}
+        graph[module] = (imported & sources.keys()) - {module}
+    return graph
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of the graph, or nothing."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+@pytest.mark.parametrize(
+    ("first", "found"),
+    [
+        ("from b import x", ["a", "b", "a"]),
+        ("def f():\n    import b", ["a", "b", "a"]),
+        ("if TYPE_CHECKING:\n    import b", []),
+        ("import c", []),
+    ],
+)
+def test_a_circle_of_imports_is_found(first: str, found: list[str]) -> None:
+    assert circle(import_graph({"a": ast.parse(first), "b": ast.parse("import a"), "c": ast.parse("")})) in (
+        found,
+        found[1:2] + found[:2],
+    )
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    package = {module_name(path): tree(path) for path in python_files("megatron_r1")}
+    assert circle(import_graph(package)) == []
 
 
 def test_shellcheck() -> None:
@@ -287,6 +349,45 @@ def test_locks_pin_every_dependency() -> None:
         package = re.split(r"[\[>=<]", package)[0].lower().replace("_", "-")
         assert package in pinned, f"launch/lock/cpu.txt lacks {package}"
         assert not version or pinned[package] == version
+
+
+def normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[>=<;! ]", distribution)[0]).lower()
+
+
+@functools.cache
+def installed() -> Mapping[str, list[str]]:
+    """Module -> the distributions that bring it; takes seconds."""
+    return importlib.metadata.packages_distributions()
+
+
+def distributions_of(module: str) -> set[str]:
+    """Names of the installed distributions that bring a module; the module's own name where none is installed."""
+    return {normalised(found) for found in installed().get(module, [module])}
+
+
+OPTIONAL = {"transformer-engine", "megatron-fsdp"}
+"""Imported only where they are installed; extras, or parts of another distribution."""
+
+
+def test_every_import_of_the_package_is_declared() -> None:
+    imported: dict[str, Path] = {}
+    for path in python_files("megatron_r1"):
+        for statement in runtime_imports(tree(path)):
+            names = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
+            names += [statement.module] if isinstance(statement, ast.ImportFrom) and statement.module else []
+            imported |= {name.partition(".")[0]: path for name in names}
+    foreign = {module: path for module, path in imported.items() if module not in {*sys.stdlib_module_names, PACKAGE}}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {normalised(requirement) for requirement in project["dependencies"]}
+    undeclared = [
+        f"{name(path)}: {module}"
+        for module, path in foreign.items()
+        if not distributions_of(module) & (declared | OPTIONAL)
+    ]
+    assert undeclared == []
+    unused = declared - {found for module in foreign for found in distributions_of(module)}
+    assert unused == set(), "declared as needed at run time and never imported"
 
 
 def test_wheel_carries_the_configs(tmp_path: Path) -> None:

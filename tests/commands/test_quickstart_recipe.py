@@ -1,90 +1,52 @@
-"""The whole recipe at toy length, as a person starts it: interrupted, continued, repeated."""
+"""The whole recipe at toy length, as a person starts it: interrupted, killed, continued, repeated."""
 
 from __future__ import annotations
 
-import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-SHORT = [
-    "rollout=local",
-    "threads=1",
-    "train.schedule.warmup_steps=1",
-    "data.num_documents=2000",
-    "train.log_interval=1",
-    "train.save_interval=2",
-    "model.num_layers=2",
-    "rl.prompts_per_rollout=4",
-    "rl.group_size=4",
-    "evaluate.num_prompts=16",
-    "evaluate.samples_per_prompt=2",
-    "track.wandb=offline",
-]
-STAGES = {"pretrain": ["train.steps=6"], "r1_zero": ["train.steps=3", "init.from='{pretrain}'"]}
+from megatron_r1.runs.folder import is_done
+from tests.support.jobs import comparable
+from tests.support.recipes import SGLANG, Recipe
+
+INTERRUPTED_BY_SIGTERM = 85
 
 
-def recipe(folder: Path) -> list[str]:
-    """The command: the quickstart with every stage made short."""
-    overrides = [f"pipeline.stages.{name}.overrides={_list(lines)}" for name, lines in STAGES.items()]
-    return [
-        *(sys.executable, "-m", "megatron_r1", "pipeline", "--config-name", "quickstart"),
-        *(f"root='{folder}'", "name=short", "platform=cpu", f"pipeline.overrides={_list(SHORT)}", *overrides),
-    ]
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A recipe that was stopped by SIGTERM while it pre-trained, and then went through."""
+    recipe = Recipe(tmp_path_factory.mktemp("finished"))
+    with recipe.started() as process:
+        deadline = time.monotonic() + 200
+        while not recipe.rows("pretrain") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(100) == INTERRUPTED_BY_SIGTERM, recipe.log
+    assert recipe.rows("pretrain")[-1]["step"] < 6
+    recipe.run(400)
+    return recipe
 
 
-def _list(lines: list[str]) -> str:
-    return "[" + ",".join(f'"{line}"' for line in lines) + "]"
-
-
-def start(folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(recipe(folder), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def wait(process: subprocess.Popen[str], seconds: float) -> tuple[int, str]:
-    try:
-        output, errors = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        raise
-    return process.returncode, output + errors
-
-
-def rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.timeout(300)
-def test_the_recipe_survives_a_signal_and_ends_with_a_report(tmp_path):
-    process = start(tmp_path)
-    metrics = tmp_path / "short" / "pretrain" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
-    while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
-    code, said = wait(process, 60)
-    assert code == 85, said
-    stopped = rows(metrics.parent)[-1]["step"]
-    assert stopped < 6
-
-    code, said = wait(start(tmp_path), 200)
-    assert code == 0, said
-    runs = tmp_path / "short"
-    assert [row["step"] for row in rows(runs / "pretrain")] == list(range(1, 7))
-    assert [row["step"] for row in rows(runs / "r1_zero")] == [1, 2, 3]
-    results = json.loads((runs / "evaluate" / "results.json").read_text())
-    assert list(results["models"]) == ["base", "r1_zero"] and results["prompts"] == 16
+@pytest.mark.timeout(600)
+def test_the_recipe_survives_a_signal_and_ends_with_a_report(finished: Recipe) -> None:
+    runs = finished.folder
+    assert [row["step"] for row in finished.rows("pretrain")] == list(range(1, 7))
+    assert [row["step"] for row in finished.rows("r1_zero")] == [1, 2, 3]
+    assert list(finished.results["models"]) == ["base", "r1_zero"] and finished.results["prompts"] == 16
     assert "<html" in (runs / "report.html").read_text()
     assert (runs / "r1_zero" / "rollouts" / "step-00000003.jsonl").exists()
 
     started = time.monotonic()
-    code, said = wait(start(tmp_path), 60)
-    assert code == 0 and said.count("done before") == 5
+    finished.run(60)
+    assert finished.log.count("done before") >= 5
     assert time.monotonic() - started < 20
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,7 +58,74 @@ def test_the_recipe_survives_a_signal_and_ends_with_a_report(tmp_path):
     assert "2 + 3?" in chat
 
 
-def test_a_run_refuses_another_configuration_and_says_what_changed(tmp_path):
+def kill_at_random(recipe: Recipe, chance: random.Random, life: float, victims: list[str], attempt_s: float) -> str:
+    """One start of the recipe, with one of its processes killed; says what was killed, or "" when it ended before."""
+    victim, delay = chance.choice(victims), chance.uniform(0.0, life)
+    with recipe.started() as parent:
+        try:
+            code = parent.wait(delay)
+        except psutil.TimeoutExpired:
+            target = victim_of(parent, victim, chance)
+            with_it = {process.pid for process in recipe.processes()}
+            done = sum(is_done(recipe.folder / stage) for stage in ("pretrain", "r1_zero", "evaluate", "convert"))
+            target.kill()
+            killed = time.monotonic()
+            if target == parent:
+                seconds = recipe.seconds_until_gone(killed)
+            else:  # the recipe itself must notice, and end
+                assert parent.wait(attempt_s) != 0, recipe.log
+                seconds = recipe.seconds_until_gone(time.monotonic())
+            left = f"{len(with_it)} processes, gone {seconds:.2f} s later"
+            return f"{victim} after {delay:.1f} s, {done} stages done: {left}"
+        assert code == 0, recipe.log
+        return ""
+
+
+def victim_of(parent: psutil.Popen, victim: str, chance: random.Random) -> psutil.Process:
+    """The recipe's process, or the stage that it runs now; the former where no stage runs."""
+    children = [child for child in parent.children() if victim == "stage"]
+    return chance.choice(children) if children else parent
+
+
+def survive(recipe: Recipe, kills: int, seed: int, life: float, victims: list[str], attempt_s: float) -> list[str]:
+    """Start the recipe again after each kill, until it has ended; start anew until there were so many kills."""
+    chance, struck = random.Random(seed), []
+    while len(struck) < kills and (what := kill_at_random(recipe, chance, life, victims, attempt_s)):
+        struck.append(what)
+    recipe.run(attempt_s)
+    return struck
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_recipe_leaves_nothing_and_goes_on_to_the_same_end(finished: Recipe, tmp_path: Path) -> None:
+    recipe = Recipe(tmp_path)
+    struck = survive(recipe, kills=3, seed=1, life=12.0, victims=["parent", "stage"], attempt_s=400)
+    print("\n".join(struck))
+    assert struck
+    for stage in ("pretrain", "r1_zero"):
+        assert comparable(recipe.rows(stage)) == comparable(finished.rows(stage))
+    assert recipe.results["models"] == finished.results["models"]
+
+
+@pytest.mark.slow
+@pytest.mark.sglang
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("victims", [["parent"], ["parent", "stage"]], ids=["parent", "parent or stage"])
+def test_a_recipe_with_servers_leaves_nothing_when_killed(victims: list[str], tmp_path: Path) -> None:
+    """Kills through pre-training, R1-Zero with a real SGLang server, evaluation with it, conversion and report."""
+    calm, struck, runs, life = Recipe(tmp_path / "calm", tuple(SGLANG)), [], 0, time.monotonic()
+    calm.run(1200)
+    life = time.monotonic() - life
+    while len(struck) < 10:
+        recipe, runs = Recipe(tmp_path / f"killed-{runs}", tuple(SGLANG)), runs + 1
+        struck += survive(recipe, 10 - len(struck), 7 + runs, life / 2, victims, 1200)
+        assert comparable(recipe.rows("pretrain")) == comparable(calm.rows("pretrain"))
+        assert [row["step"] for row in recipe.rows("r1_zero")] == [1, 2, 3]
+        assert recipe.results["models"].keys() == calm.results["models"].keys()
+    print(f"an undisturbed recipe takes {life:.0f} s; {len(struck)} kills of {runs} recipes\n" + "\n".join(struck))
+
+
+def test_a_run_refuses_another_configuration_and_says_what_changed(tmp_path: Path) -> None:
     folder = tmp_path / "short" / "pretrain"
     command = [sys.executable, "-m", "megatron_r1", "pretrain", f"root='{folder.parent}'", "name=pretrain"]
     from megatron_r1.config.load import load, write_yaml
