@@ -8,6 +8,9 @@ from megatron_r1.config.attention import AttentionConfig, GroupedAttentionConfig
 from megatron_r1.config.checks import at_least, one_of, within
 from megatron_r1.errors import ConfigError
 
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
+"""`model.dtype` -> its name in torch, in config.json and in SGLang's arguments."""
+
 
 @dataclass(kw_only=True, slots=True)
 class RopeConfig:
@@ -145,7 +148,7 @@ class ModelConfig:
         at_least(self, 2, "max_sequence_length")
         within(self, 1e-12, 1e-2, "norm_epsilon")
         within(self, 1e-5, 1.0, "init_std")
-        one_of(self, "dtype", ("fp32", "bf16"))
+        one_of(self, "dtype", tuple(DTYPE_NAMES))
         if isinstance(self.attention, GroupedAttentionConfig):
             self._check_dense(self.attention)
         else:

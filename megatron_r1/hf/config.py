@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config.model import ModelConfig, RopeConfig
+from megatron_r1.config.model import DTYPE_NAMES, ModelConfig, RopeConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.families import family_of
 from megatron_r1.hf.families.family import written_rope, written_yarn
 from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG
 from megatron_r1.hf.publish import published
 
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 """Spelling of `model.dtype` in config.json."""
 
 

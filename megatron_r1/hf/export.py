@@ -19,55 +19,15 @@ from megatron_r1.checkpoint.tensor_file import write_tensor_file
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import (
-    DTYPE_NAMES,
-    SpecialTokens,
-    generation_config,
-    hf_config,
-    special_tokens,
     write_json,
 )
 from megatron_r1.hf.names import canonical_name, param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
-from megatron_r1.hf.plan import hf_file_name
+from megatron_r1.hf.plan import FORMATS, hf_file_name
 from megatron_r1.hf.publish import published
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000
-
-
-def export(
-    tensors: Iterable[tuple[str, Tensor]],
-    model: ModelConfig,
-    folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    include_mtp: bool = True,
-    tokenizer_folder: Path | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> Path:
-    """Write `folder` from whole (unsharded) megatron-core tensors in any order.
-
-    Args:
-        tensors: (native name, tensor) pairs. A yielded tensor must keep its values until `export` returns.
-        model: shape of the model.
-        folder: what to publish; an earlier export there is replaced.
-        dtype: type of the written weights, by default as `model.dtype`; the router's bias is always float32.
-        include_mtp: write the multi-token layers. Without, their tensors may be in `tensors` and are left out.
-        tokenizer_folder: tokenizer files to copy; their special tokens go into config.json.
-        shard_bytes: a file ends before it outgrows this; one file needs no index.
-
-    Returns:
-        `folder`.
-
-    Raises:
-        DataError: a tensor is unknown, missing, doubled or has the wrong shape; nothing is published.
-        ConfigError: code of the model's family elsewhere would compute another model.
-    """
-    folder, dtype = Path(folder), dtype or getattr(torch, DTYPE_NAMES[model.dtype])
-    tokens = special_tokens(tokenizer_folder) if tokenizer_folder else SpecialTokens()
-    config = hf_config(model, tokens, str(dtype).removeprefix("torch."), include_mtp)
-    named = hf_tensors(tensors, model, dtype=dtype, include_mtp=include_mtp)
-    return write_folder(named, folder, config, generation_config(tokens), tokenizer_folder, shard_bytes)
 
 
 def write_folder(
@@ -78,12 +38,14 @@ def write_folder(
     tokenizer_folder: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write `folder` from tensors as they shall stand there, by their Hugging Face names; arguments as of `export`.
+    """Write `folder` from tensors as they shall stand there, by their Hugging Face names.
 
     Args:
         named: (Hugging Face name, tensor) pairs.
         config: the content of config.json.
         generation: the content of generation_config.json.
+        tokenizer_folder: tokenizer files to copy.
+        shard_bytes: a file ends before it outgrows this; one file needs no index.
     """
     with published(folder) as unfinished:
         shards = _Shards(unfinished, shard_bytes)
@@ -114,7 +76,7 @@ def hf_tensors(
     Raises:
         DataError: a tensor is unknown, missing, doubled or has the wrong shape. What is missing shows at the end.
     """
-    dtype = dtype or getattr(torch, DTYPE_NAMES[model.dtype])
+    dtype = dtype or FORMATS[model.dtype]
     for mapping, tensor in _matched(tensors, model, include_mtp, complete):
         yield from _parts(mapping, tensor.detach(), torch.float32 if mapping.float32 else dtype)
         del tensor  # not held while the next is put together

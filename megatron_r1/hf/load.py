@@ -50,11 +50,6 @@ class NativeTensors(Mapping[str, Tensor]):
         return mapping.join([part.to(dtype) for part in self._reader.read(mapping).parts])
 
 
-def load_tensors(folder: Path, model: ModelConfig, include_mtp: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield (native name, whole tensor on the CPU) for every tensor of `model`; see `NativeTensors`."""
-    yield from NativeTensors(folder, model, include_mtp).items()
-
-
 def model_config_from_hf(config_json: Path) -> ModelConfig:
     """The model that a config.json describes; what it does not say (loss weights, bias step) takes the defaults.
 

@@ -10,22 +10,12 @@ import re
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.families import family_of
-from megatron_r1.hf.param_mapping import ParamMapping, Shape
+from megatron_r1.hf.param_mapping import ParamMapping
 
 
 def param_mappings(model: ModelConfig, include_mtp: bool = True) -> list[ParamMapping]:
     """One mapping for each megatron-core tensor of `model`, in Hugging Face's layer order."""
     return family_of(model).mappings(model, include_mtp)
-
-
-def native_shapes(model: ModelConfig, include_mtp: bool = True) -> dict[str, Shape]:
-    """Shape of every megatron-core tensor by name, for one tensor-parallel rank."""
-    return {mapping.native: mapping.native_shape for mapping in param_mappings(model, include_mtp)}
-
-
-def expected_shapes(model: ModelConfig, include_mtp: bool = True) -> dict[str, Shape]:
-    """Shape of every Hugging Face tensor by name, with the copies in multi-token layers."""
-    return {name: shape for mapping in param_mappings(model, include_mtp) for name, shape in mapping.hf_shapes.items()}
 
 
 def canonical_name(native: str) -> str:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry
+from megatron_r1.config.model import DTYPE_NAMES
 from megatron_r1.hf.fp8_blocks import FP8, SCALE_SUFFIX, scale_shape
 from megatron_r1.hf.param_mapping import ParamMapping
 
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+FORMATS: dict[str, torch.dtype] = {dtype: getattr(torch, name) for dtype, name in DTYPE_NAMES.items()}
+FORMATS["fp8"] = torch.bfloat16
 """Of a Hugging Face folder, with the type of what is not quantised."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,6 @@ from megatron_r1.config.fp8 import Fp8Config
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
-from megatron_r1.errors import DataError
 from megatron_r1.model.chunks import Chunks, Model, chunks
 from megatron_r1.model.fp8.apply import use_fp8, wants_fp8
 from megatron_r1.model.megatron_overrides import (
@@ -113,21 +112,6 @@ def native_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
             yield name, buffer.detach()
-
-
-def load_native_tensors(model: Model, tensors: Mapping[str, Tensor]) -> None:
-    """Copy weights into the model by name.
-
-    Raises:
-        DataError: a tensor is missing, left over, or has another shape.
-    """
-    wanted = dict(native_tensors(model))
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise DataError(f"{name}: {'missing from the weights' if name in wanted else 'not a tensor of this model'}")
-    for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape:
-            raise DataError(f"{name}: has shape {tuple(tensors[name].shape)}, must have {tuple(tensor.shape)}")
-        tensor.copy_(tensors[name])
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Floating-point operations of the model, in DeepSeek's accounting.
 
-FLOPs per token = 6 N + 3 L 2 S H (D_qk + D_v) (a half where attention is causal), N being the parameters that a token
+FLOPs per token = 6 N + 3 L 2 S H (D_qk + D_v) / 2 under causal attention, N being the parameters that a token
 visits without the input embedding and without multi-token prediction. Model FLOPs utilisation divides by the peak of
 the parameter type ("Insights into DeepSeek-V3", table 4, counts it this way).
 """
@@ -13,29 +13,21 @@ import torch
 
 from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.model.parameters import activated_multi_token_parameters, activated_parameters
+from megatron_r1.model.parameters import activated_parameters
 
 # Dense bf16 peaks in FLOP/s, from the vendor's datasheets, by a part of the device's name.
 _PEAKS = {"H100": 989.5e12, "H800": 989.5e12, "H200": 989.5e12, "A100": 312e12}
 
 
-def flops_per_token(
-    model: ModelConfig, sequence_length: int, *, causal: bool = True, include_mtp: bool = False
-) -> float:
-    """Forward and backward FLOPs of one token in a sequence of `sequence_length`.
-
-    Args:
-        include_mtp: count multi-token prediction too, which DeepSeek's accounting leaves out.
-    """
-    attention, layers, activated = model.attention, model.num_layers, activated_parameters(model)
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward FLOPs of one token in a sequence of `sequence_length`, under causal attention."""
+    attention = model.attention
     if isinstance(attention, GroupedAttentionConfig):
         widths = 2 * attention.head_dim
     else:
         widths = attention.qk_nope_head_dim + attention.qk_rope_head_dim + attention.v_head_dim
-    if include_mtp:
-        layers, activated = layers + model.mtp.num_layers, activated + activated_multi_token_parameters(model)
-    scores = 3 * layers * 2 * sequence_length * model.num_attention_heads * widths
-    return 6 * activated + scores * (0.5 if causal else 1.0)
+    scores = 3 * model.num_layers * 2 * sequence_length * model.num_attention_heads * widths
+    return 6 * activated_parameters(model) + scores / 2
 
 
 def peak_flops(device: str) -> float:

@@ -6,11 +6,12 @@ import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_r1.config.attention import AttentionConfig, GroupedAttentionConfig
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.model import DTYPE_NAMES, ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, name) for dtype, name in DTYPE_NAMES.items()}
+"""`model.dtype` -> type of the weights."""
 
 
 def transformer_config(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.model import DTYPE_NAMES, ModelConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.hf.gather import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
@@ -24,8 +24,6 @@ from megatron_r1.rollout.sync.group_sender import GroupSender
 from megatron_r1.rollout.sync.ipc_sender import IpcSender
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync, ReadWeights, StageSync, WeightSender, WeightSync
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class SyncedEngine:
@@ -147,7 +145,7 @@ class GatherOnlySync:
 
 
 def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
-    length, dtype = model.max_sequence_length, DTYPES[model.dtype]
+    length, dtype = model.max_sequence_length, DTYPE_NAMES[model.dtype]
     pause, first = PAUSES[rollout.weight_sync.pause_mode], servers_first_gpu(rollout, device)
     return SGLangEngine(
         folder, rollout.sglang, logs, device, dtype, context_length=length, pause=pause, first_gpu=first

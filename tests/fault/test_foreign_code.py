@@ -18,9 +18,9 @@ from megatron_r1.checkpoint.store import newest_verified, step_folders
 from megatron_r1.checkpoint.tensors import read_state, read_tensors
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ExitCode, UserError
-from megatron_r1.hf.export import export
 from megatron_r1.runs.initial_weights import find_weights
 from tests.support.jobs import PRETRAIN, SHORT, Job, run_alone
+from tests.support.whole_models import export
 
 
 class Payload:

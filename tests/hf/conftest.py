@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.hf.config import hf_config
-from megatron_r1.hf.names import native_shapes
+from tests.support.whole_models import native_shapes
 
 
 def small_model(**changes: object) -> ModelConfig:

@@ -16,9 +16,9 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.audit import check_audit, read_audit
 from megatron_r1.hf.folder import TensorFolder
 from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG
-from megatron_r1.hf.names import expected_shapes
 from tests.support.conversions import convert, hf_of, in_precision, native_of, native_run, native_weights, same_bits
 from tests.support.draws import DENSE, dense_shape, sparse_shape
+from tests.support.whole_models import expected_shapes
 
 TINY = load("pretrain", []).model
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.hf.config import SpecialTokens, hf_config, serving_view
-from megatron_r1.hf.export import export
-from megatron_r1.hf.load import load_tensors, model_config_from_hf
+from megatron_r1.hf.load import model_config_from_hf
+from tests.support.whole_models import export, load_tensors
 
 RandomTensors = Callable[[ModelConfig], dict[str, Tensor]]
 

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.errors import DataError
-from megatron_r1.hf.export import export
-from megatron_r1.hf.load import load_tensors
-from megatron_r1.hf.names import expected_shapes, native_shapes
+from tests.support.whole_models import expected_shapes, export, load_tensors, native_shapes
 
 RandomTensors = Callable[[ModelConfig], dict[str, Tensor]]
 

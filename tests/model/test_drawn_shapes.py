@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.hf.export import export, hf_tensors
-from megatron_r1.hf.load import load_tensors, model_config_from_hf
+from megatron_r1.hf.export import hf_tensors
+from megatron_r1.hf.load import model_config_from_hf
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
 from tests.support.draws import DENSE, MSCALES, dense_shape, sparse_shape
 from tests.support.unsettle import unsettled
+from tests.support.whole_models import export, load_tensors
 
 SPARSE_SHAPES, DENSE_SHAPES = 36, 10
 WITH_GRADIENTS = {"deepseek": 15} | dict.fromkeys(DENSE, 5)

@@ -16,19 +16,15 @@ def preset(name: str) -> ModelConfig:
     return load("pretrain", [f"model={name}"]).model
 
 
-@pytest.mark.parametrize(
-    ("causal", "include_mtp", "percent"), [(True, False, 39.06), (False, False, 43.85), (True, True, 40.7)]
-)
-def test_utilisation_of_deepseek_v3_training(causal, include_mtp, percent):
-    flops = flops_per_token(preset("v3_671b"), 4096, causal=causal, include_mtp=include_mtp)
-    assert 100 * SPEED * flops / PEAK == pytest.approx(percent, abs=0.05 if include_mtp else 0.005)
+def test_utilisation_of_deepseek_v3_training():
+    flops = flops_per_token(preset("v3_671b"), 4096)
+    assert 100 * SPEED * flops / PEAK == pytest.approx(39.06, abs=0.005)
 
 
 def test_dense_model_written_out():
     """6 per weight that a token is multiplied with; 12 L S per head channel of the scores and of their values."""
     weights, attention = 1_235_814_400, 12 * 16 * 4096 * 32 * 64
     assert flops_per_token(preset("llama3_2_1b"), 4096) == 6 * weights + attention // 2
-    assert flops_per_token(preset("llama3_2_1b"), 4096, causal=False) == 6 * weights + attention
 
 
 def test_the_peak_of_this_machine_is_measured():

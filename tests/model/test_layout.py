@@ -7,9 +7,9 @@ import math
 
 import pytest
 
-from megatron_r1.hf.names import native_shapes
 from megatron_r1.model.build import native_tensors
 from tests.support.layouts import model_of, te_layout
+from tests.support.whole_models import native_shapes
 
 SHAPES = ("tiny", "direct_query", "grouped_bias", "grouped_norm")
 

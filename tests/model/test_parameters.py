@@ -9,16 +9,11 @@ import pytest
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.recipes import configs_folder, groups
-from megatron_r1.hf.names import expected_shapes, native_shapes
+from megatron_r1.hf.param_mapping import Shape
 from megatron_r1.model.build import native_tensors
-from megatron_r1.model.parameters import (
-    activated_multi_token_parameters,
-    activated_parameters,
-    multi_token_parameters,
-    released_parameters,
-    total_parameters,
-)
+from megatron_r1.model.parameters import activated_parameters
 from tests.support.layouts import model_of
+from tests.support.whole_models import expected_shapes, native_shapes
 
 PUBLISHED = {
     "v3_671b": 671_026_419_200,
@@ -42,31 +37,33 @@ def preset(name: str) -> ModelConfig:
     return load("pretrain", [f"model={name}"]).model
 
 
+def count(shapes: dict[str, Shape]) -> int:
+    """Numbers in tensors of these shapes."""
+    return sum(map(prod, shapes.values()))
+
+
+def multi_token_parameters(model: ModelConfig) -> int:
+    """Weights that only multi-token prediction has."""
+    return count(native_shapes(model)) - count(native_shapes(model, include_mtp=False))
+
+
 @pytest.mark.parametrize("name", groups()["model"])
 def test_total_of_a_preset(name):
     model = preset(name)
-    assert total_parameters(model) == (PUBLISHED | OWN)[name]
-    said = (configs_folder() / "model" / f"{name}.yaml").read_text()
-    assert name in OWN or f"{total_parameters(model):,} parameters" in said
-
-
-@pytest.mark.parametrize("name", groups()["model"])
-def test_the_table_of_names_holds_as_many(name):
-    model = preset(name)
-    assert sum(map(prod, expected_shapes(model, include_mtp=False).values())) == total_parameters(model)
-    assert sum(map(prod, expected_shapes(model).values())) == released_parameters(model)
-    assert sum(map(prod, native_shapes(model).values())) == total_parameters(model) + multi_token_parameters(model)
+    total = count(expected_shapes(model, include_mtp=False))
+    assert total == count(native_shapes(model, include_mtp=False)) == (PUBLISHED | OWN)[name]
+    comment = (configs_folder() / "model" / f"{name}.yaml").read_text()
+    assert name in OWN or f"{total:,} parameters" in comment
 
 
 def test_deepseek_v3_in_parts():
     model = preset("v3_671b")
-    assert released_parameters(model) == 684_489_845_504  # "685B"
+    assert count(expected_shapes(model)) == 684_489_845_504  # "685B"
     assert activated_parameters(model, include_embedding=True) == 37_552_282_624  # "37B"
     assert activated_parameters(model) == 36_625_603_584  # "36.6B"
     assert multi_token_parameters(model) == 11_610_068_224
     joining = 2 * model.hidden_size**2
     assert multi_token_parameters(model) - joining == 11_507_307_776  # "11.5B"
-    assert activated_multi_token_parameters(model) == 1_614_779_392
 
 
 @pytest.mark.parametrize(("name", "activated"), [("v2_236b", 21e9), ("v2_lite", 2.4e9), ("moonlight_16b", 2.24e9)])
@@ -90,7 +87,7 @@ def test_built_model_has_as_many(shape, new_model):
         if not embedding and not name.endswith("expert_bias"):
             share = model.moe.top_k / model.moe.num_experts if ".mlp.experts." in name else 1
             visited += tensor.numel() * share
-    assert (total_parameters(model), multi_token_parameters(model)) == (total, extra)
+    assert (count(native_shapes(model, include_mtp=False)), multi_token_parameters(model)) == (total, extra)
     assert activated_parameters(model) == visited
 
 

@@ -185,12 +185,13 @@ def passes(config: Any, weights: dict[str, Any], batches: Sequence[Any], platfor
     import torch
 
     from megatron_r1.commands.pretrain import next_token_forward
-    from megatron_r1.model.build import build_model, load_native_tensors
+    from megatron_r1.model.build import build_model
     from megatron_r1.model.forward_backward import forward_backward
+    from megatron_r1.model.shards import load_whole_tensors
     from megatron_r1.train.optimizer import Optimizer
 
     model = build_model(config.model, config.parallel, platform, config.seed, precision=config.fp8)
-    load_native_tensors(model, weights)
+    load_whole_tensors(model, weights)
     optimizer = Optimizer(model, config.train)
     for batch in batches:
         optimizer.zero_gradients()

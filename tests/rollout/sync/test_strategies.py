@@ -12,12 +12,12 @@ from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.export import hf_tensors
-from megatron_r1.hf.names import expected_shapes, native_shapes
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, filled, planned
 from megatron_r1.rollout.sync.fused_groups import FusedGroups, joined_name
 from megatron_r1.rollout.sync.payload import WeightPayload
 from tests.support.layouts import model_of
+from tests.support.whole_models import expected_shapes, native_shapes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 

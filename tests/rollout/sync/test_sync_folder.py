@@ -11,13 +11,13 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig, SpeculativeConfig
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
-from megatron_r1.hf.load import folder_format, load_tensors
-from megatron_r1.hf.names import expected_shapes, native_shapes
+from megatron_r1.hf.load import folder_format
 from megatron_r1.rollout.factory import outgoing_weights, sglang_engine
 from megatron_r1.rollout.sglang.servers import discovery as addresses
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync
 from tests.support.fake_sglang import ADMIN_KEY, KEY, fakes
+from tests.support.whole_models import expected_shapes, load_tensors, native_shapes
 
 SHAPE = ModelConfig(dtype="bf16", hidden_size=136, ffn_hidden_size=264, vocab_size=512)
 """Widths that cross edges of 128."""
