@@ -6,6 +6,7 @@ that a person can mend is one line on stderr and the exit code of its kind; a tr
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING
 
 from megatron_r1 import __version__
 from megatron_r1.config.recipes import groups, recipes
-from megatron_r1.config.verbs import VERBS
+from megatron_r1.config.verbs import VERBS, Verb
 from megatron_r1.errors import ConfigError, ExitCode, Requeue, UserError
 from megatron_r1.lifeline import die_with_parent
-from megatron_r1.parallel.launcher import is_rank_zero, world_size
+from megatron_r1.parallel.launcher import is_rank_zero, rank, world_size
 
 if TYPE_CHECKING:
     from megatron_r1.config.run import RunConfig
+
+logger = logging.getLogger("megatron_r1.main")
 
 SILENT_S = 5.0
 """Seconds by which a rank that refuses in silence outstays the one that speaks."""
@@ -122,15 +125,29 @@ def prepare(command: Command) -> RunConfig | None:
     return None
 
 
+def run_verb(verb: Verb, config: RunConfig) -> None:
+    """Run a verb with its log lines set up; a failure is in the rank's log file too."""
+    from megatron_r1.runs.folder import run_folder
+    from megatron_r1.track.logs import FILE_ONLY, logging_to
+
+    with logging_to(run_folder(config) if verb.computes else None, rank()):
+        try:
+            if verb.computes:
+                import_module("megatron_r1.platform").select(config.platform)
+            import_module(verb.module).run(config)
+        except Exception as error:
+            known = isinstance(error, UserError)
+            logger.error("%s", error, exc_info=None if known else error, extra=FILE_ONLY)
+            raise
+
+
 def exit_code(arguments: list[str]) -> int:
     """Do what the arguments ask for, tell the person what went wrong, and give the process's exit status."""
     try:
         command = parse(arguments or ["--help"])
         config = prepare(command)
         if config is not None:
-            if VERBS[command.verb].computes:
-                import_module("megatron_r1.platform").select(config.platform)
-            import_module(VERBS[command.verb].module).run(config)
+            run_verb(VERBS[command.verb], config)
     except UserError as error:
         # All ranks refuse the same configuration and obey the same signal: one of them says so.
         if is_rank_zero() or not isinstance(error, ConfigError | Requeue):
