@@ -16,8 +16,6 @@ class ExitCode(IntEnum):
     BUG = 1
     BAD_CONFIG = 2
     BAD_DATA = 3
-    RERUN_TO_DISAMBIGUATE = 16  # as megatron-core's rerun machine
-    RERUN_FAILED_VALIDATION = 17  # as megatron-core's rerun machine
     REQUEUE = 85
     DIVERGED = 86
     NO_ROLLOUT_CAPACITY = 87
@@ -70,7 +68,13 @@ class CheckpointDamaged(UserError):
     exit_code = ExitCode.CHECKPOINT_DAMAGED
 
 
+class FolderInUse(UserError):
+    """Another process writes to this folder."""
+
+    exit_code = ExitCode.BAD_CONFIG
+
+
 class Requeue(UserError):
-    """A signal stopped the run in good order; started again it goes on."""
+    """A signal stopped the run in good order; the same command resumes it."""
 
     exit_code = ExitCode.REQUEUE

@@ -21,12 +21,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-from megatron_r1.checkpoint.lock import FolderInUse, take_lock
 from megatron_r1.checkpoint.manifest import FileRecord, Manifest, Records, files_under, verify, write_manifest
-from megatron_r1.errors import CheckpointDamaged, UserError
-from megatron_r1.files import sync
+from megatron_r1.errors import CheckpointDamaged, FolderInUse, UserError
+from megatron_r1.files import Lock, sync, take_lock
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -131,7 +130,7 @@ class CheckpointStore:
         if keep < 2:
             raise ValueError(f"keep={keep}: must be at least 2, or a damaged checkpoint has none to fall back on")
         self.folder, self.keep, self.ranks = folder, keep, ranks or OneRank()
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
         self._known_good: set[str] = set()
         self._save: _Save | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

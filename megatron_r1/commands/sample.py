@@ -20,7 +20,7 @@ from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import ConfigError, DataError, UserError
-from megatron_r1.files import digest_of, write_whole
+from megatron_r1.files import digest_of, replacing, write_whole
 from megatron_r1.rewards.extract import any_answer
 from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.reward import Unscored
@@ -224,27 +224,25 @@ def job_rows(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _write_jsonl(job: Job, target: Path) -> None:
-    temporary = target.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(target) as temporary, temporary.open("wb") as file:
         for path in job.paths:
             file.write(path.read_bytes())
-    temporary.replace(target)
 
 
 def _write_parquet(job: Job, target: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    temporary, rows, writer = target.with_suffix(".tmp"), job_rows(job), None
-    try:
-        while batch := list(islice(rows, 4096)):
-            table = pyarrow.Table.from_pylist(batch, schema=writer.schema if writer else None)
-            writer = writer or parquet.ParquetWriter(temporary, table.schema)
-            writer.write_table(table)
-    finally:
-        if writer:
-            writer.close()
-    temporary.replace(target)
+    rows, writer = job_rows(job), None
+    with replacing(target) as temporary:
+        try:
+            while batch := list(islice(rows, 4096)):
+                table = pyarrow.Table.from_pylist(batch, schema=writer.schema if writer else None)
+                writer = writer or parquet.ParquetWriter(temporary, table.schema)
+                writer.write_table(table)
+        finally:
+            if writer:
+                writer.close()
 
 
 def _tell(target: Path, totals: dict[str, Any], bad_rows: int) -> None:

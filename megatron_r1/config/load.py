@@ -24,6 +24,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schema import convert, defaults, kinds_of, name_fields, resolved, shown, unknown_key
 from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError
+from megatron_r1.files import write_whole
 
 __all__ = ["difference", "load", "read_yaml", "resolved", "write_yaml"]
 
@@ -52,9 +53,7 @@ def load(verb: str, overrides: Sequence[str] = (), config_name: str | None = Non
 
 def write_yaml(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration; a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(as_yaml(config), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, as_yaml(config).encode())
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.checkpoint.lock import take_lock
 from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical_json, digest_of, write_whole
+from megatron_r1.files import canonical_json, digest_of, take_lock, write_whole
 
 
 @dataclass(frozen=True)

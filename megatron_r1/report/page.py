@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.files import write_whole
 from megatron_r1.report import results
 from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, time_shares
 from megatron_r1.report.preferences import preference_figures
@@ -26,9 +27,7 @@ def write_report(pipeline_folder: Path, out: Path) -> None:
     """Writes the page of the recipe that ran in `pipeline_folder` to `out`, replacing it as a whole."""
     page = render(read_recipe(pipeline_folder))
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".tmp")
-    unfinished.write_text(page, "utf-8", errors="replace")
-    unfinished.replace(out)
+    write_whole(out, page.encode("utf-8", "replace"))
 
 
 def render(recipe: Recipe) -> str:

@@ -9,7 +9,6 @@ whose bytes are not those that were written is refused. Floats come back bit for
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import orjson
 
 from megatron_r1.errors import DataError
-from megatron_r1.files import sync
+from megatron_r1.files import sync, write_whole
 from megatron_r1.rollout.routed_experts import RoutedExperts
 from megatron_r1.rollout.sample import Sample
 
@@ -51,14 +50,7 @@ class Journal:
             header["notes"] = dict(notes)
         header["sha256"] = _digest(header, body)
         path = self.path(step)
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            file.write(orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE))
-            file.write(body)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(self.folder)
+        write_whole(path, orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE) + body)
         return path
 
     def read(self, step: int) -> list[Sample] | None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.files import write_whole
 from megatron_r1.config.load import difference, read_yaml, resolved, write_yaml
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
@@ -60,7 +61,7 @@ def open_run_folder(config: RunConfig) -> Path:
                 "name", config.name, f"{folder} is a run with another configuration: {'; '.join(changes)}"
             )
     write_yaml(config, pinned)
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+    write_whole(folder / "environment.json", json.dumps(environment(), indent=1).encode())
     return folder
 
 
@@ -99,9 +100,7 @@ def _git_revision() -> str | None:
 
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:
     """Leave the mark by which a recipe knows that the run needs no more work."""
-    temporary = folder / f"{DONE}.tmp"
-    temporary.write_text(json.dumps(facts, indent=1, default=str))
-    temporary.replace(folder / DONE)
+    write_whole(folder / DONE, json.dumps(facts, indent=1, default=str).encode())
 
 
 def is_done(folder: Path) -> bool:

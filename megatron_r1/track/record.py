@@ -13,6 +13,8 @@ from typing import Any
 
 import orjson
 
+from megatron_r1.files import write_whole
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, in order; a number that was not finite comes back as NaN; no file gives no rows."""
@@ -51,9 +53,7 @@ class Record:
     def __init__(self, path: Path, resume_step: int = 0):
         kept = [(line, row["step"]) for line, row in _whole_rows(path) if 0 < resume_step >= row["step"]]
         self._last_step = kept[-1][1] if kept else -1
-        replacement = path.with_name(path.name + ".tmp")
-        replacement.write_bytes(b"".join(line for line, _ in kept))
-        replacement.replace(path)
+        write_whole(path, b"".join(line for line, _ in kept))
         self._file = path.open("ab")
 
     def append(self, step: int, row: Mapping[str, Any]) -> None:

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron_r1.checkpoint.lock import FolderInUse
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, FileRecord, read_manifest, verify
 from megatron_r1.checkpoint.store import CheckpointStore, SaveFailed, newest_verified, step_folders
-from megatron_r1.errors import CheckpointDamaged
+from megatron_r1.errors import CheckpointDamaged, FolderInUse
 
 
 def write(value: str, shards: int = 2):

@@ -12,10 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_r1.checkpoint.store import FolderInUse
 from megatron_r1.checkpoint.tensor_file import TensorFile
 from megatron_r1.config.load import load
-from megatron_r1.errors import DataError
+from megatron_r1.errors import DataError, FolderInUse
 from megatron_r1.hf import conversion as conversion_module
 from megatron_r1.hf.conversion import ConversionStopped
 from megatron_r1.hf.workspace import open_workspace

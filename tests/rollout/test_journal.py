@@ -96,7 +96,7 @@ def test_crash_before_the_rename_leaves_the_step_absent(tmp_path, monkeypatch):
 
     journal = Journal(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr("megatron_r1.rollout.journal.os.fsync", crash)
+        patch.setattr("megatron_r1.files.os.fsync", crash)
         journal.write(1, SAMPLES)
     assert Journal(tmp_path).read(1) is None
     assert list(tmp_path.iterdir()) == []

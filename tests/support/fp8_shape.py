@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig
+from megatron_r1.parallel.mesh import tensor_parallel_group
 
 
 def fp8_shape() -> ModelConfig:
@@ -25,19 +28,42 @@ def fp8_shape() -> ModelConfig:
     )
 
 
-def gradient_squares(model: Any, optimizer: Any, rows_BL: torch.Tensor) -> dict[str, float]:
-    """Sum of squares of this rank's gradients of the matrices of the multi-token layer, of a pass without an update.
+def gradient_squares(model: Any, tokens_BL: Tensor) -> dict[str, float]:
+    """Sum of squares of the whole gradient of each matrix, and the loss, of a pass in float64; changes the model.
 
-    Being first in the backward pass they differ by layout in fp32 summation alone. Further down that difference now and
-    then makes a number round the other way, which is a sixteenth of it.
+    In fp32 two layouts sum in different orders, as do the kernels of different processors. A number near the middle
+    between two of FP8 then rounds the other way, by a sixteenth of it, and all that follows of its token with it. In
+    float64 orders differ by 1e-16: what FP8 rounds is the same everywhere. The loss is a fixed combination of the
+    logits, because megatron-core's cross-entropy computes in fp32.
     """
-    from megatron_r1.commands.pretrain import next_token_forward
-    from megatron_r1.model.forward_backward import forward_backward
+    rank, ranks = dist.get_rank(tensor_parallel_group()), dist.get_world_size(tensor_parallel_group())
+    model.double()
+    model.config.moe_router_dtype = "fp64"
+    generator, passes = torch.Generator().manual_seed(5), 0
 
-    optimizer.zero_gradients()
-    forward_backward(model, optimizer.chunks, rows_BL.split(2), next_token_forward, rows_BL.shape[1] - 1)
-    return {
-        name: float(parameter.main_grad.square().sum())
-        for name, parameter in model.named_parameters()
-        if name.startswith("mtp.layers.0.mtp_model_layer.") and parameter.dim() == 2
-    }
+    def combination(labels_BL: Tensor, logits_LBV: Tensor) -> Tensor:
+        nonlocal passes
+        passes += 1
+        shape = (*labels_BL.shape, logits_LBV.shape[-1] * ranks)
+        coefficients_BLV = torch.randn(shape, generator=generator, dtype=torch.float64).chunk(ranks, -1)[rank]
+        return (logits_LBV.transpose(0, 1) * coefficients_BLV).sum(-1)
+
+    model.compute_language_model_loss = combination
+    inputs_BL, labels_BL = tokens_BL[:, :-1], tokens_BL[:, 1:]
+    positions_BL = torch.arange(inputs_BL.shape[1]).expand_as(inputs_BL)
+    loss = model(inputs_BL, positions_BL, None, labels=labels_BL, loss_mask=torch.ones(labels_BL.shape)).sum()
+    loss.backward()
+    assert passes == 1 + model.config.mtp_num_layers
+    dist.all_reduce(total := loss.detach().clone(), group=tensor_parallel_group())
+    found = {"loss": float(total)}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float64
+        if getattr(parameter, "sequence_parallel", False):  # each rank has the gradient of its own tokens
+            dist.all_reduce(parameter.grad, group=tensor_parallel_group())
+        square = parameter.grad.square().sum()
+        if getattr(parameter, "tensor_model_parallel", False) or ".experts." in name:
+            dist.all_reduce(square, group=tensor_parallel_group())
+        found[name] = float(square)
+    return found

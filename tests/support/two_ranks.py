@@ -129,17 +129,16 @@ def two_fp8_updates() -> dict[str, Any]:
     """Losses and norms of two updates in FP8, squares of gradients, and which weights' blocks a rank's shard cuts."""
     precision = Fp8Config(enabled="fp8")
     tiny = build_model(model_of("tiny"), SHARED, PLATFORM, seed=0, precision=precision)
-    model = build_model(fp8_shape(), SHARED, PLATFORM, seed=0, precision=precision)
+    model, fresh = (build_model(fp8_shape(), SHARED, PLATFORM, seed=0, precision=precision) for _ in range(2))
     optimizer = Optimizer(model, TrainConfig())
     rows_BL = torch.randint(0, 512, (4, 129), generator=torch.Generator().manual_seed(3))
-    squares = gradient_squares(model, optimizer, rows_BL)
     results = [update(model, optimizer, rows_BL.split(2), next_token_forward, 1e-3, 128) for _ in range(2)]
     return {
         "losses": [
             float(torch.stack([entry["train/loss"] for entry in result.passes.logged]).mean()) for result in results
         ],
         "norms": [result.gradient_norm for result in results],
-        "squares": squares,
+        "squares": gradient_squares(fresh, rows_BL),
         "cut": model.fp8_plan.cut,
         "cut_of_tiny": tiny.fp8_plan.cut,
     }

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from megatron_r1.files import write_whole
 
 SMOOTHING = 0.9
 BASELINE, FLOOR, SAME_WEIGHTS = "bf16", "bf16, one unit in the last place off", "at the same weights"
@@ -222,9 +223,7 @@ def save(options: argparse.Namespace, variant: str, seed: int, run: dict[str, An
     """Write a finished run; it is there whole or not at all."""
     path = path_of(options, variant, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps(run))
-    part.replace(path)
+    write_whole(path, json.dumps(run).encode())
 
 
 def read(options: argparse.Namespace, variant: str, seed: int) -> dict[str, Any]:

@@ -6,14 +6,12 @@ is refused.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
@@ -37,7 +35,7 @@ from megatron_r1.data.chat.rows import Conversation, conversation_of
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical_json, digest_of, sync, write_whole
+from megatron_r1.files import canonical_json, digest_of, sync, take_lock, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +91,7 @@ def open_examples(
     kept = run_folder / "data"
     kept.mkdir(parents=True, exist_ok=True)
     folder, pinned = kept / f"examples-{name}", kept / "examples.sha256"
-    with _one_at_a_time(kept / "examples.lock"):
+    with take_lock(kept / "examples.lock", wait=True):
         if not folder.is_dir():
             encoder = ChatEncoder(
                 tokenizer, chat_template(tokenizer, template, sft.chat_template), sft.loss_on, sft.response_text
@@ -114,13 +112,6 @@ def _open(folder: Path) -> Examples:
     heldout_N = np.load(folder / "heldout.npy", allow_pickle=False)
     tokens_T = np.memmap(folder / "tokens.bin", np.int32, "r")
     return Examples(tokens_T, np.memmap(folder / "loss_mask.bin", bool, "r"), lengths_N, heldout_N, counts)
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed, or the process dies
-        yield
 
 
 def _files(sft: SftConfig) -> Iterator[tuple[str, Path]]:

@@ -6,7 +6,6 @@ killed: shards are cut by the plan, draws are addressed by file and row, and a s
 
 from __future__ import annotations
 
-import fcntl
 import multiprocessing as mp
 import os
 import shutil
@@ -14,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
@@ -31,7 +29,7 @@ from megatron_r1.data.prepare.sources import InputSpan, read, scan
 from megatron_r1.data.pretraining.shards import QUARANTINE, TOKENIZER, read_manifest, write_manifest
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical_json, digest_of, write_whole
+from megatron_r1.files import canonical_json, digest_of, take_lock, write_whole
 
 POLL_S = 0.2
 
@@ -79,7 +77,8 @@ def tokenise(
     plan = make_plan(options, tokenizer)
     contamination = NgramIndex(evaluations(options), options.ngram)
     DocumentEncoder(tokenizer, options, contamination)  # refuses here, in one line, what every worker would
-    with _locked(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with take_lock(folder, "two programs cannot write to one folder"):
         if manifest := read_manifest(folder):
             check_same(manifest["plan"], plan.description, folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
@@ -87,21 +86,6 @@ def tokenise(
         _pin(folder, plan, tokenizer)
         records = _make_shards(folder, options, plan, workers, max_bad_rows, on_progress)
         return _finish(folder, plan, records, len(contamination.too_short))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second program out of the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{folder}: another program is at work there") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _pin(folder: Path, plan: Plan, tokenizer: Tokenizer) -> None:

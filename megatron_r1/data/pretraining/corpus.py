@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from itertools import batched
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron_r1.config.data import DataConfig
 from megatron_r1.data.synthetic.worlds import world_of
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
+from megatron_r1.files import replacing
 
 FORMAT_VERSION = 1
 DOCUMENTS_AT_ONCE = 10_000
@@ -70,13 +70,8 @@ def build_corpus(config: DataConfig, tokenizer: Tokenizer, sequence_length: int,
     path = Path(folder) / f"corpus-{fingerprint(config, tokenizer)}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with part.open("wb") as file:
-                np.save(file, tokenise(config, tokenizer))
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(path) as part, part.open("wb") as file:
+            np.save(file, tokenise(config, tokenizer))
     return Corpus(np.load(path, mmap_mode="r", allow_pickle=False), sequence_length, seed)
 
 

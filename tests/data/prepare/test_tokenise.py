@@ -21,7 +21,7 @@ from megatron_r1.data.prepare.tokenise import tokenise
 from megatron_r1.data.pretraining.shards import open_shards
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.errors import ConfigError, DataError, FolderInUse
 from tests.support.texts import contents, some_texts, write_jsonl
 
 TEXTS = some_texts(1500, longest=20)
@@ -128,7 +128,7 @@ def test_another_job_does_not_mix_in(whole, inputs, options, tmp_path):
 def test_two_programs_do_not_share_a_folder(inputs, options, tmp_path):
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another program is at work there"):
+    with pytest.raises(FolderInUse, match="is in use"):
         tokenise(options, inputs / "tokenizer", tmp_path)
     os.close(descriptor)
 

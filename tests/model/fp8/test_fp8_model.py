@@ -185,24 +185,28 @@ def test_a_run_says_what_is_quantised_and_keeps_it(build, tmp_path, capsys):
 
 
 def test_two_tensor_parallel_ranks_quantise_as_one(build, two_ranks):
-    squares, losses, norms = {}, {}, {}
-    for name, precision in (("full", None), ("fp8", FP8)):
-        model = build(precision)
-        optimizer = Optimizer(model, TrainConfig())
-        squares[name] = gradient_squares(model, optimizer, ROWS_BL)
-        updates = [update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 128) for _ in range(2)]
-        losses[name] = [float(torch.stack([e["train/loss"] for e in each.passes.logged]).mean()) for each in updates]
-        norms[name] = [each.gradient_norm for each in updates]
-    for name, expected in squares["fp8"].items():
-        shards = [found["fp8"]["squares"][name] for found in two_ranks]
-        # Every rank has the whole gradient of the router and of the down-projections.
-        whole = shards[0] if "down_proj" in name or "router" in name else sum(shards)
-        assert whole == pytest.approx(expected, rel=5e-4), name
-        assert squares["full"][name] != pytest.approx(expected, rel=1e-3), name
+    full, fp8 = (gradient_squares(build(precision), ROWS_BL) for precision in (None, FP8))
+    assert len(fp8) == 43
+    for found in (rank["fp8"]["squares"] for rank in two_ranks):
+        assert found == pytest.approx(fp8, rel=1e-12)
+    for name, square in full.items():
+        assert fp8[name] != pytest.approx(square, rel=1e-4), name
+
+
+def test_two_updates_in_fp8_are_near_those_of_one_rank(build, two_ranks):
+    """Near, as what lies near the middle of two numbers of FP8 rounds as the layout and the processor sum."""
+    model = build()
+    optimizer = Optimizer(model, TrainConfig())
+    updates = [update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 128) for _ in range(2)]
+    losses = [float(torch.stack([entry["train/loss"] for entry in each.passes.logged]).mean()) for each in updates]
     for found in (rank["fp8"] for rank in two_ranks):
-        assert found["losses"][0] == pytest.approx(losses["fp8"][0], rel=1e-6)
-        assert found["losses"] == pytest.approx(losses["fp8"], rel=1e-2)
-        assert found["norms"] == pytest.approx(norms["fp8"], rel=2e-2)
+        print(f"losses {found['losses']} of {losses}, norms {found['norms']} of {[e.gradient_norm for e in updates]}")
+        assert found["losses"] == pytest.approx(losses, rel=1e-2)
+        assert found["norms"] == pytest.approx([each.gradient_norm for each in updates], rel=2e-2)
+
+
+def test_shards_that_cut_a_block_are_listed(two_ranks):
+    for found in (rank["fp8"] for rank in two_ranks):
         assert found["cut"] == []
         # In the tiny model a rank's 96 rows of the query's up-projection end within a block.
         assert "decoder.layers.0.self_attention.linear_q_up_proj" in found["cut_of_tiny"]
