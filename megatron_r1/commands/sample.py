@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
+from megatron_r1.data.prompts.files import read_prompts
 from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import ConfigError, DataError, UserError
@@ -31,7 +32,7 @@ from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.inference_engine import inference_engine
 from megatron_r1.runs.initial_weights import find_weights
-from megatron_r1.runs.prompts import BAD_ROWS, name_bad_rows, prompt_formatter, prompts_of_file
+from megatron_r1.runs.prompts import BAD_ROWS, list_bad_records, prompt_formatter
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +45,12 @@ def run(config: RunConfig) -> None:
     found = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(found.tokenizer_folder)
     formatter, limit = prompt_formatter(config, tokenizer), config.sample.max_prompts
-    file = prompts_of_file(config, formatter, limit)
+    file = read_prompts(config.data.prompts, formatter.check, limit) if config.data.prompts.path else None
     world = TrainingPrompts(config.data)
     prompts = file.prompts if file else [world.at(index) for index in range(limit)]
     folder = open_run_folder(config)
     if file:
-        name_bad_rows(file, folder)
+        list_bad_records(file, folder)
     job = Job(folder / PARTS, prompts, formatter, config, plan_of(config, prompts, formatter, found.folder))
     todo = list(job.missing())
     if todo:

@@ -1,8 +1,8 @@
-"""Routing replay (R3): routers take the experts that they are told, and weigh them by their own scores.
+"""Routing replay (R3): the trainer's routers take the experts that the engine recorded, with gates of their own.
 
-An engine and a trainer that compute in other orders, or in bf16, now and then choose other experts for a token, which
-moves its log-probability by far more than rounding does. Told the engine's choice, the trainer's router computes the
-gates of those experts anew, with gradient ("Stabilizing MoE Reinforcement Learning by Aligning Training and Inference
+An engine and a trainer that compute in another order, or in bf16, sometimes choose different experts for a token, which
+moves its log-probability by far more than rounding does. Given the engine's choice, the trainer's router computes the
+gates of those experts itself, with gradient ("Stabilizing MoE Reinforcement Learning by Aligning Training and Inference
 Routers", 2025). megatron-core asks a `RouterReplay` in each router which experts to take; this is one.
 
 Multi-token layers are left out by name: megatron-core numbers them from 1 again, like the backbone's.
@@ -13,8 +13,8 @@ Shapes: B rows, L positions, T = L x B tokens, N sparse layers of the backbone, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -23,23 +23,67 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from torch import Tensor
 
 from megatron_r1.model.chunks import Model, chunks, in_multi_token_layer
+from megatron_r1.parallel.comm import all_gather_object
 
 NOT_RECORDED = -1
 """In place of an expert: the router chooses for itself, as for padding."""
 
 Choose = Callable[..., tuple[Tensor, Tensor]]
+Routes = Callable[[], Tensor]
+"""Experts [T, N, K] that the routers took in the last forward pass."""
 
 
-class ReplayedRouting(RouterReplay):
-    """One router's: what it is told, and how often it would have chosen otherwise."""
+class Replay(Protocol):
+    """Which experts the model's routers take."""
+
+    def replaying(self, experts_BLNK: Tensor | None, backward: bool) -> AbstractContextManager[None]:
+        """Around a forward pass whose routers take these experts; None lets them choose.
+
+        Args:
+            experts_BLNK: whole sequences, the same on all ranks that share them; `NOT_RECORDED` lets the router choose.
+            backward: a backward pass follows, which may compute this one once more; `done` ends that.
+        """
+        ...
+
+    def done(self) -> None:
+        """The backward passes are over: routers choose for themselves again."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Collective: share of the replayed choices that the routers would have made differently, since last asked."""
+        ...
+
+    def recording(self) -> AbstractContextManager[Routes | None]:
+        """Forward passes whose choices can be read; None where nobody reads them."""
+        ...
+
+
+class NoReplay:
+    """Routers choose for themselves."""
+
+    def replaying(self, experts_BLNK: Tensor | None, backward: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def done(self) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def recording(self) -> AbstractContextManager[Routes | None]:
+        return nullcontext()
+
+
+class ReplayedRouting(RouterReplay):  # type: ignore[misc]
+    """One router's replay: the experts to take, and how often the router itself would have chosen differently."""
 
     def __init__(self, own: Any | None):
         """
         Args:
-            own: what stands in the router already and chooses; None leaves that to megatron-core.
+            own: the replay that the router already has, which chooses; None leaves the choice to megatron-core.
         """
         super().__init__()
-        # The class keeps a list of all instances of the process, for switches that this package does not use.
+        # megatron-core lists all instances of the process, for switches that this package does not use.
         RouterReplay.global_router_replay_instances.remove(self)
         self._own = own
         self.replayed = self.mismatches = 0
@@ -65,84 +109,83 @@ class ReplayedRouting(RouterReplay):
         again = self.router_replay_action == RouterReplayAction.REPLAY_BACKWARD
         replayed_TK = (self.replay_backward_list.pop(0) if again else self.target_topk_idx).to(scores.device)
         _, own_TK = choose(scores, topk, num_groups, group_topk)
-        known_T = replayed_TK[:, 0] != NOT_RECORDED
+        recorded_T = replayed_TK[:, 0] != NOT_RECORDED
         if not again:
             same_TK = (own_TK[:, :, None] == replayed_TK[:, None, :]).any(-1)
-            self.replayed += topk * int(known_T.sum())
-            self.mismatches += int((~same_TK & known_T[:, None]).sum())
-        taken_TK = torch.where(known_T[:, None], replayed_TK, own_TK)
+            self.replayed += topk * int(recorded_T.sum())
+            self.mismatches += int((~same_TK & recorded_T[:, None]).sum())
+        taken_TK = torch.where(recorded_T[:, None], replayed_TK, own_TK)
         return scores.gather(1, taken_TK), taken_TK
 
 
 class RoutingReplay:
-    """The routers of this rank's share of the backbone."""
+    """Replay in the routers of this rank's part of the backbone."""
 
     def __init__(self, model: Model, first_dense: int):
         """
         Args:
             first_dense: layers before the first sparse one.
         """
-        self._choices: dict[int, ReplayedRouting] = {}
+        self._routers: dict[int, ReplayedRouting] = {}
         for part in chunks(model):
             for name, module in part.named_modules():
                 if isinstance(module, TopKRouter) and not in_multi_token_layer(name):
                     part.config.moe_enable_routing_replay = True
                     module.router_replay = ReplayedRouting(module.router_replay)
                     module.router_replay.layer_number = module.layer_number
-                    self._choices[module.layer_number - 1 - first_dense] = module.router_replay
+                    self._routers[module.layer_number - 1 - first_dense] = module.router_replay
 
     @contextmanager
-    def replaying(self, experts_BLNK: Tensor, backward: bool) -> Iterator[None]:
-        """A forward pass in which routers take these experts.
-
-        Args:
-            experts_BLNK: whole sequences, the same on all ranks that share them; `NOT_TOLD` lets the router choose.
-            backward: a backward pass follows, which may compute this one once more; `done` ends that.
-        """
+    def replaying(self, experts_BLNK: Tensor | None, backward: bool) -> Iterator[None]:
+        if experts_BLNK is None:
+            yield
+            return
         mine_LBNK = _this_ranks_positions(experts_BLNK.transpose(0, 1))
-        for layer, choice in self._choices.items():
+        for layer, router in self._routers.items():
             replayed_TK = mine_LBNK[:, :, layer].flatten(0, 1)
-            choice.target_topk_idx = replayed_TK
+            router.target_topk_idx = replayed_TK
             if backward:
-                choice.replay_backward_list.append(replayed_TK)
+                router.replay_backward_list.append(replayed_TK)
         self._act(RouterReplayAction.REPLAY_FORWARD)
         try:
             yield
         finally:
-            # What recomputes in the backward passes comes in the order of the forward passes.
+            # The backward passes recompute the forward passes in their order.
             self._act(RouterReplayAction.REPLAY_BACKWARD if backward else None)
 
     def done(self) -> None:
-        """The backward passes are over: routers choose for themselves again."""
         self._act(None)
-        for choice in self._choices.values():
-            choice.clear_indices()
+        for router in self._routers.values():
+            router.clear_indices()
 
     def count(self) -> tuple[int, int]:
-        """Choices told since the last count, and those that this rank's routers would have made otherwise."""
-        replayed = sum(choice.replayed for choice in self._choices.values())
-        mismatches = sum(choice.mismatches for choice in self._choices.values())
-        for choice in self._choices.values():
-            choice.replayed = choice.mismatches = 0
+        """Choices replayed since the last count, and those that this rank's routers would have made differently."""
+        replayed = sum(router.replayed for router in self._routers.values())
+        mismatches = sum(router.mismatches for router in self._routers.values())
+        for router in self._routers.values():
+            router.replayed = router.mismatches = 0
         return replayed, mismatches
 
+    def metrics(self) -> dict[str, float]:
+        replayed, mismatches = map(sum, zip(*all_gather_object(self.count()), strict=True))
+        return {"mismatch/routing": mismatches / max(1, replayed)}
+
     @contextmanager
-    def recording(self) -> Iterator[Callable[[], Tensor]]:
-        """Forward passes whose choices can be read, each by calling what is given: [T, N, K] of the last pass."""
+    def recording(self) -> Iterator[Routes]:
         self._act(RouterReplayAction.RECORD)
         try:
             yield lambda: torch.stack(
-                [self._choices[layer].get_recorded_indices() for layer in sorted(self._choices)], 1
+                [self._routers[layer].get_recorded_indices() for layer in sorted(self._routers)], 1
             )
         finally:
             self.done()
 
     def _act(self, action: RouterReplayAction | None) -> None:
-        for choice in self._choices.values():
-            choice.router_replay_action = action
+        for router in self._routers.values():
+            router.router_replay_action = action
 
 
 def _this_ranks_positions(experts_LBNK: Tensor) -> Tensor:
-    """With tensor parallelism a router sees its rank's share of the positions (sequence parallelism)."""
+    """With tensor parallelism a router reads only its rank's part of the positions (sequence parallelism)."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     return experts_LBNK.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]

@@ -19,8 +19,8 @@ from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
 from megatron_r1.preference.reward_model import reward_micro_batch
-from megatron_r1.rl.policy.batch import ResponseBatch
-from megatron_r1.rl.policy.policy import Policy, longest_input, pad_to_batch
+from megatron_r1.rl.policy.batch import ResponseBatch, longest_input
+from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.update import UpdateResult, update
@@ -70,7 +70,7 @@ class DirectPreference:
         def forward(model: Any, rows: ResponseBatch) -> tuple[Any, Callable]:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
                 policy_B = answer_log_prob(scores.log_probs, rows.mask_BL)
-                reference_B = torch.stack([reference[answer] for answer in rows.samples_B.tolist()])
+                reference_B = torch.stack([reference[answer] for answer in rows.indices_B.tolist()])
                 loss, metrics = dpo_loss(
                     *sides(policy_B),
                     *sides(reference_B),
@@ -124,11 +124,11 @@ class DirectPreference:
 
     def _log_probs(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
         """log p(answer) by the answer's number, without gradient; empty but on the last pipeline stage."""
-        by_token = self._policy.log_probs_by_sample(micro_batches)
+        by_token = self._policy.logprobs_by_sample(micro_batches)
         found: dict[int, Tensor] = {}
         for rows in micro_batches if by_token else ():
-            log_prob_B = answer_log_prob(pad_to_batch(by_token, rows), rows.mask_BL)
-            found |= zip(rows.samples_B.tolist(), log_prob_B, strict=True)
+            log_prob_B = answer_log_prob(rows.gather(by_token), rows.mask_BL)
+            found |= zip(rows.indices_B.tolist(), log_prob_B, strict=True)
         return found
 
 

@@ -1,7 +1,7 @@
-"""How a rollout's samples become optimizer steps and forward passes.
+"""How a rollout's samples are divided into mini-batches, ranks and micro-batches.
 
-Promises that every sample is in exactly one mini-batch and every row in exactly one micro-batch, and that equal
-arguments give equal batches.
+Promises that every sample is in exactly one mini-batch and exactly one micro-batch of it, and that equal arguments give
+equal batches.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def shuffle_into_mini_batches(num_samples: int, mini_batches: int, seed: int | S
 
 
 def micro_batches_by_tokens(lengths: Sequence[int], tokens_per_micro_batch: int) -> list[list[int]]:
-    """Rows gathered so that rows x longest row, the padded tokens, stays within the budget.
+    """Indices grouped so that samples x longest sample, the padded tokens, stays within the budget.
 
-    Rows are taken from the longest to the shortest: little padding, and the pass that needs most memory comes first.
-    A row that alone exceeds the budget gets a micro-batch of its own.
+    From the longest to the shortest: little padding, and the pass that needs most memory comes first. A sample that
+    alone exceeds the budget gets a micro-batch of its own.
     """
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_micro_batch:
-            batches[-1].append(row)
+            batches[-1].append(index)
         else:
-            batches.append([row])
+            batches.append([index])
     return batches

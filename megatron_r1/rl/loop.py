@@ -1,4 +1,4 @@
-"""The loop of reinforcement learning: send the weights, take a rollout, learn from it, and again."""
+"""One step of reinforcement learning: send the weights to the engine, take a rollout, learn from it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
 from megatron_r1.rl.generation.async_rollouts import RolloutSource
+from megatron_r1.rl.generation.reward_service import NoRewardModels, RewardService
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.placement import Placement, Separate
@@ -27,39 +28,37 @@ def reinforcement_step(
     rollouts: RolloutSource | None,
     learner: Learner,
     publish: Callable[[str], None],
-    prompts: int,
+    prompts_per_rollout: int,
     placement: Placement | None = None,
-    received: Callable[[], Any] = comm.receive_broadcast,
+    service: RewardService | None = None,
 ) -> Step:
-    """One step of reinforcement learning, for the training loop.
+    """The step for the training loop.
 
-    All that can fail for want of an engine comes first, when weights and state still agree.
+    Everything that can fail because the engine is gone comes first, while weights and state still agree.
 
     Args:
-        rollouts: gives each step's samples, on rank 0; the other ranks have none and are told.
+        rollouts: gives each step's samples, on rank 0; None on the other ranks, which receive them.
         learner: trains on them.
         publish: sends the weights to the engine under a version.
-        prompts: that one rollout takes from the data.
-        placement: whose turn it is with the devices; None is `Separate`.
-        received: how the other ranks wait to be told.
+        prompts_per_rollout: prompts of the data that one rollout uses.
+        placement: who holds the devices' memory; None is `Separate`.
+        service: the reward models, which all ranks serve while rank 0 takes a rollout; None is `NoRewardModels`.
     """
-    turns = placement or Separate()
-
-    idle = IdleShares(rollouts)
+    placed, rewards, idle = placement or Separate(), service or NoRewardModels(), IdleShares(rollouts)
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
-        with turns.engine_phase():
+        with placed.engine_phase():
             send_weights(publish, str(state.step))
             sent = time.perf_counter()
-            with turns.generating():
-                rollout = broadcast_rollout(rollouts, state, received)
+            with placed.generating():
+                rollout = broadcast_rollout(rollouts, state, rewards)
         sampled = time.perf_counter()
         stale = staleness(rollout.samples, state.step)
-        state, row = learner.learn(rollout.samples, state)
-        state = replace(state, data_position=state.data_position + prompts)
-        row |= (
-            answer_metrics(rollout.samples)
+        state, metrics = learner.learn(rollout.samples, state)
+        state = replace(state, data_position=state.data_position + prompts_per_rollout)
+        metrics |= (
+            response_metrics(rollout.samples)
             | rollout.counts
             | {
                 **stale,
@@ -71,37 +70,35 @@ def reinforcement_step(
                 "train/consumed_tokens": state.consumed_tokens,
             }
         )
-        return state, row
+        return state, metrics
 
     return step
 
 
 def send_weights(publish: Callable[[str], None], version: str) -> None:
-    """Publish the weights; once more where a server failed in the middle of it, which may be back by then.
+    """Publish the weights; retry once where a server failed meanwhile, which may have restarted by then.
 
     Raises:
-        CannotBegin: the engine is gone. Several ranks may be in the middle of it when one fails, and then cannot save
-            together: there the failure itself is raised.
+        StepUnavailable: the engine is gone.
+        NoRolloutCapacity: the same with several ranks: they may have failed alone, and then cannot save together.
     """
     try:
         publish(version)
     except NoRolloutCapacity as error:
         if dist.get_world_size() > 1:
             raise
-        logger.error("weights %s: %s; they are sent once more", version, error)
+        logger.error("weight sync %s failed (%s); retrying once", version, error)
         try:
             publish(version)
-        except NoRolloutCapacity as again:
-            raise StepUnavailable(again) from again
+        except NoRolloutCapacity as second:
+            raise StepUnavailable(second) from second
 
 
-def broadcast_rollout(
-    rollouts: RolloutSource | None, state: TrainState, received: Callable[[], Any] = comm.receive_broadcast
-) -> Rollout:
-    """Collective: the rollout of the next step.
+def broadcast_rollout(rollouts: RolloutSource | None, state: TrainState, service: RewardService) -> Rollout:
+    """Collective: the rollout of the next step, taken on rank 0.
 
     Raises:
-        CannotBegin: there is none to be had; on all ranks.
+        StepUnavailable: there is none; on all ranks.
     """
     found: Rollout | NoRolloutCapacity
     if rollouts:
@@ -111,15 +108,15 @@ def broadcast_rollout(
             found = error
         comm.broadcast(found)
     else:
-        found = received()
+        found = service.serve()
     if isinstance(found, NoRolloutCapacity):
         raise StepUnavailable(found)
     return found
 
 
 def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:
-    """Steps by which the weights that sampled a token are older than those that learn: at most, and on average; and the
-    share of answers that weights changed under."""
+    """Steps by which the weights that sampled a token are older than those that are trained: largest and mean; and the
+    share of responses during which the weights changed."""
     tokens = [(step - int(version), count) for sample in samples for version, count in tokens_by_version(sample)]
     return {
         "rollout/staleness_max": max(stale for stale, _ in tokens),
@@ -129,35 +126,35 @@ def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:
 
 
 def tokens_by_version(sample: Sample) -> list[tuple[str, int]]:
-    """Versions of the weights that sampled a response, in order, and how many tokens each."""
+    """Versions of the weights that sampled a response, in order, with the number of tokens of each."""
     changes = [(0, sample.weight_version), *sample.version_changes]
-    ends = [*(place for place, _ in sample.version_changes), len(sample.response_tokens)]
+    ends = [*(index for index, _ in sample.version_changes), len(sample.response_tokens)]
     return [(version, end - start) for (start, version), end in zip(changes, ends, strict=True)]
 
 
 class IdleShares:
-    """How much of the time trainer and engine wait for each other; known where the engine is."""
+    """Shares of the time that trainer and engine wait for each other; known on the engine's rank."""
 
     def __init__(self, rollouts: RolloutSource | None):
         self._rollouts = rollouts
-        self._at, self._busy = time.perf_counter(), rollouts.busy_seconds if rollouts else 0.0
+        self._since, self._busy = time.perf_counter(), rollouts.busy_seconds if rollouts else 0.0
 
     def since_last_time(self, waited: float) -> dict[str, float]:
         """Shares of the time since the last call.
 
         Args:
-            waited: seconds of it that the trainer did not learn.
+            waited: seconds of it in which the trainer did not train.
         """
         if not self._rollouts:
             return {}
         now, busy = time.perf_counter(), self._rollouts.busy_seconds
-        seconds, worked = now - self._at, busy - self._busy
-        self._at, self._busy = now, busy
-        return {"perf/trainer_idle": waited / seconds, "perf/engine_idle": max(0.0, 1.0 - worked / seconds)}
+        seconds, worked = now - self._since, busy - self._busy
+        self._since, self._busy = now, busy
+        return {"trainer_idle": waited / seconds, "engine_idle": max(0.0, 1.0 - worked / seconds)}
 
 
-def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """What a rollout's answers look like: mean reward and its parts, length, share cut off, share of idle groups."""
+def response_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean reward and its parts, length, share of truncated responses, share of groups with equal rewards."""
     count = len(samples)
     groups: dict[int, list[float]] = {}
     for sample in samples:
@@ -178,7 +175,7 @@ def answer_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """How many rewarded steps an answer has, and what one is worth; nothing where no answer has any."""
+    """Mean number of rewarded steps of a response, and mean reward of a step; empty where no response has any."""
     values = [value for sample in samples for _, value in sample.steps]
     return (
         {"rollout/rewarded_steps": len(values) / len(samples), "rollout/step_reward": sum(values) / len(values)}

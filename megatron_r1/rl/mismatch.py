@@ -1,8 +1,8 @@
-"""How far the trainer's probabilities of sampled tokens are from the engine's, before any update; and when to warn.
+"""Mismatch of trainer and engine: differences of their log-probabilities of sampled tokens, and when to warn.
 
-Pure. Sums over tokens add up over micro-batches and ranks; `summary` makes the row's numbers of them. Where answers are
-of the trainer's current weights, all of it is a difference of two programs: kernels, precision, routing, templates,
-weights that did not arrive. Legend: B answers, L token positions.
+Pure. Sums over tokens add up over micro-batches and ranks; `summary` makes metrics of them. Where the responses were
+sampled with the trainer's current weights, all of it is a difference of two programs: kernels, precision, routing,
+templates, weights that did not arrive. Legend: B responses, L token positions.
 """
 
 # ruff: noqa: F722 - shapes stand in annotations as text
@@ -32,7 +32,7 @@ def mismatch_sums(
     """Sums over tokens, and the largest difference.
 
     Args:
-        low, high: weights trainer/engine outside of these count as limited, as a correction would.
+        low, high: ratios trainer/engine outside of these are counted, as importance sampling would clip them.
     Returns:
         `mismatch/logprob_max_abs`: largest |difference| in nats. Sums over tokens: `mismatch/k1`,
         log(engine/trainer); `mismatch/k3`, the never negative estimate of KL(engine || trainer);
@@ -62,15 +62,15 @@ def summary(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"mismatch/logprob_max_abs": float(gaps.max()), **means}
 
 
-def alarms(row: Mapping[str, float], thresholds: MismatchConfig) -> list[str]:
-    """A line for each threshold that the row's numbers are above, or that they cannot be compared with."""
+def alarms(metrics: Mapping[str, float], thresholds: MismatchConfig) -> list[str]:
+    """A warning for each threshold that a metric exceeds, or that a NaN cannot be compared with."""
     limits = {
         "mismatch/logprob_max_abs": thresholds.logprob_max_abs_warn,
         "mismatch/k3": thresholds.k3_warn,
         "mismatch/outside_range": thresholds.outside_range_warn,
     }
     return [
-        f"{key}={row[key]:.3g} is above rl.{key.replace('/', '.')}_warn={limit:g}: trainer and engine disagree"
+        f"{key}={metrics[key]:.3g} is above rl.{key.replace('/', '.')}_warn={limit:g}: trainer and engine disagree"
         for key, limit in limits.items()
-        if limit and not row[key] <= limit
+        if limit and not metrics[key] <= limit
     ]

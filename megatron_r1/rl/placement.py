@@ -1,15 +1,15 @@
-"""Where the engine runs, and so who has the devices' memory when.
+"""Where the engine runs, and so who holds the devices' memory when.
 
-| step | `Separate` | `Colocated`: the devices hold |
+| phase of a step | `Separate` | `Colocated`: the devices hold |
 |---|---|---|
-| weights are sent | | the trainer's weights, the engine's weights, one bucket |
-| answers are sampled | | the engine's weights and cache |
-| the trainer learns, and what follows until the next step | | the trainer's weights, gradients and optimizer state |
-| servers are started | | the engine |
+| `engine_phase`: the engine receives weights | | the trainer's weights, the engine's weights, one bucket |
+| `generating`: the engine samples responses | | the engine's weights and cache |
+| after both: the trainer learns, until the next step | | the trainer's weights, gradients and optimizer state |
+| `starting_servers` | | the engine |
 
-A strategy is entered by all ranks, nested: `sending` around all that the engine does in a step, `sampling` inside it.
-When a step cannot begin for want of an engine (CannotBegin, on all ranks), the trainer has its memory again, to save
-what it has learnt. After any other failure nothing is put in order: the run ends, and ranks may have failed alone.
+All ranks enter a phase; `generating` is nested in `engine_phase`. When a step cannot start because the engine is gone
+(StepUnavailable, on all ranks), the trainer gets its memory back, to save its state. After any other failure memory is
+left as it is: the run ends, and ranks may have failed alone.
 """
 
 from __future__ import annotations
@@ -24,30 +24,8 @@ from megatron_r1.train.loop import StepUnavailable
 from megatron_r1.train.offload import TrainerMemory
 
 
-class Placement(Protocol):
-    """Gives memory to whoever needs it."""
-
-    def starting_servers(self) -> AbstractContextManager[None]:
-        """Around the start of servers, which end the block without memory."""
-        ...
-
-    def engine_phase(self) -> AbstractContextManager[None]:
-        """Around the update of the engine's weights and the sampling."""
-        ...
-
-    def generating(self) -> AbstractContextManager[None]:
-        """Around the sampling."""
-        ...
-
-
-class Separate:
-    """The engine has devices of its own."""
-
-    starting_servers = engine_phase = generating = staticmethod(nullcontext)
-
-
 class OffloadableEngine(Protocol):
-    """An engine whose memory can be given back."""
+    """An engine that can release its memory."""
 
     @property
     def has_dead_server(self) -> bool: ...
@@ -59,19 +37,49 @@ class OffloadableEngine(Protocol):
     def restart_dead(self) -> None: ...
 
 
+class Placement(Protocol):
+    """Gives the devices' memory to the trainer or the engine."""
+
+    def starting_servers(self) -> AbstractContextManager[None]:
+        """Around the start of servers, which have no memory at the end of it."""
+        ...
+
+    def attach(self, engine: OffloadableEngine) -> None:
+        """On rank 0, inside `starting_servers`: the engine whose servers have started."""
+        ...
+
+    def engine_phase(self) -> AbstractContextManager[None]:
+        """Around the update of the engine's weights and the generation."""
+        ...
+
+    def generating(self) -> AbstractContextManager[None]:
+        """Around the generation; the end of the engine phase ends it too."""
+        ...
+
+
+class Separate:
+    """The engine has devices of its own."""
+
+    starting_servers = engine_phase = generating = staticmethod(nullcontext)
+
+    def attach(self, engine: OffloadableEngine) -> None:
+        pass
+
+
 class Colocated:
-    """Engine and trainer share their devices.
-
-    Args:
-        memory: this rank's trainer.
-
-    Attributes:
-        engine: on rank 0; set when it has started.
-    """
+    """Engine and trainer share their devices."""
 
     def __init__(self, memory: TrainerMemory):
+        """
+        Args:
+            memory: of this rank's trainer.
+        """
         self._weights, self._rest = memory.weights, memory.rest
-        self.engine: OffloadableEngine | None = None
+        self._engine: OffloadableEngine | None = None
+
+    def attach(self, engine: OffloadableEngine) -> None:
+        engine.release_memory()
+        self._engine = engine
 
     @contextmanager
     def starting_servers(self) -> Iterator[None]:
@@ -88,37 +96,37 @@ class Colocated:
         self._rest.offload()
         self._start_missing()
         comm.barrier()
-        if self.engine:
-            self.engine.resume_memory(WEIGHTS)
+        if self._engine:
+            self._engine.resume_memory(WEIGHTS)
         try:
             yield
         except StepUnavailable:
-            self._trainers_turn()
+            self._trainer_phase()
             raise
-        self._trainers_turn()
+        self._trainer_phase()
 
     @contextmanager
     def generating(self) -> Iterator[None]:
         self._weights.offload()
         comm.barrier()
-        if self.engine:
-            self.engine.resume_memory(CACHE)
-        yield  # `sending` ends this block too
+        if self._engine:
+            self._engine.resume_memory(CACHE)
+        yield
 
-    def _trainers_turn(self) -> None:
-        if self.engine:
-            self.engine.release_memory()
+    def _trainer_phase(self) -> None:
+        if self._engine:
+            self._engine.release_memory()
         comm.barrier()
         self._weights.onload()
         self._rest.onload()
 
     def _start_missing(self) -> None:
-        """A server takes as much memory to start as to answer: those that ended in the trainer's turn start alone."""
-        if not comm.any_rank(bool(self.engine and self.engine.has_dead_server)):
+        """Restart servers that died while the trainer held its memory: starting takes as much memory as sampling."""
+        if not comm.any_rank(bool(self._engine and self._engine.has_dead_server)):
             return
         self._weights.offload()
         comm.barrier()
-        if self.engine:
-            self.engine.restart_dead()
+        if self._engine:
+            self._engine.restart_dead()
         comm.barrier()
         self._weights.onload()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -87,6 +88,18 @@ def sglang_engine(
         )
 
 
+class ServerPlacement(Protocol):
+    """Who holds the devices' memory while servers start."""
+
+    def starting_servers(self) -> AbstractContextManager[None]:
+        """Around the start of servers."""
+        ...
+
+    def attach(self, engine: SGLangEngine) -> None:
+        """The engine whose servers have started."""
+        ...
+
+
 @contextmanager
 def training_sglang_engine(
     rollout: RolloutConfig,
@@ -95,7 +108,7 @@ def training_sglang_engine(
     tokenizer_folder: Path,
     logs: Path,
     device: str,
-    starting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    placement: ServerPlacement,
 ) -> Iterator[SyncedEngine]:
     """Collective: SGLang servers of rank 0 that get their weights from all ranks.
 
@@ -103,7 +116,7 @@ def training_sglang_engine(
 
     Args:
         module: this rank's part of the model.
-        starting: entered by all ranks while the servers start; colocated ones then give their memory back.
+        placement: all ranks enter its `starting_servers`, and rank 0 attaches the engine inside.
     """
     is_leader = is_rank_zero()
     with ExitStack() as stack:
@@ -113,7 +126,7 @@ def training_sglang_engine(
         if not is_leader:
             deque(whole_tensors(module), maxlen=0)
         engine = None
-        with starting():
+        with placement.starting_servers():
             if folder:
                 engine = stack.enter_context(_servers(folder, rollout, model, logs, device))
             if engine and rollout.placement == "colocated":

@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_r1.model.build import without_multi_token_prediction
-from megatron_r1.model.replay import RoutingReplay
+from megatron_r1.model.replay import Replay
 from megatron_r1.rollout.routed_experts import RoutedExperts
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 
@@ -30,7 +30,7 @@ Routes = Callable[[], Tensor]
 class LocalEngine:
     """Samples from a megatron-core model of this process; see `RolloutEngine` for the protocol."""
 
-    def __init__(self, model: GPTModel, batch_size: int, pad_token: int, routing: RoutingReplay | None = None):
+    def __init__(self, model: GPTModel, batch_size: int, pad_token: int, routing: Replay | None = None):
         """
         Args:
             model: the model to sample from; its weights are used as they stand at each call.

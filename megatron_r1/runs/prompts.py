@@ -1,4 +1,4 @@
-"""The questions of a run: a world's or a file's, and how they are asked."""
+"""The prompts of a run: their template, and the prompt file that they are pinned to."""
 
 from __future__ import annotations
 
@@ -24,44 +24,37 @@ BAD_ROWS, PINNED = "bad_rows.txt", "prompts.sha256"
 
 
 def prompt_formatter(config: RunConfig, tokenizer: Tokenizer) -> PromptFormatter:
-    """How this run puts questions to its model; raises as `Asking`."""
+    """The configured chat template; raises as `PromptFormatter`."""
     return PromptFormatter(tokenizer, config.rollout.chat_template, config.rollout.system_prompt)
 
 
-def prompts_of_file(config: RunConfig, formatter: PromptFormatter, limit: int = 0) -> PromptFile | None:
-    """What the run's own file holds; None where it asks a world's questions. Raises as `read_prompts`."""
-    return read_prompts(config.data.prompts, formatter.check, limit) if config.data.prompts.path else None
+def pin_prompts(file: PromptFile | None, folder: Path) -> None:
+    """List bad records of the prompt file in the run's folder, and refuse to resume a run with other prompts.
 
-
-def training_prompts(config: RunConfig, found: PromptFile | None) -> Prompts:
-    """The endless list of questions that reinforcement learning asks."""
-    return FilePrompts(found.prompts, config.data.seed) if found else TrainingPrompts(config.data)
-
-
-def keep(found: PromptFile | None, folder: Path) -> None:
-    """Name bad rows in the run's folder, and hold a run that goes on to the questions that it began with.
+    Args:
+        file: None where the prompts are synthetic.
 
     Raises:
-        DataError: the file's questions are no longer those.
+        DataError: the file's prompts changed since the run started.
     """
-    if found is None:
+    if file is None:
         return
-    name_bad_rows(found, folder)
-    pinned, digest = folder / PINNED, digest_of_prompts(found.prompts)
+    list_bad_records(file, folder)
+    pinned, digest = folder / PINNED, digest_of_prompts(file.prompts)
     if not pinned.is_file():
         write_whole(pinned, digest.encode())
     elif pinned.read_text() != digest:
-        raise DataError(f"{folder}: its questions are no longer those that it began with; choose another name")
+        raise DataError(f"{folder}: the prompt file changed since this run started; choose another name")
 
 
-def name_bad_rows(found: PromptFile, folder: Path) -> None:
-    """Leave the names of rows that are left out in the run's folder."""
-    if found.bad_rows:
-        write_whole(folder / BAD_ROWS, "".join(f"{line}\n" for line in found.bad_rows).encode())
-        logger.warning("%d rows are left out, each named in %s", len(found.bad_rows), folder / BAD_ROWS)
+def list_bad_records(file: PromptFile, folder: Path) -> None:
+    """Write the records that were left out, and why, to the run's folder."""
+    if file.bad_rows:
+        write_whole(folder / BAD_ROWS, "".join(f"{line}\n" for line in file.bad_rows).encode())
+        logger.warning("%d records of the prompt file left out; see %s", len(file.bad_rows), folder / BAD_ROWS)
 
 
 def digest_of_prompts(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 in hex of what is asked and what is true."""
-    rows = [(prompt.id, prompt.question, prompt.answer, prompt.task) for prompt in prompts]
-    return hashlib.sha256(orjson.dumps(rows)).hexdigest()
+    """SHA-256 in hex of questions, answers and tasks."""
+    records = [(prompt.id, prompt.question, prompt.answer, prompt.task) for prompt in prompts]
+    return hashlib.sha256(orjson.dumps(records)).hexdigest()

@@ -18,7 +18,7 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.rollout.journal import Journal
-from megatron_r1.runs.prompts import keep
+from megatron_r1.runs.prompts import pin_prompts
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
 from tests.support.launching import run_to_the_end
@@ -130,13 +130,13 @@ def test_a_stopped_run_on_pairs_goes_on_bit_for_bit(folder, found):
 
 def test_a_run_that_goes_on_has_the_questions_that_it_began_with(tmp_path):
     prompts = [Prompt("1", "1?", "1", "", "file"), Prompt("2", "2?", "2", "", "file")]
-    keep(PromptFile(prompts, []), tmp_path)
-    keep(PromptFile([*prompts], ["a: bad"]), tmp_path)
+    pin_prompts(PromptFile(prompts, []), tmp_path)
+    pin_prompts(PromptFile([*prompts], ["a: bad"]), tmp_path)
     assert (tmp_path / "bad_rows.txt").read_text() == "a: bad\n"
     for others in (prompts[::-1], prompts[:1], [replace(prompts[0], answer="3"), prompts[1]]):
-        with pytest.raises(DataError, match="its questions are no longer those that it began with"):
-            keep(PromptFile(others, []), tmp_path)
-    keep(None, tmp_path)
+        with pytest.raises(DataError, match="prompt file changed"):
+            pin_prompts(PromptFile(others, []), tmp_path)
+    pin_prompts(None, tmp_path)
 
 
 def test_general_tasks_are_measured_by_their_own_rules(folder):

@@ -273,7 +273,7 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     """Metrics of one rollout in one mini-batch, and its whole gradients; the critic's too where there is one."""
     from megatron_r1.model.chunks import in_multi_token_layer
     from megatron_r1.model.replay import RoutingReplay
-    from megatron_r1.rl.advantages.critic import Critic, CriticAdvantages
+    from megatron_r1.rl.advantages.critic import Critic
     from megatron_r1.rl.learner import Learner
     from megatron_r1.rl.policy.reference import ReferencePolicy
     from megatron_r1.track.metrics import reproducible
@@ -289,8 +289,8 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
         copy_of_weight *= REFERENCE_SCALE
     replay = RoutingReplay(model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
     beside = critic_of(config, platform) if config.rl.advantage_estimator == "critic" else None
-    advantages = CriticAdvantages(Critic(*beside, config.rl.critic.value_clip), config.rl.critic) if beside else None
-    learner = Learner(config, model, optimizer, reference, 0, "cpu", replay, advantages)
+    critic = Critic(*beside, config.rl.critic) if beside else None
+    learner = Learner(config, model, optimizer, reference, 0, "cpu", replay, critic)
     _, row = learner.learn(list(samples(config.model)), TrainState())
     gradients = whole_gradients(model, optimizer)
     if beside:

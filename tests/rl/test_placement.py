@@ -27,9 +27,11 @@ class Watching:
         weights = Offloaded(torch.device("cpu"), lambda: [self.weights])
         rest = Offloaded(torch.device("cpu"), lambda: [self.moments])
         self.placement = Colocated(SimpleNamespace(weights=weights, rest=rest))  # type: ignore[arg-type]
-        self.placement.engine = self
         self.has_dead_server, self.fails = missing, fails
         self.notes: list[str] = []
+        self.placement.attach(self)
+        self.fails = fails
+        self.notes.clear()
         self.busy_seconds = 0.0
 
     @property
@@ -95,4 +97,5 @@ def test_servers_start_while_the_trainer_holds_nothing(one_rank):
     watching = Watching()
     with watching.placement.starting_servers():
         watching.note("start")
-    assert watching.notes == ["start"] and watching.held == "WO"
+        watching.placement.attach(watching)
+    assert watching.notes == ["start", "give back"] and watching.held == "WO"

@@ -48,7 +48,7 @@ class Run(Hook):
         self.note(f"save {state.step} at {state.data_position}")
 
     def go(self) -> TrainState:
-        return train(TrainState(), reinforcement_step(self, self, self.publish, prompts=7), self, 2)
+        return train(TrainState(), reinforcement_step(self, self, self.publish, prompts_per_rollout=7), self, 2)
 
 
 def test_weights_are_sent_before_each_rollout_and_prompts_are_counted(one_rank):

@@ -145,8 +145,8 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     multiple = dist.get_world_size(tensor_parallel_group())
     rows = make_batch(samples, range(len(samples)), 0, "cpu", multiple)
     worst = 0.0
-    for place, log_probs_L in Policy(model, 1.0).log_probs_by_sample([rows]).items():
-        difference_L = (log_probs_L - rows.rollout_log_probs_BL[place]).abs()
+    for place, log_probs_L in Policy(model, 1.0).logprobs_by_sample([rows]).items():
+        difference_L = (log_probs_L - rows.rollout_logprobs_BL[place]).abs()
         worst = max(worst, float(difference_L[rows.mask_BL[place]].max()))
     return max(comm.all_gather_object(worst))
 

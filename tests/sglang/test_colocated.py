@@ -168,10 +168,8 @@ def reinforced(engine: SGLangEngine, new_model, colocated: bool) -> tuple[list[S
     model = new_model(SHAPE, seed=1)
     optimizer = Optimizer(model, config.train)
     placement = Colocated(TrainerMemory(model, optimizer)) if colocated else Separate()
-    if isinstance(placement, Colocated):
-        with placement.starting_servers():
-            engine.release_memory()
-        placement.engine = engine
+    with placement.starting_servers():
+        placement.attach(engine)
     rollouts, state = Asking(engine, model, colocated), TrainState()
     learner = Learner(config, model, optimizer, None, 0, "cpu")
     step = reinforcement_step(rollouts, learner, lambda version: push(engine, model, version), 1, placement)

@@ -89,19 +89,19 @@ def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[A
     from megatron_r1.train.loop import StepUnavailable
     from megatron_r1.train.state import TrainState
 
-    joint = CollectiveRewardService(
+    service = CollectiveRewardService(
         [Weighted(weight, Hesitant(model)) for weight, model in zip(WEIGHTS, models, strict=True)]
     )
     rewards, state = [], TrainState()
     with ExitStack() as stack:
         rollouts = None
         if is_rank_zero():
-            source = Answered(Rubric(joint.rewards, retries=1), samples, asked)
-            begun = AsyncRollouts(source, 1, OF_A_STEP, STEPS + 1, joint.close, joint.result)
+            source = Answered(Rubric(service.rewards, retries=1), samples, asked)
+            begun = AsyncRollouts(source, 1, OF_A_STEP, STEPS + 1, service=service)
             rollouts = stack.enter_context(begun)
         try:
             while True:
-                rewards += [sample.reward for sample in broadcast_rollout(rollouts, state, joint.received).samples]
+                rewards += [sample.reward for sample in broadcast_rollout(rollouts, state, service).samples]
                 state = state.advance(data_position=state.data_position + OF_A_STEP)
         except StepUnavailable as unavailable:
             return rewards, str(unavailable)

@@ -1,4 +1,4 @@
-"""The critic of a run: built beside the policy, from its first weights or a reward model's, or from a checkpoint."""
+"""Builds a run's critic: from the policy's initial weights, a reward model's, or the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_r1.train.optimizer import Optimizer
 KEY = "rl.critic.init_from"
 
 
-def critic_of(run: TrainingRun, policy: Weights) -> Critic:
-    """Collective: the critic, as its checkpoint left it where the run goes on from one.
+def build_critic(run: TrainingRun, policy: Weights) -> Critic:
+    """Collective: the critic; restored where the run resumes.
 
     Args:
-        policy: the weights that the policy starts from.
+        policy: the policy's initial weights.
 
     Raises:
         ConfigError: rl.critic.init_from names no reward model of the policy's shape.
-        DataError: the run goes on from a checkpoint without a critic.
+        DataError: the run resumes from a checkpoint without a critic.
     """
     config, settings = run.config, run.config.rl.critic
     tensors = None if run.resumed else _initial_tensors(run, policy)
@@ -33,9 +33,9 @@ def critic_of(run: TrainingRun, policy: Weights) -> Critic:
         config.model, config.parallel, run.platform, tensors, add_reward_head, config.performance, config.fp8
     )
     for name, parameter in model.named_parameters():
-        # No value depends on the words' logits.
+        # Values do not depend on the logits of tokens.
         parameter.requires_grad_(not in_multi_token_layer(name) and "output_layer" not in name.split("."))
-    critic = Critic(model, Optimizer(model, config.train, config.performance), settings.value_clip)
+    critic = Critic(model, Optimizer(model, config.train, config.performance), settings)
     if run.resumed:
         critic.restore(run.saved)
     return critic

@@ -1,77 +1,96 @@
-"""What each answer, or each of its tokens, is credited with: where advantages come from.
+"""Advantage estimators: from a rollout's rewards to the advantage of each response, or of each of its tokens.
 
-Shapes: B answers of a micro-batch, L positions.
+Shapes: B responses of a micro-batch, L positions, G responses of a group, R tokens of a response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_r1.config.rl import RLConfig
 from megatron_r1.rl.advantages.group_relative import process_advantages, ragged_group_advantages
-from megatron_r1.rl.policy.batch import ResponseBatch, to_positions
-from megatron_r1.rl.policy.frozen_logprobs import BySample
-from megatron_r1.rl.policy.policy import pad_to_batch
+from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, at_positions
+from megatron_r1.rl.policy.kl_penalty import RewardPenalties
 from megatron_r1.rollout.sample import Sample
 
 
 @dataclass(frozen=True)
 class AdvantageInputs:
-    """A rollout that advantages are wanted of, before the first update."""
+    """A rollout before its first update."""
 
     samples: Sequence[Sample]
     """Whole groups, one after the other; the same on every rank."""
-    rows: Sequence[ResponseBatch]
-    """This rank's micro-batches, of all passes."""
+    micro_batches: Sequence[ResponseBatch]
+    """This rank's, of all epochs."""
     owned_samples: frozenset[int]
-    """Places of the samples that this rank speaks for: of data-parallel ranks, one does for each that is learned."""
-    penalties: BySample | None = None
-    """What the reward of each token of an answer loses; None where no penalty is in the reward."""
-    penalty_sums: Tensor | None = None
-    """The same summed over each answer, [samples], on every rank."""
+    """Indices of the samples that this rank counts in statistics: each trained sample counts on one data-parallel
+    rank."""
+    penalties: RewardPenalties | None = None
+    """What a KL penalty takes from the rewards."""
+
+
+@dataclass(frozen=True)
+class ValueTargets:
+    """What a critic is trained on; empty where there is none, and except on the last pipeline stage."""
+
+    old_values: PerSample = field(default_factory=dict)
+    """Its values before the first update."""
+    returns: PerSample = field(default_factory=dict)
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of values and returns, over all ranks."""
 
 
 class RolloutAdvantages(Protocol):
-    """The advantages of one rollout, and what learns beside the policy in order to give them."""
+    """The advantages of one rollout."""
 
-    def on(self, rows: ResponseBatch) -> Tensor:
-        """Advantages of a micro-batch: [B], or [B, L] where tokens have their own; on the last pipeline stage."""
+    def for_batch(self, batch: ResponseBatch) -> Tensor:
+        """Advantages of a micro-batch: [B], or [B, L] where each token has its own; on the last pipeline stage."""
         ...
 
-    def learn(self, micro_batches: Sequence[ResponseBatch], tokens: int, share: float) -> bool:
-        """Collective: one update on the mini-batch that the policy learns from too; whether its gradient was finite.
-
-        Args:
-            tokens: of the whole mini-batch that are learned from.
-            share: of the peak learning rate.
-        """
-        ...
-
-    def metrics(self) -> dict[str, Any]:
-        """Collective: of the rollout, once all is learned; the same on every rank."""
+    @property
+    def value_targets(self) -> ValueTargets:
+        """For the critic."""
         ...
 
 
-class Advantages(Protocol):
-    """A way to get advantages."""
+class AdvantageEstimator(Protocol):
+    """A way to estimate advantages."""
 
-    def of(self, taken: AdvantageInputs) -> RolloutAdvantages:
+    def estimate(self, inputs: AdvantageInputs) -> RolloutAdvantages:
         """Collective."""
         ...
 
-    def in_critic_warmup(self, rollouts: int) -> bool:
-        """Whether the policy does not learn yet after so many rollouts."""
-        ...
+
+@dataclass(frozen=True)
+class PerResponse:
+    """Every token has its response's advantage."""
+
+    advantages: Tensor
+    """[samples]."""
+    value_targets: ValueTargets = ValueTargets()
+
+    def for_batch(self, batch: ResponseBatch) -> Tensor:
+        return self.advantages[batch.indices_B].to(batch.tokens_BL.device)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Every token has an advantage of its own."""
+
+    advantages: PerSample
+    value_targets: ValueTargets = ValueTargets()
+
+    def for_batch(self, batch: ResponseBatch) -> Tensor:
+        return batch.gather(self.advantages).to(batch.tokens_BL.device)
 
 
 class GroupAdvantages:
-    """An answer against the others to the same prompt (DeepSeekMath, section 4.1.2); a token has its answer's."""
+    """A response against the others to the same prompt (DeepSeekMath, section 4.1.2)."""
 
     def __init__(self, std: str):
         """
@@ -80,20 +99,17 @@ class GroupAdvantages:
         """
         self._std = std
 
-    def of(self, taken: AdvantageInputs) -> RolloutAdvantages:
-        # On whole groups, though their answers are divided among mini-batches.
-        sizes = [len(group) for group in _groups(taken)]
-        return PerResponse(ragged_group_advantages(_rewards(taken), sizes, self._std))
-
-    def in_critic_warmup(self, rollouts: int) -> bool:
-        return False
+    def estimate(self, inputs: AdvantageInputs) -> PerResponse:
+        # On whole groups, though their responses are divided among mini-batches.
+        sizes = [len(group) for group in _groups(inputs)]
+        return PerResponse(ragged_group_advantages(_rewards(inputs), sizes, self._std))
 
 
 class ProcessAdvantages:
-    """Process supervision: a step against all steps of the answers to the same prompt (DeepSeekMath, section 4.1.3).
+    """Process supervision: a step against all steps of the responses to the same prompt (DeepSeekMath, section 4.1.3).
 
-    An answer's own reward is that of one more step, which ends with the answer; without any others, every token has
-    the advantage that `GroupRelative` gives to the answer.
+    A response's own reward is that of one more step, which ends with the response; without any other steps, every token
+    has the advantage that `GroupAdvantages` gives to the response.
     """
 
     def __init__(self, std: str):
@@ -103,63 +119,28 @@ class ProcessAdvantages:
         """
         self._std = std
 
-    def of(self, taken: AdvantageInputs) -> RolloutAdvantages:
-        outcomes = _rewards(taken).tolist()
-        by_sample: BySample = {}
-        for group in _groups(taken):
-            samples = [taken.samples[place] for place in group]
+    def estimate(self, inputs: AdvantageInputs) -> PerToken:
+        outcomes = _rewards(inputs).tolist()
+        by_sample: PerSample = {}
+        for group in _groups(inputs):
+            samples = [inputs.samples[index] for index in group]
             ends = [[*(end for end, _ in s.steps), len(s.response_tokens) - 1] for s in samples]
-            values = [[*(v for _, v in taken.samples[place].steps), outcomes[place]] for place in group]
+            values = [[*(v for _, v in inputs.samples[index].steps), outcomes[index]] for index in group]
             longest = max(len(sample.response_tokens) for sample in samples)
             advantages_GR = process_advantages(values, ends, longest, self._std)
             by_sample |= {
-                place: to_positions(s, row_R) for place, s, row_R in zip(group, samples, advantages_GR, strict=True)
+                index: at_positions(s, row_R) for index, s, row_R in zip(group, samples, advantages_GR, strict=True)
             }
         return PerToken(by_sample)
 
-    def in_critic_warmup(self, rollouts: int) -> bool:
-        return False
+
+def _rewards(inputs: AdvantageInputs) -> Tensor:
+    """Of responses, [samples], less the penalties."""
+    rewards = torch.tensor([sample.reward for sample in inputs.samples])
+    return rewards if inputs.penalties is None else rewards - inputs.penalties.per_sample
 
 
-def build_advantage_estimator(config: RLConfig) -> Advantages:
-    """Answers, or their steps, against the other answers to the same prompt."""
-    return (ProcessAdvantages if config.advantage_estimator == "process" else GroupAdvantages)(config.advantage_std)
-
-
-def _rewards(taken: AdvantageInputs) -> Tensor:
-    """Of answers, [samples], less the penalties that are in them."""
-    rewards = torch.tensor([sample.reward for sample in taken.samples])
-    return rewards if taken.penalty_sums is None else rewards - taken.penalty_sums
-
-
-def _groups(taken: AdvantageInputs) -> list[list[int]]:
-    """Places of each group's samples."""
-    places = range(len(taken.samples))
-    return [list(group) for _, group in groupby(places, key=lambda place: taken.samples[place].group)]
-
-
-class _NothingElseLearns:
-    """The policy alone is trained."""
-
-    def learn(self, micro_batches: Sequence[ResponseBatch], tokens: int, share: float) -> bool:
-        return True
-
-    def metrics(self) -> dict[str, Any]:
-        return {}
-
-
-@dataclass(frozen=True)
-class PerResponse(_NothingElseLearns):
-    advantages: Tensor
-    """[samples]."""
-
-    def on(self, rows: ResponseBatch) -> Tensor:
-        return self.advantages[rows.samples_B].to(rows.tokens_BL.device)
-
-
-@dataclass(frozen=True)
-class PerToken(_NothingElseLearns):
-    advantages: BySample
-
-    def on(self, rows: ResponseBatch) -> Tensor:
-        return pad_to_batch(self.advantages, rows).to(rows.tokens_BL.device)
+def _groups(inputs: AdvantageInputs) -> list[list[int]]:
+    """Indices of each group's samples."""
+    indices = range(len(inputs.samples))
+    return [list(group) for _, group in groupby(indices, key=lambda index: inputs.samples[index].group)]

@@ -1,7 +1,7 @@
-"""Group-relative advantages: how much better an answer is than the others to the same prompt.
+"""Group-relative advantages: a response's reward relative to the others to the same prompt.
 
 Pure. Promises that a group whose rewards are all equal gets advantages of exactly 0, and that nothing is ever
-divided by 0. Legend: N groups (prompts), G answers per group.
+divided by 0. Legend: N groups (prompts), G responses per group.
 """
 
 # ruff: noqa: F722 - shapes stand in annotations as text
@@ -21,7 +21,7 @@ def group_advantages(rewards_NG: Float[Tensor, "N G"], std: str = "population") 
     """(r - mean of its group) / standard deviation of its group (DeepSeekMath, section 4.1.2).
 
     Args:
-        rewards_NG: one row per prompt, one reward per answer.
+        rewards_NG: one row per prompt, one reward per response.
         std: the divisor: `population` divides squares by G, `sample` by G - 1, `none` leaves the difference as it is.
     Returns:
         advantages, in the type of the rewards; computed in float64.
@@ -32,7 +32,7 @@ def group_advantages(rewards_NG: Float[Tensor, "N G"], std: str = "population") 
         raise ValueError(f"std={std}: must be one of {', '.join(STD_KINDS)}")
     exact_NG = rewards_NG.double()
     centred_NG = exact_NG - exact_NG.mean(dim=1, keepdim=True)
-    # Equal rewards teach nothing; comparing them is exact, while their rounded mean may differ from each of them.
+    # Equal rewards have advantages of 0; comparing them is exact, while their rounded mean may differ from each.
     equal_N1 = exact_NG.amax(dim=1, keepdim=True) == exact_NG.amin(dim=1, keepdim=True)
     if std != "none":
         squares_N1 = centred_NG.square().sum(dim=1, keepdim=True)
@@ -47,15 +47,15 @@ def process_advantages(
     length: int,
     std: str = "population",
 ) -> Float[Tensor, "G L"]:
-    """Advantages of tokens from rewards of the steps of each answer of a group (DeepSeekMath, section 4.1.3).
+    """Advantages of tokens from rewards of the steps of each response of a group (DeepSeekMath, section 4.1.3).
 
-    Rewards are normalised over all steps of all answers; a token's advantage is the sum of those of the steps that end
-    at it or later; several may end at one token.
+    Rewards are normalised over all steps of all responses; a token's advantage is the sum of those of the steps that
+    end at it or later; several may end at one token.
 
     Args:
-        step_rewards: of each answer, in order; an answer may have none.
-        step_ends: the last token of each step, as an index into its answer, in order.
-        length: tokens of the longest answer, L.
+        step_rewards: of each response, in order; a response may have none.
+        step_ends: the last token of each step, as an index into its response, in order.
+        length: tokens of the longest response, L.
         std: as of `group_advantages`, over all steps.
     Raises:
         ValueError: ends that do not ascend, lie beyond `length` or are not as many as rewards.
@@ -81,7 +81,7 @@ def ragged_group_advantages(
     """`group_advantages` of groups that may differ in size, one after the other.
 
     Args:
-        sizes: answers of each group; they add up to B.
+        sizes: responses of each group; they add up to B.
     """
     if len(set(sizes)) <= 1:
         return group_advantages(rewards.view(len(sizes), -1), std).flatten()

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_r1.rl.diagnose import causes
 from megatron_r1.rl.diagnose.causes import Cause
-from megatron_r1.rl.diagnose.trial import Gap, Trial, response_part
+from megatron_r1.rl.diagnose.trial import Gap, Trial
+from megatron_r1.rl.policy.batch import response_part
 
 EXPLAINS, EXPLAINS_IN_PART = 0.9, 0.5
 """Shares of the mean difference that go away if a suspicion is right."""
@@ -135,7 +136,7 @@ def associations(
     if not experts:
         return []
     pairs = zip(experts, trial.samples, strict=True)
-    seen_TNK = torch.cat([response_part(experts_TNK, sample) for experts_TNK, sample in pairs])
+    seen_TNK = torch.cat([response_part(sample, experts_TNK) for experts_TNK, sample in pairs])
     difference_T = torch.cat(list(differences))
     found = []
     for layer in range(seen_TNK.shape[1]):

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.rl.batching import micro_batches_by_tokens
 from megatron_r1.rl.objective.kl import k3
-from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, num_tokens
+from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, num_tokens, response_part
 from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rollout.sample import Sample
 
@@ -73,8 +73,8 @@ class Trial:
         """
         policy = Policy(self.model, temperature or self.temperature, self.replay if replayed else None)
         samples = [change(sample) for sample in self.samples] if change else self.samples
-        found = policy.log_probs_by_sample([self._rows(samples, part) for part in self._parts(samples)])
-        return [response_part(found[place], sample).cpu() for place, sample in enumerate(samples)]
+        found = policy.logprobs_by_sample([self._batch(samples, part) for part in self._parts(samples)])
+        return [response_part(sample, found[place]).cpu() for place, sample in enumerate(samples)]
 
     def gap(self, log_probs: Sequence[Tensor]) -> Gap:
         """Of these log-probabilities from the saved ones."""
@@ -90,9 +90,9 @@ class Trial:
         assert self.replay is not None
         policy, found = Policy(self.model, self.temperature), dict[int, Tensor]()
         for part in self._parts(self.samples):
-            rows = self._rows(self.samples, part)
+            batch = self._batch(self.samples, part)
             with self.replay.recording() as routes:
-                policy.log_probs_by_sample([rows])
+                policy.logprobs_by_sample([batch])
                 experts_BLNK = routes().unflatten(0, (-1, len(part))).transpose(0, 1)
             for place, experts_LNK in zip(part, experts_BLNK, strict=True):
                 found[place] = experts_LNK[: num_tokens(self.samples[place]) - 1].cpu()
@@ -101,15 +101,9 @@ class Trial:
     def _parts(self, samples: Sequence[Sample]) -> list[list[int]]:
         return micro_batches_by_tokens([num_tokens(sample) for sample in samples], self._tokens)
 
-    def _rows(self, samples: Sequence[Sample], part: Sequence[int]) -> ResponseBatch:
+    def _batch(self, samples: Sequence[Sample], part: Sequence[int]) -> ResponseBatch:
         device = str(next(self.model.parameters()).device)
         return make_batch(samples, part, self._pad, device)
-
-
-def response_part(values_L: Tensor, sample: Sample) -> Tensor:
-    """Of values by position those that belong to the response's tokens."""
-    start = len(sample.prompt_tokens) - 1
-    return values_L[start : start + len(sample.response_tokens)]
 
 
 def with_prompt(sample: Sample, prompt: tuple[int, ...]) -> Sample:

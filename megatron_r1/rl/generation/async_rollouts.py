@@ -1,17 +1,18 @@
-"""Rollouts sampled while the trainer learns: asynchronous reinforcement learning with bounded staleness.
+"""Asynchronous rollouts with bounded staleness: the engine samples while the trainer learns.
 
-While a step learns from its rollout, the engine works on those of the next steps, at most `ahead` of them, the earliest
-first. A rollout is begun when at most `ahead` updates of the weights lie between what the engine has then and what will
-learn from it, so no token is ever staler than that; and rollouts are learned from in the order of their prompts, so
-long answers are not left behind by short ones. What happens to running requests when new weights arrive is the engine's
-choice (rollout.weight_sync.pause_mode): they end under the old weights, or continue under the new ones. Either way each
-token's log-probability is of the weights that sampled it, and the objective's ratio corrects for the difference.
+While a step learns from its rollout, the engine works on those of the next steps, at most `max_staleness` of them, the
+earliest first. A rollout is started when at most `max_staleness` updates of the weights lie between the engine's
+weights and the step that will learn from it, so no token is ever staler than that. Rollouts are learned from in the
+order of their prompts, so short responses do not overtake long ones. What happens to running requests when new weights
+arrive is the engine's choice (rollout.weight_sync.pause_mode): they finish under the old weights, or continue under the
+new ones. Either way each token's log-probability is of the weights that sampled it, and the objective's ratio corrects
+for the difference.
 
-Trained reward models score in the trainer's thread alone, while it waits for a rollout. One that has been answered and
-still needs their scores waits until the trainer has ended its step; others do not, and no token gets staler by it:
-which updates lie between is settled when a rollout is begun.
+Trained reward models score in the trainer's thread alone, while it waits for a rollout. A rollout that still needs
+their scores waits until the trainer has finished its step; others do not wait, and no token gets staler by it: how many
+updates lie between is settled when a rollout is started.
 
-Bounding staleness where work is admitted is AReaL's way (Fu et al., 2025, section 5.1).
+Bounding staleness at admission is AReaL's way (Fu et al., 2025, section 5.1).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Protocol, Self
 
+from megatron_r1.rl.generation.reward_service import NoRewardModels, RewardService
 from megatron_r1.rl.generation.rollouts import Rollout
 
 
@@ -29,7 +31,7 @@ class RolloutSource(Protocol):
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds that the engine has spent answering so far."""
+        """Seconds that the engine has spent on requests so far."""
         ...
 
     def take(self, step: int, first_prompt: int) -> Rollout:
@@ -38,56 +40,58 @@ class RolloutSource(Protocol):
 
 
 class AsyncRollouts:
-    """Takes rollouts of `rollouts` ahead of their steps; a context manager.
+    """Takes rollouts from `source` ahead of their steps; a context manager.
 
     Args:
-        ahead: rollouts beyond the current one that may be begun.
-        prompts: prompts of each rollout.
-        last_step: no rollouts are begun for steps after it.
-        abandon: ends what `rollouts` is doing in other threads.
-        result: how the trainer waits for what another thread takes.
+        max_staleness: rollouts beyond the current one that may be started.
+        prompts_per_rollout: prompts of each rollout.
+        last_step: no rollouts are started for steps after it.
+        abandon: ends the engine's work for other threads.
+        service: the reward models, which are served while the trainer waits.
     """
 
     def __init__(
         self,
-        rollouts: RolloutSource,
-        ahead: int,
-        prompts: int,
+        source: RolloutSource,
+        max_staleness: int,
+        prompts_per_rollout: int,
         last_step: int,
         abandon: Callable[[], None] = lambda: None,
-        result: Callable[[Future[Rollout]], Rollout] = Future.result,
+        service: RewardService | None = None,
     ):
-        self._rollouts, self._ahead, self._prompts, self._last_step = rollouts, ahead, prompts, last_step
-        self._abandon, self._result = abandon, result
-        self._threads = ThreadPoolExecutor(ahead + 1, thread_name_prefix="rollouts")
-        self._begun: dict[tuple[int, int], Future[Rollout]] = {}
+        self._source, self._max_staleness = source, max_staleness
+        self._prompts_per_rollout, self._last_step = prompts_per_rollout, last_step
+        self._abandon, self._service = abandon, service or NoRewardModels()
+        self._threads = ThreadPoolExecutor(max_staleness + 1, thread_name_prefix="rollouts")
+        self._started: dict[tuple[int, int], Future[Rollout]] = {}
         """By step and first prompt."""
 
     @property
     def busy_seconds(self) -> float:
-        return self._rollouts.busy_seconds
+        return self._source.busy_seconds
 
     def take(self, step: int, first_prompt: int) -> Rollout:
-        """The rollout of `step`; those after it are begun.
+        """The rollout of `step`; those after it are started.
 
         Raises:
-            NoRolloutCapacity: nobody was there to answer.
+            NoRolloutCapacity: no server could answer.
         """
-        for distance in range(min(self._ahead, self._last_step - step) + 1):
-            place = step + distance, first_prompt + distance * self._prompts
-            if place not in self._begun:
-                self._begun[place] = self._threads.submit(self._rollouts.take, *place)
-        rollout = self._result(self._begun[step, first_prompt])
-        del self._begun[step, first_prompt]  # not before: if this fails, its thread is still one to end
+        for distance in range(min(self._max_staleness, self._last_step - step) + 1):
+            key = step + distance, first_prompt + distance * self._prompts_per_rollout
+            if key not in self._started:
+                self._started[key] = self._threads.submit(self._source.take, *key)
+        rollout = self._service.wait(self._started[step, first_prompt])
+        del self._started[step, first_prompt]  # not before: if this fails, `close` still has to end its thread
         return rollout
 
     def close(self) -> None:
-        """Abandon what has begun: what is not in the journal will be sampled anew."""
-        for future in self._begun.values():
+        """Abandon what was started: what is not in the journal will be sampled again."""
+        for future in self._started.values():
             future.cancel()
-        while not all(future.done() for future in self._begun.values()):
+        while not all(future.done() for future in self._started.values()):
             self._abandon()
-            wait(self._begun.values(), timeout=0.1)
+            self._service.close()
+            wait(self._started.values(), timeout=0.1)
         self._threads.shutdown()
 
     def __enter__(self) -> Self:

@@ -1,11 +1,11 @@
-"""Which answers are learned from: small pure strategies over the answers to one prompt, composed by configuration.
+"""Filters of rollouts: small pure strategies over the responses to one prompt, composed by configuration.
 
-A filter takes a group and gives what is left of it; a group of which fewer than two answers are left, or none to learn
-from, has no baseline or no use and is dropped. What was taken out is counted by name, so that nothing goes unseen.
+A filter takes a group and returns what remains of it. A group with fewer than two remaining responses, or none to train
+on, has no baseline or no use and is dropped. What filters remove is counted by name, so that it shows in the metrics.
 
 Sources: DAPO (Yu et al. 2025, "DAPO: An Open-Source LLM Reinforcement Learning System at Scale"), section 3.2, dynamic
-sampling: groups that are all right or all wrong have advantages of zero, and are over-sampled away; section 3.4,
-overlong filtering: the loss of truncated answers is masked, since a cut-off answer may have been a good one.
+sampling: groups that are all right or all wrong have advantages of zero and are replaced; section 3.4, overlong
+filtering: the loss of truncated responses is masked, since a truncated response may have been a good one.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from megatron_r1.config.filters import FilterConfig
 from megatron_r1.rollout.sample import Sample
 
 Group = Sequence[Sample]
-"""The answers to one prompt, scored."""
+"""The scored responses to one prompt."""
 Filter = Callable[[Group], list[Sample]]
 
-FEWEST_ANSWERS = 2
+MIN_GROUP_SIZE = 2
 ZERO_STD = "zero_std_groups"
 """The filter that drops whole groups."""
 
 
-def drop_repeats(group: Group) -> list[Sample]:
-    """Of answers that are the same token for token, the first: a copy would count its advantage twice."""
+def drop_duplicates(group: Group) -> list[Sample]:
+    """The first of responses that are the same token for token: a copy would count its advantage twice."""
     first: dict[tuple[int, ...], Sample] = {}
     for sample in group:
         first.setdefault(sample.response_tokens, sample)
@@ -35,38 +35,38 @@ def drop_repeats(group: Group) -> list[Sample]:
 
 
 def drop_truncated(group: Group) -> list[Sample]:
-    """Without the answers that the length limit cut off."""
+    """Without the responses that reached the length limit."""
     return [sample for sample in group if sample.finish_reason != "length"]
 
 
 def mask_truncated(group: Group) -> list[Sample]:
-    """Answers that the length limit cut off stay in the group's baseline and are not learned from (DAPO, 3.4)."""
+    """Responses that reached the length limit stay in the group's baseline and are not trained on (DAPO, 3.4)."""
     return [replace(sample, in_loss=False) if sample.finish_reason == "length" else sample for sample in group]
 
 
-def drop_equal(group: Group) -> list[Sample]:
-    """Nothing, when all rewards of the group are equal, those of steps too (DAPO, 3.2: 0 < right answers < G)."""
+def drop_zero_std(group: Group) -> list[Sample]:
+    """Nothing, when all rewards of the group are equal, those of steps too (DAPO, 3.2: 0 < correct responses < G)."""
     rewards = {reward for sample in group for reward in (sample.reward, *(value for _, value in sample.steps))}
     return [] if len(rewards) == 1 else list(group)
 
 
-def chosen(config: FilterConfig) -> dict[str, Filter]:
-    """The configured filters by the name under which they count, in the order in which they work."""
+def build_filters(config: FilterConfig) -> dict[str, Filter]:
+    """The configured filters by the name under which they count, in the order in which they apply."""
     filters: dict[str, Filter] = {}
     if config.duplicates == "drop":
-        filters["duplicates"] = drop_repeats
+        filters["duplicates"] = drop_duplicates
     if config.truncated != "keep":
         filters["truncated"] = mask_truncated if config.truncated == "mask" else drop_truncated
     if config.zero_std_groups == "drop":
-        filters[ZERO_STD] = drop_equal
+        filters[ZERO_STD] = drop_zero_std
     return filters
 
 
-def filtered(group: Group, filters: dict[str, Filter]) -> tuple[list[Sample], Counter[str]]:
-    """What is left of a group, nothing where it is dropped; and what was taken out.
+def apply_filters(group: Group, filters: dict[str, Filter]) -> tuple[list[Sample], Counter[str]]:
+    """What remains of a group, nothing where it is dropped; and what was removed.
 
-    Counts, by metric: for each filter the answers that it took out or masked, for `ZERO_STD` the groups;
-    `rollout/filtered_small_groups` are groups that were dropped for having too few answers left or none to learn from.
+    Counts, by metric: for each filter the responses that it removed or masked, for `ZERO_STD` the groups;
+    `rollout/filtered_small_groups` are groups that were dropped because too few responses remained or none to train on.
     """
     counts: Counter[str] = Counter()
     left = list(group)
@@ -76,13 +76,13 @@ def filtered(group: Group, filters: dict[str, Filter]) -> tuple[list[Sample], Co
             counts[counted_as(name)] += not left
             continue
         counts[counted_as(name)] += len(before) - len(left) + _masked(left) - _masked(before)
-        if len(left) < FEWEST_ANSWERS or _masked(left) == len(left):
+        if len(left) < MIN_GROUP_SIZE or _masked(left) == len(left):
             return [], counts + Counter({"rollout/filtered_small_groups": 1})
     return left, +counts
 
 
 def counted_as(name: str) -> str:
-    """The metric that counts what a filter takes out."""
+    """The metric that counts what a filter removes."""
     return f"rollout/filtered_{name}"
 
 

@@ -1,6 +1,6 @@
 """How far the policy is from the reference: estimates of KL(policy || reference) by name.
 
-Pure. All are of what the policy sampled, in nats (Schulman 2020, "Approximating KL Divergence"). As a loss, k1's
+Pure. All are estimates from sampled tokens, in nats (Schulman 2020, "Approximating KL Divergence"). As a loss, k1's
 gradient is zero on average: it is meant for the reward. `exact` sums over the whole vocabulary at each token
 (`TokenScores.divergence`), which no function of two log-probabilities can.
 """
@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_r1.rl.objective.ratios import MAX_LOG_RATIO, ratio_of
+from megatron_r1.rl.objective.ratios import MAX_LOG_RATIO, at_level, ratio_of
 
 EXACT = "exact"
 
@@ -39,3 +39,15 @@ def k3(logprobs: Float[Tensor, "*shape"], reference_logprobs: Float[Tensor, "*sh
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def estimate_kl(
+    estimator: str,
+    logprobs_BL: Float[Tensor, "B L"],
+    reference_logprobs_BL: Float[Tensor, "B L"],
+    mask_BL: Bool[Tensor, "B L"],
+    level: str = "token",
+) -> Float[Tensor, "B U"]:
+    """An estimate of KL(policy || reference) of tokens or of whole responses; the reference gets no gradient."""
+    reference_BU = at_level(reference_logprobs_BL.detach(), mask_BL, level)
+    return ESTIMATORS[estimator](at_level(logprobs_BL, mask_BL, level), reference_BU)

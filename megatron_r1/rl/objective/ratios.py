@@ -1,6 +1,6 @@
 """Probability ratios that cannot overflow, and the two levels at which they are taken.
 
-Legend: B answers, L token positions, U positions at which a ratio is taken: L at token level, 1 at sequence level.
+Legend: B responses, L token positions, U positions at which a ratio is taken: L at token level, 1 at sequence level.
 """
 
 # ruff: noqa: F722 - shapes stand in annotations as text
@@ -14,7 +14,7 @@ from torch import Tensor
 LEVELS = ("token", "sequence")
 
 MAX_LOG_RATIO = 20.0
-"""Above this the exponential goes on as its tangent: values and squared gradients stay finite in float32."""
+"""Above this the exponential is continued by its tangent: values and squared gradients stay finite in float32."""
 
 
 def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -23,7 +23,7 @@ def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def at_level(values_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], level: str) -> Float[Tensor, "B U"]:
-    """Log-probabilities at the level of the ratio: of each token, or of the whole answer; 0 where there is no token.
+    """Log-probabilities at the level of the ratio: of each token, or of the whole response; 0 outside the mask.
 
     Raises:
         ValueError: unknown level.

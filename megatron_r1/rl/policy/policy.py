@@ -1,122 +1,105 @@
-"""Log-probabilities of answers under a model, on any layout.
+"""Log-probabilities of responses under a model, on any layout of ranks.
 
-Shapes: B answers of a micro-batch, L positions, D width.
+Shapes: B responses of a micro-batch, L positions, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_r1.model.build import without_multi_token_prediction
+from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import forward_only
-from megatron_r1.model.replay import RoutingReplay
+from megatron_r1.model.replay import NoReplay, Replay
 from megatron_r1.model.scores import last_hidden_states, model_scores
 from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores
 from megatron_r1.parallel.context import positions_of
 from megatron_r1.parallel.mesh import is_last_stage
-from megatron_r1.rl.policy.batch import ResponseBatch
+from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, longest_input
 
 
 class Policy:
-    """A model as a distribution over answers."""
+    """A model as a distribution over responses."""
 
-    def __init__(self, model: torch.nn.Module, temperature: float, replay: RoutingReplay | None = None):
+    def __init__(self, model: Model, temperature: float, replay: Replay | None = None):
         """
         Args:
-            temperature: as the engine samples with.
-            replay: lets routers take the experts that the engine took; None lets them choose.
+            temperature: the engine's sampling temperature.
+            replay: makes routers take the experts that the engine recorded; None lets them choose.
         """
-        self._model, self._temperature, self._replay = model, temperature, replay
+        self._model, self.temperature, self._replay = model, temperature, replay or NoReplay()
 
-    def scores(self, model: Any, rows: ResponseBatch, other: ReferenceHidden | None = None) -> TokenScores | Tensor:
-        """Scores [B, L] of the rows' targets on the last stage; hidden states for the next one on others.
+    def scores(
+        self, model: Any, batch: ResponseBatch, reference: ReferenceHidden | None = None
+    ) -> TokenScores | Tensor:
+        """Scores [B, L] of the batch's targets on the last pipeline stage; the stage's hidden states on others.
 
         Args:
             model: the model in whatever wrapping the schedule has it.
-            other: another model's hidden states [L, B, D] and head, for the exact divergence to it.
+            reference: another model's hidden states [L, B, D] and head, for the exact divergence to it.
         """
-        with self._telling(rows), without_multi_token_prediction(self._model):
+        with (
+            self._replay.replaying(batch.experts_BLNK, backward=torch.is_grad_enabled()),
+            without_multi_token_prediction(self._model),
+        ):
             return model_scores(
-                model, *inputs_of(rows), rows.targets_BL, temperature=self._temperature, reference=other
+                model, *inputs_of(batch), batch.targets_BL, temperature=self.temperature, reference=reference
             )
 
-    def _telling(self, rows: ResponseBatch) -> AbstractContextManager[None]:
-        if self._replay is None or rows.experts_BLNK is None:
-            return nullcontext()
-        return self._replay.replaying(rows.experts_BLNK, backward=torch.is_grad_enabled())
+    def logprobs_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> PerSample:
+        """Each sample's log-probabilities [L] under the current weights, without gradient.
 
-    def log_probs_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
-        """Each sample's row of log-probabilities under the weights as they stand, without gradient.
-
-        Empty but on the last pipeline stage.
+        Empty except on the last pipeline stage.
         """
 
-        def forward(model: Any, rows: ResponseBatch) -> Tensor:
-            output = self.scores(model, rows)
+        def forward(model: Any, batch: ResponseBatch) -> Tensor:
+            output = self.scores(model, batch)
             return output.log_probs if isinstance(output, TokenScores) else output
 
-        return self._by_sample(micro_batches, forward)
+        return outputs_by_sample(self._model, micro_batches, forward)
 
-    def hidden_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
+    def hidden_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> PerSample:
         """Each sample's last hidden states [L, D], likewise: what the exact divergence to this policy needs."""
 
-        def forward(model: Any, rows: ResponseBatch) -> Tensor:
-            with self._telling(rows), without_multi_token_prediction(self._model):
-                return last_hidden_states(model, *inputs_of(rows))
+        def forward(model: Any, batch: ResponseBatch) -> Tensor:
+            with (
+                self._replay.replaying(batch.experts_BLNK, backward=False),
+                without_multi_token_prediction(self._model),
+            ):
+                return last_hidden_states(model, *inputs_of(batch))
 
-        return self._by_sample(micro_batches, forward)
+        return outputs_by_sample(self._model, micro_batches, forward)
 
     def divergence_by_sample(
-        self, micro_batches: Sequence[ResponseBatch], other: Callable[[ResponseBatch], ReferenceHidden | None]
-    ) -> dict[int, Tensor]:
+        self, micro_batches: Sequence[ResponseBatch], reference: Callable[[ResponseBatch], ReferenceHidden | None]
+    ) -> PerSample:
         """Each sample's exact divergence [L] to another model at each position, likewise."""
 
-        def forward(model: Any, rows: ResponseBatch) -> Tensor:
-            output = self.scores(model, rows, other(rows) if is_last_stage() else None)
+        def forward(model: Any, batch: ResponseBatch) -> Tensor:
+            output = self.scores(model, batch, reference(batch) if is_last_stage() else None)
             if not isinstance(output, TokenScores):
                 return output
             assert output.divergence is not None
             return output.divergence
 
-        return self._by_sample(micro_batches, forward)
-
-    def _by_sample(
-        self, micro_batches: Sequence[ResponseBatch], forward: Callable[[Any, ResponseBatch], Tensor]
-    ) -> dict[int, Tensor]:
         return outputs_by_sample(self._model, micro_batches, forward)
 
 
 def outputs_by_sample(
-    model: Any, micro_batches: Sequence[ResponseBatch], forward: Callable[[Any, ResponseBatch], Tensor]
-) -> dict[int, Tensor]:
-    """Each sample's row of what `forward` gives, [B, L] or [B, L, D]; empty but on the last pipeline stage."""
+    model: Model, micro_batches: Sequence[ResponseBatch], forward: Callable[[Any, ResponseBatch], Tensor]
+) -> PerSample:
+    """Each sample's row of what `forward` gives, [B, L] or [B, L, D]; empty except on the last pipeline stage."""
     outputs = forward_only(model, micro_batches, forward, longest_input(micro_batches))
-    result: dict[int, Tensor] = {}
-    for rows, output_BL in zip(micro_batches, outputs, strict=False):
-        result |= zip(rows.samples_B.tolist(), output_BL, strict=True)
+    result: PerSample = {}
+    for batch, output_BL in zip(micro_batches, outputs, strict=False):
+        result |= zip(batch.indices_B.tolist(), output_BL, strict=True)
     return result
 
 
-def inputs_of(rows: ResponseBatch) -> tuple[Tensor, Tensor]:
+def inputs_of(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
     """Tokens and positions, [B, L], as a model takes them."""
-    return rows.inputs_BL.contiguous(), positions_of(rows.inputs_BL)
-
-
-def longest_input(micro_batches: Sequence[ResponseBatch]) -> int:
-    """Tokens of the longest input row."""
-    return max(rows.inputs_BL.shape[1] for rows in micro_batches)
-
-
-def pad_to_batch(by_sample: dict[int, Tensor], rows: ResponseBatch) -> Tensor:
-    """Values kept by sample, [L] or [L, D] each, as rows of this micro-batch, 0 beyond what was kept."""
-    kept = [by_sample[sample] for sample in rows.samples_B.tolist()]
-    length = rows.inputs_BL.shape[1]
-    result = kept[0].new_zeros(len(kept), length, *kept[0].shape[1:])
-    for row, values in enumerate(kept):
-        result[row, : len(values)] = values[:length]
-    return result
+    return batch.inputs_BL.contiguous(), positions_of(batch.inputs_BL)

@@ -1,4 +1,4 @@
-"""The reference policy, towards which the penalty pulls."""
+"""The reference policy of the KL penalty."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ class ReferencePolicy:
     def __init__(self, model: Model, weights: Mapping[str, Tensor] | None = None):
         """
         Args:
-            weights: whole tensors by name, for a run that goes on; None takes the model's weights as they stand.
+            weights: whole tensors by name, of a run that resumes; None takes the model's current weights.
         """
         self._model = model
         self.reset()
         if weights:
-            for copy, shard in self._beside():
+            for copy, shard in self._pairs():
                 copy.copy_(part_of(weights, shard))
 
     def reset(self) -> None:
-        """Take the model's weights as they stand."""
+        """Take the model's current weights."""
         self.copies = [shard.tensor.cpu().clone() for shard in shards(self._model)]
 
-    def _beside(self) -> Iterator[tuple[Tensor, Shard]]:
-        """Each copy and the shard that it is of, looked up anew: an optimizer moves weights to other memory."""
+    def _pairs(self) -> Iterator[tuple[Tensor, Shard]]:
+        """Each copy and its shard, looked up each time: an optimizer moves weights to other memory."""
         yield from zip(self.copies, shards(self._model), strict=True)
 
     def saved(self) -> Iterator[tuple[str, Shard]]:
-        """Kind and shard, for a checkpoint, of what this rank speaks for."""
-        for copy, shard in self._beside():
+        """Kind and shard, for a checkpoint, of what this rank owns."""
+        for copy, shard in self._pairs():
             if shard.owned:
                 yield SAVED, replace(shard, tensor=copy)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model computes with the reference's weights inside this block."""
+        """Inside this block the model has the reference's weights."""
         current = [shard.tensor.clone() for shard in shards(self._model)]
-        for copy, shard in self._beside():
+        for copy, shard in self._pairs():
             shard.tensor.copy_(copy)
         try:
             yield

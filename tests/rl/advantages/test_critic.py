@@ -12,7 +12,7 @@ import torch
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
 from megatron_r1.model.reward_head import add_reward_head
-from megatron_r1.rl.advantages.critic import Critic, CriticAdvantages
+from megatron_r1.rl.advantages.critic import Critic
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
@@ -45,9 +45,8 @@ def value_model(new_model: Callable, config: RunConfig) -> Any:
     return model
 
 
-def critic_beside(model: Any, config: RunConfig) -> tuple[Critic, CriticAdvantages]:
-    critic = Critic(model, Optimizer(model, config.train), config.rl.critic.value_clip)
-    return critic, CriticAdvantages(critic, config.rl.critic)
+def critic_beside(model: Any, config: RunConfig) -> Critic:
+    return Critic(model, Optimizer(model, config.train), config.rl.critic)
 
 
 def values_of(model: Any, sample: Any) -> torch.Tensor:
@@ -94,8 +93,8 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     samples[2] = replace(samples[2], steps=((3, 0.5), (7, -0.25), (7, 0.5)))
     reference = ReferencePolicy(policy, shifted_reference(policy))
     values = value_model(new_model, config)
-    _, advantages = critic_beside(values, config)
-    learner = Learner(config, policy, Optimizer(policy, config.train), reference, 0, "cpu", advantages=advantages)
+    critic = critic_beside(values, config)
+    learner = Learner(config, policy, Optimizer(policy, config.train), reference, 0, "cpu", critic=critic)
     _, row = learner.learn(samples, TrainState())
 
     plain, other = two_models(new_model, config)
@@ -138,8 +137,8 @@ def test_the_critic_learns_what_answers_are_worth_while_the_policy_waits(new_mod
     config.train.schedule.warmup_steps = 0
     policy = trainable(new_model(config.model))
     before = {name: tensor.clone() for name, tensor in native_tensors(policy)}
-    _, advantages = critic_beside(value_model(new_model, config), config)
-    learner = Learner(config, policy, Optimizer(policy, config.train), None, 0, "cpu", advantages=advantages)
+    critic = critic_beside(value_model(new_model, config), config)
+    learner = Learner(config, policy, Optimizer(policy, config.train), None, 0, "cpu", critic=critic)
     samples, state, rows = make_samples(policy, 0.0), TrainState(), []
     for _ in range(12):
         state, row = learner.learn(samples, state)
@@ -159,7 +158,7 @@ def test_what_moved_far_in_one_rollout_is_held_back(new_model):
     config.rl.critic.value_clip, config.rl.critic.learning_rate = 1e-3, 1e-2
     config.train.schedule.warmup_steps = 0
     policy = trainable(new_model(config.model))
-    _, advantages = critic_beside(value_model(new_model, config), config)
-    learner = Learner(config, policy, Optimizer(policy, config.train), None, 0, "cpu", advantages=advantages)
+    critic = critic_beside(value_model(new_model, config), config)
+    learner = Learner(config, policy, Optimizer(policy, config.train), None, 0, "cpu", critic=critic)
     _, row = learner.learn(make_samples(policy, 0.0), TrainState())
     assert row["critic/clip_fraction"] > 0

@@ -19,7 +19,14 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score
 from megatron_r1.rl.advantages.group_relative import group_advantages, ragged_group_advantages
-from megatron_r1.rl.generation.filters import chosen, drop_equal, drop_repeats, drop_truncated, filtered, mask_truncated
+from megatron_r1.rl.generation.filters import (
+    apply_filters,
+    build_filters,
+    drop_duplicates,
+    drop_truncated,
+    drop_zero_std,
+    mask_truncated,
+)
 from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
 from megatron_r1.rl.policy.batch import make_batch
 from megatron_r1.rollout.journal import Journal
@@ -38,19 +45,19 @@ CUT, CUT_RIGHT = sample([7, 7, 7], 0.0, "length"), sample([8, 8, 8], 1.0, "lengt
 
 def test_each_filter_takes_out_its_own():
     group = [RIGHT, WRONG, AGAIN, CUT]
-    assert drop_repeats(group) == [RIGHT, WRONG, CUT]
+    assert drop_duplicates(group) == [RIGHT, WRONG, CUT]
     assert drop_truncated(group) == [RIGHT, WRONG, AGAIN]
     assert mask_truncated(group) == [RIGHT, WRONG, AGAIN, replace(CUT, in_loss=False)]
-    assert drop_equal(group) == group
-    assert drop_equal([RIGHT, AGAIN]) == [] == drop_equal([WRONG, CUT])
+    assert drop_zero_std(group) == group
+    assert drop_zero_std([RIGHT, AGAIN]) == [] == drop_zero_std([WRONG, CUT])
     # Steps are held against each other too, within one answer and against the answers' own rewards.
     told = [replace(one, steps=((0, 1.0),)) for one in (RIGHT, AGAIN)]
-    assert drop_equal(told) == [] and drop_equal([replace(told[0], steps=((0, 1.0), (1, 0.0))), told[1]])
+    assert drop_zero_std(told) == [] and drop_zero_std([replace(told[0], steps=((0, 1.0), (1, 0.0))), told[1]])
 
 
 def test_nothing_is_configured_by_default():
-    assert chosen(FilterConfig()) == {}
-    assert filtered([RIGHT, RIGHT], {}) == ([RIGHT, RIGHT], {})
+    assert build_filters(FilterConfig()) == {}
+    assert apply_filters([RIGHT, RIGHT], {}) == ([RIGHT, RIGHT], {})
 
 
 @pytest.mark.parametrize(
@@ -70,9 +77,9 @@ def test_nothing_is_configured_by_default():
             [],
             {"rollout/filtered_truncated": 1, "rollout/filtered_small_groups": 1},
         ),
-        ({"repeats": "drop"}, [RIGHT, AGAIN, WRONG], [True, True], {"rollout/filtered_duplicates": 1}),
+        ({"duplicates": "drop"}, [RIGHT, AGAIN, WRONG], [True, True], {"rollout/filtered_duplicates": 1}),
         (
-            {"repeats": "drop"},
+            {"duplicates": "drop"},
             [RIGHT, AGAIN],
             [],
             {"rollout/filtered_duplicates": 1, "rollout/filtered_small_groups": 1},
@@ -93,7 +100,7 @@ def test_nothing_is_configured_by_default():
             {"rollout/filtered_truncated": 1},
         ),
         (
-            {"repeats": "drop", "truncated": "mask"},
+            {"duplicates": "drop", "truncated": "mask"},
             [CUT, CUT, RIGHT],
             [False, True],
             {"rollout/filtered_duplicates": 1, "rollout/filtered_truncated": 1},
@@ -101,7 +108,7 @@ def test_nothing_is_configured_by_default():
     ],
 )
 def test_filters_together(settings, group, left, counts):
-    result, counted = filtered(group, chosen(FilterConfig(**settings)))
+    result, counted = apply_filters(group, build_filters(FilterConfig(**settings)))
     assert ([one.in_loss for one in result], dict(counted)) == (left, counts)
 
 
@@ -158,15 +165,16 @@ def tokenizer(config):
     return train_tokenizer(config.data)
 
 
+def odd_length(_, texts: Sequence[str]) -> list[Score | Unscored]:
+    """1 for texts of an odd number of characters, else 0."""
+    return [Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)}) for text in texts]
+
+
 @pytest.fixture
 def rollouts(config, tokenizer, tmp_path):
-    def make(answers, **filters) -> tuple[Rollouts, Scripted]:
+    def make(answers, scorer=odd_length, **filters) -> tuple[Rollouts, Scripted]:
         config.rl.filters = FilterConfig(**filters)
         engine = Scripted(answers)
-
-        def scorer(_, texts: list[str]) -> list[Score]:
-            return [Score(float(len(text) % 2), {"accuracy": float(len(text) % 2)}) for text in texts]
-
         journal = Journal(tmp_path / "rollouts")
         formatter = PromptFormatter(tokenizer, "r1_zero")
         prompts = TrainingPrompts(config.data)
@@ -234,18 +242,14 @@ def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
 def test_unscored_answers_cost_their_group_and_are_counted_apart(rollouts, two_kinds):
     """A judge that is down is not a wrong answer: nothing is learned from the group."""
     zero, one = two_kinds
-    taker, _ = rollouts([[zero, one], [one, one], [None, zero]])
-    scorer = taker._scorer
 
-    def down(prompts, texts):
-        scores = scorer(prompts, texts)
-        return [Unscored("no sandbox") if place == 2 else score for place, score in enumerate(scores)]
+    def third_unscored(prompts, texts):
+        return [Unscored("no sandbox") if i == 2 else score for i, score in enumerate(odd_length(prompts, texts))]
 
-    taker._scorer = down
+    taker, _ = rollouts([[zero, one], [one, one], [None, zero]], third_unscored)
     rollout = taker.take(step=1, first_prompt=0)
     assert (len(rollout.samples), rollout.counts) == (2, {"rollout/lost_groups": 1, "rollout/unscored_groups": 1})
-    taker, _ = rollouts([[zero, one]] * 3)
-    taker._scorer = lambda prompts, texts: [Unscored("no sandbox")] * len(texts)
+    taker, _ = rollouts([[zero, one]] * 3, lambda prompts, texts: [Unscored("no sandbox")] * len(texts))
     with pytest.raises(NoRolloutCapacity, match="all its prompts were lost; the last one: no sandbox"):
         taker.take(step=2, first_prompt=0)
 

@@ -67,22 +67,18 @@ def models() -> list[Letters]:
 
 
 @pytest.fixture
-def joint(models) -> CollectiveRewardService:
+def service(models) -> CollectiveRewardService:
     return CollectiveRewardService([Weighted(1.0, models[0]), Weighted(0.5, models[1])])
 
 
-def ahead_of(source: Source, joint: CollectiveRewardService, ahead: int = 2, abandon=lambda: None) -> AsyncRollouts:
-    def abandon_both() -> None:
-        abandon()
-        joint.close()
-
-    return AsyncRollouts(source, ahead, 1, LAST, abandon_both, joint.result)
+def ahead_of(source: Source, service: CollectiveRewardService, ahead: int = 2, abandon=lambda: None) -> AsyncRollouts:
+    return AsyncRollouts(source, ahead, 1, LAST, abandon, service)
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_only_the_trainers_thread_scores_and_every_rollout_gets_its_own(joint, models, ahead):
-    rubric = Rubric([*joint.rewards, Weighted(2.0, Rule("rule", lambda prompt, text: len(text)))])
-    with ahead_of(Source(rubric), joint, ahead) as rollouts:
+def test_only_the_trainers_thread_scores_and_every_rollout_gets_its_own(service, models, ahead):
+    rubric = Rubric([*service.rewards, Weighted(2.0, Rule("rule", lambda prompt, text: len(text)))])
+    with ahead_of(Source(rubric), service, ahead) as rollouts:
         samples = [rollouts.take(step, step - 1).samples[0] for step in range(1, LAST + 1)]
     for step, sample in enumerate(samples, start=1):
         assert sample.reward_parts == {"a": step, "b": 0.5, "rule": 2 * (step + 1)}
@@ -90,46 +86,46 @@ def test_only_the_trainers_thread_scores_and_every_rollout_gets_its_own(joint, m
         assert model.threads == {threading.get_ident()} and len(model.asked) == LAST
 
 
-def test_the_trainers_thread_does_not_wait_for_itself(joint):
-    source = Source(Rubric(joint.rewards))
+def test_the_trainers_thread_does_not_wait_for_itself(service):
+    source = Source(Rubric(service.rewards))
     assert [source.take(step, 0).samples[0].reward for step in (1, 2)] == [1.5, 2.5]
 
 
-def test_who_waits_is_served_though_the_trainer_has_what_it_wants(joint):
+def test_who_waits_is_served_though_the_trainer_has_what_it_wants(service):
     done: Future[str] = Future()
     done.set_result("rollout")
     with ThreadPoolExecutor(1) as threads:
-        later = threads.submit(Source(Rubric(joint.rewards)).take, 3, 0)
+        later = threads.submit(Source(Rubric(service.rewards)).take, 3, 0)
         while not later.done():
-            assert joint.result(done) == "rollout"
+            assert service.wait(done) == "rollout"
         assert later.result().samples[0].reward == 3.5
 
 
-def test_what_could_not_be_judged_is_asked_again_in_the_same_way(joint, models, monkeypatch):
+def test_what_could_not_be_judged_is_asked_again_in_the_same_way(service, models, monkeypatch):
     monkeypatch.setattr(score_module, "FIRST_PAUSE_S", 0.001)
-    source = Source(Rubric(joint.rewards, retries=1), {2: "later ab"})
-    with ahead_of(source, joint) as rollouts:
+    source = Source(Rubric(service.rewards, retries=1), {2: "later ab"})
+    with ahead_of(source, service) as rollouts:
         assert rollouts.take(1, 0).samples[0].reward == 1.5
         assert rollouts.take(2, 1).samples[0].reward == 2 + 0.5
     assert models[0].asked.count("later ab") == 2 and models[0].threads == {threading.get_ident()}
 
 
-def test_a_thread_that_dies_does_not_keep_the_trainer(joint):
+def test_a_thread_that_dies_does_not_keep_the_trainer(service):
     def die() -> None:
         time.sleep(0.05)
         raise ValueError("lost its way")
 
-    with ahead_of(Source(Rubric(joint.rewards), first={2: die}), joint) as rollouts:
+    with ahead_of(Source(Rubric(service.rewards), first={2: die}), service) as rollouts:
         assert rollouts.take(1, 0).samples[0].reward == 1.5
         with pytest.raises(ValueError, match="lost its way"):
             rollouts.take(2, 1)
 
 
-def test_a_failure_to_score_ends_the_run_and_all_that_waits(joint):
+def test_a_failure_to_score_ends_the_run_and_all_that_waits(service):
     """Step 1 is being answered when step 2's scores fail, and asks for its own when it is abandoned."""
     abandoned, began = threading.Event(), time.monotonic()
-    source = Source(Rubric(joint.rewards), {2: "broken"}, {1: abandoned.wait})
-    with ahead_of(source, joint, 1, abandoned.set) as rollouts:
+    source = Source(Rubric(service.rewards), {2: "broken"}, {1: abandoned.wait})
+    with ahead_of(source, service, 1, abandoned.set) as rollouts:
         with pytest.raises(RuntimeError, match="cannot read this"):
             rollouts.take(1, 0)
         while 2 not in source.ended:
@@ -139,10 +135,10 @@ def test_a_failure_to_score_ends_the_run_and_all_that_waits(joint):
     assert isinstance(source.ended[1], NoRolloutCapacity) and isinstance(source.ended[2], RuntimeError)
 
 
-def test_the_end_of_a_run_releases_who_waits_for_scores(joint, models):
+def test_the_end_of_a_run_releases_who_waits_for_scores(service, models):
     learning = threading.Event()
-    source = Source(Rubric(joint.rewards), first={3: learning.wait})
-    with ahead_of(source, joint) as rollouts:
+    source = Source(Rubric(service.rewards), first={3: learning.wait})
+    with ahead_of(source, service) as rollouts:
         rollouts.take(1, 0)
         learning.set()
         time.sleep(0.1)

@@ -93,15 +93,15 @@ def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
 
     samples = rollouts().take(step=0, first_prompt=0).samples
     rows = make_batch(samples, [7, 0, 11], pad_token=3, device="cpu")
-    assert rows.samples_B.tolist() == [7, 0, 11]
+    assert rows.indices_B.tolist() == [7, 0, 11]
     for row, place in enumerate([7, 0, 11]):
         sample, mask_L = samples[place], rows.mask_BL[row]
         assert tuple(rows.targets_BL[row][mask_L].tolist()) == sample.response_tokens
-        assert rows.rollout_log_probs_BL[row][mask_L].tolist() == pytest.approx(sample.logprobs)
+        assert rows.rollout_logprobs_BL[row][mask_L].tolist() == pytest.approx(sample.logprobs)
         start = len(sample.prompt_tokens)
         assert rows.inputs_BL[row][mask_L][0] == sample.prompt_tokens[-1] and int(mask_L.float().argmax()) == start - 1
         assert set(rows.tokens_BL[row][start + len(sample.response_tokens) :].tolist()) <= {3}
-        assert not rows.rollout_log_probs_BL[row][~mask_L].any()
+        assert not rows.rollout_logprobs_BL[row][~mask_L].any()
 
 
 def fields(sample) -> dict:

@@ -11,7 +11,7 @@ from megatron_r1.data.synthetic.arithmetic import answer, draw_problem
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import response_text
 from megatron_r1.rewards.steps import RewardedStep, steps_of
-from megatron_r1.rl.generation.step_rewards import steps_at_tokens
+from megatron_r1.rl.generation.rollouts import steps_at_tokens
 
 CONFIG = DataConfig(num_documents=400)
 

@@ -19,10 +19,10 @@ k3, ratio_of, grpo, grpo_sequence = (
 LEVELS = {"token": (grpo, "grpo"), "sequence": (grpo_sequence, "grpo_sequence")}
 
 
-def grpo_loss(new, old, reference, advantages, mask, *, num_answers, epsilon, kl_coefficient=0.0, level="token"):
+def grpo_loss(new, old, reference, advantages, mask, *, num_responses, epsilon, kl_coefficient=0.0, level="token"):
     """Both papers' GRPO."""
     objective = Objective(Clip(epsilon, epsilon), LEVELS[level][1], kl_coefficient=kl_coefficient)
-    return objective.loss(ObjectiveInputs(new, old, advantages, mask, reference), BatchTotals(num_answers))
+    return objective.loss(ObjectiveInputs(new, old, advantages, mask, reference), BatchTotals(num_responses))
 
 
 def clipped_objective(new, old, advantages, mask, epsilon, level="token"):
@@ -87,7 +87,7 @@ def test_token_level_by_hand():
     mask = torch.tensor([[True, True], [True, False], [True, False]])
     advantages = torch.tensor([2.0, -1.0, -1.0], dtype=torch.float64)
     assert clipped_objective(new, old, advantages, mask, 0.2).tolist() == pytest.approx([1.7, -1.5, -0.8])
-    loss, metrics = grpo_loss(new, old, None, advantages, mask, num_answers=3, epsilon=0.2)
+    loss, metrics = grpo_loss(new, old, None, advantages, mask, num_responses=3, epsilon=0.2)
     assert loss.item() == pytest.approx(-(1.7 - 1.5 - 0.8) / 3)
     assert metrics["policy/ratio"].item() == pytest.approx((1.0 + 1.5 + 0.5) / 3)
     assert metrics["policy/ratio_clipped"].item() == pytest.approx(((1.2 + 0.8) / 2 + 1.2 + 0.8) / 3)
@@ -106,7 +106,7 @@ def test_sequence_level_by_hand():
     # k3 of the whole answer with reference = old: 1/0.75 - log(1/0.75) - 1.
     kl = 1 / 0.75 - math.log(1 / 0.75) - 1
     loss, metrics = grpo_loss(
-        new, old, old, advantages, mask, num_answers=2, epsilon=0.2, kl_coefficient=0.5, level="sequence"
+        new, old, old, advantages, mask, num_responses=2, epsilon=0.2, kl_coefficient=0.5, level="sequence"
     )
     assert metrics["policy/kl"].item() == pytest.approx(kl)
     assert metrics["policy/kl_loss"].item() == pytest.approx(0.5 * kl)
@@ -120,7 +120,7 @@ def test_loss_equals_a_loop_over_tokens(level, epsilon, seed):
     new, old, reference, advantages, mask = random_case(seed)
     expected = loop_loss(new, old, reference, advantages, mask, epsilon, 0.04, level)
     loss, metrics = grpo_loss(
-        new, old, reference, advantages, mask, num_answers=5, epsilon=epsilon, kl_coefficient=0.04, level=level
+        new, old, reference, advantages, mask, num_responses=5, epsilon=epsilon, kl_coefficient=0.04, level=level
     )
     assert loss.item() == pytest.approx(expected, rel=1e-12, abs=1e-14)
     assert metrics["policy/loss"].item() == loss.item()
@@ -133,7 +133,15 @@ def test_gradient_equals_numerical_gradient(level, epsilon):
 
     def loss(logprobs):
         return grpo_loss(
-            logprobs, old, reference, advantages, mask, num_answers=4, epsilon=epsilon, kl_coefficient=0.1, level=level
+            logprobs,
+            old,
+            reference,
+            advantages,
+            mask,
+            num_responses=4,
+            epsilon=epsilon,
+            kl_coefficient=0.1,
+            level=level,
         )[0]
 
     assert torch.autograd.gradcheck(loss, new.requires_grad_())
@@ -154,7 +162,7 @@ def test_exponential_continues_as_its_tangent():
 def test_on_policy_value_is_the_advantage_and_gradient_is_policy_gradient(level):
     new, _, _, advantages, mask = random_case(5)
     new.requires_grad_()
-    loss, metrics = grpo_loss(new, new.detach(), None, advantages, mask, num_answers=5, epsilon=0.2, level=level)
+    loss, metrics = grpo_loss(new, new.detach(), None, advantages, mask, num_responses=5, epsilon=0.2, level=level)
     loss.backward()
     lengths = mask.sum(1)
     answered = lengths > 0
@@ -179,7 +187,7 @@ def test_epsilon_of_ten_holds_back_only_large_ratios_of_good_answers():
 def test_micro_batches_add_up(level):
     *tensors, advantages, mask = random_case(7, answers=6)
     tensors[0].requires_grad_()
-    options = {"num_answers": 6, "epsilon": 0.2, "kl_coefficient": 0.04, "level": level}
+    options = {"num_responses": 6, "epsilon": 0.2, "kl_coefficient": 0.04, "level": level}
     whole, metrics = grpo_loss(*tensors, advantages, mask, **options)
     gradient = torch.autograd.grad(whole, tensors[0])[0]
     parts = [
@@ -202,14 +210,14 @@ def test_padding_and_empty_answers_leave_no_trace(level):
     for tensors in (clean, spoilt):
         tensors[0].requires_grad_()
         loss, metrics = grpo_loss(
-            *tensors, advantages, mask, num_answers=5, epsilon=0.2, kl_coefficient=0.1, level=level
+            *tensors, advantages, mask, num_responses=5, epsilon=0.2, kl_coefficient=0.1, level=level
         )
         loss.backward()
         results.append((loss, tensors[0].grad, metrics))
     torch.testing.assert_close(results[0], results[1])
     assert results[1][1].isfinite().all()
     empty = torch.zeros_like(mask)
-    loss, metrics = grpo_loss(*clean, advantages, empty, num_answers=5, epsilon=0.2, kl_coefficient=0.1, level=level)
+    loss, metrics = grpo_loss(*clean, advantages, empty, num_responses=5, epsilon=0.2, kl_coefficient=0.1, level=level)
     loss.backward()
     assert loss.item() == 0 and all(value.item() == 0 for value in metrics.values())
 
@@ -221,7 +229,7 @@ def test_far_policies_stay_finite_in_float32(level, gap, advantage):
     new = torch.full((1, 64), gap, requires_grad=True)
     far, mask = torch.zeros(1, 64), torch.ones(1, 64, dtype=torch.bool)
     loss, metrics = grpo_loss(
-        new, far, far, torch.tensor([advantage]), mask, num_answers=1, epsilon=0.2, kl_coefficient=0.1, level=level
+        new, far, far, torch.tensor([advantage]), mask, num_responses=1, epsilon=0.2, kl_coefficient=0.1, level=level
     )
     loss.backward()
     assert loss.isfinite() and new.grad.norm().isfinite()
@@ -230,13 +238,13 @@ def test_far_policies_stay_finite_in_float32(level, gap, advantage):
 
 def test_wrong_level_missing_reference_and_wrong_shapes_are_refused():
     new, old, _, advantages, mask = random_case(0)
-    for wrong in ({"term": "word"}, {"average": "word"}, {"penalty": "word"}):
+    for wrong in ({"term": "word"}, {"aggregation": "word"}, {"kl_estimator": "word"}):
         with pytest.raises(ValueError, match="=word: must be one of"):
             Objective(Clip(0.2, 0.2), **wrong)
     with pytest.raises(ValueError, match="level=word"):
         ratios.at_level(new, mask, "word")
     with pytest.raises(ValueError, match="kl_coefficient=0.1"):
-        grpo_loss(new, old, None, advantages, mask, num_answers=5, epsilon=0.2, kl_coefficient=0.1)
+        grpo_loss(new, old, None, advantages, mask, num_responses=5, epsilon=0.2, kl_coefficient=0.1)
     with pytest.raises(TypeCheckError):
         clipped_objective(new, old[:, :-1], advantages, mask, 0.2)
     with pytest.raises(TypeCheckError):

@@ -12,8 +12,9 @@ from megatron_r1.config.load import load
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.importance_weights import ClipRange
-from megatron_r1.rl.objective.objective import ImportanceSampling, Objective, ObjectiveInputs, objective_of
+from megatron_r1.rl.objective.objective import ImportanceSampling, Objective, ObjectiveInputs, build_objective
 from megatron_r1.rl.objective.policy_terms import Clip
+from megatron_r1.rl.policy.kl_penalty import build_kl_penalty
 from tests.support.trl_losses import trl_dpo_loss, trl_policy_loss
 
 LONGEST = 9
@@ -67,8 +68,8 @@ def assert_alike(mine: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
 OBJECTIVES = {
     "grpo": (Objective(Clip(0.2, 0.2)), {"loss_type": "grpo"}),
     "grpo, limits of ten": (Objective(Clip(10.0, 10.0)), {"loss_type": "grpo"}),
-    "dapo": (Objective(Clip(0.2, 0.28), average="token_mean"), {"loss_type": "dapo"}),
-    "dr_grpo": (Objective(Clip(0.2, 0.2), average="constant"), {"loss_type": "dr_grpo", "longest": LONGEST}),
+    "dapo": (Objective(Clip(0.2, 0.28), aggregation="token_mean"), {"loss_type": "dapo"}),
+    "dr_grpo": (Objective(Clip(0.2, 0.2), aggregation="constant"), {"loss_type": "dr_grpo", "longest": LONGEST}),
     "gspo": (Objective(Clip(3e-4, 4e-4), "gspo"), {"loss_type": "grpo", "level": "sequence"}),
     "gspo, wide": (Objective(Clip(0.5, 0.5), "gspo"), {"loss_type": "grpo", "level": "sequence"}),
     "gspo, token mean": (Objective(Clip(0.5, 0.5), "gspo", "token_mean"), {"loss_type": "dapo", "level": "sequence"}),
@@ -110,8 +111,10 @@ def test_corrections_are_trls(kind, level):
             weights_BU = ratio_BU.clamp(max=1.5)
         else:
             weights_BU = ratio_BU.masked_fill((ratio_BU < 0.5) | (ratio_BU > 1.5), 0.0)
-        limits = ClipRange(0.0 if kind == "truncated" else 0.5, 1.5)
-        objective = Objective(Clip(0.2, 0.2), kl_coefficient=0.04, correction=ImportanceSampling(kind, level, limits))
+        clip_range = ClipRange(0.0 if kind == "truncated" else 0.5, 1.5)
+        objective = Objective(
+            Clip(0.2, 0.2), kl_coefficient=0.04, importance_sampling=ImportanceSampling(kind, level, clip_range)
+        )
         mine, metrics = objective.loss(answers, totals)
         theirs = trl_policy_loss(
             answers.logprobs_BL,
@@ -132,7 +135,7 @@ def test_corrections_are_trls(kind, level):
 def test_the_entropy_bonus_is_trls_where_tokens_count_alike():
     for seed in SEEDS:
         answers, totals = drawn(seed)
-        objective = Objective(Clip(0.2, 0.28), average="token_mean", entropy_coefficient=0.1)
+        objective = Objective(Clip(0.2, 0.28), aggregation="token_mean", entropy_coefficient=0.1)
         mine, _ = objective.loss(answers, totals)
         theirs = trl_policy_loss(
             answers.logprobs_BL,
@@ -191,12 +194,14 @@ PRESETS = {
     "r1": Objective(Clip(10.0, 10.0), kl_coefficient=1e-3),
     "r1_zero": Objective(Clip(0.2, 0.2), kl_coefficient=1e-3),
     "on_policy": Objective(Clip(0.2, 0.2), "on_policy", kl_coefficient=1e-3),
-    "dr_grpo": Objective(Clip(0.2, 0.2), average="constant"),
-    "dapo": Objective(Clip(0.2, 0.28), average="token_mean"),
+    "dr_grpo": Objective(Clip(0.2, 0.2), aggregation="constant"),
+    "dapo": Objective(Clip(0.2, 0.28), aggregation="token_mean"),
     "gspo": Objective(Clip(3e-4, 4e-4), "gspo"),
     "cispo": Objective(Clip(1.0, 4.0), "cispo", "token_mean"),
     "corrected": Objective(
-        Clip(0.2, 0.2), kl_coefficient=1e-3, correction=ImportanceSampling("truncated", "token", ClipRange(0.0, 2.0))
+        Clip(0.2, 0.2),
+        kl_coefficient=1e-3,
+        importance_sampling=ImportanceSampling("truncated", "token", ClipRange(0.0, 2.0)),
     ),
 }
 
@@ -204,5 +209,5 @@ PRESETS = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_papers_objectives(name):
     config = load("grpo", [f"rl={name}", "init.from=somewhere"]).rl
-    assert objective_of(config) == PRESETS[name]
+    assert build_objective(config, build_kl_penalty(config).loss_coefficient) == PRESETS[name]
     assert config.advantage_std == ("none" if name == "dr_grpo" else "population")
