@@ -73,7 +73,7 @@ def run(config: RunConfig) -> None:
 
         hooks = run.hooks(
             SHOWN,
-            f"dpo {config.name}",
+            "dpo",
             extra_shards=reference.saved,
             first=[EvalHook(measure_of(heldout), settings.eval_interval, config.train.steps)],
         )

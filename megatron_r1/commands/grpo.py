@@ -173,7 +173,7 @@ def rollout_source(
 
 def build_hooks(run: TrainingRun, learner: Learner) -> Hook:
     """The run's hooks; on rank 0 also the one that prunes the journal."""
-    hooks = run.hooks(SHOWN, f"grpo {run.config.name}", extra_shards=learner.saved)
+    hooks = run.hooks(SHOWN, "grpo", extra_shards=learner.saved)
     if not is_rank_zero():
         return hooks
     return Hooks([hooks, PruneJournal(Journal(run.folder / JOURNAL), run.config.train)])

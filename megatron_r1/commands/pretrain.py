@@ -50,9 +50,7 @@ def run(config: RunConfig) -> None:
         # All ranks know all loads; the one that records them measures their balance.
         settings = config.train
         balance = BalanceHook(settings.balance_window, settings.log_interval, run.extra) if is_rank_zero() else None
-        hooks = run.hooks(
-            SHOWN, f"pretrain {config.name}", balance.tensors if balance else dict, first=[balance] if balance else []
-        )
+        hooks = run.hooks(SHOWN, "pretrain", balance.tensors if balance else dict, first=[balance] if balance else [])
         state = train(run.state, pretraining_step(run, corpus), hooks, config.train.steps)
         finish_run(run, state)
 

@@ -57,7 +57,7 @@ def run(config: RunConfig) -> None:
         measure = HeldoutAccuracy(model, encoder, heldout, settings.max_critique_tokens)
         hooks = run.hooks(
             SHOWN,
-            f"reward {config.name}",
+            "reward_model",
             first=[EvalHook(measure, settings.eval_interval, config.train.steps)],
         )
         step = preference_step(config, PreferenceDataset(examples, config.seed), learning(run, model))

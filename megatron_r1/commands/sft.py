@@ -61,7 +61,7 @@ def run(config: RunConfig) -> None:
             first.append(EvalHook(measure, config.sft.eval_interval, config.train.steps, before))
         if dist.get_rank() == 0:
             logger.info("%s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
-        hooks = run.hooks(SHOWN, f"sft {config.name}", first=first)
+        hooks = run.hooks(SHOWN, "sft", first=first)
         state = train(run.state, supervised_step(run, training_reader, training), hooks, config.train.steps)
         finish_run(run, state)
 

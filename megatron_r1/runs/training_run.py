@@ -72,7 +72,7 @@ class TrainingRun:
     def hooks(
         self,
         shown: Sequence[str],
-        title: str,
+        verb: str,
         extra_tensors: ExtraTensors = dict,
         extra_shards: ExtraShards = tuple,
         first: Sequence[Hook] = (),
@@ -81,7 +81,7 @@ class TrainingRun:
 
         Args:
             shown: metrics on the terminal.
-            title: name of the progress bar.
+            verb: of the command line; wandb's job type.
             extra_tensors: what a checkpoint holds beside model and optimizer; rank 0's counts.
             extra_shards: the same, of what ranks share like weights: kind and shard.
             first: come before the others, to add to a row or to what is saved.
@@ -100,8 +100,9 @@ class TrainingRun:
             )
         ]
         if dist.get_rank() == 0:
-            tracker = Tracker(self.folder, resolved(self.config), self.config.name, self.config.track, self.state.step)
-            hooks.insert(0, LogHook(tracker, shown, train.steps, self.state.step, train.log_interval, title))
+            start, title = self.state.step, f"{verb} {self.config.name}"
+            tracker = Tracker(self.folder, resolved(self.config), self.config.name, self.config.track, verb, start)
+            hooks.insert(0, LogHook(tracker, shown, train.steps, start, train.log_interval, title))
         if self.ema:
             hooks.insert(0, EmaHook(self.ema))
         return Hooks([*first, *hooks, self.preempt])

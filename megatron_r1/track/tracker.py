@@ -11,7 +11,7 @@ from typing import Any, Self
 from megatron_r1.config.track import TrackConfig
 from megatron_r1.track import metrics
 from megatron_r1.track.record import Record, read_metrics
-from megatron_r1.track.wandb_run import WandbRun, wandb_mode
+from megatron_r1.track.wandb_run import Identity, WandbRun, wandb_mode
 
 
 class Tracker:
@@ -21,17 +21,25 @@ class Tracker:
         run_folder: made if missing; gets `metrics.jsonl` and `wandb/`.
         config: resolved configuration, for wandb's page of the run.
         name: name of the run.
+        verb: of the command line; with the folder that holds the runs of a pipeline it says what belongs together.
         resume_step: step of the checkpoint that the run goes on from; rows after it are removed and recorded anew.
     """
 
     def __init__(
-        self, run_folder: Path, config: Mapping[str, Any], name: str, track: TrackConfig, resume_step: int = 0
+        self,
+        run_folder: Path,
+        config: Mapping[str, Any],
+        name: str,
+        track: TrackConfig,
+        verb: str,
+        resume_step: int = 0,
     ):
         run_folder.mkdir(parents=True, exist_ok=True)
         path = run_folder / "metrics.jsonl"
         self._record = Record(path, resume_step)
         mode = wandb_mode(track.wandb, os.environ)
-        self._wandb = WandbRun(run_folder, mode, config, name, track.project, history=read_metrics(path))
+        identity = Identity.of(run_folder, name, track.project, verb, os.environ)
+        self._wandb = WandbRun(run_folder, mode, config, identity, history=read_metrics(path))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Records the metrics of one step; steps rise.

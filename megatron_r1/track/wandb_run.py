@@ -10,8 +10,11 @@ import logging
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_r1.track.metrics import METRICS, STEP
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,34 @@ def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
     return "online" if environment.get("WANDB_API_KEY") else "offline"
 
 
+@dataclass(frozen=True)
+class Identity:
+    """How wandb lists a run: the runs of one pipeline are a group, each with its verb as job type."""
+
+    name: str
+    project: str
+    group: str
+    job_type: str
+    tags: tuple[str, ...]
+
+    @classmethod
+    def of(cls, folder: Path, name: str, project: str, verb: str, environment: Mapping[str, str]) -> Identity:
+        """Of the run in `folder`; wandb's own variables name another group or further tags."""
+        group = environment.get("WANDB_RUN_GROUP") or folder.resolve().parent.name
+        further = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
+        return cls(name, project, group, verb, tuple(dict.fromkeys([verb, *further])))
+
+
+def define_metrics(run: Any) -> None:
+    """Tell wandb the x-axis of every registered metric, and what a run's summary shows: the last and the best."""
+    run.define_metric(STEP)
+    for metric in METRICS:
+        # wandb joins the keys of a table with a dot.
+        name = f"{metric.name}.*" if metric.table else metric.name
+        best = {"higher": "max,last", "lower": "min,last"}.get(metric.better)
+        run.define_metric(name, step_metric=STEP, summary=None if metric.table else best)
+
+
 class WandbRun:
     """One wandb run, continued by its id.
 
@@ -40,6 +71,7 @@ class WandbRun:
         folder: run folder; wandb writes under `folder/wandb`, where the id is kept too.
         mode: online, offline or disabled.
         config: resolved configuration of the run.
+        identity: how wandb lists the run.
         history: rows of the local record that the run goes on from; without any, a new wandb run is opened.
     """
 
@@ -48,8 +80,7 @@ class WandbRun:
         folder: Path,
         mode: str,
         config: Mapping[str, Any],
-        name: str,
-        project: str,
+        identity: Identity,
         history: Sequence[Mapping[str, Any]] = (),
     ):
         self._run: Any = None
@@ -60,7 +91,7 @@ class WandbRun:
             try:
                 run_id = self._run_id(folder / "wandb" / "run_id.txt", new=not history)
                 self._replaced = list(folder.glob(f"wandb/offline-run-*-{run_id}*")) if attempt == "offline" else []
-                self._run = self._open(folder, attempt, dict(config), name, project, run_id)
+                self._run = self._open(folder, attempt, dict(config), identity, run_id)
                 break
             except Exception as error:
                 self._give_up(f"could not start {attempt}", error)
@@ -79,7 +110,7 @@ class WandbRun:
         return path.read_text().strip()
 
     @staticmethod
-    def _open(folder: Path, mode: str, config: dict[str, Any], name: str, project: str, run_id: str) -> Any:
+    def _open(folder: Path, mode: str, config: dict[str, Any], identity: Identity, run_id: str) -> Any:
         import wandb
 
         settings = wandb.Settings(
@@ -90,17 +121,22 @@ class WandbRun:
             init_timeout=START_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
         )
-        return wandb.init(
+        run = wandb.init(
             dir=folder,
             mode=mode,  # type: ignore[arg-type]
             config=config,
-            name=name,
-            project=project,
+            name=identity.name,
+            project=identity.project,
+            group=identity.group,
+            job_type=identity.job_type,
+            tags=identity.tags,
             id=run_id,
             resume="allow" if mode == "online" else None,
             reinit="create_new",
             settings=settings,
         )
+        define_metrics(run)
+        return run
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Sends one row, unless the server has that step from an earlier start of the same run."""

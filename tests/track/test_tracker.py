@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
 
 from megatron_r1.config.track import TrackConfig
 from megatron_r1.track import wandb_run
+from megatron_r1.track.metrics import METRICS
 from megatron_r1.track.record import read_metrics
 from megatron_r1.track.tracker import Tracker
 from megatron_r1.track.wandb_run import wandb_mode
@@ -81,7 +83,7 @@ def row_of(step):
 
 def track(folder, steps, resume_step=0, setting="auto"):
     config = {"model": {"num_layers": 4}, "init": {"from": ""}}
-    with Tracker(folder, config, "pretrain", TrackConfig(wandb=setting), resume_step) as tracker:
+    with Tracker(folder, config, "pretrain", TrackConfig(wandb=setting), "pretrain", resume_step) as tracker:
         for step in steps:
             tracker.log(step, row_of(step))
 
@@ -112,7 +114,7 @@ def test_rows_that_a_killed_run_kept_from_wandb_are_sent_on_resume(tmp_path):
     folder = tmp_path / "run"
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_tracker as t; from pathlib import Path\n"
-        "tracker = t.Tracker(Path(sys.argv[2]), {}, 'pretrain', t.TrackConfig(wandb='offline'))\n"
+        "tracker = t.Tracker(Path(sys.argv[2]), {}, 'pretrain', t.TrackConfig(wandb='offline'), 'pretrain')\n"
         "for step in range(1, 101): tracker.log(step, t.row_of(step))\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -158,16 +160,50 @@ def test_online_without_a_network_warns_and_records_offline(tmp_path, monkeypatc
     assert [row["step"] for row in rows] == [1, 2]
 
 
-def test_failure_while_logging_warns_once_and_the_record_goes_on(tmp_path, caplog):
-    with Tracker(tmp_path, {}, "run", TrackConfig(wandb="offline")) as tracker:
+def test_failure_while_logging_warns_once_and_the_record_goes_on(tmp_path, caplog, monkeypatch):
+    import wandb
+
+    def refuse(*_, **__):
+        raise OSError("no space left")
+
+    with Tracker(tmp_path, {}, "run", TrackConfig(wandb="offline"), "sft") as tracker:
         tracker.log(1, {"train/loss": 1.0})
-        tracker._wandb._run.finish()
+        monkeypatch.setattr(wandb.Run, "log", refuse)
         with caplog.at_level(logging.WARNING, "megatron_r1"):
             tracker.log(2, {"train/loss": 0.5})
             tracker.log(3, {"train/loss": 0.4})
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("megatron_r1")]
     assert [warning.split(":")[0] for warning in warnings] == ["wandb could not log"]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+def records_of(folder: Path, kind: str, enough: int) -> list[Any]:
+    """Records of one kind that all offline runs of a folder hold, once there are as many as are expected."""
+    for _ in range(100):
+        paths = folder.glob("wandb/offline-run-*/*.wandb")
+        found = [
+            record for path in paths for record in offline_records(path) if record.WhichOneof("record_type") == kind
+        ]
+        if len(found) >= enough:
+            break
+        time.sleep(0.1)
+    return [getattr(record, kind) for record in found]
+
+
+def test_wandb_knows_axis_and_direction_of_each_metric_and_where_the_run_belongs(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_TAGS", "night, pretrain")
+    track(tmp_path / "quickstart" / "run", [1], setting="offline")
+    defined = {
+        record.name or record.glob_name: record for record in records_of(tmp_path / "quickstart/run", "metric", 80)
+    }
+    assert {metric.name for metric in METRICS if not metric.table} <= defined.keys()
+    summary = {
+        name: (defined[name].summary.min, defined[name].summary.max) for name in ("train/loss", "rollout/reward")
+    }
+    assert summary == {"train/loss": (True, False), "rollout/reward": (False, True)}
+    assert all(record.step_metric == "step" or name == "step" for name, record in defined.items() if name[0] != "_")
+    [run] = records_of(tmp_path / "quickstart/run", "run", 1)
+    assert (run.run_group, run.job_type, [*run.tags]) == ("quickstart", "pretrain", ["pretrain", "night"])
 
 
 def test_wandb_is_not_imported_until_a_run_is_opened():
