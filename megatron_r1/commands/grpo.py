@@ -72,7 +72,9 @@ def run(config: RunConfig) -> None:
             rollout_source(run, engine, file, formatter, scorer, service) as rollouts,
         ):
             prompts = config.rl.prompts_per_rollout
-            step = reinforcement_step(rollouts, learner, engine.update_weights, prompts, placement, service)
+            step = reinforcement_step(
+                rollouts, learner, engine.update_weights, prompts, placement, service, engine.health
+            )
             state = train(run.state, step, build_hooks(run, learner), config.train.steps)
         finish_run(run, state)
 

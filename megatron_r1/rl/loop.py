@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,14 @@ from megatron_r1.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+HEALTH = {
+    "sent": "rollout/requests_sent",
+    "failed": "rollout/requests_failed",
+    "resent": "rollout/requests_resent",
+    "restarts": "rollout/server_restarts",
+}
+"""What an engine counts, and the metric of it."""
+
 
 def reinforcement_step(
     rollouts: RolloutSource | None,
@@ -31,6 +39,7 @@ def reinforcement_step(
     prompts_per_rollout: int,
     placement: Placement | None = None,
     service: RewardService | None = None,
+    health: Callable[[], Mapping[str, int]] = dict,
 ) -> Step:
     """The step for the training loop.
 
@@ -43,7 +52,9 @@ def reinforcement_step(
         prompts_per_rollout: prompts of the data that one rollout uses.
         placement: who holds the devices' memory; None is `Separate`.
         service: the reward models, which all ranks serve while rank 0 takes a rollout; None is `NoRewardModels`.
+        health: what the engine counts since its start; asked where there are `rollouts`.
     """
+    engine_counts = EngineCounts(health if rollouts else dict)
     placed, rewards, idle = placement or Separate(), service or NoRewardModels(), IdleShares(rollouts)
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -60,6 +71,7 @@ def reinforcement_step(
         metrics |= (
             response_metrics(rollout.samples)
             | rollout.counts
+            | engine_counts.since_last_time()
             | {
                 **stale,
                 **idle.since_last_time(waited=sampled - started),
@@ -130,6 +142,20 @@ def tokens_by_version(sample: Sample) -> list[tuple[str, int]]:
     changes = [(0, sample.weight_version), *sample.version_changes]
     ends = [*(index for index, _ in sample.version_changes), len(sample.response_tokens)]
     return [(version, end - start) for (start, version), end in zip(changes, ends, strict=True)]
+
+
+class EngineCounts:
+    """What the engine counted, step by step."""
+
+    def __init__(self, health: Callable[[], Mapping[str, int]]):
+        self._health = health
+        self._before: Mapping[str, int] = {}
+
+    def since_last_time(self) -> dict[str, int]:
+        """Requests and restarts since the last call, by metric; nothing of an engine that sends no requests."""
+        now, before = self._health(), self._before
+        self._before = now
+        return {metric: now[name] - before.get(name, 0) for name, metric in HEALTH.items() if name in now}
 
 
 class IdleShares:

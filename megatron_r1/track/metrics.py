@@ -180,6 +180,12 @@ def _rollout() -> Iterator[Metric]:
     yield Metric(
         "rollout/filtered_small_groups", "groups", "Dropped: too few responses left, or none to learn from.", RL
     )
+    yield Metric("rollout/requests_sent", "requests", "Requests sent to servers in this step.", RL, varies=True)
+    yield Metric("rollout/requests_failed", "requests", "Requests given up.", RL, "lower", varies=True)
+    yield Metric(
+        "rollout/requests_resent", "requests", "Requests sent again after a failure.", RL, "lower", varies=True
+    )
+    yield Metric("rollout/server_restarts", "restarts", "Servers that were restarted.", RL, "lower", varies=True)
     yield Metric("rollout/resampled_prompts", "prompts", "Further prompts sampled in place of dropped groups.", RL)
 
 

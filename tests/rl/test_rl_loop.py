@@ -66,6 +66,18 @@ def test_without_an_engine_what_was_learnt_is_saved(one_rank, fails):
     assert run.notes[-1] == "save 1 at 7" and run.notes.count("learn") == 1
 
 
+def test_each_step_records_what_the_engine_counted_since_the_last(one_rank):
+    totals = iter([{"sent": 5, "answered": 4, "failed": 1, "resent": 0, "restarts": 0}, {"sent": 9, "answered": 8,
+                   "failed": 1, "resent": 2, "restarts": 1}])  # fmt: skip
+    run = Run()
+    step = reinforcement_step(run, run, run.publish, prompts_per_rollout=7, health=lambda: next(totals))
+    names = ("requests_sent", "requests_failed", "requests_resent", "server_restarts")
+    state, first = step(TrainState())
+    _, second = step(state)
+    assert [first[f"rollout/{name}"] for name in names] == [5, 1, 0, 0]
+    assert [second[f"rollout/{name}"] for name in names] == [4, 0, 2, 1]
+
+
 def test_weights_that_did_not_arrive_are_sent_once_more(one_rank):
     run = Run(("send 1",))
     assert run.go().step == 2

@@ -192,17 +192,14 @@ def records_of(folder: Path, kind: str, enough: int) -> list[Any]:
 
 def test_wandb_knows_axis_and_direction_of_each_metric_and_where_the_run_belongs(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_TAGS", "night, pretrain")
-    track(tmp_path / "quickstart" / "run", [1], setting="offline")
-    defined = {
-        record.name or record.glob_name: record for record in records_of(tmp_path / "quickstart/run", "metric", 80)
-    }
+    folder = tmp_path / "quickstart" / "run"
+    track(folder, [1], setting="offline")
+    defined = {record.name or record.glob_name: record for record in records_of(folder, "metric", len(METRICS))}
     assert {metric.name for metric in METRICS if not metric.table} <= defined.keys()
-    summary = {
-        name: (defined[name].summary.min, defined[name].summary.max) for name in ("train/loss", "rollout/reward")
-    }
-    assert summary == {"train/loss": (True, False), "rollout/reward": (False, True)}
+    lower, higher = defined["train/loss"].summary, defined["rollout/reward"].summary
+    assert (lower.min, lower.max, higher.min, higher.max) == (True, False, False, True)
     assert all(record.step_metric == "step" or name == "step" for name, record in defined.items() if name[0] != "_")
-    [run] = records_of(tmp_path / "quickstart/run", "run", 1)
+    [run] = records_of(folder, "run", 1)
     assert (run.run_group, run.job_type, [*run.tags]) == ("quickstart", "pretrain", ["pretrain", "night"])
 
 
