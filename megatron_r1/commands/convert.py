@@ -13,8 +13,6 @@ from rich.console import Console
 
 from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.checkpoint.store import CheckpointStore
-from megatron_r1.commands.dry_run import show_index, show_plan
-from megatron_r1.commands.progress import bytes_on_disk
 from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.load import resolved
 from megatron_r1.config.model import ModelConfig
@@ -31,10 +29,12 @@ from megatron_r1.hf.config import (
     write_json,
 )
 from megatron_r1.hf.conversion import Conversion, convert_files
+from megatron_r1.hf.dry_run import show_index, show_plan
 from megatron_r1.hf.export import copy_tokenizer, write_companions
 from megatron_r1.hf.folder import INDEX_FILE, refuse
 from megatron_r1.hf.load import folder_format, model_config_from_hf
 from megatron_r1.hf.plan import hf_index, totals
+from megatron_r1.hf.progress import bytes_on_disk
 from megatron_r1.hf.publish import check_replaceable, publish
 from megatron_r1.hf.source import FolderSource, NativeSource
 from megatron_r1.hf.target import FolderTarget, NativeTarget

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.pretraining.corpus import Corpus, build_corpus
@@ -16,7 +12,6 @@ from megatron_r1.data.pretraining.packed import PackedCorpus, packed_corpus, tok
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.parallel.context import context_parallel_group, positions_of, share_of_sequence
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.runs.folder import run_folder
@@ -29,6 +24,7 @@ from megatron_r1.train.routing import pretraining_policy
 from megatron_r1.train.schedule import batch_size, value_at
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.step import BatchOutcome, training_step
+from megatron_r1.train.stream import StreamReader
 from megatron_r1.train.update import update
 
 SHOWN = (
@@ -43,11 +39,11 @@ SHOWN = (
 
 
 def run(config: RunConfig) -> None:
-    """Pre-train a model, or go on where its run stopped."""
+    """Pre-train a model, or resume its run."""
     weights = find_weights(config.init.from_, which=config.init.weights) if config.init.from_ else None
     corpus, tokenizer = open_corpus(config, weights)
     with training_run(config, tokenizer, weights) as run:
-        # All ranks know all loads; the one that records them measures their balance.
+        # Every rank has the loads of all experts; rank 0, which records them, measures their balance.
         settings = config.train
         balance = BalanceHook(settings.balance_window, settings.log_interval, run.extra) if is_rank_zero() else None
         hooks = run.hooks(SHOWN, "pretrain", balance.tensors if balance else dict, first=[balance] if balance else [])
@@ -72,8 +68,8 @@ def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | Pa
 
 
 def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
-    """The step of pre-training: next batch, update, metrics."""
-    reader = reader_of(run, corpus)
+    """The step of pre-training: an update on the next batch."""
+    reader: Any = reader_of(run, corpus)
     config, settings = run.config, run.config.train
     group = data_parallel_group()
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -82,7 +78,7 @@ def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
     def learn(state: TrainState, rate: float) -> BatchOutcome:
         consumed, size = state.consumed_tokens, batch_size(settings, state.consumed_tokens)
         mtp_weight = value_at(config.model.mtp.loss_coefficient, settings.schedule.mtp_weight_phases, consumed)
-        # megatron-core reads the weight anew in every forward pass.
+        # megatron-core reads the weight in every forward pass.
         run.model.config.mtp_loss_scaling_factor = mtp_weight
         policy.apply(run.model, consumed)
         micro_batches = reader.micro_batches(
@@ -101,24 +97,11 @@ def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
     return training_step(config, learn, run.platform.device)
 
 
-class StreamReader:
-    """Turns batches of plain sequences, in which every target counts, into micro-batches."""
-
-    def __init__(self, device: str):
-        self._device = device
-
-    def micro_batches(self, batch: np.ndarray, rank: int, ranks: int, size: int) -> Sequence[Tensor]:
-        return torch.from_numpy(batch)[rank::ranks].to(self._device).split(size)
-
-    def forward(self, model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
-        return next_token_forward(model, rows_BL)
-
-
-def reader_of(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Any:
+def reader_of(run: TrainingRun, corpus: Corpus | PackedCorpus) -> StreamReader | PackedReader:
     """What reads the batches of this kind of corpus.
 
     Raises:
-        ConfigError: the platform cannot keep documents apart.
+        ConfigError: the platform cannot keep documents separate.
     """
     if isinstance(corpus, Corpus):
         return StreamReader(run.platform.device)
@@ -131,17 +114,3 @@ def reader_of(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Any:
             "data.indexed.cross_document_attention", cross, "must be true where parallel.context is above 1"
         )
     return PackedReader(cross, run.config.model.mtp.num_layers, run.platform.device)
-
-
-def next_token_forward(model: Any, rows_BL: Tensor) -> tuple[Tensor, Callable]:
-    """Cross-entropy of each row's tokens given those before."""
-    inputs_BL, labels_BL = rows_BL[:, :-1].contiguous(), rows_BL[:, 1:].contiguous()
-    positions_BL = positions_of(inputs_BL)
-    inputs_BL, labels_BL, positions_BL = map(share_of_sequence, (inputs_BL, labels_BL, positions_BL))
-    sharing = dist.get_world_size(context_parallel_group())
-
-    def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = output_BL.float().mean()
-        return loss / sharing, {"train/loss": loss.detach()}
-
-    return model(inputs_BL, positions_BL, None, labels=labels_BL), loss_function

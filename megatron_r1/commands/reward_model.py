@@ -12,15 +12,15 @@ from megatron_r1.data.preference.examples import PreferenceDataset, TokenizedPre
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.reward_head import add_reward_head, with_head
 from megatron_r1.parallel.mesh import data_parallel_group
-from megatron_r1.preference.items import encoder_of, heldout_items, learned_items
-from megatron_r1.preference.measure import HeldoutAccuracy, results_of
+from megatron_r1.preference.items import eval_items, reward_model_encoder, training_items
+from megatron_r1.preference.measure import EvalAccuracy, eval_results
 from megatron_r1.preference.reward_model import RewardModel
 from megatron_r1.preference.step import (
     LearnPreferences,
     UpdateOutcome,
-    examples_of,
     preference_step,
     report_results,
+    training_examples,
     with_epoch_steps,
 )
 from megatron_r1.runs.initial_weights import initial_model
@@ -45,16 +45,16 @@ def run(config: RunConfig) -> None:
     """Train a reward model, or go on where its run stopped; then say how right it is on held-out items."""
     settings = config.reward_model
     weights, tokenizer = initial_model(config)
-    encoder = encoder_of(settings, tokenizer)
-    learned = learned_items(settings, config.data, settings.num_examples, settings.objective)
-    heldout = heldout_items(settings, config.data, settings.objective)
-    examples = examples_of(learned, encoder, config, settings.epochs)
+    encoder = reward_model_encoder(settings, tokenizer)
+    training = training_items(settings, config.data, settings.num_examples, settings.objective)
+    evaluated = eval_items(settings, config.data, settings.objective)
+    examples = training_examples(training, encoder, config, settings.epochs)
     config = with_epoch_steps(config, len(examples) * settings.epochs)
     weights = replace(weights, tensors=with_head(weights.tensors, config.model.hidden_size))
     with training_run(config, tokenizer, weights, trained(config), add_reward_head) as run:
         FROZEN.apply(run.model, 0)
         model = reward_model_of(run)
-        measure = HeldoutAccuracy(model, encoder, heldout, settings.max_critique_tokens)
+        measure = EvalAccuracy(model, encoder, evaluated, settings.max_critique_tokens)
         hooks = run.hooks(
             SHOWN,
             "reward_model",
@@ -63,7 +63,7 @@ def run(config: RunConfig) -> None:
         step = preference_step(config, PreferenceDataset(examples, config.seed), learning(run, model))
         state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
-            report_results(run, results_of(measure.per_item(), learned, heldout, encoder), "reward model")
+            report_results(run, eval_results(measure.per_item(), training, evaluated, encoder), "reward model")
         finish_run(run, state)
 
 

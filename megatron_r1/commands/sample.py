@@ -1,46 +1,29 @@
-"""sample: a file of prompts in, scored answers out; what rejection sampling and evaluation start from."""
+"""sample: a file of prompts in, scored responses out; what rejection sampling and evaluation start from."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import orjson
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.files import read_prompts
-from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts
-from megatron_r1.data.tokenizer import Tokenizer, response_text
-from megatron_r1.errors import ConfigError, DataError, UserError
-from megatron_r1.files import digest_of, replacing, write_whole
-from megatron_r1.rewards.extract import any_answer
-from megatron_r1.rewards.gym import PREFIX as GYM
-from megatron_r1.rewards.reward import Unscored
-from megatron_r1.rewards.rubric_builder import VERIFIERS, Scorer, is_correct, rule_scorer
-from megatron_r1.rewards.score import Score
-from megatron_r1.rollout.engine import RolloutEngine, require_completions
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.data.prompts.prompts import TrainingPrompts
+from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.errors import ConfigError
+from megatron_r1.rewards.rubric_builder import rule_scorer
+from megatron_r1.rollout.sampling_job import SamplingJob, plan_of, publish
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.inference_engine import inference_engine
 from megatron_r1.runs.initial_weights import find_weights
 from megatron_r1.runs.prompts import BAD_ROWS, list_bad_records, prompt_formatter
 
-logger = logging.getLogger(__name__)
-
-PLAN, PARTS = "plan.json", "parts"
+PARTS = "parts"
 
 
 def run(config: RunConfig) -> None:
-    """Sample answers to every prompt, or go on where the job stopped."""
+    """Sample responses to every prompt, or resume the job."""
     check(config)
     found = find_weights(config.init.from_, which=config.init.weights)
     tokenizer = Tokenizer.load(found.tokenizer_folder)
@@ -51,7 +34,7 @@ def run(config: RunConfig) -> None:
     folder = open_run_folder(config)
     if file:
         list_bad_records(file, folder)
-    job = Job(folder / PARTS, prompts, formatter, config, plan_of(config, prompts, formatter, found.folder))
+    job = SamplingJob(folder / PARTS, prompts, formatter, config, plan_of(config, prompts, formatter, found.folder))
     todo = list(job.missing())
     if todo:
         if models := config.reward.models:
@@ -60,14 +43,14 @@ def run(config: RunConfig) -> None:
         scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)))
         with inference_engine(config, found, dict(found.tensors), folder) as engine:
             engine.update_weights(found.folder.name)
-            job.do(todo, engine, tokenizer, scorer)
+            job.sample(todo, engine, tokenizer, scorer)
     target, totals = publish(job, folder, config.sample.format)
-    _tell(target, totals, len(file.bad_rows) if file else 0)
+    report(target, totals, len(file.bad_rows) if file else 0)
     mark_done(folder, totals)
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what this stage cannot do.
+    """Refuse what this verb cannot do.
 
     Raises:
         ConfigError: generated prompts are requested without a limit.
@@ -76,179 +59,10 @@ def check(config: RunConfig) -> None:
         raise ConfigError("sample.max_prompts", 0, "must be above 0 where the prompts are a world's, which has no end")
 
 
-def plan_of(config: RunConfig, prompts: Sequence[Prompt], formatter: PromptFormatter, weights: Path) -> dict[str, Any]:
-    """What the parts of a job depend on: they fit together only if it is the same."""
-    texts = hashlib.sha256(orjson.dumps([(p.id, formatter.text(p.question), p.answer) for p in prompts])).hexdigest()
-    manifest = weights / "manifest.json"
-    return {
-        "prompts": len(prompts),
-        "texts_sha256": texts,
-        "weights": str(weights),
-        "weights_sha256": digest_of(manifest) if manifest.is_file() else None,
-        "seed": config.seed,
-    }
-
-
-@dataclass
-class Job:
-    """Prompts in parts, each of which is sampled and written as a whole."""
-
-    folder: Path
-    prompts: Sequence[Prompt]
-    formatter: PromptFormatter
-    config: RunConfig
-    plan: dict[str, Any]
-    """What all parts depend on."""
-
-    def __post_init__(self) -> None:
-        """Raises DataError: the parts that are there are of another job."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, plan = self.folder / PLAN, orjson.dumps(self.plan, option=orjson.OPT_INDENT_2)
-        if path.is_file() and path.read_bytes() != plan:
-            raise DataError(f"{path}: the parts there are of other prompts or weights; choose another name")
-        write_whole(path, plan)
-        size = self.config.sample.prompts_per_part
-        self._starts = range(0, len(self.prompts), size)
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files of all parts, in order."""
-        return [self.folder / f"{number:06d}.jsonl" for number in range(len(self._starts))]
-
-    def missing(self) -> Iterator[int]:
-        """Numbers of the parts that are not there yet."""
-        return (number for number, path in enumerate(self.paths) if not path.is_file())
-
-    def do(self, numbers: Sequence[int], engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer) -> None:
-        """Sample and write parts."""
-        console = Console(stderr=True)
-        columns = (TextColumn("sample"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        text = TextColumn("{task.fields[speed]}")
-        tokens, started = 0, time.perf_counter()
-        with Progress(*columns, text, console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("sample", total=len(self.prompts), speed="")
-            bar.advance(task, len(self.prompts) - sum(len(self._prompts_of(number)) for number in numbers))
-            for number in numbers:
-                rows = list(self._sample(number, engine, tokenizer, scorer))
-                body = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
-                write_whole(self.paths[number], body)
-                tokens += sum(row["response_tokens"] for row in rows)
-                speed = f"{tokens / (time.perf_counter() - started):,.0f} tokens/s"
-                bar.update(task, advance=len(self._prompts_of(number)), speed=speed)
-        logger.info("sampled %d parts: %s", len(numbers), speed)
-
-    def _prompts_of(self, number: int) -> Sequence[Prompt]:
-        start = self._starts[number]
-        return self.prompts[start : start + self.config.sample.prompts_per_part]
-
-    def _sample(
-        self, number: int, engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer
-    ) -> Iterator[dict[str, Any]]:
-        config, prompts = self.config, self._prompts_of(number)
-        asked = [(prompt, index) for prompt in prompts for index in range(config.sample.samples_per_prompt)]
-        tokens = {prompt.id: self.formatter.tokens(prompt.question) for prompt in prompts}
-        requests = [Request(f"{prompt.id}#{index}", tokens[prompt.id]) for prompt, index in asked]
-        rollout = config.rollout
-        sampling = Sampling(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            max_tokens=rollout.max_response_tokens,
-            stop_tokens=(tokenizer.eos,),
-            seed=config.seed * 1_000_003 + number,
-        )
-        completions = require_completions(engine.generate(requests, sampling))
-        texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
-        scores = scored([prompt for prompt, _ in asked], texts, scorer)
-        for (prompt, index), completion, text, score in zip(asked, completions, texts, scores, strict=True):
-            yield {
-                "id": prompt.id,
-                "sample": index,
-                "question": prompt.question,
-                "truth": prompt.answer,
-                "prompt": self.formatter.text(prompt.question),
-                "response": text,
-                "response_tokens": len(completion.response_tokens),
-                "logprob": sum(completion.logprobs),
-                "finish_reason": completion.finish_reason,
-                "weight_version": completion.weight_version,
-                "reward": score.total,
-                "reward_parts": score.parts,
-                "correct": is_correct_any_format(prompt, text, score),
-            }
-
-
-def scored(prompts: Sequence[Prompt], texts: Sequence[str], scorer: Scorer) -> list[Score]:
-    """The scores of all texts.
-
-    Raises:
-        UserError: one could not be scored, for no fault of its own; the job goes on from here when it is started again.
-    """
-    scores = scorer(prompts, texts)
-    if failed := [score for score in scores if isinstance(score, Unscored)]:
-        raise UserError(f"{len(failed)} of {len(texts)} answers could not be scored: {failed[0].reason}")
-    return [score for score in scores if isinstance(score, Score)]
-
-
-def is_correct_any_format(prompt: Prompt, text: str, score: Score) -> bool:
-    """Whether an answer is right, for a number in whatever form, for another task as its verifier says."""
-    if (prompt.task in VERIFIERS and prompt.task != "number") or prompt.task.startswith(GYM):
-        return score.parts.get("accuracy", 0.0) > 0
-    return is_correct(prompt, any_answer(text))
-
-
-def publish(job: Job, folder: Path, format: str) -> tuple[Path, dict[str, Any]]:
-    """All parts as one file beside them; returns it, and what there is to say of it."""
-    rows, correct_somewhere, tokens, rewards, correct = 0, set[str](), 0, 0.0, 0
-    for row in job_rows(job):
-        rows, tokens = rows + 1, tokens + row["response_tokens"]
-        rewards, correct = rewards + row["reward"], correct + row["correct"]
-        correct_somewhere |= {row["id"]} if row["correct"] else set()
-    target = folder / f"samples.{format}"
-    (_write_parquet if format == "parquet" else _write_jsonl)(job, target)
-    totals = {
-        "file": str(target),
-        "prompts": len(job.prompts),
-        "samples": rows,
-        "response_tokens": tokens,
-        "mean_reward": rewards / rows,
-        "correct": correct / rows,
-        "correct_in_any_sample": len(correct_somewhere) / len(job.prompts),
-    }
-    return target, totals
-
-
-def job_rows(job: Job) -> Iterator[dict[str, Any]]:
-    """The rows of all parts, in order."""
-    for path in job.paths:
-        with path.open("rb") as file:
-            yield from map(orjson.loads, file)
-
-
-def _write_jsonl(job: Job, target: Path) -> None:
-    with replacing(target) as temporary, temporary.open("wb") as file:
-        for path in job.paths:
-            file.write(path.read_bytes())
-
-
-def _write_parquet(job: Job, target: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    rows, writer = job_rows(job), None
-    with replacing(target) as temporary:
-        try:
-            while batch := list(islice(rows, 4096)):
-                table = pyarrow.Table.from_pylist(batch, schema=writer.schema if writer else None)
-                writer = writer or parquet.ParquetWriter(temporary, table.schema)
-                writer.write_table(table)
-        finally:
-            if writer:
-                writer.close()
-
-
-def _tell(target: Path, totals: dict[str, Any], bad_rows: int) -> None:
-    said = f"{totals['samples']} samples of {totals['prompts']} prompts, mean reward {totals['mean_reward']:.3f}, "
-    said += f"correct {totals['correct']:.3f}, correct in any sample {totals['correct_in_any_sample']:.3f}"
+def report(target: Path, totals: dict[str, Any], bad_rows: int) -> None:
+    """Show what was sampled on the terminal."""
+    line = f"{totals['samples']} samples of {totals['prompts']} prompts, mean reward {totals['mean_reward']:.3f}, "
+    line += f"correct {totals['correct']:.3f}, correct in any sample {totals['correct_in_any_sample']:.3f}"
     if bad_rows:
-        said += f"; {bad_rows} bad rows left out, see {BAD_ROWS}"
-    Console(stderr=True).print(f"{target}: {said}", soft_wrap=True, highlight=False)
+        line += f"; {bad_rows} bad rows left out, see {BAD_ROWS}"
+    Console(stderr=True).print(f"{target}: {line}", soft_wrap=True, highlight=False)

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.data.preference.examples import TokenizedPreference
+from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
-from megatron_r1.preference.reward_model import reward_micro_batch
+from megatron_r1.preference.reward_model import pairwise_accuracy, reward_micro_batch
 from megatron_r1.rl.policy.batch import ResponseBatch, longest_input
 from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rl.policy.reference import ReferencePolicy
@@ -132,8 +133,8 @@ class DirectPreference:
         return found
 
 
-class HeldoutPairs:
-    """How a policy orders pairs that it never learns from."""
+class EvalPairs:
+    """How a policy orders validation pairs."""
 
     def __init__(self, preference: DirectPreference, examples: Sequence[TokenizedPreference], size: int):
         """Collective.
@@ -144,6 +145,17 @@ class HeldoutPairs:
         self._preference, self._examples, self._size = preference, examples, size
         with preference.reference.in_place():
             self._before = preference.gaps(examples, size)
+
+    def __call__(self) -> dict[str, float]:
+        """Collective: share of pairs in the right order with a 95 % interval, and the mean margin."""
+        margins = torch.tensor(self.margins(), dtype=torch.float64)
+        found = clustered(pairwise_accuracy(margins).tolist())
+        return {
+            "eval/accuracy": found.mean,
+            "eval/accuracy_low": found.low,
+            "eval/accuracy_high": found.high,
+            "eval/margin": float(margins.mean()),
+        }
 
     def margins(self) -> list[float]:
         """Collective: by how much the implicit reward of the better answer is above the other's, on every rank."""

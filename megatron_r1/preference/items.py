@@ -20,14 +20,14 @@ from megatron_r1.rewards.summary import READS
 TEMPLATES: dict[str, Callable[[str], str]] = {"r1_zero": fill_template, "none": lambda question: question}
 
 
-def encoder_of(settings: RewardModelConfig, tokenizer: Tokenizer) -> RewardModelEncoder:
+def reward_model_encoder(settings: RewardModelConfig, tokenizer: Tokenizer) -> RewardModelEncoder:
     """How this reward model reads a question and a response."""
     return RewardModelEncoder(
         tokenizer, TEMPLATES[settings.chat_template], READS[settings.scored_part], settings.critique_loss_weight > 0
     )
 
 
-def learned_items(
+def training_items(
     settings: RewardModelConfig | DpoConfig, data: DataConfig, count: int, objective: str = "pairwise"
 ) -> list[PreferenceExample]:
     """What is learned, of generated items so many; raises DataError for a broken file."""
@@ -36,7 +36,7 @@ def learned_items(
     return list(SOURCES[objective](data, count, False))
 
 
-def heldout_items(
+def eval_items(
     settings: RewardModelConfig | DpoConfig, data: DataConfig, objective: str = "pairwise"
 ) -> list[PreferenceExample]:
     """What is measured. The generated ones carry the verdict of the hidden rules, which nothing that is learned does.

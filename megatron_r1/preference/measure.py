@@ -20,7 +20,7 @@ from megatron_r1.preference.reward_model import RewardModel, pairwise_accuracy
 ROWS_AT_ONCE = 64
 
 
-class HeldoutAccuracy:
+class EvalAccuracy:
     """Whether a reward model orders, or labels, each held-out item rightly."""
 
     def __init__(
@@ -85,10 +85,10 @@ def score_texts(
     return scores
 
 
-def results_of(
+def eval_results(
     correct: Sequence[float],
-    learned: Sequence[PreferenceExample],
-    heldout: Sequence[PreferenceExample],
+    training: Sequence[PreferenceExample],
+    evaluated: Sequence[PreferenceExample],
     encoder: PairEncoder,
 ) -> dict[str, Any]:
     """Held-out accuracy, by task too, beside the baselines that see nothing but length; all with 95 % intervals."""
@@ -97,14 +97,14 @@ def results_of(
         return len(encoder.tokenizer.encode(text))
 
     return {
-        "items": len(heldout),
+        "items": len(evaluated),
         "accuracy": clustered(correct)._asdict(),
         "by_task": {
-            task: clustered([each for each, item in zip(correct, heldout, strict=True) if item.task == task])._asdict()
-            for task in sorted({item.task for item in heldout})
+            task: clustered([one for one, item in zip(correct, evaluated, strict=True) if item.task == task])._asdict()
+            for task in sorted({item.task for item in evaluated})
         },
         "length_baselines": {
-            name: clustered(length_baseline(learned, heldout, length))._asdict()
+            name: clustered(length_baseline(training, evaluated, length))._asdict()
             for name, length in (("characters", len), ("tokens", tokens))
         },
     }

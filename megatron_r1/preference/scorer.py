@@ -13,7 +13,7 @@ from megatron_r1.config.schema import convert
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.model.reward_head import add_reward_head
 from megatron_r1.platform import Platform
-from megatron_r1.preference.items import encoder_of
+from megatron_r1.preference.items import reward_model_encoder
 from megatron_r1.preference.measure import score_texts
 from megatron_r1.preference.reward_model import RewardModel
 from megatron_r1.rewards.reward import RewardPrompt, Value
@@ -50,7 +50,7 @@ class RewardModelScorer:
         tokenizer = Tokenizer.load(found.tokenizer_folder)
         self._pairwise = settings.objective == "pairwise"
         self.name = name or ("helpfulness" if self._pairwise else "harmlessness")
-        self._encoder = encoder_of(settings, tokenizer)
+        self._encoder = reward_model_encoder(settings, tokenizer)
         self._longest_reasoning = settings.max_critique_tokens
         self._model = RewardModel(
             model, self._pairwise, settings.critique_loss_weight, tokenizer.pad, platform.device, parallel.tensor

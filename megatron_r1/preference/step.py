@@ -1,4 +1,4 @@
-"""What the verbs that learn from judged responses have in common: examples, epochs, the step, results."""
+"""What reward_model and dpo have in common: encoded examples, epochs, the training step, results."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.preference.examples import PairEncoder, PreferenceDataset, TokenizedPreference, encode_preferences
+from megatron_r1.data.preference.policy_encoder import PolicyPairEncoder
 from megatron_r1.data.preference_example import PreferenceExample
 from megatron_r1.errors import DataError
+from megatron_r1.files import write_whole
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import all_gather_data_parallel
 from megatron_r1.preference.measure import show
@@ -36,31 +38,47 @@ LearnPreferences = Callable[[Sequence[TokenizedPreference], float], UpdateOutcom
 """Collective: an update on a global batch of examples, the same on every rank, at a learning rate."""
 
 
-def examples_of(
+def training_examples(
     items: Sequence[PreferenceExample], encoder: PairEncoder, config: RunConfig, epochs: int
 ) -> list[TokenizedPreference]:
-    """Items as tokens; those too long for a row are left out and counted.
+    """Examples as tokens, without those longer than a sequence, whose number is logged.
 
     Raises:
         DataError: none is left for a step.
     """
     examples, dropped = encode_preferences(items, encoder, config.train.sequence_length)
-    log_dropped("items to learn from", len(examples), dropped)
+    log_dropped("training examples", len(examples), dropped)
     if len(examples) * epochs < config.train.global_batch_size:
         allowed = f"must be at most {len(examples) * epochs}, the items there are"
         raise DataError(f"train.global_batch_size={config.train.global_batch_size}: {allowed}")
     return examples
 
 
+def encode_eval_pairs(
+    items: Sequence[PreferenceExample], encoder: PolicyPairEncoder, longest: int
+) -> tuple[list[PreferenceExample], list[TokenizedPreference]]:
+    """Validation pairs and their tokens, without those longer than `longest`, whose number is logged.
+
+    Raises:
+        DataError: none is left.
+    """
+    encoded = [(item, encoder.example(item)) for item in items]
+    kept = [(item, example) for item, example in encoded if example.length <= longest]
+    log_dropped("validation pairs", len(kept), len(encoded) - len(kept))
+    if not kept:
+        raise DataError(f"train.sequence_length={longest}: holds none of the {len(encoded)} validation pairs")
+    return [item for item, _ in kept], [example for _, example in kept]
+
+
 def log_dropped(what: str, kept: int, dropped: int) -> None:
-    """Say how many items there are and how many are longer than a row; a warning where any is."""
+    """Log how many examples are used and how many are longer than a sequence; a warning where any is."""
     if is_rank_zero():
         level = logging.WARNING if dropped else logging.INFO
-        logger.log(level, "%d %s, %d left out as longer than a row", kept, what, dropped)
+        logger.log(level, "%d %s kept, %d dropped: longer than train.sequence_length", kept, what, dropped)
 
 
 def with_epoch_steps(config: RunConfig, items: int) -> RunConfig:
-    """The same run with the whole batches that its epochs have, or fewer where train.steps says so."""
+    """The same run with a step for each whole batch of its epochs, or fewer where train.steps says so."""
     return limit_steps(config, items // config.train.global_batch_size)
 
 
@@ -89,11 +107,11 @@ def _of_backbone(result: UpdateResult) -> UpdateResult:
 
 
 def report_results(run: TrainingRun, results: dict[str, Any], judge: str) -> None:
-    """Leave the results in the run's folder and on the terminal.
+    """Write the results to the run's folder and show them on the terminal.
 
     Args:
-        judge: what orders, or labels, the items.
+        judge: what orders, or labels, the examples.
     """
     if is_rank_zero():
-        (run.folder / "accuracy.json").write_text(json.dumps(results, indent=1))
+        write_whole(run.folder / "accuracy.json", json.dumps(results, indent=1).encode())
         show(results, judge)

@@ -1,4 +1,4 @@
-"""A run on disk: its folder, its configuration, its environment, and how it is found again."""
+"""The folder of a run: its configuration, its environment, and the mark that it is done."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_r1.files import write_whole
 from megatron_r1.config.load import difference, read_yaml, resolved, write_yaml
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.files import write_whole
 from megatron_r1.parallel.launcher import is_rank_zero
 
 _FREE_TO_CHANGE = (
@@ -85,7 +86,7 @@ def environment() -> dict[str, Any]:
 
 def _git_revision() -> str | None:
     try:
-        answer = subprocess.run(
+        done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -95,7 +96,7 @@ def _git_revision() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None
+    return done.stdout.strip() or None
 
 
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a rank puts into a checkpoint, taken at one moment, so that it can be written while training goes on."""
+"""What a rank saves in a checkpoint, copied at one moment, so that it can be written while training continues."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Tensors of this rank alone, by kind."""
 
-    def take(self, shards: Iterable[tuple[str, Shard]], copy: bool) -> None:
+    def add(self, shards: Iterable[tuple[str, Shard]], copy: bool) -> None:
         """Add shards, by kind, in the host's memory.
 
         Args:
-            copy: also what is there already, so that later changes to it are not seen.
+            copy: also what is in the host's memory already, so that later changes to it do not matter.
         """
         for kind, shard in shards:
             tensor = shard.tensor.detach()
@@ -50,7 +50,7 @@ class Snapshot:
 
 @dataclass
 class RankZeroSnapshot(Snapshot):
-    """Rank 0's, which also speaks for what all ranks have in common."""
+    """Rank 0's, which also holds what all ranks have in common."""
 
     state: TrainState = field(default_factory=TrainState)
     tokenizer: Tokenizer | None = None

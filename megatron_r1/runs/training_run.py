@@ -1,4 +1,4 @@
-"""What every training stage sets up the same way: model, optimizer, checkpoints, hooks, resume."""
+"""Sets up training in one way for every verb that trains: process groups, model, optimizer, checkpoints, hooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from megatron_r1.config.load import resolved
 from megatron_r1.config.performance import refuse_on_cpu
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import ConfigError, DataError, Requeue
+from megatron_r1.errors import ConfigError, Requeue
+from megatron_r1.files import write_whole
 from megatron_r1.model.build import build_model
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.fp8.apply import Fp8Plan, merge_plans
@@ -30,6 +31,7 @@ from megatron_r1.parallel.comm import AllRanks, all_gather_object
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import Platform, select
 from megatron_r1.runs.folder import mark_done, open_run_folder
+from megatron_r1.runs.resume import layout, resume
 from megatron_r1.runs.snapshot import RankZeroSnapshot, Snapshot, random_state
 from megatron_r1.runs.initial_weights import Weights, check_same_model
 from megatron_r1.track.tracker import Tracker
@@ -63,9 +65,9 @@ class TrainingRun:
     store: CheckpointStore
     preempt: PreemptHook
     extra: dict[str, torch.Tensor]
-    """Tensors beside model and optimizer that the resumed checkpoint held; on rank 0."""
+    """Tensors beside model and optimizer that the resumed checkpoint holds; on rank 0."""
     resumed: Path | None = None
-    """The checkpoint that the run goes on from."""
+    """The checkpoint that the run was resumed from."""
     ema: MovingAverage | None = None
     """Moving average of the weights, if the run keeps one."""
 
@@ -108,12 +110,12 @@ class TrainingRun:
         return Hooks([*first, *hooks, self.preempt])
 
     def saved(self, kind: str) -> WholeTensors | None:
-        """Tensors of a kind in the checkpoint that the run goes on from; None when it has none."""
+        """Tensors of a kind in the checkpoint that the run was resumed from; None when it has none."""
         tensors = WholeTensors(self.resumed, kind) if self.resumed else None
         return tensors or None
 
     def _shards(self, extra: ExtraShards) -> Iterator[tuple[str, Shard]]:
-        """Collective: kind and shard of all that this rank speaks for."""
+        """Collective: kind and shard of all that this rank saves."""
         yield from (("model", shard) for shard in shards(self.model) if shard.owned)
         yield from OptimizerState(self.model, self.optimizer).shards()
         if self.ema:
@@ -126,12 +128,12 @@ class TrainingRun:
         All of it is gathered before any is written: a rank whose disk fails must not leave the others waiting.
         """
         rank = dist.get_rank()
-        taken = RankZeroSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
-        taken.take(self._shards(extra_shards), copy=self.config.train.async_save)
-        taken.tensors["random"] = random_state()
+        snapshot = RankZeroSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
+        snapshot.add(self._shards(extra_shards), copy=self.config.train.async_save)
+        snapshot.tensors["random"] = random_state()
         if rank == 0 and (extra := extra_tensors()):
-            taken.tensors["extra"] = {name: tensor.clone() for name, tensor in extra.items()}
-        return taken
+            snapshot.tensors["extra"] = {name: tensor.clone() for name, tensor in extra.items()}
+        return snapshot
 
 
 @contextmanager
@@ -163,7 +165,7 @@ def training_run(
         ),
         CheckpointStore(folder / "checkpoints", config.train.save_total_limit, AllRanks()) as store,
     ):
-        # Until here a signal ends the process at once: a rank that waits for a dead one would never look at a note.
+        # Until here a signal ends the process at once: a rank that waits for a dead one would never check the flag.
         preempt = PreemptHook()
         model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.fp8)
         prepare(model)
@@ -177,62 +179,24 @@ def training_run(
         run = TrainingRun(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
         if config.train.ema_decay:
             run.ema = MovingAverage(model, config.train.ema_decay)
-        _resume(run)
+        if found := resume(store, config, model, optimizer, run.ema):
+            run.resumed, run.state, run.extra = found.folder, found.state, found.extra
         yield run
 
 
 def log_precision(model: Any, folder: Path) -> None:
-    """Collective: say which linear layers multiply in FP8 and how, where any do; `precision.json` names each."""
+    """Collective: log which linear layers multiply in FP8 and how, where any do; `precision.json` names each."""
     plan: Fp8Plan | None = getattr(model, "fp8_plan", None)
     if plan is None:
         return
     plan = merge_plans(all_gather_object(plan))
     if dist.get_rank() == 0:
-        (folder / "precision.json").write_text(json.dumps(asdict(plan), indent=1))
+        write_whole(folder / "precision.json", json.dumps(asdict(plan), indent=1).encode())
         print("\n".join(plan.lines()), file=sys.stderr)
 
 
-def _resume(run: TrainingRun) -> None:
-    found = run.store.newest_verified()
-    if not found:
-        return
-    folder, manifest = found
-    run.resumed, run.state = folder, _state(folder)
-    with ExitStack() as stack:
-        kinds = ("model", MASTER, *MOMENTS)
-        tensors = {kind: stack.enter_context(WholeTensors(folder, kind)) for kind in kinds}
-
-        def read(kind: str, shard: Shard) -> torch.Tensor:
-            return tensors[kind].part(shard.name, shard.whole_shape, shard.offset, tuple(shard.tensor.shape))
-
-        for shard in shards(run.model):
-            shard.tensor.copy_(read("model", shard))
-        OptimizerState(run.model, run.optimizer).load(read, run.state.updates)
-    if run.ema:
-        with WholeTensors(folder, "ema") as averages:
-            run.ema.load(averages)
-    rank = dist.get_rank()
-    if manifest.metadata["layout"] == layout(run.config):
-        torch.set_rng_state(read_tensors(folder, "random", rank)["cpu"])
-    if rank == 0 and has_tensors(folder, "extra", 0):
-        run.extra = read_tensors(folder, "extra", 0)
-    logger.info("resuming %s at step %d", run.folder, run.state.step)
-
-
-def _state(folder: Path) -> TrainState:
-    state = read_state(folder)
-    if state.keys() != TrainState().as_dict().keys() or not all(type(value) is int for value in state.values()):
-        raise DataError(f"{folder}: its state is not one of this version: {', '.join(sorted(state))}")
-    return TrainState(**state)
-
-
-def layout(config: RunConfig) -> dict[str, int]:
-    """How the ranks share the work. A resume may have another: then random states, which are by rank, start anew."""
-    return {"ranks": dist.get_world_size(), **asdict(config.parallel)}
-
-
 def limit_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The same run, of no more steps than this.
+    """The same run with at most this many steps.
 
     Raises:
         ConfigError: they are too few for its schedule.
@@ -256,4 +220,4 @@ def finish_run(run: TrainingRun, state: TrainState) -> None:
             mark_done(run.folder, state.as_dict())
         return
     name = run.preempt.received.name if run.preempt.received else "a signal"
-    raise Requeue(f"{name}: stopped after step {state.step} with a checkpoint; the same command goes on from there")
+    raise Requeue(f"{name}: stopped after step {state.step} with a checkpoint; the same command resumes the run")

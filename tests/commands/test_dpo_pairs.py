@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from megatron_r1.commands.dpo import measured_pairs
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.dpo import DpoConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.preference.policy_encoder import PolicyPairEncoder
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
 from megatron_r1.errors import DataError
-from megatron_r1.preference.items import heldout_items, learned_items
+from megatron_r1.preference.items import eval_items, training_items
+from megatron_r1.preference.step import encode_eval_pairs
 from tests.support.chats import small_tokenizer
 
 
@@ -27,9 +27,9 @@ def test_pairs_of_files_are_all_taken(tmp_path):
         eval_file=str(tmp_path / "heldout.jsonl"),
         eval_examples=1,
     )
-    learned, heldout = learned_items(settings, DataConfig(), 1), heldout_items(settings, DataConfig())
-    assert [item.question for item in learned] == ["learned 0?", "learned 1?", "learned 2?"]
-    assert [(item.question, item.chosen.response) for item in heldout] == [
+    training, evaluated = training_items(settings, DataConfig(), 1), eval_items(settings, DataConfig())
+    assert [item.question for item in training] == ["learned 0?", "learned 1?", "learned 2?"]
+    assert [(item.question, item.chosen.response) for item in evaluated] == [
         ("heldout 0?", "yes"),
         ("heldout 1?", "yes"),
     ]
@@ -37,21 +37,21 @@ def test_pairs_of_files_are_all_taken(tmp_path):
 
 def test_generated_pairs_are_counted_and_heldout_ones_judged_by_the_hidden_rules():
     data = DataConfig(source="assistant")
-    learned, heldout = learned_items(DpoConfig(), data, 7), heldout_items(DpoConfig(eval_examples=9), data)
-    assert (len(learned), len(heldout)) == (7, 9)
-    assert not {item.question for item in learned} & {item.question for item in heldout}
-    for item in heldout:
+    training, evaluated = training_items(DpoConfig(), data, 7), eval_items(DpoConfig(eval_examples=9), data)
+    assert (len(training), len(evaluated)) == (7, 9)
+    assert not {item.question for item in training} & {item.question for item in evaluated}
+    for item in evaluated:
         assert [verdict(side.question, side.response).helpful for side in item.responses] == [True, False]
 
 
 def test_heldout_pairs_longer_than_a_row_are_left_out_and_counted(caplog):
     encoder = PolicyPairEncoder(PromptFormatter(small_tokenizer(), "none"))
-    items = heldout_items(DpoConfig(eval_examples=8), DataConfig(source="assistant"))
+    items = eval_items(DpoConfig(eval_examples=8), DataConfig(source="assistant"))
     lengths = [encoder.example(item).length for item in items]
     longest = sorted(lengths)[3]
-    kept, examples = measured_pairs(items, encoder, longest)
+    kept, examples = encode_eval_pairs(items, encoder, longest)
     assert kept == [item for item, length in zip(items, lengths, strict=True) if length <= longest]
     assert examples == [encoder.example(item) for item in kept]
-    assert f"{len(kept)} held-out pairs, {8 - len(kept)} left out as longer than a row" in caplog.text
-    with pytest.raises(DataError, match=f"train.sequence_length={min(lengths) - 1}: holds none of the 8 held-out"):
-        measured_pairs(items, encoder, min(lengths) - 1)
+    assert f"{len(kept)} validation pairs kept, {8 - len(kept)} dropped" in caplog.text
+    with pytest.raises(DataError, match=f"train.sequence_length={min(lengths) - 1}: holds none of the 8 validation"):
+        encode_eval_pairs(items, encoder, min(lengths) - 1)

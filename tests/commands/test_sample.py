@@ -14,7 +14,7 @@ DYING = """
 import os, sys
 from megatron_r1 import files
 from megatron_r1.__main__ import exit_code
-from megatron_r1.commands import sample
+from megatron_r1.rollout import sampling_job
 
 written, write = [], files.write_whole
 
@@ -24,7 +24,7 @@ def dies(path, content):
     if len(written) == 3:  # the plan and two parts
         os._exit(9)
 
-sample.write_whole = dies
+sampling_job.write_whole = dies
 sys.exit(exit_code(sys.argv[1:]))
 """
 
@@ -82,7 +82,7 @@ def test_a_killed_job_goes_on_and_refuses_other_prompts(root):
     plan = json.loads((parts / "plan.json").read_text())
     (parts / "plan.json").write_text(json.dumps(plan | {"texts_sha256": "another"}))
     refused = start(*job(root, "killed"))
-    assert refused.returncode == 3 and "the parts there are of other prompts or weights" in refused.stderr
+    assert refused.returncode == 3 and "of other prompts or weights" in refused.stderr
 
 
 def test_parquet_holds_the_same_rows(root):

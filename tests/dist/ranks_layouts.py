@@ -88,10 +88,10 @@ def build(config: Any, platform: Any) -> Any:
 
 def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     """Losses of some steps, and the whole gradients of the first."""
-    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.parallel.mesh import data_parallel_group
     from megatron_r1.train.metrics import logged_metrics
     from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.stream import next_token_forward
     from megatron_r1.train.update import update
 
     model = build(config, platform)

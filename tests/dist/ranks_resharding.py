@@ -41,9 +41,9 @@ def build(config: Any, platform: Any, seed: int) -> tuple[Any, Any]:
 
 
 def step(model: Any, optimizer: Any, number: int) -> float:
-    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.parallel.mesh import data_parallel_group
     from megatron_r1.train.metrics import logged_metrics
+    from megatron_r1.train.stream import next_token_forward
     from megatron_r1.train.update import update
 
     group = data_parallel_group()

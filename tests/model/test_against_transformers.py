@@ -80,8 +80,8 @@ def test_weights_depend_on_seed_and_name_alone(new_model):
 
 def test_multi_token_loss_follows_the_report(new_model):
     """M [norm(embedding of token t+1); norm(h_t)], one layer, norm, the shared head, cross-entropy of token t+2."""
-    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.model.forward_backward import forward_backward
+    from megatron_r1.train.stream import next_token_forward
 
     config = model_of("tiny")
     config.moe.bias_update_rate = 0.0  # the passes must leave the model as it was

@@ -13,7 +13,7 @@ from megatron_r1.model.reward_head import HEAD, add_reward_head, head_of, with_h
 from megatron_r1.preference.reward_model import RewardModel, pairwise_accuracy, reward_micro_batch
 from megatron_r1.train.routing import FROZEN
 from tests.support.layouts import model_of
-from tests.support.reward_cases import END, PAD, examples_of
+from tests.support.reward_cases import END, PAD, training_examples
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def plain_parts(bare, tokens: list[int]) -> tuple[float, torch.Tensor]:
 
 
 def test_pairwise_loss_is_bradley_terry_on_the_last_token(bare):
-    examples = examples_of(True)
+    examples = training_examples(True)
     scores = [[plain_parts(bare, row.tokens)[0] for row in example.sequences] for example in examples]
     expected = sum(-math.log(1 / (1 + math.exp(worse - better))) for better, worse in scores) / len(scores)
     loss, logged = loss_of(bare, True, 0.0, examples)
@@ -79,7 +79,7 @@ def test_pairwise_loss_is_bradley_terry_on_the_last_token(bare):
 
 
 def test_pointwise_loss_is_cross_entropy(bare):
-    examples = examples_of(False)
+    examples = training_examples(False)
     scores = torch.tensor([plain_parts(bare, example.sequences[0].tokens)[0] for example in examples])
     labels = torch.tensor([float(example.safe) for example in examples])
     assert 0 < labels.mean() < 1
@@ -90,7 +90,7 @@ def test_pointwise_loss_is_cross_entropy(bare):
 
 @pytest.mark.parametrize("pairwise", [True, False])
 def test_reasoning_is_learned_by_its_tokens(bare, pairwise):
-    examples = examples_of(pairwise)
+    examples = training_examples(pairwise)
     total, count = 0.0, 0
     for row in (row for example in examples for row in example.sequences):
         log_probs = plain_parts(bare, row.tokens)[1]
@@ -103,7 +103,7 @@ def test_reasoning_is_learned_by_its_tokens(bare, pairwise):
 
 
 def test_removing_the_reasoning_changes_the_loss(bare):
-    examples = examples_of(True)
+    examples = training_examples(True)
     removed = [
         type(e)(tuple(type(r)([*r.tokens[: r.loss_start], END], r.loss_start + 1) for r in e.sequences), e.safe)
         for e in examples
@@ -119,12 +119,12 @@ def test_removing_the_reasoning_changes_the_loss(bare):
 def test_a_new_head_scores_zero(new_model):
     model = new_model(model_of("tiny"))
     add_reward_head(model)
-    assert loss_of(model, True, 0.0, examples_of(True))[0] == pytest.approx(math.log(2))
+    assert loss_of(model, True, 0.0, training_examples(True))[0] == pytest.approx(math.log(2))
     assert reward_model(model, True).scores([[5, 6, END]], 4) == [0.0]
 
 
 def test_scores_do_not_depend_on_company(bare):
-    rows = [row.tokens for example in examples_of(True) for row in example.sequences]
+    rows = [row.tokens for example in training_examples(True) for row in example.sequences]
     together, alone = reward_model(bare, True).scores(rows, 5), []
     for row in rows:
         alone += reward_model(bare, True).scores([row], 1)
@@ -134,7 +134,7 @@ def test_scores_do_not_depend_on_company(bare):
 
 
 def test_own_reasoning_is_the_greedy_one_and_ends(bare):
-    rows = [row.tokens[:-1] for example in examples_of(False) for row in example.sequences]
+    rows = [row.tokens[:-1] for example in training_examples(False) for row in example.sequences]
     for row, found in zip(rows, reward_model(bare, False).generate_critiques(rows, 3, END, 4), strict=True):
         expected = list(row)
         for _ in range(4):
@@ -145,7 +145,7 @@ def test_own_reasoning_is_the_greedy_one_and_ends(bare):
 
 
 def test_rows_are_padded_and_know_their_ends():
-    rows = reward_micro_batch([row for example in examples_of(True) for row in example.sequences], PAD, "cpu", 4)
+    rows = reward_micro_batch([row for example in training_examples(True) for row in example.sequences], PAD, "cpu", 4)
     assert rows.inputs_BL.shape[1] % 4 == 0
     assert rows.inputs_BL.gather(1, rows.ends_B[:, None]).eq(END).all()
     learned = rows.labels_BL[rows.learned_BL.bool()]

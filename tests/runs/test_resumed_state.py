@@ -13,10 +13,10 @@ GOOD = TrainState(step=3, updates=5).as_dict()
 
 @pytest.mark.parametrize("change", [{"steps": 3}, {"step": "3"}, {"step": True}, {"step": 1.5}])
 def test_a_state_of_another_program_is_refused(tmp_path, one_rank, change):
-    from megatron_r1.runs.training_run import _state
+    from megatron_r1.runs.resume import read_train_state
 
     write_state(tmp_path, GOOD)
-    assert _state(tmp_path) == TrainState(step=3, updates=5)
+    assert read_train_state(tmp_path) == TrainState(step=3, updates=5)
     write_state(tmp_path, GOOD | change)
     with pytest.raises(DataError, match="its state is not one of this version"):
-        _state(tmp_path)
+        read_train_state(tmp_path)

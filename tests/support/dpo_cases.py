@@ -66,7 +66,7 @@ def one_update(
     Five pairs cannot be divided among ranks evenly.
     """
     from megatron_r1.model.build import build_model
-    from megatron_r1.preference.dpo import DirectPreference, HeldoutPairs
+    from megatron_r1.preference.dpo import DirectPreference, EvalPairs
     from megatron_r1.rl.policy.reference import ReferencePolicy
     from megatron_r1.train.metrics import logged_metrics
     from megatron_r1.train.optimizer import Optimizer
@@ -83,7 +83,7 @@ def one_update(
     for weight in reference.copies:
         weight *= REFERENCE_SCALE
     this = DirectPreference(model, reference, BETA, SMOOTHING, PAD, "cpu", parallel.tensor)
-    margins = HeldoutPairs(this, pairs(5), 2).margins()
+    margins = EvalPairs(this, pairs(5), 2).margins()
     result, positions = this.learn(optimizer, pairs(), 1e-3, size)
     assert positions > 0 and not result.skipped
     return logged_metrics(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), margins

@@ -15,7 +15,7 @@ from tests.support.layouts import model_of
 PAD, END = 0, 2
 
 
-def examples_of(pairwise: bool, count: int = 8, reasoning: bool = True) -> list[TokenizedPreference]:
+def training_examples(pairwise: bool, count: int = 8, reasoning: bool = True) -> list[TokenizedPreference]:
     """Rows of many lengths; with reasoning, the last few tokens of each are learned."""
     generator = torch.Generator().manual_seed(3)
 
@@ -59,7 +59,7 @@ def one_update(
     settings.optimizer.max_grad_norm = 0.0
     optimizer = Optimizer(model, settings)
     this = RewardModel(model, pairwise, reasoning_weight, PAD, "cpu", parallel.tensor)
-    examples, group = examples_of(pairwise), data_parallel_group()
+    examples, group = training_examples(pairwise), data_parallel_group()
     scores = this.scores([row.tokens for example in examples for row in example.sequences], 3)
     rows = this.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)
     length = max(each.inputs_BL.shape[1] for each in rows)

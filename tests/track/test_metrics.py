@@ -46,7 +46,7 @@ def texts_in(node: ast.AST) -> Iterator[str]:
         yield from texts_in(child)
 
 
-UNPREFIXED = ("evaluation/benchmarks.py", "commands/sample.py")
+UNPREFIXED = ("evaluation/benchmarks.py", "rollout/sampling_job.py")
 """Files whose metrics stand in a results file without `eval/`."""
 INTERNAL = {"mismatch/tokens"}
 """Sums on the way to a metric, never recorded."""

@@ -51,10 +51,10 @@ def test_moments_in_bf16_are_rounded_between_updates_and_only_there():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_with_resting_moments_goes_on_from_its_state(precision, new_model):
-    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.config.train import OptimizerConfig, TrainConfig
     from megatron_r1.model.build import native_tensors
     from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.stream import next_token_forward
     from megatron_r1.train.update import update
     from tests.support.layouts import model_of
     from tests.support.native_weights import load_native_tensors

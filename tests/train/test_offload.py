@@ -42,10 +42,10 @@ def test_what_is_dropped_comes_back_as_zeros_and_what_stays_does_not_move():
 def test_training_goes_on_as_if_nothing_had_left(new_model, precision, moments):
     from dataclasses import replace
 
-    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.config.train import OptimizerConfig, TrainConfig
     from megatron_r1.train.offload import TrainerMemory
     from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.stream import next_token_forward
     from megatron_r1.train.update import update
     from tests.support.layouts import model_of
 

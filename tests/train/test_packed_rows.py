@@ -104,7 +104,7 @@ def test_padding_teaches_nothing(plain):
 
 
 def test_full_sequences_of_one_document_train_like_a_stream(plain):
-    from megatron_r1.commands.pretrain import next_token_forward
+    from megatron_r1.train.stream import next_token_forward
 
     tokens_BL = np.random.default_rng(0).integers(5, 512, (4, LENGTH + 1))
     batch = PackedBatch(tokens_BL, np.ones_like(tokens_BL), np.zeros_like(tokens_BL, bool))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_r1.commands.pretrain import next_token_forward
 from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schedule import PhaseConfig
@@ -13,6 +12,7 @@ from megatron_r1.config.train import OptimizerConfig, TrainConfig
 from megatron_r1.model.forward_backward import layer_name, routers
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN, RoutingPolicy, check_none_dropped, pretraining_policy
+from megatron_r1.train.stream import next_token_forward
 from megatron_r1.train.update import update
 from tests.support.layouts import model_of
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1.commands.pretrain import next_token_forward, pretraining_step
+from megatron_r1.commands.pretrain import pretraining_step
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.data.pretraining.corpus import Corpus
@@ -17,6 +17,7 @@ from megatron_r1.model.build import native_tensors
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import check_none_dropped
 from megatron_r1.train.state import TrainState
+from megatron_r1.train.stream import next_token_forward
 from megatron_r1.train.update import update
 from tests.support.layouts import model_of
 from tests.support.optimizer_states import restore, state_of

@@ -185,11 +185,11 @@ def passes(config: Any, weights: dict[str, Any], batches: Sequence[Any], platfor
     """Loss and gradient, all parameters in one row, of each batch."""
     import torch
 
-    from megatron_r1.commands.pretrain import next_token_forward
     from megatron_r1.model.build import build_model
     from megatron_r1.model.forward_backward import forward_backward
     from megatron_r1.model.shards import load_whole_tensors
     from megatron_r1.train.optimizer import Optimizer
+    from megatron_r1.train.stream import next_token_forward
 
     model = build_model(config.model, config.parallel, platform, config.seed, precision=config.fp8)
     load_whole_tensors(model, weights)

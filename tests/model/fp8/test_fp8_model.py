@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_r1.commands.pretrain import next_token_forward
 from megatron_r1.config.fp8 import LINEARS, Fp8Config
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.train import TrainConfig
@@ -21,6 +20,7 @@ from megatron_r1.model.fp8.linear import multiply
 from megatron_r1.platform import Platform
 from megatron_r1.runs.training_run import log_precision
 from megatron_r1.train.optimizer import Optimizer
+from megatron_r1.train.stream import next_token_forward
 from megatron_r1.train.update import update
 from tests.support.fp8_shape import fp8_shape, gradient_squares
 
