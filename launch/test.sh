@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole test suite, or a part of it: launch/test.sh [pytest arguments ...].
+# The test suite but its long forms, or a part of it: launch/test.sh [pytest arguments ...]. The long forms (campaigns of
+# faults, whole recipes, real servers many times): launch/test.sh -m slow.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_r1.runs.folder import is_done
 from tests.support.jobs import comparable
-from tests.support.recipes import SGLANG, Recipe
+from tests.support.recipes import DIES_WITHIN_S, SGLANG, Recipe
 
 INTERRUPTED_BY_SIGTERM = 85
 
@@ -66,16 +66,20 @@ def kill_at_random(recipe: Recipe, chance: random.Random, life: float, victims: 
             code = parent.wait(delay)
         except psutil.TimeoutExpired:
             target = victim_of(parent, victim, chance)
-            with_it = {process.pid for process in recipe.processes()}
+            below = [] if target == parent else target.children(recursive=True)
+            known = [parent, *parent.children(recursive=True)]
             done = sum(is_done(recipe.folder / stage) for stage in ("pretrain", "r1_zero", "evaluate", "convert"))
             target.kill()
             killed = time.monotonic()
             if target == parent:
-                seconds = recipe.seconds_until_gone(killed)
-            else:  # the recipe itself must notice, and end
+                seconds = recipe.seconds_until_gone(known, killed)
+            else:  # what the stage had started dies with it, and the recipe itself notices and ends
+                psutil.wait_procs(below, DIES_WITHIN_S)
+                seconds = time.monotonic() - killed
+                assert not [process for process in below if process.is_running()]
                 assert parent.wait(attempt_s) != 0, recipe.log
-                seconds = recipe.seconds_until_gone(time.monotonic())
-            left = f"{len(with_it)} processes, gone {seconds:.2f} s later"
+                recipe.seconds_until_gone(known, time.monotonic())
+            left = f"{len(known)} processes, gone {seconds:.2f} s later"
             return f"{victim} after {delay:.1f} s, {done} stages done: {left}"
         assert code == 0, recipe.log
         return ""
@@ -89,7 +93,7 @@ def victim_of(parent: psutil.Popen, victim: str, chance: random.Random) -> psuti
 
 def survive(recipe: Recipe, kills: int, seed: int, life: float, victims: list[str], attempt_s: float) -> list[str]:
     """Start the recipe again after each kill, until it has ended; start anew until there were so many kills."""
-    chance, struck = random.Random(seed), []
+    chance, struck = random.Random(seed), list[str]()
     while len(struck) < kills and (what := kill_at_random(recipe, chance, life, victims, attempt_s)):
         struck.append(what)
     recipe.run(attempt_s)
@@ -113,7 +117,7 @@ def test_a_killed_recipe_leaves_nothing_and_goes_on_to_the_same_end(finished: Re
 @pytest.mark.parametrize("victims", [["parent"], ["parent", "stage"]], ids=["parent", "parent or stage"])
 def test_a_recipe_with_servers_leaves_nothing_when_killed(victims: list[str], tmp_path: Path) -> None:
     """Kills through pre-training, R1-Zero with a real SGLang server, evaluation with it, conversion and report."""
-    calm, struck, runs, life = Recipe(tmp_path / "calm", tuple(SGLANG)), [], 0, time.monotonic()
+    calm, struck, runs, life = Recipe(tmp_path / "calm", tuple(SGLANG)), list[str](), 0, time.monotonic()
     calm.run(1200)
     life = time.monotonic() - life
     while len(struck) < 10:

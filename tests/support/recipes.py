@@ -39,6 +39,14 @@ def _list(lines: list[str]) -> str:
     return "[" + ",".join(f'"{line}"' for line in lines) + "]"
 
 
+def _lives(process: psutil.Process) -> bool:
+    """Whether it runs; one that is being taken apart has no environment any more, but holds files and ports."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The quickstart with every stage made short, in a folder of its own."""
@@ -90,11 +98,10 @@ class Recipe:
         """All living processes of the recipe, however deep, by a mark in their environment."""
         return marked_processes(str(self.folder))
 
-    def seconds_until_gone(self, since: float) -> float:
-        """Seconds from `since` until no process of the recipe was left; fails when they are too many."""
-        while left := self.processes():
-            found = {process.pid: process.cmdline() for process in left if process.is_running()}
-            assert time.monotonic() - since < DIES_WITHIN_S, f"left behind: {found}"
+    def seconds_until_gone(self, known: list[psutil.Process], since: float) -> float:
+        """Seconds from `since` until the known processes and all marked ones are gone; fails when they are too many."""
+        while left := [*self.processes(), *filter(_lives, known)]:
+            assert time.monotonic() - since < DIES_WITHIN_S, f"left behind: {left}"
             time.sleep(0.05)
         return time.monotonic() - since
 
@@ -106,4 +113,5 @@ class Recipe:
     @property
     def results(self) -> dict[str, Any]:
         """What the evaluation found."""
-        return json.loads((self.folder / "evaluate" / "results.json").read_text())
+        found: dict[str, Any] = json.loads((self.folder / "evaluate" / "results.json").read_text())
+        return found
