@@ -164,8 +164,10 @@ class WholeTensors(Mapping[str, Tensor]):
     def _read(self, stored: _Stored, box: _Box) -> Tensor:
         file = self._files[stored.file]
         if box == stored.box:
-            return file.get_tensor(stored.key)
-        return file.get_slice(stored.key)[box.within(stored.box)]
+            whole: Tensor = file.get_tensor(stored.key)
+            return whole
+        part: Tensor = file.get_slice(stored.key)[box.within(stored.box)]
+        return part
 
 
 def _index(path: Path, file: Any) -> list[tuple[str, list[int], list[int]]]:

@@ -42,13 +42,13 @@ class ParamMapping:
     def split(self, native: Tensor) -> list[Tensor]:
         """The Hugging Face parts of a native tensor: views where parts do not alternate."""
         sizes = [shape[0] // self.groups for shape in self.part_shapes]
-        return [part.flatten(0, 1) for part in native.unflatten(0, (self.groups, -1)).split(sizes, 1)]
+        return [part.flatten(0, 1) for part in torch.split(torch.unflatten(native, 0, (self.groups, -1)), sizes, 1)]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The native tensor of Hugging Face's parts; a single part is given back as it is."""
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
+        return torch.cat([torch.unflatten(part, 0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def same_tensor(native: str, hf: str, *shape: int, copies: tuple[str, ...] = (), float32: bool = False) -> ParamMapping:

@@ -57,7 +57,7 @@ def forward_backward(
     """
     loads: dict[str, Tensor] = {}
 
-    def finalise(models: list, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    def finalise(models: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         # finalize_model_grads clears the routers' counters.
         loads.update((layer_name(router), router.local_tokens_per_expert.clone()) for router in routers(model))
         finalize_model_grads(models, num_tokens, **kwargs)
@@ -124,7 +124,7 @@ def _mtp_loss(num_micro_batches: int) -> float | None:
         return None
     mean = tracker["loss_values"].mean()
     torch.distributed.all_reduce(mean, group=group)
-    return float(mean) / group.size() / num_micro_batches
+    return float(mean) / int(group.size()) / num_micro_batches
 
 
 def packed_seq_params(bounds: Tensor) -> PackedSeqParams:
@@ -144,7 +144,11 @@ def packed_seq_params(bounds: Tensor) -> PackedSeqParams:
 
 
 def forward_only(
-    model: Model, micro_batches: Sequence[Any], forward: Callable, length: int, micro_batch_size: int = 1
+    model: Model,
+    micro_batches: Sequence[Any],
+    forward: Callable[[Any, Any], Any],
+    length: int,
+    micro_batch_size: int = 1,
 ) -> list[Any]:
     """Outputs of `forward`, one per micro-batch, without gradient; an empty list but on the last pipeline stage.
 
@@ -153,11 +157,11 @@ def forward_only(
         length, micro_batch_size: as of `forward_backward`.
     """
 
-    def step(batches: Any, module: Any) -> tuple[Any, Callable]:
+    def step(batches: Any, module: Any) -> tuple[Any, Callable[..., Any]]:
         return forward(module, next(batches)), lambda output, non_loss_data: output
 
     with torch.no_grad():
-        return get_forward_backward_func()(
+        outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[iter(micro_batches) for _ in chunks(model)],
             model=chunks(model),
@@ -167,3 +171,4 @@ def forward_only(
             forward_only=True,
             collect_non_loss_data=True,
         )
+    return outputs

@@ -38,7 +38,7 @@ from megatron_r1.config.model import MoeConfig, RopeConfig
 _roll = multi_token_prediction.roll_tensor
 
 
-class LatentAttention(MLASelfAttention):
+class LatentAttention(MLASelfAttention):  # type: ignore[misc]
     """Multi-head latent attention whose directly projected query is not normed (DeepSeek-V2 report, section 2.1).
 
     The latents are. megatron-core would norm the query's input a second time where there is no query latent.
@@ -87,7 +87,7 @@ class GroupTopK:
         self, scores_TE: Tensor, topk: int, num_groups: int, group_topk: int, default: Any = None
     ) -> tuple[Tensor, Tensor]:
         """Scores and indices [T, K] of the chosen experts."""
-        scores_TGE = scores_TE.unflatten(1, (num_groups, -1))
+        scores_TGE = torch.unflatten(scores_TE, 1, (num_groups, -1))
         groups_TG = scores_TGE.topk(self._best, dim=-1).values.sum(-1)
         chosen_TG = torch.zeros_like(groups_TG, dtype=torch.bool)
         chosen_TG.scatter_(1, groups_TG.topk(group_topk, dim=-1, sorted=False).indices, True)

@@ -20,16 +20,16 @@ from megatron_r1.model.te_layout_modules import (
 )
 
 
-class TorchSpecProvider(BackendSpecProvider):
+class TorchSpecProvider(BackendSpecProvider):  # type: ignore[misc]
     """Torch modules in Transformer Engine's layout."""
 
     def linear(self) -> type:
         return DuplicatedLinear
 
-    def column_parallel_linear(self) -> type:
+    def column_parallel_linear(self) -> Any:
         return ColumnParallelLinear
 
-    def row_parallel_linear(self) -> type:
+    def row_parallel_linear(self) -> Any:
         return RowParallelLinear
 
     def fuse_layernorm_and_linear(self) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,8 @@ class RewardHead(torch.nn.Module):
     def _whole(self, hidden_LBD: Tensor) -> Tensor:
         if not self._shared:
             return hidden_LBD
-        return gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=False)
+        whole_LBD: Tensor = gather_from_sequence_parallel_region(hidden_LBD, tensor_parallel_output_grad=False)
+        return whole_LBD
 
     def _scores(self, read: Tensor) -> Tensor:
         return F.linear(read.float(), self.weight.float(), self.bias.float())[..., 0]
@@ -66,7 +66,7 @@ def add_reward_head(model: Model) -> None:
 
 def head_of(model: Model) -> RewardHead:
     """The head of a model whose last stage is on this rank."""
-    head: Any = getattr(chunks(model)[-1], HEAD)
+    head: RewardHead = getattr(chunks(model)[-1], HEAD)
     return head
 
 

@@ -147,31 +147,37 @@ def last_hidden_states(
 def head_weight(model: Model) -> Tensor:
     """This rank's rows of the head, [V, D], of its last part, which must be on the last stage; tied or its own."""
     last = chunks(model)[-1]
-    if last.share_embeddings_and_output_weights:
-        return last.shared_embedding_or_output_weight()
-    return last.output_layer.weight
+    tied = last.share_embeddings_and_output_weights
+    weight_VD: Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
+    return weight_VD
 
 
-def _read(
+def _read[Output](
     model: Any,
     inputs_BL: Tensor,
     positions_BL: Tensor,
-    read: Callable[[Tensor, Tensor], Any],
+    read: Callable[[Tensor, Tensor], Output],
     *,
     attention_mask: Tensor | None = None,
     **more: Any,
-) -> Any:
-    """What `read` makes of the last hidden states [L, B, D] of all positions, and of this rank's rows of the head."""
+) -> Output | Tensor:
+    """What `read` computes from the last hidden states [L, B, D] of all positions and this rank's rows of the head.
 
-    def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Any:
+    Stages before the last give their hidden states.
+    """
+
+    def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Output:
         weight_VD = output_layer.weight if output_weight is None else output_weight
         return read(_on_every_rank(hidden_states, output_layer), weight_VD)
 
-    return model(inputs_BL, positions_BL, attention_mask, output_processor=process, **more)
+    output: Output | Tensor = model(inputs_BL, positions_BL, attention_mask, output_processor=process, **more)
+    return output
 
 
 def _on_every_rank(hidden: Tensor, output_layer: Any) -> Tensor:
     """Hidden states [L, B, D] of all positions; backward sums the ranks' parts, as megatron-core's head does."""
     if output_layer.sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden, group=tensor_parallel_group())
-    return copy_to_tensor_model_parallel_region(hidden, group=tensor_parallel_group())
+        whole: Tensor = gather_from_sequence_parallel_region(hidden, group=tensor_parallel_group())
+    else:
+        whole = copy_to_tensor_model_parallel_region(hidden, group=tensor_parallel_group())
+    return whole

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -39,7 +42,7 @@ def transformer_config(
     return MLATransformerConfig(**common, **_latent_attention(model, model.attention), **_experts(model))
 
 
-def _shape(model: ModelConfig) -> dict:
+def _shape(model: ModelConfig) -> dict[str, Any]:
     init = _normal(model.init_std)
     return {
         "num_layers": model.num_layers,
@@ -62,14 +65,14 @@ def _shape(model: ModelConfig) -> dict:
     }
 
 
-def _normal(std: float):
+def _normal(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def initialise(tensor: torch.Tensor) -> torch.Tensor:
         return torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
     return initialise
 
 
-def _grouped_attention(model: ModelConfig, attention: GroupedAttentionConfig) -> dict:
+def _grouped_attention(model: ModelConfig, attention: GroupedAttentionConfig) -> dict[str, Any]:
     return {
         # A list, though all layers are alike: else sharding metadata would stack the layers into one tensor.
         "moe_layer_freq": [0] * model.num_layers,
@@ -80,7 +83,7 @@ def _grouped_attention(model: ModelConfig, attention: GroupedAttentionConfig) ->
     }
 
 
-def _latent_attention(model: ModelConfig, attention: AttentionConfig) -> dict:
+def _latent_attention(model: ModelConfig, attention: AttentionConfig) -> dict[str, Any]:
     rope = model.rope
     extended = rope.factor > 1
     return {
@@ -103,7 +106,7 @@ def _latent_attention(model: ModelConfig, attention: AttentionConfig) -> dict:
     }
 
 
-def _experts(model: ModelConfig) -> dict:
+def _experts(model: ModelConfig) -> dict[str, Any]:
     moe = model.moe
     biased = moe.score_function == "sigmoid"
     return {
@@ -126,7 +129,7 @@ def _experts(model: ModelConfig) -> dict:
     }
 
 
-def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dict:
+def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dict[str, Any]:
     interleaved = parallel.virtual_pipeline > 1
     return {
         "params_dtype": DTYPES[model.dtype],
@@ -154,7 +157,7 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
     }
 
 
-def _performance(performance: PerformanceConfig) -> dict:
+def _performance(performance: PerformanceConfig) -> dict[str, Any]:
     flexible = performance.moe_token_dispatcher_type in ("deepep", "hybridep")
     return {
         "recompute_granularity": "selective" if performance.recompute_modules else None,

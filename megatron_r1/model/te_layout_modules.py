@@ -55,8 +55,10 @@ class DuplicatedLinear(torch.nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.multiply(x, self.weight), None
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return make_sharded_tensors_for_checkpoint(
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {},
@@ -64,9 +66,10 @@ class DuplicatedLinear(torch.nn.Module):
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
+        return sharded
 
 
-class NormColumnParallelLinear(ColumnParallelLinear):
+class NormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
     """RMSNorm, then a column-parallel linear map (TELayerNormColumnParallelLinear)."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any):
@@ -118,10 +121,12 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x_TD: Tensor, tokens_per_expert: Any) -> tuple[Tensor, None]:
         counts = tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(tokens_per_expert)
-        parts = x_TD.split(counts)
+        parts = torch.split(x_TD, counts)
         return torch.cat([self.multiply(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Each local expert's weight as a shard of one global tensor with a leading expert axis."""
         parallel = self.groups
         first = get_pg_rank(parallel.ep) * self.num_gemms
@@ -180,7 +185,7 @@ class CoreAttention(torch.nn.Module):
     def _of_all_ranks(self, x_BHLD: Tensor) -> Tensor:
         """The positions of all context-parallel ranks, rank by rank; gradients go back to whose they are."""
         group = context_parallel_group()
-        x_LBHD = gather_from_sequence_parallel_region(x_BHLD.permute(2, 0, 1, 3).contiguous(), group=group)
+        x_LBHD: Tensor = gather_from_sequence_parallel_region(x_BHLD.permute(2, 0, 1, 3).contiguous(), group=group)
         return x_LBHD.permute(1, 2, 0, 3)
 
     def _beyond(self, share: int) -> Tensor:
@@ -198,7 +203,7 @@ class CoreAttention(torch.nn.Module):
             raise ValueError("context parallelism: on a CPU sequences cannot be kept apart")
         lengths = bounds.diff()
         places, outputs = [], []
-        for length in lengths.unique().tolist():
+        for length in torch.unique(lengths).tolist():
             starts_N = bounds[:-1][lengths == length].long()
             places_NL = starts_N[:, None] + torch.arange(length, device=bounds.device)
             out_NHLD = F.scaled_dot_product_attention(

@@ -15,7 +15,8 @@ def context_parallel_group() -> dist.ProcessGroup:
     """The ranks that share each sequence with this one."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_context_parallel_group()
+    group: dist.ProcessGroup = parallel_state.get_context_parallel_group()
+    return group
 
 
 def positions_of(x_BL: Tensor) -> Tensor:

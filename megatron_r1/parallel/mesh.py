@@ -34,7 +34,7 @@ def process_groups(
     check_degrees(degrees, ranks)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     # A lone process needs no network rendezvous, so that any number of them can run side by side.
-    store = dist.HashStore() if ranks == 1 else None
+    store = dist.HashStore() if ranks == 1 else None  # type: ignore[attr-defined]  # torch's stubs lack it
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(platform.backend, store=store, rank=rank(), world_size=ranks, timeout=timeout)
     try:
@@ -62,28 +62,30 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     """The ranks that share each layer's matrices with this one."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_tensor_model_parallel_group()
+    group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group
 
 
 def data_parallel_group() -> dist.ProcessGroup:
     """The ranks that hold the same weights as this one and see other data."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_data_parallel_group()
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
+    return group
 
 
 def pipeline_stage() -> int:
     """Which share of the layers this rank holds."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_pipeline_model_parallel_rank()
+    return int(parallel_state.get_pipeline_model_parallel_rank())
 
 
 def is_last_stage() -> bool:
     """Whether this rank holds the last layers, hence the logits."""
     from megatron.core import parallel_state
 
-    return parallel_state.is_pipeline_last_stage()
+    return bool(parallel_state.is_pipeline_last_stage())
 
 
 def broadcast_from_last_stage[Value](value: Value) -> Value:

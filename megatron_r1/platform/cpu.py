@@ -115,7 +115,7 @@ def _answer_for_devices_and_streams() -> None:
         setattr(cuda, name, lambda *_, **__: 0)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_: None
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign,assignment]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
 
 
 def _answer_for_random_state() -> None:
@@ -133,7 +133,7 @@ def _create_tensors_on_cpu() -> None:
     def is_cuda(device: object) -> bool:
         return isinstance(device, str | torch.device) and str(device).startswith("cuda")
 
-    def redirected(create: Callable) -> Callable:
+    def redirected(create: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(create)
         def on_cpu(*args: Any, **kwargs: Any) -> Any:
             if "device" in kwargs and is_cuda(kwargs["device"]):

@@ -26,7 +26,7 @@ def bench(one_rank) -> ModuleType:
 @pytest.mark.parametrize("entropy", [[], ["--entropy"]])
 def test_all_ways_agree_and_chunks_take_little_memory(bench, capsys, entropy):
     found = bench.compared(
-        bench.parsed(["--tokens=1024", "--width=16", "--words=16384", f"--chunk-logits={2**19}", *entropy])
+        bench.parsed(["--tokens=1024", "--width=16", "--vocab-size=16384", f"--chunk-logits={2**19}", *entropy])
     )
     # What the allocator keeps for itself is not small beside these 64 MiB of logits; test_vocabulary counts tensors.
     assert found["in chunks"].extra_bytes < found["all at once"].extra_bytes / 3 > 2**26 / 3
@@ -56,4 +56,4 @@ def test_at_full_size_memory_is_an_eighth_and_time_one_and_a_half():
 
 def test_threads_and_sizes_are_read(bench):
     given = bench.parsed([])
-    assert (given.tokens, given.width, given.words, torch.get_num_threads()) == (4096, 1024, 129_280, 1)
+    assert (given.tokens, given.width, given.vocab_size, torch.get_num_threads()) == (4096, 1024, 129_280, 1)

@@ -1,6 +1,6 @@
 """Time and memory of token scores in chunks beside the same with all logits at once, forward and backward, on a CPU.
 
-`tools/bench/chunked_loss.py [--tokens 4096] [--width 1024] [--words 129280] [--repeats 1] [--entropy]`. Beside it
+`tools/bench/chunked_loss.py [--tokens 4096] [--width 1024] [--vocab-size 129280] [--repeats 1] [--entropy]`. Beside it
 stand torch's own cross-entropy over all logits, and this package's with one chunk. Seconds are of wall and of
 processor, which other programs on the machine disturb less. Memory is the process's high-water mark beyond what it held
 before and beyond the two gradients, which any way of computing them must return.
@@ -21,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from megatron_r1.model.vocab_parallel import CHUNK_LOGITS, Head, score_tokens
+from megatron_r1.model.lm_head import CHUNK_LOGITS, Head
+from megatron_r1.model.vocab_parallel import score_tokens
 
 
 class Inputs(NamedTuple):
@@ -40,12 +41,14 @@ class Measured(NamedTuple):
     gradients: tuple[Tensor, Tensor]
 
 
-def drawn(tokens: int, width: int, words: int) -> Inputs:
+def drawn(tokens: int, width: int, vocab_size: int) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     hidden_TD = torch.randn(tokens, width, generator=generator)
-    weight_VD = torch.randn(words, width, generator=generator) / width**0.5
+    weight_VD = torch.randn(vocab_size, width, generator=generator) / width**0.5
     return Inputs(
-        hidden_TD.requires_grad_(), weight_VD.requires_grad_(), torch.randint(0, words, (tokens,), generator=generator)
+        hidden_TD.requires_grad_(),
+        weight_VD.requires_grad_(),
+        torch.randint(0, vocab_size, (tokens,), generator=generator),
     )
 
 
@@ -83,7 +86,7 @@ def measure(loss_of: Callable[[], Tensor], inputs: Inputs, repeats: int) -> Meas
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before, started, used = resident("VmRSS"), time.perf_counter(), time.process_time()
         value = loss_of()
-        value.backward()
+        torch.autograd.backward(value)
         seconds.append(time.perf_counter() - started)
         processor.append(time.process_time() - used)
         extra.append(resident("VmHWM") - before - inputs.hidden_TD.nbytes - inputs.weight_VD.nbytes)
@@ -97,7 +100,7 @@ def against_float64(inputs: Inputs, measured: Measured, tokens: int = 256) -> tu
     """Relative difference of the loss's gradients of some tokens' hidden states, and of the loss over those tokens."""
     hidden_TD = inputs.hidden_TD[:tokens].detach().double().requires_grad_()
     exact = cross_entropy(hidden_TD @ inputs.weight_VD.detach().double().t(), inputs.targets_T[:tokens])
-    (exact * tokens / len(inputs.hidden_TD)).backward()
+    torch.autograd.backward(exact * tokens / len(inputs.hidden_TD))
     with torch.no_grad():
         some = Inputs(inputs.hidden_TD[:tokens], inputs.weight_VD, inputs.targets_T[:tokens])
         loss = float(in_chunks(some, CHUNK_LOGITS, 0.0))
@@ -108,16 +111,19 @@ def against_float64(inputs: Inputs, measured: Measured, tokens: int = 256) -> tu
 
 def compared(given: argparse.Namespace) -> dict[str, Measured]:
     """Each way by name; the same inputs."""
-    inputs, entropy = drawn(given.tokens, given.width, given.words), 0.01 * given.entropy
+    inputs, entropy = drawn(given.tokens, given.width, given.vocab_size), 0.01 * given.entropy
     ways: dict[str, Callable[[], Tensor]] = {
         "in chunks": lambda: in_chunks(inputs, given.chunk_logits, entropy),
-        "one chunk": lambda: in_chunks(inputs, given.tokens * given.words, entropy),
+        "one chunk": lambda: in_chunks(inputs, given.tokens * given.vocab_size, entropy),
         "all at once": lambda: all_at_once(inputs, entropy),
     }
-    in_chunks(Inputs(*(x[:64] for x in inputs)), given.chunk_logits, entropy).backward()
+    torch.autograd.backward(in_chunks(Inputs(*(x[:64] for x in inputs)), given.chunk_logits, entropy))
     found = {name: measure(way, inputs, given.repeats) for name, way in ways.items()}
-    logits = given.tokens * given.words * 4
-    print(f"{given.tokens} tokens, width {given.width}, {given.words} words: fp32 logits are {logits / 2**20:.0f} MiB")
+    logits = given.tokens * given.vocab_size * 4
+    print(
+        f"{given.tokens} tokens, width {given.width}, vocabulary {given.vocab_size}: "
+        f"fp32 logits are {logits / 2**20:.0f} MiB"
+    )
     for name, one in found.items():
         other = found["all at once"]
         print(
@@ -134,8 +140,8 @@ def compared(given: argparse.Namespace) -> dict[str, Measured]:
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for name, default in {"tokens": 4096, "width": 1024, "words": 129_280, "repeats": 1, "threads": 1}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {"tokens": 4096, "width": 1024, "vocab_size": 129_280, "repeats": 1, "threads": 1}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--chunk-logits", type=int, default=CHUNK_LOGITS)
     parser.add_argument("--entropy", action="store_true", help="with an entropy bonus")
     return parser.parse_args(arguments)
@@ -144,7 +150,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     given = parsed()
     torch.set_num_threads(given.threads)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs lack it
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         compared(given)
     finally:

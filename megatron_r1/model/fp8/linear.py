@@ -95,7 +95,8 @@ def multiply(x: Tensor, weight_NK: Tensor, recipe: LinearRecipe) -> Tensor:
     Returns:
         [..., N], of the type of x.
     """
-    return _Products.apply(x.flatten(0, -2), weight_NK, recipe).unflatten(0, x.shape[:-1])
+    product_TN: Tensor = _Products.apply(x.flatten(0, -2), weight_NK, recipe)
+    return torch.unflatten(product_TN, 0, x.shape[:-1])
 
 
 def parallel_multiply(recipe: LinearRecipe) -> Callable[..., Tensor]:
