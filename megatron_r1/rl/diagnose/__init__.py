@@ -1,1 +1,1 @@
-"""Why an engine's log-probabilities are not the trainer's: a saved batch, held against one suspicion after another."""
+"""Finds why engine and trainer log-probabilities differ: tries known causes on a saved batch."""

@@ -1,8 +1,8 @@
-"""What may lie between an engine and a trainer: each suspicion, and the log-probabilities if it were true.
+"""Known causes of a mismatch between engine and trainer, each with the log-probabilities that it would give.
 
-Suspicions come in the order in which they are to be preferred where two explain a batch equally well. Each is tried on
-the trainer's side: if the engine is thought to lack a bias, the trainer computes without it, and whoever then comes out
-with the saved log-probabilities was right.
+Causes come in order of preference, for the case that two explain a batch equally well. Each is tried on the trainer's
+side: if the engine may lack a bias, the trainer computes without it, and the cause whose log-probabilities match the
+saved ones is the right one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from megatron_r1.rollout.sample import Sample
 TEMPERATURES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 REFINEMENTS, GOLDEN = 18, (math.sqrt(5) - 1) / 2
 FEW = 16
-"""Answers on which what has many forms is tried first."""
+"""Responses on which causes with many variants are tried first."""
 NEAR_AN_END = 4
-"""Tokens at either end of a prompt that are tried as missing."""
+"""Tokens at each end of a prompt that are tried as missing."""
 _EXPERT = re.compile(r"decoder\.layers\.(\d+)\.mlp\.experts\.(.+)\.weight(\d+)")
 _BIAS = re.compile(r"decoder\.layers\.(\d+)\.(.*bias)")
 
@@ -37,14 +37,14 @@ LogProbs = list[Tensor]
 
 @dataclass(frozen=True)
 class Cause:
-    """One suspicion."""
+    """One possible cause."""
 
     kind: str
     """temperature, template, stale weights, routing, precision, bias or experts."""
     what: str
-    """What it says of the engine, in a few words."""
+    """What the engine does differently, in a few words."""
     log_probs: Callable[[Trial], LogProbs]
-    """Those that the trainer computes if it is true."""
+    """Those that the trainer computes under this cause."""
 
 
 def temperature(trial: Trial) -> Iterator[Cause]:
@@ -57,7 +57,7 @@ def temperature(trial: Trial) -> Iterator[Cause]:
         return few.gap(few.log_probs(temperature=value)).mean
 
     grid = sorted({*TEMPERATURES, trial.temperature})
-    best = min(range(len(grid)), key=lambda place: gap(grid[place]))
+    best = min(range(len(grid)), key=lambda index: gap(grid[index]))
     low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
     found = golden_section(gap, low, high)
     if abs(found - trial.temperature) > 1e-3:
@@ -65,7 +65,7 @@ def temperature(trial: Trial) -> Iterator[Cause]:
 
 
 def golden_section(value_at: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function that first falls and then rises is smallest (Kiefer, 1953)."""
+    """The minimum of a function that first falls and then rises (Kiefer, 1953)."""
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
     for _ in range(REFINEMENTS):
         if value_at(left) < value_at(right):
@@ -76,7 +76,7 @@ def golden_section(value_at: Callable[[float], float], low: float, high: float) 
 
 
 def template(trial: Trial) -> Iterator[Cause]:
-    """A token of the prompt that the engine did not read, or read twice."""
+    """A token of the prompt that the engine missed, or read twice."""
 
     def after(what: str, prompt: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Cause:
         def change(sample: Sample) -> Sample:
@@ -85,23 +85,23 @@ def template(trial: Trial) -> Iterator[Cause]:
         return Cause("template", what, lambda trial: trial.log_probs(change=change))
 
     shortest = min(len(sample.prompt_tokens) for sample in trial.samples)
-    for place in range(min(NEAR_AN_END, shortest - 1)):
-        yield after(f"read no prompt token {place}", partial(_without, place=place))
-        yield after(f"read no prompt token {place} from the end", partial(_without, place=-1 - place))
+    for index in range(min(NEAR_AN_END, shortest - 1)):
+        yield after(f"read no prompt token {index}", partial(_without, index=index))
+        yield after(f"read no prompt token {index} from the end", partial(_without, index=-1 - index))
     yield after("read the first prompt token twice", lambda p: p[:1] + p)
     yield after("read the last prompt token twice", lambda p: p + p[-1:])
 
 
-def _without(tokens: tuple[int, ...], place: int) -> tuple[int, ...]:
-    place %= len(tokens)
-    return tokens[:place] + tokens[place + 1 :]
+def _without(tokens: tuple[int, ...], index: int) -> tuple[int, ...]:
+    index %= len(tokens)
+    return tokens[:index] + tokens[index + 1 :]
 
 
 def stale_weights(trial: Trial, others: Mapping[str, Mapping[str, Tensor]]) -> Iterator[Cause]:
-    """Weights of another time.
+    """Weights of another step.
 
     Args:
-        others: whole tensors by megatron-core name, by what they are called.
+        others: whole tensors by megatron-core name, by the name of the checkpoint.
     """
 
     def log_probs(weights: Mapping[str, Tensor]) -> Callable[[Trial], LogProbs]:
@@ -117,7 +117,7 @@ def stale_weights(trial: Trial, others: Mapping[str, Mapping[str, Tensor]]) -> I
 
 
 def routing(trial: Trial) -> Iterator[Cause]:
-    """The engine's own choice of experts, where it was saved."""
+    """The engine's choice of experts, where it was recorded."""
     if trial.replay and any(sample.routed_experts for sample in trial.samples):
         yield Cause("routing", "chose other experts", lambda trial: trial.log_probs(replayed=True))
 
@@ -132,7 +132,7 @@ def precision(trial: Trial) -> Iterator[Cause]:
 
 
 def bias(trial: Trial) -> Iterator[Cause]:
-    """A bias that the engine lacks: of every layer, or of one."""
+    """A bias that the engine lacks: in every layer, or in one."""
     kinds: dict[str, dict[int, Tensor]] = {}
     for name, tensor in native_tensors(trial.model):
         if (match := _BIAS.fullmatch(name)) and tensor.any():
@@ -146,10 +146,10 @@ def bias(trial: Trial) -> Iterator[Cause]:
 
 
 def experts(trial: Trial, suspects: Mapping[int, list[int]]) -> Iterator[Cause]:
-    """Two experts of a layer in each other's place.
+    """Two experts of a layer exchanged.
 
     Args:
-        suspects: experts of each layer, counted from 0, the most suspect first; pairs are made of these.
+        suspects: experts of each layer, counted from 0, the most suspect first; all their pairs are tried.
     """
     weights = expert_weights(trial.model)
     for layer, named in suspects.items():

@@ -1,6 +1,6 @@
-"""From a trial to a diagnosis: where the difference begins, and which suspicion explains it best.
+"""From a trial to a diagnosis: where the difference begins, and which cause explains it best.
 
-Shapes: T input tokens of one answer, N sparse layers, E experts, K experts of a token.
+Shapes: T input tokens of one response, N sparse layers, E experts, K experts of a token.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from megatron_r1.rl.diagnose.trial import Gap, Trial
 from megatron_r1.rl.policy.batch import response_part
 
 EXPLAINS, EXPLAINS_IN_PART = 0.9, 0.5
-"""Shares of the mean difference that go away if a suspicion is right."""
+"""Shares of the mean difference that a cause must remove to explain it, wholly or in part."""
 AS_GOOD = 0.01
-"""Suspicions that explain this much more or less are as good as each other."""
+"""Causes whose explained shares differ by less than this count as equally good."""
 MOST_PAIRS_OF = 16
-"""Experts of a layer that pairs are made of."""
+"""Experts of a layer of which all pairs are tried."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A suspicion that was tried."""
+class TriedCause:
+    """A cause and how much it explains."""
 
     cause: Cause
     gap: Gap
-    """That is left if it is true."""
+    """The difference that remains under this cause."""
     explained: float
-    """Share of the mean difference that it takes away; below 0 where it adds to it."""
+    """Share of the mean difference that it removes; below 0 where it adds to it."""
 
 
 @dataclass(frozen=True)
 class Association:
-    """How much more the tokens that an expert sees differ than others."""
+    """How much more the log-probabilities of an expert's tokens differ than those of others."""
 
     layer: int
     """Counted from 1."""
@@ -49,19 +49,19 @@ class Association:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What came out."""
+    """The result."""
 
     gap: Gap
     floor: float
-    """Mean difference up to which the two count as agreed."""
-    tried: list[Found]
+    """Mean difference up to which engine and trainer count as equal."""
+    tried: list[TriedCause]
     """Best first."""
     first_tokens: list[int | None]
-    """Of each answer the first response token that differs by more than ten floors; None where none does."""
+    """Of each response the first token that differs by more than ten floors; None where none does."""
     otherwise_by_layer: dict[int, float]
-    """Share of the engine's choices of experts that the trainer makes otherwise, by layer from 1, if they are saved."""
+    """Share of the engine's recorded choices of experts that the trainer makes differently, by layer from 1."""
     associations: list[Association]
-    """The experts that differences go along with most."""
+    """The experts whose tokens differ most."""
 
     @property
     def verdict(self) -> str:
@@ -72,8 +72,8 @@ class Diagnosis:
         if best is None or best.explained < EXPLAINS_IN_PART:
             return "none of the known causes explains the difference"
         word = "explains" if best.explained >= EXPLAINS else "explains in part"
-        said = f"{best.cause.kind}: that the engine {best.cause.what} {word} the difference"
-        return f"{said} ({best.explained:.1%} of {self.gap.mean:.3g} nats)"
+        cause = f"{best.cause.kind}: that the engine {best.cause.what}"
+        return f"{cause} {word} the difference ({best.explained:.1%} of {self.gap.mean:.3g} nats)"
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
@@ -96,12 +96,12 @@ def diagnose(
     floor: float,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Diagnosis:
-    """Try everything.
+    """Try every cause.
 
     Args:
-        others: weights that the engine may have had instead, by name.
-        floor: mean difference, in nats, up to which nothing is wrong.
-        progress: is told what is being tried.
+        others: weights that the engine may have used instead, by name.
+        floor: mean difference, in nats, up to which engine and trainer count as equal.
+        progress: called with the name of each cause before it is tried.
     """
     own = trial.log_probs()
     gap, differences = trial.gap(own), [(a - b).abs() for a, b in zip(trial.saved, own, strict=True)]
@@ -122,34 +122,34 @@ def diagnose(
     if trial.replay and max((one.explained for one in tried), default=0.0) < EXPLAINS:
         progress("pairs of experts")
         tried += _pairs(trial, ranked, gap)
-    order = sorted(range(len(tried)), key=lambda place: -tried[place].explained)
+    order = sorted(range(len(tried)), key=lambda index: -tried[index].explained)
     leader = next((p for p in sorted(order) if tried[p].explained > tried[order[0]].explained - AS_GOOD), None)
     best = [] if leader is None else [tried[leader]]
-    rest = [tried[place] for place in order if place != leader]
+    rest = [tried[index] for index in order if index != leader]
     return Diagnosis(gap, floor, best + rest, firsts, _otherwise(trial, experts, first_sparse), ranked[:5])
 
 
 def associations(
     trial: Trial, experts: Sequence[Tensor], differences: Sequence[Tensor], first_sparse: int
 ) -> list[Association]:
-    """Every expert's, the largest first: the mean difference of tokens that it sees over that of others."""
+    """Every expert's, the largest first: the mean difference of its tokens over that of other tokens."""
     if not experts:
         return []
     pairs = zip(experts, trial.samples, strict=True)
-    seen_TNK = torch.cat([response_part(sample, experts_TNK) for experts_TNK, sample in pairs])
+    routed_TNK = torch.cat([response_part(sample, experts_TNK) for experts_TNK, sample in pairs])
     difference_T = torch.cat(list(differences))
     found = []
-    for layer in range(seen_TNK.shape[1]):
-        for expert in range(int(seen_TNK.max()) + 1):
-            sees_T = (seen_TNK[:, layer] == expert).any(-1)
-            if sees_T.any() and not sees_T.all():
-                ratio = difference_T[sees_T].mean() / difference_T[~sees_T].mean().clamp(min=1e-12)
+    for layer in range(routed_TNK.shape[1]):
+        for expert in range(int(routed_TNK.max()) + 1):
+            its_T = (routed_TNK[:, layer] == expert).any(-1)
+            if its_T.any() and not its_T.all():
+                ratio = difference_T[its_T].mean() / difference_T[~its_T].mean().clamp(min=1e-12)
                 found.append(Association(first_sparse + layer + 1, expert, float(ratio)))
     return sorted(found, key=lambda one: -one.ratio)
 
 
-def _pairs(trial: Trial, ranked: Sequence[Association], gap: Gap) -> list[Found]:
-    """The best pair of exchanged experts, out of those of each layer that differences go along with most."""
+def _pairs(trial: Trial, ranked: Sequence[Association], gap: Gap) -> list[TriedCause]:
+    """The best pair of exchanged experts, of those in each layer whose tokens differ most."""
     suspects: dict[int, list[int]] = {}
     for one in ranked:
         named = suspects.setdefault(one.layer - 1, [])
@@ -164,20 +164,20 @@ def _pairs(trial: Trial, ranked: Sequence[Association], gap: Gap) -> list[Found]
     return [_found(trial, best, gap)]
 
 
-def _found(trial: Trial, cause: Cause, before: Gap) -> Found:
+def _found(trial: Trial, cause: Cause, before: Gap) -> TriedCause:
     gap = trial.gap(cause.log_probs(trial))
-    return Found(cause, gap, 1.0 - gap.mean / before.mean)
+    return TriedCause(cause, gap, 1.0 - gap.mean / before.mean)
 
 
 def _otherwise(trial: Trial, experts: Sequence[Tensor], first_sparse: int) -> dict[int, float]:
-    told = [
+    recorded = [
         (torch.from_numpy(sample.routed_experts.array()), own_TNK)
         for sample, own_TNK in zip(trial.samples, experts, strict=False)
         if sample.routed_experts
     ]
-    if not told:
+    if not recorded:
         return {}
-    engine_TNK, own_TNK = (torch.cat(list(side)) for side in zip(*told, strict=True))
+    engine_TNK, own_TNK = (torch.cat(list(side)) for side in zip(*recorded, strict=True))
     same_TNK = (engine_TNK[..., :, None] == own_TNK[..., None, :]).any(-1)
     shares = 1.0 - same_TNK.double().mean((0, 2))
     return {first_sparse + layer + 1: float(share) for layer, share in enumerate(shares)}

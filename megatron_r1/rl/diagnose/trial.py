@@ -1,6 +1,6 @@
-"""A saved batch, and the log-probabilities that a model gives its answers under changed circumstances.
+"""A saved batch, and a model's log-probabilities of its responses under a possible cause of the mismatch.
 
-Shapes: B answers, L positions, T input tokens of one answer, N sparse layers, K experts of a token.
+Shapes: B responses, L positions, T input tokens of one response, N sparse layers, K experts of a token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Change = Callable[[Sample], Sample]
 
 
 class Gap(NamedTuple):
-    """How far a model's log-probabilities are from those that were saved, in nats."""
+    """Differences between a model's log-probabilities and the saved ones, in nats."""
 
     mean: float
     """Of absolute differences, over tokens."""
@@ -36,7 +36,7 @@ class Gap(NamedTuple):
 
 
 class Trial:
-    """The model that is asked, and the batch that it is asked about."""
+    """The trainer's model and the saved batch."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class Trial:
         """
         Args:
             model: the trainer's, on one rank.
-            samples: saved answers, with the engine's log-probabilities.
-            temperature: that they are said to have been sampled with.
+            samples: saved responses, with the engine's log-probabilities.
+            temperature: the configured sampling temperature.
             replay: of the model's routers; None where it has none.
         """
         self.model, self.samples, self.temperature, self.replay = model, list(samples), temperature, replay
@@ -59,25 +59,25 @@ class Trial:
         self.saved = [torch.tensor(sample.logprobs) for sample in samples]
 
     def few(self, count: int) -> Trial:
-        """The same trial over the first answers only."""
+        """The same trial over the first responses only."""
         return Trial(self.model, self.samples[:count], self.temperature, self._pad, self._tokens, self.replay)
 
     def log_probs(
         self, temperature: float | None = None, change: Change | None = None, replayed: bool = False
     ) -> list[Tensor]:
-        """Of each answer's tokens, by the weights as they stand.
+        """Log-probabilities of each response's tokens under the current weights.
 
         Args:
             change: makes another sample of each, with the same response.
-            replayed: routers take the experts that the engine took, where they are saved.
+            replayed: routers take the engine's experts, where they were recorded.
         """
         policy = Policy(self.model, temperature or self.temperature, self.replay if replayed else None)
         samples = [change(sample) for sample in self.samples] if change else self.samples
         found = policy.logprobs_by_sample([self._batch(samples, part) for part in self._parts(samples)])
-        return [response_part(sample, found[place]).cpu() for place, sample in enumerate(samples)]
+        return [response_part(sample, found[index]).cpu() for index, sample in enumerate(samples)]
 
     def gap(self, log_probs: Sequence[Tensor]) -> Gap:
-        """Of these log-probabilities from the saved ones."""
+        """Between these log-probabilities and the saved ones."""
         saved, computed = torch.cat(self.saved), torch.cat(list(log_probs))
         difference = saved - computed
         return Gap(
@@ -86,7 +86,7 @@ class Trial:
         )  # fmt: skip
 
     def experts(self) -> list[Tensor]:
-        """The experts [T, N, K] that the model's own routers choose for each answer's inputs."""
+        """The experts [T, N, K] that the model's own routers choose for each response's inputs."""
         assert self.replay is not None
         policy, found = Policy(self.model, self.temperature), dict[int, Tensor]()
         for part in self._parts(self.samples):
@@ -94,9 +94,9 @@ class Trial:
             with self.replay.recording() as routes:
                 policy.logprobs_by_sample([batch])
                 experts_BLNK = routes().unflatten(0, (-1, len(part))).transpose(0, 1)
-            for place, experts_LNK in zip(part, experts_BLNK, strict=True):
-                found[place] = experts_LNK[: num_tokens(self.samples[place]) - 1].cpu()
-        return [found[place] for place in range(len(self.samples))]
+            for index, experts_LNK in zip(part, experts_BLNK, strict=True):
+                found[index] = experts_LNK[: num_tokens(self.samples[index]) - 1].cpu()
+        return [found[index] for index in range(len(self.samples))]
 
     def _parts(self, samples: Sequence[Sample]) -> list[list[int]]:
         return micro_batches_by_tokens([num_tokens(sample) for sample in samples], self._tokens)
@@ -107,7 +107,7 @@ class Trial:
 
 
 def with_prompt(sample: Sample, prompt: tuple[int, ...]) -> Sample:
-    """The same response after another prompt; its saved experts are of other tokens, and left out."""
+    """The same response after another prompt; its recorded experts are of other tokens, and dropped."""
     return replace(sample, prompt_tokens=prompt, routed_experts=None)
 
 

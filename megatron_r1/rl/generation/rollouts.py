@@ -71,12 +71,12 @@ class Rollouts:
         Args:
             prompts: the endless list of prompts.
             engine: samples responses.
-            asking: how they are asked, and in which tokens.
+            formatter: makes a prompt's tokens.
             journal: rollouts already sampled.
             scorer: prompts and response texts -> scores.
             routed: the layers whose experts the engine records with each response; None records none.
         """
-        self._prompts, self._engine, self._asking, self._journal = prompts, engine, formatter, journal
+        self._prompts, self._engine, self._formatter, self._journal = prompts, engine, formatter, journal
         self._scorer, self._rollout, self._rl, self._seed = scorer, rollout, rl, seed
         self._routed = routed
         self._filters = build_filters(rl.filters)
@@ -150,14 +150,14 @@ class Rollouts:
         """The scored responses to `count` prompts; a group that cannot be used is the name under which it counts."""
         prompts = [self._prompts.at(first_prompt + i) for i in range(count)]
         requested = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(self._rl.group_size)]
-        tokens = [self._asking.tokens(prompt.question) for prompt in prompts]
+        tokens = [self._formatter.tokens(prompt.question) for prompt in prompts]
         name = f"{step}" if number == 0 else f"{step}.{number}"
         requests = [Request(f"{name}-{i}", tokens[group]) for i, (group, _) in enumerate(requested)]
         sampling = Sampling(
             temperature=self._rollout.temperature,
             top_p=self._rollout.top_p,
             max_tokens=self._rollout.max_response_tokens,
-            stop_tokens=(self._asking.tokenizer.eos,),
+            stop_tokens=(self._formatter.tokenizer.eos,),
             seed=self._seed * 1_000_003 + step + number * 7_368_787,
             routed=self._routed,
         )
@@ -181,7 +181,7 @@ class Rollouts:
         return groups
 
     def _text(self, response_tokens: Sequence[int]) -> str:
-        return response_text(response_tokens, self._asking.tokenizer)
+        return response_text(response_tokens, self._formatter.tokenizer)
 
 
 def scored_sample(
