@@ -32,7 +32,7 @@ class ResponseBatch:
     indices_B: Tensor
     """Index in the rollout of each row's sample."""
     experts_BLNK: Tensor | None = None
-    """Experts to which the engine routed each input, by sparse layer; `NOT_RECORDED` where unknown. None: no sample has any."""
+    """The engine's experts of each input, by sparse layer; `NOT_RECORDED` where unknown. None: no sample has any."""
 
     @property
     def inputs_BL(self) -> Tensor:  # noqa: N802 (a tensor's shape)
