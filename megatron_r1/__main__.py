@@ -18,6 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from megatron_r1 import __version__
+from megatron_r1.config.keys import check_overrides, check_recipe, reads
 from megatron_r1.config.recipes import groups, recipes
 from megatron_r1.config.verbs import VERBS, Verb
 from megatron_r1.errors import ConfigError, ExitCode, Requeue, UserError
@@ -35,8 +36,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
 OPTIONS = """\
 options:
   --config-name NAME   another recipe than the verb's own
-  --cfg job            print the resolved configuration and stop
-  --help               this text
+  --cfg job            print the resolved configuration, with what each key means, and stop
+  --help [KEY|SECTION] this text, or what a key or a section means
   --version            the version"""
 
 
@@ -80,6 +81,8 @@ def parse(arguments: list[str]) -> Command:
             command.overrides.append(argument)
         elif argument in VERBS:
             command.verb = argument
+        elif command.help:
+            command.overrides.append(argument)
         else:
             raise ConfigError("VERB", argument, f"must be one of {', '.join(VERBS)}")
     return command
@@ -92,11 +95,19 @@ def help_text(verb: str = "") -> str:
         lines += [f"{verb}: {VERBS[verb].summary}", f"recipe: {VERBS[verb].recipe}", ""]
     else:
         lines += ["verbs:", *(f"  {name:<10} {entry.summary}" for name, entry in VERBS.items()), ""]
+    if verb:
+        from megatron_r1.config.describe import sections_read_by
+
+        lines += ["sections that it reads:"]
+        for section, meaning in sections_read_by(verb):
+            lines += _wrapped(f"  {section:<12} ", meaning)
+        lines += [""]
     lines += ["groups (group=option):"]
     for group, options in groups().items():
-        lines += _wrapped(f"  {group:<12} ", ", ".join(options))
+        if not verb or reads(verb, group):
+            lines += _wrapped(f"  {group:<12} ", ", ".join(options))
     lines += ["", *_wrapped("recipes (--config-name): ", ", ".join(recipes())), "", OPTIONS, ""]
-    lines += [f"Every key and its value: megatron-r1 {verb or 'VERB'} --cfg job"]
+    lines += [f"Every key, its value and its meaning: megatron-r1 {verb or 'VERB'} --cfg job"]
     return "\n".join(lines)
 
 
@@ -109,19 +120,26 @@ def prepare(command: Command) -> RunConfig | None:
     if command.version:
         print(__version__)
     elif command.help:
-        print(help_text(command.verb))
+        topics = [argument for argument in command.overrides if "=" not in argument]
+        if topics:
+            from megatron_r1.config.describe import help_of
+        print("\n\n".join(help_of(topic, command.verb) for topic in topics) if topics else help_text(command.verb))
     elif not command.verb:
         raise ConfigError("VERB", "", f"must be one of {', '.join(VERBS)}")
     else:
-        from megatron_r1.config.layout import check_layout
-        from megatron_r1.config.load import as_yaml, load  # Hydra takes a tenth of a second: not for --help
+        from megatron_r1.config.cross_checks import check_layout
+        from megatron_r1.config.describe import commented_yaml
+        from megatron_r1.config.load import load  # Hydra takes a tenth of a second: not for --help
 
-        config = load(command.verb, command.overrides, command.config_name)
+        recipe = (command.config_name or VERBS[command.verb].recipe).removesuffix(".yaml")
+        check_overrides(command.verb, command.overrides)
+        config = load(command.verb, command.overrides, recipe)
+        check_recipe(command.verb, recipe)
         if not command.print_config:
             check_layout(config, command.verb, world_size())
             VERBS[command.verb].check(command.verb, config.init.from_)
             return config
-        print(as_yaml(config), end="")
+        print(commented_yaml(config, command.verb), end="")
     return None
 
 

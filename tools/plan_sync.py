@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from megatron_r1.config.layout import check_degrees
+from megatron_r1.config.cross_checks import check_degrees
 from megatron_r1.config.load import load
 from megatron_r1.errors import UserError
 from megatron_r1.hf.gather import ShardDirectory

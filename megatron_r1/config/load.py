@@ -19,6 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from megatron_r1.config.cross_checks import check_sections
 from megatron_r1.config.recipes import configs_folder, groups, recipes
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schema import convert, defaults, kinds_of, name_fields, resolved, shown, unknown_key
@@ -48,7 +49,9 @@ def load(verb: str, overrides: Sequence[str] = (), config_name: str | None = Non
     if recipe not in recipes():
         raise ConfigError("--config-name", recipe, f"must be one of {', '.join(recipes())}")
     lines = [line for written in overrides for line in _spelt_out(written)]
-    return convert(RunConfig, _compose(recipe, [_checked(line) for line in lines]))
+    config = convert(RunConfig, _compose(recipe, [_checked(line) for line in lines]))
+    check_sections(config, verb)
+    return config
 
 
 def write_yaml(config: RunConfig, path: Path) -> None:

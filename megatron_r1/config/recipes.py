@@ -14,8 +14,8 @@ def configs_folder() -> Path:
 
 
 def recipes() -> list[str]:
-    """Names for --config-name."""
-    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+    """Names for --config-name; `_base` is what they share and none itself."""
+    return sorted(path.stem for path in configs_folder().glob("*.yaml") if not path.stem.startswith("_"))
 
 
 def groups() -> dict[str, list[str]]:

@@ -1,13 +1,58 @@
-"""Group relative policy optimization (DeepSeekMath, section 4; DeepSeek-R1, section 2.1), and PPO beside it."""
+"""Reinforcement learning: the objective (GRPO and its kin, PPO), the critic, and which responses train the policy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
-from megatron_r1.config.critic import CriticConfig
-from megatron_r1.config.filters import FilterConfig
 from megatron_r1.errors import ConfigError
+
+
+@dataclass(kw_only=True, slots=True)
+class CriticConfig:
+    """A value model of the policy's shape, trained beside it; where rl.advantage_estimator is critic."""
+
+    init_from: str = ""
+    """Where its first weights come from: a run or checkpoint of the verb reward; empty takes the policy's own, with a
+    head that says 0."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; it rises and falls as the policy's does, and the rest of train.optimizer holds for both."""
+    gamma: float = 1.0
+    """Gamma: what a reward is worth one token earlier."""
+    gae_lambda: float = 1.0
+    """Lambda of generalized advantage estimation; at 1, with no discount, an advantage is the return less the value."""
+    value_clip: float = 0.2
+    """How far a value may move in one rollout before its loss holds it back."""
+    whiten_advantages: bool = True
+    """Whether advantages are brought to mean 0 and deviation 1 over all tokens of a rollout."""
+    warmup_rollouts: int = 0
+    """First rollouts in which the critic alone learns: the policy's learning rate is 0."""
+
+    def __post_init__(self) -> None:
+        within(self, 1e-12, 1.0, "learning_rate")
+        within(self, 0.0, 1.0, "gamma", "gae_lambda")
+        within(self, 1e-6, 1e6, "value_clip")
+        at_least(self, 0, "warmup_rollouts")
+
+
+@dataclass(kw_only=True, slots=True)
+class FilterConfig:
+    """What happens to answers and groups before they are learned from; see rl/generation/filters.py for the sources."""
+
+    zero_std_groups: str = "keep"
+    """Groups whose rewards are all equal, so that they teach nothing: keep or drop (dynamic sampling)."""
+    max_resample_rounds: int = 0
+    """Rounds of further prompts, at most, that take the place of dropped groups."""
+    truncated: str = "keep"
+    """Answers that the length limit cut off: keep, mask (count in the baseline, are not learned from) or drop."""
+    duplicates: str = "keep"
+    """Answers of a group that say the same, token for token: keep, or drop all but the first."""
+
+    def __post_init__(self) -> None:
+        one_of(self, "zero_std_groups", ("keep", "drop"))
+        one_of(self, "truncated", ("keep", "mask", "drop"))
+        one_of(self, "duplicates", ("keep", "drop"))
+        within(self, 0, 100, "max_resample_rounds")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,11 +108,11 @@ class RLConfig:
     prompts_per_rollout: int = 32
     """Prompts answered per rollout."""
     group_size: int = 16
-    """Answers per prompt (G)."""
+    """Responses per prompt (G)."""
     updates_per_rollout: int = 4
-    """Optimizer steps per rollout; its samples are split among them at random."""
+    """Mini-batches that a rollout is split into at random; each is one optimizer step of every epoch."""
     epochs_per_rollout: int = 1
-    """Passes over each rollout."""
+    """Epochs over each rollout."""
     objective: str = "grpo"
     """The policy term: grpo (a ratio per token, DeepSeekMath), grpo_sequence (of whole answers, the V3 and R1 reports),
     on_policy (no ratio: one update per rollout), gspo, gspo_token or cispo; see rl/objective/policy_terms.py."""

@@ -1,4 +1,4 @@
-"""One run: every section together, and what must hold between them."""
+"""One run: every section together."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from megatron_r1.config.checks import at_least, one_of
 from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.data import DataConfig
-from megatron_r1.config.diagnose import DiagnoseConfig
-from megatron_r1.config.division import check_division, check_sequences
 from megatron_r1.config.dpo import DpoConfig
-from megatron_r1.config.evaluate import EvaluateConfig
 from megatron_r1.config.fp8 import Fp8Config
+from megatron_r1.config.jobs import DiagnoseConfig, EvaluateConfig, SampleConfig, TrackConfig
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
@@ -20,9 +18,7 @@ from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.config.sample import SampleConfig
 from megatron_r1.config.sft import SftConfig
-from megatron_r1.config.track import TrackConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
 
@@ -103,44 +99,3 @@ class RunConfig:
         one_of(self, "platform", ("auto", "cpu", "cuda"))
         if not self.name or "/" in self.name or self.name.startswith("."):
             raise ConfigError("name", self.name, "must be a plain folder name")
-        if self.data.vocab_size > self.model.vocab_size:
-            raise ConfigError(
-                "data.vocab_size", self.data.vocab_size, f"must be at most model.vocab_size={self.model.vocab_size}"
-            )
-        if self.train.sequence_length > self.model.max_sequence_length:
-            raise ConfigError(
-                "train.sequence_length",
-                self.train.sequence_length,
-                f"must be at most model.max_sequence_length={self.model.max_sequence_length}",
-            )
-        self._check_rollout()
-        check_division(self.parallel, self.model)
-        check_sequences(self.parallel, self.train.sequence_length)
-        if self.performance.overlap_moe_expert_parallel_comm:
-            self._check_expert_overlap()
-
-    def _check_rollout(self) -> None:
-        longest = self.model.max_sequence_length
-        if self.rollout.max_response_tokens >= longest:
-            raise ConfigError(
-                "rollout.max_response_tokens",
-                self.rollout.max_response_tokens,
-                f"must be below model.max_sequence_length={longest}",
-            )
-        if (method := self.rollout.sglang.server.speculative.method) == "mtp" and not self.model.mtp.num_layers:
-            allowed = "needs model.mtp.num_layers of at least 1: there is nothing to draft with"
-            raise ConfigError("rollout.sglang.server.speculative.method", method, allowed)
-
-    def _check_expert_overlap(self) -> None:
-        degrees, key = self.parallel, "performance.overlap_moe_expert_parallel_comm"
-        for needed, holds in (
-            ("parallel.expert above 1", degrees.expert > 1),
-            ("model.dtype=bf16", self.model.dtype == "bf16"),
-            (
-                "parallel.virtual_pipeline above 1 where there is a pipeline",
-                degrees.virtual_pipeline > 1 or degrees.pipeline == 1,
-            ),
-            ("at most 1 multi-token layer", self.model.mtp.num_layers <= 1),
-        ):
-            if not holds:
-                raise ConfigError(key, True, f"needs {needed}")

@@ -13,9 +13,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from megatron_r1.config.hints import hinted
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 
@@ -69,7 +71,7 @@ def defaults(section: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for field in fields(section):
         kind = kinds_of(section)[key_of(field)]
-        if _sections(kind)[1:]:
+        if sections_of(kind)[1:]:
             tree[key_of(field)] = {}
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory
@@ -77,6 +79,7 @@ def defaults(section: Any) -> dict[str, Any]:
     return tree
 
 
+@cache
 def kinds_of(section: Any) -> dict[str, Any]:
     """Key -> declared type, in the order of declaration."""
     hints = get_type_hints(section)
@@ -84,17 +87,24 @@ def kinds_of(section: Any) -> dict[str, Any]:
 
 
 def unknown_key(key: str, value: object) -> ConfigError:
-    """The refusal of a key that does not exist, naming the nearest one that does."""
+    """The refusal of a key that does not exist, naming the one that was most likely meant."""
     parent, _, name = key.rpartition(".")
     siblings = {joined(parent, sibling): sibling for sibling in _children(parent)}
     anywhere = list(_all_keys(RunConfig))
     near = (
-        [joined(parent, match) for match in get_close_matches(name, siblings.values(), n=1)]
+        [known for known in (hinted(key),) if known and known != key]
+        or [joined(parent, match) for match in get_close_matches(name, siblings.values(), n=1)]
         or [known for known in anywhere if known.rpartition(".")[2] == name][:1]
         or get_close_matches(key, anywhere, n=1, cutoff=0.7)
     )
     hint = f"did you mean {near[0]}?" if near else f"the keys there are {', '.join(siblings or kinds_of(RunConfig))}"
     return ConfigError(key, shown(value), f"no such key; {hint}")
+
+
+def exists(path: str) -> bool:
+    """Whether a dotted key is one, of a section or of a value."""
+    parent, _, name = path.rpartition(".")
+    return name in _children(parent) or get_origin(_kind_at(parent)) is dict
 
 
 def name_fields(section: Any = RunConfig, path: str = "") -> Iterator[str]:
@@ -118,7 +128,7 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
-def _sections(kind: Any) -> tuple[Any, ...]:
+def sections_of(kind: Any) -> tuple[Any, ...]:
     """The sections that a declared type allows; none where it is no section."""
     if isinstance(kind, UnionType):
         return get_args(kind)
@@ -137,7 +147,7 @@ def _chosen(sections: tuple[Any, ...], value: object, key: str) -> Any:
 
 
 def _value(kind: Any, value: object, key: str) -> Any:
-    if sections := _sections(kind):
+    if sections := sections_of(kind):
         return convert(_chosen(sections, value, key), value, key)
     if get_origin(kind) is dict:
         return _names(get_args(kind)[1], value, key)
@@ -177,18 +187,24 @@ def _plain(value: object) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 
-def _children(path: str) -> Sequence[str]:
-    """Keys of the section at a dotted path; none where there is no section."""
+def _kind_at(path: str) -> Any:
+    """The declared type of a dotted key; None where there is none."""
     kind: Any = RunConfig
     for key in filter(None, path.split(".")):
-        kind = (
-            get_args(kind)[1] if get_origin(kind) is dict else kinds_of(kind).get(key) if is_dataclass(kind) else None
-        )
-    return tuple({key: None for section in _sections(kind) for key in kinds_of(section)})
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            kind = next((kinds_of(part)[key] for part in sections_of(kind) if key in kinds_of(part)), None)
+    return kind
+
+
+def _children(path: str) -> Sequence[str]:
+    """Keys of the section at a dotted path; none where there is no section."""
+    return tuple({key: None for section in sections_of(_kind_at(path)) for key in kinds_of(section)})
 
 
 def _all_keys(section: Any, path: str = "") -> Iterator[str]:
     for key, kind in kinds_of(section).items():
         yield joined(path, key)
-        for part in _sections(kind):
+        for part in sections_of(kind):
             yield from _all_keys(part, joined(path, key))

@@ -1,4 +1,8 @@
-"""The verbs of the command line: what each does, which module does it, which recipe it starts from."""
+"""The verbs of the command line: what each does, its module, the recipe it starts from and the keys that it reads.
+
+`reads` and `ignores` are sections or keys; the longest that fits a key decides. tests/config/test_verb_keys.py holds
+them against the code.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,10 @@ class Verb:
     """Whether it runs the model, so that the platform must be ready before its module is imported."""
     needs_model: bool = False
     """Whether `init.from` must name a model to start from."""
+    reads: tuple[str, ...] = ()
+    """Sections and keys that it reads, beside `GENERAL`."""
+    ignores: tuple[str, ...] = ()
+    """Sections and keys of those that it does not read after all."""
 
     def check(self, name: str, source: str) -> None:
         """Refuse to start without a model.
@@ -36,21 +44,112 @@ class Verb:
             raise ConfigError("init.from", source, f"{name} needs a model: a run, a checkpoint or hf:FOLDER")
 
 
+GENERAL = ("name", "root")
+PROCESS = ("seed", "platform", "threads", "distributed_timeout_minutes")
+TRAINING = (*PROCESS, "init", "model", "fp8", "parallel", "performance", "train", "track")
+CORPUS = ("data.num_documents", "data.vocab_size", "data.indexed")
+PRETRAINING_SCHEDULES = (
+    "model.moe.bias_update_rate",
+    "model.moe.sequence_loss_coefficient",
+    "model.mtp.loss_coefficient",
+    "train.balance_window",
+    "train.schedule.batch_ramp",
+    "train.schedule.mtp_weight_phases",
+    "train.schedule.bias_rate_phases",
+)
+"""Post-training leaves the routers' balance alone (train/routing.py, FROZEN), trains no extra predictions and takes
+batches of one size."""
+
 VERBS = {
-    "pretrain": Verb("megatron_r1.commands.pretrain", "pretrain", "train a base model on text", True),
-    "sft": Verb("megatron_r1.commands.sft", "sft", "supervised fine-tuning on conversations", True, True),
-    "grpo": Verb("megatron_r1.commands.grpo", "r1_zero", "reinforcement learning with verifiable rewards", True, True),
+    "pretrain": Verb(
+        "megatron_r1.commands.pretrain",
+        "pretrain",
+        "train a base model on text",
+        computes=True,
+        reads=(*TRAINING, "data"),
+        ignores=("data.prompts",),
+    ),
+    "sft": Verb(
+        "megatron_r1.commands.sft",
+        "sft",
+        "supervised fine-tuning on conversations",
+        computes=True,
+        needs_model=True,
+        reads=(*TRAINING, "data", "sft"),
+        ignores=(*PRETRAINING_SCHEDULES, *CORPUS, "data.source", "data.prompts"),
+    ),
+    "grpo": Verb(
+        "megatron_r1.commands.grpo",
+        "r1_zero",
+        "reinforcement learning with verifiable rewards",
+        computes=True,
+        needs_model=True,
+        reads=(*TRAINING, "data", "rollout", "reward", "rl"),
+        ignores=(
+            *PRETRAINING_SCHEDULES,
+            *CORPUS,
+            "train.micro_batch_size",
+            "train.sequence_length",
+            "train.global_batch_size",
+        ),
+    ),
     "reward_model": Verb(
-        "megatron_r1.commands.reward_model", "reward_helpfulness", "train a reward model on judged answers", True, True
+        "megatron_r1.commands.reward_model",
+        "reward_helpfulness",
+        "train a reward model on labelled responses",
+        computes=True,
+        needs_model=True,
+        reads=(*TRAINING, "data", "reward_model"),
+        ignores=(*PRETRAINING_SCHEDULES, *CORPUS, "data.source", "data.prompts", "data.reasoning_gym_share"),
     ),
-    "dpo": Verb("megatron_r1.commands.dpo", "dpo", "direct preference optimization on pairs of answers", True, True),
-    "evaluate": Verb("megatron_r1.commands.evaluate", "evaluate", "held-out accuracy of one model or several", True),
-    "sample": Verb("megatron_r1.commands.sample", "sample", "scored answers to a file of prompts", True, True),
-    "diagnose": Verb("megatron_r1.commands.diagnose", "diagnose", "why a run's engine and trainer disagree", True),
+    "dpo": Verb(
+        "megatron_r1.commands.dpo",
+        "dpo",
+        "direct preference optimization on pairs of responses",
+        computes=True,
+        needs_model=True,
+        reads=(*TRAINING, "data", "dpo"),
+        ignores=(*PRETRAINING_SCHEDULES, *CORPUS, "data.source", "data.prompts", "data.reasoning_gym_share"),
+    ),
+    "evaluate": Verb(
+        "megatron_r1.commands.evaluate",
+        "evaluate",
+        "held-out accuracy of one model or several",
+        computes=True,
+        reads=(*PROCESS, "init", "data", "rollout", "evaluate"),
+        ignores=(*CORPUS, "data.source", "data.prompts", "rollout.temperature", "rollout.max_staleness"),
+    ),
+    "sample": Verb(
+        "megatron_r1.commands.sample",
+        "sample",
+        "scored responses to a file of prompts",
+        computes=True,
+        needs_model=True,
+        reads=(*PROCESS, "init", "data", "rollout", "reward", "sample"),
+        ignores=(*CORPUS, "rollout.max_staleness"),
+    ),
+    "diagnose": Verb(
+        "megatron_r1.commands.diagnose",
+        "diagnose",
+        "why a run's engine and trainer disagree",
+        computes=True,
+        reads=(*PROCESS, "init.from", "parallel", "diagnose", "rollout.temperature", "rl.tokens_per_micro_batch"),
+    ),
     "convert": Verb(
-        "megatron_r1.commands.convert", "convert", "between checkpoints and Hugging Face folders, BF16 or FP8"
+        "megatron_r1.commands.convert",
+        "convert",
+        "between checkpoints and Hugging Face folders, BF16 or FP8",
+        reads=("init", "model", "convert"),
+        ignores=PRETRAINING_SCHEDULES,
     ),
-    "pipeline": Verb("megatron_r1.commands.pipeline", "quickstart", "a recipe of several stages, resumable"),
+    "pipeline": Verb(
+        "megatron_r1.commands.pipeline",
+        "quickstart",
+        "a recipe of several stages, resumable",
+        reads=("seed", "platform", "parallel", "pipeline"),
+    ),
     "report": Verb("megatron_r1.commands.report", "report", "report.html of the runs in a folder"),
-    "doctor": Verb("megatron_r1.commands.doctor", "doctor", "what this machine can run, and what is missing"),
+    "doctor": Verb(
+        "megatron_r1.commands.doctor", "doctor", "what this machine can run, and what is missing", reads=("platform",)
+    ),
 }

@@ -13,9 +13,8 @@ from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.fp8 import Fp8Config
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.model.chunks import Chunks, Model, chunks

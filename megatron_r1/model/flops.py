@@ -11,8 +11,7 @@ import time
 
 import torch
 
-from megatron_r1.config.attention import GroupedAttentionConfig
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig
 from megatron_r1.model.parameters import activated_parameters
 
 # Dense bf16 peaks in FLOP/s, from the vendor's datasheets, by a part of the device's name.

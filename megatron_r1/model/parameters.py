@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_r1.config.attention import GroupedAttentionConfig
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig
 
 
 def activated_parameters(model: ModelConfig, *, include_embedding: bool = False) -> int:

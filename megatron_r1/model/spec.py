@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_r1.config.attention import AttentionConfig, GroupedAttentionConfig
-from megatron_r1.config.model import DTYPE_NAMES, ModelConfig
+from megatron_r1.config.model import DTYPE_NAMES, AttentionConfig, GroupedAttentionConfig, ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_r1.config.layout import check_degrees
+from megatron_r1.config.cross_checks import check_degrees
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.parallel.launcher import local_world_size, rank, world_size
 from megatron_r1.platform import Platform

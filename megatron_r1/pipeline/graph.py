@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+from megatron_r1.config.keys import only_read
 from megatron_r1.config.pipeline import StageConfig
 from megatron_r1.errors import ConfigError
 
@@ -33,12 +34,12 @@ def stage_command(name: str, stage: StageConfig, folder: Path, common: list[str]
     Args:
         name: of the stage, and of its run.
         folder: of the recipe; holds the stages' runs.
-        common: overrides for every stage.
+        common: overrides for every stage; each gets those that its verb reads.
     """
     config = ["--config-name", stage.config] if stage.config else []
     places = [f"root='{folder}'", f"name={name}"]
     overrides = [_filled(line, folder) for line in stage.overrides]
-    return [stage.verb, *config, *places, *overrides, *common]
+    return [stage.verb, *config, *places, *overrides, *only_read(stage.verb, common)]
 
 
 def _filled(line: str, folder: Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_r1.config.teacher import TAILS
+from megatron_r1.config.sft import TAILS
 
 LOWEST = -60.0
 """log of the least probability that the rest of a vocabulary is taken to have."""

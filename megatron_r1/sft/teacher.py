@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.config.teacher import TeacherConfig
+from megatron_r1.config.sft import TeacherConfig
 from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model

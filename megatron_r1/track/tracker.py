@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from megatron_r1.config.track import TrackConfig
+from megatron_r1.config.jobs import TrackConfig
 from megatron_r1.track import metrics
 from megatron_r1.track.record import Record, read_metrics
 from megatron_r1.track.wandb_run import Identity, WandbRun, wandb_mode

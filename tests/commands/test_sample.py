@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.config.keys import only_read
+
 MODEL = ["platform=cpu", "threads=1", "seed=3", "rollout=local", "track=off", "rollout.max_response_tokens=12"]
 DYING = """
 import os, sys
 from megatron_r1 import files
+from megatron_r1.config.keys import only_read
 from megatron_r1.__main__ import exit_code
 from megatron_r1.rollout import sampling_job
 
@@ -41,7 +44,7 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     steps = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=2000", "train.save_interval=2"]
     shape = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
-    done = start("pretrain", *MODEL, *steps, *shape, f"root='{root}'", "name=base")
+    done = start("pretrain", *only_read("pretrain", MODEL), *steps, *shape, f"root='{root}'", "name=base")
     assert done.returncode == 0, done.stderr
     rows = [{"question": f"What is {n}+{n}?", "answer": 2 * n} for n in range(10)]
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
@@ -51,7 +54,7 @@ def root(tmp_path_factory) -> Path:
 def job(root: Path, name: str) -> list[str]:
     sample = ["sample.samples_per_prompt=2", "sample.prompts_per_part=4", "sample.max_prompts=0"]
     keys = [*sample, "data.prompts.max_bad_rows=1", f"data.prompts.path='{root}/prompts.jsonl'"]
-    return ["sample", *MODEL, *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
+    return ["sample", *only_read("sample", MODEL), *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
 
 
 def test_every_prompt_is_answered_and_scored(root):

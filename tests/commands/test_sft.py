@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from megatron_r1.commands.sft import check, with_epoch_steps
-from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.load import load
+from megatron_r1.config.model import GroupedAttentionConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.config import hf_config

@@ -13,7 +13,7 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
-from megatron_r1.config.teacher import TeacherConfig
+from megatron_r1.config.sft import TeacherConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.sft.teacher_setup import check_teacher, find_teacher, shared_as

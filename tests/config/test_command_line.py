@@ -40,6 +40,18 @@ def test_help_lists_verbs_groups_and_recipes_at_once(text):
 @pytest.mark.parametrize("text", ["grpo --help", "--help grpo", "grpo rl.group_size=8 --help"], indirect=True)
 def test_help_of_a_verb(text):
     assert VERBS["grpo"].summary in text and "recipe: r1_zero" in text
+    assert "  rl  " in text and "  sft  " not in text
+
+
+@pytest.mark.parametrize("text", ["--help rl.group_size", "grpo --help rl.group_size", "--help rl"], indirect=True)
+def test_help_of_a_key(text):
+    assert "rl.group_size  (whole number; default 16)" in text
+    assert "read by: grpo" in text
+
+
+def test_help_imports_nothing_heavy_and_is_quick(answer):
+    seen = answer("grpo", "--help", "rl")
+    assert seen.status == 0 and seen.processor_seconds < 0.5
 
 
 CFG_JOB = "grpo --cfg job --config-name r1_zero.yaml rl.group_size=8 seed=3"
@@ -47,7 +59,9 @@ CFG_JOB = "grpo --cfg job --config-name r1_zero.yaml rl.group_size=8 seed=3"
 
 @pytest.mark.parametrize("text", [CFG_JOB], indirect=True)
 def test_cfg_job_prints_the_resolved_configuration(text):
-    assert yaml.safe_load(text) == resolved(load("grpo", ["rl.group_size=8", "seed=3"]))
+    tree, whole = yaml.safe_load(text), resolved(load("grpo", ["rl.group_size=8", "seed=3"]))
+    assert tree["rl"] == whole["rl"] and tree["reward"] == whole["reward"] and tree["seed"] == 3
+    assert "sft" not in tree and "# Responses per prompt" in text
 
 
 @pytest.mark.parametrize(
@@ -86,7 +100,7 @@ def test_stage_ends_with_the_exit_code_of_its_failure(body, status, said, tmp_pa
     name = f"stage_ending_{status}"
     (tmp_path / f"{name}.py").write_text(f"def run(config):\n    {body}\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(VERBS, "doctor", Verb(name, "doctor", ""))
+    monkeypatch.setitem(VERBS, "doctor", Verb(name, "doctor", "", reads=("seed",)))
     monkeypatch.setenv("RANK", "0" if status == 2 else "1")  # of a refusal, the first rank alone speaks
     assert exit_code(["doctor", "seed=5"]) == status
     written = capsys.readouterr()

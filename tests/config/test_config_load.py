@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,18 @@ def test_shipped_recipe_composes(recipe):
     assert load("pretrain", [], recipe).name == recipe
 
 
+def test_yaml_says_only_what_differs_from_the_class():
+    """A value of a group's file that no other file of its own chain sets is never the class's default."""
+    repeated = []
+    for group, options in groups().items():
+        fresh = resolved(RunConfig())[group]
+        for option in options:
+            tree = yaml.safe_load((configs_folder() / group / f"{option}.yaml").read_text()) or {}
+            if "defaults" not in tree and group != "model":
+                repeated += [f"{group}/{option}: {key}" for key in tree if key in fresh and tree[key] == fresh[key]]
+    assert repeated == []
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_shipped_option_composes(group, option):
     config = load("pretrain", [f"{group}={option}", *NEEDS.get((group, option), [])])
@@ -56,10 +69,15 @@ def test_shipped_option_composes(group, option):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_verb_has_a_recipe_that_lists_every_group(verb):
+def test_verb_has_a_recipe(verb):
     assert load(verb).name == VERBS[verb].recipe
-    text = (configs_folder() / f"{VERBS[verb].recipe}.yaml").read_text()
-    assert [group for group in groups() if f"  - {group}: " not in text] == []
+
+
+def test_every_recipe_inherits_the_base_that_lists_every_group():
+    text = (configs_folder() / "_base.yaml").read_text()
+    assert "_base" not in recipes() and [group for group in groups() if f"  - {group}: " not in text] == []
+    for recipe in recipes():
+        assert "defaults:\n  - _base\n" in (configs_folder() / f"{recipe}.yaml").read_text(), recipe
 
 
 def test_every_group_is_a_section_and_every_section_field_is_a_key():
@@ -132,11 +150,11 @@ def test_loading_leaves_no_global_state(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("model/tiny.yaml", "hidden_size: 128\n", "hiden_size: 128\n", "model.hiden_size=128: no such key"),
-        ("model/tiny.yaml", "  top_k: 2\n", "  top_k: null\n", "model.moe.top_k=null: must be a whole number"),
-        ("model/tiny.yaml", "  top_k: 2\n", "  top_k: ${gone}\n", "model.moe.top_k=${gone}: Interpolation key 'gone'"),
-        ("model/tiny.yaml", "dtype: fp32", "dtype: [", "--config-name=pretrain: cannot be composed: "),
-        ("pretrain.yaml", "model: tiny", "model: huge", "model=huge: no such file; "),
+        ("model/small.yaml", "hidden_size: 512\n", "hiden_size: 512\n", "model.hiden_size=512: no such key"),
+        ("model/small.yaml", "  top_k: 4\n", "  top_k: null\n", "model.moe.top_k=null: must be a whole number"),
+        ("model/small.yaml", "  top_k: 4\n", "  top_k: ${gone}\n", "model.moe.top_k=${gone}: Interpolation key 'gone'"),
+        ("model/small.yaml", "dtype: bf16", "dtype: [", ": cannot be composed: "),
+        ("_base.yaml", "  - model: tiny", "  - model: huge", "model=huge: no such file; "),
         ("pretrain.yaml", "name: pretrain", "1: pretrain", "1=pretrain: no such key"),
     ],
 )
@@ -145,7 +163,7 @@ def test_broken_file_is_one_line(own_configs, file, old, new, message):
     assert old in text
     (own_configs / file).write_text(text.replace(old, new, 1))
     with pytest.raises(ConfigError) as caught:
-        load("pretrain")
+        load("pretrain", ["model=small"] if file.startswith("model") else [])
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
@@ -155,8 +173,8 @@ def test_override_that_hydra_cannot_merge_is_named():
 
 
 def test_group_that_a_recipe_leaves_out_is_refused_as_such(own_configs):
-    text = (own_configs / "pretrain.yaml").read_text()
-    (own_configs / "pretrain.yaml").write_text(text.replace("  - model: tiny\n", ""))
+    text = (own_configs / "_base.yaml").read_text()
+    (own_configs / "_base.yaml").write_text(text.replace("  - model: tiny\n", ""))
     assert load("pretrain").model == ModelConfig()
     with pytest.raises(ConfigError, match="^model=tiny: .*Could not override 'model'"):
         load("pretrain", ["model=tiny"])

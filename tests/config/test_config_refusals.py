@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from megatron_r1.config.layout import check_layout
+from megatron_r1.config.cross_checks import check_layout
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
 

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from megatron_r1.config.cross_checks import check_sections
 from megatron_r1.config.performance import PerformanceConfig, refuse_on_cpu
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
@@ -34,10 +35,10 @@ def test_switches_that_exclude_one_another_are_refused(settings, said):
 @pytest.mark.parametrize(
     ("parallel", "model", "said"),
     [
-        ({}, {"precision": "bf16"}, "needs parallel.expert above 1"),
+        ({}, {"dtype": "bf16"}, "needs parallel.expert above 1"),
         ({"expert": 2}, {"dtype": "fp32"}, "needs model.dtype=bf16"),
-        ({"expert": 2, "pipeline": 2}, {"precision": "bf16"}, "needs parallel.virtual_pipeline above 1"),
-        ({"expert": 2}, {"precision": "bf16", "mtp": 2}, "needs at most 1 multi-token layer"),
+        ({"expert": 2, "pipeline": 2}, {"dtype": "bf16"}, "needs parallel.virtual_pipeline above 1"),
+        ({"expert": 2}, {"dtype": "bf16", "mtp": 2}, "needs at most 1 multi-token layer"),
     ],
 )
 def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, said):
@@ -46,11 +47,13 @@ def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, said
 
     shape = ModelConfig(dtype=model["dtype"], mtp=MtpConfig(num_layers=model.get("mtp", 1)))
     with pytest.raises(ConfigError, match=said):
-        RunConfig(model=shape, parallel=ParallelConfig(**parallel), performance=PerformanceConfig(**OVERLAP))
+        degrees, switches = ParallelConfig(**parallel), PerformanceConfig(**OVERLAP)
+        check_sections(RunConfig(model=shape, parallel=degrees, performance=switches), "pretrain")
 
 
 @pytest.mark.parametrize(
-    "name", [item.name for item in fields(PerformanceConfig) if item.name.startswith(("fuse", "overlap_shared"))]
+    "name",
+    [item.name for item in fields(PerformanceConfig) if item.name.startswith(("apply", "gradient", "moe_shared"))],
 )
 def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(name):
     with pytest.raises(ConfigError, match=f"performance.{name}=True: needs .*: false on a CPU"):

@@ -157,7 +157,7 @@ def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, d
 
 def taught(config: Any, platform: Any, teachers: dict[str, Any]) -> tuple[dict, dict]:
     """Losses of a step beside each of some teachers, and whole gradients."""
-    from megatron_r1.config.teacher import TeacherConfig
+    from megatron_r1.config.sft import TeacherConfig
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.routing import FROZEN
 
@@ -203,7 +203,7 @@ def update_beside(teacher: Any, settings: Any, config: Any, platform: Any, model
 
 def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, dict]]:
     """Loss and gradients beside a teacher that says all of its words; and by the divergence written out."""
-    from megatron_r1.config.teacher import TeacherConfig
+    from megatron_r1.config.sft import TeacherConfig
     from megatron_r1.sft.supervised import SupervisedReader, end_to_end
     from megatron_r1.train.optimizer import Optimizer
     from tests.support.packing_cases import chat_batch

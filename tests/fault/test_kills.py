@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_r1.config.keys import only_read
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.runs.folder import is_done
 from tests.support.jobs import (
@@ -27,7 +28,7 @@ from tests.support.jobs import (
 )
 
 GRPO = [
-    "grpo", *COMMON, f"train.save_interval={INTERVAL}", "train.steps=30", "rollout=local",
+    "grpo", *only_read("grpo", COMMON), f"train.save_interval={INTERVAL}", "train.steps=30", "rollout=local",
     "rollout.max_response_tokens=32", "rl.prompts_per_rollout=2", "rl.group_size=4", "rl.updates_per_rollout=2",
 ]  # fmt: skip
 SGLANG = [

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from megatron_r1.config.keys import only_read
 from megatron_r1.train.offload import Offloaded
 
 pytestmark = [
@@ -48,7 +49,14 @@ def test_reinforcement_in_turns_on_one_gpu(tmp_path, sync):
     environment = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
 
     def run(*arguments: str) -> None:
-        command = [sys.executable, "-m", "megatron_r1", *arguments, *COMMON, f"root='{tmp_path}'"]
+        command = [
+            sys.executable,
+            "-m",
+            "megatron_r1",
+            *arguments,
+            *only_read(arguments[0], COMMON),
+            f"root='{tmp_path}'",
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
 

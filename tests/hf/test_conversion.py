@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_r1.config.attention import AttentionConfig
 from megatron_r1.config.load import load
-from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig
 from megatron_r1.hf.audit import check_audit, read_audit
 from megatron_r1.hf.folder import TensorFolder
 from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.load import load
-from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig, RopeConfig
+from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import SpecialTokens, check_exportable, hf_config, serving_view
 from megatron_r1.hf.families import FAMILIES, family_of

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_r1.config.layout import check_degrees, check_layout
+from megatron_r1.config.cross_checks import check_degrees, check_layout
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError

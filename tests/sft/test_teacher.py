@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_r1.config.model import MtpConfig
-from megatron_r1.config.teacher import TeacherConfig
+from megatron_r1.config.sft import TeacherConfig
 from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import in_multi_token_layer

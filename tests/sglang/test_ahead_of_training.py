@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.config.keys import only_read
 from megatron_r1.config.load import load
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.data.prompts.prompts import TrainingPrompts
@@ -37,7 +38,9 @@ def judge(base) -> Path:
     """A reward model of the same shape."""
     items = ["reward_model.num_examples=32", "reward_model.eval_examples=4", "train.global_batch_size=8"]
     rate = ["train.micro_batch_size=8", "train.schedule.warmup_steps=1", "train.schedule.learning_rate=1e-2"]
-    job = Job(["reward_model", *COMMON, *items, *rate, f"init.from='{base}'"], base.parent, "judge")
+    job = Job(
+        ["reward_model", *only_read("reward_model", COMMON), *items, *rate, f"init.from='{base}'"], base.parent, "judge"
+    )
     assert (done := run_alone(job)).returncode == 0, done.stderr
     return job.folder
 
@@ -67,7 +70,7 @@ def check_scores(job: Job, judge: Path, platform: Platform) -> None:
 def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judge, one_rank, tmp_path):
     ahead = ahead_of(base, judge)
     often = ["train.save_interval=1", f"train.save_total_limit={STEPS}"]  # a rollout's weights can be compared
-    job = Job(["grpo", *COMMON, f"train.steps={STEPS}", *GRPO, *ahead, *often], tmp_path, "ahead")
+    job = Job(["grpo", *only_read("grpo", COMMON), f"train.steps={STEPS}", *GRPO, *ahead, *often], tmp_path, "ahead")
     assert (done := run_alone(job)).returncode == 0, done.stderr
     assert len(job.rows) == STEPS
     journal = Journal(job.folder / "rollouts")
@@ -83,10 +86,14 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judg
     check_scores(job, judge, one_rank)
     # The engine's own log-probabilities are those of the weights that it had: a rollout ago they were the trainer's.
     assert job.rows[0]["mismatch/logprob_max_abs"] < 1e-4
-    asked = Job(["diagnose", *COMMON, f"init.from='{tmp_path}/ahead'"], tmp_path, "diagnosis")
+    asked = Job(["diagnose", *only_read("diagnose", COMMON), f"init.from='{tmp_path}/ahead'"], tmp_path, "diagnosis")
     assert (done := run_alone(asked)).returncode == 0, done.stderr
     assert "engine and trainer agree" in json.loads((asked.folder / "diagnosis.json").read_text())["verdict"]
-    wrong = Job(["diagnose", *COMMON, "rollout.temperature=0.8", f"init.from='{tmp_path}/ahead'"], tmp_path, "wrong")
+    wrong = Job(
+        ["diagnose", *only_read("diagnose", COMMON), "rollout.temperature=0.8", f"init.from='{tmp_path}/ahead'"],
+        tmp_path,
+        "wrong",
+    )
     assert (done := run_alone(wrong)).returncode == 0, done.stderr
     verdict = json.loads((wrong.folder / "diagnosis.json").read_text())["verdict"]
     assert verdict.startswith("temperature: that the engine sampled at 1 explains") and verdict in done.stderr
@@ -99,7 +106,7 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judg
 @pytest.mark.timeout(240)
 def test_two_ranks_share_policy_and_reward_model(base, judge, one_rank, tmp_path):
     steps = ["train.steps=4", "parallel.tensor=2"]
-    job = Job(["grpo", *COMMON, *steps, *GRPO, *ahead_of(base, judge)], tmp_path, "ahead")
+    job = Job(["grpo", *only_read("grpo", COMMON), *steps, *GRPO, *ahead_of(base, judge)], tmp_path, "ahead")
     with launched(job) as launcher:
         assert end_of(job, launcher) == 0, job.log
     assert [row["step"] for row in job.rows] == [1, 2, 3, 4]

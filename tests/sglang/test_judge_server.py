@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.config.judge import JudgeConfig
+from megatron_r1.config.reward import JudgeConfig
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.rewards.judge import client

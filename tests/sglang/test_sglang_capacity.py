@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megatron_r1.checkpoint.store import step_folders
+from megatron_r1.config.keys import only_read
 from megatron_r1.errors import ExitCode
 from megatron_r1.track.record import read_metrics
 
@@ -29,7 +30,17 @@ GRPO = [
 
 
 def command(verb: str, root: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", "megatron_r1", verb, *COMMON, f"root='{root}'", *arguments]
+    return [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "megatron_r1",
+        verb,
+        *only_read(verb, COMMON),
+        f"root='{root}'",
+        *arguments,
+    ]
 
 
 def servers_of(process: psutil.Process) -> list[psutil.Process]:

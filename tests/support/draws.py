@@ -5,8 +5,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from megatron_r1.config.attention import AttentionConfig, GroupedAttentionConfig
-from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig, RopeConfig
+from megatron_r1.config.model import (
+    AttentionConfig,
+    GroupedAttentionConfig,
+    ModelConfig,
+    MoeConfig,
+    MtpConfig,
+    RopeConfig,
+)
 
 MSCALES = ((1.0, 1.0), (0.707, 0.707), (1.0, 0.0))
 """V3's temperatures, V2-Lite's, and the one that scales rotary parts alone."""

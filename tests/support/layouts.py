@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_r1.config.attention import GroupedAttentionConfig
 from megatron_r1.config.load import load
-from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig
+from megatron_r1.config.model import AttentionConfig, GroupedAttentionConfig, ModelConfig, MoeConfig, MtpConfig
 
 STORED = json.loads((Path(__file__).parents[1] / "model" / "te_layout.json").read_text())
 

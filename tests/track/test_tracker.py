@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
-from megatron_r1.config.track import TrackConfig
+from megatron_r1.config.jobs import TrackConfig
 from megatron_r1.track import wandb_run
 from megatron_r1.track.metrics import METRICS
 from megatron_r1.track.record import read_metrics

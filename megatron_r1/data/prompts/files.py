@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.config.prompts import PromptsConfig
+from megatron_r1.config.data import PromptsConfig
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.data.row_files import rows_of
 from megatron_r1.errors import ConfigError, DataError

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from megatron_r1.config.attention import AttentionConfig
-from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig
+from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.families.family import Family
 from megatron_r1.hf.param_mapping import (

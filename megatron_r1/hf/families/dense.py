@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from megatron_r1.config.attention import GroupedAttentionConfig
-from megatron_r1.config.model import ModelConfig, MoeConfig, MtpConfig
+from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig, MoeConfig, MtpConfig
 from megatron_r1.hf.families.family import Family
 from megatron_r1.hf.param_mapping import ParamMapping, dense_feed_forward, linear_weight, same_tensor
 

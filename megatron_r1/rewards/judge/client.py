@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from megatron_r1.config.judge import JudgeConfig
+from megatron_r1.config.reward import JudgeConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.rewards.judge.questions import Ask, NoVerdict
 

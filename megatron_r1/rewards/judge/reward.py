@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from megatron_r1.config.judge import JudgeConfig
+from megatron_r1.config.reward import JudgeConfig
 from megatron_r1.rewards.judge.client import Judge
 from megatron_r1.rewards.judge.questions import MARGINS, Ask, comparison, correctness
 from megatron_r1.rewards.reward import RewardPrompt, Unscored, Value

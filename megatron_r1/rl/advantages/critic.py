@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.checkpoint.sharded import WholeTensors
-from megatron_r1.config.critic import CriticConfig
+from megatron_r1.config.rl import CriticConfig
 from megatron_r1.errors import DataError
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model

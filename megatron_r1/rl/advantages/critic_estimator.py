@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.config.critic import CriticConfig
+from megatron_r1.config.rl import CriticConfig
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.rl.advantages.critic import Critic
 from megatron_r1.rl.advantages.estimators import AdvantageInputs, PerToken, ValueTargets

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_r1.config.filters import FilterConfig
+from megatron_r1.config.rl import FilterConfig
 from megatron_r1.rollout.sample import Sample
 
 Group = Sequence[Sample]

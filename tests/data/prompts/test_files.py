@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_r1.config.prompts import PromptsConfig
+from megatron_r1.config.data import PromptsConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.files import FilePrompts, PromptFile, read_prompts
 from megatron_r1.data.prompts.prompts import Prompt

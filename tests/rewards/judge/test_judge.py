@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from megatron_r1.config.judge import JudgeConfig
+from megatron_r1.config.reward import JudgeConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.rewards.judge import client
 from megatron_r1.rewards.judge.client import Judge, JudgeFailed

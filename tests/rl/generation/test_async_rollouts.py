@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megatron_r1.config.layout import check_layout
+from megatron_r1.config.cross_checks import check_layout
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rl.generation.async_rollouts import AsyncRollouts

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1.config.filters import FilterConfig
+from megatron_r1.config.rl import FilterConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import TrainingPrompts

@@ -1,11 +1,61 @@
-"""What ranks and configuration must agree on; all of it is known before torch is imported."""
+"""What sections must agree on, with each other and with the number of ranks; checked before torch is imported."""
 
 from __future__ import annotations
 
+from megatron_r1.config.keys import check_stages, reads
+from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
+
+
+def check_sections(config: RunConfig, verb: str) -> None:
+    """Refuse values of different sections that contradict each other, of keys that the verb reads.
+
+    Raises:
+        ConfigError: names the key that does not fit.
+    """
+    longest = config.model.max_sequence_length
+    if reads(verb, "parallel.tensor") and reads(verb, "model"):
+        check_division(config.parallel, config.model)
+    if reads(verb, "data.vocab_size") and config.data.vocab_size > config.model.vocab_size:
+        allowed = f"must be at most model.vocab_size={config.model.vocab_size}"
+        raise ConfigError("data.vocab_size", config.data.vocab_size, allowed)
+    if reads(verb, "train.sequence_length"):
+        if config.train.sequence_length > longest:
+            allowed = f"must be at most model.max_sequence_length={longest}"
+            raise ConfigError("train.sequence_length", config.train.sequence_length, allowed)
+        check_sequences(config.parallel, config.train.sequence_length)
+    if reads(verb, "rl"):
+        _check_responses(config)
+    if reads(verb, "performance") and config.performance.overlap_moe_expert_parallel_comm:
+        _check_expert_overlap(config)
+
+
+def _check_responses(config: RunConfig) -> None:
+    longest = config.model.max_sequence_length
+    if config.rollout.max_response_tokens >= longest:
+        allowed = f"must be below model.max_sequence_length={longest}"
+        raise ConfigError("rollout.max_response_tokens", config.rollout.max_response_tokens, allowed)
+    if (method := config.rollout.sglang.server.speculative.method) == "mtp" and not config.model.mtp.num_layers:
+        allowed = "needs model.mtp.num_layers of at least 1: there is nothing to draft with"
+        raise ConfigError("rollout.sglang.server.speculative.method", method, allowed)
+
+
+def _check_expert_overlap(config: RunConfig) -> None:
+    degrees, key = config.parallel, "performance.overlap_moe_expert_parallel_comm"
+    for needed, holds in (
+        ("parallel.expert above 1", degrees.expert > 1),
+        ("model.dtype=bf16", config.model.dtype == "bf16"),
+        (
+            "parallel.virtual_pipeline above 1 where there is a pipeline",
+            degrees.virtual_pipeline > 1 or degrees.pipeline == 1,
+        ),
+        ("at most 1 multi-token layer", config.model.mtp.num_layers <= 1),
+    ):
+        if not holds:
+            raise ConfigError(key, True, f"needs {needed}")
 
 
 def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
@@ -14,6 +64,8 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     Raises:
         ConfigError: names the key that does not fit.
     """
+    if verb == "pipeline":
+        check_stages(config.pipeline)
     if verb not in TRAINING_VERBS:
         return
     check_degrees(config.parallel, ranks)
@@ -166,3 +218,58 @@ def _check_batch(config: RunConfig, ranks: int) -> None:
                 f"must make a multiple of parallel.pipeline={degrees.pipeline} passes of a rank's {share} sequences, "
                 "for parallel.virtual_pipeline above 1",
             )
+
+
+def check_division(degrees: ParallelConfig, model: ModelConfig) -> None:
+    """Refuse a model that ranks cannot share by these degrees.
+
+    Raises:
+        ConfigError: names the degree that does not fit.
+    """
+    if degrees.expert > 1 and not model.moe.num_experts:
+        raise ConfigError("parallel.expert", degrees.expert, "must be 1: the model has no experts")
+    attention = model.attention
+    key_value_heads = attention.num_key_value_heads if isinstance(attention, GroupedAttentionConfig) else 0
+    shared_experts_width = model.moe.num_shared_experts * model.moe.ffn_hidden_size
+    for key, degree, name, amount in (
+        ("tensor", degrees.tensor, "model.num_attention_heads", model.num_attention_heads),
+        ("tensor", degrees.tensor, "model.attention.num_key_value_heads", key_value_heads),
+        ("tensor", degrees.tensor, "model.ffn_hidden_size", model.ffn_hidden_size),
+        ("tensor", degrees.tensor, "model.vocab_size", model.vocab_size),
+        ("tensor", degrees.tensor, "model.moe.num_shared_experts x ffn_hidden_size", shared_experts_width),
+        ("expert", degrees.expert, "model.moe.num_experts", model.moe.num_experts),
+        ("expert_tensor", degrees.expert_tensor, "model.moe.ffn_hidden_size", model.moe.ffn_hidden_size),
+    ):
+        if amount % degree:
+            raise ConfigError(f"parallel.{key}", degree, f"must divide {name}={amount}")
+    _check_stages(degrees, model)
+
+
+def check_sequences(degrees: ParallelConfig, length: int) -> None:
+    """Refuse sequences of this length that ranks cannot share.
+
+    Raises:
+        ConfigError: names the degree that does not fit.
+    """
+    if length % degrees.tensor:
+        raise ConfigError("parallel.tensor", degrees.tensor, f"must divide train.sequence_length={length}")
+    pieces = degrees.tensor * 2 * degrees.context
+    if degrees.context > 1 and length % pieces:
+        allowed = f"tensor x 2 x context={pieces} must divide train.sequence_length={length}"
+        raise ConfigError("parallel.context", degrees.context, allowed)
+
+
+def _check_stages(degrees: ParallelConfig, model: ModelConfig) -> None:
+    if not degrees.pipeline_layers and model.num_layers % degrees.stages:
+        key = "pipeline" if model.num_layers % degrees.pipeline else "virtual_pipeline"
+        raise ConfigError(
+            f"parallel.{key}",
+            getattr(degrees, key),
+            f"must divide model.num_layers={model.num_layers}, or pipeline_layers must say what each stage holds",
+        )
+    if degrees.pipeline_layers and sum(degrees.pipeline_layers) != model.num_layers:
+        raise ConfigError(
+            "parallel.pipeline_layers",
+            degrees.pipeline_layers,
+            f"must sum up to model.num_layers={model.num_layers}",
+        )

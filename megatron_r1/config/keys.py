@@ -1,0 +1,125 @@
+"""Which keys a verb reads; a key that it never reads is refused, for it would do nothing and say nothing.
+
+Refused are overrides of the command line and what a recipe file itself sets. The files of groups (`model=v3_671b`) and
+`_base.yaml` are exempt: several verbs share them, and each takes the part of them that it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import yaml
+
+from megatron_r1.config.pipeline import PipelineConfig
+from megatron_r1.config.recipes import configs_folder, groups
+from megatron_r1.config.schema import exists, joined, shown
+from megatron_r1.config.verbs import GENERAL, VERBS
+from megatron_r1.errors import ConfigError
+
+INSTEAD = {
+    ("grpo", "train.micro_batch_size"): "rl.tokens_per_micro_batch sets the size of a forward pass",
+    ("grpo", "train.sequence_length"): "model.max_sequence_length and rollout.max_response_tokens set lengths",
+    ("grpo", "train.global_batch_size"): "rl.prompts_per_rollout x rl.group_size / rl.updates_per_rollout is the batch",
+    ("evaluate", "rollout.temperature"): "evaluate.temperature is that of the sampled responses",
+    ("evaluate", "model"): "each model's shape is read from its checkpoint",
+    ("sample", "model"): "the model's shape is read from its checkpoint",
+    ("diagnose", "model"): "the model's shape is read from its checkpoint",
+}
+"""Verb and key -> what to use instead."""
+
+
+def reads(verb: str, key: str) -> bool:
+    """Whether the verb reads a key, or any key of a section."""
+    entry = VERBS[verb]
+    fitting = dict.fromkeys((*GENERAL, *entry.reads), True) | dict.fromkeys(entry.ignores, False)
+    parents = [name for name in fitting if key == name or key.startswith(f"{name}.")]
+    if parents:
+        return fitting[max(parents, key=len)]
+    return any(held and name.startswith(f"{key}.") for name, held in fitting.items())
+
+
+def check_overrides(verb: str, overrides: Sequence[str]) -> None:
+    """Refuse an override that the verb never reads.
+
+    Raises:
+        ConfigError: names the key, its value and what the verb reads.
+    """
+    for line in overrides:
+        written, _, value = line.partition("=")
+        key = written.lstrip("+~")
+        _refuse_unread(verb, key, value)
+        if value.lstrip().startswith("{"):
+            for name, item in _leaves(_mapping(value), key):
+                _refuse_unread(verb, name, item)
+
+
+def check_recipe(verb: str, recipe: str) -> None:
+    """Refuse a recipe file that itself sets a key which the verb never reads.
+
+    Raises:
+        ConfigError: names the key, its value and what the verb reads.
+    """
+    try:
+        tree = yaml.safe_load((configs_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return  # composing it says so
+    for key, value in _leaves(tree if isinstance(tree, dict) else {}, ""):
+        if key != "defaults":
+            _refuse_unread(verb, key, value)
+
+
+def check_stages(pipeline: PipelineConfig) -> None:
+    """Refuse what a recipe gives to stages that do not read it.
+
+    Raises:
+        ConfigError: names the override and the stage.
+    """
+    for name, stage in pipeline.stages.items():
+        try:
+            check_overrides(stage.verb, stage.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"pipeline.stages.{name}.overrides", f"[{error.key}=...]", error.allowed) from None
+    verbs = {stage.verb for stage in pipeline.stages.values()}
+    for line in pipeline.overrides:
+        key = line.partition("=")[0].lstrip("+~")
+        if exists(key) and not any(reads(verb, key) for verb in verbs):
+            raise ConfigError("pipeline.overrides", line, "no stage of this recipe reads it")
+
+
+def only_read(verb: str, overrides: Sequence[str]) -> list[str]:
+    """Those of some overrides that the verb reads: what is said to all stages of a recipe at once."""
+    return [line for line in overrides if reads(verb, line.partition("=")[0].lstrip("+~"))]
+
+
+def _refuse_unread(verb: str, key: str, value: object) -> None:
+    if not exists(key) or reads(verb, key):
+        return
+    instead = next((text for (name, known), text in INSTEAD.items() if name == verb and _within(key, known)), "")
+    if verb == "pipeline":
+        instead = f"give it to stages: pipeline.overrides=[{key}=...] or pipeline.stages.NAME.overrides"
+    sections = ", ".join(dict.fromkeys(name.split(".")[0] for name in (*GENERAL, *VERBS[verb].reads)))
+    what = "group" if key in groups() else "key"
+    reason = f"{verb} never reads this {what}; {instead or f'it reads {sections}'}"
+    raise ConfigError(key, shown(value), reason)
+
+
+def _within(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _leaves(tree: dict[Any, Any], path: str) -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, joined(path, name))
+        else:
+            yield joined(path, name), value
+
+
+def _mapping(text: str) -> dict[Any, Any]:
+    """A value such as {a:1} of an override, where it is one."""
+    try:
+        tree = yaml.safe_load(text.replace(":", ": "))
+    except yaml.YAMLError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
