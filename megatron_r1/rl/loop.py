@@ -176,7 +176,7 @@ class IdleShares:
         now, busy = time.perf_counter(), self._rollouts.busy_seconds
         seconds, worked = now - self._since, busy - self._busy
         self._since, self._busy = now, busy
-        return {"trainer_idle": waited / seconds, "engine_idle": max(0.0, 1.0 - worked / seconds)}
+        return {"perf/trainer_idle": waited / seconds, "perf/engine_idle": max(0.0, 1.0 - worked / seconds)}
 
 
 def response_metrics(samples: Sequence[Sample]) -> dict[str, float]:

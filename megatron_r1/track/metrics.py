@@ -240,7 +240,8 @@ def _perf() -> Iterator[Metric]:
     def of(name: str, unit: str, meaning: str, commands: tuple[str, ...], better: Better) -> Metric:
         return Metric(f"perf/{name}", unit, meaning, commands, better, varies=True)
 
-    yield of("tokens_per_second", "tokens/s", "Tokens trained on in a second.", (*SUPERVISED, *PREFERENCE), "higher")
+    without_rl = (*SUPERVISED, *PREFERENCE)
+    yield of("tokens_per_second", "tokens per second", "Tokens trained on in a second.", without_rl, "higher")
     yield of("mfu", "share", "Model FLOP/s over the devices' peak.", SUPERVISED, "higher")
     yield of("rollout_seconds", "s", "The trainer waits for a rollout.", RL, "lower")
     yield of("engine_seconds", "s", "The engine samples and rewards score a rollout.", RL, "lower")

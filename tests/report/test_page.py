@@ -191,7 +191,7 @@ def test_headline_has_shares_intervals_and_the_gain(page):
     assert "25.0 % of cases before (base) and in 80.0 % after (r1_zero): +55.0 points" in page.text
     assert "intervals do not overlap" in page.text
     assert "80.0 % (77.0 to 83.0)" in page.text
-    assert "512 held-out prompts; 4 sampled answers" in page.text
+    assert "512 held-out prompts; 4 sampled responses" in page.text
     assert "product" in page.text and "12.5 % (9.5 to 15.5)" in page.text
 
 
@@ -211,12 +211,10 @@ def test_general_tasks_have_measures_of_their_own(tmp_path):
     results = {"prompts": 256, "samples": 4, "models": models}
     (tmp_path / "recipe" / "evaluate" / "results.json").write_bytes(orjson.dumps(results))
     page = written(tmp_path / "recipe")
-    assert "Sampled answers are as asked in 30.0 % of cases before (base) and in 70.0 % after (tuned)" in page.text
     assert (
-        "safe, sampled" in page.text
-        and "right and tagged" not in page.text
-        and "by rules that no training" in page.text
+        "Sampled responses are as requested in 30.0 % of cases before (base) and in 70.0 % after (tuned)" in page.text
     )
+    assert "safe, sampled" in page.text and "correct tagged" not in page.text and "by hidden rules" in page.text
 
 
 def test_curves_are_present_with_labels_and_units(page):

@@ -30,5 +30,5 @@ def test_curves_and_accuracy_are_shown(tmp_path):
     assert "<h2>Direct preference optimization</h2>" in html
     for curve in ("loss-train/loss", "accuracy-eval/accuracy", "margin-eval/margin", "rewards-train/rejected_reward"):
         assert f'id="curve-dpo-{curve}"' in html
-    assert "256 held-out items" in html and html.count("92.5 %") == 2
+    assert "256 held-out examples" in html and html.count("92.5 %") == 2
     assert "implicit reward, &lt;b&gt;" in html and "reward model" not in html

@@ -34,7 +34,7 @@ def test_curves_and_accuracy_are_shown(tmp_path):
         "margin-train/margin",
     ):
         assert f'id="curve-helpfulness-{curve}"' in html
-    assert "512 held-out items" in html
+    assert "512 held-out examples" in html
     assert html.count("92.5 %") == 3
     assert "length alone, in &lt;b&gt;" in html
 
