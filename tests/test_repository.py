@@ -275,6 +275,15 @@ def test_every_module_says_what_it_is() -> None:
     assert [name(path) for path in EVERYTHING if not ast.get_docstring(tree(path))] == []
 
 
+def test_no_class_name_has_two_meanings() -> None:
+    found: dict[str, list[str]] = {}
+    for path in python_files(PACKAGE):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name.lstrip("_"), []).append(name(path))
+    assert {kind: paths for kind, paths in found.items() if len(paths) > 1} == {}
+
+
 def test_every_package_folder_is_a_package() -> None:
     folders = {path.parent for path in python_files("megatron_r1")}
     assert [name(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []

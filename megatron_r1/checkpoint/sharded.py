@@ -75,7 +75,7 @@ class _Box:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredPart:
     """Where a part lies on disk."""
 
     file: int
@@ -94,7 +94,7 @@ class WholeTensors(Mapping[str, Tensor]):
         self._open, self._folder, self._kind = ExitStack(), folder, kind
         self._files: list[Any] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._parts: dict[str, list[_Stored]] = {}
+        self._parts: dict[str, list[_StoredPart]] = {}
         for number, path in enumerate(sorted(folder.glob(f"{kind}-*.safetensors"))):
             try:
                 file = self._open.enter_context(safe_open(path, "pt"))
@@ -105,7 +105,7 @@ class WholeTensors(Mapping[str, Tensor]):
                 shape = tuple(file.get_slice(str(key)).get_shape())
                 if self._shapes.setdefault(name, tuple(whole_shape)) != tuple(whole_shape):
                     raise DataError(f"{path}: {name} has shape {whole_shape}, elsewhere {self._shapes[name]}")
-                self._parts.setdefault(name, []).append(_Stored(number, str(key), _Box(tuple(offset), shape)))
+                self._parts.setdefault(name, []).append(_StoredPart(number, str(key), _Box(tuple(offset), shape)))
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +161,7 @@ class WholeTensors(Mapping[str, Tensor]):
             result[place] = numbers
         return result
 
-    def _read(self, stored: _Stored, box: _Box) -> Tensor:
+    def _read(self, stored: _StoredPart, box: _Box) -> Tensor:
         file = self._files[stored.file]
         if box == stored.box:
             whole: Tensor = file.get_tensor(stored.key)

@@ -48,7 +48,7 @@ def write_folder(
         shard_bytes: a file ends before it outgrows this; one file needs no index.
     """
     with published(folder) as unfinished:
-        shards = _Shards(unfinished, shard_bytes)
+        shards = _ShardWriter(unfinished, shard_bytes)
         for name, tensor in named:
             shards.add(name, tensor.to("cpu").contiguous())
         shards.close()
@@ -112,7 +112,7 @@ def _parts(mapping: ParamMapping, tensor: Tensor, dtype: torch.dtype) -> Iterato
         yield name, tensor.clone()  # safetensors refuses two names for one memory
 
 
-class _Shards:
+class _ShardWriter:
     """Writes tensors into files of at most `shard_bytes` (one tensor may be larger) and then their index."""
 
     def __init__(self, folder: Path, shard_bytes: int):

@@ -24,7 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies."""
 
     entry: Entry
@@ -42,42 +42,42 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, TensorLocation] = {}
         index = folder / INDEX_FILE
         listed = _listed(index) if index.is_file() else {}
         for file_name in sorted(set(listed.values())) or ["model.safetensors"]:
-            for place in read_header(folder / file_name):
-                name = place.entry.name
-                if name in self.places:
+            for location in read_header(folder / file_name):
+                name = location.entry.name
+                if name in self.locations:
                     raise DataError(f"{folder}: {name} is stored twice")
                 if listed and listed.get(name) != file_name:
                     raise DataError(f"{folder / file_name}: holds {name}, which the index does not place there")
-                self.places[name] = place
-        if absent := listed.keys() - self.places.keys():
+                self.locations[name] = location
+        if absent := listed.keys() - self.locations.keys():
             raise DataError(f"{folder}: {min(absent)}: missing from {listed[min(absent)]}, where the index places it")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.locations)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self.places[name]
-        buffer = torch.empty(place.entry.nbytes, dtype=torch.uint8)
+        location = self.locations[name]
+        buffer = torch.empty(location.entry.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy()) if buffer.numel() else memoryview(b"")
-        with place.path.open("rb", buffering=0) as file:
-            file.seek(place.start)
+        with location.path.open("rb", buffering=0) as file:
+            file.seek(location.start)
             while view:
                 if not (count := file.readinto(view)):
-                    raise DataError(f"{place.path}: ends before {name}")
+                    raise DataError(f"{location.path}: ends before {name}")
                 view = view[count:]
-        return buffer.view(place.entry.dtype).reshape(place.entry.shape)
+        return buffer.view(location.entry.dtype).reshape(location.entry.shape)
 
     @property
     def entries(self) -> dict[str, Entry]:
         """What it holds, by name."""
-        return {name: place.entry for name, place in self.places.items()}
+        return {name: location.entry for name, location in self.locations.items()}
 
 
 def _listed(index: Path) -> dict[str, str]:
@@ -90,7 +90,7 @@ def _listed(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(path: Path) -> list[Place]:
+def read_header(path: Path) -> list[TensorLocation]:
     """What a safetensors file holds, in its order.
 
     Raises:
@@ -98,20 +98,20 @@ def read_header(path: Path) -> list[Place]:
     """
     try:
         with safe_open(path, framework="pt"):
-            pass  # its length, its header and the places of its tensors fit one another
+            pass  # its length, its header and the locations of its tensors fit one another
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length), object_pairs_hook=_unrepeated)
     except (OSError, SafetensorError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
     header.pop("__metadata__", None)
-    places = []
+    locations = []
     for name, said in header.items():
         if said["dtype"] not in TYPES:
             raise DataError(f"{path}: {name}: has type {said['dtype']}, must be one of {', '.join(TYPES)}")
         entry = Entry(name, TYPES[said["dtype"]], tuple(said["shape"]))
-        places.append(Place(entry, path, 8 + length + said["data_offsets"][0]))
-    return sorted(places, key=lambda place: place.start)
+        locations.append(TensorLocation(entry, path, 8 + length + said["data_offsets"][0]))
+    return sorted(locations, key=lambda location: location.start)
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

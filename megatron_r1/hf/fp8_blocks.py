@@ -32,7 +32,7 @@ _SLAB = 1 << 20
 """Elements taken at a time: intermediate results stay in a core's cache, which is five times as fast."""
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor as a Hugging Face folder holds it."""
 
     weight: Tensor
@@ -43,13 +43,13 @@ class Stored(NamedTuple):
         """The numbers that it stands for, computed in fp32 and only then cast."""
         return self.weight.to(dtype) if self.scale_inv is None else dequantise_blocks(self, dtype)
 
-    def with_rows(self, rows: int) -> Stored:
+    def with_rows(self, rows: int) -> StoredTensor:
         """With rows of zeros at the end, or without the last ones; for what is not quantised."""
         if rows == len(self.weight):
             return self
         assert self.scale_inv is None
         more = self.weight.new_zeros(max(0, rows - len(self.weight)), *self.weight.shape[1:])
-        return Stored(torch.cat([self.weight[:rows], more]))
+        return StoredTensor(torch.cat([self.weight[:rows], more]))
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // block) for size, block in zip(shape, BLOCK, strict=True))
 
 
-def quantise_blocks(weight_MN: Tensor) -> Stored:
+def quantise_blocks(weight_MN: Tensor) -> StoredTensor:
     """A matrix in FP8.
 
     Raises:
@@ -70,10 +70,10 @@ def quantise_blocks(weight_MN: Tensor) -> Stored:
         values_MN[rows], scales_mn[blocks] = quantised.values_MN.to(FP8), quantised.scales_mn
     if _holds_nan(values_MN):
         raise ValueError("holds an infinity or a NaN, which FP8 has no place for")
-    return Stored(values_MN, scales_mn)
+    return StoredTensor(values_MN, scales_mn)
 
 
-def dequantise_blocks(stored: Stored, dtype: torch.dtype) -> Tensor:
+def dequantise_blocks(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
     """The matrix that an FP8 weight stands for: products in fp32, then cast."""
     assert stored.scale_inv is not None
     result_MN = torch.empty(stored.weight.shape, dtype=dtype, device=stored.weight.device)

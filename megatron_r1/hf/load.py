@@ -17,7 +17,7 @@ from megatron_r1.hf.families.family import Family, read_rope
 from megatron_r1.hf.folder import TensorFolder, refuse
 from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.plan import FORMATS
-from megatron_r1.hf.source import FolderReader, folder_problems
+from megatron_r1.hf.source import HuggingFaceReader, folder_problems
 
 
 class NativeTensors(Mapping[str, Tensor]):
@@ -35,7 +35,7 @@ class NativeTensors(Mapping[str, Tensor]):
         format = folder_format(folder / "config.json")
         tensors = TensorFolder(folder)
         refuse(folder, folder_problems(tensors, model, format, include_mtp))
-        self._reader, self._dtype = FolderReader(tensors, format), FORMATS[format]
+        self._reader, self._dtype = HuggingFaceReader(tensors, format), FORMATS[format]
         self._mappings = {mapping.native: mapping for mapping in param_mappings(model, include_mtp)}
 
     def __iter__(self) -> Iterator[str]:

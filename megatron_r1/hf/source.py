@@ -23,7 +23,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.files import canonical_json
 from megatron_r1.hf.folder import INDEX_FILE, TensorFolder, problems
-from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, Stored
+from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, StoredTensor
 from megatron_r1.hf.names import canonical_name, param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries
@@ -32,7 +32,7 @@ from megatron_r1.hf.plan import FORMATS, hf_entries
 class TensorRead(NamedTuple):
     """The tensors of one parameter mapping."""
 
-    parts: list[Stored]
+    parts: list[StoredTensor]
     """As Hugging Face divides them."""
     source: dict[str, Tensor]
     """The stored tensors that they were read from, by the source's own names."""
@@ -75,7 +75,7 @@ class NativeSource:
     @contextmanager
     def open(self) -> Iterator[Reader]:
         with WholeTensors(self.folder, self.kind) as tensors:
-            yield _NativeReader(tensors)
+            yield _CheckpointReader(tensors)
 
     def problems(self) -> list[str]:
         """What the checkpoint lacks or has too much or in the wrong shape or type; reads headers only."""
@@ -97,7 +97,7 @@ class NativeSource:
         return ["native", self.kind, hashlib.sha256(manifest).hexdigest()]
 
 
-class _NativeReader:
+class _CheckpointReader:
     def __init__(self, tensors: WholeTensors):
         self._tensors = tensors
         self._names = {canonical_name(name): name for name in tensors}
@@ -105,7 +105,7 @@ class _NativeReader:
     def read(self, mapping: ParamMapping) -> TensorRead:
         name = self._names[mapping.native]
         tensor = self._tensors[name]
-        return TensorRead([Stored(part) for part in mapping.split(tensor)], {name: tensor})
+        return TensorRead([StoredTensor(part) for part in mapping.split(tensor)], {name: tensor})
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class FolderSource:
     format: str
 
     @contextmanager
-    def open(self) -> Iterator[FolderReader]:
-        yield FolderReader(TensorFolder(self.folder), self.format)
+    def open(self) -> Iterator[HuggingFaceReader]:
+        yield HuggingFaceReader(TensorFolder(self.folder), self.format)
 
     def problems(self) -> list[str]:
         """What the folder lacks or has too much or in the wrong shape or type; reads headers only.
@@ -145,7 +145,7 @@ class FolderSource:
         return ["hf", self.format, [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]]
 
 
-class FolderReader:
+class HuggingFaceReader:
     """Reads the tensors of a folder whose headers were found to be right."""
 
     def __init__(self, folder: TensorFolder, format: str):
@@ -159,7 +159,7 @@ class FolderReader:
             scale = None
             if self._fp8 and mapping.quantised:
                 scale = source[name + SCALE_SUFFIX] = _scale(self._folder, name + SCALE_SUFFIX)
-            parts.append(Stored(source[name], scale))
+            parts.append(StoredTensor(source[name], scale))
         for name in mapping.copies:
             source[name] = self._folder[name]
             if not torch.equal(source[name], source[mapping.hf[0]]):

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_r1.checkpoint.sharded import INDEX
 from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.errors import DataError
-from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, Stored, quantise_blocks
+from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, StoredTensor, quantise_blocks
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries, hf_file_name
 
@@ -25,7 +25,7 @@ class Target(Protocol):
         """What a parameter mapping becomes."""
         ...
 
-    def encode(self, mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
+    def encode(self, mapping: ParamMapping, parts: Sequence[StoredTensor]) -> dict[str, Tensor]:
         """The tensors of these entries by name, from the mapping's parts as Hugging Face divides them.
 
         Raises:
@@ -49,7 +49,7 @@ class FolderTarget:
     def entries(self, mapping: ParamMapping) -> list[Entry]:
         return hf_entries(mapping, self.format)
 
-    def encode(self, mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
+    def encode(self, mapping: ParamMapping, parts: Sequence[StoredTensor]) -> dict[str, Tensor]:
         if self.format == "fp8" and mapping.quantised:
             return _quantised(mapping, parts)
         dtype = torch.float32 if mapping.float32 else FORMATS[self.format]
@@ -73,7 +73,7 @@ class NativeTarget:
     def entries(self, mapping: ParamMapping) -> list[Entry]:
         return [Entry(mapping.native, self._dtype(mapping), mapping.native_shape)]
 
-    def encode(self, mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
+    def encode(self, mapping: ParamMapping, parts: Sequence[StoredTensor]) -> dict[str, Tensor]:
         return {mapping.native: mapping.join([part.to(self._dtype(mapping)) for part in parts])}
 
     def file_name(self, number: int, files: int) -> str:
@@ -88,7 +88,7 @@ class NativeTarget:
         return torch.float32 if mapping.float32 else FORMATS[self.precision]
 
 
-def _quantised(mapping: ParamMapping, parts: Sequence[Stored]) -> dict[str, Tensor]:
+def _quantised(mapping: ParamMapping, parts: Sequence[StoredTensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, part in zip(mapping.hf, parts, strict=True):
         if part.scale_inv is None:

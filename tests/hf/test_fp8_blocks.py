@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_r1.hf.fp8_blocks import FP8, Stored, as_fp32, dequantise_blocks, quantise_blocks, scale_shape
+from megatron_r1.hf.fp8_blocks import FP8, StoredTensor, as_fp32, dequantise_blocks, quantise_blocks, scale_shape
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def same(left: Stored, right: Stored) -> bool:
+def same(left: StoredTensor, right: StoredTensor) -> bool:
     assert left.scale_inv is not None and right.scale_inv is not None
     bits = torch.equal(left.weight.view(torch.uint8), right.weight.view(torch.uint8))
     return bits and torch.equal(left.scale_inv.view(torch.int32), right.scale_inv.view(torch.int32))
@@ -83,7 +83,7 @@ def test_dequantising_multiplies_in_fp32() -> None:
     weight = torch.full((128, 128), 1.75).to(FP8)
     scale = torch.tensor([[1.006]])
     exact = (weight.float() * scale).bfloat16()
-    assert torch.equal(dequantise_blocks(Stored(weight, scale), torch.bfloat16), exact)
+    assert torch.equal(dequantise_blocks(StoredTensor(weight, scale), torch.bfloat16), exact)
     assert not torch.equal(weight.bfloat16() * scale.bfloat16(), exact)
 
 

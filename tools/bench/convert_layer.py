@@ -38,7 +38,7 @@ from megatron_r1.hf.audit import AUDIT_FILE, merge_audits
 from megatron_r1.hf.config import hf_config, in_format, write_json
 from megatron_r1.hf.conversion import Conversion, convert_files
 from megatron_r1.hf.folder import INDEX_FILE
-from megatron_r1.hf.fp8_blocks import Stored
+from megatron_r1.hf.fp8_blocks import StoredTensor
 from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import hf_index, totals
@@ -116,7 +116,7 @@ class _Windows:
         size = prod(mapping.native_shape)
         tensor = self._numbers[offset : offset + size].view(mapping.native_shape) * (0.02 * 2 ** (8 * power))
         tensor = tensor.float() if mapping.float32 else tensor
-        return TensorRead([Stored(part) for part in mapping.split(tensor)], {mapping.native: tensor})
+        return TensorRead([StoredTensor(part) for part in mapping.split(tensor)], {mapping.native: tensor})
 
 
 def generate(given: argparse.Namespace, target: Path) -> None:

@@ -61,7 +61,7 @@ class Examples:
     """Rows, and what became of them."""
 
 
-class _Found(NamedTuple):
+class _FoundChat(NamedTuple):
     """A conversation on its way."""
 
     place: str
@@ -171,7 +171,7 @@ class _Maker:
             sync(file)
         write_whole(part / "counts.json", canonical_json(counts))
 
-    def _found(self) -> Iterator[_Found]:
+    def _found(self) -> Iterator[_FoundChat]:
         """All conversations; rows that hold none are counted on the way."""
         source = self._sft.source
         if world := GENERATED.get(source):
@@ -180,7 +180,7 @@ class _Maker:
             for heldout, conversations in ((False, training), (True, heldout_conversations)):
                 for number, conversation in enumerate(conversations, 1):
                     self._counts["rows"] += 1
-                    yield _Found(f"{'held-out' if heldout else source}:{number}", conversation, heldout)
+                    yield _FoundChat(f"{'held-out' if heldout else source}:{number}", conversation, heldout)
             return
         for name, file in _files(self._sft):
             fields = self._sft.datasets[name]
@@ -190,11 +190,11 @@ class _Maker:
                 try:
                     if isinstance(row.content, BadRow):
                         raise row.content
-                    yield _Found(place, conversation_of(row.content, fields, self._sft.system_prompt), False)
+                    yield _FoundChat(place, conversation_of(row.content, fields, self._sft.system_prompt), False)
                 except BadRow as error:
                     self._bad.append(f"{place}: {error}")
 
-    def _encoded(self, found: Sequence[_Found]) -> Iterator[tuple[_Found, list[ChatExample]]]:
+    def _encoded(self, found: Sequence[_FoundChat]) -> Iterator[tuple[_FoundConversation, list[ChatExample]]]:
         """Those that can be learned from, with their examples; the others are counted."""
         encoded = self._encoder.encode([row.conversation for row in found])
         for row, examples in zip(found, encoded, strict=True):
