@@ -194,7 +194,7 @@ class _Maker:
                 except BadRow as error:
                     self._bad.append(f"{place}: {error}")
 
-    def _encoded(self, found: Sequence[_FoundChat]) -> Iterator[tuple[_FoundConversation, list[ChatExample]]]:
+    def _encoded(self, found: Sequence[_FoundChat]) -> Iterator[tuple[_FoundChat, list[ChatExample]]]:
         """Those that can be learned from, with their examples; the others are counted."""
         encoded = self._encoder.encode([row.conversation for row in found])
         for row, examples in zip(found, encoded, strict=True):
