@@ -69,13 +69,13 @@ def report(stages: list[StageTraffic], engines: Engines, needed: int, found: Pre
     )
 
 
-def slices(everything: ShardDirectory, stages: list[int], outgoing: WeightPayload, pattern: str) -> Iterator[str]:
+def slices(everything: ShardDirectory, stages: list[int], payload: WeightPayload, pattern: str) -> Iterator[str]:
     """Which rank sends which slice of a weight to which leader, and as what it goes on to the servers."""
     for name, (shape, parts) in everything.items():
-        if not re.search(pattern, name) or not (items := outgoing.items(name)):
+        if not re.search(pattern, name) or not (entries := payload.entries(name)):
             continue
         leader = stages.index(stages[parts[0].rank])
-        yield f"{name} {list(shape)} -> rank {leader} -> {', '.join(item.name for item in items)}"
+        yield f"{name} {list(shape)} -> rank {leader} -> {', '.join(entry.name for entry in entries)}"
         for part in parts:
             place = ", ".join(f"{extent.start}:{extent.stop}" for extent in part.index)
             yield f"    rank {part.rank} [{place}]{' (there already)' if part.rank == leader else ''}"
@@ -91,15 +91,15 @@ def main() -> int:
     except UserError as error:
         print(f"plan_sync: {error}", file=sys.stderr)
         return int(error.exit_code)
-    outgoing = WeightPayload(config.model, given.mtp, given.fp8)
+    payload = WeightPayload(config.model, given.mtp, given.fp8)
     engines = Engines(given.engines, given.engine_tensor, given.engine_expert)
     cluster = Cluster(given.gpus_per_node, given.intra, given.inter, given.latency_us / 1e6, given.bucket_ms / 1e3)
-    stages, needed = traffic(everything, of_rank, outgoing, given.bucket_mb << 20), needed_by_a_rank(outgoing, engines)
+    stages, needed = traffic(everything, of_rank, payload, given.bucket_mb << 20), needed_by_a_rank(payload, engines)
     sys.stdout.writelines(
         f"{line}\n" for line in report(stages, engines, needed, predict(stages, ranks, needed, cluster))
     )
     if given.slices:
-        sys.stdout.writelines(f"{line}\n" for line in slices(everything, of_rank, outgoing, given.slices))
+        sys.stdout.writelines(f"{line}\n" for line in slices(everything, of_rank, payload, given.slices))
     return 0
 
 

@@ -1,9 +1,7 @@
-"""From the rollout section of a configuration to a running engine."""
+"""Builds the SGLang engine and the weight sync of a configuration."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -15,81 +13,56 @@ from megatron_r1.config.model import DTYPE_NAMES, ModelConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.hf.gather import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
-from megatron_r1.parallel.launcher import is_rank_zero, rank
-from megatron_r1.rollout.sample import Outcome, Request, Sampling
+from megatron_r1.parallel.launcher import is_rank_zero, local_world_size, rank
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
-from megatron_r1.rollout.sglang.servers.gpus import first_gpu
+from megatron_r1.rollout.sglang.servers.startup import first_gpu
 from megatron_r1.rollout.sync.group_sender import GroupSender
 from megatron_r1.rollout.sync.ipc_sender import IpcSender
 from megatron_r1.rollout.sync.payload import WeightPayload
-from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync, ReadWeights, StageSync, WeightSender, WeightSync
-
-
-class SyncedEngine:
-    """SGLang servers of rank 0, and the weight sync that every rank takes part in; see `RolloutEngine`.
-
-    Attributes:
-        sglang: None on the other ranks, which only give their part of the weights.
-    """
-
-    def __init__(self, sglang: SGLangEngine | None, sync: WeightSync):
-        self.sglang, self._sync = sglang, sync
-
-    def update_weights(self, version: str) -> None:
-        self._sync.push(version)
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
-        return self._on_rank_zero.generate(requests, sampling)
-
-    @property
-    def busy_seconds(self) -> float:
-        return self._on_rank_zero.busy_seconds
-
-    def abandon(self) -> None:
-        self._on_rank_zero.abandon()
-
-    def health(self) -> dict[str, int]:
-        return self._on_rank_zero.health()
-
-    @property
-    def _on_rank_zero(self) -> SGLangEngine:
-        assert self.sglang is not None, "only rank 0 generates"
-        return self.sglang
+from megatron_r1.rollout.sync.strategies import (
+    DiskSync,
+    GatherOnlySync,
+    GroupSync,
+    ReadWeights,
+    StageSync,
+    SyncedEngine,
+    WeightSender,
+)
 
 
 @contextmanager
 def sglang_engine(
-    rollout: RolloutConfig, model: ModelConfig, tensors: ReadWeights, tokenizer_folder: Path, logs: Path, device: str
+    rollout: RolloutConfig, model: ModelConfig, weights: ReadWeights, tokenizer_folder: Path, logs: Path, device: str
 ) -> Iterator[SyncedEngine]:
-    """SGLang servers on the weights that `tensors` gives; stopped at the end.
+    """SGLang servers on weights that one process can read; stopped at the end.
 
     Args:
         rollout: sampling, servers, and how weights reach them.
         model: shape of the model.
-        tensors: gives the weights as they stand.
+        weights: reads the current weights.
         tokenizer_folder: names the special tokens.
-        logs: the servers' output goes here.
+        logs: folder of the servers' logs.
         device: ``cpu`` or ``cuda``.
     """
     with ExitStack() as stack:
-        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
-        disk = stack.enter_context(DiskSync(tensors, model, tokenizer_folder, outgoing))
-        engine = stack.enter_context(_servers(disk.write(), rollout, model, logs, device))
+        payload, flush = weight_payload(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
+        disk = stack.enter_context(DiskSync(weights, model, tokenizer_folder, payload))
+        engine = stack.enter_context(_start_servers(disk.write(), rollout, model, logs, device))
         if rollout.weight_sync.method == "disk":
             disk.engine = engine
             yield SyncedEngine(engine, disk)
             return
-        disk.close()  # the servers have read what they start from
+        disk.close()  # the servers have read the weights that they start with
         sender = stack.enter_context(_sender(rollout, engine.endpoints, "trainer", engine.tensor_parallel, device))
         yield SyncedEngine(
-            engine, GroupSync(engine, sender, tensors, outgoing, rollout.weight_sync.bucket_mb << 20, flush)
+            engine, GroupSync(engine, sender, weights, payload, rollout.weight_sync.bucket_mb << 20, flush)
         )
 
 
 class ServerPlacement(Protocol):
-    """Who holds the devices' memory while servers start."""
+    """Decides who holds the devices' memory while servers start."""
 
     def starting_servers(self) -> AbstractContextManager[None]:
         """Around the start of servers."""
@@ -110,7 +83,7 @@ def training_sglang_engine(
     device: str,
     placement: ServerPlacement,
 ) -> Iterator[SyncedEngine]:
-    """Collective: SGLang servers of rank 0 that get their weights from all ranks.
+    """Collective: SGLang servers of rank 0 on the weights of a model that all ranks share.
 
     Arguments as of `sglang_engine`, but
 
@@ -118,50 +91,44 @@ def training_sglang_engine(
         module: this rank's part of the model.
         placement: all ranks enter its `starting_servers`, and rank 0 attaches the engine inside.
     """
-    is_leader = is_rank_zero()
     with ExitStack() as stack:
-        outgoing, flush = outgoing_weights(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
-        disk = stack.enter_context(DiskSync(lambda: whole_tensors(module), model, tokenizer_folder, outgoing))
-        folder = disk.write() if is_leader else None
-        if not is_leader:
-            deque(whole_tensors(module), maxlen=0)
-        engine = None
+        payload, flush = weight_payload(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
+        disk, others = DiskSync(lambda: whole_tensors(module), model, tokenizer_folder, payload), GatherOnlySync(module)
+        stack.enter_context(disk)
+        folder = engine = None
+        if is_rank_zero():
+            folder = disk.write()
+        else:
+            others.push("initial")
         with placement.starting_servers():
             if folder:
-                engine = stack.enter_context(_servers(folder, rollout, model, logs, device))
-            if engine and rollout.placement == "colocated":
-                engine.release_memory()
+                engine = stack.enter_context(_start_servers(folder, rollout, model, logs, device))
+                placement.attach(engine)
         if rollout.weight_sync.method == "disk":
             disk.engine = engine
-            yield SyncedEngine(engine, disk if is_leader else GatherOnlySync(module))
+            yield SyncedEngine(engine, disk if is_rank_zero() else others)
             return
-        disk.close()  # the servers have read what they start from
-        # The keys travel in memory, to ranks of this job alone.
+        disk.close()  # the servers have read the weights that they start with
+        # The keys are broadcast in memory, to ranks of this job alone.
         endpoints, width = comm.broadcast((engine.endpoints, engine.tensor_parallel) if engine else None)
         sender = None
         if (own_rank := rank()) in stage_leaders():
             sender = stack.enter_context(_sender(rollout, endpoints, f"trainer-{own_rank}", width, device))
         yield SyncedEngine(
-            engine, StageSync(engine, sender, module, outgoing, rollout.weight_sync.bucket_mb << 20, flush)
+            engine, StageSync(engine, sender, module, payload, rollout.weight_sync.bucket_mb << 20, flush)
         )
 
 
-class GatherOnlySync:
-    """The other ranks' side of a sync that rank 0 does alone: they give their part of the weights."""
-
-    def __init__(self, module: torch.nn.Module):
-        self._module = module
-
-    def push(self, version: str) -> None:
-        """Take part in gathering the weights."""
-        deque(whole_tensors(self._module), maxlen=0)
-
-
-def _servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
-    length, dtype = model.max_sequence_length, DTYPE_NAMES[model.dtype]
-    pause, first = PAUSES[rollout.weight_sync.pause_mode], servers_first_gpu(rollout, device)
+def _start_servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:
     return SGLangEngine(
-        folder, rollout.sglang, logs, device, dtype, context_length=length, pause=pause, first_gpu=first
+        folder,
+        rollout.sglang,
+        logs,
+        device,
+        DTYPE_NAMES[model.dtype],
+        context_length=model.max_sequence_length,
+        pause=PAUSES[rollout.weight_sync.pause_mode],
+        first_gpu=servers_first_gpu(rollout, device),
     )
 
 
@@ -169,16 +136,11 @@ def servers_first_gpu(rollout: RolloutConfig, device: str) -> int:
     """The first GPU of the servers that this process starts; 0 where it starts none, and on a CPU."""
     if device == "cpu" or rollout.sglang.started_elsewhere:
         return 0
-    return first_gpu(rollout, torch.cuda.device_count(), ranks_here())
+    return first_gpu(rollout, torch.cuda.device_count(), local_world_size())
 
 
-def ranks_here() -> int:
-    """Ranks of the trainer on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def outgoing_weights(rollout: RolloutConfig, model: ModelConfig) -> WeightPayload:
-    """What of the model the servers are given, at the start and with every sync."""
+def weight_payload(rollout: RolloutConfig, model: ModelConfig) -> WeightPayload:
+    """Which weights the servers get, and in which formats, at the start and with every sync."""
     return WeightPayload(
         model, include_mtp=rollout.weight_sync.include_mtp, fp8=rollout.sglang.server.quantization == "fp8"
     )
@@ -194,8 +156,8 @@ def _sender(
 
 
 def group_backend(rollout: RolloutConfig, device: str) -> str:
-    """Backend of the group that weights travel over. NCCL wants every rank on a GPU of its own; gloo takes any."""
+    """Backend of the group that sends weights. NCCL needs every rank on a GPU of its own; gloo takes any."""
     if device == "cpu" or rollout.placement != "separate":
         return "gloo"
-    apart = rollout.sglang.started_elsewhere or servers_first_gpu(rollout, device) >= ranks_here()
-    return "nccl" if apart and torch.cuda.device_count() > 1 else "gloo"
+    own_gpus = rollout.sglang.started_elsewhere or servers_first_gpu(rollout, device) >= local_world_size()
+    return "nccl" if own_gpus and torch.cuda.device_count() > 1 else "gloo"

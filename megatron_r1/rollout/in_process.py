@@ -1,9 +1,9 @@
-"""The engine in this process: megatron-core's model and key-value cache, a static batch with early ends.
+"""The engine in the trainer's process: megatron-core's model and key-value cache, a static batch with early ends.
 
-It samples from the trainer's own weights, so nothing has to be sent to it, and its draws depend only on the seed. It
-serves unit tests and machines without SGLang.
+It samples from the trainer's own weights, so no sync is needed, and its samples depend only on the seed. It is for unit
+tests and machines without SGLang.
 
-Shapes: B rows of the batch, L positions, V vocabulary.
+Shapes: B sequences of the batch, L positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_r1.rollout.routed_experts import RoutedExperts
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 
 Routes = Callable[[], Tensor]
-"""Experts [T, N, K] of the last forward pass."""
+"""Gives the experts [T, N, K] of the last forward pass."""
 
 
 class LocalEngine:
@@ -33,10 +33,10 @@ class LocalEngine:
     def __init__(self, model: GPTModel, batch_size: int, pad_token: int, routing: Replay | None = None):
         """
         Args:
-            model: the model to sample from; its weights are used as they stand at each call.
-            batch_size: rows decoded at a time.
-            pad_token: fills the left of shorter prompts; it is masked and never seen.
-            routing: the model's routers, for those who want the experts that answers took.
+            model: the model to sample from; each call uses its current weights.
+            batch_size: sequences decoded at a time.
+            pad_token: fills the left of shorter prompts; attention masks it.
+            routing: of the model's routers, where completions record their experts.
         """
         self._model, self._batch_size, self._pad, self._routing = model, batch_size, pad_token, routing
         self._version = "0"
@@ -57,7 +57,7 @@ class LocalEngine:
         """One completion per request, in the order of the requests."""
         began = time.monotonic()
         generator = torch.Generator().manual_seed(sampling.seed)
-        # Prompts of similar length share a batch; equal prompts stay together and are read once.
+        # Prompts of similar length share a batch; equal prompts stay together and are prefilled once.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_tokens), requests[i].prompt_tokens))
         completions: dict[int, Completion] = {}
         training = self._model.training
@@ -67,8 +67,8 @@ class LocalEngine:
                 rows = order[start : start + self._batch_size]
                 batch = [requests[i] for i in rows]
                 with self._routing.recording() if self._routing and sampling.routed else nullcontext() as routes:
-                    answers = list(self._generate_batch(batch, sampling, generator, routes))
-                completions.update(zip(rows, answers, strict=True))
+                    responses = list(self._generate_batch(batch, sampling, generator, routes))
+                completions.update(zip(rows, responses, strict=True))
         self._model.train(training)
         self.busy_seconds += time.monotonic() - began
         return [completions[i] for i in range(len(requests))]
@@ -83,19 +83,19 @@ class LocalEngine:
         batch = _Batch(self._model, prompts, self._pad, sampling.max_tokens, routes)
         for _ in range(sampling.max_tokens):
             chosen_B, log_probs_B = _draw(batch.logits_BV, sampling, generator)
-            going = []
-            for place, (token, log_prob) in enumerate(zip(chosen_B.tolist(), log_probs_B.tolist(), strict=True)):
-                row = batch.rows[place]
+            unfinished = []
+            for index, (token, log_prob) in enumerate(zip(chosen_B.tolist(), log_probs_B.tolist(), strict=True)):
+                row = batch.rows[index]
                 tokens[row].append(token)
                 log_probs[row].append(log_prob)
                 if token in sampling.stop_tokens:
                     reasons[row] = "stop"
                 else:
-                    going.append(place)
-            if not going:
+                    unfinished.append(index)
+            if not unfinished:
                 break
-            batch.keep(going)
-            batch.read(chosen_B[going])
+            batch.select(unfinished)
+            batch.append(chosen_B[unfinished])
         for row, request in enumerate(requests):
             yield Completion(
                 request_id=request.id,
@@ -109,15 +109,15 @@ class LocalEngine:
 
 
 class _Batch:
-    """Rows that are decoded together, with their cache.
+    """Sequences that are decoded together, with their cache.
 
-    Prompts are padded on the left, so that every row's next token lands on the same position; rotary positions are
-    relative, hence the shift changes nothing, and padded positions are masked.
+    Prompts are padded on the left, so that the next token of every sequence has the same position; rotary positions
+    are relative, so the shift changes nothing, and padded positions are masked.
     """
 
     def __init__(self, model: GPTModel, prompts: list[tuple[int, ...]], pad: int, room: int, routes: Routes | None):
         unique = list(dict.fromkeys(prompts))
-        place = {prompt: index for index, prompt in enumerate(unique)}
+        index_of = {prompt: index for index, prompt in enumerate(unique)}
         self._model = model
         self._device = next(model.parameters()).device
         longest = max(map(len, unique))
@@ -129,34 +129,34 @@ class _Batch:
         self.rows = list(range(len(unique)))
         self.logits_BV = torch.empty(0)
         self.experts: list[list[np.ndarray]] = [[] for _ in unique]
-        """Of each request the experts [T, N, K] of the tokens that were read, in pieces."""
+        """Of each sequence the experts [T, N, K] of its input tokens, by forward pass."""
         self._routes = routes
         self._context = StaticInferenceContext(len(unique), self._capacity)
         self._forward(tokens_BL)
-        # Equal prompts were read once; from here on each request has a row of its own.
-        self.keep([place[prompt] for prompt in prompts])
+        # Equal prompts were prefilled once; from here on each request has a sequence of its own.
+        self.select([index_of[prompt] for prompt in prompts])
         self.rows = list(range(len(prompts)))
-        self.experts = [[*self.experts[place[prompt]]] for prompt in prompts]
+        self.experts = [[*self.experts[index_of[prompt]]] for prompt in prompts]
 
-    def keep(self, places: list[int]) -> None:
-        """Go on with these rows only."""
-        if places == list(range(len(self.rows))):
+    def select(self, indices: list[int]) -> None:
+        """Continue with these sequences only."""
+        if indices == list(range(len(self.rows))):
             return
-        index = torch.tensor(places, device=self._device)
-        self.rows = [self.rows[place] for place in places]
+        index = torch.tensor(indices, device=self._device)
+        self.rows = [self.rows[position] for position in indices]
         self.logits_BV = self.logits_BV[index]
         self._padding_BL = self._padding_BL[index]
         cache = self._context.key_value_memory_dict
         for layer, (key, value) in cache.items():
             cache[layer] = (key[:, index], value[:, index])
-        self._context.max_batch_size = len(places)
+        self._context.max_batch_size = len(indices)
 
     def routed(self, row: int, inputs: int) -> RoutedExperts:
-        """Where a request's tokens went. An answer's last token may have been read, but nothing follows it."""
+        """The experts of a request's input tokens; the last token of a response is no input of it."""
         return RoutedExperts.of(np.concatenate(self.experts[row])[:inputs])
 
-    def read(self, tokens_B: Tensor) -> None:
-        """Append one token to every row."""
+    def append(self, tokens_B: Tensor) -> None:
+        """Append one token to every sequence."""
         self._context.enable_decode_mode()
         self._forward(tokens_B[:, None])
 
@@ -164,24 +164,24 @@ class _Batch:
         start = self._context.sequence_len_offset
         end = start + tokens_BL.shape[1]
         positions_BL = torch.arange(start, end, device=self._device).expand(len(tokens_BL), -1)
-        seen_LL = torch.arange(end, device=self._device)[None] <= positions_BL[0, :, None]
-        hidden_BLL = ~seen_LL[None] | self._padding_BL[:, None, :end]
-        # A padded position sees nothing; let it see itself, so that no row of the softmax is empty.
-        hidden_BLL &= torch.arange(end, device=self._device)[None] != positions_BL[0, :, None]
+        visible_LL = torch.arange(end, device=self._device)[None] <= positions_BL[0, :, None]
+        masked_BLL = ~visible_LL[None] | self._padding_BL[:, None, :end]
+        # A padded position attends to nothing; let it attend to itself, so that no row of the softmax is empty.
+        masked_BLL &= torch.arange(end, device=self._device)[None] != positions_BL[0, :, None]
         logits_BLV = self._model(
-            tokens_BL, positions_BL, hidden_BLL[:, None], inference_context=self._context, runtime_gather_output=True
+            tokens_BL, positions_BL, masked_BLL[:, None], inference_context=self._context, runtime_gather_output=True
         )
         self._context.sequence_len_offset = end
         self.logits_BV = logits_BLV[:, -1].float()
         if self._routes:
-            experts_LBNK = self._routes().unflatten(0, (tokens_BL.shape[1], len(tokens_BL))).cpu().numpy()
-            seen_BL = (~self._padding_BL[:, start:end]).cpu().numpy()
-            for place, row in enumerate(self.rows):
-                self.experts[row].append(experts_LBNK[seen_BL[place], place])
+            experts_LBNK = torch.unflatten(self._routes(), 0, (tokens_BL.shape[1], len(tokens_BL))).cpu().numpy()
+            real_BL = (~self._padding_BL[:, start:end]).cpu().numpy()
+            for index, row in enumerate(self.rows):
+                self.experts[row].append(experts_LBNK[real_BL[index], index])
 
 
 def _draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a token per row.
+    """Draw a token per sequence.
 
     Returns:
         Tokens [B] and their log-probabilities [B] under the tempered distribution, before the nucleus is cut; under

@@ -1,9 +1,9 @@
-"""Rollouts on disk before they are trained on: one file a step, whole or absent.
+"""Writes rollouts to disk before they are trained on: one file a step, whole or absent.
 
 A file is a header line (format, step, count of samples, notes if there are any, sha256 of notes and the rest) and one
-JSON line a sample. It is written
-beside its place, synced, renamed and the folder synced, so that a crash leaves either no file or a whole one; a file
-whose bytes are not those that were written is refused. Floats come back bit for bit.
+JSON line a sample. It is written to a temporary file, synced, renamed, and the folder synced, so that a crash leaves
+either no file or a whole one; a file whose bytes are not those that were written is refused. Floats come back bit for
+bit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import orjson
 from megatron_r1.errors import DataError
 from megatron_r1.files import sync, write_whole
 from megatron_r1.rollout.routed_experts import RoutedExperts
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.rollout.sample import Sample, check_logprobs
 
 FORMAT = 1
 SUFFIX = ".jsonl"
@@ -29,7 +29,7 @@ class Journal:
     """The rollouts of a run, by step.
 
     Args:
-        folder: where the files lie; made when missing.
+        folder: of the files; made when it does not exist.
     """
 
     def __init__(self, folder: Path):
@@ -39,11 +39,16 @@ class Journal:
             leftover.unlink()
 
     def write(self, step: int, samples: Sequence[Sample], notes: Mapping[str, int] | None = None) -> Path:
-        """Keep the samples of a step; an earlier file of the step is replaced. Returns the file's path.
+        """Write the samples of a step, in place of an earlier file of the step. Returns the file's path.
 
         Args:
-            notes: what else is to be known of how they came about.
+            notes: counts of how the rollout was sampled.
+
+        Raises:
+            ValueError: the log-probs of a sample cannot be trained on.
         """
+        for sample in samples:
+            check_logprobs(sample.logprobs)
         body = b"".join(orjson.dumps(_row(sample), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
         header: dict[str, Any] = {"format": FORMAT, "step": step, "samples": len(samples)}
         if notes:
@@ -98,7 +103,7 @@ class Journal:
         sync(self.folder)
 
     def path(self, step: int) -> Path:
-        """Where the samples of a step lie."""
+        """The file of a step."""
         return self.folder / f"step-{step:08d}{SUFFIX}"
 
 
@@ -117,11 +122,11 @@ def _row(sample: Sample) -> dict[str, Any]:
     return row
 
 
-def _sample(row: dict) -> Sample:
+def _sample(row: dict[str, Any]) -> Sample:
     for name in ("prompt_tokens", "response_tokens", "logprobs"):
         row[name] = tuple(row[name])
     for name in ("version_changes", "steps"):
-        row[name] = tuple((place, value) for place, value in row.get(name, ()))
+        row[name] = tuple((index, value) for index, value in row.get(name, ()))
     if routed := row.get("routed_experts"):
         row["routed_experts"] = RoutedExperts(tuple(routed["shape"]), routed["data"])
     return Sample(**row)

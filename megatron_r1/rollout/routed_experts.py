@@ -1,4 +1,4 @@
-"""Which experts a rollout engine's routers took, as it travels with a sample.
+"""The experts that a rollout engine's routers chose, as part of a sample.
 
 Shapes: T input tokens (prompt and response without its last token), N sparse layers of the backbone, K experts a token.
 """
@@ -16,7 +16,7 @@ _NARROW, _WIDE = "<u1", "<u2"
 
 @dataclass(frozen=True, slots=True)
 class RoutedLayers:
-    """Where an engine's answer holds experts: it counts every layer, dense ones too."""
+    """Which layers have experts in an engine's reply, which counts every layer, dense ones too."""
 
     layers: int
     """Of the backbone."""

@@ -1,7 +1,8 @@
-"""What goes into a rollout engine and what comes out, as frozen records.
+"""The requests and completions of a rollout engine, and the scored samples that the trainer gets, as frozen records.
 
-A `Completion` cannot be built from something that the trainer could not train on: each response token has a finite
-log-prob and is of known weights, and the reason for the end is known.
+A `Completion` cannot be built from a response that the trainer could not train on: each of its tokens has a finite
+log-prob and is of known weights, and the reason for its end is known. The log-probs are checked twice: when the engine
+gives the completion and when the journal writes the sample; not whenever a sample is copied with a change.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ LOGPROB_SLACK = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One response that is wanted for one prompt."""
+    """A request for one response to one prompt."""
 
     id: str
-    """Unique within a call of `Engine.generate`."""
+    """Unique within a call of `RolloutEngine.generate`."""
     prompt_tokens: tuple[int, ...]
     """Token ids of the prompt; at least one."""
 
@@ -45,7 +46,7 @@ class Sampling:
     seed: int
     """For engines that can be seeded."""
     routed: RoutedLayers | None = None
-    """The layers whose experts are wanted with each answer; None wants none."""
+    """The layers whose experts each completion records; None records none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -57,11 +58,11 @@ class Sampling:
 
 
 VersionChanges = tuple[tuple[int, str], ...]
-"""Where weights changed under a response: place of the first token that newer weights sampled, and their version."""
+"""Where weights changed during a response: index of the first token that newer weights sampled, and their version."""
 
 
 StepRewards = tuple[tuple[int, float], ...]
-"""Place of the last token of each rewarded step of a response, from the first to the last, and its reward."""
+"""Index of the last token of each rewarded step of a response, in order, and the reward of the step."""
 
 
 def check_response(
@@ -72,29 +73,33 @@ def check_response(
     routed: RoutedExperts | None,
     version_changes: VersionChanges,
 ) -> None:
-    """Raise ValueError, naming the fault, unless these make a response that can be trained on."""
+    """Raise ValueError, naming the fault, unless these fit together as a response."""
     if not tokens:
         raise ValueError("the response has no tokens")
     if len(tokens) != len(logprobs):
         raise ValueError(f"{len(tokens)} response tokens but {len(logprobs)} log-probs")
-    for position, logprob in enumerate(logprobs):
-        if not (math.isfinite(logprob) and logprob <= LOGPROB_SLACK):
-            raise ValueError(f"log-prob {logprob} at response token {position}: must be finite and at most 0")
     if finish_reason not in FINISH_REASONS:
         raise ValueError(f"finish reason {finish_reason!r}: must be one of {', '.join(FINISH_REASONS)}")
-    places = [0, *(place for place, _ in version_changes), len(tokens)]
-    if places != sorted(set(places)):
+    bounds = [0, *(index for index, _ in version_changes), len(tokens)]
+    if bounds != sorted(set(bounds)):
         raise ValueError(
-            f"weights changed at response tokens {places[1:-1]}: must ascend between 1 and {len(tokens) - 1}"
+            f"weights changed at response tokens {bounds[1:-1]}: must ascend between 1 and {len(tokens) - 1}"
         )
     inputs = len(prompt) + len(tokens) - 1
     if routed is not None and routed.shape[0] != inputs:
         raise ValueError(f"routed experts of {routed.shape[0]} tokens: must be of the {inputs} that the model read")
 
 
+def check_logprobs(logprobs: tuple[float, ...]) -> None:
+    """Raise ValueError, naming the token, unless all can be trained on."""
+    for index, logprob in enumerate(logprobs):
+        if not (math.isfinite(logprob) and logprob <= LOGPROB_SLACK):
+            raise ValueError(f"log-prob {logprob} at response token {index}: must be finite and at most 0")
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One response as the engine gave it.
+    """One response of the engine.
 
     `logprobs[i]` is the natural-log probability of `response_tokens[i]` under the distribution that the engine's
     docstring names. Raises ValueError where tokens, log-probs and finish reason do not fit together.
@@ -107,9 +112,9 @@ class Completion:
     finish_reason: str
     """``stop``: the last token is a stop token; ``length``: `Sampling.max_tokens` was reached."""
     weight_version: str
-    """Version of the weights that the first token was sampled with, and all others unless `later_versions` says so."""
+    """Version of the weights that the first token was sampled with, and all others unless `version_changes` says so."""
     routed_experts: RoutedExperts | None = None
-    """Where the engine sent each token that it read, if that was asked for."""
+    """The experts to which the engine routed each input token, where `Sampling.routed` requests them."""
     version_changes: VersionChanges = ()
 
     def __post_init__(self) -> None:
@@ -117,11 +122,12 @@ class Completion:
             self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts,
             self.version_changes,
         )  # fmt: skip
+        check_logprobs(self.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A request that got no answer that could be used."""
+    """A request that got no usable response."""
 
     request_id: str
     reason: str
@@ -133,29 +139,29 @@ Outcome = Completion | FailedRequest
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One scored response: what the trainer learns from and what the journal keeps."""
+    """One scored response, as the trainer and the journal get it."""
 
     prompt_id: str
     group: int
-    """Responses with one group number answer one prompt and share a baseline."""
+    """Responses of one group are to one prompt and share a baseline."""
     prompt_tokens: tuple[int, ...]
     response_tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     weight_version: str
     finish_reason: str
     text: str
-    """The response as text, special tokens included."""
+    """The response as text, without special tokens."""
     reward: float
     reward_parts: dict[str, float]
-    """The reward's parts by name; they sum to `reward` before any weighting that the reward's own file states."""
+    """The weighted parts of the reward by name; they sum to `reward`."""
     in_loss: bool = True
-    """Whether its tokens are learned from; else it only counts in its group's baseline."""
+    """Whether its tokens are in the loss; else it only counts in its group's baseline."""
     routed_experts: RoutedExperts | None = None
     """As of the completion."""
     version_changes: VersionChanges = ()
     """As of the completion."""
     steps: StepRewards = ()
-    """Steps with rewards of their own, which are not part of `reward`."""
+    """Rewards of single steps, which are not part of `reward`."""
 
     def __post_init__(self) -> None:
         check_response(

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
 from tests.support.samples import make_sample
 
 COMPLETION = Completion("a", (1, 2), (3, 4), (-0.5, -0.25), "stop", "v1")
@@ -24,9 +25,12 @@ SAMPLE = make_sample(prompt_tokens=(1, 2), response_tokens=(3, 4), reward=1.0)
         ({"finish_reason": "abort"}, "finish reason 'abort'"),
     ],
 )
-def test_response_that_cannot_be_trained_on_is_refused(record, change, told):
+def test_response_that_cannot_be_trained_on_is_refused(record, change, told, tmp_path):
+    """A completion is not built; a sample is not built or, for its log-probs, not journaled, so not trained on."""
     with pytest.raises(ValueError, match=told):
-        dataclasses.replace(record, **change)
+        changed = dataclasses.replace(record, **change)
+        assert isinstance(changed, Sample), "the completion was built"
+        Journal(tmp_path).write(0, [changed])
 
 
 def test_reward_must_be_finite():

@@ -36,7 +36,7 @@ def pause(engine, models, monkeypatch):
     """Sets what becomes of answers under way; the server begins with the first weights, called 0."""
 
     def pause(name: str) -> None:
-        monkeypatch.setattr(engine, "_pause", PAUSES[name])
+        monkeypatch.setattr(engine, "pause", PAUSES[name])
         engine.load_weights(models[0][0], "0")
 
     return pause
@@ -51,7 +51,7 @@ def under_way(engine, asked: list[Request], change: Callable[[], None]) -> list[
     """The answers, while `change` happens in this thread once some are under way."""
     with ThreadPoolExecutor(1) as threads:
         answers = threads.submit(engine.generate, asked, LONG)
-        while not any(member.in_flight for member in engine._pool.members):
+        while not any(in_flight for _, in_flight in engine.progress()):
             time.sleep(0.001)
         time.sleep(0.15)
         change()

@@ -24,7 +24,6 @@ from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Separate
 from megatron_r1.rollout.sample import Request, Sample, Sampling
-from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.servers.memory import CACHE, WEIGHTS
 from megatron_r1.rollout.sync.group_sender import GroupSender
@@ -34,6 +33,7 @@ from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
+from tests.support.attached import generate_raw
 from tests.support.samples import sample_of
 
 pytestmark = [pytest.mark.sglang]
@@ -100,14 +100,14 @@ def test_no_order_of_calls_ends_the_server(engine, new_model):
     engine.resume_memory(CACHE)  # nothing was given back
     engine.release_memory()
     engine.release_memory()
-    with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
+    with pytest.raises(NoRolloutCapacity, match="trainer has the devices"):
         engine.generate(ASKED, GREEDY)
-    with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
+    with pytest.raises(NoRolloutCapacity, match="trainer has the devices"):
         push(engine, model, "too early")
     engine.resume_memory(WEIGHTS)
     engine.resume_memory(WEIGHTS)
     push(engine, model, "sent")
-    with pytest.raises(NoRolloutCapacity, match="trainer's turn"):
+    with pytest.raises(NoRolloutCapacity, match="trainer has the devices"):
         engine.generate(ASKED, GREEDY)  # without a cache
     engine.resume_memory(CACHE)
     assert {one.weight_version for one in engine.generate(ASKED, GREEDY)} == {"sent"}
@@ -127,8 +127,7 @@ def test_what_a_server_still_generates_is_ended_first(engine, new_model):
     body = {"input_ids": [7, 8, 9], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
 
     async def meanwhile() -> dict:
-        client = Client.at(engine.endpoints[0], TIMEOUT_S)
-        answer = asyncio.ensure_future(client._call("/generate", body, attempts=1))
+        answer = asyncio.ensure_future(generate_raw(engine.endpoints[0], body))
         await asyncio.sleep(0.1)
         await asyncio.to_thread(engine.release_memory)
         return (await answer)["meta_info"]
@@ -192,7 +191,7 @@ def ended_in_the_trainers_turn(engine: SGLangEngine) -> None:
         time.sleep(0.05)
     time.sleep(0.5)
     assert engine.has_dead_server and engine.servers[0].process.poll() is not None, (
-        "it was started in the trainer's turn"
+        "it was started in the trainer's phase"
     )
 
 

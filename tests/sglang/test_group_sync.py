@@ -15,7 +15,6 @@ from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import DataError, NoRolloutCapacity
 from megatron_r1.model.build import native_tensors
 from megatron_r1.rollout.sample import Request, Sampling
-from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sync.buckets import NamedTensor
@@ -24,6 +23,7 @@ from megatron_r1.rollout.sync.group_sender import GroupSender
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.send_order import SingleSender
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
+from tests.support.attached import generate_raw
 
 pytestmark = [pytest.mark.sglang]
 SHAPE = ModelConfig(init_std=0.08)
@@ -84,7 +84,7 @@ def weights(model) -> list[NamedTensor]:
 
 def whole(tensors: list[NamedTensor]) -> list[list[NamedTensor]]:
     """What belongs together, together."""
-    return list(FusedGroups(one.name for one in tensors).of(tensors))
+    return list(FusedGroups(one.name for one in tensors).collect(tensors))
 
 
 def apart(tensors: list[NamedTensor]) -> list[list[NamedTensor]]:
@@ -92,8 +92,8 @@ def apart(tensors: list[NamedTensor]) -> list[list[NamedTensor]]:
 
 
 def group_sync(engine, sender, model, bucket_bytes=64 * MIB, flush_cache=True, include_mtp=False) -> GroupSync:
-    outgoing = WeightPayload(SHAPE, include_mtp)
-    return GroupSync(engine, sender, lambda: native_tensors(model), outgoing, bucket_bytes, flush_cache)
+    payload = WeightPayload(SHAPE, include_mtp)
+    return GroupSync(engine, sender, lambda: native_tensors(model), payload, bucket_bytes, flush_cache)
 
 
 def answers(engine) -> set[str]:
@@ -144,15 +144,14 @@ def test_servers_without_drafts_let_multi_token_layers_pass(engine, sender, mode
 @pytest.mark.parametrize("name", sorted(PAUSES))
 def test_answers_under_way_when_weights_change(engine, sender, model, change, name, monkeypatch):
     """A long answer at each server, asked for past the engine."""
-    monkeypatch.setattr(engine, "_pause", PAUSES[name])
+    monkeypatch.setattr(engine, "pause", PAUSES[name])
     change()
     group_sync(engine, sender, model).push("old")
     tokens = 200
     body = {"input_ids": [7, 8, 9], "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
-    clients = [Client.at(endpoint, TIMEOUT_S) for endpoint in engine.endpoints]
 
     async def meanwhile() -> list[dict]:
-        answers = [asyncio.ensure_future(client._call("/generate", body, attempts=1)) for client in clients]
+        answers = [asyncio.ensure_future(generate_raw(endpoint, body)) for endpoint in engine.endpoints]
         await asyncio.sleep(0.15)
         push = group_sync(engine, sender, model, flush_cache=PAUSES[name].flush_cache).push
         await asyncio.to_thread(push, f"new-{name}")
@@ -174,7 +173,7 @@ def test_two_senders_share_a_session(engine, sender, model, change):
     everything = weights(model)
     cut = next(place for place, one in enumerate(everything) if one.name.startswith("model.layers.1."))
     with GroupSender(engine.endpoints, "stage-1", timeout_s=TIMEOUT_S) as second, engine.receiving("two"):
-        assert sender.send(whole(everything[:cut]), 50_000, version="two", turns=SingleSender(ends_session=False)) > 1
+        assert sender.send(whole(everything[:cut]), 50_000, version="two", order=SingleSender(ends_session=False)) > 1
         second.send(whole(everything[cut:]), 50_000, version="two")
     assert engine.version == "two"
     assert answers(engine) == {"two"}
@@ -185,7 +184,7 @@ def test_two_senders_share_a_session(engine, sender, model, change):
 
 def test_a_session_without_a_stamp_is_refused(engine, sender, model):
     with pytest.raises(NoRolloutCapacity, match="after an update to 'unstamped'"), engine.receiving("unstamped"):
-        sender.send(whole(weights(model)), MIB, version="unstamped", turns=SingleSender(ends_session=False))
+        sender.send(whole(weights(model)), MIB, version="unstamped", order=SingleSender(ends_session=False))
     assert engine.version != "unstamped"
     group_sync(engine, sender, model).push("stamped")
     assert answers(engine) == {"stamped"}

@@ -13,7 +13,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers import startup as starts
 from megatron_r1.rollout.sglang.servers.arguments import options, refuse_on_cpu, server_arguments
-from megatron_r1.rollout.sglang.servers.gpus import first_gpu
+from megatron_r1.rollout.sglang.servers.startup import first_gpu
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
 from megatron_r1.rollout.sglang.versions import Versions
 

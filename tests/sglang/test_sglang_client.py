@@ -3,7 +3,7 @@
 import asyncio
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import orjson
@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Request, Sampling
-from megatron_r1.rollout.sglang.client import BadReply, Client, completion
-from megatron_r1.rollout.sglang.pool.load_balancing import choose, key_of, pieces
+from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.rollout.sglang.client import Client
+from megatron_r1.rollout.sglang.pool.load_balancing import choose, key_of, split_into_calls
+from megatron_r1.rollout.sglang.replies import BadReply, parse_completions
 from megatron_r1.rollout.sglang.servers.process import LAUNCHER
 from megatron_r1.rollout.sglang.versions import Versions
 
@@ -29,6 +30,7 @@ REPLY = {
         "finish_reason": {"type": "stop", "matched": 9},
         "prompt_tokens": 3,
         "weight_version": "v1",
+        "id": "call_0",
         "output_token_logprobs": [[-0.5, 8, None], [-0.25, 9, None]],
     },
 }
@@ -47,6 +49,14 @@ def changed(path: str, value: object) -> dict:
     return reply
 
 
+def completion(reply: object, request: Request, sampling: Sampling, versions: Container[str]) -> Completion:
+    """The completion of a call's only reply; raises what is wrong with it."""
+    (parsed,) = parse_completions("server", [reply], [request], sampling, versions, "call")
+    if isinstance(parsed, BadReply):
+        raise parsed
+    return parsed
+
+
 def test_good_reply():
     one = completion(REPLY, REQUEST, SAMPLING, V1)
     assert (one.request_id, one.prompt_tokens, one.finish_reason) == ("r", (5, 6, 7), "stop")
@@ -57,13 +67,13 @@ def test_good_reply():
 def test_a_reply_may_come_from_weights_given_since_it_was_asked_for_but_not_from_older_ones():
     versions = Versions("v0")
     before = versions.from_now_on()
-    versions.give("v1")
+    versions.add("v1")
     allowed = versions.from_now_on()
     spans = [{"version": "v1", "start": 0, "end": 1}, {"version": "v2", "start": 1, "end": 2}]
     reply = changed("meta_info", REPLY["meta_info"] | {"weight_versions": spans, "weight_version": "v2"})
     with pytest.raises(BadReply, match="'v2' where 'v1' was expected"):
         completion(reply, REQUEST, SAMPLING, allowed)
-    versions.give("v2")
+    versions.add("v2")
     for asked in (before, allowed):
         one = completion(reply, REQUEST, SAMPLING, asked)
         assert (one.weight_version, one.version_changes) == ("v1", ((1, "v2"),))
@@ -233,7 +243,7 @@ def test_version_that_did_not_take_is_an_error():
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 20)), max_size=12), st.integers(1, 40))
 def test_calls_keep_order_and_prompts_together(runs, largest):
     asked = [Request(str(i), (prompt, number)) for number, (prompt, count) in enumerate(runs) for i in range(count)]
-    calls = list(pieces(asked, largest))
+    calls = list(split_into_calls(asked, largest))
     assert [request for call in calls for request in call] == asked
     assert all(0 < len(call) <= largest for call in calls)
     for number, (prompt, count) in enumerate(runs):

@@ -14,8 +14,8 @@ from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, FailedRequest, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
-from megatron_r1.rollout.sglang.pool.member import PoolServer
 from megatron_r1.rollout.sglang.pool.pool import Pool
+from megatron_r1.rollout.sglang.pool.server import PoolServer
 from megatron_r1.rollout.sglang.versions import Versions
 from tests.support.fake_sglang import FAULTS, KEY, fakes, toy_answer
 
@@ -107,7 +107,7 @@ def test_one_server_that_always_fails_is_left_alone(healthy, fault):
     asked = requests(200)
     outcomes, _, pool = ask(healthy, asked, timeout_s=0.6, breaker_failures=5, in_flight_per_server=8)
     assert check(asked, outcomes) == 0
-    assert not pool.members[0].breaker.closed
+    assert not pool.servers[0].breaker.closed
     # Those under way when the breaker opens, and what tries it. No lower bound: on a stalled machine calls fail unsent.
     assert healthy[0].counts()["calls"] - before < 50
 
@@ -140,7 +140,7 @@ def test_breaker_closes_again_when_its_server_is_well(healthy):
             asked = requests(20)
             answers = asyncio.ensure_future(pool.generate(asked, SAMPLING))
             await asyncio.sleep(0.5)
-            assert not pool.members[0].breaker.closed
+            assert not pool.servers[0].breaker.closed
             await asyncio.to_thread(healthy[0].behave, fault="")
             return asked, await answers
 
@@ -153,7 +153,7 @@ def test_only_the_bad_answer_of_a_call_is_asked_for_again(healthy):
     outcomes, _, pool = ask(healthy[:2], asked, requests_per_call=16)
     assert check(asked, outcomes) == 0
     assert 1 <= pool.counts["resent"] <= 2 * pool.counts["calls"]  # one of the call's 16
-    assert pool.members[0].breaker.closed
+    assert pool.servers[0].breaker.closed
 
 
 def test_what_every_server_refuses_is_lost_at_once(healthy):
@@ -169,7 +169,7 @@ def test_server_killed_while_it_answers(healthy):
 
         async def run():
             async with pool_of(running, in_flight_per_server=1000, retry_floor_per_s=0.01) as pool:
-                for member, one in zip(pool.members, running, strict=True):
+                for member, one in zip(pool.servers, running, strict=True):
                     member.gone = lambda process=one.process: process.poll() is not None
                 asked = requests(100)
                 answers = asyncio.ensure_future(pool.generate(asked, SAMPLING))
@@ -194,19 +194,19 @@ def test_evicted_calls_go_elsewhere_and_drained_ones_end(healthy):
             asked = requests(40)
             answers = asyncio.ensure_future(pool.generate(asked, SAMPLING))
             await asyncio.sleep(0.1)
-            assert pool.members[0].in_flight > 0
-            pool.members[0].evict("it hangs")
+            assert pool.servers[0].in_flight > 0
+            pool.servers[0].evict("it hangs")
             outcomes = await answers
-            pool.members[0].open()
+            pool.servers[0].open()
             healthy[0].behave(fault="", seconds=0.2)
             more = asyncio.ensure_future(pool.generate(asked, SAMPLING))
             await asyncio.sleep(0.1)
-            under_way = sum(member.in_flight for member in pool.members)
+            under_way = sum(member.in_flight for member in pool.servers)
             pool.hold("update")
             await pool.drained()
-            assert under_way > 0 == sum(member.in_flight for member in pool.members)
+            assert under_way > 0 == sum(member.in_flight for member in pool.servers)
             await asyncio.sleep(pool.config.capacity_timeout_s)  # no want of servers, however long it lasts
-            for member in pool.members:
+            for member in pool.servers:
                 member.open()
             pool.release()
             return asked, outcomes, await more
@@ -236,7 +236,7 @@ def test_an_interrupted_rollout_leaves_nothing_under_way(healthy):
                 async with asyncio.timeout(0.3):
                     await pool.generate(requests(10), SAMPLING)
             await asyncio.sleep(0)
-            return pool.members[0]
+            return pool.servers[0]
 
     member = asyncio.run(run())
     assert (member.in_flight, member._calls) == (0, set())
@@ -254,7 +254,7 @@ def test_who_asked_first_is_answered_first(healthy):
                 ended.append(name)
 
             await asyncio.gather(*[caller(name) for name in "abc"])
-            assert pool.members[0].busy.seconds >= 0.05 * 3 * 16 / 4
+            assert pool.servers[0].busy.seconds >= 0.05 * 3 * 16 / 4
             return ended
 
     assert asyncio.run(run()) == ["a", "b", "c"]
@@ -270,7 +270,7 @@ def test_abandoned_callers_are_told(healthy):
             pool.abandon()
             with pytest.raises(NoRolloutCapacity, match="abandoned"):
                 await answers
-            assert pool.members[0].in_flight == 0
+            assert pool.servers[0].in_flight == 0
             healthy[0].behave(fault="")
             asked = requests(4)
             assert check(asked, await pool.generate(asked, SAMPLING)) == 0

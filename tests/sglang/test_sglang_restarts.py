@@ -60,14 +60,15 @@ def wait_for(condition, seconds: float = 90.0) -> None:
 
 def kill_while_it_generates(engine: SGLangEngine, place: int, seed: int, version: str) -> None:
     """Kill a server once it has answered something and has more to answer; it must be back afterwards."""
-    member, process = engine._watched[place].member, engine.servers[place].process
-    restarts, answered = engine.restarts, member.answered
+    process, restarts, (answered, _) = engine.servers[place].process, engine.restarts, engine.progress()[place]
     killed = []
 
     def kill() -> None:
-        while not (member.answered > answered and member.in_flight):
+        now, in_flight = engine.progress()[place]
+        while not (now > answered and in_flight):
             time.sleep(0.002)
-        killed.append(member.in_flight)
+            now, in_flight = engine.progress()[place]
+        killed.append(in_flight)
         process.kill() if seed % 2 else os.killpg(process.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
@@ -77,7 +78,7 @@ def kill_while_it_generates(engine: SGLangEngine, place: int, seed: int, version
     killer.join()
     wait_for(lambda: engine.restarts == restarts + 1 and engine.states() == ["", ""])
     assert killed[0] > 0
-    assert engine._background.run(member.client.weight_version()) == version
+    assert engine.weight_versions()[place] == version
     engine.checksums()  # raises unless the two agree
     check(asked, engine.generate(asked, FREE), version)
 
@@ -114,7 +115,7 @@ def test_stopped_scheduler_is_seen_behind_a_front_end_that_answers(engine, model
         wait_for(lambda: engine.restarts == restarts + 1 and engine.states() == ["", ""])
     assert "no progress for" in caplog.text
     # Its weights are those that came while it ran, not those that it was first started with.
-    assert engine._background.run(engine._watched[0].member.client.weight_version()) == "two"
+    assert engine.weight_versions()[0] == "two"
     engine.checksums()
 
 
@@ -137,12 +138,12 @@ def test_servers_by_address_and_behind_a_router(engine, models, tmp_path, monkey
             check(asked, outer.generate(asked, FREE), "initial")
             outer.load_weights(models[0][4], "routed")
             check(asked, outer.generate(asked, FREE), "routed")
-            assert outer.counts.get("resent", 0) == 0
+            assert outer.health()["resent"] == 0
             assert outer.servers == []
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    assert engine.checksums() and engine._background.run(engine._clients[0].weight_version()) == "routed"
+    assert engine.checksums() and engine.weight_versions()[0] == "routed"
     written = b"".join(path.read_bytes() for path in Path(tmp_path).iterdir() if path.is_file())
     assert written and endpoint.api_key.encode() not in written and endpoint.admin_key.encode() not in written
 

@@ -11,13 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
+from megatron_r1.files import write_whole
 from megatron_r1.rollout.sglang.client import Client, Endpoint
-from megatron_r1.rollout.sglang.servers.address_file import read_addresses, write_addresses
+from megatron_r1.rollout.sglang.servers.discovery import read_addresses
 
 KEYS = "MEGATRON_R1_TEST_KEYS"
 TIMEOUT_S = 60.0
 BUCKET = 100_000
 """Bytes that ranks_sync.py sends at a time."""
+
+
+def write_addresses(path: Path, urls: Sequence[str]) -> None:
+    """What a launcher does, in one go: no reader sees half of the file."""
+    write_whole(path, "".join(f"{url}\n" for url in urls).encode())
 
 
 @contextmanager
@@ -35,6 +43,17 @@ def find(path: Path) -> list[Endpoint]:
     """The servers that were `announced`."""
     keys = json.loads(os.environ[KEYS])
     return [Endpoint(url, *pair) for url, pair in zip(read_addresses(path, len(keys), 5.0), keys, strict=True)]
+
+
+async def generate_raw(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
+    """SGLang's own reply to one /generate call, sent past the engine and its client."""
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{endpoint.url}/generate", json=body, headers=headers) as response,
+    ):
+        reply: dict[str, Any] = await response.json()
+        return reply
 
 
 class Attached:

@@ -22,8 +22,8 @@ from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.rollout.engine import require_completions
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
-from megatron_r1.rollout.sglang.pool.member import PoolServer
 from megatron_r1.rollout.sglang.pool.pool import Pool
+from megatron_r1.rollout.sglang.pool.server import PoolServer
 from megatron_r1.rollout.sglang.versions import Versions
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,7 +28,7 @@ from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import select
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sync.buckets import planned
+from megatron_r1.rollout.sync.buckets import plan_buckets
 from megatron_r1.rollout.sync.group_sender import GroupSender
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
@@ -41,17 +41,17 @@ class TimedSender(GroupSender):
 
     spent: dict[str, float]
 
-    def _broadcast(self, *given) -> None:
+    def _broadcast(self, *given: Any) -> None:
         began = time.perf_counter()
         super()._broadcast(*given)
         self.spent["broadcasting"] += time.perf_counter() - began
 
-    def _settle(self, *given, **options) -> None:
+    def _wait_loaded(self, *given: Any, **options: Any) -> None:
         began = time.perf_counter()
-        super()._settle(*given, **options)
+        super()._wait_loaded(*given, **options)
         self.spent["waiting for servers to load"] += time.perf_counter() - began
 
-    def send(self, *given, **options) -> int:
+    def send(self, *given: Any, **options: Any) -> int:
         self.spent = {"broadcasting": 0.0, "waiting for servers to load": 0.0, "packing and the rest": 0.0}
         began = time.perf_counter()
         sent = super().send(*given, **options)
@@ -115,16 +115,17 @@ def measure(given: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
     stack.enter_context(process_groups(platform, ParallelConfig(), seed=0, threads=1))
     model = build_model(shape, ParallelConfig(), platform, seed=0)
     train_tokenizer(DataConfig(num_documents=2000)).save(folder / "tokenizer")
-    outgoing, bucket = WeightPayload(shape), given.bucket_mb * MIB
+    payload, bucket = WeightPayload(shape), given.bucket_mb * MIB
     natives = sorted(name for name, _ in native_tensors(model))
-    pieces = [sum(item.nbytes for item in items) for items in planned(outgoing.units(natives), bucket)]
+    buckets = plan_buckets(payload.planned_groups(natives), bucket)
+    pieces = [sum(entry.nbytes for entry in entries) for entries in buckets]
     size = sum(pieces)
     with DiskSync(lambda: native_tensors(model), shape, folder / "tokenizer") as disk:
         config = SGLangConfig(servers=given.servers, max_running_requests=16, max_total_tokens=4096)
         engine = SGLangEngine(disk.write(), config, folder / "logs", "cpu", "float32", context_length=64)
         stack.enter_context(engine)
     sender = stack.enter_context(TimedSender(engine.endpoints, "bench"))
-    sync = GroupSync(engine, sender, lambda: native_tensors(model), outgoing, bucket)
+    sync = GroupSync(engine, sender, lambda: native_tensors(model), payload, bucket)
     ranks = 1 + given.servers
     store = dist.TCPStore("127.0.0.1", 0, ranks, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")

@@ -1,11 +1,10 @@
-"""An asyncio loop in a thread of its own: servers are watched while the program does something else."""
+"""An asyncio loop in a thread of its own, so that servers are supervised while the program does something else."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import Future
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 
@@ -19,16 +18,12 @@ class Background:
 
     def run[Result](self, call: Coroutine[Any, Any, Result]) -> Result:
         """Run `call` in the loop and wait for it; an interruption of the waiting thread ends the call too."""
-        future = self.start(call)
+        future = asyncio.run_coroutine_threadsafe(call, self.loop)
         try:
             return future.result()
         except BaseException:
             future.cancel()
             raise
-
-    def start[Result](self, call: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Run `call` in the loop without waiting."""
-        return asyncio.run_coroutine_threadsafe(call, self.loop)
 
     def close(self) -> None:
         """Cancel what still runs and end the thread; may be called twice."""
@@ -45,3 +40,13 @@ class Background:
         for task in left:
             task.cancel()
         self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+
+
+async def run_all[Result](calls: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Run calls at the same time; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,7 +1,7 @@
-"""Weights on their way to a server: many tensors end to end in one stretch of bytes.
+"""Packs weights into buckets: many tensors end to end in one stretch of bytes.
 
-How tensors are divided among buckets depends on names, types and shapes alone, and is decided in `Contents` and
-`filled`: for tensors that are sent, and for a plan of what would be.
+How tensors are divided among buckets depends on names, types and shapes alone: `BucketLayout` and `fill_buckets` decide
+it for tensors that are sent, and for the plan of a sync (`plan_buckets`).
 """
 
 from __future__ import annotations
@@ -38,50 +38,50 @@ class NamedTensor:
 
 
 class BucketLayout[AnyEntry: (Entry, NamedTensor)]:
-    """What a bucket holds: tensors without gaps, each at a multiple of its element size.
+    """Which tensors a bucket holds: without gaps, each at a multiple of its element size.
 
     Args:
-        capacity: bytes that the bucket holds; a unit that needs more gets a bucket for itself.
+        capacity: bytes that the bucket holds; a fused group that needs more gets a bucket for itself.
     """
 
     def __init__(self, capacity: int):
         self.capacity, self.nbytes = capacity, 0
-        self.items: list[Entry] = []
+        self.entries: list[Entry] = []
 
     def description(self) -> dict[str, Any]:
         """Names, types and shapes as SGLang reads them."""
         return {
-            "names": [item.name for item in self.items],
-            "dtypes": [str(item.dtype).removeprefix("torch.") for item in self.items],
-            "shapes": [list(item.shape) for item in self.items],
+            "names": [entry.name for entry in self.entries],
+            "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in self.entries],
+            "shapes": [list(entry.shape) for entry in self.entries],
         }
 
-    def fits(self, unit: Sequence[AnyEntry]) -> bool:
-        """Whether the unit goes in behind what is there; SGLang knows no gaps between tensors."""
+    def fits(self, group: Sequence[AnyEntry]) -> bool:
+        """Whether the group goes in after what is there; SGLang knows no gaps between tensors."""
         end = self.nbytes
-        for item in unit:
-            if end % item.dtype.itemsize:
+        for entry in group:
+            if end % entry.dtype.itemsize:
                 return False
-            end += item.nbytes
+            end += entry.nbytes
         return end <= self.capacity
 
-    def add(self, unit: Sequence[AnyEntry]) -> None:
-        """Take a unit in; an empty bucket takes one whatever its size."""
-        for item in unit:
-            self.items.append(Entry(item.name, item.dtype, item.shape))
-            self.nbytes += item.nbytes
+    def add(self, group: Sequence[AnyEntry]) -> None:
+        """Append a group; an empty bucket takes one of any size."""
+        for entry in group:
+            self.entries.append(Entry(entry.name, entry.dtype, entry.shape))
+            self.nbytes += entry.nbytes
 
     def clear(self) -> None:
-        """Hold nothing any more."""
-        self.items, self.nbytes = [], 0
+        """Empty the bucket."""
+        self.entries, self.nbytes = [], 0
 
 
 class Bucket(BucketLayout[NamedTensor]):
     """A bucket that holds the tensors themselves.
 
     Args:
-        capacity: see `Contents`.
-        device: where the buffer lies.
+        capacity: see `BucketLayout`.
+        device: of the buffer.
     """
 
     def __init__(self, capacity: int, device: str):
@@ -94,17 +94,17 @@ class Bucket(BucketLayout[NamedTensor]):
         """Shape (bytes used,), uint8."""
         return self._buffer[: self.nbytes]
 
-    def add(self, unit: Sequence[NamedTensor]) -> None:
-        """Copy a unit in; one that is larger than the bucket takes another buffer, for itself."""
-        size, place = sum(item.nbytes for item in unit), self.nbytes
-        if place + size > self._buffer.numel():
+    def add(self, group: Sequence[NamedTensor]) -> None:
+        """Copy a group in; one that is larger than the bucket gets a buffer of its own."""
+        size, start = sum(tensor.nbytes for tensor in group), self.nbytes
+        if start + size > self._buffer.numel():
             del self._buffer
             self._buffer = self._empty(size)
-        super().add(unit)
-        for item in unit:
-            target = self._buffer[place : place + item.nbytes]
-            target.view(item.dtype).view(item.shape).copy_(item.tensor.detach())
-            place += item.nbytes
+        super().add(group)
+        for named in group:
+            target = self._buffer[start : start + named.nbytes]
+            target.view(named.dtype).view(named.shape).copy_(named.tensor.detach())
+            start += named.nbytes
 
     def clear(self) -> None:
         super().clear()
@@ -116,27 +116,29 @@ class Bucket(BucketLayout[NamedTensor]):
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
 
-def filled[Filled: BucketLayout](bucket: Filled, units: Iterable[Sequence[Any]]) -> Iterator[tuple[Filled, bool]]:
+def fill_buckets[Filled: BucketLayout[Any]](
+    bucket: Filled, groups: Iterable[Sequence[Any]]
+) -> Iterator[tuple[Filled, bool]]:
     """Fill a bucket again and again; each time with whether it is the last.
 
-    The same bucket is filled anew when the next one is asked for, and one unit is held beside it. A unit's tensors go
-    in by falling element size, so that small elements do not leave larger ones between their multiples.
+    The same bucket is filled again when the next one is requested, and one group is held beside it. A group's tensors
+    go in by falling element size, so that small elements do not leave larger ones between their multiples.
 
     Raises:
         DataError: there are no tensors.
     """
-    for unit in units:
-        unit = sorted(unit, key=lambda item: -item.dtype.itemsize)
-        if bucket.items and not bucket.fits(unit):
+    for group in groups:
+        group = sorted(group, key=lambda entry: -entry.dtype.itemsize)
+        if bucket.entries and not bucket.fits(group):
             yield bucket, False
             bucket.clear()
-        bucket.add(unit)
-        del unit
-    if not bucket.items:
+        bucket.add(group)
+        del group
+    if not bucket.entries:
         raise DataError("no weights to send")
     yield bucket, True
 
 
-def planned(units: Iterable[Sequence[Entry]], capacity: int) -> list[list[Entry]]:
-    """What the buckets will hold, for tensors of which only names, types and shapes are known."""
-    return [bucket.items for bucket, _ in filled(BucketLayout[Entry](capacity), units)]
+def plan_buckets(groups: Iterable[Sequence[Entry]], capacity: int) -> list[list[Entry]]:
+    """The entries of each bucket, computed from names, types and shapes alone."""
+    return [bucket.entries for bucket, _ in fill_buckets(BucketLayout[Entry](capacity), groups)]

@@ -1,58 +1,60 @@
 """Sends weights to SGLang servers over a process group of its own: rank 0 sends, the servers' ranks receive.
 
-Several senders, in one process or in several, may serve the same servers in turns (turns.py): whoever owns the engine
-opens the session (`SGLangEngine.receiving`) and each sender sends its part. The group is made at the first send, used
-for all later ones, and made anew after a failure.
+Several senders, in one process or in several, may send to the same servers one after the other (send_order.py): rank 0
+of the trainer opens the session (`SGLangEngine.receiving`) and each sender sends its part. The group is made at the
+first send, used for all later ones, and made again after a failure.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Client, Endpoint
-from megatron_r1.rollout.sglang.servers.address_file import address_towards
-from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, filled
+from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets
 from megatron_r1.rollout.sync.send_order import SendOrder, SingleSender
 
 POLL_S = 0.001
-MOST_UNDER_WAY = 2
-"""Buckets that servers are told of before they have loaded the first: the call for one travels while one is loaded."""
-LAST_WORDS_S = 2.0
+MOST_ANNOUNCED = 2
+"""Buckets announced to servers that have not loaded the first of them: one call travels while one bucket is loaded."""
+FAILURE_REASON_S = 2.0
 """Seconds that a server may take to say why it left a broadcast."""
-FAREWELL_S = 10.0
+LEAVE_S = 10.0
 
 
 @dataclass(frozen=True)
 class _Group:
     name: str
     process_group: dist.ProcessGroup
-    store: dist.Store
-    """Kept: ranks meet in it again when a backend connects late."""
+    store: Store
+    """Held: ranks meet in it again when a backend connects late."""
 
 
 class GroupSender:
-    """Rank 0 of a group with all ranks of all servers.
+    """Rank 0 of a process group with all ranks of all servers.
 
     Args:
         endpoints: the servers.
-        name: tells this sender from others of the same servers.
+        name: of this sender, unique among those of the same servers.
         tensor_parallel: ranks of one server.
         backend: ``gloo`` (any devices) or ``nccl`` (sender and servers on GPUs of their own).
         timeout_s: seconds that the group may take to form, and one bucket to arrive and be loaded.
-        host: address of this machine at which the servers find the sender; by default the one that leads to them.
+        host: address of this machine for the servers; by default that of the interface which routes to them.
     """
 
     def __init__(
@@ -66,38 +68,38 @@ class GroupSender:
     ):
         self.name, self.backend = name, backend
         self._clients = [Client.at(endpoint, timeout_s) for endpoint in endpoints]
-        self._last_clients = [Client.at(endpoint, FAREWELL_S) for endpoint in endpoints]
+        self._leaving_clients = [Client.at(endpoint, LEAVE_S) for endpoint in endpoints]
         self._tensor_parallel, self._host = tensor_parallel, host or address_towards(endpoints[0].url)
         self._timeout = timedelta(seconds=timeout_s)
         self._group: _Group | None = None
         self._work: dist.Work | None = None
         self._replies: deque[tuple[str, Future[list[Any]]]] = deque()
-        """Of buckets that servers may not have loaded yet: what each is called, and their replies."""
+        """Of buckets that servers may not have loaded yet: the label of each, and the servers' replies."""
         self._bucket: Bucket | None = None
         self._groups_made = 0
-        self._threads = ThreadPoolExecutor(MOST_UNDER_WAY + 1, thread_name_prefix=f"send-{name}")
+        self._threads = ThreadPoolExecutor(MOST_ANNOUNCED + 1, thread_name_prefix=f"send-{name}")
 
     def send(
         self,
-        units: Iterable[Sequence[NamedTensor]],
+        groups: Iterable[Sequence[NamedTensor]],
         bucket_bytes: int,
         *,
         version: str,
-        turns: SendOrder | None = None,
+        order: SendOrder | None = None,
         flush_cache: bool = True,
     ) -> int:
         """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
 
         Beside the tensors themselves one bucket of memory is held: here as long as the sender lives, and in each server
-        while it receives. Where nobody else waits for the servers, it is filled anew as soon as it has been broadcast,
-        while they still load, and they are told of it then: they go from one bucket to the next without a pause.
+        while it receives. Where no other sender waits for the servers, it is refilled as soon as it has been broadcast,
+        while they still load, and announced then: the servers go from one bucket to the next without a pause.
 
         Args:
-            units: tensors that belong together (fused.py), read one unit at a time and copied before the next is asked
-                for.
-            bucket_bytes: most bytes of one bucket; a unit that is larger makes one of its own.
-            version: what the last bucket of all stamps.
-            turns: when this sender may send; None has the servers to itself.
+            groups: of tensors that must be loaded together (fused_groups.py), read one group at a time and copied
+                before the next one is requested.
+            bucket_bytes: most bytes of one bucket; a group that is larger makes one of its own.
+            version: that the last bucket of all stamps.
+            order: when this sender may send; None is a `SingleSender`.
             flush_cache: with the last bucket of all the servers drop what they have cached of the old weights.
 
         Raises:
@@ -105,24 +107,24 @@ class GroupSender:
                 next send makes a new one.
             DataError: there are no tensors.
         """
-        turns = turns or SingleSender()
+        order = order or SingleSender()
         sent = 0
         try:
-            for bucket, last in filled(self._empty_bucket(bucket_bytes), units):
-                self._settle(but=MOST_UNDER_WAY - 1)
-                if not turns.take(sent):
+            for bucket, last in fill_buckets(self._empty_bucket(bucket_bytes), groups):
+                self._wait_loaded(but=MOST_ANNOUNCED - 1)
+                if not order.acquire(sent):
                     raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
                 if self._group is None:
-                    self._form()
-                ends = turns.ends(sent, last)
+                    self._join()
+                is_last = order.is_last(sent, last)
                 sent += 1
-                held = f"{bucket.items[0].name} .. {bucket.items[-1].name}"
+                held = f"{bucket.entries[0].name} .. {bucket.entries[-1].name}"
                 label = f"sender {self.name}, bucket {sent} ({held})"
-                self._broadcast(label, bucket, flush_cache and ends, version if ends else None)
-                if not turns.alone:
-                    self._settle()
-                    turns.give(sent - 1, True)
-            self._settle()
+                self._broadcast(label, bucket, flush_cache and is_last, version if is_last else None)
+                if not order.exclusive:
+                    self._wait_loaded()
+                    order.release(sent - 1, True)
+            self._wait_loaded()
         except BaseException:
             self.leave()
             raise
@@ -141,33 +143,33 @@ class GroupSender:
         self.close()
 
     def _empty_bucket(self, capacity: int) -> Bucket:
-        """The bucket of the last send, whose memory has been touched before: new memory fills at half the speed."""
+        """The bucket of the last send, whose memory was written before: new memory fills at half the speed."""
         if self._bucket is None or self._bucket.capacity != capacity:
             self._bucket = None
             self._bucket = Bucket(capacity, "cuda" if self.backend == "nccl" else "cpu")
         self._bucket.clear()
         return self._bucket
 
-    def _form(self) -> None:
-        """Make the group as SGLang makes its end of it: the same helper, the same store prefix."""
+    def _join(self) -> None:
+        """Form the group with the servers, as SGLang forms its end of it: the same helper, the same store prefix."""
         self._groups_made += 1
         name = f"{self.name}-{self._groups_made}"
         size = 1 + len(self._clients) * self._tensor_parallel
-        store = dist.TCPStore(self._host, 0, size, is_master=True, timeout=self._timeout, wait_for_workers=False)
+        store = TCPStore(self._host, 0, size, is_master=True, timeout=self._timeout, wait_for_workers=False)
         posts = self._post(
-            client.join_group(name, self.backend, self._host, store.port, 1 + place * self._tensor_parallel, size)
-            for place, client in enumerate(self._clients)
+            client.join_group(name, self.backend, self._host, store.port, 1 + index * self._tensor_parallel, size)
+            for index, client in enumerate(self._clients)
         )
         try:
             process_group, _ = c10d._new_process_group_helper(
-                size, 0, [], dist.Backend(self.backend), dist.PrefixStore(name, store),
+                size, 0, [], dist.Backend(self.backend), PrefixStore(name, store),
                 group_name=c10d.GroupName(name), timeout=self._timeout,
             )  # fmt: skip
             assert isinstance(process_group, dist.ProcessGroup)
             c10d._world.pg_group_ranks[process_group] = {rank: rank for rank in range(size)}
         except RuntimeError as error:
             if posts.done():
-                posts.result()  # the server's own reason is the better one
+                posts.result()  # raises the server's own reason, which says more
             reason = str(error).splitlines()[0][:300]
             raise NoRolloutCapacity(f"sender {self.name}: the servers did not join its group: {reason}") from error
         self._group = _Group(name, process_group, store)
@@ -175,7 +177,7 @@ class GroupSender:
         posts.result()
 
     def _broadcast(self, label: str, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
-        """Send a bucket's bytes; returns when they have left, with the servers' replies to come (`_settle`)."""
+        """Send a bucket's bytes; returns when they are sent, before the servers reply (`_wait_loaded`)."""
         assert self._group is not None
         name, description = self._group.name, bucket.description()
         calls = [client.receive(name, description, flush_cache, version) for client in self._clients]
@@ -183,62 +185,62 @@ class GroupSender:
         try:
             self._work = self._group.process_group.broadcast(bucket.content, 0)
             while not self._work.is_completed():
-                self._hear()
+                self._raise_failures()
                 if replies.done():
                     time.sleep(POLL_S)
                 wait([replies], timeout=POLL_S)
-            if self._work.exception() is not None:
-                wait([replies], timeout=LAST_WORDS_S)
-                self._hear()
             self._work.wait()
             self._work = None
         except RuntimeError as error:
+            wait([replies], timeout=FAILURE_REASON_S)
+            self._raise_failures()
             raise _failure(label, error) from error
 
-    def _hear(self) -> None:
-        """Raise what a server has said against a bucket, the first before the next."""
+    def _raise_failures(self) -> None:
+        """Raise what a server replied against a bucket, that of the first bucket first."""
         for label, replies in self._replies:
             if replies.done():
                 _result(label, replies)
 
-    def _settle(self, but: int = 0) -> None:
-        """Wait until the servers have loaded what was broadcast, but for so many buckets, the last ones."""
+    def _wait_loaded(self, but: int = 0) -> None:
+        """Wait until the servers have loaded all buckets but so many, the last ones."""
         while len(self._replies) > but:
             _result(*self._replies[0])
             self._replies.popleft()
 
     def leave(self) -> None:
-        """Leave the group, which may be stuck in a broadcast; the next send makes a new one.
+        """Leave the group, which may hang in a broadcast; the next send makes a new one.
 
-        A broadcast cannot be called off, but it fails at once when the other side closes. So the servers leave first;
-        those that are stuck themselves follow when this side has closed, which is when its last reference goes: it is
-        held by this object alone, not by frames that a traceback keeps.
+        A broadcast cannot be cancelled, but it fails at once when the other side closes. So the servers leave first;
+        those that hang themselves follow when this side has closed, which is when its last reference goes: this object
+        alone holds it, no frames that a traceback holds.
         """
         group, self._group = self._group, None
         work, self._work = self._work, None
         self._replies.clear()
         if group is None:
             return
-        posts = self._post((client.leave_group(group.name) for client in self._last_clients), tolerant=True)
+        posts = self._post((client.leave_group(group.name) for client in self._leaving_clients), tolerant=True)
         if work is not None:
             with contextlib.suppress(RuntimeError):
-                work.wait(timedelta(seconds=FAREWELL_S))
+                work.wait(timedelta(seconds=LEAVE_S))
         dist.destroy_process_group(group.process_group)
         del group, work
         posts.result()
 
-    def _post(self, calls: Iterable[Any], tolerant: bool = False) -> Future[list[Any]]:
-        """Run calls to all servers at the same time, in another thread; the first failure ends the others."""
+    def _post(self, calls: Iterable[Coroutine[Any, Any, None]], tolerant: bool = False) -> Future[list[Any]]:
+        """Run calls to all servers at the same time, in another thread; the first failure cancels the others."""
         coroutines = list(calls)
 
         async def together() -> list[Any]:
-            return await asyncio.gather(*coroutines, return_exceptions=tolerant)
+            results: list[Any] = await asyncio.gather(*coroutines, return_exceptions=tolerant)
+            return results
 
         return self._threads.submit(lambda: asyncio.run(together()))
 
 
 def _result(label: str, replies: Future[list[Any]]) -> None:
-    """Wait for the servers' replies about a bucket; raise what one of them says against it."""
+    """Wait for the servers' replies to a bucket; raise what one of them replies against it."""
     try:
         replies.result()
     except NoRolloutCapacity as error:
@@ -247,3 +249,15 @@ def _result(label: str, replies: Future[list[Any]]) -> None:
 
 def _failure(label: str, error: Exception) -> NoRolloutCapacity:
     return NoRolloutCapacity(f"{label}: {str(error).splitlines()[0][:300]}")
+
+
+def address_towards(url: str) -> str:
+    """The address at which a server at `url` finds this machine: that of the interface which routes to it."""
+    split = urlsplit(url)
+    try:
+        kind, _, _, _, remote = socket.getaddrinfo(split.hostname, split.port or 80, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(remote)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise NoRolloutCapacity(f"{url}: no way to it: {error}") from None

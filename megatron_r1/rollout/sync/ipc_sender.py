@@ -1,8 +1,8 @@
-"""Gives weights to SGLang servers on this machine through memory that both map, rather than by sending them.
+"""Sends weights to SGLang servers of this machine through memory that both map (CUDA IPC, or shared memory on a CPU).
 
-What travels is a handle of a bucket: on CUDA one of CUDA IPC, so that a server reads the trainer's memory on the same
+The servers get a handle of a bucket: on CUDA an IPC handle, with which a server reads the trainer's memory on the same
 GPU, or over NVLink on another one; on a CPU the name of a file in shared memory. Bytes are copied twice, into the
-bucket and out of it, and beside the weights of both sides one bucket of memory is held, while weights are sent.
+bucket and out of it. Beside the weights of both sides, one bucket of memory is held while weights are sent.
 
 A handle is a pickle, which this side makes of its own objects and a server of this machine reads, by a list of allowed
 types; nothing is unpickled here. It counts who uses the memory, so each rank of each server gets one of its own.
@@ -23,15 +23,15 @@ from torch import multiprocessing  # it teaches ForkingPickler tensors
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Client, Endpoint
-from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, filled
+from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets
 from megatron_r1.rollout.sync.send_order import SendOrder, SingleSender
 
 
 class IpcSender:
-    """Has servers of this machine read weights out of a bucket; in place of a `Sender`.
+    """A `WeightSender` whose servers read the weights out of a bucket of this process.
 
     Args:
-        endpoints: the servers, in a session of `SGLangEngine.receiving` while something is sent.
+        endpoints: the servers, in a session of `SGLangEngine.receiving` during `send`.
         name: tells this sender from others of the same servers.
         tensor_parallel: ranks of one server.
         device: ``cpu``, or ``cuda``: the current GPU, which the servers must see under the same number.
@@ -47,37 +47,37 @@ class IpcSender:
 
     def send(
         self,
-        units: Iterable[Sequence[NamedTensor]],
+        groups: Iterable[Sequence[NamedTensor]],
         bucket_bytes: int,
         *,
         version: str,
-        turns: SendOrder | None = None,
+        order: SendOrder | None = None,
         flush_cache: bool = True,
     ) -> int:
-        """Arguments, return value and failures as of `Sender.send`."""
-        turns, sent = turns or SingleSender(), 0
-        for bucket, last in filled(Bucket(bucket_bytes, self._device), units):
-            if not turns.take(sent):
+        """Arguments, return value and failures as of `GroupSender.send`."""
+        order, sent = order or SingleSender(), 0
+        for bucket, last in fill_buckets(Bucket(bucket_bytes, self._device), groups):
+            if not order.acquire(sent):
                 raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
-            ends = turns.ends(sent, last)
+            is_last = order.is_last(sent, last)
             sent += 1
             try:
-                asyncio.run(self._load(bucket, flush_cache and ends, version if ends else None))
+                asyncio.run(self._load(bucket, flush_cache and is_last, version if is_last else None))
             except NoRolloutCapacity as error:
-                held = f"{bucket.items[0].name} .. {bucket.items[-1].name}"
+                held = f"{bucket.entries[0].name} .. {bucket.entries[-1].name}"
                 message = str(error).splitlines()[0][:300]
                 raise NoRolloutCapacity(f"sender {self.name}, bucket {sent} ({held}): {message}") from error
-            turns.give(sent - 1, True)
+            order.release(sent - 1, True)
         if self._device != "cpu":
             del bucket
             torch.cuda.ipc_collect()  # what was shared is freed once nobody maps it
         return sent
 
     def leave(self) -> None:
-        """Nothing to leave: what a failure interrupts is forgotten with its bucket."""
+        """Nothing to leave: a bucket whose sending failed is freed."""
 
     def close(self) -> None:
-        """Nothing is held between two sends."""
+        """Nothing is held between two calls of `send`."""
 
     def __enter__(self) -> Self:
         return self
@@ -86,15 +86,17 @@ class IpcSender:
         self.close()
 
     async def _load(self, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
-        """Have all servers load the bucket. A server that answers has read it to the end.
+        """Have all servers load the bucket. A server that replies has read it to the end.
 
-        SGLang drops its tensors before it answers, and torch ends the GPU's work on mapped memory when it is dropped.
+        SGLang drops its tensors before it replies, and torch ends the GPU's work on mapped memory when it is dropped.
         """
         if self._device != "cpu":
             torch.cuda.synchronize()  # the bucket is filled
         calls = [
             asyncio.ensure_future(
-                client.receive_shared([handle(bucket) for _ in range(self._tensor_parallel)], flush_cache, version)
+                client.receive_shared(
+                    [bucket_handle(bucket) for _ in range(self._tensor_parallel)], flush_cache, version
+                )
             )
             for client in self._clients
         ]
@@ -105,32 +107,32 @@ class IpcSender:
                 call.cancel()
 
 
-def handle(bucket: Bucket) -> bytes:
-    """What a rank of a server needs to read the bucket, as SGLang's ``flattened_bucket`` has it; to be used once."""
-    described, start = [], 0
-    for item in bucket.items:
-        end = start + item.nbytes
-        described.append(
+def bucket_handle(bucket: Bucket) -> bytes:
+    """A handle with which one rank of a server reads the bucket once, as SGLang's ``flattened_bucket`` has it."""
+    metadata, start = [], 0
+    for entry in bucket.entries:
+        end = start + entry.nbytes
+        metadata.append(
             SimpleNamespace(
-                name=item.name,
-                shape=torch.Size(item.shape),
-                dtype=item.dtype,
+                name=entry.name,
+                shape=torch.Size(entry.shape),
+                dtype=entry.dtype,
                 start_idx=start,
                 end_idx=end,
-                numel=item.nbytes,
+                numel=entry.nbytes,
             )
         )
         start = end
     content = io.BytesIO()
-    with _by_name():
-        ForkingPickler(content).dump({"flattened_tensor": bucket.content, "metadata": described})
+    with _shared_by_name():
+        ForkingPickler(content).dump({"flattened_tensor": bucket.content, "metadata": metadata})
     return content.getvalue()
 
 
 @contextmanager
-def _by_name() -> Iterator[None]:
-    """Shared memory of a CPU is found by its name. Torch's default, a file descriptor, ends a server that is no child
-    of this process's own making."""
+def _shared_by_name() -> Iterator[None]:
+    """Shared memory of a CPU is found by its name: torch's default, a file descriptor, crashes a server that is not
+    this process's own child."""
     before = multiprocessing.get_sharing_strategy()
     multiprocessing.set_sharing_strategy("file_system")
     try:

@@ -1,4 +1,4 @@
-"""What of a model goes to the servers, and as what: names, number formats, shapes, and the tensors themselves."""
+"""Builds the tensors, names and dtypes that a weight sync sends."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from megatron_r1.rollout.sync.fused_groups import FusedGroups
 
 @dataclass(frozen=True)
 class WeightPayload:
-    """The weights that servers are sent, from those that the trainer has."""
+    """The weights that a sync sends of a model."""
 
     model: ModelConfig
     include_mtp: bool = False
-    """Whether the multi-token layers go too; servers that do not draft with them let them pass."""
+    """Whether to send the multi-token prediction layers; servers that do not draft with them ignore them."""
     fp8: bool = False
-    """Whether the servers hold linear layers in FP8 with block scales; they are then quantised before they travel."""
+    """Whether the servers hold linear layers in FP8 with block scales; this side then quantises them."""
 
     @cached_property
     def _rows(self) -> dict[str, ParamMapping]:
@@ -38,29 +38,29 @@ class WeightPayload:
 
     @cached_property
     def _quantised(self) -> frozenset[str]:
-        """Hugging Face names of what is quantised."""
+        """Hugging Face names of the quantised weights."""
         if not self.fp8:
             return frozenset()
         return frozenset(name for mapping in self._rows.values() if mapping.quantised for name in mapping.hf)
 
     def names(self) -> list[str]:
-        """The megatron-core tensors that are sent."""
+        """Names of the megatron-core tensors that are sent."""
         return list(self._rows)
 
     def config(self, tokens: SpecialTokens) -> dict[str, Any]:
-        """The config.json of a folder that holds what is sent."""
+        """The config.json of a folder that holds the sent weights."""
         config = hf_config(self.model, tokens, include_mtp=self.include_mtp)
         return config | ({"quantization_config": QUANTIZATION_CONFIG} if self.fp8 else {})
 
-    def items(self, native: str) -> list[Entry]:
-        """What becomes of a megatron-core tensor, in the order of `tensors`; empty when it is not sent."""
+    def entries(self, native: str) -> list[Entry]:
+        """The tensors that are sent for a megatron-core tensor, in the order of `tensors`; empty when none is."""
         if native not in self._rows:
             return []
         precision = self.model.dtype
         return hf_entries(self._rows[native], "fp8" if self.fp8 else precision, FORMATS[precision])
 
     def tensors(self, natives: Iterable[tuple[str, Tensor]], complete: bool) -> Iterator[NamedTensor]:
-        """Whole megatron-core tensors, one by one, as they are sent; they stay on their device.
+        """Whole megatron-core tensors, converted one by one into what is sent; they stay on their device.
 
         Args:
             natives: (name, tensor) pairs in any order.
@@ -84,11 +84,18 @@ class WeightPayload:
             yield NamedTensor(name, tensor)
             del tensor  # not held while the next is put together
 
-    def units(self, natives: Iterable[str]) -> Iterator[list[Entry]]:
-        """What will be sent of these megatron-core tensors, put together as it belongs together."""
-        items = [item for native in natives for item in self.items(native)]
-        return FusedGroups(item.name for item in items).of(items)
+    def groups(
+        self, natives: Iterable[tuple[str, Tensor]], part: Iterable[str] | None = None
+    ) -> Iterator[list[NamedTensor]]:
+        """As `tensors`, in the groups that SGLang must load together (fused_groups.py).
 
-    def together(self, natives: Iterable[str]) -> FusedGroups:
-        """Puts together what `tensors` gives of these megatron-core tensors."""
-        return FusedGroups(item.name for native in natives for item in self.items(native))
+        Args:
+            part: names of the megatron-core tensors that come; None for all of the model.
+        """
+        names = [entry.name for native in (self.names() if part is None else part) for entry in self.entries(native)]
+        return FusedGroups(names).collect(self.tensors(natives, complete=part is None))
+
+    def planned_groups(self, natives: Iterable[str]) -> Iterator[list[Entry]]:
+        """The entries of the groups that will be sent for these megatron-core tensors."""
+        entries = [entry for native in natives for entry in self.entries(native)]
+        return FusedGroups(entry.name for entry in entries).collect(entries)

@@ -1,9 +1,9 @@
-"""How new weights reach the engine, stamped with a version: in memory, or as a folder that it reads.
+"""How the trainer's new weights reach the engine, stamped with a version: from memory to memory, or through a folder.
 
-Strategies of one protocol: `GroupSync` sends from a rank that can see all weights, `StageSync` from a model that many
-ranks share, `DiskSync` by way of a folder. The first two send over a process group (`Sender`) or through memory that
-trainer and servers share (`SharedSender`). Nowhere is there a second copy of the model: beside the weights themselves a
-sending rank holds one bucket and what is put together for the next one.
+Strategies of one protocol: `GroupSync` sends from a process that can read all weights, `StageSync` from a model that
+many ranks share, `DiskSync` through a folder (`GatherOnlySync` on the other ranks). The first two send over a process
+group (`GroupSender`) or through memory that trainer and servers share (`IpcSender`). None of them makes a second copy
+of the model: beside the weights themselves a sending rank holds one bucket and the tensors of the next one.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -23,26 +23,61 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import NoRolloutCapacity, UserError
 from megatron_r1.hf.config import generation_config, serving_view, special_tokens
 from megatron_r1.hf.export import write_folder
-from megatron_r1.hf.gather import ShardDirectory, assemble, shard_directory
+from megatron_r1.hf.gather import ShardDirectory, assemble, shard_directory, whole_tensors
 from megatron_r1.model.shards import shards
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import rank
 from megatron_r1.parallel.mesh import pipeline_stage
-from megatron_r1.rollout.sync.buckets import NamedTensor, planned
+from megatron_r1.rollout.sample import Outcome, Request, Sampling
+from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sync.buckets import NamedTensor, plan_buckets
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.send_order import RoundRobin, SendOrder
 
 _MEMORY = Path("/dev/shm")
 
 ReadWeights = Callable[[], Iterable[tuple[str, Tensor]]]
+"""Gives the current weights, whole, by megatron-core name."""
 
 
 class WeightSync(Protocol):
-    """A way that weights take."""
+    """Brings weights to an engine."""
 
     def push(self, version: str) -> None:
-        """Make the engine sample from now on with the weights as they stand, which are called `version`."""
+        """Make the engine sample from now on with the current weights, under the name `version`."""
         ...
+
+
+class SyncedEngine:
+    """SGLang servers of rank 0, and the weight sync that every rank takes part in; see `RolloutEngine`.
+
+    Attributes:
+        sglang: None on the other ranks, which only give their part of the weights.
+    """
+
+    def __init__(self, sglang: SGLangEngine | None, sync: WeightSync):
+        self.sglang, self._sync = sglang, sync
+
+    def update_weights(self, version: str) -> None:
+        self._sync.push(version)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
+        return self._on_rank_zero.generate(requests, sampling)
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._on_rank_zero.busy_seconds
+
+    def abandon(self) -> None:
+        self._on_rank_zero.abandon()
+
+    def health(self) -> dict[str, int]:
+        return self._on_rank_zero.health()
+
+    @property
+    def _on_rank_zero(self) -> SGLangEngine:
+        assert self.sglang is not None, "only rank 0 generates"
+        return self.sglang
 
 
 class WeightReceiver(Protocol):
@@ -50,7 +85,7 @@ class WeightReceiver(Protocol):
 
     @property
     def restarts(self) -> int:
-        """Times that a server was started again, which takes it out of every group."""
+        """Restarts of servers, each of which takes the server out of every process group."""
         ...
 
     def receiving(self, version: str) -> AbstractContextManager[None]:
@@ -67,67 +102,66 @@ class FolderReader(Protocol):
 
 
 class WeightSender(Protocol):
-    """A way to bring buckets of weights to an engine's servers: `Sender` or `SharedSender`."""
+    """Sends buckets of weights to an engine's servers: `GroupSender` or `IpcSender`."""
 
     def send(
         self,
-        units: Iterable[Sequence[NamedTensor]],
+        groups: Iterable[Sequence[NamedTensor]],
         bucket_bytes: int,
         *,
         version: str,
-        turns: SendOrder | None = None,
+        order: SendOrder | None = None,
         flush_cache: bool = True,
     ) -> int:
-        """See `Sender.send`."""
+        """See `GroupSender.send`."""
         ...
 
     def leave(self) -> None:
-        """Forget the servers as they were; the next send finds them anew."""
+        """Forget the servers' connections; the next send makes new ones."""
         ...
 
 
 class GroupSync:
-    """Sends the weights from memory to memory: one sender that sees them all, and the session around it."""
+    """Sends the weights from memory to memory: one sender that reads them all, and the session around it."""
 
     def __init__(
         self,
         engine: WeightReceiver,
         sender: WeightSender,
-        tensors: ReadWeights,
-        outgoing: WeightPayload,
+        weights: ReadWeights,
+        payload: WeightPayload,
         bucket_bytes: int,
         flush_cache: bool = True,
     ):
         """
         Args:
             engine: whose servers receive.
-            sender: of this engine's endpoints.
-            tensors: gives the weights as they stand, whole, by megatron-core name.
-            outgoing: what of them is sent.
+            sender: to this engine's endpoints.
+            weights: reads the current weights.
+            payload: which of them are sent, and in which formats.
             bucket_bytes: bytes sent at a time.
             flush_cache: whether the servers drop the cache of the old weights, as the engine's pause says.
         """
-        self._engine, self._sender, self._tensors, self._outgoing = engine, sender, tensors, outgoing
+        self._engine, self._sender, self._weights, self._payload = engine, sender, weights, payload
         self._bucket_bytes, self._flush_cache = bucket_bytes, flush_cache
         self._restarts = 0
 
     def push(self, version: str) -> None:
         """
         Raises:
-            NoRolloutCapacity: a server failed; the engine refuses to answer until an update succeeds.
+            NoRolloutCapacity: a server failed; the engine refuses to generate until an update succeeds.
             DataError: the weights are not those of the model; likewise.
         """
         with self._engine.receiving(version):
             if self._engine.restarts != self._restarts:
-                self._sender.leave()  # a server that was started again is not in the group any more
+                self._sender.leave()  # a restarted server is not in the group any more
             self._restarts = self._engine.restarts
-            tensors = self._outgoing.tensors(self._tensors(), complete=True)
-            units = self._outgoing.together(self._outgoing.names()).of(tensors)
-            self._sender.send(units, self._bucket_bytes, version=version, flush_cache=self._flush_cache)
+            groups = self._payload.groups(self._weights())
+            self._sender.send(groups, self._bucket_bytes, version=version, flush_cache=self._flush_cache)
 
 
 class StageSync:
-    """Sends the weights of a model that many ranks share: each pipeline stage its own part, in turns with the others.
+    """Sends the weights of a model that many ranks share: each pipeline stage its own part, bucket by bucket in turn.
 
     Tensor and expert shards are gathered to the stage's first rank, which sends over a group of its own. While one
     stage sends, the others gather and pack what they send next. Rank 0 holds the session. Every method is collective,
@@ -139,49 +173,48 @@ class StageSync:
         engine: WeightReceiver | None,
         sender: WeightSender | None,
         module: torch.nn.Module,
-        outgoing: WeightPayload,
+        payload: WeightPayload,
         bucket_bytes: int,
         flush_cache: bool = True,
     ):
         """
         Args:
             engine: whose servers receive; None but on rank 0.
-            sender: of the engine's endpoints; None but on each stage's first rank.
+            sender: to the engine's endpoints; None but on each stage's first rank.
             module: this rank's part of the model.
-            outgoing: what of the model is sent.
+            payload: which weights are sent, and in which formats.
             bucket_bytes: bytes sent at a time.
             flush_cache: whether the servers drop the cache of the old weights, as the engine's pause says.
         """
-        self._engine, self._sender, self._module, self._outgoing = engine, sender, module, outgoing
+        self._engine, self._sender, self._module, self._payload = engine, sender, module, payload
         self._bucket_bytes, self._flush_cache = bucket_bytes, flush_cache
-        self._rank = rank()
-        stages = all_gather_object(pipeline_stage())
+        self._rank, self._stage = rank(), pipeline_stage()
+        stages = all_gather_object(self._stage)
         everything = shard_directory([shard for shard in shards(module) if shard.owned])
-        self._parts = parts_of_stages(everything, stages, outgoing)
-        """By stage, what its ranks hold of what is sent."""
-        self._stage = pipeline_stage()
+        self._parts = parts_of_stages(everything, stages, payload)
+        """By stage, the shards of the weights that it sends."""
         self._leaders = [stages.index(stage) for stage in range(len(self._parts))]
-        self._buckets = [len(planned(outgoing.units(part), bucket_bytes)) for part in self._parts]
+        self._buckets = [len(plan_buckets(payload.planned_groups(part), bucket_bytes)) for part in self._parts]
         self._restarts = 0
 
     def push(self, version: str) -> None:
         """
         Raises:
-            NoRolloutCapacity: a server or another rank failed; the engine refuses to answer until an update succeeds.
+            NoRolloutCapacity: a server or another rank failed; the engine refuses to generate until an update succeeds.
             DataError: the weights are not those of the model; likewise.
         """
         with ExitStack() as session:
-            if self._engine:
-                receiving = self._engine.receiving(version)
-                _on_all_ranks(lambda: session.enter_context(receiving))
-            else:
-                _on_all_ranks(lambda: None)
+            with fail_together():
+                if self._engine:
+                    session.enter_context(self._engine.receiving(version))
             restarts = all_gather_object(self._engine.restarts if self._engine else 0)[0]
             if self._sender and restarts != self._restarts:
-                self._sender.leave()  # a server that was started again is not in the group any more
+                self._sender.leave()  # a restarted server is not in the group any more
             self._restarts = restarts
-            _on_all_ranks(lambda: self._send(version))
-            _on_all_ranks(session.close)
+            with fail_together():
+                self._send(version)
+            with fail_together():
+                session.close()
 
     def _send(self, version: str) -> None:
         part, leader = self._parts[self._stage], self._leaders[self._stage]
@@ -191,27 +224,27 @@ class StageSync:
             deque(whole, maxlen=0)
             return
         assert self._sender is not None
-        turns = RoundRobin(self._leaders, self._buckets, self._rank)
+        order = RoundRobin(self._leaders, self._buckets, self._rank)
         try:
-            units = self._outgoing.together(part).of(self._outgoing.tensors(whole, complete=False))
+            groups = self._payload.groups(whole, part)
             sent = self._sender.send(
-                units, self._bucket_bytes, version=version, turns=turns, flush_cache=self._flush_cache
+                groups, self._bucket_bytes, version=version, order=order, flush_cache=self._flush_cache
             )
-            assert sent == turns.buckets, f"{sent} buckets went where {turns.buckets} were planned"
+            assert sent == order.buckets, f"{sent} buckets were sent where {order.buckets} were planned"
         finally:
-            deque(whole, maxlen=0)  # the ranks that send their parts are not left waiting after a failure
-            turns.abandon()
+            deque(whole, maxlen=0)  # after a failure the ranks that send their shards are not left waiting
+            order.abandon()
 
 
-def parts_of_stages(everything: ShardDirectory, stages: list[int], outgoing: WeightPayload) -> list[ShardDirectory]:
-    """What is sent of each pipeline stage's tensors.
+def parts_of_stages(everything: ShardDirectory, stages: list[int], payload: WeightPayload) -> list[ShardDirectory]:
+    """By pipeline stage, the shards of the weights that it sends.
 
     Args:
         everything: all ranks' shards.
         stages: each rank's pipeline stage.
-        outgoing: what is sent.
+        payload: which weights are sent.
     """
-    sent = set(outgoing.names())
+    sent = set(payload.names())
     parts: list[ShardDirectory] = [{} for _ in range(max(stages) + 1)]
     for name, (shape, held) in everything.items():
         if name in sent:
@@ -219,53 +252,54 @@ def parts_of_stages(everything: ShardDirectory, stages: list[int], outgoing: Wei
     return parts
 
 
-def _on_all_ranks(action: Callable[[], object]) -> None:
-    """Collective: do something on every rank; when it fails on one that is known to be its fault, all ranks raise."""
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Collective: when the block raises a UserError on one rank, all ranks raise."""
     error: UserError | None = None
     try:
-        action()
+        yield
     except UserError as raised:
         error = raised
-    told = all_gather_object(str(error) if error else "")
+    messages = all_gather_object(str(error) if error else "")
     if error:
         raise error
-    for failed, message in enumerate(told):
+    for other, message in enumerate(messages):
         if message:
-            raise NoRolloutCapacity(f"rank {failed}: {message}")
+            raise NoRolloutCapacity(f"rank {other}: {message}")
 
 
 class DiskSync:
-    """Writes the weights as a folder that SGLang serves; two folders take turns, so that none is read half written.
+    """Writes the weights as a folder that SGLang serves; two folders alternate, so that none is read half written.
 
-    The folder holds, bit for bit, what a `GroupSync` of the same `Outgoing` sends. The folders live in memory where the
-    system offers that, and are removed at `close`.
+    The folder holds, bit for bit, what a `GroupSync` of the same payload sends. The folders are in /dev/shm where the
+    system has it, and are removed at `close`.
     """
 
     def __init__(
-        self, tensors: ReadWeights, model: ModelConfig, tokenizer_folder: Path, outgoing: WeightPayload | None = None
+        self, weights: ReadWeights, model: ModelConfig, tokenizer_folder: Path, payload: WeightPayload | None = None
     ):
         """
         Args:
-            tensors: gives the weights as they stand, whole, by megatron-core name.
+            weights: reads the current weights.
             model: shape of the model.
             tokenizer_folder: names the special tokens.
-            outgoing: what is written, and in which formats; by default all but the multi-token layers.
+            payload: what is written, and in which formats; by default all but the multi-token prediction layers.
         """
-        self._tensors, self._outgoing, self._tokenizer = tensors, outgoing or WeightPayload(model), tokenizer_folder
-        place = _MEMORY if _MEMORY.is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="megatron_r1-weights-", dir=place))
-        self._turn = 0
+        self._weights, self._payload, self._tokenizer = weights, payload or WeightPayload(model), tokenizer_folder
+        parent = _MEMORY if _MEMORY.is_dir() else None
+        self._folder = Path(tempfile.mkdtemp(prefix="megatron_r1-weights-", dir=parent))
+        self._current = 0
         self.engine: FolderReader | None = None
-        """Who reads the folders; started on the first of them, so not known before."""
+        """Reads the folders; started on the first of them, so not known before."""
 
     def write(self) -> Path:
-        """Export the weights as they stand; returns the folder to serve."""
-        self._turn = 1 - self._turn
-        weights = self._folder / f"weights-{self._turn}"
-        named = ((one.name, one.tensor) for one in self._outgoing.tensors(self._tensors(), complete=True))
+        """Export the current weights; returns the folder to serve."""
+        self._current = 1 - self._current
+        folder = self._folder / f"weights-{self._current}"
+        named = ((one.name, one.tensor) for one in self._payload.tensors(self._weights(), complete=True))
         tokens = special_tokens(self._tokenizer)
-        write_folder(named, weights, self._outgoing.config(tokens), generation_config(tokens), self._tokenizer)
-        return serving_view(weights, self._folder / f"view-{self._turn}")
+        write_folder(named, folder, self._payload.config(tokens), generation_config(tokens), self._tokenizer)
+        return serving_view(folder, self._folder / f"view-{self._current}")
 
     def push(self, version: str) -> None:
         """
@@ -285,3 +319,14 @@ class DiskSync:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class GatherOnlySync:
+    """The other ranks' side of a `DiskSync` of rank 0: they give their part of the weights."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._module = module
+
+    def push(self, version: str) -> None:
+        """Take part in gathering the weights."""
+        deque(whole_tensors(self._module), maxlen=0)

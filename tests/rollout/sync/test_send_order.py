@@ -13,29 +13,29 @@ SENDERS = (0, 3, 5)
 def run(buckets, failing=None, senders=SENDERS):
     """Send all buckets, each sender from a thread; `failing` is (sender, number). Returns the order and who failed."""
     flags = {(one, other): queue.Queue() for one in senders for other in senders}
-    order, failed, ends = [], {}, {}
+    sent, failed, ends = [], {}, {}
 
     def sender(rank: int) -> None:
-        turns = RoundRobin(
+        order = RoundRobin(
             senders,
             buckets,
             rank,
-            tell=lambda to, flag: flags[rank, to].put(flag),
-            hear=lambda of: flags[of, rank].get(timeout=10),
+            send_flag=lambda to, flag: flags[rank, to].put(flag),
+            recv_flag=lambda of: flags[of, rank].get(timeout=10),
         )
         try:
-            for number in range(turns.buckets):
-                if not turns.take(number):
+            for number in range(order.buckets):
+                if not order.acquire(number):
                     raise RuntimeError("another failed")
                 if (rank, number) == failing:
                     raise RuntimeError("failed")
-                order.append((rank, number))
-                ends[rank, number] = turns.ends(number, number == turns.buckets - 1)
-                turns.give(number, True)
+                sent.append((rank, number))
+                ends[rank, number] = order.is_last(number, number == order.buckets - 1)
+                order.release(number, True)
         except RuntimeError as error:
             failed[rank] = str(error)
         finally:
-            turns.abandon()
+            order.abandon()
 
     threads = [threading.Thread(target=sender, args=(rank,)) for rank in senders]
     for thread in threads:
@@ -44,7 +44,7 @@ def run(buckets, failing=None, senders=SENDERS):
         thread.join(20)
         assert not thread.is_alive()
     assert all(flag.empty() for flag in flags.values())
-    return order, failed, [place for place, last in ends.items() if last]
+    return sent, failed, [place for place, last in ends.items() if last]
 
 
 @pytest.mark.parametrize("buckets", [(1, 1, 1), (3, 1, 2), (1, 4, 1), (5, 5, 5), (1, 0, 3)])
@@ -69,8 +69,8 @@ def test_a_failure_ends_all_senders_that_are_not_done(failing):
 
 def test_a_sender_that_has_the_servers_to_itself_need_not_wait():
     assert (
-        SingleSender().ends(4, True)
-        and not SingleSender().ends(4, False)
-        and not SingleSender(ends_session=False).ends(4, True)
+        SingleSender().is_last(4, True)
+        and not SingleSender().is_last(4, False)
+        and not SingleSender(ends_session=False).is_last(4, True)
     )
-    assert RoundRobin((2,), (3,), 2).alone and not RoundRobin((2, 4), (3, 3), 2).alone
+    assert RoundRobin((2,), (3,), 2).exclusive and not RoundRobin((2, 4), (3, 3), 2).exclusive

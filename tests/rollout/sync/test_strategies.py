@@ -13,8 +13,8 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, filled, planned
-from megatron_r1.rollout.sync.fused_groups import FusedGroups, joined_name
+from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets, plan_buckets
+from megatron_r1.rollout.sync.fused_groups import FusedGroups, fused_name
 from megatron_r1.rollout.sync.payload import WeightPayload
 from tests.support.layouts import model_of
 from tests.support.whole_models import expected_shapes, native_shapes
@@ -50,32 +50,32 @@ def test_every_tensor_arrives_once_in_order_and_as_planned(sizes, capacity):
         (f"weight-{number}", torch.randint(0, 255, (columns, rows), generator=generator).to(dtype).t())
         for number, (rows, columns, dtype) in enumerate(sizes)
     ]
-    arrived, lasts, told = [], [], []
-    for bucket, last in filled(Bucket(capacity, "cpu"), one_by_one(tensors)):
+    arrived, lasts, entries = [], [], []
+    for bucket, last in fill_buckets(Bucket(capacity, "cpu"), one_by_one(tensors)):
         now = received(bucket)
         assert bucket.content.numel() <= capacity or len(now) == 1
         arrived += now
         lasts.append(last)
-        told.append(bucket.items)
+        entries.append(bucket.entries)
     assert lasts == [False] * (len(lasts) - 1) + [True]
     assert [name for name, _ in arrived] == [name for name, _ in tensors]
     assert all(torch.equal(left, right) for (_, left), (_, right) in zip(arrived, tensors, strict=True))
     items = [[Entry(name, tensor.dtype, tuple(tensor.shape))] for name, tensor in tensors]
-    assert planned(items, capacity) == told
+    assert plan_buckets(items, capacity) == entries
 
 
 def test_units_of_several_number_formats_lie_at_multiples_of_their_elements():
     units = [[NamedTensor(f"{n}.weight", torch.zeros(3, dtype=torch.uint8)), NamedTensor(f"{n}.scale", torch.ones(1))]
              for n in range(3)]  # fmt: skip
-    buckets = [received(bucket) for bucket, _ in filled(Bucket(1000, "cpu"), units)]
+    buckets = [received(bucket) for bucket, _ in fill_buckets(Bucket(1000, "cpu"), units)]
     assert [[name for name, _ in bucket] for bucket in buckets] == [[f"{n}.scale", f"{n}.weight"] for n in range(3)]
 
 
 def test_small_tensors_share_a_bucket_and_large_memory_is_given_back():
     tensors = one_by_one([(str(number), torch.zeros(10)) for number in range(10)])
-    assert [len(bucket.items) for bucket, _ in filled(Bucket(120, "cpu"), tensors)] == [3, 3, 3, 1]
+    assert [len(bucket.entries) for bucket, _ in fill_buckets(Bucket(120, "cpu"), tensors)] == [3, 3, 3, 1]
     sizes = one_by_one([("a", torch.zeros(5)), ("b", torch.zeros(500)), ("c", torch.zeros(5))])
-    held = [bucket.content.untyped_storage().nbytes() for bucket, _ in filled(Bucket(120, "cpu"), sizes)]
+    held = [bucket.content.untyped_storage().nbytes() for bucket, _ in fill_buckets(Bucket(120, "cpu"), sizes)]
     assert held == [120, 2000, 120]
 
 
@@ -86,14 +86,14 @@ def test_weights_may_change_once_the_next_is_asked_for():
         for number in range(3):
             yield [NamedTensor(str(number), memory.fill_(number))]
 
-    (bucket,) = [bucket for bucket, _ in filled(Bucket(1000, "cpu"), one_memory())]
+    (bucket,) = [bucket for bucket, _ in fill_buckets(Bucket(1000, "cpu"), one_memory())]
     assert [float(tensor[0]) for _, tensor in received(bucket)] == [0.0, 1.0, 2.0]
 
 
 def units_of(names):
     return [
         [one.name for one in unit]
-        for unit in FusedGroups(names).of([NamedTensor(name, torch.zeros(2)) for name in names])
+        for unit in FusedGroups(names).collect([NamedTensor(name, torch.zeros(2)) for name in names])
     ]
 
 
@@ -127,17 +127,17 @@ def test_a_weight_and_its_scales_stay_together_with_their_partners():
         f"{layer}.{part}.weight{kind}" for part in ("q_a_proj", "kv_a_proj_with_mqa") for kind in ("", "_scale_inv")
     ]
     assert units_of(names) == [names]
-    assert joined_name("a.mlp.experts.3.down_proj.weight_scale_inv") == "a.mlp.experts.3.down_proj.weight"
+    assert fused_name("a.mlp.experts.3.down_proj.weight_scale_inv") == "a.mlp.experts.3.down_proj.weight"
 
 
 def test_half_a_pair_and_what_was_not_announced_and_nothing_at_all_are_refused():
     names = ["model.layers.0.self_attn.q_a_proj.weight", "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
     with pytest.raises(DataError, match="q_a_proj"):
-        list(FusedGroups(names).of([NamedTensor(names[0], torch.zeros(2))]))
-    with pytest.raises(DataError, match=r"other.weight: was not to be sent"):
-        list(FusedGroups(names).of([NamedTensor("other.weight", torch.zeros(2))]))
+        list(FusedGroups(names).collect([NamedTensor(names[0], torch.zeros(2))]))
+    with pytest.raises(DataError, match=r"other.weight: is not in the plan"):
+        list(FusedGroups(names).collect([NamedTensor("other.weight", torch.zeros(2))]))
     with pytest.raises(DataError, match="no weights"):
-        list(filled(Bucket(100, "cpu"), []))
+        list(fill_buckets(Bucket(100, "cpu"), []))
 
 
 def test_hf_tensors_of_a_whole_model_and_of_a_part():
@@ -166,10 +166,10 @@ def test_hf_tensors_are_views_where_nothing_has_to_change():
 @pytest.mark.parametrize("include_mtp", [False, True])
 def test_what_is_sent_is_what_was_announced(shape, fp8, include_mtp):
     model = model_of(shape)
-    outgoing = WeightPayload(model, include_mtp, fp8)
+    payload = WeightPayload(model, include_mtp, fp8)
     native = {name: torch.randn(size) for name, size in native_shapes(model).items()}
-    sent = list(outgoing.tensors(native.items(), complete=True))
-    announced = [item for name in native for item in outgoing.items(name)]
+    sent = list(payload.tensors(native.items(), complete=True))
+    announced = [item for name in native for item in payload.entries(name)]
     assert [Entry(one.name, one.dtype, one.shape) for one in sent] == announced
     assert {one.name for one in sent if not one.name.endswith("_scale_inv")} == expected_shapes(
         model, include_mtp=include_mtp

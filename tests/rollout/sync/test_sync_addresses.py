@@ -8,8 +8,9 @@ import pytest
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sglang.servers.address_file import address_towards, read_addresses, write_addresses
-from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY, given
+from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY, external_endpoints, read_addresses
+from megatron_r1.rollout.sync.group_sender import address_towards
+from tests.support.attached import write_addresses
 
 URLS = ["http://node-1:30000", "https://10.0.0.7:1"]
 
@@ -53,7 +54,7 @@ def test_what_is_no_address_is_refused(tmp_path, line):
     with pytest.raises(ConfigError, match="must be http://host:port"):
         read_addresses(tmp_path / "servers", 1, 0)
     (tmp_path / "servers").write_text(f"{URLS[0]}\n{URLS[0]}\n")
-    with pytest.raises(ConfigError, match="stands there twice"):
+    with pytest.raises(ConfigError, match="twice"):
         read_addresses(tmp_path / "servers", 1, 0)
 
 
@@ -69,8 +70,8 @@ def test_the_configured_file_gives_the_servers_with_the_keys_of_the_environment(
     write_addresses(tmp_path / "servers", URLS)
     config = SGLangConfig(servers=2, address_file=str(tmp_path / "servers"), start_timeout_s=1)
     assert config.started_elsewhere and not SGLangConfig().started_elsewhere
-    assert given(config) == [Endpoint(url, "user", "admin") for url in URLS]
+    assert external_endpoints(config) == [Endpoint(url, "user", "admin") for url in URLS]
     with pytest.raises(NoRolloutCapacity, match="has 2 of 3"):
-        given(SGLangConfig(servers=3, address_file=str(tmp_path / "servers"), start_timeout_s=1))
+        external_endpoints(SGLangConfig(servers=3, address_file=str(tmp_path / "servers"), start_timeout_s=1))
     with pytest.raises(ConfigError, match="address_file=f: must be empty"):
         SGLangConfig(addresses=URLS, address_file="f")

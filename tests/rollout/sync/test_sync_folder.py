@@ -12,7 +12,7 @@ from megatron_r1.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig, SpeculativeConfig
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.hf.load import folder_format
-from megatron_r1.rollout.factory import outgoing_weights, sglang_engine
+from megatron_r1.rollout.factory import sglang_engine, weight_payload
 from megatron_r1.rollout.sglang.servers import discovery as addresses
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync
@@ -43,7 +43,7 @@ def chosen(sync_mtp: bool, fp8: bool) -> WeightPayload:
     """As the configuration of a run chooses it; servers that draft where they can."""
     speculative = SpeculativeConfig(method="mtp" if sync_mtp else "none")
     server = ServerConfig(quantization="fp8" if fp8 else "none", speculative=speculative)
-    return outgoing_weights(
+    return weight_payload(
         RolloutConfig(weight_sync=WeightSyncConfig(include_mtp=sync_mtp), sglang=SGLangConfig(server=server)), SHAPE
     )
 
@@ -51,12 +51,12 @@ def chosen(sync_mtp: bool, fp8: bool) -> WeightPayload:
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("sync_mtp", [False, True])
 def test_folder_holds_what_a_group_sends(native, tokenizer, sync_mtp, fp8):
-    outgoing = chosen(sync_mtp, fp8)
-    with DiskSync(native.items, SHAPE, tokenizer, outgoing) as disk:
+    payload = chosen(sync_mtp, fp8)
+    with DiskSync(native.items, SHAPE, tokenizer, payload) as disk:
         folder = disk.write()
         written = load_file(folder / "model.safetensors")
         config = json.loads((folder / "config.json").read_text())
-    sent = {one.name: one.tensor for one in outgoing.tensors(native.items(), complete=True)}
+    sent = {one.name: one.tensor for one in payload.tensors(native.items(), complete=True)}
     assert written.keys() == sent.keys()
     for name, tensor in sent.items():
         assert written[name].dtype == tensor.dtype and written[name].shape == tensor.shape

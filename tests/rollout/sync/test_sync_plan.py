@@ -95,11 +95,11 @@ def test_turns_overlap_gathering_with_others_sending():
 
 def test_a_servers_rank_keeps_its_share():
     model = model_of("tiny")
-    outgoing = WeightPayload(model)
-    all_of_it = needed_by_a_rank(outgoing, Engines())
-    assert all_of_it == sum(item.nbytes for name in outgoing.names() for item in outgoing.items(name))
+    payload = WeightPayload(model)
+    all_of_it = needed_by_a_rank(payload, Engines())
+    assert all_of_it == sum(item.nbytes for name in payload.names() for item in payload.entries(name))
     whole = sum(4 * prod(e.shape) for n, e in te_layout("tiny").items() if e.split is None and not n.startswith("mtp."))
-    assert needed_by_a_rank(outgoing, Engines(1, 2)) == whole + (all_of_it - whole) // 2
+    assert needed_by_a_rank(payload, Engines(1, 2)) == whole + (all_of_it - whole) // 2
 
 
 def test_the_program_plans_deepseek_v3(capsys, monkeypatch):

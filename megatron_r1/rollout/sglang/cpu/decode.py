@@ -42,7 +42,7 @@ def batched_decode(
         part = slice(start, start + chunk)
         # Heads that share a key-value head stand where query positions usually do, so nothing is copied for them.
         output = scaled_dot_product_attention(
-            query_BHD[part].unflatten(1, (J, H // J)),
+            torch.unflatten(query_BHD[part], 1, (J, H // J)),
             keys_SJD[slots_BL[part]].transpose(1, 2).to(query_BHD.dtype),
             values_SJV[slots_BL[part]].transpose(1, 2).to(query_BHD.dtype),
             attn_mask=inside_BL[part, None, None, :],

@@ -1,4 +1,4 @@
-"""Which server a prompt goes to: the one that prefers it, unless it has more to do than the others.
+"""Chooses the server for a prompt: the most preferred one, unless it has more requests in flight than the others.
 
 Preference is by rendezvous hashing (Thaler and Ravishankar, 1998): without a table, a prompt keeps its server while the
 set of servers changes around it. The bound on load is that of consistent hashing with bounded loads (Mirrokni, Thorup
@@ -26,12 +26,12 @@ class Loaded(Protocol):
 
 
 def key_of(prompt_tokens: Iterable[int]) -> bytes:
-    """What stands for a prompt in `choose`."""
+    """The key of a prompt in `choose`."""
     return blake2b(",".join(map(str, prompt_tokens)).encode(), digest_size=16).digest()
 
 
 def preference(key: bytes, name: str) -> bytes:
-    """How much a prompt prefers a server, comparable among servers."""
+    """How much a prompt prefers a server; larger is more."""
     return blake2b(name.encode(), digest_size=8, key=key).digest()
 
 
@@ -42,20 +42,20 @@ def choose[Server: Loaded](servers: Sequence[Server], key: bytes) -> Server:
     return max(open_to_more, key=lambda server: preference(key, server.name))
 
 
-def pieces(requests: Sequence[Request], largest: int) -> Iterator[list[Request]]:
-    """Requests cut into calls, in order: neighbours of one prompt stay together.
+def split_into_calls(requests: Sequence[Request], largest: int) -> Iterator[list[Request]]:
+    """Requests of each call, in order: neighbours with the same prompt stay together.
 
     Groups that fit are put together up to `largest` requests; a group that alone is larger is cut.
     """
-    piece: list[Request] = []
+    call: list[Request] = []
     for _, run in groupby(requests, key=lambda request: request.prompt_tokens):
         group = list(run)
-        if piece and len(piece) + len(group) > largest:
-            yield piece
-            piece = []
+        if call and len(call) + len(group) > largest:
+            yield call
+            call = []
         while len(group) > largest:
             yield group[:largest]
             group = group[largest:]
-        piece += group
-    if piece:
-        yield piece
+        call += group
+    if call:
+        yield call

@@ -79,9 +79,14 @@ class Server:
     def url(self) -> str:
         return self.endpoint.url
 
+    @property
+    def ended(self) -> bool:
+        """Whether the server's process has ended."""
+        return self.process.poll() is not None
+
     def check(self) -> None:
         """Raise NoRolloutCapacity, with the reason from the log, when the server's process has ended."""
-        if self.process.poll() is not None:
+        if self.ended:
             raise NoRolloutCapacity(self.exit_reason())
 
     def exit_reason(self) -> str:

@@ -1,8 +1,8 @@
-"""Where servers are, when another step or component of this program's SLURM job starts them: on its nodes.
+"""Finds the servers that another step or component of this program's SLURM job starts on the job's nodes.
 
-SLURM tells every task the job's nodes in `SLURM_JOB_NODELIST`, and those of a heterogeneous job's components in
-`SLURM_JOB_NODELIST_HET_GROUP_<number>`, as host lists (``node[01-03,7]``). They are expanded here as
-``scontrol show hostnames`` does it, which need not be there inside a container.
+SLURM gives every task the job's nodes in `SLURM_JOB_NODELIST`, and those of a heterogeneous job's components in
+`SLURM_JOB_NODELIST_HET_GROUP_<number>`, as host lists (``node[01-03,7]``). The package python-hostlist expands them:
+``scontrol show hostnames`` need not exist inside a container.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
+import hostlist
+
 from megatron_r1.config.sglang import SlurmConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 
@@ -20,11 +22,7 @@ NODES = "SLURM_JOB_NODELIST"
 COMPONENT = f"{NODES}_HET_GROUP_"
 POLL_S, CONNECT_S = 0.5, 5.0
 
-_RANGE = r"\d+(?:-\d+)?"
-_BRACKET = rf"\[{_RANGE}(?:,{_RANGE})*\]"
-_HOSTS = re.compile(rf"[\w.-]+|(?:[\w.-]*{_BRACKET})+")
-"""One part of a host list: a name, or one with brackets, behind the last of which nothing comes."""
-_PIECE = re.compile(rf"([\w.-]*)({_BRACKET})")
+HOST = re.compile(r"[\w.-]+")
 _KEY = "rollout.sglang.slurm"
 
 
@@ -38,7 +36,7 @@ def addresses(config: SlurmConfig, environment: Mapping[str, str]) -> list[str]:
     Raises:
         ConfigError: this is no such job, or it has no such nodes.
     """
-    nodes = expanded(_host_list(config, environment))
+    nodes = expand(_host_list(config, environment))
     if config.skip_nodes >= len(nodes):
         raise ConfigError(
             f"{_KEY}.skip_nodes", config.skip_nodes, f"must be below the {len(nodes)} nodes that there are"
@@ -60,41 +58,20 @@ def wait_for(urls: Sequence[str], timeout_s: float) -> None:
             time.sleep(POLL_S)
 
 
-def expanded(host_list: str) -> list[str]:
-    """The names that a host list stands for, in SLURM's order.
+def expand(host_list: str) -> list[str]:
+    """The names of a host list, in SLURM's order where a name has at most two brackets (SLURM itself writes one).
 
     Raises:
         ConfigError: it is no host list.
     """
-    names: list[str] = []
-    for part in re.split(r",(?![^\[]*\])", host_list):
-        if not _HOSTS.fullmatch(part):
-            raise ConfigError(NODES, host_list, f"is no host list: {part!r}")
-        names += _names(part)
+    try:
+        names: list[str] = hostlist.expand_hostlist(host_list, allow_duplicates=True)
+    except hostlist.BadHostlist as error:
+        raise ConfigError(NODES, host_list, f"is no host list: {error}") from None
+    for name in names:
+        if not HOST.fullmatch(name):
+            raise ConfigError(NODES, host_list, f"is no host list: {name!r} is no name of a host")
     return names
-
-
-def _names(part: str) -> list[str]:
-    """Of brackets all but the last count like digits from the left, each time through the last one's numbers."""
-    pieces = [(prefix, _numbers(bracket)) for prefix, bracket in _PIECE.findall(part)]
-    if not pieces:
-        return [part]
-    *outer, (prefix, numbers) = pieces
-    starts = [""]
-    for before, among in outer:
-        starts = [f"{start}{before}{number}" for number in among for start in starts]
-    return [f"{start}{prefix}{number}" for start in starts for number in numbers]
-
-
-def _numbers(bracket: str) -> list[str]:
-    """The numbers of ``[01-03,7]``, as wide as the first of each range is written."""
-    numbers: list[str] = []
-    for part in bracket[1:-1].split(","):
-        first, _, last = part.partition("-")
-        if int(last or first) < int(first):
-            raise ConfigError(NODES, bracket, f"is no host list: {part} runs backwards")
-        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
-    return numbers
 
 
 def _host_list(config: SlurmConfig, environment: Mapping[str, str]) -> str:

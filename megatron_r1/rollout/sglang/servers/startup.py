@@ -1,4 +1,4 @@
-"""How a server is started, now and again: on the current weights where they are in a folder, else on none."""
+"""Starts and restarts servers: on which GPUs, and on the current weights where a folder has them, else on none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sglang import SGLangConfig
+from megatron_r1.errors import ConfigError
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers.arguments import server_arguments, server_environment
 from megatron_r1.rollout.sglang.servers.process import Server
@@ -49,15 +51,38 @@ class ServerFactory:
             if (Path(model_folder) / name).is_file():
                 shutil.copyfile(Path(model_folder) / name, self._shape / name)
 
-    def launch(self, place: int, endpoint: Endpoint, weights: CurrentWeights) -> Server:
-        """Start server number `place` at `endpoint`."""
-        gpu = self._first_gpu + place * self._gpus_each
+    def launch(self, index: int, endpoint: Endpoint, weights: CurrentWeights) -> Server:
+        """Start server number `index` at `endpoint`."""
+        gpu = self._first_gpu + index * self._gpus_each
         if folder := weights.folder:
             arguments = self._arguments(folder, version=weights.version, first_gpu=gpu)
         else:
             arguments = self._arguments(self._shape, version=NO_WEIGHTS, weights=False, first_gpu=gpu)
-        return Server(arguments, self._environment, self._logs / f"server-{place}.log", endpoint)
+        return Server(arguments, self._environment, self._logs / f"server-{index}.log", endpoint)
 
     def close(self) -> None:
-        """Remove what was kept for restarts."""
+        """Remove the folder that is kept for restarts."""
         shutil.rmtree(self._shape, ignore_errors=True)
+
+
+def first_gpu(rollout: RolloutConfig, gpus: int, trainers: int) -> int:
+    """The first GPU of the first server; each server takes the next `tensor_parallel` GPUs.
+
+    Colocated servers take the trainer's own, from the first. Others take those after the trainer's, where there are
+    enough; else they take GPUs from the first on, and share memory with the trainer.
+
+    Args:
+        gpus: number of GPUs of this machine.
+        trainers: ranks of the trainer on this machine, on one GPU each, from the first.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    sglang = rollout.sglang
+    needed, wanted = sglang.servers * sglang.server.tensor_parallel, sglang.first_gpu
+    behind = rollout.placement == "separate" and trainers + needed <= gpus
+    first = wanted if wanted >= 0 else trainers if behind else 0
+    if first + needed > gpus:
+        allowed = f"must fit from GPU {first} on, {sglang.server.tensor_parallel} to a server: there are {gpus} GPUs"
+        raise ConfigError("rollout.sglang.servers", sglang.servers, allowed)
+    return first

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_r1.hf.gather import ShardDirectory
-from megatron_r1.rollout.sync.buckets import planned
+from megatron_r1.rollout.sync.buckets import plan_buckets
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.layout import expert_number, tensor_split
 from megatron_r1.rollout.sync.strategies import parts_of_stages
@@ -52,34 +52,34 @@ class StageTraffic:
 
 
 def traffic(
-    everything: ShardDirectory, stages: list[int], outgoing: WeightPayload, bucket_bytes: int
+    everything: ShardDirectory, stages: list[int], payload: WeightPayload, bucket_bytes: int
 ) -> list[StageTraffic]:
     """By pipeline stage, what one sync sends.
 
     Args:
         everything: all ranks' shards.
         stages: each rank's pipeline stage.
-        outgoing: what is sent.
+        payload: what is sent.
         bucket_bytes: most bytes of one bucket.
     """
     found = []
-    for stage, part in enumerate(parts_of_stages(everything, stages, outgoing)):
+    for stage, part in enumerate(parts_of_stages(everything, stages, payload)):
         leader = stages.index(stage)
         gathered: Counter[int] = Counter()
         others = [one for _, held in part.values() for one in held if one.rank != leader]
         for one in others:
             gathered[one.rank] += prod(one.shape) * one.dtype.itemsize
-        buckets = planned(outgoing.units(part), bucket_bytes)
+        buckets = plan_buckets(payload.planned_groups(part), bucket_bytes)
         sizes = [sum(item.nbytes for item in bucket) for bucket in buckets]
         found.append(StageTraffic(leader, dict(sorted(gathered.items())), len(others), sizes))
     return found
 
 
-def needed_by_a_rank(outgoing: WeightPayload, engines: Engines) -> int:
+def needed_by_a_rank(payload: WeightPayload, engines: Engines) -> int:
     """Bytes of the weights that the fullest rank of a server keeps: its share of what is shared, the rest whole."""
     total = 0
-    for native in outgoing.names():
-        size, expert = sum(item.nbytes for item in outgoing.items(native)), expert_number(native)
+    for native in payload.names():
+        size, expert = sum(item.nbytes for item in payload.entries(native)), expert_number(native)
         shares = engines.tensor_parallel if expert is not None or tensor_split(native) is not None else 1
         total += -(-size // shares)
     return total

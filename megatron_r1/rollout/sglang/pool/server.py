@@ -1,4 +1,4 @@
-"""A server as the pool sees it: whether it takes requests, what it has to do, and how it has done so far."""
+"""A server as the pool sees it: whether it takes requests, how many it has in flight, and how it has done so far."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_r1.rollout.sglang.pool.breaker import Breaker
 
 
 class Evicted(NoRolloutCapacity):
-    """A call was ended from this side, because its server is given up or restarted."""
+    """This side ended a call, because its server is given up or restarted."""
 
 
 class PoolServer:
@@ -24,8 +24,8 @@ class PoolServer:
     Args:
         client: calls it.
         config: of the pool.
-        version: version of the weights that it is known to have; None where it is not one server's to have.
-        gone: whether its process has ended, as far as that can be seen from here.
+        version: version of the weights that it is known to have; None for a router, which has none of its own.
+        gone: whether its process has ended, as far as this process can see.
     """
 
     def __init__(
@@ -36,23 +36,23 @@ class PoolServer:
         self.closed_because = "it has not started yet"
         """Why it takes no requests; empty where it does."""
         self.in_flight = 0
-        """Requests that it was given and has not answered."""
+        """Requests that it was sent and has not answered."""
         self.answered = 0
-        """Requests that it answered as it should, since it started."""
-        self._calls: set[asyncio.Task[Any]] = set()
+        """Requests that it answered with a usable reply, since it was opened."""
         self.busy = Stopwatch()
-        """Time during which it had something to do."""
+        """Time during which it had requests in flight."""
+        self._calls: set[asyncio.Task[Any]] = set()
 
     @property
     def name(self) -> str:
         return self.client.url
 
     def ready(self, version: str) -> bool:
-        """Whether it can be given a request that is to be answered with these weights."""
+        """Whether it can be sent a request that is to be answered with these weights."""
         return self.serves(version) and self.breaker.allows()
 
     def serves(self, version: str) -> bool:
-        """Whether it would be, were it not for its breaker."""
+        """The same, whatever its breaker says."""
         return not self.closed_because and self.version in (None, version) and not self.gone()
 
     def open(self) -> None:
@@ -61,11 +61,11 @@ class PoolServer:
         self.breaker.succeed()
 
     def close(self, reason: str) -> None:
-        """Take no more requests; those under way may end (draining)."""
+        """Take no more requests; those in flight may end (draining)."""
         self.closed_because = reason
 
     def evict(self, reason: str) -> None:
-        """Take no more requests, and give back those under way."""
+        """Take no more requests, and give back those in flight."""
         self.close(reason)
         for call in list(self._calls):
             call.cancel(reason)
@@ -89,7 +89,7 @@ class PoolServer:
                 self._calls.discard(task)
 
     async def idle(self) -> None:
-        """Return when the calls under way have ended."""
+        """Return when the calls in flight have ended."""
         while self._calls:
             await asyncio.wait(set(self._calls))
 
@@ -117,12 +117,12 @@ class Stopwatch:
         return self._total + (0.0 if self._since is None else self._clock() - self._since)
 
     def run(self) -> None:
-        """Nothing changes where it runs already."""
+        """No effect where it runs already."""
         if self._since is None:
             self._since = self._clock()
 
     def stop(self) -> None:
-        """Nothing changes where it stands already."""
+        """No effect where it is stopped already."""
         self._total, self._since = self.seconds, None
 
 

@@ -1,0 +1,114 @@
+"""Parses what SGLang servers reply: a reply that is not what was requested becomes a BadReply that names its fault."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.routed_experts import RoutedExperts
+from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.rollout.sglang.versions import parse_versions
+
+
+class BadReply(NoRolloutCapacity):
+    """An SGLang server replied something that cannot be used."""
+
+
+class Refused(BadReply):
+    """A server refuses a request, and so would any other server."""
+
+
+def parse_completions(
+    where: str, replies: Any, requests: Sequence[Request], sampling: Sampling, versions: Container[str], call_id: str
+) -> list[Completion | BadReply]:
+    """The reply of one /generate call: for each request, in order, its completion or what is wrong with it.
+
+    Args:
+        where: address of the server's endpoint, for messages; so in the other functions.
+        versions: that the weights of any token may have.
+        call_id: the ``rid`` of the call; the server appends each request's index to it.
+
+    Raises:
+        BadReply: the reply is none to these requests.
+    """
+    if not isinstance(replies, list) or len(replies) != len(requests):
+        count = len(replies) if isinstance(replies, list) else type(replies).__name__
+        raise BadReply(f"{where}: {len(requests)} requests but the reply has {count}")
+    parsed: list[Completion | BadReply] = []
+    for index, (reply, request) in enumerate(zip(replies, requests, strict=True)):
+        try:
+            parsed.append(parse_completion(reply, request, sampling, versions, f"{call_id}_{index}"))
+        except (KeyError, TypeError, IndexError) as error:
+            fault = f"the reply lacks a field or has the wrong type: {error!r}"
+            parsed.append(BadReply(f"request {request.id}: {fault}"))
+        except ValueError as error:
+            parsed.append(BadReply(f"request {request.id}: {error}"))
+    return parsed
+
+
+def parse_completion(
+    reply: Any, request: Request, sampling: Sampling, versions: Container[str], reply_id: str
+) -> Completion:
+    """One entry of a reply.
+
+    Raises:
+        ValueError, KeyError, TypeError, IndexError: it is no usable completion of this request.
+    """
+    meta = reply["meta_info"]
+    tokens = tuple(int(token) for token in reply["output_ids"])
+    pairs = meta["output_token_logprobs"]
+    if tuple(pair[1] for pair in pairs) != tokens:
+        raise ValueError(f"log-probs are of {len(pairs)} tokens that are not the {len(tokens)} response tokens")
+    version, version_changes = parse_versions(meta, len(tokens), versions)
+    if meta["prompt_tokens"] != len(request.prompt_tokens):
+        raise ValueError(f"{meta['prompt_tokens']} prompt tokens were read of {len(request.prompt_tokens)}")
+    reason = meta["finish_reason"]["type"]
+    if reason == "length" and len(tokens) != sampling.max_tokens:
+        raise ValueError(f"ends for length after {len(tokens)} tokens where {sampling.max_tokens} are allowed")
+    if reason == "stop" and meta["finish_reason"]["matched"] != tokens[-1]:
+        raise ValueError(f"stopped by {meta['finish_reason']['matched']!r}, which is not its last token {tokens[-1]}")
+    if reason == "length" and tokens[-1] in sampling.stop_tokens:
+        reason = "stop"  # the last allowed token is a stop token: SGLang checks the length first
+    logprobs = tuple(float(pair[0]) for pair in pairs)
+    routed = None
+    if sampling.routed:
+        inputs = len(request.prompt_tokens) + len(tokens) - 1
+        routed = RoutedExperts.from_sglang(meta["routed_experts"], inputs, sampling.routed)
+    if (replied_id := meta.get("id")) != reply_id:
+        raise ValueError(f"the reply is to {str(replied_id)[:80]!r}, another request")
+    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version, routed, version_changes)
+
+
+def parse_load(where: str, reply: Any) -> tuple[Any, ...]:
+    """What of /v1/loads changes as the server works: tokens while it has requests, else its scheduler's time stamp.
+
+    Raises:
+        BadReply: a field is missing.
+    """
+    markers: list[Any] = []
+    try:
+        for load in reply["loads"]:
+            waiting, running = load["num_waiting_reqs"], load["num_running_reqs"]
+            if waiting or running:
+                markers += [running, waiting, load["num_used_tokens"], load["total_prefill_uncached_tokens"]]
+            else:
+                markers.append(load["timestamp"])
+    except (KeyError, TypeError) as error:
+        raise BadReply(f"{where}: the reply lacks a field: {error!r}") from None
+    return tuple(markers)
+
+
+def parse_checksums(where: str, reply: Any) -> dict[str, str]:
+    """Checksum of every weight by SGLang's name; ``name@rank`` where the server has several ranks.
+
+    Raises:
+        BadReply: a field is missing.
+    """
+    try:
+        ranks = [rank["checksums"] for rank in reply["ranks"]]
+        if len(ranks) == 1:
+            return dict(ranks[0])
+        return {f"{name}@{rank}": value for rank, sums in enumerate(ranks) for name, value in sums.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadReply(f"{where}: the reply lacks a field: {error!r}") from None
