@@ -72,7 +72,7 @@ def test_an_update_is_the_loss_written_out(new_model, shape, tokens_per_micro_ba
 
 
 def test_process_supervision_is_the_loss_with_an_advantage_for_each_token(new_model):
-    config = config_of(advantages="process")
+    config = config_of(advantage_estimator="process")
     model = trainable(new_model(config.model))
     samples, reference = make_samples(model, 0.3), ReferencePolicy(model, shifted_reference(model))
     # Steps that end at one token, with the answer, and in one group only.
@@ -86,7 +86,7 @@ def test_process_supervision_is_the_loss_with_an_advantage_for_each_token(new_mo
 
 
 def test_without_steps_process_supervision_is_group_relative_to_the_bit(new_model):
-    (by_answer, *_), (by_step, *_) = (learnt(new_model, advantages=how) for how in ("group", "process"))
+    (by_answer, *_), (by_step, *_) = (learnt(new_model, advantage_estimator=how) for how in ("group", "process"))
     assert all(torch.equal(by_answer[name], by_step[name]) for name in by_answer)
 
 
@@ -229,4 +229,7 @@ def test_the_reference_is_the_policy_again_every_so_many_rollouts(new_model, cap
         rows.append(row)
     # Each update is at the policy that its passes see: 0 as long as that is the reference.
     assert rows[0]["policy/kl"] < 1e-9 < rows[1]["policy/kl"] and rows[2]["policy/kl"] < 1e-9
-    assert "step 1: logprob_gap=" in caplog.text and "is above rl.mismatch.logprob_max_abs_warn=0.01" in caplog.text
+    assert (
+        "step 1: mismatch/logprob_max_abs=" in caplog.text
+        and "is above rl.mismatch.logprob_max_abs_warn=0.01" in caplog.text
+    )

@@ -198,7 +198,7 @@ PRESETS = {
     "dapo": Objective(Clip(0.2, 0.28), aggregation="token_mean"),
     "gspo": Objective(Clip(3e-4, 4e-4), "gspo"),
     "cispo": Objective(Clip(1.0, 4.0), "cispo", "token_mean"),
-    "corrected": Objective(
+    "truncated_is": Objective(
         Clip(0.2, 0.2),
         kl_coefficient=1e-3,
         importance_sampling=ImportanceSampling("truncated", "token", ClipRange(0.0, 2.0)),
