@@ -15,7 +15,7 @@ part() {
 
 part ruff "$bin/ruff" check --quiet .
 part format "$bin/ruff" format --quiet --check .
-part shellcheck "$bin/shellcheck" launch/*.sh .ci/run
+part shellcheck "$bin/shellcheck" launch/*.sh tools/*.sh .ci/run
 part contracts "$bin/lint-imports" --verbose --no-cache >/dev/null
 part types "$bin/mypy"
 if [[ "${1:-}" != lint ]]; then

@@ -40,15 +40,12 @@ from megatron_r1.platform import select
 
 package = Path(megatron_r1.__file__).parent
 assert not package.is_relative_to(sys.argv[1]), f"{package} is the checkout's"
-composed = 0
-for recipe in recipes():
-    for verb in VERBS:
-        as_yaml(load(verb, [], recipe))
-        composed += 1
+for verb, recipe in [*((verb, None) for verb in VERBS), *(("pretrain", recipe) for recipe in recipes())]:
+    as_yaml(load(verb, [], recipe))
 select("cpu")  # before anything imports megatron.core
 modules = [module.name for module in pkgutil.walk_packages([str(package)], "megatron_r1.")]
 modules = [name for name in modules if not name.endswith(".__main__") and ".stubs" not in name]
 for name in modules:
     importlib.import_module(name)
-print(f"{len(modules)} modules imported from {package}; {len(recipes())} recipes composed for {len(VERBS)} verbs each")
+print(f"{len(modules)} modules imported from {package}; {len(recipes())} recipes and {len(VERBS)} verbs composed")
 PYTHON
