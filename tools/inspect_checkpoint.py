@@ -70,9 +70,13 @@ def listing(checkpoint: Path, found: list[Line], pattern: str, with_values: bool
         kind, shape = shown(line.entry).split()
         cells = [line.entry.name, line.kind, shape, kind, str(line.parts)]
         if with_values:
-            seen = values(checkpoint, line)
-            cells += [f"{seen.smallest:.4g}", f"{seen.largest:.4g}", f"{seen.root_mean_square:.4g}"]
-            cells.append(str(seen.not_finite))
+            numbers = values(checkpoint, line)
+            cells += [
+                f"{numbers.smallest:.4g}",
+                f"{numbers.largest:.4g}",
+                f"{numbers.root_mean_square:.4g}",
+            ]
+            cells.append(str(numbers.not_finite))
         made.add_row(*cells)
     return made
 

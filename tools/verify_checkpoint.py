@@ -37,7 +37,7 @@ def check(checkpoint: Path, bar: Progress) -> str:
     size = sum(record.size for record in read_manifest(checkpoint).files.values())
     task, started = bar.add_task(checkpoint.name, total=size), time.perf_counter()
     try:
-        manifest = verify(checkpoint, seen=lambda count: bar.advance(task, count))
+        manifest = verify(checkpoint, on_file=lambda count: bar.advance(task, count))
     finally:
         bar.remove_task(task)
     seconds = time.perf_counter() - started

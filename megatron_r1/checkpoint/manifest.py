@@ -113,12 +113,12 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.decode(raw, folder)
 
 
-def verify(folder: Path, share: int = 0, shares: int = 1, seen: Callable[[int], None] = lambda _: None) -> Manifest:
+def verify(folder: Path, share: int = 0, shares: int = 1, on_file: Callable[[int], None] = lambda _: None) -> Manifest:
     """Read the manifest of `folder` and hold every file against it, before anything else reads them.
 
     Args:
         share: of `shares` that readers divide the hashing into: this one hashes every so many-th file, by size.
-        seen: told the bytes of each file once it has been hashed.
+        on_file: called with the size of each file, in bytes, once it has been hashed.
 
     Raises:
         CheckpointDamaged: names the first file that is wrong, and how: missing, not listed, of another size or content.
@@ -141,7 +141,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1, seen: Callable[[int], 
         for name, digest in zip(mine, _digests([present[name] for name in mine]), strict=True):
             if digest != (wanted := manifest.files[name]).sha256:
                 raise _damaged(folder, name, f"has SHA-256 {digest[:12]}... instead of {wanted.sha256[:12]}...")
-            seen(wanted.size)
+            on_file(wanted.size)
     except OSError as error:
         raise _damaged(folder, Path(error.filename or "?").name, f"cannot be read ({error.strerror})") from error
     return manifest

@@ -8,7 +8,7 @@
 
 A commit is: write -> fsync every file -> manifest -> fsync -> rename -> fsync the parent. A process killed at any time
 leaves the earlier checkpoints as they were. A save that fails removes what it wrote and raises `SaveFailed`, which
-training may survive. Writing may go on in the background while the run trains on; the rest is done when it is settled.
+training may survive. Writing may continue in a thread while the run trains; `settle` does the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TEMPORARY, _TRASH, _REPLACED = ".tmp", ".trash-", ".replaced-"
 
 
 class SaveFailed(UserError):
-    """A checkpoint could not be saved; the earlier ones are untouched, and training may go on."""
+    """A checkpoint could not be saved; the earlier ones are untouched, and training may continue."""
 
 
 class Ranks(Protocol):
@@ -173,7 +173,7 @@ class CheckpointStore:
         At most one is under way: an earlier one must have been settled.
 
         Args:
-            background: whether `write` runs in a thread while the caller goes on. It must not share what it writes
+            background: whether `write` runs in a thread while the caller continues. It must not share what it writes
                 with anyone who changes it, and it must not talk to other ranks.
 
         Raises:
@@ -218,7 +218,7 @@ class CheckpointStore:
         self._known_good.add(self.path(save.step).name)
 
     def newest_verified(self) -> tuple[Path, Manifest] | None:
-        """As the function of this name; every rank hashes its share of the files, all receive one answer."""
+        """As the function of this name; every rank hashes its share of the files, all receive the same result."""
         folders = self.ranks.gather([path for _, path in step_folders(self.folder)])[0]
         found = _newest(self.folder, folders, self._verify_together)
         if found:
@@ -306,7 +306,7 @@ class CheckpointStore:
         _remove(trash)
 
     def _together(self, action: Callable[[], Value], leader_only: bool = False) -> list[Value | None]:
-        """Run `action`, then let every rank know whether any failed; the ranks raise together or go on together.
+        """Run `action`, then let every rank know whether any failed; all ranks raise or all continue.
 
         Returns:
             every rank's result.
@@ -320,14 +320,14 @@ class CheckpointStore:
                 raise
             except BaseException as caught:  # torch's CheckpointException is no Exception
                 error = caught
-        told = self.ranks.gather((result, f"{type(error).__name__}: {error}" if error else ""))
+        outcomes = self.ranks.gather((result, f"{type(error).__name__}: {error}" if error else ""))
         if isinstance(error, FolderInUse):
             raise error
-        for rank, (_, failure) in enumerate(told):
+        for rank, (_, failure) in enumerate(outcomes):
             if failure:
-                where = f" on rank {rank}" if len(told) > 1 else ""
+                where = f" on rank {rank}" if len(outcomes) > 1 else ""
                 raise SaveFailed(f"cannot write to {self.folder}: {failure}{where}") from error
-        return [result for result, _ in told]
+        return [result for result, _ in outcomes]
 
 
 def _done(write: Write, folder: Path) -> Future[Records | None]:

@@ -114,8 +114,8 @@ def format_of(config: dict[str, Any]) -> str:
         raise ValueError(f"quantization_config={quantisation}: must be an object")
     for key, value in QUANTIZATION_CONFIG.items():
         needed = key in ("quant_method", "weight_block_size")
-        if (said := quantisation.get(key, None if needed else value)) != value:
-            raise ValueError(f"quantization_config.{key}={said}: must be {value}")
+        if (found := quantisation.get(key, None if needed else value)) != value:
+            raise ValueError(f"quantization_config.{key}={found}: must be {value}")
     if format != "bf16":
         raise ValueError(f"torch_dtype={dtype}: must be bfloat16 beside quantization_config")
     return "fp8"

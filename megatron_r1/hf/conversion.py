@@ -29,7 +29,7 @@ from megatron_r1.hf.workspace import ConversionWorkspace
 
 
 class ConversionStopped(UserError):
-    """A conversion could not go on; what is finished stays, and the same command goes on from there."""
+    """A conversion could not go on; what is finished stays, and the same command resumes from there."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def convert_files(
             _divide(conversion, workspace, [waiting[first::workers] for first in range(min(workers, len(waiting)))])
     except OSError as error:
         reason = f"{error.strerror or error}: {error.filename or workspace.files}"
-        raise ConversionStopped(f"{reason}; the same command goes on with what is finished") from error
+        raise ConversionStopped(f"{reason}; the same command resumes with what is finished") from error
     return workspace.records(names)
 
 
@@ -150,7 +150,7 @@ def _divide(conversion: Conversion, workspace: ConversionWorkspace, shares: list
                     processes[connection].join()
                     code = processes[connection].exitcode
                     died = f"process {processes[connection].pid} of the conversion ended with status {code}"
-                    raise ConversionStopped(f"{died}; the same command goes on with what is finished") from None
+                    raise ConversionStopped(f"{died}; the same command resumes with what is finished") from None
                 if failure:
                     raise failure
     finally:

@@ -88,20 +88,20 @@ def _matched(
     """Pair each tensor with its mapping, each mapping once; with `complete` every mapping must be met."""
     table = {mapping.native: mapping for mapping in param_mappings(model)}
     written = {mapping.native: mapping for mapping in param_mappings(model, include_mtp)}
-    seen: set[str] = set()
+    met: set[str] = set()
     for name, tensor in tensors:
         native = canonical_name(name)
         if native not in table:
             raise DataError(f"{name}: no tensor of this model has that name")
-        if native in seen:
+        if native in met:
             raise DataError(f"{name}: given twice")
         if tuple(tensor.shape) != (shape := table[native].native_shape):
             raise DataError(f"{name}: has shape {tuple(tensor.shape)}, must have {shape}")
-        seen.add(native)
+        met.add(native)
         if native in written:
             yield written[native], tensor
         del tensor  # not held while the next is put together
-    if complete and (missing := written.keys() - seen):
+    if complete and (missing := written.keys() - met):
         raise DataError(f"{min(missing)}: missing; tensors missing in all: {len(missing)}")
 
 

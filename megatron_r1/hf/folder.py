@@ -106,11 +106,11 @@ def read_header(path: Path) -> list[TensorLocation]:
         raise DataError(f"{path}: cannot be read: {error}") from error
     header.pop("__metadata__", None)
     locations = []
-    for name, said in header.items():
-        if said["dtype"] not in TYPES:
-            raise DataError(f"{path}: {name}: has type {said['dtype']}, must be one of {', '.join(TYPES)}")
-        entry = Entry(name, TYPES[said["dtype"]], tuple(said["shape"]))
-        locations.append(TensorLocation(entry, path, 8 + length + said["data_offsets"][0]))
+    for name, fields in header.items():
+        if fields["dtype"] not in TYPES:
+            raise DataError(f"{path}: {name}: has type {fields['dtype']}, must be one of {', '.join(TYPES)}")
+        entry = Entry(name, TYPES[fields["dtype"]], tuple(fields["shape"]))
+        locations.append(TensorLocation(entry, path, 8 + length + fields["data_offsets"][0]))
     return sorted(locations, key=lambda location: location.start)
 
 

@@ -21,7 +21,7 @@ from megatron_r1.hf.source import HuggingFaceReader, folder_problems
 
 
 class NativeTensors(Mapping[str, Tensor]):
-    """The whole megatron-core tensors of a Hugging Face folder, each read when asked for.
+    """The whole megatron-core tensors of a Hugging Face folder, each read on access.
 
     They have the folder's type; what is stored in FP8 is dequantised in fp32 and then cast to bf16.
 
@@ -90,10 +90,10 @@ def _model_config(config: dict[str, Any], family: Family) -> ModelConfig:
 
 
 def folder_format(config_json: Path) -> str:
-    """The format that the folder's weights are said to have: fp32, bf16 or fp8.
+    """The format of the folder's weights by its config.json: fp32, bf16 or fp8.
 
     Raises:
-        DataError: none of these, or it is not said.
+        DataError: it names none of these, or no type at all.
     """
     try:
         return format_of(read_json(config_json))

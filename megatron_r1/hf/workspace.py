@@ -72,7 +72,7 @@ class ConversionWorkspace:
 def open_workspace(root: Path, settings: str) -> Iterator[ConversionWorkspace]:
     """Make or find a conversion's folder; it is removed when the block ends well, or with a refusal of what is read.
 
-    After any other end it stays, and a call with the same settings goes on with what is finished in it.
+    After any other end it stays, and a call with the same settings resumes with what is finished in it.
 
     Args:
         settings: hash of what is converted and how.

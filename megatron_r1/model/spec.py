@@ -172,7 +172,7 @@ def _performance(performance: PerformanceConfig) -> dict[str, Any]:
 
 
 def _stages(model: ModelConfig, layers: list[int]) -> list[list[str]] | None:
-    """What each stage holds in megatron-core's words: multi-token layers and the loss come last."""
+    """What each stage holds, as megatron-core spells it: multi-token layers and the loss come last."""
     if not layers:
         return None
     stages = [["decoder"] * count for count in layers]

@@ -194,13 +194,13 @@ class CoreAttention(torch.nn.Module):
         mine_L = of_rank_L[dist.get_rank(context_parallel_group())]
         return torch.cat(of_rank_L)[None, :] > mine_L[:, None]
 
-    def _apart(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: Tensor) -> Tensor:
+    def _packed(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: Tensor) -> Tensor:
         """Causal attention inside each of the sequences that lie end to end: [T, H * D_v].
 
         Those of one length are computed together, so that nothing is padded.
         """
         if self.sharing > 1:
-            raise ValueError("context parallelism: on a CPU sequences cannot be kept apart")
+            raise ValueError("context parallelism: on a CPU packed sequences cannot share a context-parallel group")
         lengths = bounds.diff()
         places, outputs = [], []
         for length in torch.unique(lengths).tolist():
@@ -229,7 +229,7 @@ class CoreAttention(torch.nn.Module):
         **_: Any,
     ) -> Tensor:
         if packed_seq_params is not None:
-            return self._apart(query, key, value, packed_seq_params.cu_seqlens_q)
+            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
         query_BHLD, key_BHLD, value_BHLD = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         causal = attention_mask is None and attn_mask_type != AttnMaskType.no_mask
         if self.sharing > 1:

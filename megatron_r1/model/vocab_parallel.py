@@ -200,7 +200,7 @@ def _backward_chunk(
     logits_CV: Tensor,
     targets_CK: Tensor,
     reference_CV: Tensor | None,
-    kept: list[Tensor],
+    saved: list[Tensor],
     gradients: list[Tensor | None],
 ) -> Tensor:
     """Gradient [C, V] of the logits before the temperature.
@@ -208,7 +208,7 @@ def _backward_chunk(
     With g, h and d those of log-probabilities, entropy H and divergence KL: sum_k g_k (1[v = target_k] - p_v)
     - h p_v (log p_v + H) + d p_v (log p_v - log q_v - KL), over the temperature.
     """
-    entropy_C, peak_C, total_C, *rest = kept
+    entropy_C, peak_C, total_C, *rest = saved
     of_targets_CK, of_entropy_C, of_divergence_C = (*gradients, None)[:3]
     shifted_CV = logits_CV.sub_(peak_C[:, None])
     probs_CV = shifted_CV.exp().div_(total_C[:, None])

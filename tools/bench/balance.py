@@ -2,7 +2,7 @@
 
     python tools/bench/balance.py [--root runs/balance] [--steps 300] [--seeds 0] [--arms bias ...] [key=value ...]
 
-Each arm is an ordinary pre-training run below ROOT: the same command again goes on where it stopped, and runs that are
+Each arm is an ordinary pre-training run below ROOT: the same command again resumes where it stopped, and runs that are
 done are only read. Prints a table and writes ROOT/report.html. A run of 300 steps takes seven minutes on one core.
 
 The model is 256 wide and has 6.3 million parameters. A batch of 4,096 tokens makes 1,024 visits to each of 16 experts

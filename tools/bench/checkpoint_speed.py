@@ -38,21 +38,21 @@ def main() -> None:
     torch.set_num_threads(1)
     count = given.megabytes * 1_000_000 // (4 * TENSORS)
     parts = [TensorPart(str(number), (count,), (0,), torch.randn(count)) for number in range(TENSORS)]
-    taken: dict[str, list[float]] = {"cp": [], "save": [], "verify": []}
+    times: dict[str, list[float]] = {"cp": [], "save": [], "verify": []}
     with tempfile.TemporaryDirectory(dir=given.folder) as folder, CheckpointStore(Path(folder) / "saved") as store:
         copy = Path(folder) / "copy"
         for step in range(1, given.rounds + 1):
             save = seconds(lambda: store.commit(step, lambda to: write_parts(to, "model", 0, parts), {}))  # noqa: B023
             checkpoint = store.path(step)
-            taken["save"].append(save)
-            taken["verify"].append(seconds(lambda: verify(checkpoint)))  # noqa: B023
+            times["save"].append(save)
+            times["verify"].append(seconds(lambda: verify(checkpoint)))  # noqa: B023
             command = 'cp -r --reflink=never "$0" "$1" && find "$1" -type f -exec sync {} +'
-            taken["cp"].append(seconds(lambda: subprocess.run(["sh", "-c", command, checkpoint, copy], check=True)))  # noqa: B023
+            times["cp"].append(seconds(lambda: subprocess.run(["sh", "-c", command, checkpoint, copy], check=True)))  # noqa: B023
             subprocess.run(["rm", "-r", copy], check=True)
             store.prune()
     size = given.megabytes / 1000
-    for name, found in taken.items():
-        ratios = [base / mine for base, mine in zip(taken["cp"], found, strict=True)]
+    for name, found in times.items():
+        ratios = [base / mine for base, mine in zip(times["cp"], found, strict=True)]
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         speed = size / statistics.median(found)
         print(f"{name:<7} {speed:5.2f} GB/s  {statistics.median(ratios):.2f} times the speed of cp ({spread})")

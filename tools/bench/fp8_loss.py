@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind, seed = options.one[0], int(options.one[1])
         with process(seed) as platform:
             same = kind == SAME_WEIGHTS
-            kept = at_the_same_weights(seed, options, platform) if same else train(kind, seed, options, platform)[0]
-        save(options, kind, seed, kept)
+            result = at_the_same_weights(seed, options, platform) if same else train(kind, seed, options, platform)[0]
+        save(options, kind, seed, result)
         return
     for seed in options.seeds:
         for kind in (*VARIANTS, SAME_WEIGHTS):
@@ -145,12 +145,12 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
         losses.append(row["train/loss"])
         if state.step % 25 == 0:
             print(f"{variant}, seed {seed}: step {state.step}/{options.steps}, loss {row['loss']:.4f}", file=sys.stderr)
-    kept = {
+    result = {
         "losses": losses,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "core_seconds": time.process_time() - started,
     }
-    return kept, model, corpus
+    return result, model, corpus
 
 
 def at_the_same_weights(seed: int, options: argparse.Namespace, platform: Any) -> dict[str, Any]:
@@ -215,8 +215,8 @@ def move_one_unit(model: Any) -> None:
 def path_of(options: argparse.Namespace, variant: str, seed: int) -> Path:
     """Where a finished run is."""
     folder: Path = options.folder
-    words = "".join(letter if letter.isalnum() else "-" for letter in variant)
-    return folder / f"{words}-seed{seed}-{options.steps}x{options.batch}.json"
+    slug = "".join(letter if letter.isalnum() else "-" for letter in variant)
+    return folder / f"{slug}-seed{seed}-{options.steps}x{options.batch}.json"
 
 
 def save(options: argparse.Namespace, variant: str, seed: int, run: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ always stays high, or an error. So nothing new in a model is quantised, or left 
 
 Under tensor parallelism 128-wide blocks are cut from each rank's shard, as Transformer Engine cuts them. They are the
 blocks of the whole weight only where a shard's side is a multiple of 128; where it is not, the layout changes the
-scales, which is allowed, and said (`Fp8Plan.cut`).
+scales, which is allowed and listed (`Fp8Plan.cut`).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def recipe_of(kind: str, fp8: Fp8Config) -> LinearRecipe:
         weights=TILINGS[fp8.weight_tiling],
         power_of_two_inputs=kind in fp8.power_of_two_inputs,
         power_of_two_gradients=kind in fp8.power_of_two_gradients,
-        kept=E5M6 if kind in fp8.e5m6_inputs else E4M3,
+        saved=E5M6 if kind in fp8.e5m6_inputs else E4M3,
     )
 
 

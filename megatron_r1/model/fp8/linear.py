@@ -36,16 +36,16 @@ class LinearRecipe:
     weights: Tiling = BLOCK
     power_of_two_inputs: bool = False
     power_of_two_gradients: bool = False
-    kept: Format = E4M3
-    """Format in which the input waits for the backward pass."""
+    saved: Format = E4M3
+    """Format in which the input is saved for the backward pass."""
 
     def __str__(self) -> str:
         def tiling(of: Tiling, power_of_two: bool) -> str:
             return ("x".join(map(str, of)) if all(of) else "tensor") + (", powers of two" if power_of_two else "")
 
-        kept = "" if self.kept == E4M3 else f" (kept in {self.kept.name})"
+        saved = "" if self.saved == E4M3 else f" (kept in {self.saved.name})"
         return (
-            f"inputs {tiling(self.activations, self.power_of_two_inputs)}{kept}; "
+            f"inputs {tiling(self.activations, self.power_of_two_inputs)}{saved}; "
             f"weights {tiling(self.weights, False)}; "
             f"gradients {tiling(self.gradients, self.power_of_two_gradients)}"
         )
@@ -55,25 +55,25 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TK: Tensor, weight_NK: Tensor, recipe: LinearRecipe) -> Tensor:
         inputs_TK = through(x_TK, recipe.activations, E4M3, recipe.power_of_two_inputs)
-        kept_TK = inputs_TK
-        if recipe.kept != E4M3:
-            kept_TK = through(x_TK, recipe.activations, recipe.kept, recipe.power_of_two_inputs)
+        saved_TK = inputs_TK
+        if recipe.saved != E4M3:
+            saved_TK = through(x_TK, recipe.activations, recipe.saved, recipe.power_of_two_inputs)
         weights_NK = through(weight_NK, recipe.weights)
-        ctx.save_for_backward(kept_TK, weights_NK)
+        ctx.save_for_backward(saved_TK, weights_NK)
         ctx.recipe, ctx.types = recipe, (x_TK.dtype, weight_NK.dtype)
         return _product(inputs_TK, weights_NK.t(), x_TK.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (dy_TN,), recipe = gradients, ctx.recipe
-        kept_TK, weights_NK = ctx.saved_tensors
+        saved_TK, weights_NK = ctx.saved_tensors
         dx_TK = dw_NK = None
         if ctx.needs_input_grad[0]:
             by_channel_TN = through(dy_TN, recipe.gradients, E4M3, recipe.power_of_two_gradients)
             dx_TK = _product(by_channel_TN, weights_NK, ctx.types[0])
         if ctx.needs_input_grad[1]:
             by_token_TN = through(dy_TN, recipe.gradients.turned(), E4M3, recipe.power_of_two_gradients)
-            retiled_TK = through(kept_TK, recipe.activations.turned(), E4M3, recipe.power_of_two_inputs)
+            retiled_TK = through(saved_TK, recipe.activations.turned(), E4M3, recipe.power_of_two_inputs)
             dw_NK = _product(by_token_TN.t(), retiled_TK, ctx.types[1])
         return dx_TK, dw_NK, None
 

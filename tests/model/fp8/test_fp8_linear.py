@@ -14,7 +14,7 @@ from megatron_r1.model.fp8.quantise import BLOCK, E5M6, WHOLE
 
 FORMATS = {"E4M3": (3, -6, 448.0), "E5M6": (6, -14, 65024.0)}
 DEEPSEEK = LinearRecipe()
-AFTER_ATTENTION = LinearRecipe(power_of_two_inputs=True, kept=E5M6)
+AFTER_ATTENTION = LinearRecipe(power_of_two_inputs=True, saved=E5M6)
 RECIPES = {
     "as the report": DEEPSEEK,
     "after attention": AFTER_ATTENTION,
