@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 PACKAGE = "megatron_r1"
 FOLDER = "logs"
@@ -52,14 +53,14 @@ def logging_to(run_folder: Path | None, rank: int) -> Iterator[None]:
             handler.close()
 
 
-class _Terminal(logging.StreamHandler):
+class _Terminal(logging.StreamHandler[TextIO]):
     """Writes to whatever stderr is at the moment: a progress bar puts lines above itself by replacing it."""
 
     def __init__(self, level: int):
         logging.Handler.__init__(self, level)
 
     @property
-    def stream(self):  # type: ignore[override]
+    def stream(self) -> TextIO:  # type: ignore[override]
         return sys.stderr
 
     def filter(self, record: logging.LogRecord) -> bool:

@@ -161,4 +161,4 @@ class WandbRun:
 
     def _give_up(self, what: str, error: Exception) -> None:
         self._run = None
-        logger.warning("wandb %s: %s; the local record goes on", what, " ".join(str(error).split()))
+        logger.warning("wandb %s: %s; metrics.jsonl is still written", what, " ".join(str(error).split()))
