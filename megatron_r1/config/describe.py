@@ -171,7 +171,7 @@ def _limits(section: Any) -> dict[str, str]:
         if not isinstance(method, ast.FunctionDef) or method.name != "__post_init__":
             continue
         for call in (node for node in ast.walk(method) if isinstance(node, ast.Call)):
-            check, names = ast.unparse(call.func), [node.value for node in call.args if _is_text(node)]
+            check, names = ast.unparse(call.func), [name for node in call.args if (name := _text_of(node))]
             if check == "one_of":
                 choices = eval(compile(ast.Expression(call.args[2]), "<choices>", "eval"), scope)
                 found |= dict.fromkeys(names, ", ".join(choices))
@@ -183,8 +183,9 @@ def _limits(section: Any) -> dict[str, str]:
     return found
 
 
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _text_of(node: ast.expr) -> str:
+    """The text that an expression is; empty where it is none."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def _defaults(section: Any) -> dict[str, Any]:
@@ -217,7 +218,8 @@ def _spelt(value: object) -> str:
 
 def _commented(section: Any, verb: str, path: str, depth: int) -> Iterator[str]:
     pad = "  " * depth
-    texts = docstrings(type(section))
+    kind: Any = type(section)
+    texts = docstrings(kind)
     for field in section.__dataclass_fields__.values():
         key = key_of(field)
         if not reads(verb, joined(path, key)):

@@ -79,9 +79,13 @@ def defaults(section: Any) -> dict[str, Any]:
     return tree
 
 
-@cache
 def kinds_of(section: Any) -> dict[str, Any]:
     """Key -> declared type, in the order of declaration."""
+    return _kinds_of(section)
+
+
+@cache
+def _kinds_of(section: Any) -> dict[str, Any]:
     hints = get_type_hints(section)
     return {key_of(field): hints[field.name] for field in fields(section)}
 

@@ -153,7 +153,7 @@ def test_loading_leaves_no_global_state(tmp_path, monkeypatch):
         ("model/small.yaml", "hidden_size: 512\n", "hiden_size: 512\n", "model.hiden_size=512: no such key"),
         ("model/small.yaml", "  top_k: 4\n", "  top_k: null\n", "model.moe.top_k=null: must be a whole number"),
         ("model/small.yaml", "  top_k: 4\n", "  top_k: ${gone}\n", "model.moe.top_k=${gone}: Interpolation key 'gone'"),
-        ("model/small.yaml", "dtype: bf16", "dtype: [", ": cannot be composed: "),
+        ("model/small.yaml", "dtype: bf16", "dtype: [", "--config-name=pretrain: cannot be composed: "),
         ("_base.yaml", "  - model: tiny", "  - model: huge", "model=huge: no such file; "),
         ("pretrain.yaml", "name: pretrain", "1: pretrain", "1=pretrain: no such key"),
     ],

@@ -40,7 +40,7 @@ IMPORTED_ONLY = {
     "sft": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "train.balance_window"),
     "grpo": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "sft.", "dpo.", "reward_model.",
              "train.global"),
-    "reward_model": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "dpo."),
+    "reward_model": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "dpo.", "sft."),
     "dpo": (
         "model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "reward_model.", "rollout.", "sft.",
     ),

@@ -47,7 +47,7 @@ def section_classes(section: Any = RunConfig) -> dict[str, Any]:
 def paths_of_sections() -> dict[type, list[str]]:
     """Section class -> every dotted key where it stands."""
     found: dict[type, list[str]] = {RunConfig: [""]}
-    waiting = [(RunConfig, "")]
+    waiting: list[tuple[Any, str]] = [(RunConfig, "")]
     while waiting:
         section, path = waiting.pop()
         for key, kind in kinds_of(section).items():
