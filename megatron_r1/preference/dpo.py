@@ -1,6 +1,6 @@
-"""Direct preference optimization on any layout of ranks: an update on pairs of answers, and implicit rewards.
+"""Direct preference optimization on any layout of ranks: an update on pairs of responses, and implicit rewards.
 
-Shapes: P pairs of a micro-batch, B = 2 P answers (of each pair the better one first), L positions.
+Shapes: P pairs of a micro-batch, B = 2 P responses (of each pair the chosen one first), L positions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_r1.model.chunks import Model
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
-from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
+from megatron_r1.preference.dpo_loss import dpo_loss, response_logprob
 from megatron_r1.preference.reward_model import pairwise_accuracy, reward_micro_batch
 from megatron_r1.rl.policy.batch import ResponseBatch, longest_input
 from megatron_r1.rl.policy.policy import Policy
@@ -28,7 +28,7 @@ from megatron_r1.train.update import UpdateResult, update
 
 
 class DirectPreference:
-    """A policy that learns which of two answers is better, held to a reference."""
+    """A policy trained to prefer the chosen of two responses, held to a reference."""
 
     def __init__(
         self,
@@ -44,12 +44,12 @@ class DirectPreference:
         Args:
             model: the bare model.
             beta, label_smoothing: as in `dpo_loss`.
-            multiple: tensor-parallel ranks, which share out a row's positions.
+            multiple: tensor-parallel ranks, among which a sequence's positions are divided.
         """
         self.reference, self.beta = reference, beta
         self._model, self._label_smoothing = model, label_smoothing
         self._pad, self._device, self._multiple = pad, device, multiple
-        # Answers have a probability of their own, whatever temperature some engine samples with.
+        # The probability of a response does not depend on the temperature that an engine samples with.
         self._policy = Policy(model, temperature=1.0)
 
     def learn(
@@ -70,7 +70,7 @@ class DirectPreference:
 
         def forward(model: Any, rows: ResponseBatch) -> tuple[Any, Callable]:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
-                policy_B = answer_log_prob(scores.log_probs, rows.mask_BL)
+                policy_B = response_logprob(scores.log_probs, rows.mask_BL)
                 reference_B = torch.stack([reference[answer] for answer in rows.indices_B.tolist()])
                 loss, metrics = dpo_loss(
                     *sides(policy_B),
@@ -88,7 +88,7 @@ class DirectPreference:
         return result, sum(rows.inputs_BL.numel() for rows in micro_batches)
 
     def gaps(self, examples: Sequence[TokenizedPreference], size: int) -> list[float]:
-        """Collective: by how much more log p(better answer) is than log p(the other), for each pair, on every rank.
+        """Collective: log p(chosen) - log p(rejected) of each pair, on every rank.
 
         Under the weights as they stand.
 
@@ -105,30 +105,30 @@ class DirectPreference:
         """This data-parallel rank's share, in as many micro-batches as every other's.
 
         Ranks may share experts, and exchange tokens in every pass: where pairs cannot be divided evenly, some come
-        twice, the second time as answers that nobody asks for.
+        twice, the second time as responses whose result is not used.
         """
         group = data_parallel_group()
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        places = range(rank, -(-len(examples) // ranks) * ranks, ranks)
-        return [self._rows(examples, places[start : start + size]) for start in range(0, len(places), size)]
+        indices = range(rank, -(-len(examples) // ranks) * ranks, ranks)
+        return [self._rows(examples, indices[start : start + size]) for start in range(0, len(indices), size)]
 
-    def _rows(self, examples: Sequence[TokenizedPreference], places: Sequence[int]) -> ResponseBatch:
-        """Both answers of the pairs at `places`, an answer's number being twice its pair's place, and one more."""
-        rows = [row for place in places for row in examples[place % len(examples)].sequences]
+    def _rows(self, examples: Sequence[TokenizedPreference], indices: Sequence[int]) -> ResponseBatch:
+        """Both responses of the pairs at `indices`, numbered by twice the pair's index, plus one for the rejected."""
+        rows = [row for index in indices for row in examples[index % len(examples)].sequences]
         padded = reward_micro_batch(rows, self._pad, self._device, self._multiple)
         return ResponseBatch(
             torch.cat([padded.inputs_BL, padded.labels_BL[:, -1:]], 1),
-            padded.learned_BL.bool(),
-            torch.zeros_like(padded.learned_BL),
-            torch.tensor([2 * place + side for place in places for side in (0, 1)]),
+            padded.loss_mask_BL.bool(),
+            torch.zeros_like(padded.loss_mask_BL),
+            torch.tensor([2 * index + side for index in indices for side in (0, 1)]),
         )
 
     def _log_probs(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
-        """log p(answer) by the answer's number, without gradient; empty but on the last pipeline stage."""
+        """log p(response) by the response's number, without gradient; empty but on the last pipeline stage."""
         by_token = self._policy.logprobs_by_sample(micro_batches)
         found: dict[int, Tensor] = {}
         for rows in micro_batches if by_token else ():
-            log_prob_B = answer_log_prob(rows.gather(by_token), rows.mask_BL)
+            log_prob_B = response_logprob(rows.gather(by_token), rows.mask_BL)
             found |= zip(rows.indices_B.tolist(), log_prob_B, strict=True)
         return found
 
@@ -158,11 +158,11 @@ class EvalPairs:
         }
 
     def margins(self) -> list[float]:
-        """Collective: by how much the implicit reward of the better answer is above the other's, on every rank."""
+        """Collective: implicit reward of the chosen response minus that of the rejected one, on every rank."""
         gaps = self._preference.gaps(self._examples, self._size)
         return [self._preference.beta * (gap - before) for gap, before in zip(gaps, self._before, strict=True)]
 
 
 def sides(values_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the better answers and those of the others, [P] each."""
+    """Those of the chosen and those of the rejected responses, [P] each."""
     return values_B[0::2], values_B[1::2]

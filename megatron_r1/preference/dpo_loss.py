@@ -1,4 +1,4 @@
-"""Direct preference optimization: learning from pairs of answers without a reward model.
+"""Direct preference optimization: training on pairs of responses without a reward model.
 
 Pure. Legend: P pairs, L token positions.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-def answer_log_prob(logprobs_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
-    """log p(answer): the sum over its tokens."""
+def response_logprob(logprobs_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"]) -> Float[Tensor, " B"]:
+    """log p(response): the sum over its tokens."""
     return torch.where(mask_BL, logprobs_BL, 0.0).sum(dim=1)
 
 
@@ -31,7 +31,7 @@ def dpo_loss(
     """-log sigmoid(beta (log-ratio of the chosen - of the rejected)) (Rafailov et al. 2023, equation 7), and metrics.
 
     Args:
-        chosen_P, rejected_P: log-probabilities of whole answers under the policy (`answer_log_prob`).
+        chosen_P, rejected_P: log-probabilities of whole responses under the policy (`response_logprob`).
         reference_chosen_P, reference_rejected_P: under the reference policy; no gradient flows into them.
         beta: how strongly the policy is held to the reference; above 0.
         label_smoothing: chance that a pair's label is wrong (Mitchell 2023, "A note on DPO with noisy preferences",

@@ -1,10 +1,11 @@
-"""A reward model in training and at work: losses on scores and on the judge's reasoning, and scores alone.
+"""A reward model: its losses on scores and on the judge's critiques in training, and its scores in use.
 
-A pair's loss is -log sigmoid(score of the better - score of the worse) (Bradley-Terry), a labelled response's the
-cross-entropy of sigmoid(score): DeepSeek-R1 report (v2), section 3.1. Reasoning that stands before the end token is
-learned by next-token cross-entropy, so that what the head reads has been thought through (DeepSeek-V3 report, 5.2.1).
+A pair's loss is -log sigmoid(chosen score - rejected score) (Bradley-Terry), a labelled response's the cross-entropy of
+sigmoid(score): DeepSeek-R1 report (v2), section 3.1. A critique before the end token is trained by next-token
+cross-entropy, so that the head scores after reasoning (DeepSeek-V3 report, 5.2.1).
 
-Shapes: I items of a micro-batch, B rows (two to a pair, the better first), L positions, D model width, V vocabulary.
+Shapes: I examples of a micro-batch, B sequences (two to a pair, the chosen first), L positions, D model width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -29,37 +30,37 @@ from megatron_r1.parallel.mesh import all_gather_data_parallel, broadcast_from_l
 
 @dataclass(frozen=True)
 class RewardMicroBatch:
-    """A micro-batch of judged responses, padded on the right."""
+    """A micro-batch of labelled responses, padded on the right."""
 
     inputs_BL: Tensor
     labels_BL: Tensor
     """The token after each input; padding after the last."""
-    learned_BL: Tensor
-    """1 where the label belongs to the judge's reasoning, else 0."""
+    loss_mask_BL: Tensor
+    """1 where the label belongs to the judge's critique, else 0."""
     ends_B: Tensor
-    """Position of each row's last token."""
+    """Position of each sequence's last token."""
     safe_I: Tensor
-    """1 or 0; of pairs it says nothing."""
+    """1 or 0; unused for pairs."""
     token_weight: float = 0.0
-    """Of one learned token's loss, so that means over micro-batches and ranks come out as the mean over all tokens."""
+    """Of one critique token's loss; the mean over micro-batches and ranks is then the mean over all such tokens."""
 
 
 def reward_micro_batch(rows: Sequence[TokenizedSequence], pad: int, device: str, multiple: int) -> RewardMicroBatch:
-    """Rows as tensors.
+    """Sequences as tensors.
 
     Args:
         multiple: their common length is a multiple of this.
     """
     longest = -(-max(len(row.tokens) for row in rows) // multiple) * multiple
     tokens_BL = torch.full((len(rows), longest + 1), pad, dtype=torch.long)
-    learned_BL = torch.zeros(len(rows), longest)
-    for place, row in enumerate(rows):
-        tokens_BL[place, : len(row.tokens)] = torch.tensor(row.tokens)
-        learned_BL[place, row.loss_start - 1 : len(row.tokens) - 1] = 1.0
+    loss_mask_BL = torch.zeros(len(rows), longest)
+    for index, row in enumerate(rows):
+        tokens_BL[index, : len(row.tokens)] = torch.tensor(row.tokens)
+        loss_mask_BL[index, row.loss_start - 1 : len(row.tokens) - 1] = 1.0
     return RewardMicroBatch(
         tokens_BL[:, :-1].contiguous().to(device),
         tokens_BL[:, 1:].contiguous().to(device),
-        learned_BL.to(device),
+        loss_mask_BL.to(device),
         torch.tensor([len(row.tokens) - 1 for row in rows], device=device),
         torch.empty(0),
     )
@@ -72,9 +73,9 @@ class RewardModel:
         """
         Args:
             model: the bare model, its head attached.
-            pairwise: whether rows come in pairs.
-            reasoning_weight: of the token loss on the judge's reasoning.
-            multiple: tensor-parallel ranks, which share out a row's positions.
+            pairwise: whether sequences come in pairs.
+            reasoning_weight: of the token loss on the judge's critique.
+            multiple: tensor-parallel ranks, among which a sequence's positions are divided.
         """
         self._model, self._pairwise, self._reasoning_weight = model, pairwise, reasoning_weight
         self._pad, self._device, self._multiple = pad, device, multiple
@@ -85,12 +86,12 @@ class RewardModel:
         """This data-parallel rank's share of a global batch.
 
         Args:
-            size: items of a micro-batch.
+            size: examples of a micro-batch.
         """
         mine = examples[rank::ranks]
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        learned = sum(len(row.tokens) - row.loss_start for example in examples for row in example.sequences)
-        weight = len(parts) * ranks / max(1, learned)
+        critique_tokens = sum(len(row.tokens) - row.loss_start for example in examples for row in example.sequences)
+        weight = len(parts) * ranks / max(1, critique_tokens)
         return [self._micro_batch(part, weight) for part in parts]
 
     def _micro_batch(self, examples: Sequence[TokenizedPreference], weight: float) -> RewardMicroBatch:
@@ -98,7 +99,7 @@ class RewardModel:
             [row for each in examples for row in each.sequences], self._pad, self._device, self._multiple
         )
         safe_I = torch.tensor([float(each.safe) for each in examples], device=self._device)
-        return RewardMicroBatch(rows.inputs_BL, rows.labels_BL, rows.learned_BL, rows.ends_B, safe_I, weight)
+        return RewardMicroBatch(rows.inputs_BL, rows.labels_BL, rows.loss_mask_BL, rows.ends_B, safe_I, weight)
 
     def forward(self, model: Any, rows: RewardMicroBatch) -> tuple[Tensor, LossFunction]:
         """This stage's output, and what makes a loss of the last one's: scores and token losses, [B, 1 + L]."""
@@ -145,40 +146,40 @@ class RewardModel:
         }
         loss = score_loss
         if self._reasoning_weight:
-            reasoning_loss = (output_BX[:, 1:] * rows.learned_BL).sum() * rows.token_weight
+            reasoning_loss = (output_BX[:, 1:] * rows.loss_mask_BL).sum() * rows.token_weight
             logged["train/reasoning_loss"] = reasoning_loss.detach()
             loss = loss + self._reasoning_weight * reasoning_loss
         return loss, {**logged, "train/loss": loss.detach()}
 
     def scores(self, rows: Sequence[Sequence[int]], size: int) -> list[float]:
-        """The score of each row of tokens, the last of which is read; the same on every stage.
+        """The score of each token sequence, read at its last token; the same on every stage.
 
-        Collective over all ranks: those that work on the same data give the same rows, others their own, or none.
+        Collective over all ranks: those of one data-parallel rank pass the same sequences, others their own, or none.
 
         Args:
-            size: rows of a forward pass.
+            size: sequences of a forward pass.
         """
         return self._read(rows, size, self._scores) or []
 
     def generate_critiques(self, rows: Sequence[Sequence[int]], size: int, end: int, longest: int) -> list[list[int]]:
-        """Rows of tokens, each followed by the model's own greedy reasoning and the end token.
+        """Token sequences, each followed by the model's own greedy critique and the end token.
 
-        Collective, as `scores`. Every token costs a pass over its whole row, so that any layout of ranks can do it.
+        Collective, as `scores`. Every token costs a pass over its whole sequence, which any layout of ranks can do.
 
         Args:
-            longest: tokens of reasoning after which a row is ended.
+            longest: tokens of a critique after which it is ended.
         """
         result = [list(row) for row in rows]
-        going = list(range(len(rows)))
+        unfinished = list(range(len(rows)))
         for _ in range(longest):
-            chosen = self._read([result[place] for place in going], size, self._next_tokens)
+            chosen = self._read([result[index] for index in unfinished], size, self._next_tokens)
             if chosen is None:
                 break
-            for place, token in zip(going, chosen, strict=True):
-                result[place].append(token)
-            going = [place for place, token in zip(going, chosen, strict=True) if token != end]
-        for place in going:
-            result[place].append(end)
+            for index, token in zip(unfinished, chosen, strict=True):
+                result[index].append(token)
+            unfinished = [index for index, token in zip(unfinished, chosen, strict=True) if token != end]
+        for index in unfinished:
+            result[index].append(end)
         return result
 
     def _next_tokens(
@@ -194,10 +195,10 @@ class RewardModel:
         return logits_LBV[rows.ends_B, torch.arange(len(rows.ends_B), device=logits_LBV.device)].argmax(-1)
 
     def _read(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
-        """What `read` finds at the last token of each row, the same on every stage; None when no rank has rows."""
+        """What `read` gives at the last token of each sequence, the same on every stage; None when no rank has any."""
         pad_to_batch = [TokenizedSequence(list(row), len(row)) for row in rows]
         parts = [pad_to_batch[start : start + size] for start in range(0, len(pad_to_batch), size)]
-        # Where ranks that see other data share experts, each pass is one of all of them: who has less, passes padding.
+        # Data-parallel ranks may share experts, so all of them run each pass: a rank with fewer sequences runs padding.
         passes = max(all_gather_data_parallel(len(parts)))
         if not passes:
             return None
@@ -214,5 +215,5 @@ class RewardModel:
 
 
 def pairwise_accuracy(margins_I: Tensor) -> Tensor:
-    """1 for a margin above 0, 0 for one below, half for a tie: a model that cannot tell is right by half."""
+    """1 for a margin above 0, 0 for one below, half for a tie: a model that gives equal scores is half right."""
     return (margins_I > 0).float() + 0.5 * (margins_I == 0).float()

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning on packed examples: the loss is on answers alone, and no example sees another.
+"""Supervised fine-tuning on packed examples: the loss is on responses alone, and no example sees another.
 
-The loss of a step is the mean over the learned tokens of all its sequences, over all ranks and micro-batches. Padding
+The loss of a step is the mean over the trained-on tokens of its sequences, over all ranks and micro-batches. Padding
 is routed like any token, but nothing comes of it: it is no target, no example attends to it, and post-training has
 neither a balance loss nor steps of the balancing bias (`FROZEN`), the only places where its routing could count.
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.data.chat.batches import ChatBatch
-from megatron_r1.model.forward_backward import packed_seq_params
+from megatron_r1.model.forward_backward import LossFunction, packed_seq_params
 from megatron_r1.model.scores import model_scores
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.train.batching import divide_by_tokens
@@ -31,16 +31,16 @@ class SupervisedReader(PackedReader):
     def __init__(self, packed: bool, mtp_layers: int, device: str, trimmed_to: int = 0):
         """
         Args:
-            packed: whether several examples share a sequence, and must be kept apart.
+            packed: whether several examples share a sequence, so that attention must not cross from one to another.
             extra_predictions: layers of multi-token prediction.
-            trimmed_to: micro-batches end with their longest sequence, at a multiple of this; 0 leaves them whole.
+            trimmed_to: micro-batches are cut after their longest sequence, at a multiple of this; 0 leaves them whole.
         """
         # A sequence of one example needs no mask but the causal one: what comes after it is padding.
         super().__init__(True, mtp_layers, device)
         self._packed, self._trimmed_to = packed, trimmed_to
 
-    def forward(self, model: Any, rows: PackedMicroBatch) -> tuple[Tensor, Callable]:
-        """Cross-entropy of the learned tokens.
+    def forward(self, model: Any, rows: PackedMicroBatch) -> tuple[Tensor, LossFunction]:
+        """Cross-entropy of the trained-on tokens.
 
         Where examples share sequences, those of all sequences of the micro-batch are laid end to end, and attention,
         rotary positions and multi-token prediction know where each begins; and the logits of all tokens never exist at
@@ -53,20 +53,20 @@ class SupervisedReader(PackedReader):
             loss = (output_1T.float().view_as(rows.loss_mask_BL) * rows.loss_mask_BL).sum() * rows.weight
             return loss, {"train/loss": loss.detach()}
 
-        output = self.ask(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
+        output = self.run(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
         return -output.log_probs if isinstance(output, TokenScores) else output, loss_function
 
-    def ask(self, model: Any, rows: PackedMicroBatch, question: Callable[..., Any]) -> Any:
-        """What a function of `model.scores` finds of the examples end to end; extra predictions add their own loss."""
-        inputs_1T, positions_1T, apart = end_to_end(rows)
+    def run(self, model: Any, rows: PackedMicroBatch, query: Callable[..., Any]) -> Any:
+        """Runs a function of `model.scores` on the examples end to end; multi-token prediction adds its own loss."""
+        inputs_1T, positions_1T, packed = end_to_end(rows)
         with mtp_loss_weighted(model, rows.mtp_weight):
-            return question(
+            return query(
                 model,
                 inputs_1T,
                 positions_1T,
                 labels=rows.tokens_BL[:, 1:].reshape(1, -1),
                 loss_mask=rows.mtp_loss_mask_BL.reshape(1, -1),
-                packed_seq_params=apart,
+                packed_seq_params=packed,
             )
 
     def shape(self, length: int, rows: int) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class SupervisedReader(PackedReader):
 
 
 def end_to_end(rows: PackedMicroBatch) -> tuple[Tensor, Tensor, Any]:
-    """Tokens and positions of all sequences laid end to end, [1, T], and what keeps their examples apart."""
+    """Tokens and positions of all sequences laid end to end, [1, T], and what keeps attention within each example."""
     positions_BL = positions_in_documents(rows.document_ids_BL)
     tokens_1T, positions_1T = rows.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
     return tokens_1T, positions_1T, packed_seq_params(bounds(positions_BL))

@@ -148,7 +148,7 @@ def test_rows_are_padded_and_know_their_ends():
     rows = reward_micro_batch([row for example in training_examples(True) for row in example.sequences], PAD, "cpu", 4)
     assert rows.inputs_BL.shape[1] % 4 == 0
     assert rows.inputs_BL.gather(1, rows.ends_B[:, None]).eq(END).all()
-    learned = rows.labels_BL[rows.learned_BL.bool()]
+    learned = rows.labels_BL[rows.loss_mask_BL.bool()]
     assert (learned == END).sum() == len(rows.ends_B), "the end of the reasoning is learned too"
 
 

@@ -13,7 +13,7 @@ from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.sft.supervised import SupervisedReader, end_to_end
-from megatron_r1.sft.teacher import DistillingReader, Teacher, learned
+from megatron_r1.sft.teacher import DistillingReader, Teacher, trained_on
 from megatron_r1.train.routing import FROZEN
 from tests.support.gradients import gradients_of, worst
 from tests.support.layouts import model_of
@@ -59,7 +59,7 @@ def logits(model, rows, words):
     inputs_1T, positions_1T, apart = end_to_end(rows)
     with without_multi_token_prediction(model):
         logits_1TV = model(inputs_1T, positions_1T, None, packed_seq_params=apart)
-    return logits_1TV[learned(rows)][:, :words].double()
+    return logits_1TV[trained_on(rows)][:, :words].double()
 
 
 def whole_divergence(student, teacher, rows, words, temperature):
@@ -136,11 +136,11 @@ def test_words_of_learned_tokens_alone_are_kept_and_the_teacher_stays_as_it_is(s
     batch = ChatBatch(BATCH.tokens_BL, BATCH.document_ids_BL, BATCH.loss_mask_BL.copy())
     batch.loss_mask_BL[reader.shares(batch, 1)[0][:2]] = False  # nothing to learn in the first micro-batch
     micro_batches = reader.micro_batches(batch, 0, 1, 2)
-    counts = [len(rows.said.ids) for rows in micro_batches]
+    counts = [len(rows.topk.ids) for rows in micro_batches]
     assert sum(counts) == int(reader.loss_mask(batch).sum()) and counts[0] == 0 < counts[1]
     for rows in micro_batches:
-        assert rows.said.ids.shape == rows.said.log_probs.shape == (int(rows.loss_mask_BL.sum()), 9)
-        assert (rows.said.ids < 500).all() and (rows.said.log_probs.exp().sum(-1) <= 1 + 1e-6).all()
+        assert rows.topk.ids.shape == rows.topk.log_probs.shape == (int(rows.loss_mask_BL.sum()), 9)
+        assert (rows.topk.ids < 500).all() and (rows.topk.log_probs.exp().sum(-1) <= 1 + 1e-6).all()
     found, loss = gradients_of(students["sparse"], micro_batches, reader)
     assert loss > 0 and any(gradient.any() for gradient in found.values())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())

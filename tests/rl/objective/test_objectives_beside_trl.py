@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.load import load
-from megatron_r1.preference.dpo_loss import answer_log_prob, dpo_loss
+from megatron_r1.preference.dpo_loss import dpo_loss, response_logprob
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.importance_weights import ClipRange
 from megatron_r1.rl.objective.objective import ImportanceSampling, Objective, ObjectiveInputs, build_objective
@@ -173,8 +173,8 @@ def test_direct_preference_optimization_is_trls(beta):
         masks[0][0] = False
         inputs = [chosen.requires_grad_(), rejected.requires_grad_()]
         mine, metrics = dpo_loss(
-            *(answer_log_prob(values, mask) for values, mask in zip(inputs, masks, strict=True)),
-            *(answer_log_prob(values, mask) for values, mask in zip(reference, masks, strict=True)),
+            *(response_logprob(values, mask) for values, mask in zip(inputs, masks, strict=True)),
+            *(response_logprob(values, mask) for values, mask in zip(reference, masks, strict=True)),
             beta=beta,
         )
         theirs = trl_dpo_loss(
