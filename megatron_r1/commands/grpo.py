@@ -16,8 +16,8 @@ from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import NoReplay, Replay, RoutingReplay
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.preference.scorer import RewardModelScorer
-from megatron_r1.rewards.rubric_builder import Scorer, rule_scorer
-from megatron_r1.rewards.score import Weighted
+from megatron_r1.rewards.rubric_builder import build_rubric
+from megatron_r1.rewards.score import Scorer, Weighted
 from megatron_r1.rl.advantages.critic_setup import build_critic
 from megatron_r1.rl.generation.async_rollouts import AsyncRollouts, RolloutSource
 from megatron_r1.rl.generation.reward_service import CollectiveRewardService, NoRewardModels, RewardService
@@ -65,7 +65,7 @@ def run(config: RunConfig) -> None:
             finish_run(run, run.state)
             return
         service, replay, placement = build_reward_service(run), build_replay(run), build_placement(run)
-        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)), service.rewards)
+        scorer = build_rubric(config.reward, lambda text: len(tokenizer.encode(text)), service.rewards)
         learner = build_learner(run, weights, replay)
         with (
             rollout_engine(run, weights, replay, placement) as engine,

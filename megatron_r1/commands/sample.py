@@ -12,7 +12,7 @@ from megatron_r1.data.prompts.files import read_prompts
 from megatron_r1.data.prompts.prompts import TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.rewards.rubric_builder import rule_scorer
+from megatron_r1.rewards.rubric_builder import build_rubric
 from megatron_r1.rollout.sampling_job import SamplingJob, plan_of, publish
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.inference_engine import inference_engine
@@ -40,7 +40,7 @@ def run(config: RunConfig) -> None:
         if models := config.reward.models:
             allowed = "must be 0 here: reward models work beside a trainer, in grpo"
             raise ConfigError(f"reward.{min(models)}", getattr(config.reward, min(models)), allowed)
-        scorer = rule_scorer(config.reward, lambda text: len(tokenizer.encode(text)))
+        scorer = build_rubric(config.reward, lambda text: len(tokenizer.encode(text)))
         with inference_engine(config, found, dict(found.tensors), folder) as engine:
             engine.update_weights(found.folder.name)
             job.sample(todo, engine, tokenizer, scorer)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prompts.prompts import Prompt, heldout_assistant_prompts, heldout_prompts
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
+from megatron_r1.rewards.accuracy import is_correct
 from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
-from megatron_r1.rewards.rubric_builder import is_correct
 
 Metric = Callable[[Prompt, str], float]
 """From 0 to 1, of one answer."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import DataError
-from megatron_r1.rewards.extract import CLOSE, OPEN
+from megatron_r1.rewards.extract import after_reasoning, last_tagged
 from megatron_r1.rewards.reward import RewardPrompt, Unscored, Value
 from megatron_r1.rewards.sandbox.command import PYTHON, WORK
 from megatron_r1.rewards.sandbox.inside import NO_PYTHON
@@ -96,11 +96,11 @@ def read_tests(text: str) -> CodeTests:
 def find_program(text: str) -> str | None:
     """The program of a response: the last fenced block of its answer element, or of all after the reasoning where
     there is none; without a fence, the whole answer element."""
-    tagged = OPEN in text
-    part = text.rpartition(OPEN)[2].partition(CLOSE)[0] if tagged else text.rpartition("</think>")[2]
+    tagged = last_tagged(text)
+    part = after_reasoning(text) if tagged is None else tagged
     pieces = part.split(FENCE)
     if len(pieces) < 3:
-        found = part if tagged and len(pieces) == 1 else None
+        found = tagged if len(pieces) == 1 else None
     else:
         last = len(pieces) - 2 if len(pieces) % 2 else len(pieces) - 3
         found = re.sub(r"\A[\w+#-]*[ \t]*\n", "", pieces[last])

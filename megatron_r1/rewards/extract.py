@@ -1,4 +1,4 @@
-"""Where in a response the answer stands.
+"""Cuts a response into reasoning and rest, and finds the answer in it.
 
 `tagged_answer` is what training rewards: the inside of the answer tags and nothing else. `any_answer` is what
 measuring a base model needs: it takes the answer from whatever format the response has.
@@ -10,13 +10,48 @@ length of the response.
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
-OPEN, CLOSE = "<answer>", "</answer>"
-NUMBER = re.compile(r"[-+]?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?:/[0-9]+)?")
+from megatron_r1.rewards.exact import NUMBER
+
+THINK, END_THINK, ANSWER, END_ANSWER = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 AFTER_STATEMENT = re.compile(r"(?:answer is|\u7b54\u6848\u662f|\u7b54\u6848\u4e3a)[\s:\uff1a$]*")
 BOXED = "\\boxed{"
 BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
-THOUGHT = "</think>"
+
+
+class Parts(NamedTuple):
+    """What a response is made of."""
+
+    reasoning: str
+    summary: str
+
+
+def split_reasoning(response: str) -> Parts:
+    """Cut where the reasoning ends, at the last closing tag; white space and answer tags stay as they are.
+
+    Reasoning that is never closed has no summary. A response without think tags is all summary.
+    """
+    reasoning, closed, summary = response.rpartition(END_THINK)
+    if closed:
+        return Parts(reasoning.replace(THINK, "", 1), summary)
+    before, opened, reasoning = response.partition(THINK)
+    return Parts(before + reasoning, "") if opened else Parts("", response)
+
+
+def after_reasoning(response: str) -> str:
+    """What follows the last closing tag; all of a response that closes no reasoning."""
+    return response.rpartition(END_THINK)[2]
+
+
+def first_thought(response: str) -> tuple[int, int] | None:
+    """Start and end of the text from the first opening tag to the next closing one, or to the end of the response."""
+    start = response.find(THINK)
+    if start < 0:
+        return None
+    start += len(THINK)
+    end = response.find(END_THINK, start)
+    return start, len(response) if end < 0 else end
 
 
 def answer_elements(text: str) -> list[str]:
@@ -26,8 +61,8 @@ def answer_elements(text: str) -> list[str]:
     which was cut short, or which opens the tag again instead of closing it, still has an answer.
     """
     found = []
-    for part in text.split(OPEN)[1:]:
-        content = part.split(CLOSE, 1)[0].split("<", 1)[0].strip()
+    for part in text.split(ANSWER)[1:]:
+        content = part.split(END_ANSWER, 1)[0].split("<", 1)[0].strip()
         if content:
             found.append(content)
     return found
@@ -40,6 +75,12 @@ def tagged_answer(text: str) -> str | None:
     """
     contents = set(answer_elements(text))
     return contents.pop() if len(contents) == 1 else None
+
+
+def last_tagged(text: str) -> str | None:
+    """What follows the last opening answer tag, up to its closing one; nothing where no tag is opened."""
+    _, opened, inside = text.rpartition(ANSWER)
+    return inside.partition(END_ANSWER)[0] if opened else None
 
 
 def boxed_answers(text: str) -> list[str]:
@@ -61,15 +102,15 @@ def boxed_answers(text: str) -> list[str]:
 
 def boxed_answer(text: str) -> str | None:
     """What stands in the box after the reasoning; nothing where there is none, or where several boxes disagree."""
-    contents = set(boxed_answers(text.rpartition(THOUGHT)[2]))
+    contents = set(boxed_answers(after_reasoning(text)))
     return contents.pop() if len(contents) == 1 else None
 
 
 def answer_of(text: str, where: str) -> str | None:
     """The answer of a response: inside the tags, boxed, or any (tags where there are some, a box, the last number)."""
-    if where == "tags" or (where == "any" and OPEN in text):
+    if where == "tags" or (where == "any" and ANSWER in text):
         return tagged_answer(text)
-    if where == "boxed" or BOXED in text.rpartition(THOUGHT)[2]:
+    if where == "boxed" or BOXED in after_reasoning(text):
         return boxed_answer(text)
     return any_answer(text)
 
@@ -80,7 +121,7 @@ def any_answer(text: str) -> str | None:
     In this order: the answer tags, the last `\\boxed{...}`, the number after the last "answer is", the last number
     in the text.
     """
-    if OPEN in text:
+    if ANSWER in text:
         return tagged_answer(text)
     if BOXED in text:
         return text.rsplit(BOXED, 1)[1].split("}", 1)[0].strip() or None

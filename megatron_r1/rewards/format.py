@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-THINK, END_THINK, ANSWER, END_ANSWER = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+from megatron_r1.rewards.extract import ANSWER, END_ANSWER, END_THINK, TAGS, THINK
+
 ANY_TAG = re.compile("|".join(TAGS))
 
 

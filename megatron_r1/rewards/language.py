@@ -6,15 +6,31 @@ thought, added to the other rewards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from megatron_r1.rewards.extract import END_THINK, first_thought
+from megatron_r1.rewards.reward import RewardPrompt, Value
 from megatron_r1.rewards.words import languages
 
-OPEN, CLOSE = "<think>", "</think>"
 
+class LanguageReward:
+    """Language consistency with one language, or with the one that each question is written in.
 
-def reasoning(text: str) -> str:
-    """What stands between the first think tag, or the beginning, and the end of the reasoning, or of the text."""
-    _, opened, after = text.partition(OPEN)
-    return (after if opened else text).partition(CLOSE)[0]
+    Args:
+        target: en, zh, or question.
+    """
+
+    name = "language"
+
+    def __init__(self, target: str):
+        self._target = target
+
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
+        follow = self._target == "question"
+        return [
+            language_consistency(text, question_language(prompt.question) if follow else self._target)
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
 
 
 def language_consistency(text: str, target: str) -> float:
@@ -22,6 +38,12 @@ def language_consistency(text: str, target: str) -> float:
     counts = languages(reasoning(text))
     total = counts.total()
     return counts[target] / total if total else 0.0
+
+
+def reasoning(text: str) -> str:
+    """What stands between the first think tag, or the beginning, and the end of the reasoning, or of the text."""
+    thought = first_thought(text)
+    return text[slice(*thought)] if thought else text.partition(END_THINK)[0]
 
 
 def question_language(question: str) -> str:

@@ -1,6 +1,6 @@
 """Accuracy by mathematics: whether an answer equals the truth as an expression, whatever its form.
 
-Two plain numbers are compared exactly and at once, as `accuracy.same_number` does. A number may have a unit (`14 cm`,
+Two plain numbers are compared exactly and at once, as `exact.same_number` does. A number may have a unit (`14 cm`,
 `$14`, `14 apples`), which is wrong only where the truth has another. Everything else goes to math-verify in a worker
 process (math_worker.py). An answer that needs longer than the deadline, or that kills its judge, is wrong.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_r1.config.reward import MathConfig
-from megatron_r1.rewards.accuracy import parse_number
+from megatron_r1.rewards.exact import parse_number
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.workers import Died, Timeout, WorkerPool, WorkersDown
 

@@ -1,8 +1,8 @@
-"""What a reward is: an object with a name that scores answers in batches.
+"""The interface of a reward: an object with a name that scores responses in batches.
 
-A rule, a reward model behind a server and a judge all have this shape. What could not be judged for no fault of the
-answer (a worker pool that is down, a sandbox that does not start, a server that does not reply) is `Unscored`, which
-is something else than 0.
+A rule, a reward model and a judge behind a server all have this shape. A response that gets no value through no fault
+of its own (a worker pool that is down, a sandbox that does not start, a server that does not reply) is `Unscored`,
+which is not 0.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class RewardPrompt(Protocol):
 
     @property
     def task(self) -> str:
-        """Which verifier judges the answer."""
+        """Decides which verifier compares the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unscored:
-    """No verdict, for no fault of the answer."""
+    """No value, through no fault of the response."""
 
     reason: str
 
@@ -41,22 +41,22 @@ Value = float | Unscored
 
 
 class Reward(Protocol):
-    """One thing that an answer is rewarded for; may be asked by many threads at a time."""
+    """One thing that a response is rewarded for; many threads may call it at a time."""
 
     @property
     def name(self) -> str:
-        """Under which its part of a score is recorded."""
+        """Names its part of a score."""
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """A value for each response text, in order; `texts[i]` answers `prompts[i]`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """A reward that is a pure function of one prompt and one response text."""
+class TextRule:
+    """A reward that is a pure function of the response text."""
 
     name: str
-    function: Callable[[RewardPrompt, str], float]
+    function: Callable[[str], float]
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
-        return [self.function(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        return [self.function(text) for text in texts]

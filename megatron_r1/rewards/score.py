@@ -1,19 +1,16 @@
-"""What a response is worth: the weighted sum of its rewards, with what each adds."""
+"""The score of a response: the weighted sum of its rewards, with what each adds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_r1.config.reward import RewardConfig
-from megatron_r1.rewards.accuracy import accuracy
-from megatron_r1.rewards.format import format_reward
 from megatron_r1.rewards.reward import Reward, RewardPrompt, Unscored, Value
 from megatron_r1.rewards.steps import RewardedStep, StepRewards
 
 FIRST_PAUSE_S = 0.5
-"""Before an answer that could not be judged is tried again; each further pause is twice as long."""
+"""Before a response without a verdict is scored again; each further pause is twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +25,13 @@ class Score:
     """Weighted rewards of the response's steps, which are not in the total."""
 
 
+Scorer = Callable[[Sequence[RewardPrompt], Sequence[str]], list[Score | Unscored]]
+"""Prompts and response texts -> scores; may be called by several threads. A `Rubric` is one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """A reward and what it counts."""
+    """A reward and its weight."""
 
     weight: float
     reward: Reward
@@ -38,74 +39,62 @@ class Weighted:
 
 @dataclass(frozen=True, slots=True)
 class WeightedSteps:
-    """What rewards steps, and how much they count."""
+    """Rewards of steps, and their weight."""
 
     weight: float
     rewards: StepRewards
 
 
 class Rubric:
-    """Rewards with their weights; may be asked by many threads."""
+    """Rewards with their weights; several threads may call it."""
 
     def __init__(self, parts: Sequence[Weighted], retries: int = 0, steps: WeightedSteps | None = None):
         """
         Args:
             parts: what is added up; two rewards of one name are one entry of the breakdown.
-            retries: further tries of answers that could not be judged.
+            retries: further tries of responses that could not be scored.
             steps: what rewards single steps, if anything does.
         """
         self.parts, self._retries, self._steps = tuple(parts), retries, steps
 
     def __call__(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Score | Unscored]:
-        """The score of each response text, in order; Unscored where a reward could not judge it after all tries."""
-        found: list[Score | Unscored] = [Score(0.0, {}) for _ in texts]
+        """The score of each response text, in order; Unscored where a reward gave no value after all tries."""
+        scores: list[Score | Unscored] = [Score(0.0, {}) for _ in texts]
         for part in self.parts:
-            for place, value in enumerate(self._tried(part.reward, prompts, texts)):
-                before = found[place]
+            for index, value in enumerate(self._with_retries(part.reward, prompts, texts)):
+                before = scores[index]
                 if isinstance(before, Unscored):
                     continue
                 if isinstance(value, Unscored):
-                    found[place] = value
+                    scores[index] = value
                     continue
-                name, worth = part.reward.name, part.weight * value
-                parts = {**before.parts, name: before.parts.get(name, 0.0) + worth}
-                found[place] = Score(sum(parts.values()), parts)
-        return self._with_steps(found, prompts, texts) if self._steps else found
+                name, weighted = part.reward.name, part.weight * value
+                parts = {**before.parts, name: before.parts.get(name, 0.0) + weighted}
+                scores[index] = Score(sum(parts.values()), parts)
+        return self._with_steps(scores, self._steps, prompts, texts) if self._steps else scores
 
+    @staticmethod
     def _with_steps(
-        self, found: Sequence[Score | Unscored], prompts: Sequence[RewardPrompt], texts: Sequence[str]
+        scores: Sequence[Score | Unscored],
+        weighted: WeightedSteps,
+        prompts: Sequence[RewardPrompt],
+        texts: Sequence[str],
     ) -> list[Score | Unscored]:
-        assert self._steps
-        weight = self._steps.weight
         return [
             score
             if isinstance(score, Unscored)
-            else replace(score, steps=tuple(RewardedStep(step.end, weight * step.value) for step in steps))
-            for score, steps in zip(found, self._steps.rewards(prompts, texts), strict=True)
+            else replace(score, steps=tuple(RewardedStep(step.end, weighted.weight * step.value) for step in steps))
+            for score, steps in zip(scores, weighted.rewards(prompts, texts), strict=True)
         ]
 
-    def _tried(self, reward: Reward, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
+    def _with_retries(self, reward: Reward, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         values = reward.score(prompts, texts)
-        for number in range(self._retries):
-            missing = [place for place, value in enumerate(values) if isinstance(value, Unscored)]
+        for retry in range(self._retries):
+            missing = [index for index, value in enumerate(values) if isinstance(value, Unscored)]
             if not missing:
                 break
-            time.sleep(FIRST_PAUSE_S * 2**number)
-            again = reward.score([prompts[place] for place in missing], [texts[place] for place in missing])
-            for place, value in zip(missing, again, strict=True):
-                values[place] = value
+            time.sleep(FIRST_PAUSE_S * 2**retry)
+            again = reward.score([prompts[index] for index in missing], [texts[index] for index in missing])
+            for index, value in zip(missing, again, strict=True):
+                values[index] = value
         return values
-
-
-def weighted(right: bool, response: str, config: RewardConfig) -> Score:
-    """The score by accuracy and format of a response whose answer has been judged."""
-    parts = {
-        "accuracy": config.accuracy * float(right),
-        "format": config.format * format_reward(response, config.format_style),
-    }
-    return Score(sum(parts.values()), parts)
-
-
-def score(response: str, truth: str, config: RewardConfig) -> Score:
-    """Score a response, the text after the prompt, by accuracy and format against a true number."""
-    return weighted(accuracy(response, truth) > 0, response, config)

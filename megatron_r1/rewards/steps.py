@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from megatron_r1.rewards.extract import first_thought
 from megatron_r1.rewards.reward import RewardPrompt
 
 OPERATORS: dict[str, Callable[[int, int], int]] = {
@@ -20,7 +21,6 @@ OPERATORS: dict[str, Callable[[int, int], int]] = {
 }
 EXPRESSION = re.compile(r"[0-9]{1,9}(?: ?[-+*] ?[0-9]{1,9}){1,20}")
 EQUATION = re.compile(r"(-?[0-9]{1,9}) ?([-+*]) ?(-?[0-9]{1,9}) ?= ?(-?[0-9]{1,18})")
-THOUGHT = re.compile(r"<think>(.*?)(?:</think>|$)", re.DOTALL)
 
 
 class RewardedStep(NamedTuple):
@@ -45,13 +45,13 @@ def arithmetic_steps(prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> l
 
 def steps_of(question: str, response: str) -> list[RewardedStep]:
     """The equations of one response."""
-    asked, thought = EXPRESSION.search(question), THOUGHT.search(response)
-    if not (asked and thought):
+    expression, thought = EXPRESSION.search(question), first_thought(response)
+    if not (expression and thought):
         return []
-    left = Remaining.of(asked.group())
+    remaining = Remaining.of(expression.group())
     return [
-        RewardedStep(step.end(), float(left.take(int(step[1]), step[2], int(step[3]), int(step[4]))))
-        for step in EQUATION.finditer(response, thought.start(1), thought.end(1))
+        RewardedStep(step.end(), float(remaining.take(int(step[1]), step[2], int(step[3]), int(step[4]))))
+        for step in EQUATION.finditer(response, *thought)
     ]
 
 

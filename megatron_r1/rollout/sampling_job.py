@@ -21,11 +21,11 @@ from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import DataError, UserError
 from megatron_r1.files import digest_of, replacing, write_whole
+from megatron_r1.rewards.accuracy import VERIFIERS, is_correct
 from megatron_r1.rewards.extract import any_answer
 from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.reward import Unscored
-from megatron_r1.rewards.rubric_builder import VERIFIERS, Scorer, is_correct
-from megatron_r1.rewards.score import Score
+from megatron_r1.rewards.score import Score, Scorer
 from megatron_r1.rollout.engine import RolloutEngine, require_completions
 from megatron_r1.rollout.sample import Request, Sampling
 

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.reward import RewardConfig
+from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.data.synthetic.arithmetic import worked_documents
-from megatron_r1.rewards.accuracy import accuracy, parse_number, same_number
+from megatron_r1.rewards.exact import parse_number, same_number
 from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
-from megatron_r1.rewards.score import score
+from megatron_r1.rewards.rubric_builder import build_rubric
+from megatron_r1.rewards.score import Score
 
 GOOD = "<think>3 * 4 = 12, 2 + 12 = 14</think> <answer>14</answer>"
 EXAMPLE = (
@@ -21,6 +23,17 @@ EXAMPLE = (
     "<answer>14</answer>",
     "<think>...gibberish...</think> <answer> 7<answer>",
 )
+
+
+def score(response: str, truth: str, config: RewardConfig) -> Score:
+    """By the configured rubric, of a prompt whose answer is a number."""
+    (found,) = build_rubric(config)([Prompt("train-0", "?", truth, "", "number")], [response])
+    assert isinstance(found, Score)
+    return found
+
+
+def accuracy(response: str, truth: str) -> float:
+    return score(response, truth, RewardConfig(format=0.0)).parts["accuracy"]
 
 
 @pytest.mark.parametrize("style", ["lenient", "strict"])
@@ -167,11 +180,11 @@ def test_any_answer(response, answer):
     ids=range(10),
 )
 def test_huge_responses_are_quick(response):
-    start = time.perf_counter()
+    start = time.process_time()  # of this process, however busy the machine is
     any_answer(response)
     score(response, "14", RewardConfig())
     score(response, "14", RewardConfig(format_style="lenient"))
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 FRAGMENTS = st.sampled_from(

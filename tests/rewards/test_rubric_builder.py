@@ -13,8 +13,9 @@ from megatron_r1.config.reward import MathConfig, RewardConfig, SandboxConfig
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.errors import ConfigError, DataError, PlatformError
 from megatron_r1.rewards import score as score_module
-from megatron_r1.rewards.reward import Rule, Unscored
-from megatron_r1.rewards.rubric_builder import Accuracy, rule_scorer
+from megatron_r1.rewards.accuracy import Accuracy
+from megatron_r1.rewards.reward import TextRule, Unscored
+from megatron_r1.rewards.rubric_builder import build_rubric
 from megatron_r1.rewards.score import Rubric, Score, Weighted
 
 
@@ -68,7 +69,7 @@ def test_programs_are_refused_without_a_sandbox(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     tests = json.dumps({"language": "python", "inputs": ["1"], "outputs": ["1"]})
     with pytest.raises(PlatformError, match="install bubblewrap"):
-        rule_scorer(RewardConfig())([prompt(tests, "code")], [tagged("print(1)")])
+        build_rubric(RewardConfig())([prompt(tests, "code")], [tagged("print(1)")])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_weights_and_breakdown():
         accuracy=1.0, format=0.5, language=0.25, overlong=0.1, repetition=2.0, repetition_ngram_size=2
     )
     config.overlong_tokens, config.overlong_buffer = 60, 50
-    scorer = rule_scorer(config, count_tokens=len)
+    scorer = build_rubric(config, count_tokens=len)
     text = tagged("14", "yes yes yes \u662f")
     (found,) = scorer([prompt("14", "number", "how many?")], [text])
     parts = {"accuracy": 1.0, "format": 0.5, "language": 0.25 * 0.75, "overlong": -0.1 * (len(text) - 10) / 50}
@@ -103,10 +104,10 @@ def repetition_of(text: str) -> float:
 
 
 def test_only_what_weighs_is_asked():
-    (found,) = rule_scorer(RewardConfig(accuracy=0.0, format=1.0))([prompt("no tests", "code")], [tagged("x")])
+    (found,) = build_rubric(RewardConfig(accuracy=0.0, format=1.0))([prompt("no tests", "code")], [tagged("x")])
     assert found == Score(1.0, {"format": 1.0})
     with pytest.raises(ConfigError, match="reward.overlong"):
-        rule_scorer(RewardConfig(overlong=1.0))
+        build_rubric(RewardConfig(overlong=1.0))
 
 
 class Flaky:
@@ -130,7 +131,7 @@ def test_what_could_not_be_judged_is_tried_again_and_is_not_zero(monkeypatch):
     pauses: list[float] = []
     monkeypatch.setattr(score_module.time, "sleep", pauses.append)
     flaky = Flaky({"b": 1, "c": 99, "d": 2})
-    rubric = Rubric([Weighted(0.5, flaky), Weighted(1.0, Rule("other", lambda prompt, text: 2.0))], retries=2)
+    rubric = Rubric([Weighted(0.5, flaky), Weighted(1.0, TextRule("other", lambda text: 2.0))], retries=2)
     found = rubric([prompt("", "number")] * 4, ["a", "b", "c", "d"])
     well = Score(2.5, {"judge": 0.5, "other": 2.0})
     assert found == [well, well, Unscored("no reply about c"), well]

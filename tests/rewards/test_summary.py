@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_r1.rewards.summary import READS, parts
+from megatron_r1.rewards.extract import split_reasoning
+from megatron_r1.rewards.summary import READS
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,6 @@ from megatron_r1.rewards.summary import READS, parts
     ],
 )
 def test_parts(response, reasoning, summary):
-    assert parts(response) == (reasoning, summary)
+    assert split_reasoning(response).reasoning == reasoning
     assert READS["summary"](response) == summary
     assert READS["response"](response) == response

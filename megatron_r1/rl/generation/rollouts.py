@@ -20,8 +20,7 @@ from megatron_r1.data.prompts.prompts import Prompt, Prompts
 from megatron_r1.data.tokenizer import response_text
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards.reward import Unscored
-from megatron_r1.rewards.rubric_builder import Scorer
-from megatron_r1.rewards.score import Score
+from megatron_r1.rewards.score import Score, Scorer
 from megatron_r1.rewards.steps import RewardedStep
 from megatron_r1.rl.generation.filters import ZERO_STD, apply_filters, build_filters, counted_as
 from megatron_r1.rollout.engine import RolloutEngine

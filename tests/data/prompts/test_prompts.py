@@ -6,12 +6,12 @@ from collections import Counter
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.prompts.prompts import TrainingPrompts, heldout_prompts
+from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts, heldout_prompts
 from megatron_r1.data.synthetic import gym
 from megatron_r1.data.synthetic.expressions import is_heldout, value
 from megatron_r1.data.template import R1_ZERO_TEMPLATE, fill_template
 from megatron_r1.errors import DataError
-from megatron_r1.rewards.accuracy import accuracy
+from megatron_r1.rewards.accuracy import is_correct
 
 CONFIG = DataConfig()
 
@@ -72,7 +72,7 @@ def test_library_scorer_agrees_with_the_accuracy_reward():
     for _ in range(100):
         problem = gym.draw_item(rng, 0.15, heldout=False)
         for answer in (problem.answer, str(int(problem.answer) + 1), "", "1" + problem.answer):
-            expected = accuracy(f"<answer>{answer}</answer>", problem.answer)
+            expected = is_correct(Prompt("0", "?", problem.answer, "", "number"), answer)
             assert gym.verify(problem.task, answer, problem.answer) == bool(expected)
 
 

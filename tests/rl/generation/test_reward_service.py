@@ -11,7 +11,7 @@ import pytest
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards import score as score_module
-from megatron_r1.rewards.reward import Rule, Unscored
+from megatron_r1.rewards.reward import TextRule, Unscored
 from megatron_r1.rewards.score import Rubric, Weighted
 from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
 from megatron_r1.rl.generation.reward_service import CollectiveRewardService
@@ -77,7 +77,7 @@ def ahead_of(source: Source, service: CollectiveRewardService, ahead: int = 2, a
 
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_only_the_trainers_thread_scores_and_every_rollout_gets_its_own(service, models, ahead):
-    rubric = Rubric([*service.rewards, Weighted(2.0, Rule("rule", lambda prompt, text: len(text)))])
+    rubric = Rubric([*service.rewards, Weighted(2.0, TextRule("rule", len))])
     with ahead_of(Source(rubric), service, ahead) as rollouts:
         samples = [rollouts.take(step, step - 1).samples[0] for step in range(1, LAST + 1)]
     for step, sample in enumerate(samples, start=1):

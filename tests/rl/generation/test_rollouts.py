@@ -12,7 +12,7 @@ from megatron_r1.data.prompts.prompts import TrainingPrompts
 from megatron_r1.data.synthetic.expressions import careful_steps
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import response_text
-from megatron_r1.rewards.rubric_builder import rule_scorer
+from megatron_r1.rewards.rubric_builder import build_rubric
 from megatron_r1.rl.generation.rollouts import Rollouts, shuffle_rewards
 from megatron_r1.rl.loop import step_metrics
 from megatron_r1.rl.policy.batch import make_batch
@@ -49,7 +49,7 @@ def rollouts(tiny, config, tokenizer, formatter, tmp_path):
         for name, value in {"shuffle_rewards": False, **rl}.items():
             setattr(config.rl, name, value)
         prompts, journal = TrainingPrompts(config.data), Journal(tmp_path / "rollouts")
-        scorer = rule_scorer(config.reward)
+        scorer = build_rubric(config.reward)
         return Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed)
 
     return make
@@ -64,7 +64,7 @@ def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer, fo
         assert sample.prompt_id == prompt.id
         assert sample.prompt_tokens == formatter.tokens(prompt.question) and sample.prompt_tokens[0] == tokenizer.bos
         assert sample.text == response_text(sample.response_tokens, tokenizer)
-        assert sample.reward == rule_scorer(config.reward)([prompt], [sample.text])[0].total
+        assert sample.reward == build_rubric(config.reward)([prompt], [sample.text])[0].total
     assert len({sample.response_tokens for sample in samples[:4]}) > 1
 
 
@@ -135,7 +135,7 @@ def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer
     prompts = TrainingPrompts(config.data)
     engine = Worked([prompts.at(index) for index in range(3)], formatter)
     config.reward.steps, config.reward.step_rewards = 0.5, "arithmetic"
-    scorer = rule_scorer(config.reward)
+    scorer = build_rubric(config.reward)
     config.reward.steps, config.reward.step_rewards = 0.0, ""
     journal = Journal(tmp_path / "rollouts")
     taken = Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
