@@ -174,7 +174,10 @@ class SGLangConfig:
     """How requests are spread over servers."""
 
     def __post_init__(self) -> None:
-        within(self, 1, 64, "servers")
+        if self.address_file:  # servers of any number of machines
+            at_least(self, 1, "servers")
+        else:
+            within(self, 1, 64, "servers")
         at_least(self, -1, "first_gpu")
         at_least(self, 1, "start_timeout_s", "max_running_requests")
         at_least(self, 0.01, "request_timeout_s")

@@ -1,13 +1,14 @@
-"""What becomes of answers that are under way when weights change.
+"""What happens to responses in flight when weights change.
 
-| pause | answers under way | after the update they | caches of the old weights |
+| pause | responses in flight | after the update they | caches of the old weights |
 |---|---|---|---|
 | finish | are waited for: the update begins when they are done | | dropped |
-| abort | end where they are, with the reason `abort`: only for others' answers | | dropped |
-| retract | give up their cache and wait | are read again and go on under the new weights | dropped |
-| in_place | stand still | go on, on keys and values of the old weights | kept, for later requests too |
+| abort | end where they are, with the reason `abort`: only for responses to other programs | | dropped |
+| retract | release their cache and wait | are prefilled again and continue under the new weights | dropped |
+| in_place | are paused | continue, on keys and values of the old weights | reused, by later requests too |
 
-With retract and in_place one answer has several weight versions, which SGLang tells token by token (`weight_versions`).
+With retract and in_place one response has several weight versions, which SGLang reports token by token
+(`weight_versions`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Pause:
     mode: str | None
     """SGLang's name; None does not pause it."""
     flush_cache: bool = True
-    """Whether the cache is dropped with the last bucket. SGLang cannot while answers stand still."""
+    """Whether the cache is dropped with the last bucket. SGLang cannot while responses are paused."""
 
 
 FINISH = Pause(None)

@@ -73,5 +73,8 @@ def test_the_configured_file_gives_the_servers_with_the_keys_of_the_environment(
     assert external_endpoints(config) == [Endpoint(url, "user", "admin") for url in URLS]
     with pytest.raises(NoRolloutCapacity, match="has 2 of 3"):
         external_endpoints(SGLangConfig(servers=3, address_file=str(tmp_path / "servers"), start_timeout_s=1))
+    assert SGLangConfig(servers=256, address_file="f").servers == 256
+    with pytest.raises(ConfigError, match="servers=256"):
+        SGLangConfig(servers=256)
     with pytest.raises(ConfigError, match="address_file=f: must be empty"):
         SGLangConfig(addresses=URLS, address_file="f")

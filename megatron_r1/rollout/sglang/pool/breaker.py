@@ -1,4 +1,4 @@
-"""When to leave a server alone, and how much may be sent again: what keeps a bad minute from becoming a storm."""
+"""Circuit breakers, retry budgets and backoff: what prevents retries from overloading servers that recover."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Clock = Callable[[], float]
 
 
 class Breaker:
-    """A circuit breaker (Nygard, Release It!, chapter 5): closed, open, and half open for one call that tries.
+    """A circuit breaker (Nygard, Release It!, chapter 5): closed, open, and half open for one trial call.
 
     Args:
         failures: failures in a row that open it.
-        cooldown_s: seconds that it stays open; doubled by every try that fails.
+        cooldown_s: seconds that it stays open; doubled by every trial that fails.
         clock: monotonic seconds.
     """
 
@@ -36,7 +36,7 @@ class Breaker:
 
     @property
     def opens_in(self) -> float:
-        """Seconds until a call may try the server; 0 where one may already, or is trying."""
+        """Seconds until a trial call may go out; 0 where one may already, or is out."""
         return 0.0 if self._closed_again_at is None else max(0.0, self._closed_again_at - self._clock())
 
     def allows(self) -> bool:
@@ -44,19 +44,19 @@ class Breaker:
         return self.closed or (self.opens_in == 0.0 and not self._trying)
 
     def start(self) -> bool:
-        """A call goes out; whether it is the one that tries a half-open breaker."""
+        """A call goes out; whether it is the trial of a half-open breaker."""
         self._trying = self._trying or not self.closed
         return not self.closed
 
     def succeed(self) -> None:
-        """A call came back as it should."""
+        """A call succeeded."""
         self._failed, self._factor, self._closed_again_at, self._trying = 0, 1, None, False
 
     def fail(self, tried: bool = False) -> None:
         """A call failed.
 
         Args:
-            tried: it was the one that tried; calls that were under way when the breaker opened change nothing.
+            tried: it was the trial; calls that were in flight when the breaker opened change nothing.
         """
         if self.closed:
             self._failed += 1
@@ -70,7 +70,7 @@ class Breaker:
         self._closed_again_at = self._clock() + self._cooldown * self._factor
 
     def release(self, tried: bool) -> None:
-        """A call ended without telling anything about the server."""
+        """A call ended and says nothing about the server."""
         self._trying = self._trying and not tried
 
 

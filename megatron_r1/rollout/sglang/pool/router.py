@@ -1,7 +1,7 @@
-"""An sglang-router in front of the servers: it spreads the requests, and is told which servers there are.
+"""Registers the servers at an sglang-router that stands in front of them and spreads the requests.
 
-Requests go to the router alone; control goes to each server directly. The router chooses among the servers that it was
-told of; what the pool promises (deadlines, retries, checked answers, losses counted) holds as with servers.
+Requests go to the router alone; control goes to each server directly. The router chooses among the registered servers;
+what the pool promises (deadlines, retries, validated replies, counted failures) holds as without it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 CALL_S = 10.0
 REGISTER_S = 60.0
 POLL_S = 0.2
-LOOK_AGAIN_S = 10.0
+RECHECK_S = 10.0
 
 
 class Router:
-    """The list of servers that a router knows.
+    """The servers that a router knows.
 
     Args:
         url: ``http://host:port`` of the router.
@@ -65,13 +65,13 @@ class Router:
             raise NoRolloutCapacity(f"{self.url}: the router did not take the servers {sorted(wanted)}") from None
 
     async def follow(self, wanted: Callable[[], dict[str, Endpoint]], ours: set[str], changed: StateChanged) -> None:
-        """Keep the router's list true until cancelled."""
+        """Keep the router's list current until cancelled."""
         while True:
             try:
                 await self.set_workers(wanted(), ours)
             except NoRolloutCapacity as error:
                 logger.error("%s", error)
-            await changed.wait(LOOK_AGAIN_S)
+            await changed.wait(RECHECK_S)
 
     async def _call(self, method: str, path: str, body: object | None = None) -> Any:
         try:

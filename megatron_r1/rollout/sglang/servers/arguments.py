@@ -1,4 +1,4 @@
-"""From the options of servers to SGLang's own: fields of its ServerArgs, and environment variables."""
+"""Translates the options of servers into SGLang's: fields of its ServerArgs, and environment variables."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def server_arguments(
 
 
 def options(server: ServerConfig) -> dict[str, Any]:
-    """SGLang's names for what a server is made of; what is left to SGLang is left out."""
+    """A server's options in SGLang's names; options that SGLang decides are left out."""
     chosen: dict[str, Any] = {"tp_size": server.tensor_parallel, "ep_size": server.expert_parallel}
     if server.data_parallel_attention > 1:
         chosen |= {"dp_size": server.data_parallel_attention, "enable_dp_attention": True}

@@ -1,4 +1,4 @@
-"""One SGLang server as a child process: on the loopback with fresh keys, watched, killed with all that it spawned.
+"""One SGLang server as a child process: on the loopback with fresh keys, killed with all that it spawned.
 
 The server leads a process group of its own. It ends with `close`, with the interpreter, and with the death of this
 process however that comes (launch.py watches its standard input). Its output goes to a log file.
@@ -33,10 +33,10 @@ from megatron_r1.rollout.sglang.servers.launch import remove_leftovers, shared_m
 CLOSE_TIMEOUT_S = 20.0
 HOST = "127.0.0.1"
 LAUNCHER = re.compile(r"(TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))")
-"""Variables by which a launcher tells this program's ranks of each other; a server's ranks are none of these."""
+"""Variables from which this program's ranks know each other; a server's ranks are none of these."""
 NOISE = ("Traceback", "File ", "warn", "^^^")
 HARMLESS = ("KeyError: '/", "/freeze_gc")
-"""Errors that servers write which are well."""
+"""Errors that healthy servers write to their logs."""
 
 
 class Server:
@@ -90,7 +90,7 @@ class Server:
             raise NoRolloutCapacity(self.exit_reason())
 
     def exit_reason(self) -> str:
-        """What is known of a server whose process has ended."""
+        """Status and last error of a process that has ended."""
         return f"SGLang server ended with status {self.process.returncode}: {self.failure_line()}"
 
     def accepts(self) -> bool:
@@ -101,13 +101,13 @@ class Server:
             return probe.connect_ex((HOST, self.port)) == 0 and probe.getsockname() != probe.getpeername()
 
     def failure_line(self) -> str:
-        """The line of the log that tells most about a failure, on one line, with the log's path."""
+        """The line of the log that says most about a failure, with the log's path."""
         with open(self.log, "rb") as file:
             file.seek(self._log_start)
             lines = file.read()[-64_000:].decode(errors="replace").splitlines()
-        said = [line.strip() for line in lines if line.strip() and not line.strip().startswith(NOISE)]
-        errors = [line for line in said if "Error" in line and not any(one in line for one in HARMLESS)]
-        return f"{(errors or said or ['it wrote nothing'])[-1][:400]} (log: {self.log})"
+        messages = [line.strip() for line in lines if line.strip() and not line.strip().startswith(NOISE)]
+        errors = [line for line in messages if "Error" in line and not any(one in line for one in HARMLESS)]
+        return f"{(errors or messages or ['it wrote nothing'])[-1][:400]} (log: {self.log})"
 
     def close(self) -> None:
         """Kill the process group, wait for its end and remove the server's temporary folder; may be called twice."""
