@@ -58,7 +58,7 @@ def report(stages: list[StageTraffic], engines: Engines, needed: int, found: Pre
     sent = sum(stage.nbytes for stage in stages)
     yield f"in all {sum(len(stage.buckets) for stage in stages)} buckets, {sent} bytes"
     yield f"received: {sent} bytes by each of the {engines.ranks} ranks of {engines.count} servers"
-    yield f"kept: {needed} bytes by the fullest of them, {needed / sent:.1%} of it: SGLang takes weights in whole"
+    yield f"kept: {needed} bytes by the fullest of them, {needed / sent:.1%} of it: SGLang receives whole weights"
     yield (
         f"predicted {found.total_s:.2f} s: servers receive for {found.broadcast_s:.2f} s, "
         f"the slowest stage gathers for {found.gather_s:.2f} s"
@@ -70,7 +70,7 @@ def report(stages: list[StageTraffic], engines: Engines, needed: int, found: Pre
 
 
 def slices(everything: ShardDirectory, stages: list[int], payload: WeightPayload, pattern: str) -> Iterator[str]:
-    """Which rank sends which slice of a weight to which leader, and as what it goes on to the servers."""
+    """Which rank sends which slice of a weight to which leader, and which tensors the servers get of it."""
     for name, (shape, parts) in everything.items():
         if not re.search(pattern, name) or not (entries := payload.entries(name)):
             continue

@@ -1,1 +1,1 @@
-"""How answers are sampled: engines behind one protocol, frozen samples, and the journal that they are kept in."""
+"""Generation: engines behind one protocol, weight sync, the records of requests and samples, and their journal."""

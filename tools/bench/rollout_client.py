@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000, help="of one round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--soak-seconds", type=float, default=0.0)
-    parser.add_argument("--reply-seconds", type=float, default=0.0, help="that a toy takes for an answer")
+    parser.add_argument("--reply-seconds", type=float, default=0.0, help="that a fake server takes for a response")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from tests.support.fake_sglang import KEY, fakes

@@ -1,7 +1,7 @@
 """How far an engine's log-probabilities are from the trainer's, with routing replay and without: bf16, on this machine.
 
 `tools/bench/routing_replay.py [--engine sglang] [--layers 8] [--experts 32] [--seeds 3]`. The model has random weights,
-large enough for probabilities to differ. Of every answer's tokens: mean and 99th percentile of the absolute difference,
+large enough for probabilities to differ. Of every response's tokens: mean and 99th percentile of the absolute difference,
 and the share of the engine's choices of experts that the trainer's routers would have made otherwise.
 """
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=["sglang", "local"], default="sglang")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--experts", type=int, default=32, help="a multiple of 16")
-    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=48, help="of a response")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
     gains = []

@@ -103,7 +103,7 @@ def main() -> None:
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs
 
-    logging.getLogger().setLevel(logging.INFO)  # what plugins do is told: they come before the log level is read
+    logging.getLogger().setLevel(logging.INFO)  # plugins load before SGLang sets its log level
     load_plugins()
     _keep_control_closed()
     run_server(ServerArgs(**arguments))
