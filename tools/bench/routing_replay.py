@@ -1,8 +1,8 @@
 """How far an engine's log-probabilities are from the trainer's, with routing replay and without: bf16, on this machine.
 
 `tools/bench/routing_replay.py [--engine sglang] [--layers 8] [--experts 32] [--seeds 3]`. The model has random weights,
-large enough for probabilities to differ. Of every response's tokens: mean and 99th percentile of the absolute difference,
-and the share of the engine's choices of experts that the trainer's routers would have made otherwise.
+large enough for probabilities to differ. Of every response's tokens: mean and 99th percentile of the absolute
+difference, and the share of the engine's choices of experts that the trainer's routers would have made otherwise.
 """
 
 from __future__ import annotations
