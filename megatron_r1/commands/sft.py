@@ -60,7 +60,7 @@ def run(config: RunConfig) -> None:
             before = {} if run.state.step else {"eval/loss_before": measure.loss()}
             first.append(EvalHook(measure, config.sft.eval_interval, config.train.steps, before))
         if dist.get_rank() == 0:
-            logger.info("%s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
+            logger.info("conversations: %s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
         hooks = run.hooks(SHOWN, "sft", first=first)
         state = train(run.state, supervised_step(run, training_reader, training), hooks, config.train.steps)
         finish_run(run, state)
