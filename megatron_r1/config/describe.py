@@ -173,7 +173,7 @@ def _limits(section: Any) -> dict[str, str]:
         for call in (node for node in ast.walk(method) if isinstance(node, ast.Call)):
             check, names = ast.unparse(call.func), [name for node in call.args if (name := _text_of(node))]
             if check == "one_of":
-                choices = eval(compile(ast.Expression(call.args[2]), "<choices>", "eval"), scope)
+                choices = _choices(call.args[2], scope)
                 found |= dict.fromkeys(names, ", ".join(choices))
             elif check == "at_least" and isinstance(call.args[1], ast.Constant):
                 found |= dict.fromkeys(names, f"at least {ast.unparse(call.args[1])}")
@@ -181,6 +181,17 @@ def _limits(section: Any) -> dict[str, str]:
                 low, high = (ast.unparse(node) for node in call.args[1:3])
                 found |= dict.fromkeys(names, f"{low} to {high}")
     return found
+
+
+def _choices(node: ast.expr, scope: dict[str, Any]) -> list[str]:
+    """The texts that an expression lists: a tuple of constants and names, a name, or `tuple(NAME)`."""
+    if isinstance(node, ast.Tuple):
+        return [choice for part in node.elts for choice in _choices(part, scope)]
+    if isinstance(node, ast.Call):
+        return _choices(node.args[0], scope)
+    if isinstance(node, ast.Name):
+        return [scope[node.id]] if isinstance(scope[node.id], str) else list(scope[node.id])
+    return [_text_of(node)]
 
 
 def _text_of(node: ast.expr) -> str:
