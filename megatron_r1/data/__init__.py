@@ -1,1 +1,1 @@
-"""What the model reads: generated worked arithmetic, its tokenizer, its token corpus and its prompts."""
+"""Data: tokenizer, text preparation, pre-training shards, conversations, preferences, prompts, synthetic worlds."""

@@ -1,1 +1,1 @@
-"""Rule rewards: pure functions from strings to numbers."""
+"""Rewards of responses: rules, verifiers in worker processes and a sandbox, a judge behind HTTP, and their sum."""

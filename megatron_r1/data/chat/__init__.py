@@ -1,1 +1,1 @@
-"""Conversations: read, rendered by a chat template, tokenised with what is learned of them, packed."""
+"""Conversations: read from files, rendered by a chat template, tokenised with loss masks, packed."""

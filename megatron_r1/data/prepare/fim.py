@@ -1,8 +1,8 @@
-"""Fill in the middle: some documents are told out of order, so that a model learns to write between two texts.
+"""Fill in the middle: some documents are reordered, so that a model learns to write between two texts.
 
 Prefix-suffix-middle order at document level, before packing (DeepSeek-V3 report, section 4.1):
 `<fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>`. The two cuts fall between any two characters (Bavarian
-et al. 2022). The three parts are tokenised apart.
+et al. 2022). The three parts are tokenised separately.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class ShardMaker:
     ):
         """
         Args:
-            told: hears how many bytes of input were done since it was last told.
+            told: called with the bytes of input done since its last call.
         """
         self._folder, self._inputs, self._fields, self._told = folder, inputs, fields, on_progress
         self._dtype, self._encoder = token_dtype(vocab_size), encoder

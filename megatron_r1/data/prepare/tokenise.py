@@ -64,7 +64,7 @@ def tokenise(
         folder: made if missing; after a kill, the one that was begun.
         workers: processes.
         max_bad_rows: rows that may be quarantined before the work stops.
-        told: hears how far the work is, several times a second.
+        told: called with the progress, several times a second.
 
     Returns:
         The totals that the manifest records.
@@ -112,12 +112,12 @@ def _make_shards(
     context = mp.get_context("spawn")  # a fork would copy the threads of progress bar and pool in mid-air
     done_bytes = context.Value("q", before)
 
-    def tell() -> None:
+    def report_progress() -> None:
         counts = [record["counts"] for record in records.values()]
         documents, tokens = (sum(count[key] for count in counts) for key in ("documents", "tokens"))
         on_progress(TokeniseProgress(done_bytes.value, plan.input_bytes, documents, tokens, len(_bad_rows(records))))
 
-    tell()
+    report_progress()
     _check_bad_rows(records, max_bad_rows)
     if not left:
         return [records[number] for number in range(len(plan.shards))]
@@ -132,7 +132,7 @@ def _make_shards(
                 number, record = future.result()
                 records[number] = record
                 _check_bad_rows(records, max_bad_rows)
-            tell()
+            report_progress()
     except BrokenProcessPool as error:
         raise DataError(f"{folder}: a worker was killed; the same command goes on with the rest") from error
     finally:
