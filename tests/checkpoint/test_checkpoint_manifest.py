@@ -6,6 +6,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,13 @@ from megatron_r1.checkpoint.manifest import (
 )
 from megatron_r1.errors import CheckpointDamaged
 
-METADATA = {"step": 7, "config": {"seed": 0, "betas": (0.9, 0.95)}, "layout": {"tensor": 1}, 10: "ten", 2: "two"}
+METADATA: dict[Any, Any] = {
+    "step": 7,
+    "config": {"seed": 0, "betas": (0.9, 0.95)},
+    "layout": {"tensor": 1},
+    10: "ten",
+    2: "two",
+}
 
 
 @pytest.fixture

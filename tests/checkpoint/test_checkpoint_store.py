@@ -306,7 +306,8 @@ class ThreadRanks:
 
 
 def on_two_ranks(function) -> list[Any]:
-    values, barrier, results = [None, None], threading.Barrier(2), [None, None]
+    values, barrier = [None, None], threading.Barrier(2)
+    results: list[Any] = [None, None]
 
     def run(rank: int) -> None:
         try:
@@ -370,6 +371,7 @@ def test_damage_that_one_rank_finds_sends_all_to_the_older_one(tmp_path: Path, s
         ranks.barrier.wait(timeout=10)
         with CheckpointStore(tmp_path, ranks=ranks) as store:
             found = store.newest_verified()
+        assert found
         return found[0].name, found[1].files[f"shard-{shard}"].sha256
 
     first, second = on_two_ranks(job)
@@ -389,7 +391,8 @@ def test_the_hashes_of_those_who_wrote_are_taken_and_their_files_are_not_read_ag
         store.commit(1, write("a"), {})
         store.commit(2, lied_to, {})
         assert read_manifest(store.path(2)).files["file"] == record
-        assert store.newest_verified()[0] == store.path(1)
+        found = store.newest_verified()
+        assert found and found[0] == store.path(1)
 
 
 @pytest.mark.parametrize("content", [b"shorter", None])

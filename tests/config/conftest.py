@@ -38,6 +38,7 @@ def _answer(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> Answ
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
     ) as process:
+        assert process.stdout and process.stderr
         out, err = process.stdout.read(), process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

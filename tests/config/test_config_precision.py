@@ -37,6 +37,6 @@ def test_what_is_no_recipe_is_refused(key, value, message):
 
 
 def test_a_recipe_that_quantises_nothing_is_refused():
-    nothing = {"power_of_two_inputs": [], "power_of_two_gradients": [], "e5m6_inputs": []}
+    nothing: dict[str, list[str]] = {"power_of_two_inputs": [], "power_of_two_gradients": [], "e5m6_inputs": []}
     with pytest.raises(ConfigError, match="exclude_modules=14: names every linear layer"):
         convert(Fp8Config, {"exclude_modules": list(LINEARS), **nothing})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -47,7 +47,7 @@ def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, said
 
     shape = ModelConfig(dtype=model["dtype"], mtp=MtpConfig(num_layers=model.get("mtp", 1)))
     with pytest.raises(ConfigError, match=said):
-        degrees, switches = ParallelConfig(**parallel), PerformanceConfig(**OVERLAP)
+        degrees, switches = ParallelConfig(**parallel), replace(PerformanceConfig(), **OVERLAP)
         check_sections(RunConfig(model=shape, parallel=degrees, performance=switches), "pretrain")
 
 
@@ -57,7 +57,7 @@ def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, said
 )
 def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(name):
     with pytest.raises(ConfigError, match=f"performance.{name}=True: needs .*: false on a CPU"):
-        refuse_on_cpu(PerformanceConfig(**{name: True}))
+        refuse_on_cpu(replace(PerformanceConfig(), **{name: True}))
 
 
 @pytest.mark.parametrize("dispatcher", ["deepep", "hybridep"])

@@ -93,12 +93,9 @@ def test_a_prompt_and_any_response_may_be_tokenised_apart(response, index):
 
 
 def test_tags_outlive_skipping_and_special_tokens_do_not():
-    ids = [
-        TOKENIZER.bos,
-        *TOKENIZER.encode("<|user|>2<think>3</think> <answer>4</answer>"),
-        TOKENIZER.eos,
-        TOKENIZER.pad,
-    ]
+    assert TOKENIZER.bos is not None
+    text = TOKENIZER.encode("<|user|>2<think>3</think> <answer>4</answer>")
+    ids = [TOKENIZER.bos, *text, TOKENIZER.eos, TOKENIZER.pad]
     assert TOKENIZER.decode(ids, skip_special=True) == "2<think>3</think> <answer>4</answer>"
     assert TOKENIZER.decode(ids) == "<|bos|><|user|>2<think>3</think> <answer>4</answer><|eos|><|pad|>"
 

@@ -14,7 +14,7 @@ from megatron_r1.data.packing import best_fit, pack
 
 def one_at_a_time(lengths, capacity):
     """Rooms left by best-fit decreasing as the textbook has it."""
-    rooms = []
+    rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [index for index, room in enumerate(rooms) if room >= length]
         if fitting:

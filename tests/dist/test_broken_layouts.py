@@ -129,6 +129,7 @@ def test_all_ranks_are_down_soon_after_the_refusal(verb, overrides, allowed, tmp
     )
     try:
         lines, refused = [], 0.0
+        assert process.stderr
         for line in process.stderr:
             lines.append(line)
             if line.startswith("megatron-r1: "):

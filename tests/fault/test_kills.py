@@ -118,7 +118,8 @@ CAMPAIGNS = [
 @pytest.mark.dist
 @pytest.mark.parametrize(("kills", "seed"), CAMPAIGNS)
 def test_pretraining_survives_kills(kills, seed, root, pretrained):
-    survive([*PRETRAIN, *SHORT], root, *pretrained, kills, seed)
+    expected, life = pretrained
+    survive([*PRETRAIN, *SHORT], root, expected, life, kills, seed)
 
 
 @pytest.mark.slow
@@ -137,7 +138,8 @@ def test_a_long_run_survives_many_kills(background, root):
 @pytest.mark.dist
 @pytest.mark.parametrize(("kills", "seed"), CAMPAIGNS)
 def test_reinforcement_survives_kills(kills, seed, root, reinforced):
-    survive([*GRPO, f"init.from='{root}/base'"], root, *reinforced, kills, seed)
+    expected, life = reinforced
+    survive([*GRPO, f"init.from='{root}/base'"], root, expected, life, kills, seed)
 
 
 def asked(journal: Journal) -> dict[int, list[tuple]]:

@@ -10,6 +10,7 @@ import pytest
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
 from megatron_r1.rewards.custom import CustomReward, CustomRewardFailed, CustomStepRewards
+from megatron_r1.rewards.reward import Unscored
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "reward" / "custom_example.py"
 
@@ -32,7 +33,7 @@ def own(tmp_path):
     return write
 
 
-def ask(place: str, texts: tuple[str, ...] = ("a", "bb")) -> list[float]:
+def ask(place: str, texts: tuple[str, ...] = ("a", "bb")) -> list[float | Unscored]:
     return CustomReward(place).score([RewardPrompt()] * len(texts), texts)
 
 

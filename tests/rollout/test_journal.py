@@ -54,7 +54,7 @@ def test_samples_come_back_equal(tmp_path_factory, written):
     journal = Journal(tmp_path_factory.mktemp("journal"))
     journal.write(3, written)
     read = journal.read(3)
-    assert read == written
+    assert read is not None and read == written
     assert [str(sample) for sample in read] == [str(sample) for sample in written]  # -0.0 and types too
 
 

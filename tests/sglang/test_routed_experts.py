@@ -20,5 +20,7 @@ def test_replay_at_least_halves_the_difference():
     assert done.returncode == 0, done.stderr
     means = {mode: float(mean) for mode, mean in re.findall(r"replay (on|off): mean ([\d.]+)", done.stdout)}
     assert means["on"] < means["off"] / 2, done.stdout
-    otherwise, choices = map(int, re.search(r"(\d+) of (\d+) choices", done.stdout).groups())
+    match = re.search(r"(\d+) of (\d+) choices", done.stdout)
+    assert match, done.stdout
+    otherwise, choices = map(int, match.groups())
     assert 0 < otherwise < choices / 10

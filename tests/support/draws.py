@@ -73,7 +73,7 @@ def dense_shape(kind: str, seed: int) -> ModelConfig:
     if kind == "llama" and seed % 2 == 0:
         factor, original = draw.choice((8.0, 32.0)), draw.choice((16, 64))
         rope = RopeConfig(base=1e4, scaling="llama3", factor=factor, original_max_position=original, beta_fast=4.0)
-    settings = {"tied_embeddings": seed % 2 == 1}
+    settings: dict[str, Any] = {"tied_embeddings": seed % 2 == 1}
     none = MoeConfig.none(), MtpConfig(num_layers=0)
     return _model(draw, draw.choice((2, 3)), 24, (4, 8), attention, rope, *none, **settings)
 

@@ -63,7 +63,7 @@ class Fake:
 
     def __init__(self, share: float = 0.0, seed: int = 0, version: str = "v", seconds: float = 0.0):
         self.share, self.version, self.seconds = share, version, seconds
-        self.fault, self.counts = "", Counter()
+        self.fault, self.counts = "", Counter[str]()
         self._draw = random.Random(seed)
 
     def application(self) -> web.Application:
@@ -137,6 +137,7 @@ class Fake:
         await response.prepare(request)
         if fault == "reset":
             await response.write(content[:10])
+            assert request.transport
             request.transport.abort()
             return response
         if fault == "slow_bytes":
@@ -198,6 +199,7 @@ class Running:
         self.url = ""
 
     def wait(self) -> None:
+        assert self.process.stdout
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
 
     def behave(self, **options: Any) -> None:

@@ -20,6 +20,7 @@ PROGRAM = Path(__file__).parents[2] / "tools" / "bench" / "rollout_client.py"
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
     spec = importlib.util.spec_from_file_location("rollout_client", PROGRAM)
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

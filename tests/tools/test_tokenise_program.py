@@ -62,14 +62,14 @@ def survive(arguments: Sequence[object], folder: Path, whole: Path, kills: int, 
     Every second kill waits for a shard; the others may strike at any moment of a job's life. Every job must end with
     the bytes of the job that nothing killed.
     """
-    chance, struck, jobs = random.Random(seed), [], 0
+    chance, struck, jobs = random.Random(seed), list[int](), 0
     while len(struck) < kills:
         jobs += 1
         out = folder / str(jobs)
         while True:
             with started([*arguments, "--output", out], str(out)) as process:
                 try:
-                    spared = ENDS_S
+                    spared: float = ENDS_S
                     if len(struck) < kills:
                         spared = chance.uniform(0.0, life)
                         if len(struck) % 2:

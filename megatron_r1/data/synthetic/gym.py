@@ -68,4 +68,4 @@ def draw_item(rng: random.Random, heldout_fraction: float, heldout: bool) -> Pro
 
 def verify(task: str, answer: str, truth: str) -> bool:
     """Whether the library's own scorer calls `answer` right in full; partial credit counts as wrong."""
-    return dataset(task).score_answer(answer, {"answer": truth}) == 1.0
+    return bool(dataset(task).score_answer(answer, {"answer": truth}) == 1.0)

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_r1.data.chat.encode import ChatEncoder, chat_template
 from megatron_r1.data.chat.render import R1_ZERO, CannotRender, ChatTemplate
+from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.template import fill_template
 from megatron_r1.data.tokenizer import CHAT_TEMPLATE
 from megatron_r1.errors import DataError
@@ -52,7 +53,9 @@ def test_marked_answers_are_what_transformers_marks(theirs):
         SEVERAL, chat_template=QWEN_MARKED, return_assistant_tokens_mask=True, return_dict=True
     )
     encoder = ChatEncoder(small_tokenizer(), chat_template(small_tokenizer(), QWEN_MARKED, "test"), "all", "template")
-    [[example]] = encoder.encode([SEVERAL])
+    [examples] = encoder.encode([SEVERAL])
+    assert not isinstance(examples, BadRow)
+    [example] = examples
     count = len(example.tokens)
     assert example.tokens == found["input_ids"][:count]
     assert [int(flag) for flag in example.loss_mask] == found["assistant_masks"][:count]

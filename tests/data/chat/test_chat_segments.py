@@ -23,7 +23,8 @@ def encoded(messages, source, learn="all", answers="template"):
         return str(examples)
     shown = []
     for example in examples:
-        runs, before = [], False
+        runs: list[list[int]] = []
+        before = False
         for token, learned in zip(example.tokens, example.loss_mask, strict=True):
             if learned:
                 runs = [*runs, [token]] if not before else [*runs[:-1], [*runs[-1], token]]

@@ -175,7 +175,13 @@ def test_a_run_finds_what_it_began_with_or_is_refused(tmp_path, monkeypatch):
 def test_several_that_ask_at_once_make_it_once(tmp_path, monkeypatch):
     config, made = settings(jsonl(tmp_path / "a.jsonl", ROWS)), []
     make = _Maker.make
-    monkeypatch.setattr(_Maker, "make", lambda self, *args: (made.append(1), time.sleep(0.2), make(self, *args)))
+
+    def slow_make(self, *args):
+        made.append(1)
+        time.sleep(0.2)
+        return make(self, *args)
+
+    monkeypatch.setattr(_Maker, "make", slow_make)
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: opened(config, tmp_path / "run"), range(4)))
     assert made == [1] and all(texts(examples) == texts(found[0]) for examples in found)

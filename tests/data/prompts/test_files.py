@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,10 @@ from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.errors import ConfigError, DataError
 from tests.support.chats import small_tokenizer
 
-ROWS = [{"question": "1+1?", "answer": "2", "name": "a"}, {"question": "2+2?", "answer": 4, "name": "b"}]
+ROWS: list[dict[str, Any]] = [
+    {"question": "1+1?", "answer": "2", "name": "a"},
+    {"question": "2+2?", "answer": 4, "name": "b"},
+]
 
 
 def config_of(path, **changes) -> PromptsConfig:
@@ -33,7 +37,7 @@ def file(request, tmp_path):
         import pyarrow
         from pyarrow import parquet
 
-        rows = [row | {"answer": str(row["answer"])} for row in ROWS]
+        rows = [{**row, "answer": str(row["answer"])} for row in ROWS]
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 

@@ -74,7 +74,7 @@ def test_documents_repeat_by_seed_and_a_longer_run_begins_with_the_shorter():
 
 
 def test_perfect_imitation_is_right_less_than_half_of_the_time(written):
-    right = Counter()
+    right = Counter[str]()
     for document in written:
         right[document.quality, document.answer == value(document.expression)] += 1
     share = sum(count for (_, is_right), count in right.items() if is_right) / len(written)
@@ -100,7 +100,7 @@ def test_documents_are_as_the_share_tables_say(written):
     }
     for name, wanted in (("chinese", 0.40), ("tagged", 0.35), ("template", 0.45)):
         assert abs(share[name] / len(texts) - wanted) < 0.015, name
-    assert all(abs(sum(t.values()) - 1) < 1e-9 for t in map(vars(arithmetic).get, vars(arithmetic)) if is_share(t))
+    assert all(abs(sum(t.values()) - 1) < 1e-9 for t in vars(arithmetic).values() if is_share(t))
 
 
 def is_share(table):

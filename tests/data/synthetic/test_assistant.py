@@ -34,7 +34,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.mark.parametrize("heldout", [False, True])
 def test_rules_agree_with_how_pairs_were_made(heldout):
-    tasks = Counter()
+    tasks = Counter[str]()
     for pair in preference_pairs(CONFIG, 600, heldout):
         tasks[pair.task] += 1
         verdicts = [verdict(side.question, side.response).helpful for side in pair.responses]
