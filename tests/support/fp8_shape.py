@@ -36,6 +36,11 @@ def gradient_squares(model: Any, tokens_BL: Tensor) -> dict[str, float]:
     float64 orders differ by 1e-16: what FP8 rounds is the same everywhere. The loss is a fixed combination of the
     logits, because megatron-core's cross-entropy computes in fp32.
     """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    for scaler in (MoEAuxLossAutoScaler, MTPLossAutoScaler):
+        scaler.set_loss_scale(torch.ones(1))  # of the whole process: the last schedule's, or not there yet
     rank, ranks = dist.get_rank(tensor_parallel_group()), dist.get_world_size(tensor_parallel_group())
     model.double()
     model.config.moe_router_dtype = "fp64"
