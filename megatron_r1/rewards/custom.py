@@ -41,7 +41,7 @@ def load_function(place: str, key: str) -> Callable[..., Any]:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise ConfigError(key, place, f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"own_reward_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"custom_reward_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     try:
@@ -113,7 +113,7 @@ class CustomFunction:
 class CustomReward:
     """The user's function."""
 
-    name = "own"
+    name = "custom"
 
     def __init__(self, place: str):
         self._function = CustomFunction(place, "reward.custom_function")

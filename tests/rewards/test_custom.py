@@ -43,7 +43,7 @@ def score(prompts, responses, answers, tasks):
     assert (prompts, answers, tasks) == (["2 + 12?"] * 2, ["14"] * 2, ["number"] * 2)
     return [len(response) for response in responses]
 """)
-    assert ask(place) == [1.0, 2.0] and CustomReward(place).name == "own"
+    assert ask(place) == [1.0, 2.0] and CustomReward(place).name == "custom"
 
 
 def test_the_example_works():
@@ -151,12 +151,12 @@ def test_every_preset_composes(preset):
 def test_presets_are_the_sources_weights():
     def weights(preset: str) -> dict[str, float]:
         reward = load("sample", [f"reward={preset}"]).reward
-        names = ("accuracy", "format", "language", "overlong", "repetition", "own")
+        names = ("accuracy", "format", "language", "overlong", "repetition", "custom")
         return {name: value for name in names if (value := getattr(reward, name))}
 
-    assert weights("seed") == {"accuracy": 1.0, "format": 0.1}
+    assert weights("basic") == {"accuracy": 1.0, "format": 0.1}
     assert weights("basic_language") == {"accuracy": 1.0, "language": 0.2}
     assert weights("paper") == {"accuracy": 1.0, "format": 1.0}
     assert weights("r1") == {"accuracy": 1.0, "format": 1.0, "language": 1.0}
     assert weights("dapo") == {"accuracy": 1.0, "overlong": 0.5}
-    assert weights("own") == {"own": 1.0}
+    assert weights("custom") == {"custom": 1.0}
