@@ -1,4 +1,4 @@
-"""What models are measured on: held-out questions of each world, and what is asked of an answer."""
+"""Benchmarks: validation prompts of each generated world, and the metrics of a response to one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
 
 Metric = Callable[[Prompt, str], float]
-"""From 0 to 1, of one answer."""
+"""From 0 to 1, of one response."""
 
 
 class Benchmark(NamedTuple):
-    """Questions and measures."""
+    """Prompts and metrics."""
 
     prompts: Callable[[DataConfig, int], list[Prompt]]
-    """So many held-out questions of a world."""
+    """So many validation prompts of a world."""
     metrics: Mapping[str, Metric]
     """By name; the first is what counts where one number is asked for."""
 

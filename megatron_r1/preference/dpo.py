@@ -5,7 +5,7 @@ Shapes: P pairs of a micro-batch, B = 2 P responses (of each pair the chosen one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_r1.data.preference.examples import TokenizedPreference
 from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.model.chunks import Model
+from megatron_r1.model.forward_backward import LossFunction
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
@@ -68,7 +69,7 @@ class DirectPreference:
         with self.reference.in_place():
             reference = self._log_probs(micro_batches)
 
-        def forward(model: Any, rows: ResponseBatch) -> tuple[Any, Callable]:
+        def forward(model: Any, rows: ResponseBatch) -> tuple[Any, LossFunction]:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
                 policy_B = response_logprob(scores.log_probs, rows.mask_BL)
                 reference_B = torch.stack([reference[answer] for answer in rows.indices_B.tolist()])

@@ -107,10 +107,14 @@ class RewardModel:
 
     def _run(self, model: Any, rows: RewardMicroBatch, read: Callable[..., Tensor]) -> Tensor:
         with without_multi_token_prediction(self._model):
-            return model(rows.inputs_BL, positions_of(rows.inputs_BL), None, output_processor=partial(read, rows))
+            output: Tensor = model(
+                rows.inputs_BL, positions_of(rows.inputs_BL), None, output_processor=partial(read, rows)
+            )
+            return output
 
     def _scores(self, rows: RewardMicroBatch, *, hidden_states: Tensor, **_: Any) -> Tensor:
-        return head_of(self._model)(hidden_states, rows.ends_B)
+        scores_B: Tensor = head_of(self._model)(hidden_states, rows.ends_B)
+        return scores_B
 
     def _scores_and_losses(
         self,
@@ -192,7 +196,8 @@ class RewardModel:
         **_: Any,
     ) -> Tensor:
         logits_LBV, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=True)
-        return logits_LBV[rows.ends_B, torch.arange(len(rows.ends_B), device=logits_LBV.device)].argmax(-1)
+        last_BV: Tensor = logits_LBV[rows.ends_B, torch.arange(len(rows.ends_B), device=logits_LBV.device)]
+        return last_BV.argmax(-1)
 
     def _read(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
         """What `read` gives at the last token of each sequence, the same on every stage; None when no rank has any."""

@@ -75,7 +75,7 @@ class SupervisedReader(PackedReader):
 
     def loss_mask(self, batch: ChatBatch) -> np.ndarray:
         document_ids_BL = batch.document_ids_BL
-        return (document_ids_BL[:, 1:] == document_ids_BL[:, :-1]) & batch.loss_mask_BL[:, 1:]
+        return np.asarray((document_ids_BL[:, 1:] == document_ids_BL[:, :-1]) & batch.loss_mask_BL[:, 1:])
 
     def shares(self, batch: ChatBatch, ranks: int) -> list[list[int]]:
         return divide_by_tokens(tokens_of(batch).tolist(), ranks, equal_counts=True)
@@ -107,7 +107,7 @@ def bounds(positions_BL: Tensor) -> Tensor:
 
 def tokens_of(batch: ChatBatch) -> np.ndarray:
     """Tokens of each sequence without padding: int64 [B]."""
-    return (batch.document_ids_BL != 0).sum(1)
+    return np.asarray((batch.document_ids_BL != 0).sum(1))
 
 
 def packing_metrics(batch: ChatBatch, ranks: int) -> dict[str, float]:

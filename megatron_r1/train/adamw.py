@@ -29,7 +29,7 @@ class OffloadedMomentsAdamW(torch.optim.AdamW):
         self._dtype, self._device = dtype, device
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None
         for group in self.param_groups:
             for parameter in group["params"]:

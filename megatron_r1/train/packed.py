@@ -91,7 +91,7 @@ class PackedReader:
 
     def length(self, batch: Any, part: Sequence[int]) -> int:
         """Inputs of a micro-batch of these sequences."""
-        return batch.tokens_BL.shape[1] - 1
+        return int(batch.tokens_BL.shape[1]) - 1
 
     def forward(self, model: Any, batch: PackedMicroBatch) -> tuple[Tensor, LossFunction]:
         """Cross-entropy of the targets that count."""
@@ -130,7 +130,7 @@ def loss_mask_of(batch: PackedBatch, cross_document_attention: bool) -> np.ndarr
     document_ids_BL = batch.document_ids_BL
     same_BL = document_ids_BL[:, 1:] == document_ids_BL[:, :-1]
     follows_BL = same_BL | batch.begins_BL[:, 1:] if cross_document_attention else same_BL
-    return follows_BL & (document_ids_BL[:, 1:] != 0)
+    return np.asarray(follows_BL & (document_ids_BL[:, 1:] != 0))
 
 
 def mtp_loss_mask_of(loss_mask_BL: np.ndarray, depth: int) -> np.ndarray:
