@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import functools
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ class Figures:
     functions: int
     function_lines: int
     returns: int
-    """How often the walk comes back to a file that it had left."""
+    """How often code calls back into a file that the walk had left; a function that goes on after a call does not count."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +84,15 @@ def walked(places: list[str]) -> Figures:
         LookupError: a function does not exist, or no function before it mentions it.
     """
     stops: list[Stop] = []
-    mentioned: set[str] = set()
+    returns = 0
     for place in places:
         written, _, via = place.partition(" via ")
         stop = _stop(written)
-        if stops and (via or stop.name) not in mentioned:
+        caller = next((one for one in reversed(stops) if (via or stop.name) in one.mentions), None)
+        if stops and caller is None:
             raise LookupError(f"nothing before {written} in the walk mentions {via or stop.name}")
-        mentioned |= stop.mentions
+        left = {one.file for one in stops} - {stops[-1].file} if stops else set()
+        returns += stop.file in left and caller is not None and caller.file != stop.file
         stops.append(stop)
     functions = dict.fromkeys(stops)
     files = dict.fromkeys(stop.file for stop in stops)
@@ -100,21 +101,168 @@ def walked(places: list[str]) -> Figures:
         file_lines=sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files),
         functions=len(functions),
         function_lines=sum(stop.lines for stop in functions),
-        returns=sum(1 for _ in _returns([stop.file for stop in stops])),
+        returns=returns,
     )
 
 
-def _returns(files: list[Path]) -> Iterator[Path]:
-    seen: set[Path] = set()
-    for before, file in zip([None, *files], files, strict=False):
-        if file != before and file in seen:
-            yield file
-        seen.add(file)
-
-
-PROMPT: list[str] = []
+PROMPT = [
+    "commands.grpo:run",
+    "data.prompts.files:read_prompts",
+    "data.row_files:rows_of",
+    "data.row_files:_lines",
+    "data.prompts.files:_prompt",
+    "data.chat.prompt_format:PromptFormatter.check",
+    "commands.grpo:rollout_source",
+    "train.loop:train",
+    "rl.loop:reinforcement_step via reinforcement_step",
+    "rl.loop:broadcast_rollout",
+    "rl.generation.rollouts:Rollouts.take",
+    "rollout.journal:Journal.read_all",
+    "rl.generation.rollouts:Rollouts._sample",
+    "rl.generation.rollouts:Rollouts._round",
+    "data.prompts.files:FilePrompts.at",
+    "data.chat.prompt_format:PromptFormatter.tokens",
+    "data.chat.prompt_format:PromptFormatter.text",
+    "data.chat.render:ChatTemplate.render",
+    "data.tokenizer:Tokenizer.encode",
+    "rollout.sample:Request.__post_init__",
+    "rollout.sample:Sampling.__post_init__",
+    "rollout.sync.strategies:SyncedEngine.generate",
+    "rollout.sglang.engine:SGLangEngine.generate",
+    "rollout.sglang.background:Background.run",
+    "rollout.sglang.engine:SGLangEngine._generate",
+    "rollout.sglang.pool.pool:Pool.generate",
+    "rollout.sglang.pool.load_balancing:split_into_calls",
+    "rollout.sglang.pool.pool:InFlightLimit.reserve",
+    "rollout.sglang.pool.pool:_Call.outcomes",
+    "rollout.sglang.pool.pool:Pool.acquire",
+    "rollout.sglang.pool.load_balancing:choose",
+    "rollout.sglang.pool.pool:_Call._try",
+    "rollout.sglang.pool.breaker:Breaker.start",
+    "rollout.sglang.versions:Versions.from_now_on",
+    "rollout.sglang.pool.server:PoolServer.call",
+    "rollout.sglang.client:Client.generate",
+    "rollout.sglang.client:generate_body",
+    "rollout.sglang.client:Client._call",
+    "rollout.sglang.client:Client._attempt",
+    "rollout.sglang.replies:parse_completions",
+    "rollout.sglang.replies:parse_completion",
+    "rollout.sglang.versions:parse_versions",
+    "rollout.sample:Completion.__post_init__",
+    "rollout.sample:check_response",
+    "rl.generation.rollouts:Rollouts._text",
+    "data.tokenizer:response_text",
+    "data.tokenizer:Tokenizer.decode",
+    "rewards.score:Rubric.__call__ via _scorer",
+    "rewards.score:Rubric._tried",
+    "rewards.rubric_builder:Accuracy.score",
+    "rewards.rubric_builder:Accuracy._judge",
+    "rewards.extract:answer_of",
+    "rewards.accuracy:same_number",
+    "rewards.reward:Rule.score",
+    "rewards.format:format_reward via score",
+    "rl.generation.rollouts:scored_sample",
+    "rollout.sample:Sample",
+    "rl.generation.filters:apply_filters",
+    "rollout.journal:Journal.write",
+    "parallel.comm:broadcast",
+    "rl.learner:Learner.learn",
+    "rl.batching:shuffle_into_mini_batches",
+    "rl.learner:Learner._mini_batch",
+    "train.batching:divide_by_tokens",
+    "rl.batching:micro_batches_by_tokens",
+    "rl.policy.batch:make_batch",
+    "rl.policy.batch:num_tokens",
+    "rl.policy.frozen_logprobs:compute_frozen_logprobs",
+    "rl.policy.policy:Policy.logprobs_by_sample",
+    "rl.policy.policy:outputs_by_sample",
+    "model.forward_backward:forward_only",
+    "rl.policy.policy:Policy.scores",
+    "model.scores:model_scores",
+    "model.scores:_read",
+    "model.vocab_parallel:score_tokens",
+    "model.vocab_parallel:_Scores.forward via _Scores",
+    "model.vocab_parallel:_forward_chunk",
+    "rl.advantages.estimators:GroupAdvantages.estimate",
+    "rl.advantages.group_relative:ragged_group_advantages",
+    "rl.advantages.group_relative:group_advantages",
+    "rl.learner:Learner._update",
+    "train.update:update",
+    "train.update:_scaled",
+    "model.forward_backward:forward_backward",
+    "rl.policy.frozen_logprobs:FrozenLogProbs.old_logprobs",
+    "rl.policy.batch:ResponseBatch.gather",
+    "rl.advantages.estimators:PerResponse.for_batch",
+    "rl.objective.objective:Objective.loss",
+    "rl.objective.policy_terms:grpo via TERMS",
+    "rl.objective.ratios:at_level",
+    "rl.objective.policy_terms:surrogate",
+    "rl.objective.aggregation:sequence_mean via sequence_mean",
+    "rl.objective.objective:Objective._kl",
+    "rl.objective.kl:estimate_kl",
+    "rl.objective.kl:k3 via ESTIMATORS",
+    "rl.mismatch:mismatch_sums",
+    "model.vocab_parallel:_Scores.backward via _Scores",
+    "model.vocab_parallel:_backward_chunk",
+    "train.optimizer:Optimizer.step",
+]
 """A prompt from its file to the gradient: SGLang, group-relative advantages, KL penalty in the loss."""
-WEIGHT: list[str] = []
+
+WEIGHT = [
+    "train.update:update",
+    "train.optimizer:Optimizer.step",
+    "rl.loop:reinforcement_step via step",
+    "rl.loop:send_weights",
+    "rollout.sync.strategies:SyncedEngine.update_weights via publish",
+    "rollout.sync.strategies:StageSync.push",
+    "rollout.sync.strategies:fail_together",
+    "rollout.sglang.engine:SGLangEngine.receiving",
+    "rollout.sglang.background:Background.run",
+    "rollout.sglang.weight_session:WeightSession.begin",
+    "rollout.sglang.weight_session:WeightSession._hold",
+    "rollout.sglang.pool.pool:Pool.hold",
+    "rollout.sglang.pool.pool:Pool.drained",
+    "rollout.sglang.weight_session:WeightSession.open_servers",
+    "rollout.sglang.client:Client.begin_update",
+    "rollout.sglang.client:Client._call",
+    "rollout.sglang.client:Client._attempt",
+    "rollout.sync.strategies:StageSync._send",
+    "hf.gather:assemble",
+    "hf.gather:_fill",
+    "model.shards:shards",
+    "model.shards:_shard",
+    "rollout.sync.payload:WeightPayload.groups",
+    "rollout.sync.payload:WeightPayload.tensors",
+    "hf.export:hf_tensors",
+    "hf.export:_matched",
+    "hf.names:canonical_name",
+    "hf.names:param_mappings",
+    "hf.families.deepseek:_DeepSeek.mappings via mappings",
+    "hf.export:_parts",
+    "hf.param_mapping:ParamMapping.split",
+    "rollout.sync.fused_groups:FusedGroups.collect",
+    "rollout.sync.group_sender:GroupSender.send",
+    "rollout.sync.buckets:fill_buckets",
+    "rollout.sync.buckets:Bucket.add",
+    "rollout.sync.group_sender:GroupSender._wait_loaded",
+    "rollout.sync.send_order:RoundRobin.acquire",
+    "parallel.comm:recv_flag",
+    "rollout.sync.group_sender:GroupSender._join",
+    "rollout.sync.group_sender:GroupSender._post",
+    "rollout.sglang.client:Client.join_group",
+    "rollout.sync.group_sender:GroupSender._broadcast",
+    "rollout.sglang.client:Client.receive",
+    "rollout.sync.send_order:RoundRobin.release",
+    "parallel.comm:send_flag",
+    "rollout.sglang.weight_session:WeightSession.confirm",
+    "rollout.sglang.client:Client.end_update",
+    "rollout.sglang.client:Client.confirm",
+    "rollout.sglang.weight_session:WeightSession._record",
+    "rollout.sglang.versions:Versions.add",
+    "rollout.sglang.weight_session:WeightSession.end",
+    "rollout.sglang.weight_session:WeightSession._resume",
+    "rollout.sglang.pool.pool:Pool.release",
+]
 """A weight from the optimizer to an SGLang server, over a process group."""
 WALKS = {"a prompt, from file to gradient": PROMPT, "a weight, from optimizer to server": WEIGHT}
 
