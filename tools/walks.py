@@ -3,8 +3,8 @@
     python tools/walks.py
 
 Each walk is a list of functions in the order of a run, `module:Qualified.name`. The program reads the sources and counts
-what a reader opens: files, functions, their lines, and how often the walk comes back to a file that it had left. A step
-counts only where some function earlier in the walk really mentions it, so that a list that no longer is the code fails.
+what a reader opens: files, functions, their lines, and how often code calls back into a file that the walk had left. Every
+function must exist and be mentioned by one before it, so a list that no longer describes the code fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Figures:
     functions: int
     function_lines: int
     returns: int
-    """How often code calls back into a file that the walk had left; a function that goes on after a call does not count."""
+    """How often code calls back into a file that the walk had left; going on after a call does not count."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def walked(places: list[str]) -> Figures:
     """Counts of a walk.
 
     Args:
-        places: `module:Qualified.name` each. A trailing ` via NAME` says by which name an earlier function mentions it, where
-            that is another than its own: a hook, a strategy, a method of the standard library.
+        places: `module:Qualified.name` each. A trailing ` via NAME` says by which name an earlier function mentions it,
+            where that is not its own: a hook, a strategy, a table of functions.
 
     Raises:
         LookupError: a function does not exist, or no function before it mentions it.
@@ -88,7 +88,8 @@ def walked(places: list[str]) -> Figures:
     for place in places:
         written, _, via = place.partition(" via ")
         stop = _stop(written)
-        caller = next((one for one in reversed(stops) if (via or stop.name) in one.mentions), None)
+        callers = [one for one in reversed(stops) if (via or stop.name) in one.mentions]
+        caller = next((one for one in callers if one.file == stop.file), callers[0] if callers else None)
         if stops and caller is None:
             raise LookupError(f"nothing before {written} in the walk mentions {via or stop.name}")
         left = {one.file for one in stops} - {stops[-1].file} if stops else set()
@@ -132,11 +133,11 @@ PROMPT = [
     "rollout.sglang.background:Background.run",
     "rollout.sglang.engine:SGLangEngine._generate",
     "rollout.sglang.pool.pool:Pool.generate",
-    "rollout.sglang.pool.load_balancing:split_into_calls",
+    "rollout.sglang.pool.pool:split_into_calls",
     "rollout.sglang.pool.pool:InFlightLimit.reserve",
     "rollout.sglang.pool.pool:_Call.outcomes",
     "rollout.sglang.pool.pool:Pool.acquire",
-    "rollout.sglang.pool.load_balancing:choose",
+    "rollout.sglang.pool.pool:choose",
     "rollout.sglang.pool.pool:_Call._try",
     "rollout.sglang.pool.breaker:Breaker.start",
     "rollout.sglang.versions:Versions.from_now_on",
@@ -147,7 +148,7 @@ PROMPT = [
     "rollout.sglang.client:Client._attempt",
     "rollout.sglang.replies:parse_completions",
     "rollout.sglang.replies:parse_completion",
-    "rollout.sglang.versions:parse_versions",
+    "rollout.sglang.replies:parse_versions",
     "rollout.sample:Completion.__post_init__",
     "rollout.sample:check_response",
     "rl.generation.rollouts:Rollouts._text",
@@ -159,7 +160,7 @@ PROMPT = [
     "rewards.accuracy:Accuracy._verify",
     "rewards.extract:answer_of",
     "rewards.exact:same_number via COMPARE",
-    "rewards.reward:TextRule.score",
+    "rewards.score:TextRule.score",
     "rewards.format:format_reward via score",
     "rl.generation.rollouts:scored_sample",
     "rollout.sample:Sample",
@@ -167,10 +168,10 @@ PROMPT = [
     "rollout.journal:Journal.write",
     "parallel.comm:broadcast",
     "rl.learner:Learner.learn",
-    "rl.batching:shuffle_into_mini_batches",
+    "train.batching:shuffle_into_mini_batches",
     "rl.learner:Learner._mini_batch",
     "train.batching:divide_by_tokens",
-    "rl.batching:micro_batches_by_tokens",
+    "train.batching:micro_batches_by_tokens",
     "rl.policy.batch:make_batch",
     "rl.policy.batch:num_tokens",
     "rl.policy.frozen_logprobs:compute_frozen_logprobs",
@@ -235,12 +236,12 @@ WEIGHT = [
     "rollout.sync.payload:WeightPayload.tensors",
     "hf.export:hf_tensors",
     "hf.export:_matched",
-    "hf.names:canonical_name",
-    "hf.names:param_mappings",
+    "hf.families.__init__:canonical_name",
+    "hf.families.__init__:param_mappings",
     "hf.families.deepseek:_DeepSeek.mappings via mappings",
     "hf.export:_parts",
     "hf.param_mapping:ParamMapping.split",
-    "rollout.sync.fused_groups:FusedGroups.collect",
+    "rollout.sync.payload:FusedGroups.collect",
     "rollout.sync.group_sender:GroupSender.send",
     "rollout.sync.buckets:fill_buckets",
     "rollout.sync.buckets:Bucket.add",

@@ -20,7 +20,7 @@ from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, TensorFile
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import UserError
 from megatron_r1.hf.audit import audit_of_mapping
-from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import PlannedFile, plan_files
 from megatron_r1.hf.source import Source, TensorRead, digest_of_value

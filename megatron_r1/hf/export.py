@@ -21,7 +21,7 @@ from megatron_r1.errors import DataError
 from megatron_r1.hf.config import (
     write_json,
 )
-from megatron_r1.hf.names import canonical_name, param_mappings
+from megatron_r1.hf.families import canonical_name, param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_file_name
 from megatron_r1.hf.publish import published

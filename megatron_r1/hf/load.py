@@ -12,10 +12,9 @@ from torch import Tensor
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.hf.config import format_of, read_json
-from megatron_r1.hf.families import FAMILIES
+from megatron_r1.hf.families import FAMILIES, param_mappings
 from megatron_r1.hf.families.family import Family, read_rope
 from megatron_r1.hf.folder import TensorFolder, refuse
-from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.plan import FORMATS
 from megatron_r1.hf.source import HuggingFaceReader, folder_problems
 

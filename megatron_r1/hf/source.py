@@ -22,9 +22,9 @@ from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.files import canonical_json
+from megatron_r1.hf.families import canonical_name, param_mappings
 from megatron_r1.hf.folder import INDEX_FILE, TensorFolder, problems
 from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, StoredTensor
-from megatron_r1.hf.names import canonical_name, param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries
 

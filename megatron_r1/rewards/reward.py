@@ -7,7 +7,7 @@ which is not 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,14 +49,3 @@ class Reward(Protocol):
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """A value for each response text, in order; `texts[i]` answers `prompts[i]`."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextRule:
-    """A reward that is a pure function of the response text."""
-
-    name: str
-    function: Callable[[str], float]
-
-    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
-        return [self.function(text) for text in texts]

@@ -14,8 +14,7 @@ from megatron_r1.rewards.judge.reward import JudgeReward
 from megatron_r1.rewards.language import LanguageReward
 from megatron_r1.rewards.length import overlong
 from megatron_r1.rewards.repetition import repetition
-from megatron_r1.rewards.reward import TextRule
-from megatron_r1.rewards.score import Rubric, Weighted, WeightedSteps
+from megatron_r1.rewards.score import Rubric, TextRule, Weighted, WeightedSteps
 from megatron_r1.rewards.steps import arithmetic_steps
 
 

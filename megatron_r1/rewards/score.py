@@ -30,6 +30,17 @@ Scorer = Callable[[Sequence[RewardPrompt], Sequence[str]], list[Score | Unscored
 
 
 @dataclass(frozen=True, slots=True)
+class TextRule:
+    """A reward that is a pure function of the response text."""
+
+    name: str
+    function: Callable[[str], float]
+
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
+        return [self.function(text) for text in texts]
+
+
+@dataclass(frozen=True, slots=True)
 class Weighted:
     """A reward and its weight."""
 

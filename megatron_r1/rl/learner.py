@@ -30,7 +30,6 @@ from megatron_r1.rl.advantages.estimators import (
     ProcessAdvantages,
     RolloutAdvantages,
 )
-from megatron_r1.rl.batching import micro_batches_by_tokens, shuffle_into_mini_batches
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.objective import ObjectiveInputs, build_objective
@@ -40,7 +39,7 @@ from megatron_r1.rl.policy.kl_penalty import build_kl_penalty
 from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
-from megatron_r1.train.batching import divide_by_tokens
+from megatron_r1.train.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
 from megatron_r1.train.metrics import gather_logged
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN

@@ -1,8 +1,14 @@
-"""How the sequences of a global batch are divided among data-parallel ranks."""
+"""How sequences and samples are divided: into mini-batches, among data-parallel ranks, into micro-batches.
+
+Promises that every sample is in exactly one mini-batch and exactly one micro-batch of it, and that equal arguments give
+equal batches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import numpy as np
 
 
 def divide_by_tokens(lengths: Sequence[int], ranks: int, equal_counts: bool = False) -> list[list[int]]:
@@ -22,3 +28,33 @@ def divide_by_tokens(lengths: Sequence[int], ranks: int, equal_counts: bool = Fa
         shares[rank].append(index)
         tokens[rank] += lengths[index]
     return shares
+
+
+def shuffle_into_mini_batches(num_samples: int, mini_batches: int, seed: int | Sequence[int]) -> list[np.ndarray]:
+    """Indices of a rollout's samples, shuffled and divided; sizes differ by at most one.
+
+    Advantages are computed on whole groups before this, so a group may be divided among mini-batches.
+
+    Args:
+        seed: one number, or several such as (run seed, rollout, epoch).
+    Raises:
+        ValueError: there are fewer samples than mini-batches.
+    """
+    if not 1 <= mini_batches <= num_samples:
+        raise ValueError(f"mini_batches={mini_batches}: must lie between 1 and the {num_samples} samples")
+    return np.array_split(np.random.default_rng(seed).permutation(num_samples), mini_batches)
+
+
+def micro_batches_by_tokens(lengths: Sequence[int], tokens_per_micro_batch: int) -> list[list[int]]:
+    """Indices grouped so that samples x longest sample, the padded tokens, stays within the budget.
+
+    From the longest to the shortest: little padding, and the pass that needs most memory comes first. A sample that
+    alone exceeds the budget gets a micro-batch of its own.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_micro_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -14,9 +14,8 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import SpecialTokens, check_exportable, hf_config, serving_view
-from megatron_r1.hf.families import FAMILIES, family_of
+from megatron_r1.hf.families import FAMILIES, family_of, param_mappings
 from megatron_r1.hf.load import model_config_from_hf
-from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
 from tests.support.draws import DENSE, dense_shape, sparse_shape
 from tests.support.whole_models import export, native_shapes

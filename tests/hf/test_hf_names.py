@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig
-from megatron_r1.hf.names import canonical_name, param_mappings
+from megatron_r1.hf.families import canonical_name, param_mappings
 from tests.support.whole_models import expected_shapes, native_shapes
 
 

@@ -12,7 +12,7 @@ import pytest
 from megatron_r1.__main__ import exit_code
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
 from megatron_r1.config.load import load
-from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.plan import PlannedFile, hf_entries, hf_file_name, plan_files, totals
 
 HIDDEN, HEADS, VOCABULARY, LAYERS, DENSE, EXPERTS = 7168, 128, 129280, 61, 3, 256

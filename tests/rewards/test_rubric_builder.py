@@ -14,9 +14,9 @@ from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.errors import ConfigError, DataError, PlatformError
 from megatron_r1.rewards import score as score_module
 from megatron_r1.rewards.accuracy import Accuracy
-from megatron_r1.rewards.reward import TextRule, Unscored
+from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.rubric_builder import build_rubric
-from megatron_r1.rewards.score import Rubric, Score, Weighted
+from megatron_r1.rewards.score import Rubric, Score, TextRule, Weighted
 
 
 def prompt(answer: str, task: str, question: str = "?") -> Prompt:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1.rl.batching import micro_batches_by_tokens, shuffle_into_mini_batches
+from megatron_r1.train.batching import micro_batches_by_tokens, shuffle_into_mini_batches
 
 
 @given(st.integers(1, 200), st.data(), st.integers(0, 2**32))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client
-from megatron_r1.rollout.sglang.pool.load_balancing import choose, key_of, split_into_calls
+from megatron_r1.rollout.sglang.pool.pool import choose, key_of, split_into_calls
 from megatron_r1.rollout.sglang.replies import BadReply, parse_completions
 from megatron_r1.rollout.sglang.servers.process import LAUNCHER
 from megatron_r1.rollout.sglang.versions import Versions

@@ -19,7 +19,7 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
 from megatron_r1.config.schema import resolved
-from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.families import param_mappings
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 

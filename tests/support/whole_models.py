@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.config import SpecialTokens, generation_config, hf_config, special_tokens
 from megatron_r1.hf.export import SHARD_BYTES, hf_tensors, write_folder
+from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.load import NativeTensors
-from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.param_mapping import Shape
 from megatron_r1.hf.plan import FORMATS
 

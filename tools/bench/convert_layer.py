@@ -37,9 +37,9 @@ from megatron_r1.config.run import InitConfig
 from megatron_r1.hf.audit import AUDIT_FILE, merge_audits
 from megatron_r1.hf.config import hf_config, in_format, write_json
 from megatron_r1.hf.conversion import Conversion, convert_files
+from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.folder import INDEX_FILE
 from megatron_r1.hf.fp8_blocks import StoredTensor
-from megatron_r1.hf.names import param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import hf_index, totals
 from megatron_r1.hf.publish import publish

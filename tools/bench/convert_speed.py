@@ -33,7 +33,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
 from megatron_r1.config.schema import resolved
 from megatron_r1.files import sync
-from megatron_r1.hf.names import param_mappings
+from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.target import NativeTarget
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from megatron_r1.model.replay import RoutingReplay
-from megatron_r1.rl.batching import micro_batches_by_tokens
 from megatron_r1.rl.objective.kl import k3
 from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, num_tokens, response_part
 from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rollout.sample import Sample
+from megatron_r1.train.batching import micro_batches_by_tokens
 
 Change = Callable[[Sample], Sample]
 

@@ -7,8 +7,6 @@ here they are the version of the first token and, for every change, the index of
 from __future__ import annotations
 
 from collections.abc import Container
-from itertools import pairwise
-from typing import Any
 
 
 class Versions:
@@ -42,29 +40,3 @@ class VersionsSince:
 
     def __str__(self) -> str:
         return repr(self._versions[self._start])
-
-
-def parse_versions(
-    meta: dict[str, Any], tokens: int, allowed: Container[str]
-) -> tuple[str, tuple[tuple[int, str], ...]]:
-    """Version of the first token, and (index, version) of each token at which the version changes.
-
-    Args:
-        meta: ``meta_info`` of a reply.
-        tokens: length of the response.
-        allowed: versions that any of them may have.
-
-    Raises:
-        ValueError: the spans do not cover the response, or one has another version.
-    """
-    last = meta["weight_version"]
-    spans = meta.get("weight_versions") or [{"version": last, "start": 0, "end": tokens}]
-    bounds = [0, *(span["end"] for span in spans)]
-    if [span["start"] for span in spans] != bounds[:-1] or bounds[-1] != tokens or bounds != sorted(set(bounds)):
-        raise ValueError(f"weight versions are of other tokens than the {tokens} of the response: {str(spans)[:200]}")
-    for version in (last, *(span["version"] for span in spans)):
-        if version not in allowed:
-            raise ValueError(f"weight version {version!r} where {allowed} was expected")
-    starts = [(span["start"], span["version"]) for span in spans]
-    changes = tuple(new for old, new in pairwise(starts) if new[1] != old[1])
-    return starts[0][1], changes

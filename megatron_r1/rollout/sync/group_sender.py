@@ -95,7 +95,7 @@ class GroupSender:
         while they still load, and announced then: the servers go from one bucket to the next without a pause.
 
         Args:
-            groups: of tensors that must be loaded together (fused_groups.py), read one group at a time and copied
+            groups: of tensors that must be loaded together (payload.py), read one group at a time and copied
                 before the next one is requested.
             bucket_bytes: most bytes of one bucket; a group that is larger makes one of its own.
             version: that the last bucket of all stamps.

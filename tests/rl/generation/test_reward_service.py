@@ -11,8 +11,8 @@ import pytest
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rewards import score as score_module
-from megatron_r1.rewards.reward import TextRule, Unscored
-from megatron_r1.rewards.score import Rubric, Weighted
+from megatron_r1.rewards.reward import Unscored
+from megatron_r1.rewards.score import Rubric, TextRule, Weighted
 from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
 from megatron_r1.rl.generation.reward_service import CollectiveRewardService
 from megatron_r1.rl.generation.rollouts import Rollout

@@ -14,8 +14,7 @@ from megatron_r1.errors import DataError
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets, plan_buckets
-from megatron_r1.rollout.sync.fused_groups import FusedGroups, fused_name
-from megatron_r1.rollout.sync.payload import WeightPayload
+from megatron_r1.rollout.sync.payload import FusedGroups, WeightPayload, fused_name
 from tests.support.layouts import model_of
 from tests.support.whole_models import expected_shapes, native_shapes
 

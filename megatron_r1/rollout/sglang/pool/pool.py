@@ -1,14 +1,17 @@
 """Many servers as one: each request is answered once, by whichever server can, or counted as failed.
 
-Requests of one prompt travel together, to the server that prefers their prompt (load_balancing.py). A call that fails,
-or a reply that is not what was requested, is a failure of that server: its requests go to another server, after a
-backoff, as far as the retry budget allows (breaker.py), until `give_up_s` is spent.
+Requests of one prompt travel together, to the server that prefers their prompt, unless it has more requests in flight
+than the others. Preference is by rendezvous hashing (Thaler and Ravishankar, 1998): without a table, a prompt keeps
+its server while the set of servers changes around it. The bound on load is that of consistent hashing with bounded
+loads (Mirrokni, Thorup and Zadimoghaddam, 2018) at its tightest: no server above the mean gets more. A call that
+fails, or a reply that is not what was requested, is a failure of that server: its requests go to another server, after
+a backoff, as far as the retry budget allows (breaker.py), until `give_up_s` is spent.
 
 Several threads may call `generate`: servers get the requests in the order of the calls.
 
 Why there is a pool beside the router: an sglang-router (router.py) in front of the servers balances load by its cache
-and scales to many servers, so it can stand in the place of the servers. But it hands any reply of status 200 on, and it
-does not know weight versions. The pool validates every reply, gives each request a deadline and an outcome, holds
+and scales to many servers, so it can stand in the place of the servers. But it hands any reply of status 200 on, and
+it does not know weight versions. The pool validates every reply, gives each request a deadline and an outcome, holds
 requests while weights are updated, and sends nothing to a server on old weights; it does so whether one router or many
 servers are behind it.
 """
@@ -18,14 +21,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from hashlib import blake2b
+from itertools import groupby
+from typing import Protocol
 
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import FailedRequest, Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.pool.breaker import RetryBudget, StateChanged, backoff_s
-from megatron_r1.rollout.sglang.pool.load_balancing import choose, key_of, split_into_calls
 from megatron_r1.rollout.sglang.pool.server import Evicted, PoolServer, current_task_is_cancelled
 from megatron_r1.rollout.sglang.replies import BadReply, Refused
 from megatron_r1.rollout.sglang.versions import Versions
@@ -271,3 +276,49 @@ class _Call:
         for index, request in self._waiting.items():
             self._outcomes[index] = FailedRequest(request.id, self._reason)
         self._waiting = {}
+
+
+class Loaded(Protocol):
+    """What can be chosen."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+
+def key_of(prompt_tokens: Iterable[int]) -> bytes:
+    """The key of a prompt in `choose`."""
+    return blake2b(",".join(map(str, prompt_tokens)).encode(), digest_size=16).digest()
+
+
+def preference(key: bytes, name: str) -> bytes:
+    """How much a prompt prefers a server; larger is more."""
+    return blake2b(name.encode(), digest_size=8, key=key).digest()
+
+
+def choose[Server: Loaded](servers: Sequence[Server], key: bytes) -> Server:
+    """The most preferred server whose load is not above the mean."""
+    mean = sum(server.in_flight for server in servers) / len(servers)
+    open_to_more = [server for server in servers if server.in_flight <= mean]
+    return max(open_to_more, key=lambda server: preference(key, server.name))
+
+
+def split_into_calls(requests: Sequence[Request], largest: int) -> Iterator[list[Request]]:
+    """Requests of each call, in order: neighbours with the same prompt stay together.
+
+    Groups that fit are put together up to `largest` requests; a group that alone is larger is cut.
+    """
+    call: list[Request] = []
+    for _, run in groupby(requests, key=lambda request: request.prompt_tokens):
+        group = list(run)
+        if call and len(call) + len(group) > largest:
+            yield call
+            call = []
+        while len(group) > largest:
+            yield group[:largest]
+            group = group[largest:]
+        call += group
+    if call:
+        yield call
