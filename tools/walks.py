@@ -2,9 +2,9 @@
 
     python tools/walks.py
 
-Each walk is a list of functions in the order of a run, `module:Qualified.name`. The program reads the sources and counts
-what a reader opens: files, functions, their lines, and how often code calls back into a file that the walk had left. Every
-function must exist and be mentioned by one before it, so a list that no longer describes the code fails.
+Each walk is a list of functions in the order of a run, `module:Qualified.name`. The program reads the sources and
+counts what a reader opens: files, functions, their lines, and how often code calls back into a file that the walk had
+left. Every function must exist and be mentioned by one before it: a list that no longer describes the code fails.
 """
 
 from __future__ import annotations
