@@ -108,7 +108,7 @@ VERBS = {
         "direct preference optimization on pairs of responses",
         computes=True,
         needs_model=True,
-        reads=(*TRAINING, "data", "dpo"),
+        reads=(*TRAINING, "data", "dpo", "rollout.chat_template", "rollout.system_prompt"),
         ignores=(*PRETRAINING_SCHEDULES, *CORPUS, "data.source", "data.prompts", "data.reasoning_gym_share"),
     ),
     "evaluate": Verb(
