@@ -102,10 +102,12 @@ class ReplayedRouting(RouterReplay):  # type: ignore[misc]
             own = self._own
 
             def choose(*wanted: Any, **named: Any) -> tuple[Tensor, Tensor]:
-                return own.get_replay_topk(*wanted, *named.values(), default_compute_topk)
+                scores_topk: tuple[Tensor, Tensor] = own.get_replay_topk(*wanted, *named.values(), default_compute_topk)
+                return scores_topk
 
         if self.router_replay_action in (None, RouterReplayAction.RECORD):
-            return super().get_replay_topk(scores, topk, num_groups, group_topk, choose)
+            chosen: tuple[Tensor, Tensor] = super().get_replay_topk(scores, topk, num_groups, group_topk, choose)
+            return chosen
         again = self.router_replay_action == RouterReplayAction.REPLAY_BACKWARD
         replayed_TK = (self.replay_backward_list.pop(0) if again else self.target_topk_idx).to(scores.device)
         _, own_TK = choose(scores, topk, num_groups, group_topk)
@@ -188,4 +190,5 @@ class RoutingReplay:
 def _this_ranks_positions(experts_LBNK: Tensor) -> Tensor:
     """With tensor parallelism a router reads only its rank's part of the positions (sequence parallelism)."""
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    return experts_LBNK.chunk(ranks)[parallel_state.get_tensor_model_parallel_rank()]
+    rank: int = parallel_state.get_tensor_model_parallel_rank()
+    return experts_LBNK.chunk(ranks)[rank]

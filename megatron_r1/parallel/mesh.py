@@ -34,7 +34,7 @@ def process_groups(
     check_degrees(degrees, ranks)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
     # A lone process needs no network rendezvous, so that any number of them can run side by side.
-    store = dist.HashStore() if ranks == 1 else None  # type: ignore[attr-defined]  # torch's stubs lack it
+    store = dist.HashStore() if ranks == 1 else None
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(platform.backend, store=store, rank=rank(), world_size=ranks, timeout=timeout)
     try:

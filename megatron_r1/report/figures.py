@@ -134,7 +134,7 @@ def heat_map(name: str, table: Mapping[str, Sequence[float]], xlabel: str, label
     bar = figure.colorbar(mesh, ax=axes, extend="max")
     bar.set_label(label, color=INK, fontsize=9)
     bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return _svg(figure, axes, legend=False)
 
 

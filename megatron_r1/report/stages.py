@@ -126,13 +126,15 @@ CURVES: Mapping[str, tuple[Curves, ...]] = {
 
 def figures_of(stage: Stage) -> list[Figure]:
     """All figures that the stage's rows have something for."""
-    return _shown([*(each.drawn(stage) for each in CURVES[stage.kind]), *MORE.get(stage.kind, _nothing)(stage)])
+    more: Callable[[Stage], Iterable[Figure]] = MORE.get(stage.kind, _nothing)
+    return _shown([*(each.drawn(stage) for each in CURVES[stage.kind]), *more(stage)])
 
 
 def figures_beside(kind: str, stages: Iterable[Stage]) -> list[Figure]:
     """What several stages of a kind have in common, a line per stage."""
     rows = {stage.name: stage.rows for stage in stages}
-    return _shown(BESIDE.get(kind, _nothing)(rows))
+    beside: Callable[[Mapping[str, Rows]], Iterable[Figure]] = BESIDE.get(kind, _nothing)
+    return _shown(beside(rows))
 
 
 def _nothing(_: Any) -> Iterable[Figure]:

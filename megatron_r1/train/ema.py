@@ -46,7 +46,7 @@ class MovingAverage:
         # In the order of the device's stream: after this step's update, before the next one's.
         for copy, shard in zip(self._copies, self._shards, strict=True):
             copy.copy_(shard.tensor, non_blocking=True)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied = torch.cuda.Event()
         copied.record()
         self._pending = self._worker.submit(self._add_when, copied)
 

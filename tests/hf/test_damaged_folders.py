@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +183,8 @@ def test_damage_is_refused_and_nothing_is_written(damage: str, sound: Path, tmp_
     folder = tmp_path / "folder"
     shutil.copytree(sound, folder)
     break_folder(folder)
-    for number, settings in enumerate(({"format": "bf16"}, {"to": "native"}, {"format": "bf16", "workers": 2})):
+    conversions: list[dict[str, Any]] = [{"format": "bf16"}, {"to": "native"}, {"format": "bf16", "workers": 2}]
+    for number, settings in enumerate(conversions):
         if settings.get("workers") != 2 or damage == "copy differs":
             refused(f"hf:{folder}", tmp_path / str(number), message, **settings)
     with pytest.raises(DataError, match=message):

@@ -40,7 +40,7 @@ def test_reward_must_be_finite():
 
 def test_records_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        SAMPLE.reward = 2.0  # type: ignore[misc]
+        SAMPLE.reward = 2.0
 
 
 def test_request_needs_a_prompt():

@@ -150,7 +150,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     given = parsed()
     torch.set_num_threads(given.threads)
-    store = dist.HashStore()  # type: ignore[attr-defined]  # torch's stubs lack it
+    store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         compared(given)

@@ -55,7 +55,7 @@ def with_datasets(given: argparse.Namespace) -> int:
     rows = datasets.load_dataset("json", data_files=str(given.file), split="train", cache_dir=str(given.output))
     # A name for the result spares the hashing of the tokenizer, which finds results of earlier calls.
     done = rows.map(encode, batched=True, remove_columns=rows.column_names, new_fingerprint="ids")
-    return pyarrow.compute.sum(pyarrow.compute.list_value_length(done.data.column("ids"))).as_py()
+    return int(pyarrow.compute.sum(pyarrow.compute.list_value_length(done.data.column("ids"))).as_py())
 
 
 def with_tokenise(given: argparse.Namespace) -> int:
@@ -72,7 +72,7 @@ def with_tokenise(given: argparse.Namespace) -> int:
         punctuation_split_rate=rate,
         decontaminate=against,
     )
-    return tokenise(options, given.tokenizer, given.output)["tokens"]
+    return int(tokenise(options, given.tokenizer, given.output)["tokens"])
 
 
 def measured(kind: str, given: argparse.Namespace, source: Path) -> tuple[int, float]:

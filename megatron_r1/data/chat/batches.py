@@ -94,7 +94,7 @@ class ChatBatches:
         if packing is None:
             return order_N[place : place + 1]
         first, end = packing.first_piece_S[place : place + 2].tolist()
-        return order_N[packing.document_P[first:end]]
+        return np.asarray(order_N[packing.document_P[first:end]])
 
     def _epoch(self, epoch: int) -> int:
         """Decide the order of an epoch; the number of its sequences."""

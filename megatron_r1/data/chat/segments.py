@@ -94,8 +94,8 @@ class ConversationSegmenter:
                 if prompt.endswith(opened):
                     if not content.startswith(opened):
                         raise BadRow(f"the chat template opens {opened.strip()} and the answer does not begin with it")
-                    return content[len(opened) :] + self._end
-            return content + self._end
+                    return f"{content[len(opened) :]}{self._end}"
+            return f"{content}{self._end}"
         text = self._template.render(messages).text
         if not text.startswith(prompt):
             raise BadRow(

@@ -83,7 +83,7 @@ def record_path(folder: Path, number: int) -> Path:
 def read_record(folder: Path, number: int) -> dict[str, Any] | None:
     """The record of a shard that is done and whose files are still there; None for one to be made."""
     try:
-        record = json.loads(record_path(folder, number).read_bytes())
+        record: dict[str, Any] = json.loads(record_path(folder, number).read_bytes())
         if all((folder / name).stat().st_size == file["size"] for name, file in record["files"].items()):
             return record
     except (OSError, ValueError):

@@ -82,7 +82,8 @@ def tokenise(
         if manifest := read_manifest(folder):
             check_same(manifest["plan"], plan.description, folder)
             shutil.rmtree(folder / WORK, ignore_errors=True)
-            return manifest["totals"]
+            totals: dict[str, Any] = manifest["totals"]
+            return totals
         _pin(folder, plan, tokenizer)
         records = _make_shards(folder, options, plan, workers, max_bad_rows, on_progress)
         return _finish(folder, plan, records, len(contamination.too_short))
@@ -125,7 +126,7 @@ def _make_shards(
         min(workers, len(left)), context, initializer=_start_worker, initargs=(folder, options, done_bytes)
     )
     try:
-        waiting: set[Future] = {pool.submit(_make_shard, number, plan.shards[number]) for number in left}
+        waiting: set[Future[Any]] = {pool.submit(_make_shard, number, plan.shards[number]) for number in left}
         while waiting:
             finished, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
             for future in finished:

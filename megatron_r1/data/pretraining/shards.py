@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / MANIFEST
     try:
-        body = json.loads(path.read_bytes())
+        body: dict[str, Any] = json.loads(path.read_bytes())
         digest = body.pop("sha256")
         if hashlib.sha256(canonical_json(body)).hexdigest() != digest:
             raise ValueError

@@ -152,7 +152,8 @@ class Critic:
     def _values(self, model: Any, batch: ResponseBatch) -> Tensor:
         """[B, L] on the last pipeline stage; hidden states for the next one on others."""
         with without_multi_token_prediction(self._model):
-            return model(*inputs_of(batch), None, output_processor=self._read)
+            values_BL: Tensor = model(*inputs_of(batch), None, output_processor=self._read)
+            return values_BL
 
     def _read(self, *, hidden_states: Tensor, **_: Any) -> Tensor:
         return head_of(self._model).everywhere(hidden_states)
