@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ _FACTORIES = (
     "arange as_tensor empty empty_like full full_like linspace ones ones_like "
     "rand randint randn tensor zeros zeros_like"
 ).split()
+_GPU_KERNELS = ("flash_attn", "flash_attn_3", "flash_mla", "flashattn_hopper", "flashinfer")
 _prepared = False
 
 
@@ -80,6 +82,7 @@ def prepare() -> None:
         return
     _prepared = True
     _silence_what_is_known()
+    _hide_gpu_kernels()
     _answer_for_devices_and_streams()
     _answer_for_random_state()
     _create_tensors_on_cpu()
@@ -98,6 +101,13 @@ def _silence_what_is_known() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in ("torch.utils.cpp_extension", "megatron.core.models.gpt.gpt_model"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _hide_gpu_kernels() -> None:
+    """megatron-core uses these packages where they import; where they are installed and no driver is, they fail."""
+    modules: dict[str, Any] = sys.modules
+    for name in _GPU_KERNELS:
+        modules.setdefault(name, None)  # importing it is an ImportError, as if it were not installed
 
 
 def _answer_for_devices_and_streams() -> None:

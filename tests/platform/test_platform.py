@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -76,3 +77,11 @@ def test_a_device_context_still_decides():
     cpu.prepare()
     with torch.device("meta"):
         assert {torch.empty(2).device.type, torch.arange(2).device.type, torch.ones(2).device.type} == {"meta"}
+
+
+def test_kernels_for_gpus_are_hidden_where_there_is_none(tmp_path, monkeypatch, one_rank):
+    """SGLang's dependencies bring them, and importing them without a driver is an OSError that nobody expects."""
+    (tmp_path / "flash_mla.py").write_text("raise OSError('libcuda.so.1')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError):
+        importlib.import_module("flash_mla")
