@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The test suite but its long forms, or a part of it: launch/test.sh [pytest arguments ...]. The long forms (campaigns of
-# faults, whole recipes, real servers many times): launch/test.sh -m slow.
+# The test suite without its long forms, or a part of it: launch/test.sh [pytest arguments ...].
+# The long forms (campaigns of faults, whole recipes, real servers many times): launch/test.sh -m slow.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh

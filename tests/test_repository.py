@@ -391,7 +391,7 @@ def test_every_import_of_the_package_is_declared() -> None:
         for statement in runtime_imports(tree(path)):
             names = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else []
             names += [statement.module] if isinstance(statement, ast.ImportFrom) and statement.module else []
-            imported |= {name.partition(".")[0]: path for name in names}
+            imported |= {dotted_name.partition(".")[0]: path for dotted_name in names}
     foreign = {module: path for module, path in imported.items() if module not in {*sys.stdlib_module_names, PACKAGE}}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {normalised(requirement) for requirement in project["dependencies"]}
