@@ -101,7 +101,7 @@ def test_a_fine_tuned_model_has_the_same_loss_in_transformers(trained, dialogues
 
     run, _ = trained
     rows = rows_of(run)
-    folder = convert(run, tmp_path / "converted", to="hf", format="fp32")
+    folder = convert(run, tmp_path / "converted", to="hf", dtype="fp32")
     # By its file: AutoTokenizer gives every Qwen model the vocabulary that cuts text as Qwen does.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids, masks = encoded_by_transformers(tokenizer, dialogues)

@@ -87,7 +87,7 @@ def logits(model, batch, vocab_size):
     [order] = PACKED.shares(batch, 1)
     shuffled_BLV = shuffled_1TV.view(6, LENGTH, -1)
     logits_BLV = torch.empty_like(shuffled_BLV)
-    logits_BLV[torch.from_numpy(order)] = shuffled_BLV
+    logits_BLV[torch.tensor(order)] = shuffled_BLV
     return logits_BLV
 
 

@@ -133,10 +133,10 @@ def test_without_a_ramp_every_batch_is_full():
 @pytest.mark.parametrize(
     ("changes", "key", "allowed"),
     [
-        ({"decay": "tokens"}, "learning_rate_phases", "must name phases for decay=tokens"),
-        ({"learning_rate_phases": [PhaseConfig()]}, "learning_rate_phases", "must be [] for decay=cosine"),
+        ({"lr_decay_style": "tokens"}, "learning_rate_phases", "must name phases for lr_decay_style=tokens"),
+        ({"learning_rate_phases": [PhaseConfig()]}, "learning_rate_phases", "must be [] for lr_decay_style=cosine"),
         (
-            {"decay": "tokens", "learning_rate_phases": [PhaseConfig(value=1e-4)]},
+            {"lr_decay_style": "tokens", "learning_rate_phases": [PhaseConfig(value=1e-4)]},
             "min_learning_rate",
             "must be 0.0001",
         ),
