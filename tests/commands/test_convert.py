@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = native_weights(MODEL)
     weights["output_layer.weight"] *= 8  # surer of itself, and wrong, than any new model
     source = native_run(base / "run", MODEL, weights)
-    made = convert(source, base / "converted", format="fp8")
+    made = convert(source, base / "converted", dtype="fp8")
     train_tokenizer(RECIPE.data).save(made)
     stored = load_file(made / "model.safetensors")
     scales = {name: tensor for name, tensor in stored.items() if name.endswith("_scale_inv")}
@@ -56,7 +56,7 @@ def megatron_r1(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_training_starts_from_an_fp8_folder_as_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
     native = convert(f"hf:{folder}", tmp_path / "native", to="native")
     assert same_bits(dict(find_weights(f"hf:{folder}").tensors), dict(find_weights(str(tmp_path / "native")).tensors))
-    assert same_bits(hf_of(convert(native, tmp_path / "again", format="fp8")), hf_of(folder))
+    assert same_bits(hf_of(convert(native, tmp_path / "again", dtype="fp8")), hf_of(folder))
     done = megatron_r1("pretrain", f"init.from='hf:{folder}'", f"root='{tmp_path}'", "name=trained", *SHORT)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]

@@ -63,9 +63,11 @@ def there_and_back(model: ModelConfig, folder: Path, shard_gb: float) -> dict[st
     for format in FORMATS:
         # Scales of fp32 weights come back from fp32; those of bf16 weights from bf16, too.
         native = "bf16" if format == "bf16" else "fp32"
-        made[format] = convert(source, folder / format, format=format, shard_gb=shard_gb)
-        back = convert(f"hf:{made[format]}", folder / f"{format}-back", to="native", format=native, shard_gb=shard_gb)
-        again = convert(folder / f"{format}-back", folder / f"{format}-again", format=format, shard_gb=shard_gb)
+        made[format] = convert(source, folder / format, dtype=format, max_shard_gb=shard_gb)
+        back = convert(
+            f"hf:{made[format]}", folder / f"{format}-back", to="native", dtype=native, max_shard_gb=shard_gb
+        )
+        again = convert(folder / f"{format}-back", folder / f"{format}-again", dtype=format, max_shard_gb=shard_gb)
         assert same_bits(hf_of(again), hf_of(made[format])), format
         assert json.loads((again / "config.json").read_text()) == json.loads((made[format] / "config.json").read_text())
         if format == "fp32":
@@ -81,7 +83,7 @@ def test_there_and_back(family: str, tmp_path: Path) -> None:
     elements = sum(map(prod, expected_shapes(model).values()))
     made = there_and_back(model, tmp_path, shard_gb=elements * 2 / 4e9)
     assert len(list(made["bf16"].glob("*.safetensors"))) > 2
-    plain = convert(f"hf:{made['fp8']}", tmp_path / "plain", format="bf16")
+    plain = convert(f"hf:{made['fp8']}", tmp_path / "plain", dtype="bf16")
     for folder in (made["fp32"], plain):
         loaded, report = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
         assert not report["missing_keys"] and not report["mismatched_keys"], report
@@ -103,25 +105,25 @@ def test_bf16_runs_in_fp8_there_and_back(tmp_path: Path) -> None:
     """Scales of bf16 weights survive bf16: FP8 to BF16 to FP8, as folders and as checkpoints."""
     model = in_precision(tiny(), "bf16")
     source = native_run(tmp_path / "run", model, native_weights(model))
-    first = convert(source, tmp_path / "fp8", format="fp8")
-    plain = convert(f"hf:{first}", tmp_path / "bf16", format="bf16")
-    assert same_bits(hf_of(convert(f"hf:{plain}", tmp_path / "again", format="fp8")), hf_of(first))
+    first = convert(source, tmp_path / "fp8", dtype="fp8")
+    plain = convert(f"hf:{first}", tmp_path / "bf16", dtype="bf16")
+    assert same_bits(hf_of(convert(f"hf:{plain}", tmp_path / "again", dtype="fp8")), hf_of(first))
     native = convert(f"hf:{first}", tmp_path / "native", to="native")
     assert {tensor.dtype for name, tensor in native_of(native).items() if "expert_bias" not in name} == {torch.bfloat16}
-    assert same_bits(hf_of(convert(tmp_path / "native", tmp_path / "out", format="fp8")), hf_of(first))
+    assert same_bits(hf_of(convert(tmp_path / "native", tmp_path / "out", dtype="fp8")), hf_of(first))
     assert same_bits(hf_of(convert(tmp_path / "native", tmp_path / "o2")), hf_of(plain))
 
 
 def test_an_fp8_folder_is_divided_anew_without_being_quantised_anew(tmp_path: Path) -> None:
     """Scales that no quantiser here would choose are passed on as they are."""
     model = tiny()
-    folder = convert(native_run(tmp_path / "run", model, native_weights(model)), tmp_path / "a", format="fp8")
+    folder = convert(native_run(tmp_path / "run", model, native_weights(model)), tmp_path / "a", dtype="fp8")
     from safetensors.torch import save_file
 
     tensors = hf_of(folder)
     tensors = {name: t * 1.7 if name.endswith("_scale_inv") else t for name, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    again = convert(f"hf:{folder}", tmp_path / "b", shard_gb=2e-4)
+    again = convert(f"hf:{folder}", tmp_path / "b", max_shard_gb=2e-4)
     assert len(list(again.glob("*.safetensors"))) > 5
     assert same_bits(hf_of(again), tensors)
 
@@ -129,16 +131,16 @@ def test_an_fp8_folder_is_divided_anew_without_being_quantised_anew(tmp_path: Pa
 def test_the_audit_proves_it(tmp_path: Path) -> None:
     model = tiny()
     weights = native_weights(model)
-    folder = convert(native_run(tmp_path / "run", model, weights), tmp_path / "a", format="fp8", shard_gb=2e-4)
+    folder = convert(native_run(tmp_path / "run", model, weights), tmp_path / "a", dtype="fp8", max_shard_gb=2e-4)
     audit = read_audit(folder)
     assert check_audit(audit, TensorFolder(folder), weights) == len(hf_of(folder)) + len(weights)
-    native = convert(f"hf:{folder}", tmp_path / "b", to="native", shard_gb=2e-4)
+    native = convert(f"hf:{folder}", tmp_path / "b", to="native", max_shard_gb=2e-4)
     assert check_audit(read_audit(native), native_of(native), TensorFolder(folder))
     fused = "decoder.layers.1.mlp.experts.linear_fc1.weight3"
     parts = [f"model.layers.1.mlp.experts.3.{name}_proj.weight" for name in ("gate", "up")]
     assert audit["read"][fused]["to"] == [each for part in parts for each in (part, f"{part}_scale_inv")]
     assert read_audit(native)["read"][f"{parts[1]}_scale_inv"]["to"] == [fused]
-    plain = convert(f"hf:{folder}", tmp_path / "c", format="bf16", shard_gb=2e-4)
+    plain = convert(f"hf:{folder}", tmp_path / "c", dtype="bf16", max_shard_gb=2e-4)
     assert check_audit(read_audit(plain), TensorFolder(plain), TensorFolder(folder))
     assert [read_audit(plain)["read"][name]["to"] for name in (parts[0], f"{parts[1]}_scale_inv")] == [
         [parts[0]],

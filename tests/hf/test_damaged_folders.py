@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sound(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An FP8 folder of several files."""
-    return convert(checkpoint, tmp_path_factory.mktemp("sound") / "run", format="fp8", shard_gb=1e-4)
+    return convert(checkpoint, tmp_path_factory.mktemp("sound") / "run", dtype="fp8", max_shard_gb=1e-4)
 
 
 def file_of(folder: Path, name: str) -> Path:
@@ -183,7 +183,7 @@ def test_damage_is_refused_and_nothing_is_written(damage: str, sound: Path, tmp_
     folder = tmp_path / "folder"
     shutil.copytree(sound, folder)
     break_folder(folder)
-    conversions: list[dict[str, Any]] = [{"format": "bf16"}, {"to": "native"}, {"format": "bf16", "workers": 2}]
+    conversions: list[dict[str, Any]] = [{"dtype": "bf16"}, {"to": "native"}, {"dtype": "bf16", "workers": 2}]
     for number, settings in enumerate(conversions):
         if settings.get("workers") != 2 or damage == "copy differs":
             refused(f"hf:{folder}", tmp_path / str(number), message, **settings)
@@ -194,7 +194,7 @@ def test_damage_is_refused_and_nothing_is_written(damage: str, sound: Path, tmp_
 def test_a_sound_folder_is_taken(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "folder")
     _index_again(tmp_path / "folder")
-    convert(f"hf:{tmp_path / 'folder'}", tmp_path / "run", format="bf16")
+    convert(f"hf:{tmp_path / 'folder'}", tmp_path / "run", dtype="bf16")
     assert len(dict(find_weights(f"hf:{sound}").tensors)) == len(native_weights(MODEL))
 
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_that_is_not_the_model_is_refused(damage: str, tmp_path: Pa
     change, message = CHECKPOINTS[damage]
     weights = native_weights(MODEL)
     change(weights)
-    refused(str(native_run(tmp_path / "run", MODEL, weights)), tmp_path / "out", message, format="fp8")
+    refused(str(native_run(tmp_path / "run", MODEL, weights)), tmp_path / "out", message, dtype="fp8")
 
 
 def resealed(checkpoint: Path, folder: Path, change: Callable[[Path], object]) -> str:
@@ -294,6 +294,6 @@ def test_what_is_there_already_is_not_lost(checkpoint: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match="numbers|infinity"):
         source = native_run(checkpoint.parent / "bad", MODEL, bad)
         (tmp_path / "other" / "config.yaml").unlink()
-        convert(source, tmp_path / "other", format="fp8")
+        convert(source, tmp_path / "other", dtype="fp8")
     assert hf_of(earlier).keys() == before.keys()
     assert len(native_of(checkpoint / "checkpoints" / "step-00000007")) == len(native_weights(MODEL))

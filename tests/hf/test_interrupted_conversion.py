@@ -23,7 +23,7 @@ from tests.support.launching import marked_processes
 
 MODEL = load("convert").model
 SUPPORT = Path(__file__).parents[1] / "support"
-SETTINGS = {"format": "fp8", "shard_gb": 1e-4}
+SETTINGS = {"dtype": "fp8", "max_shard_gb": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_two_conversions_do_not_share_a_folder(checkpoint: Path, tmp_path: Path)
 
 
 def test_checkpoints_go_on_too(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
-    settings = {"to": "native", "format": "fp32", "shard_gb": 1e-4}
+    settings = {"to": "native", "dtype": "fp32", "max_shard_gb": 1e-4}
     with pytest.MonkeyPatch.context() as patch:
         failing_after(4, KeyboardInterrupt(), patch)
         with pytest.raises(KeyboardInterrupt):

@@ -55,7 +55,7 @@ def test_what_is_exported_gives_the_servers_log_probabilities(kind, tmp_path):
         row["mismatch/logprob_max_abs"] < 1e-4 for row in job.rows
     )
     # The second rollout was sampled by the weights of the first checkpoint.
-    folder = convert(job.folder / "checkpoints/step-00000001", tmp_path / "exported", to="hf", format="fp32")
+    folder = convert(job.folder / "checkpoints/step-00000001", tmp_path / "exported", to="hf", dtype="fp32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     before, after = largest_gap(theirs.eval(), job), largest_gap(model, job)
     print(f"{kind}: {after:.1e} from the export, {before:.1e} from what it started from")

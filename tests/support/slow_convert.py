@@ -27,6 +27,6 @@ if __name__ == "__main__":
     # A shell that starts a command in the background lets it ignore Ctrl-C, and so all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        convert(sys.argv[1], Path(sys.argv[2]), format="fp8", shard_gb=1e-4, workers=2)
+        convert(sys.argv[1], Path(sys.argv[2]), dtype="fp8", max_shard_gb=1e-4, workers=2)
     except UserError as error:
         sys.exit(f"refused: {error}")

@@ -48,8 +48,8 @@ class Case:
 
 
 CASES = (
-    Case("export, BF16 to BF16", "native", {"format": "bf16"}),
-    Case("export, BF16 to FP8", "native", {"format": "fp8"}),
+    Case("export, BF16 to BF16", "native", {"dtype": "bf16"}),
+    Case("export, BF16 to FP8", "native", {"dtype": "fp8"}),
     Case("import, BF16 to BF16", "bf16", {"to": "native"}),
     Case("import, FP8 to BF16", "fp8", {"to": "native"}),
 )
