@@ -89,7 +89,9 @@ class TrainConfig:
                     "micro_batch_size", self.micro_batch_size, f"must divide {self.batch_size_key(size)}={size}"
                 )
         if self.schedule.warmup_steps >= self.steps:
-            raise ConfigError("schedule.warmup_steps", self.schedule.warmup_steps, f"must be below steps={self.steps}")
+            raise ConfigError(
+                "schedule.warmup_steps", self.schedule.warmup_steps, f"must be below train.steps={self.steps}"
+            )
 
     def batch_sizes(self) -> range:
         """Every number of sequences that a step of this run may have, rising to global_batch_size."""

@@ -181,7 +181,21 @@ def training_run(
             run.ema = MovingAverage(model, config.train.ema_decay)
         if found := resume(store, config, model, optimizer, run.ema):
             run.resumed, run.state, run.extra = found.folder, found.state, found.extra
+        log_start(run)
         yield run
+
+
+def log_start(run: TrainingRun) -> None:
+    """Log what starts, and where its files are."""
+    logger.info(
+        "%s: step %d of %d, ranks: %d (%s), metrics in %s",
+        run.folder,
+        run.state.step,
+        run.config.train.steps,
+        dist.get_world_size(),
+        run.platform.name,
+        run.folder / "metrics.jsonl",
+    )
 
 
 def log_precision(model: Any, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from megatron_r1.config.jobs import TrackConfig
 from megatron_r1.track import metrics
 from megatron_r1.track.record import Record, read_metrics
 from megatron_r1.track.wandb_run import Identity, WandbRun, wandb_mode
+
+logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -39,6 +42,7 @@ class Tracker:
         self._record = Record(path, resume_step)
         mode = wandb_mode(track.wandb, os.environ)
         identity = Identity.of(run_folder, name, track.project, verb, os.environ)
+        logger.info("wandb: %s%s", mode, f", in {run_folder / 'wandb'}" if mode == "offline" else "")
         self._wandb = WandbRun(run_folder, mode, config, identity, history=read_metrics(path))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:

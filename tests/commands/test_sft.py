@@ -216,7 +216,7 @@ def test_steps_are_those_of_the_epochs_or_fewer():
     assert with_epoch_steps(config, 81).train.steps == 11 and with_epoch_steps(config, 80).train.steps == 10
     short = replace(config, train=replace(config.train, steps=7))
     assert with_epoch_steps(short, 81).train.steps == 7
-    with pytest.raises(ConfigError, match=r"^train\.schedule\.warmup_steps=5: must be below steps=2$"):
+    with pytest.raises(ConfigError, match=r"^train\.schedule\.warmup_steps=5: must be below train.steps=2$"):
         with_epoch_steps(config, 16)
 
 

@@ -79,7 +79,7 @@ REFUSALS = [
     ("pretrain parallel.expert=16", "parallel.expert=16", "must divide model.moe.num_experts=8"),
     ("pretrain model.moe.top_k=8", "model.moe.top_k=8", "must be at most 4"),
     ("pretrain train.micro_batch_size=3", "train.micro_batch_size=3", "must divide global_batch_size=16"),
-    ("pretrain train.schedule.warmup_steps=9999", "train.schedule.warmup_steps=9999", "must be below steps=1800"),
+    ("pretrain train.schedule.warmup_steps=9999", "train.schedule.warmup_steps=9999", "must be below train.steps=1800"),
     ("pretrain data.vocab_size=1024", "data.vocab_size=1024", "must be at most model.vocab_size=512"),
     (
         "pretrain train.sequence_length=512",
