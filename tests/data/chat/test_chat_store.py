@@ -34,7 +34,7 @@ def jsonl(path: Path, rows: list) -> Path:
 
 def settings(path: Path, **changes) -> SftConfig:
     source = ConversationsConfig(path=str(path), split=changes.pop("split", "train"))
-    common = {"source": "files", "datasets": {"a": source}, "chat_template": "tokenizer", "heldout": 0}
+    common = {"source": "files", "datasets": {"a": source}, "chat_template": "tokenizer", "eval_examples": 0}
     return SftConfig(**{**common, **changes})
 
 
@@ -138,11 +138,11 @@ def test_what_is_too_long_is_dropped_or_cut_and_counted(tmp_path):
 
 def test_held_out_conversations_are_on_one_side_with_all_that_equal_them(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [*ROWS, *ROWS])
-    examples = opened(settings(path, heldout=5, learn="each"), tmp_path / "run")
+    examples = opened(settings(path, eval_examples=5, loss_on="each"), tmp_path / "run")
     measured, learned = set(texts(examples, True)), set(texts(examples, False))
     # The conversation of several turns makes two examples.
     assert len(measured) in (5, 6) and measured.isdisjoint(learned) and len(measured | learned) == 22
-    other = opened(settings(path, heldout=5, learn="each"), tmp_path / "other", seed=1)
+    other = opened(settings(path, eval_examples=5, loss_on="each"), tmp_path / "other", seed=1)
     assert set(texts(other, True)) != measured
 
 

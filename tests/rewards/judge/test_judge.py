@@ -78,7 +78,7 @@ def test_the_judge_sees_the_summary_alone_and_as_data():
 
 def test_correctness_is_the_share_of_votes():
     with running(lambda _, number: (200, {"analysis": "", "correct": number % 4 != 0})) as fake:
-        reward = JudgeReward(config(fake.url, asks="correctness", votes=4, concurrency=1))
+        reward = JudgeReward(config(fake.url, mode="correctness", votes=4, concurrency=1))
         assert reward.score([Asked(), Asked()], ["5", "6"]) == [0.75, 0.75]
 
 
@@ -167,7 +167,7 @@ def test_verdicts_are_strict(content):
 
 
 def test_settings_that_cannot_be():
-    for settings in ({"votes": 3}, {"url": "host:80"}, {"asks": "vibes"}, {"attempts": 0}):
+    for settings in ({"votes": 3}, {"url": "host:80"}, {"mode": "vibes"}, {"attempts": 0}):
         with pytest.raises(ConfigError):
             JudgeConfig(**settings)
     with pytest.raises(ConfigError, match="must name an endpoint"):
