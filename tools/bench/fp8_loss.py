@@ -144,7 +144,10 @@ def train(variant: str, seed: int, options: argparse.Namespace, platform: Any) -
         state, row = step(state)
         losses.append(row["train/loss"])
         if state.step % 25 == 0:
-            print(f"{variant}, seed {seed}: step {state.step}/{options.steps}, loss {row['train/loss']:.4f}", file=sys.stderr)
+            print(
+                f"{variant}, seed {seed}: step {state.step}/{options.steps}, loss {row['train/loss']:.4f}",
+                file=sys.stderr,
+            )
     result = {
         "losses": losses,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
