@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -12,7 +13,10 @@ FAMILIES = 7
 
 
 def rows() -> list[list[str]]:
-    lines = [line for line in CARD.read_text().splitlines() if line.startswith("|")]
+    """The table of claims, which is the first; measurements follow in tables of their own."""
+    after = CARD.read_text().splitlines()
+    after = after[next(number for number, line in enumerate(after) if line.startswith("| claim ")) :]
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), after))
     header, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert len(header) == 1 + FAMILIES + 2 and set("".join(rule)) == {"-"}
     return rows
