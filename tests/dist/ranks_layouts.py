@@ -103,7 +103,7 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
         rows = torch.randint(5, 512, (8, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
         result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2)
-        losses.append(logged_metrics(result)["loss"])
+        losses.append(logged_metrics(result)["train/loss"])
         norms.append(result.gradient_norm)
         loads = {layer: load_E.tolist() for layer, load_E in result.passes.expert_load.items()}
         routing.append({"mtp_loss": result.passes.mtp_loss, **loads})
@@ -126,7 +126,7 @@ def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     reader, group = PackedReader(cross, config.model.mtp.num_layers, platform.device), data_parallel_group()
     rows = reader.micro_batches(packed_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
     result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=2)
-    found = {"losses": [logged_metrics(result)["loss"]], "norms": [result.gradient_norm]}
+    found = {"losses": [logged_metrics(result)["train/loss"]], "norms": [result.gradient_norm]}
     return found, whole_gradients(model, optimizer)
 
 
@@ -151,7 +151,7 @@ def supervised(config: Any, platform: Any, alone: bool = False) -> tuple[dict, d
     batch = one_example_a_row(batch) if alone else batch
     rows = reader.micro_batches(batch, dist.get_rank(group), dist.get_world_size(group), size)
     result = update(model, optimizer, rows, reader.forward, 1e-3, *reader.shape(32, size))
-    row = {"losses": [logged_metrics(result)["loss"]], "norms": [result.gradient_norm]}
+    row = {"losses": [logged_metrics(result)["train/loss"]], "norms": [result.gradient_norm]}
     return row, whole_gradients(model, optimizer)
 
 
@@ -198,7 +198,7 @@ def update_beside(teacher: Any, settings: Any, config: Any, platform: Any, model
     speaks = Teacher(teacher, settings.top_k, settings.temperature, words)
     reader = DistillingReader(speaks, settings, None, config.model.mtp.num_layers, platform.device)
     rows = reader.micro_batches(chat_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
-    return logged_metrics(update(model, optimizer, rows, reader.forward, 0.0, *reader.shape(32, 2)))["loss"]
+    return logged_metrics(update(model, optimizer, rows, reader.forward, 0.0, *reader.shape(32, 2)))["train/loss"]
 
 
 def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, dict]]:
