@@ -142,7 +142,7 @@ def main() -> None:
     model = shape(given.layers)
     write_source(model, given.folder / "native")
     for case in CASES[:2]:
-        convert(case, str(given.folder / "native"), given.folder, case.settings["format"], 1)
+        convert(case, str(given.folder / "native"), given.folder, case.settings["dtype"], 1)
     rates: dict[str, list[float]] = {case.title: [] for case in CASES}
     ratios: dict[str, list[float]] = {case.title: [] for case in CASES}
     for _ in range(given.rounds):
