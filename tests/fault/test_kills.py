@@ -115,6 +115,7 @@ CAMPAIGNS = [
 ]
 
 
+@pytest.mark.timeout(300)  # five launches of two ranks, on a slow processor half a minute each
 @pytest.mark.dist
 @pytest.mark.parametrize(("kills", "seed"), CAMPAIGNS)
 def test_pretraining_survives_kills(kills, seed, root, pretrained):
