@@ -1,4 +1,4 @@
-"""reward: a reward model, which is a language model with a scalar head, learned from judged responses."""
+"""reward_model: a language model with a scalar head, trained on preference pairs or labelled responses."""
 
 from __future__ import annotations
 

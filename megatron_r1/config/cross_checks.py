@@ -76,7 +76,7 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     if verb == "grpo":
         _check_reinforcement(config)
     if verb in ("reward_model", "dpo"):
-        _check_judged_rows(config, ranks)
+        _check_whole_rows(config, ranks)
 
 
 def _check_pretraining(config: RunConfig, ranks: int) -> None:
@@ -90,8 +90,8 @@ def _check_reinforcement(config: RunConfig) -> None:
     degrees, longest = config.parallel, config.model.max_sequence_length
     if config.rl.routing_replay and not config.model.moe.num_experts:
         raise ConfigError("rl.routing_replay", True, "must be false: the model has no routers")
-    told = config.rollout.engine == "local" or config.rollout.sglang.server.return_routed_experts
-    if config.rl.routing_replay and not told:
+    recorded = config.rollout.engine == "local" or config.rollout.sglang.server.return_routed_experts
+    if config.rl.routing_replay and not recorded:
         raise ConfigError("rl.routing_replay", True, "needs rollout.sglang.server.return_routed_experts=true")
     if config.rl.tokens_per_micro_batch < longest:
         raise ConfigError(
@@ -168,7 +168,7 @@ def _check_many_lengths(config: RunConfig) -> None:
         raise ConfigError("performance.moe_token_dispatcher_type", "allgather", allowed)
 
 
-def _check_judged_rows(config: RunConfig, ranks: int) -> None:
+def _check_whole_rows(config: RunConfig, ranks: int) -> None:
     _check_batch(config, ranks)
     degrees = config.parallel
     if degrees.context > 1:

@@ -19,8 +19,8 @@ class PromptsConfig:
     answer_field: str = "answer"
     """Field of a row that holds the true answer; rows without it are sampled, and no answer to them is right."""
     task_field: str = "task"
-    """Field of a row that says how its answer is judged: number, text, choice, math, code, or reasoning_gym:
-    and the name of a task. Rows without it are judged as reward.verifier says."""
+    """Field of a row that says how its answer is verified: number, text, choice, math, code, or reasoning_gym:
+    and the name of a task. Rows without it are verified as reward.verifier says."""
     id_field: str = ""
     """Field of a row that names it; empty numbers rows by their line."""
     max_bad_rows: int = 0

@@ -14,7 +14,7 @@ class EvaluateConfig:
     models: dict[str, str] = field(default_factory=dict)
     """Name -> run, checkpoint or hf:FOLDER; evaluated one after the other by the same engine."""
     benchmark: str = "arithmetic"
-    """What is asked: arithmetic, or assistant (general tasks, judged by rules that no training sees)."""
+    """What is asked: arithmetic, or assistant (general tasks, scored by rules that no training sees)."""
     num_prompts: int = 512
     """Held-out prompts."""
     samples_per_prompt: int = 4

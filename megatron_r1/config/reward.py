@@ -79,7 +79,7 @@ class MathConfig:
     """How answers are compared as mathematics: by math-verify, in processes of their own that can be killed."""
 
     workers: int = 2
-    """Answers that are judged at the same time."""
+    """Responses that are scored at the same time."""
     timeout_s: float = 4.0
     """Seconds after which an answer is wrong and its worker is killed."""
     max_characters: int = 1000
@@ -140,7 +140,7 @@ class RewardConfig:
     """What rewards steps: arithmetic (1 for each equation of the reasoning that follows from the question), or a
     function of yours, FILE.py:NAME."""
     retries: int = 2
-    """Further tries for an answer that could not be judged for no fault of its own."""
+    """Further tries for a response that could not be scored through no fault of its own."""
     math: MathConfig = field(default_factory=MathConfig)
     """How answers are compared as mathematics."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)

@@ -34,9 +34,9 @@ class ShardMaker:
     ):
         """
         Args:
-            told: called with the bytes of input done since its last call.
+            on_progress: called with the bytes of input done since its last call.
         """
-        self._folder, self._inputs, self._fields, self._told = folder, inputs, fields, on_progress
+        self._folder, self._inputs, self._fields, self._on_progress = folder, inputs, fields, on_progress
         self._dtype, self._encoder = token_dtype(vocab_size), encoder
 
     def make(self, number: int, pieces: Sequence[InputSpan]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class ShardMaker:
                     counts["reordered"] += encoded.reordered
                     for kind, found in (("bad", encoded.bad), ("contaminated", encoded.contaminated)):
                         left_out[kind] += [f"{self._inputs[row.source]}:{row.number}:{why}" for row, why in found]
-                self._told(piece.size)
+                self._on_progress(piece.size)
         files = {}
         for suffix, digest in writer.digests.items():
             written, final = with_suffix(part, suffix), self._folder / f"{name}{suffix}"

@@ -64,7 +64,7 @@ def tokenise(
         folder: made if missing; after a kill, the one that was begun.
         workers: processes.
         max_bad_rows: rows that may be quarantined before the work stops.
-        told: called with the progress, several times a second.
+        on_progress: called with the progress, several times a second.
 
     Returns:
         The totals that the manifest records.
