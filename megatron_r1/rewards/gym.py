@@ -1,24 +1,26 @@
 """reasoning-gym's own verifiers, for tasks `reasoning_gym:NAME`; the truth is the library's entry as JSON.
 
-The verifiers run in worker processes with a deadline (gym_worker.py). Some of them evaluate the answer as Python, so
-that an answer could run anything: those are refused by name, before any answer is seen.
+The verifiers run in worker processes with a deadline. Some of them evaluate the answer as Python, so that an answer
+could run anything: those are refused by name, before any answer is seen.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
 
 from megatron_r1.config.reward import MathConfig
 from megatron_r1.errors import DataError
 from megatron_r1.rewards.reward import Unscored
-from megatron_r1.rewards.workers import Died, Timeout, WorkerPool, WorkersDown
+from megatron_r1.rewards.workers import WorkerPool, WorkersDown
 
 PREFIX = "reasoning_gym:"
-MODULE = "megatron_r1.rewards.gym_worker"
 EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify|parse_latex|__import__)\s*\(|\b(?:pickle|subprocess)\b")
 
 
@@ -34,12 +36,25 @@ def check_task(name: str) -> None:
         raise DataError(f"task={PREFIX}{name}: its verifier evaluates answers as Python, which is never done here")
 
 
+@cache
+def _scorer(task: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.get_score_answer_fn(task)
+
+
+def full_marks(answer: str, task: str, entry: str) -> bool:
+    """Whether the task's own verifier gives them; a worker asks it."""
+    return bool(_scorer(task)(answer, json.loads(entry)) == 1.0)
+
+
 class GymVerifier:
     """Judges answers to reasoning-gym's tasks; its workers start when the first answer needs them."""
 
     def __init__(self, config: MathConfig):
         self._config = config
-        self.pool = WorkerPool(MODULE, [str(config.timeout_s)], config.workers, config.timeout_s)
+        warm_up = partial(import_module, "reasoning_gym")
+        self.pool = WorkerPool(full_marks, warm_up, config.workers, config.timeout_s)
 
     def is_correct(self, answer: str | None, task: str, truth: str) -> bool | Unscored:
         """Whether the library's verifier gives full marks; partial credit counts as wrong.
@@ -52,9 +67,7 @@ class GymVerifier:
         if answer is None or len(answer) > self._config.max_characters:
             return False
         try:
-            return bool(self.pool.ask({"task": name, "answer": answer, "entry": truth}))
-        except (Timeout, Died):
-            return False
+            return self.pool.ask(answer, name, truth)
         except WorkersDown as error:
             return Unscored(f"reasoning-gym workers: {error}")
 

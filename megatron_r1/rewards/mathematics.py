@@ -2,7 +2,7 @@
 
 Two plain numbers are compared exactly and at once, as `exact.same_number` does. A number may have a unit (`14 cm`,
 `$14`, `14 apples`), which is wrong only where the truth has another. Everything else goes to math-verify in a worker
-process (math_worker.py). An answer that needs longer than the deadline, or that kills its judge, is wrong.
+process. An answer that needs longer than the deadline, or that kills its worker, is wrong.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 from megatron_r1.config.reward import MathConfig
 from megatron_r1.rewards.exact import parse_number
 from megatron_r1.rewards.reward import Unscored
-from megatron_r1.rewards.workers import Died, Timeout, WorkerPool, WorkersDown
+from megatron_r1.rewards.workers import WorkerPool, WorkersDown
 
-MODULE = "megatron_r1.rewards.math_worker"
 WRAPPED = (("\\boxed{", "}"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
 TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}\\]*)\}|\\[,;! ]|~")
 CURRENCY = re.compile(r"(?:\\?\$|[\u20ac\u00a3\u00a5])\s*")
@@ -72,12 +73,33 @@ def contradicts_itself(answer: str) -> bool:
     return len(values) > 1
 
 
+def expression(text: str) -> list[Any]:
+    """The whole text as one expression, in the forms that math-verify makes of it."""
+    from math_verify import LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    found: list[Any] = parse(f"\\boxed{{{text}}}", [config], parsing_timeout=None)
+    return found
+
+
+def equal_expressions(answer: str, truth: str) -> bool:
+    """Whether math-verify finds them equal.
+
+    A worker asks it, without its own time limits: they work in a main thread only, and some answers
+    (`10^{10^{10^{10}}}`) would never come back.
+    """
+    from math_verify import verify
+
+    return bool(verify(expression(truth), expression(answer), timeout_seconds=None))
+
+
 class MathVerifier:
     """Judges answers as mathematics; its workers start when the first answer needs them."""
 
     def __init__(self, config: MathConfig):
         self._config = config
-        self.pool = WorkerPool(MODULE, [str(config.timeout_s)], config.workers, config.timeout_s)
+        warm_up = partial(equal_expressions, "1", "1")  # math-verify compiles some of itself at first use
+        self.pool = WorkerPool(equal_expressions, warm_up, config.workers, config.timeout_s)
 
     def is_correct(self, answer: str | None, truth: str) -> bool | Unscored:
         """Whether an answer is right; Unscored when no worker can be had."""
@@ -89,9 +111,7 @@ class MathVerifier:
         if not answer or not balanced(answer) or "\\boxed" in answer or contradicts_itself(answer):
             return False
         try:
-            return bool(self.pool.ask({"truth": truth, "answer": answer}))
-        except (Timeout, Died):
-            return False
+            return self.pool.ask(answer, truth)
         except WorkersDown as error:
             return Unscored(f"math workers: {error}")
 

@@ -1,190 +1,172 @@
-"""Processes that judge answers and can be killed: an answer that hangs or kills its judge costs a deadline, no more.
+"""Processes that verify answers and can be killed: an answer that hangs or kills its worker costs a deadline, no more.
 
-A worker is a Python module that reads one JSON object a line and writes one JSON value a line. One more than may work
-at a time is kept, so that the rest go on at once while the place of a killed one is filled.
+pebble ends a worker that is late and replaces one that died. The pool has one worker more than may work at a time, so
+that the others go on while a replacement imports what it needs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import multiprocessing
 import os
-import select
-import subprocess
-import sys
+import resource
+import signal
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
+from types import FrameType
+
+from pebble import ProcessExpired, ProcessPool
 
 from megatron_r1 import lifeline
 
 START_S = 120.0
 """For a worker to import what it needs, on a machine that is busy."""
-LONGEST_REPLY = 1 << 16
+POLL_S = 0.5
+"""Between two looks at whether a pool that owes a reply still works."""
+TRIES = 3
+"""Of an answer whose workers go away."""
+MEMORY_BYTES = 2 << 30
 
 
 class WorkersDown(Exception):
     """No worker can be had: nothing is known about the answer."""
 
 
-class Timeout(Exception):
-    """No reply by the deadline; the worker was killed."""
-
-
-class Died(Exception):
-    """The worker ended while it worked."""
-
-
-class Worker:
-    """One process; used by one thread at a time."""
-
-    def __init__(self, module: str, arguments: list[str]):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "WANDB"))}
-        path = os.pathsep.join(part for part in sys.path if part)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | lifeline.variables(),
-            start_new_session=True,  # Ctrl-C is the trainer's; workers end when their standard input does
-        )
-        self._ready = False
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def ready(self, seconds: float) -> bool:
-        """Whether it has said that it can work, waiting at most so long; raises Died."""
-        if not self._ready:
-            with contextlib.suppress(Timeout):
-                self._read(seconds)
-                self._ready = True
-        return self._ready
-
-    def ask(self, item: Any, seconds: float) -> Any:
-        """Its reply; raises Timeout or Died, after either of which it is of no more use."""
-        assert self._process.stdin
-        try:
-            self._process.stdin.write(json.dumps(item).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise Died from None
-        return self._read(seconds)
-
-    def _read(self, seconds: float) -> Any:
-        assert self._process.stdout
-        descriptor, until, said = self._process.stdout.fileno(), time.monotonic() + seconds, b""
-        while not said.endswith(b"\n"):
-            if not select.select([descriptor], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise Timeout
-            part = os.read(descriptor, LONGEST_REPLY)
-            if not part:
-                raise Died
-            said += part
-        return json.loads(said)
-
-    def kill(self) -> None:
-        """End it and wait for its end."""
-        self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self._process.wait()
-
-
 class WorkerPool:
-    """Workers of one module, started when first needed; may be asked by many threads."""
+    """Workers of one verifier, started when first needed; many threads may ask it."""
 
-    def __init__(self, module: str, arguments: list[str], workers: int, deadline_s: float):
-        self._module, self._arguments, self._deadline_s = module, arguments, deadline_s
+    def __init__(
+        self, verify: Callable[..., bool], warm_up: Callable[[], object], workers: int, deadline_s: float
+    ) -> None:
+        """
+        Args:
+            verify: a module's function of strings, which a worker calls.
+            warm_up: what a worker calls before its first answer: slow imports are no part of a deadline.
+            workers: answers that are verified at the same time.
+            deadline_s: seconds after which an answer is wrong and its worker is killed.
+        """
+        self._verify, self._warm_up, self._deadline_s = verify, warm_up, deadline_s
         self._turns, self._size = threading.BoundedSemaphore(workers), workers + 1
-        self._lock, self._idle, self._closed = threading.Lock(), list[Worker](), False
-        self._started = False
+        self._lock, self._closed = threading.Lock(), False
+        self._pool: ProcessPool | None = None
         self.killed = 0
-        """Workers that were replaced."""
+        """Workers that were late or died while they verified an answer."""
 
-    def ask(self, item: Any) -> Any:
-        """The reply of a worker.
+    def ask(self, *arguments: str) -> bool:
+        """What `verify` says; False where it took longer than the deadline, or killed its worker and another one.
 
         Raises:
-            Timeout: the item took longer than the deadline.
-            Died: it killed its worker, and another one after that.
             WorkersDown: workers cannot be started.
         """
+        deaths, reason = 0, ""
         with self._turns:
-            try:
-                return self._ask(item)
-            except Died:
-                return self._ask(item)  # a worker may have been killed by someone else
+            for _ in range(TRIES):
+                try:
+                    return self._ask(arguments)
+                except (TimeoutError, ProcessExpired) as error:
+                    with self._lock:
+                        self.killed += 1
+                    deaths += 1
+                    if isinstance(error, TimeoutError) or deaths == 2:  # once it may be someone else who killed it
+                        return False
+                except BrokenProcessPool as error:
+                    reason = str(error)
+        raise WorkersDown(f"they do not start: {reason}")
 
-    def _ask(self, item: Any) -> Any:
-        worker = self._take()
+    def _ask(self, arguments: tuple[str, ...]) -> bool:
+        """
+        Raises:
+            TimeoutError: its worker was late.
+            ProcessExpired: its worker died.
+            BrokenProcessPool: workers do not start, or one without work was killed: pebble then gives up all of them.
+        """
+        pool = self._running()
         try:
-            reply = worker.ask(item, self._deadline_s)
-        except BaseException:
-            self._replace(worker)
+            task = (self._verify, self._deadline_s, arguments)
+            future = pool.schedule(_verdict, args=task, timeout=self._deadline_s)
+            until = time.monotonic() + START_S + self._deadline_s
+            while not wait([future], POLL_S).done:
+                if not pool.active or time.monotonic() > until:  # a pool may end without a word about its tasks
+                    raise BrokenProcessPool("no reply")
+            return future.result() is True
+        except (TimeoutError, ProcessExpired):
             raise
-        self._give_back(worker)
-        return reply
+        except (OSError, RuntimeError) as error:
+            self._give_up(pool)
+            raise BrokenProcessPool(str(error)) from error
 
-    def _take(self) -> Worker:
-        """A worker that can work; one that has started is preferred to one that is still starting."""
-        for _ in range(self._size + 1):
-            with self._lock:
-                if self._closed:
-                    raise WorkersDown("the pool is closed")
-                self._fill()
-                worker = next((worker for worker in self._idle if self._can_work(worker)), self._idle[0])
-                self._idle.remove(worker)
-            try:
-                if worker.ready(START_S):
-                    return worker
-            except Died:
-                pass
-            self._replace(worker)
-        raise WorkersDown(f"{self._module} does not start")
-
-    def _fill(self) -> None:
-        try:
-            while not self._started or not self._idle:
-                self._idle.append(Worker(self._module, self._arguments))
-                self._started = self._started or len(self._idle) == self._size
-        except OSError as error:
-            raise WorkersDown(f"{self._module} does not start: {error.strerror or error}") from error
-
-    @staticmethod
-    def _can_work(worker: Worker) -> bool:
-        try:
-            return worker.ready(0)
-        except Died:
-            return False
-
-    def _replace(self, worker: Worker) -> None:
-        worker.kill()
-        self.killed += 1
-        with self._lock, contextlib.suppress(OSError):  # a start that fails now is tried again when one is needed
-            if not self._closed and len(self._idle) < self._size:
-                self._idle.append(Worker(self._module, self._arguments))
-
-    def _give_back(self, worker: Worker) -> None:
+    def _running(self) -> ProcessPool:
         with self._lock:
-            if not self._closed:
-                self._idle.append(worker)
+            if self._closed:
+                raise WorkersDown("the pool is closed")
+            if self._pool is None:
+                # Not fork, which would copy the trainer's memory, and its threads in mid-air.
+                context = multiprocessing.get_context("spawn")
+                initargs = (lifeline.lifeline(), self._warm_up)
+                self._pool = ProcessPool(self._size, initializer=_start, initargs=initargs, context=context)
+            return self._pool
+
+    def _give_up(self, pool: ProcessPool | None) -> None:
+        """End the workers of a pool; the next answer starts others."""
+        with self._lock:
+            if pool is None or pool is not self._pool:
                 return
-        worker.kill()
+            self._pool = None
+        pool.stop()
+        pool.join()
 
     def close(self) -> None:
         """End all workers."""
         with self._lock:
-            self._closed, idle, self._idle = True, self._idle, []
-        for worker in idle:
-            worker.kill()
+            self._closed, pool = True, self._pool
+        self._give_up(pool)
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class TooLong(BaseException):
+    """Not an Exception, so that no library catches it."""
+
+
+def _alarm(signum: int, frame: FrameType | None) -> None:
+    raise TooLong
+
+
+def _start(trainer: str, warm_up: Callable[[], object]) -> None:
+    """What a worker does before its first answer."""
+    lifeline.tie_to(trainer)
+    os.setsid()  # the terminal's signals are the trainer's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's own handler cannot run while native code does
+    signal.signal(signal.SIGALRM, _alarm)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    warm_up()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):  # what a library prints about an answer is no news
+        os.dup2(nowhere, output)
+
+
+def _verdict(verify: Callable[..., bool], seconds: float, arguments: tuple[str, ...]) -> bool:
+    """What a worker does with one answer.
+
+    Loops of Python are stopped by an alarm after half the deadline, without losing the process; what no alarm stops is
+    left to the trainer, and ended by the limit on processor time where the trainer no longer looks.
+    """
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 2, hard))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds / 2)
+        try:
+            return verify(*arguments)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except BaseException:  # an answer that a library cannot digest is no right one, and no exit of the trainer
+        return False

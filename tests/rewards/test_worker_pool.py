@@ -1,85 +1,141 @@
-"""Judges that can be killed: what hangs, what dies, what never starts; and 200 answers made to do all of it."""
+"""Workers that can be killed: what hangs, what dies, what never starts; and 200 answers made to do all of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import threading
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_r1.config.reward import MathConfig
 from megatron_r1.rewards.mathematics import MathVerifier
 from megatron_r1.rewards.reward import Unscored
-from megatron_r1.rewards.workers import Died, Timeout, WorkerPool, WorkersDown
+from megatron_r1.rewards.workers import WorkerPool, WorkersDown
 from tests.support.hostile_answers import hostile_answers
+from tests.support.odd_verifier import cannot_start, verify
 
-SUPPORT = Path(__file__).parents[1] / "support"
+ROOT = Path(__file__).parents[2]
 DEADLINE_S = 1.0
 
 
 @pytest.fixture
-def pool(monkeypatch):
-    monkeypatch.syspath_prepend(str(SUPPORT))
-    with WorkerPool("odd_worker", [], workers=2, deadline_s=DEADLINE_S) as pool:
+def pool():
+    with WorkerPool(verify, bool, workers=2, deadline_s=DEADLINE_S) as pool:
         yield pool
 
 
-def test_replies_come_from_processes_that_stay(pool):
-    first = {pool.ask({"do": "pid"}) for _ in range(20)}
-    assert os.getpid() not in first and len(first) <= 3 and pool.killed == 0
+@pytest.fixture
+def pids(pool, tmp_path):
+    """Asks, and returns the worker that replied."""
+
+    def ask() -> int:
+        assert pool.ask("pid", str(tmp_path / "pids"))
+        return int((tmp_path / "pids").read_text().split()[-1])
+
+    return ask
 
 
-def test_a_worker_that_hangs_is_killed_and_replaced(pool):
-    pool.ask({"do": "pid"})
-    for stubborn in ("sleep", "ignore signals"):
-        started = time.monotonic()
-        with pytest.raises(Timeout):
-            pool.ask({"do": stubborn})
-        assert DEADLINE_S <= time.monotonic() - started < DEADLINE_S + 3
+def test_replies_come_from_processes_that_stay(pool, pids, capfd):
+    assert pool.ask("right") is True and pool.ask("wrong") is False
+    first = {pids() for _ in range(20)}
+    assert os.getpid() not in first and len(first) <= 3
+    assert pool.ask("own session") is True
+    assert pool.ask("print") is True and capfd.readouterr() == ("", "")
+    assert pool.ask("memory") is False
+    assert pool.ask("exit") is False, "a verifier's exit is not the trainer's"
+    assert pool.ask("sleep") is False, "the alarm stops it"
+    assert len(first | {pids() for _ in range(20)}) <= 3 and pool.killed == 0
+
+
+@pytest.mark.parametrize("stubborn", ["ignore signals", "native code"])
+def test_a_worker_that_hangs_is_killed_and_replaced(pool, pids, stubborn):
+    pids()
+    started = time.monotonic()
+    assert pool.ask(stubborn) is False
+    assert DEADLINE_S <= time.monotonic() - started < DEADLINE_S + (5 if stubborn == "ignore signals" else 2)
+    assert pool.killed == 1
+    assert pids() > 0
+
+
+def test_an_answer_that_kills_its_worker_is_tried_twice(pool, tmp_path):
+    assert pool.ask("die") is False
     assert pool.killed == 2
-    assert pool.ask({"do": "pid"}) > 0
+    assert pool.ask("die once", str(tmp_path / "mark")) is True
+    assert pool.killed == 3
 
 
-def test_an_item_that_kills_its_worker_is_tried_twice(pool, tmp_path):
-    with pytest.raises(Died):
-        pool.ask({"do": "die"})
-    assert pool.killed == 2
-    once = {"do": "die once", "mark": str(tmp_path / "mark")}
-    assert pool.ask(once) == "second" and pool.killed == 3
-
-
-def test_workers_killed_from_outside_cost_nothing(pool):
-    for _ in range(5):
-        os.kill(pool.ask({"do": "pid"}), signal.SIGKILL)
-        assert pool.ask({"do": "pid"}) > 0
+def test_workers_killed_from_outside_cost_nothing(pool, pids):
+    for pause_s in (0, 0, 0.3, 0.3):
+        os.kill(pids(), signal.SIGKILL)
+        time.sleep(pause_s)
+        assert pids() > 0
 
 
 def test_many_threads_get_their_own_replies(pool):
     with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(lambda n: pool.ask({"do": "echo", "n": n}), range(300))) == list(range(300))
+        said = ["right" if n % 3 else "wrong" for n in range(300)]
+        assert list(threads.map(pool.ask, said)) == [word == "right" for word in said]
 
 
-def test_a_closed_pool_leaves_no_process(monkeypatch):
-    monkeypatch.syspath_prepend(str(SUPPORT))
-    with WorkerPool("odd_worker", [], workers=2, deadline_s=DEADLINE_S) as pool:
-        asking = threading.Thread(target=lambda: pool.ask({"do": "echo", "n": 1}))
-        pids = {pool.ask({"do": "pid"}) for _ in range(5)}
-        asking.start()
-        asking.join()
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+def test_a_closed_pool_leaves_no_process(pool, pids):
+    pids()
+    children = psutil.Process().children()
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    with ThreadPoolExecutor(1) as threads:
+        hanging = threads.submit(pool.ask, "native code")
+        time.sleep(0.2)
+        started = time.monotonic()
+        pool.close()
+        assert time.monotonic() - started < 2.0
+        with pytest.raises(WorkersDown, match="closed"):
+            hanging.result()
+    assert len(workers) == 3 and not any(worker.is_running() for worker in workers)
     with pytest.raises(WorkersDown, match="closed"):
-        pool.ask({"do": "pid"})
+        pool.ask("right")
+
+
+TRAINER = """
+import threading, time
+from megatron_r1.rewards.workers import WorkerPool
+from tests.support.odd_verifier import verify
+
+if __name__ == "__main__":
+    pool = WorkerPool(verify, bool, workers=2, deadline_s=600.0)
+    pool.ask("right")
+    threading.Thread(target=pool.ask, args=("native code",)).start()
+    time.sleep(0.5)
+    print("asked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_do_not_outlive_a_killed_trainer(tmp_path):
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "trainer.py"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as trainer:
+        assert trainer.stdout
+        assert trainer.stdout.readline() == b"asked\n"
+        processes = psutil.Process(trainer.pid).children(recursive=True)
+        trainer.kill()
+        _, alive = psutil.wait_procs(processes, timeout=5.0)
+        for process in alive:
+            process.kill()
+    assert len(processes) >= 3 and alive == []
 
 
 def test_workers_that_cannot_start_are_no_verdict(monkeypatch):
-    pool = WorkerPool("megatron_r1.no_such_worker", [], workers=2, deadline_s=DEADLINE_S)
-    with pool, pytest.raises(WorkersDown, match="no_such_worker does not start"):
-        pool.ask({})
+    pool = WorkerPool(verify, cannot_start, workers=2, deadline_s=DEADLINE_S)
+    with pool, pytest.raises(WorkersDown, match="they do not start"):
+        pool.ask("right")
     verifier = MathVerifier(MathConfig())
     monkeypatch.setattr(verifier, "pool", pool)
     assert verifier.is_correct("\\frac{28}{2}", "14") == Unscored("math workers: the pool is closed")
