@@ -115,7 +115,7 @@ def show(result: Diagnosis, console: Console, batch: Path, checkpoint: Path) -> 
     if started:
         said = f"{len(started)} of {len(result.first_tokens)} answers differ, from response token {min(started)} on"
         console.print(f"{said} (median {sorted(started)[len(started) // 2]})", highlight=False)
-    for layer, share in result.otherwise_by_layer.items():
+    for layer, share in result.routing_mismatch_by_layer.items():
         console.print(f"layer {layer}: {share:.2%} of the engine's experts chosen otherwise", highlight=False)
     if result.associations:
         named = ", ".join(f"{a.expert} of layer {a.layer} ({a.ratio:.2f} times)" for a in result.associations[:3])

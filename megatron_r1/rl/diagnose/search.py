@@ -58,7 +58,7 @@ class Diagnosis:
     """Best first."""
     first_tokens: list[int | None]
     """Of each response the first token that differs by more than ten floors; None where none does."""
-    otherwise_by_layer: dict[int, float]
+    routing_mismatch_by_layer: dict[int, float]
     """Share of the engine's recorded choices of experts that the trainer makes differently, by layer from 1."""
     associations: list[Association]
     """The experts whose tokens differ most."""
@@ -85,7 +85,7 @@ class Diagnosis:
                 for one in self.tried
             ],
             "first_tokens": self.first_tokens,
-            "otherwise_by_layer": self.otherwise_by_layer,
+            "routing_mismatch_by_layer": self.routing_mismatch_by_layer,
             "associations": [vars(one) for one in self.associations],
         }
 
@@ -126,7 +126,7 @@ def diagnose(
     leader = next((p for p in sorted(order) if tried[p].explained > tried[order[0]].explained - AS_GOOD), None)
     best = [] if leader is None else [tried[leader]]
     rest = [tried[index] for index in order if index != leader]
-    return Diagnosis(gap, floor, best + rest, firsts, _otherwise(trial, experts, first_sparse), ranked[:5])
+    return Diagnosis(gap, floor, best + rest, firsts, _routing_mismatch(trial, experts, first_sparse), ranked[:5])
 
 
 def associations(
@@ -169,7 +169,7 @@ def _found(trial: Trial, cause: Cause, before: Gap) -> TriedCause:
     return TriedCause(cause, gap, 1.0 - gap.mean / before.mean)
 
 
-def _otherwise(trial: Trial, experts: Sequence[Tensor], first_sparse: int) -> dict[int, float]:
+def _routing_mismatch(trial: Trial, experts: Sequence[Tensor], first_sparse: int) -> dict[int, float]:
     recorded = [
         (torch.from_numpy(sample.routed_experts.array()), own_TNK)
         for sample, own_TNK in zip(trial.samples, experts, strict=False)

@@ -122,7 +122,7 @@ def test_router_in_bf16(trainer, wrong):
     assert (
         0.5 < kinds["routing"] < result.tried[0].explained
     )  # the choice of experts is most of it, their gates the rest
-    assert set(result.otherwise_by_layer) == {2, 3, 4} and max(result.otherwise_by_layer.values()) > 0
+    assert set(result.routing_mismatch_by_layer) == {2, 3, 4} and max(result.routing_mismatch_by_layer.values()) > 0
 
 
 def test_stale_weights(trainer, wrong):
