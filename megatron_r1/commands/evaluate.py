@@ -18,6 +18,7 @@ from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import ConfigError
 from megatron_r1.evaluation.benchmarks import BENCHMARKS, Metric
 from megatron_r1.evaluation.intervals import clustered
+from megatron_r1.files import write_whole
 from megatron_r1.rollout.engine import RolloutEngine, require_completions
 from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.runs.folder import mark_done, open_run_folder
@@ -51,7 +52,7 @@ def run(config: RunConfig) -> None:
             engine.update_weights(name)
             file = folder / "samples" / f"{name}.jsonl"
             results["models"][name] = measure(engine, formatter, prompts, benchmark.metrics, config, file)
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
+    write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     show(results)
     first_metric = next(iter(benchmark.metrics))
     mark_done(folder, {name: result["sampled"][first_metric] for name, result in results["models"].items()})

@@ -63,7 +63,7 @@ def documents(config: DataConfig) -> Iterator[str]:
 
 
 def document(rng: random.Random, config: DataConfig) -> str:
-    """A question of the training side with an answer, most often a good one, and at times a judgement on it."""
+    """A question of the training side with an answer, most often a good one, and at times a critique of it."""
     task = draw_from(rng, False, config.eval_fraction)
     good = rng.random() < GOOD_SHARE
     response = respond(task, good, STYLES.draw(rng), rng)
