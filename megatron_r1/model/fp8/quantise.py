@@ -69,12 +69,7 @@ class Quantised(NamedTuple):
 
 
 def rounded(x: Tensor, format: Format) -> Tensor:
-    """Each fp32 number rounded to the nearest of the format, ties to even, saturating; infinity and NaN become NaN."""
-    return _nearest(x.masked_fill(x.isinf(), float("nan")), format)
-
-
-def _nearest(x: Tensor, format: Format) -> Tensor:
-    """`rounded` where there is no infinity.
+    """Each finite fp32 number rounded to the nearest of the format, ties to even, saturating; NaN stays NaN.
 
     Adding 1.5 * 2**23 steps and taking them away again leaves whole steps, rounded as fp32 addition rounds.
     """
@@ -111,7 +106,7 @@ def quantise(x_MN: Tensor, tiling: Tiling, format: Format = E4M3, power_of_two: 
     scales_mn.masked_fill_(largest == 0, 1.0)
     if power_of_two:
         scales_mn = power_of_two_above(scales_mn)
-    values = _nearest(tiles / scales_mn[:, None, :, None], format)
+    values = rounded(tiles / scales_mn[:, None, :, None], format)
     return Quantised(_whole(values, x_MN), scales_mn, tiling)
 
 
