@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.preference.examples import (
@@ -79,6 +81,37 @@ def test_files(tmp_path):
     ]
     path.write_text(json.dumps({"prompt": "p", "response": "r", "safe": False, "task": "k"}))
     assert list(read_preferences(path, False)) == [PreferenceExample("k", LabelledResponse("p", "r"), safe=False)]
+
+
+@pytest.mark.parametrize(
+    ("pairwise", "rows"),
+    [
+        (
+            True,
+            [
+                {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_critique": "j", "task": "k"},
+                {"prompt": "\u95ee", "chosen": "\u7b54", "rejected": "r"},
+            ],
+        ),
+        (
+            False,
+            [
+                {"prompt": "p", "response": "r", "safe": False, "critique": "j"},
+                {"prompt": "q", "response": "s", "safe": True, "task": "k"},
+            ],
+        ),
+    ],
+    ids=["pairs", "labelled"],
+)
+def test_parquet_gives_the_rows_of_jsonl(tmp_path, pairwise, rows):
+    """A table has every column in every row: what a row of JSONL leaves out is null there."""
+    lines, table = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    names = dict.fromkeys(name for row in rows for name in row)
+    parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), table)
+    found = list(read_preferences(table, pairwise))
+    assert found == list(read_preferences(lines, pairwise)) and len(found) == 2
+    assert {example.task for example in found} == {"file", "k"}
 
 
 @pytest.mark.parametrize(
