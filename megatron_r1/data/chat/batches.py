@@ -1,10 +1,11 @@
 """Batches of packed examples, read by position.
 
-A position counts the sequences consumed since the start: it alone says what comes next. Every epoch packs the examples
-anew, so that they meet other neighbours, and visits each once; the number of sequences is the same in every epoch, as
-best fit goes by lengths alone. After the last epoch come empty sequences, which fill up the last batch.
+A position is the number of sequences consumed since the start; it alone decides which sequence comes next. Every epoch
+visits each example once and packs the examples anew, so that they share sequences with other examples than before. The
+number of sequences is the same in every epoch, because best fit depends on lengths alone. Empty sequences after the
+last epoch fill up the last batch.
 
-Shapes: N examples, B sequences, L inputs of each; a row has L + 1 tokens, the last one a target only.
+Shapes: N examples, B sequences, L inputs of each; a sequence has L + 1 tokens, the last one a target only.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ class ChatBatch:
     tokens_BL: np.ndarray
     """Token ids, padded on the right: int64 [B, L + 1]."""
     document_ids_BL: np.ndarray
-    """Number of the example that each token belongs to, from 1 in each row; 0 is padding: int64."""
+    """Number of the example that each token belongs to, from 1 in each sequence; 0 is padding: int64."""
     loss_mask_BL: np.ndarray
     """Whether each token is a target: bool."""
 
 
 class ChatBatches:
-    """Some of the examples, as batches.
+    """Batches of the chosen examples.
 
     Args:
         examples: tokenised.
@@ -76,9 +77,9 @@ class ChatBatches:
         return batch
 
     def _fill(self, position: int, tokens_L: np.ndarray, document_ids_L: np.ndarray, loss_mask_L: np.ndarray) -> None:
-        epoch, place = divmod(position, self.per_epoch)
+        epoch, index = divmod(position, self.per_epoch)
         at = 0
-        for number, example in enumerate(self._members(epoch, place), 1):
+        for number, example in enumerate(self._members(epoch, index), 1):
             start, length = int(self._start_N[example]), int(self._examples.lengths_N[example])
             tokens_L[at : at + length] = self._examples.tokens_T[start : start + length]
             loss_mask_L[at : at + length] = self._examples.loss_mask_T[start : start + length]
@@ -86,18 +87,18 @@ class ChatBatches:
             document_ids_L[at : at + length] = number
             at += length
 
-    def _members(self, epoch: int, place: int) -> np.ndarray:
+    def _members(self, epoch: int, index: int) -> np.ndarray:
         """The examples of one sequence."""
         if self._order[0] != epoch:
             self._epoch(epoch)
         _, order_N, packing = self._order
         if packing is None:
-            return order_N[place : place + 1]
-        first, end = packing.first_piece_S[place : place + 2].tolist()
+            return order_N[index : index + 1]
+        first, end = packing.first_piece_S[index : index + 2].tolist()
         return np.asarray(order_N[packing.document_P[first:end]])
 
     def _epoch(self, epoch: int) -> int:
-        """Decide the order of an epoch; the number of its sequences."""
+        """Shuffle and pack the examples of an epoch; returns the number of its sequences."""
         chance = np.random.default_rng([self._seed, epoch])
         order_N = chance.permutation(self._chosen)
         if not self._packed:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS, R1_ZERO, CannotRender, ChatTemplate
+from megatron_r1.data.chat.render import R1_ZERO, RESPONSE_BEGINS, RESPONSE_ENDS, CannotRender, ChatTemplate
 from megatron_r1.data.chat.rows import Conversation
 from megatron_r1.data.chat.segments import ConversationSegmenter, Segment
 from megatron_r1.data.row_files import BadRow
@@ -20,7 +20,7 @@ from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 
 _CONTROL = re.compile(r"<[|\uff5c].*[|\uff5c]>")
-"""Tokens that steer a chat, in the spelling that vocabularies share; not all mark them as special."""
+"""Control tokens of chat templates, in their usual spelling; not every vocabulary marks them as special."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +37,20 @@ class ChatEncoder:
 
     Args:
         tokenizer: of the model.
-        template: makes the text.
-        learn: all, last or each; answers: template or verbatim, as in `SftConfig`.
+        template: renders them.
+        loss_on: all, last or each, as in `SftConfig`.
+        response_text: template or verbatim, as in `SftConfig`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, learn: str, answers: str):
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, loss_on: str, response_text: str):
         self._tokenizer = tokenizer
         self._control = control_tokens(tokenizer)
         self._segmenter = ConversationSegmenter(
-            template, tokenizer.decode([tokenizer.eos]), self._control, learn, answers
+            template, tokenizer.decode([tokenizer.eos]), self._control, loss_on, response_text
         )
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[ChatExample] | BadRow]:
-        """Each conversation's examples, or what is wrong with it."""
+        """The examples of each conversation, or the reason why it has none."""
         cut = [self._cut(messages) for messages in conversations]
         texts = [s.text for examples in cut if isinstance(examples, list) for each in examples for s in each]
         ids = iter(self._tokenizer.encode_batch(texts))
@@ -71,7 +72,7 @@ class ChatEncoder:
             return BadRow(str(error))
 
     def _check_text(self, messages: Conversation) -> None:
-        """A text that spells a control token would become it, and a user could speak as the system."""
+        """Refuse text that spells a control token: tokenised, it would become it, and a user could pose as system."""
         for number, message in enumerate(messages, 1):
             for part in message.values():
                 if isinstance(part, str) and (found := self._control.search(part)):
@@ -79,12 +80,12 @@ class ChatEncoder:
 
 
 def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """Matches every token of the vocabulary that a text of a person or model must not hold.
+    """Matches every token of the vocabulary that the content of a message must not contain.
 
-    Tags around reasoning, such as <think>, are the text's own.
+    Tags around reasoning, such as <think>, are allowed.
     """
     named = {tokenizer.decode([token]) for token in (*tokenizer.begin, tokenizer.eos, tokenizer.pad)}
-    named |= {ANSWER_BEGINS, ANSWER_ENDS}
+    named |= {RESPONSE_BEGINS, RESPONSE_ENDS}
     for added in tokenizer.backend.get_added_tokens_decoder().values():
         if added.special or _CONTROL.fullmatch(added.content):
             named.add(added.content)
@@ -99,7 +100,7 @@ def template_source(name: str, tokenizer: Tokenizer, key: str) -> str:
         key: configuration key to name in an error.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the tokenizer has no template, or the file cannot be read.
     """
     if name == "r1_zero":
         return R1_ZERO
@@ -117,20 +118,20 @@ def template_source(name: str, tokenizer: Tokenizer, key: str) -> str:
 
 
 def chat_template(tokenizer: Tokenizer, source: str, name: str) -> ChatTemplate:
-    """A template that may name the tokenizer's tokens as transformers lets it."""
+    """A template with the tokenizer's special tokens as variables, as in transformers."""
     roles = [role for role in tokenizer.settings if role.endswith("_token")]
     named = {role: text for role in roles if (text := tokenizer.text_of(role)) is not None}
     return ChatTemplate(source, named, name)
 
 
 def key_of(messages: Conversation, seed: int) -> int:
-    """A number of 64 bits that the content decides, so that equal conversations have the same."""
+    """A 64-bit hash of seed and content: equal conversations have the same."""
     text = json.dumps([seed, messages], sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _merged(segments: Iterable[Segment]) -> list[Segment]:
-    """Neighbours of one kind as one, without what follows the last answer."""
+    """Segments with neighbours of one kind joined, up to the last response."""
     merged = [
         Segment("".join(segment.text for segment in group), in_loss)
         for in_loss, group in groupby((s for s in segments if s.text), key=lambda segment: segment.in_loss)

@@ -1,4 +1,4 @@
-"""Rows of conversations out of files: JSONL, Parquet, and folders of Hugging Face datasets.
+"""Reads rows of conversations from files: JSONL, Parquet, and folders of Hugging Face datasets.
 
 A folder is what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or a dataset's repository with JSONL or
 Parquet files whose names begin with the split.
@@ -23,7 +23,7 @@ class RawRow(NamedTuple):
     number: int
     """Line of JSONL, or row of a table, from 1."""
     content: Any
-    """What is there; a BadRow where it cannot be parsed."""
+    """The parsed row; a BadRow where it cannot be parsed."""
 
 
 def files_of(config: ConversationsConfig, key: str) -> list[Path]:
@@ -33,7 +33,7 @@ def files_of(config: ConversationsConfig, key: str) -> list[Path]:
         key: configuration key to name in an error.
 
     Raises:
-        ConfigError: nothing there that can be read.
+        ConfigError: the path holds no file that can be read.
         DataError: a folder is damaged.
     """
     path = Path(config.path)

@@ -1,8 +1,8 @@
-"""Conversations of the generated worlds: problems worked with care, and general tasks done as they were asked.
+"""Conversations of the generated worlds: problems with careful solutions, and general tasks with good responses.
 
-Worked problems are cold-start data (DeepSeek-R1 report, section 2.3.1): a few thousand long and readable answers, so
-that reinforcement learning does not begin with a model that mixes languages and leaves tags open. Together with
-general tasks they stand for the mixture that is learned after it (section 2.3.3).
+Worked problems are cold-start data (DeepSeek-R1 report, section 2.3.1): a few thousand long and readable responses, so
+that reinforcement learning does not start from a model that mixes languages and leaves tags open. Together with
+general tasks they stand for the mixture of the later fine-tuning (section 2.3.3).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Conversations = Callable[[DataConfig, int], Iterator[Conversation]]
 
 
 class GeneratedConversations(NamedTuple):
-    """What a generated world gives to fine-tuning: so many conversations of a config each."""
+    """Two functions of a generated world, each from a config and a count to that many conversations."""
 
     training: Conversations
-    """They depend on the config's seed, and ask nothing that is held out."""
+    """For training: they depend on the config's seed and contain no held-out question."""
     heldout: Conversations
-    """Held-out questions, whatever the config's seed."""
+    """For evaluation: held-out questions, the same for every seed."""
 
 
 def worked_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
-    """Training problems with their answers; no held-out expression is among them."""
+    """Training problems with worked responses; no held-out expression is among them."""
     rng = random.Random(f"worked {config.seed}")
     for _ in range(count):
         yield _conversation(draw_problem(rng, config), rng)
 
 
 def heldout_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
-    """The first `count` held-out problems with their answers, whatever the config's seed."""
+    """The first `count` held-out problems with worked responses, the same for every seed."""
     rng = random.Random("worked held-out")
     for problem in heldout_problems(config, count):
         yield _conversation(problem, rng)
@@ -49,7 +49,7 @@ def _conversation(problem: Problem, rng: random.Random) -> Conversation:
 
 
 def mixed_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
-    """General tasks, and `config.arithmetic_share` of worked problems among them."""
+    """General tasks, mixed with a share `config.arithmetic_share` of worked problems."""
     general = texts.conversations(config, count)
     return _mixed(config, count, f"mixed {config.seed}", general, worked_conversations(config, count))
 

@@ -1,4 +1,4 @@
-"""How a question is put to a model: the template around it, and the tokens that its answer follows."""
+"""Formats a question as a prompt: the chat template around it, and the tokens of the whole."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ NO_TEMPLATE = "none"
 
 
 class PromptFormatter:
-    """Questions as a model reads them."""
+    """Turns questions into prompts."""
 
     def __init__(self, tokenizer: Tokenizer, template: str, system_prompt: str = ""):
         """
         Args:
             template: r1_zero, none, tokenizer or a file, as in `RolloutConfig`.
-            system_prompt: said before each question; empty says nothing.
+            system_prompt: system message before each question; empty for none.
 
         Raises:
             ConfigError: there is no such template, or it refuses a question.
-            DataError: it is no template.
+            DataError: Jinja cannot parse the template.
         """
         self.tokenizer, self._control, self._system = tokenizer, control_tokens(tokenizer), system_prompt
         self._template = None
@@ -36,26 +36,26 @@ class PromptFormatter:
             raise ConfigError(KEY, template, f"must take {asked}: {error}") from error
 
     def text(self, question: str) -> str:
-        """All that the model reads before its answer, special tokens spelt out."""
+        """The prompt as text, special tokens spelt out."""
         if self._template is None:
             return self.tokenizer.decode(self.tokenizer.begin) + self._system + question
         system = [{"role": "system", "content": self._system}] if self._system else []
-        return self._template.render([*system, {"role": "user", "content": question}], answer_follows=True).text
+        return self._template.render([*system, {"role": "user", "content": question}], add_generation_prompt=True).text
 
     def tokens(self, question: str) -> tuple[int, ...]:
-        """The same as token ids."""
+        """The prompt as token ids."""
         return tuple(self.tokenizer.encode(self.text(question)))
 
     def check(self, question: str) -> None:
-        """Refuse a question that cannot be asked as it stands.
+        """Refuse a question that contains a control token.
 
         Raises:
-            ValueError: it spells a token that steers the chat, and would become it.
+            ValueError: names the token.
         """
         if found := self.control_token_in(question):
             raise ValueError(f"the question holds the control token {found}")
 
     def control_token_in(self, text: str) -> str | None:
-        """The first token that steers the chat which a text spells, and would become; None where there is none."""
+        """The first control token that `text` spells; None where there is none."""
         found = self._control.search(text)
         return found and found[0]

@@ -23,8 +23,8 @@ from megatron_r1.errors import DataError
 
 Message = Mapping[str, Any]
 
-ANSWER_BEGINS, ANSWER_ENDS = "\ue000<answer\ue000", "\ue000answer>\ue000"
-"""Around what `{% generation %}` encloses, until the text is cut there; of private use, so that no text holds them."""
+RESPONSE_BEGINS, RESPONSE_ENDS = "\ue000<answer\ue000", "\ue000answer>\ue000"
+"""Marks around what `{% generation %}` encloses; private-use characters, which are removed from the rendered text."""
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -36,13 +36,13 @@ def _r1_zero() -> str:
         f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(after)} }}}}"
         "{% elif loop.index0 == 1 and message['role'] == 'assistant' %}"
         "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-        "{% else %}{{ raise_exception('the template r1_zero takes one question and its answer') }}{% endif %}"
+        "{% else %}{{ raise_exception('the template r1_zero takes one question and its response') }}{% endif %}"
         "{% endfor %}"
     )
 
 
 R1_ZERO = _r1_zero()
-"""DeepSeek-R1-Zero's template as a chat template: what reinforcement learning and evaluation ask in."""
+"""DeepSeek-R1-Zero's template as a chat template, for the prompts of reinforcement learning and evaluation."""
 
 
 class CannotRender(ValueError):
@@ -54,8 +54,8 @@ class Rendered:
     """A conversation as text."""
 
     text: str
-    answers: list[tuple[int, int]]
-    """Characters from and to that the template marks as an answer; empty where it marks nothing."""
+    responses: list[tuple[int, int]]
+    """First character of each response that the template marks, and the one after its last; empty without marks."""
 
 
 class ChatTemplate:
@@ -63,16 +63,16 @@ class ChatTemplate:
 
     Args:
         source: Jinja text.
-        tokens: what the template may name besides: bos_token, eos_token and the like.
-        name: to call it by in errors.
+        tokens: further variables of the template: bos_token, eos_token and the like.
+        name: of the template, for error messages.
 
     Raises:
-        DataError: it is no template.
+        DataError: Jinja cannot parse the source.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], name: str):
         self.source, self.name, self._tokens = source, name, dict(tokens)
-        self.marks_answers = _MARKED.search(source) is not None
+        self.marks_responses = _MARKED.search(source) is not None
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -83,8 +83,8 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise DataError(f"chat template {name}: line {error.lineno}: {error.message}") from error
 
-    def render(self, messages: Sequence[Message], answer_follows: bool = False) -> Rendered:
-        """The text of a conversation, or, where `answer_follows`, up to where an answer begins.
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> Rendered:
+        """The text of a conversation; with `add_generation_prompt` it ends where the next response begins.
 
         Raises:
             CannotRender: the template refuses these messages.
@@ -93,7 +93,7 @@ class ChatTemplate:
         try:
             text = self._template.render(
                 messages=[dict(message) for message in messages],
-                add_generation_prompt=answer_follows,
+                add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
                 **self._tokens,
@@ -108,26 +108,26 @@ class ChatTemplate:
 
 
 def _unmarked(text: str) -> Rendered:
-    pieces, answers, at = [], [], 0
-    for part in text.split(ANSWER_BEGINS):
-        inside, closed, after = part.partition(ANSWER_ENDS)
+    pieces, responses, at = [], [], 0
+    for part in text.split(RESPONSE_BEGINS):
+        inside, closed, after = part.partition(RESPONSE_ENDS)
         if closed:
-            answers.append((at, at + len(inside)))
+            responses.append((at, at + len(inside)))
         pieces += [inside, after]
         at += len(inside) + len(after)
-    return Rendered("".join(pieces), answers)
+    return Rendered("".join(pieces), responses)
 
 
 class _Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: what the model is to write."""
+    """`{% generation %} ... {% endgeneration %}`: a response, as the model is trained to write it."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (ANSWER_BEGINS, ANSWER_ENDS))
-        # What is set inside is not seen outside, as in transformers.
+        begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (RESPONSE_BEGINS, RESPONSE_ENDS))
+        # A variable that is set inside does not exist outside, as in transformers.
         return [begin.set_lineno(line), nodes.Scope(body).set_lineno(line), end.set_lineno(line)]
 
 

@@ -11,18 +11,18 @@ ROLES = ("system", "user", "assistant")
 _OTHER_NAMES = {"human": "user", "gpt": "assistant"}
 
 Conversation = list[dict[str, Any]]
-"""Messages, each with `role` and `content`, and whatever else a chat template may ask of it."""
+"""Messages, each with `role` and `content`, and further fields that a chat template may read."""
 
 
 def conversation_of(row: Any, config: ConversationsConfig, system_prompt: str = "") -> Conversation:
-    """The conversation of a row, which ends with an answer.
+    """The conversation of a row; its last message is the assistant's.
 
     Args:
-        row: what a line of JSONL or a row of a table holds.
-        system_prompt: put before it where it has none of its own; empty puts none.
+        row: content of a line of JSONL or of a row of a table.
+        system_prompt: put before a conversation that has none of its own; empty puts none.
 
     Raises:
-        BadRow: says why it is none.
+        BadRow: the row is no such conversation.
     """
     if not isinstance(row, dict):
         raise BadRow("is not a JSON object")
@@ -57,7 +57,7 @@ def _messages(value: Any, name: str) -> Conversation:
         where = f"message {number}"
         if not isinstance(item, dict):
             raise BadRow(f"{where} is not an object")
-        # A table fills the fields that a message lacks with nothing.
+        # In a table, fields that a message lacks are None.
         message = {key: part for key, part in item.items() if part is not None}
         role = message.pop("role", message.pop("from", None))
         role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
@@ -68,9 +68,9 @@ def _messages(value: Any, name: str) -> Conversation:
         content = _text(message.pop("content", message.pop("value", None)), f"{where}: content")
         messages.append({"role": role, "content": content, **message})
     if messages[-1]["role"] != "assistant":
-        raise BadRow("does not end with an answer")
+        raise BadRow("does not end with a message of the assistant")
     if messages[0]["role"] == "assistant":
-        raise BadRow("begins with an answer")
+        raise BadRow("begins with a message of the assistant")
     return messages
 
 

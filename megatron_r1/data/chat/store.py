@@ -1,7 +1,7 @@
-"""The examples of a run: read, checked and tokenised once, then kept in its folder and memory-mapped.
+"""The examples of a run: read, checked and tokenised once, then stored in the run's folder and memory-mapped.
 
-Every row is learned, measured, or accounted for by number and by name. A run that goes on finds what it began with, or
-is refused.
+Every row of a source becomes training or validation examples, or is counted as dropped or bad; bad rows are listed by
+file and line. A resumed run must find the same examples as before, or it is refused.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Examples:
     lengths_N: np.ndarray
     """Tokens of each: int64."""
     heldout_N: np.ndarray
-    """Whether each is measured and not learned: bool."""
+    """Whether each is for validation, not for training: bool."""
     counts: dict[str, int]
-    """Rows, and what became of them."""
+    """Number of rows, examples, bad rows and so on, by name."""
 
 
 class _FoundChat(NamedTuple):
-    """A conversation on its way."""
+    """A conversation that is not tokenised yet."""
 
-    place: str
+    location: str
     """file:line."""
     conversation: Conversation
     heldout: bool
@@ -73,25 +73,25 @@ class _FoundChat(NamedTuple):
 def open_examples(
     sft: SftConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int, seed: int, run_folder: Path
 ) -> Examples:
-    """The examples of a config; several processes may ask at once, and one of them makes them.
+    """The examples of a config; several processes may call this at once, and one of them makes the examples.
 
     Args:
         sequence_length: inputs per sequence; an example may have one token more, a target only.
-        seed: of what is held out.
-        run_folder: keeps the examples under `data/`, and bad_rows.txt.
+        seed: of the choice of validation examples.
+        run_folder: examples are stored in its folder `data`, bad rows listed in its bad_rows.txt.
 
     Raises:
         ConfigError: a source or the template cannot be found.
-        DataError: too many rows are bad, or the data are no longer those that the run began with.
+        DataError: too many rows are bad, or the conversations changed since the run started.
     """
     template = template_source(sft.chat_template, tokenizer, TEMPLATE_KEY)
     settings = [FORMAT_VERSION, asdict(sft), asdict(data), sequence_length, seed, template, tokenizer.fingerprint()]
     inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for _, file in _files(sft)]
     name = hashlib.sha256(canonical_json([settings, inputs])).hexdigest()[:16]
-    kept = run_folder / "data"
-    kept.mkdir(parents=True, exist_ok=True)
-    folder, pinned = kept / f"examples-{name}", kept / "examples.sha256"
-    with take_lock(kept / "examples.lock", wait=True):
+    data_folder = run_folder / "data"
+    data_folder.mkdir(parents=True, exist_ok=True)
+    folder, pinned = data_folder / f"examples-{name}", data_folder / "examples.sha256"
+    with take_lock(data_folder / "examples.lock", wait=True):
         if not folder.is_dir():
             encoder = ChatEncoder(
                 tokenizer, chat_template(tokenizer, template, sft.chat_template), sft.loss_on, sft.response_text
@@ -101,7 +101,7 @@ def open_examples(
         if not pinned.is_file():
             write_whole(pinned, content.encode())
         elif pinned.read_text() != content:
-            raise DataError(f"{run_folder}: its conversations are no longer those that it began with")
+            raise DataError(f"{run_folder}: its conversations changed since this run started")
     return _open(folder)
 
 
@@ -130,10 +130,10 @@ class _Maker:
         self._bad: list[str] = []
 
     def make(self, folder: Path, bad_rows: Path) -> None:
-        """Write `folder` whole, and the names of bad rows.
+        """Write `folder`, complete or not at all, and the list of bad rows.
 
         Raises:
-            DataError: too many rows are bad, or nothing is left.
+            DataError: too many rows are bad, or no training example remains.
         """
         part = folder.with_suffix(".tmp")
         shutil.rmtree(part, ignore_errors=True)
@@ -144,7 +144,7 @@ class _Maker:
             sync(folder.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-        logger.info("conversations: %s", self._said())
+        logger.info("conversations: %s", self._counted())
 
     def _write(self, part: Path, bad_rows: Path) -> None:
         lengths, keys, heldout = [], [], []
@@ -161,7 +161,7 @@ class _Maker:
         lengths_N = np.concatenate([*lengths, np.empty(0, np.int64)])
         heldout_N = np.array(heldout, dtype=bool) | self._drawn(np.array(keys, dtype=np.uint64))
         if not (~heldout_N).any():
-            raise DataError(f"sft: no example is left to learn from ({self._said()})")
+            raise DataError(f"sft: no training example remains ({self._counted()})")
         np.save(part / "lengths.npy", lengths_N)
         np.save(part / "heldout.npy", heldout_N)
         counts: dict[str, Any] = {**self._counts, "examples": len(lengths_N), "heldout": int(heldout_N.sum())}
@@ -172,7 +172,7 @@ class _Maker:
         write_whole(part / "counts.json", canonical_json(counts))
 
     def _found(self) -> Iterator[_FoundChat]:
-        """All conversations; rows that hold none are counted on the way."""
+        """All conversations; also counts the rows and notes the bad ones."""
         source = self._sft.source
         if world := GENERATED.get(source):
             training = world.training(self._data, self._sft.num_conversations)
@@ -186,27 +186,27 @@ class _Maker:
             fields = self._sft.datasets[name]
             for row in raw_rows(file):
                 self._counts["rows"] += 1
-                place = f"{row.file}:{row.number}"
+                location = f"{row.file}:{row.number}"
                 try:
                     if isinstance(row.content, BadRow):
                         raise row.content
-                    yield _FoundChat(place, conversation_of(row.content, fields, self._sft.system_prompt), False)
+                    yield _FoundChat(location, conversation_of(row.content, fields, self._sft.system_prompt), False)
                 except BadRow as error:
-                    self._bad.append(f"{place}: {error}")
+                    self._bad.append(f"{location}: {error}")
 
     def _encoded(self, found: Sequence[_FoundChat]) -> Iterator[tuple[_FoundChat, list[ChatExample]]]:
-        """Those that can be learned from, with their examples; the others are counted."""
+        """Conversations with their tokenised examples; notes those that cannot be trained on."""
         encoded = self._encoder.encode([row.conversation for row in found])
         for row, examples in zip(found, encoded, strict=True):
             if isinstance(examples, BadRow):
-                self._bad.append(f"{row.place}: {examples}")
+                self._bad.append(f"{row.location}: {examples}")
             elif not all(any(example.loss_mask[1:]) for example in examples):
-                self._bad.append(f"{row.place}: has an answer that nothing precedes")
+                self._bad.append(f"{row.location}: has a response without a prompt")
             else:
                 yield row, [short for example in examples if (short := self._shortened(example))]
 
     def _shortened(self, example: ChatExample) -> ChatExample | None:
-        """The example as it fits a sequence; None where it is left out."""
+        """The example, truncated to a sequence where that is configured; None where it is dropped."""
         if len(example.tokens) <= self._longest:
             return example
         if self._sft.overlong == "truncate" and any(example.loss_mask[1 : self._longest]):
@@ -229,11 +229,11 @@ class _Maker:
             )
 
     def _drawn(self, keys_N: np.ndarray) -> np.ndarray:
-        """Which examples are held out of files: bool [N]; equal conversations are on one side."""
+        """Which examples of files are for validation: bool [N]; equal conversations are on the same side."""
         if self._sft.source != "files" or not self._sft.eval_examples:
             return np.zeros(len(keys_N), bool)
         smallest = np.unique(keys_N)[: self._sft.eval_examples]
         return np.isin(keys_N, smallest)
 
-    def _said(self) -> str:
+    def _counted(self) -> str:
         return ", ".join(f"{name} {count}" for name, count in sorted(self._counts.items()))

@@ -1,4 +1,4 @@
-"""Batches hold every example whole, once in an epoch, in other company each time."""
+"""Every epoch has each example once and whole, packed with other examples than before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTH, EPOCHS = 24, 3
 
 
 def some_examples(count: int = 60, seed: int = 0) -> Examples:
-    """Examples whose first token is their number; the first and some later ones are not learned."""
+    """Examples whose first token is their number; the loss mask excludes it and some later tokens."""
     chance = np.random.default_rng(seed)
     lengths_N = chance.integers(2, LENGTH + 2, count)
     tokens_T, loss_mask_T = chance.integers(1000, 2000, lengths_N.sum()), chance.random(lengths_N.sum()) < 0.6
@@ -42,19 +42,19 @@ def test_every_epoch_has_every_example_once_and_whole(packed):
     orders = []
     for epoch in range(EPOCHS):
         rows = contents(found.batch(epoch * found.per_epoch, found.per_epoch))
-        seen = [tokens[0] for row in rows for tokens, _ in row]
-        assert sorted(seen) == np.flatnonzero(~examples.heldout_N).tolist()
-        for tokens, learned in (example for row in rows for example in row):
+        visited = [tokens[0] for row in rows for tokens, _ in row]
+        assert sorted(visited) == np.flatnonzero(~examples.heldout_N).tolist()
+        for tokens, in_loss in (example for row in rows for example in row):
             at, length = starts[tokens[0]], examples.lengths_N[tokens[0]]
             assert tokens == examples.tokens_T[at : at + length].tolist()
-            assert learned == [False, *examples.loss_mask_T[at + 1 : at + length].tolist()]
+            assert in_loss == [False, *examples.loss_mask_T[at + 1 : at + length].tolist()]
         assert all(len(row) == 1 for row in rows) or packed
         orders.append(rows)
     assert orders[0] != orders[1] != orders[2]
     if packed:
         company = [{frozenset(tokens[0] for tokens, _ in row) for row in rows if len(row) > 1} for rows in orders]
         assert len(company[0] & company[1]) < len(company[0]) / 2
-        assert len(orders[0]) < len(seen) / 1.5
+        assert len(orders[0]) < len(visited) / 1.5
 
 
 def test_a_position_says_what_comes_next():
@@ -70,5 +70,5 @@ def test_after_the_last_epoch_come_empty_sequences():
     batch = found.batch(found.total - 1, 3)
     assert (batch.document_ids_BL.max(1) > 0).tolist() == [True, False, False]
     assert not batch.loss_mask_BL[1:].any() and (batch.tokens_BL[1:] == 9999).all()
-    seen = Counter(len(row) for row in contents(found.batch(0, found.total + 5)))
-    assert seen[0] == 5
+    visited = Counter(len(row) for row in contents(found.batch(0, found.total + 5)))
+    assert visited[0] == 5

@@ -1,4 +1,4 @@
-"""Conversations of the generated worlds: in which shares, done as they were asked, and nothing held out is learned."""
+"""Conversations of the generated worlds: their shares, correct responses, and no held-out question in training."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def is_arithmetic(question: str) -> bool:
 
 
 def test_general_tasks_and_worked_problems_come_in_the_configured_shares():
-    asked = questions(mixed_conversations(CONFIG, 2000))
-    assert sum(map(is_arithmetic, asked)) / len(asked) == pytest.approx(0.25, abs=0.03)
+    found = questions(mixed_conversations(CONFIG, 2000))
+    assert sum(map(is_arithmetic, found)) / len(found) == pytest.approx(0.25, abs=0.03)
     for share in (0.0, 1.0):
         config = DataConfig(source="assistant", arithmetic_share=share)
         assert {is_arithmetic(question) for question in questions(mixed_conversations(config, 50))} == {bool(share)}
 
 
-def test_every_general_answer_does_what_was_asked():
+def test_every_general_response_does_what_the_question_asks():
     for user, assistant in mixed_conversations(CONFIG, 300):
         if not is_arithmetic(user["content"]):
             assert verdict(user["content"], assistant["content"]) == (True, True)
 
 
 @pytest.mark.parametrize("source", GENERATED)
-def test_what_is_learned_is_never_measured(source):
+def test_training_never_contains_a_validation_question(source):
     world, other = GENERATED[source], replace(CONFIG, seed=1)
     measured = set(questions(world.heldout(CONFIG, 150)))
     assert measured.isdisjoint(questions(world.training(CONFIG, 3000)))

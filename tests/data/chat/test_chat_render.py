@@ -35,20 +35,20 @@ def theirs(tmp_path_factory):
 def test_text_is_what_transformers_renders(theirs, source, messages):
     template = chat_template(small_tokenizer(), source, "test")
     for several in (messages, messages[:-1]):
-        for answer_follows in (False, True):
-            asked = {"chat_template": source, "tokenize": False, "add_generation_prompt": answer_follows}
+        for add_generation_prompt in (False, True):
+            options = {"chat_template": source, "tokenize": False, "add_generation_prompt": add_generation_prompt}
             try:
-                expected = theirs.apply_chat_template(several, **asked)
+                expected = theirs.apply_chat_template(several, **options)
             except Exception as error:
                 assert "no system here" in str(error)
                 with pytest.raises(CannotRender, match="no system here"):
-                    template.render(several, answer_follows)
+                    template.render(several, add_generation_prompt)
                 continue
-            assert template.render(several, answer_follows).text == expected
+            assert template.render(several, add_generation_prompt).text == expected
 
 
-def test_marked_answers_are_what_transformers_marks(theirs):
-    """Their mask is of tokens, and agrees where the answers do, by the end token."""
+def test_marked_responses_are_what_transformers_marks(theirs):
+    """transformers masks tokens; the masks agree up to the end token of the last response."""
     found = theirs.apply_chat_template(
         SEVERAL, chat_template=QWEN_MARKED, return_assistant_tokens_mask=True, return_dict=True
     )
@@ -84,7 +84,7 @@ def test_r1_zero_asks_what_reinforcement_learning_asks():
     template = chat_template(small_tokenizer(), R1_ZERO, "r1_zero")
     rendered = template.render(SINGLE)
     assert rendered.text == "<|bos|>" + fill_template("What is 2 + 3?") + "5, I think.<|eos|>"
-    assert rendered.text[slice(*rendered.answers[0])] == "5, I think.<|eos|>"
-    assert template.render(SINGLE[:1], answer_follows=True).text == "<|bos|>" + fill_template("What is 2 + 3?")
-    with pytest.raises(CannotRender, match="one question and its answer"):
+    assert rendered.text[slice(*rendered.responses[0])] == "5, I think.<|eos|>"
+    assert template.render(SINGLE[:1], add_generation_prompt=True).text == "<|bos|>" + fill_template("What is 2 + 3?")
+    with pytest.raises(CannotRender, match="r1_zero"):
         template.render(SEVERAL)

@@ -1,4 +1,4 @@
-"""What is learned of a conversation: answers whole, nothing else, and never an answer that a template has changed."""
+"""The loss is on whole responses alone, and never on a response that a template has changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from megatron_r1.config.sft import ConversationsConfig
 from megatron_r1.data.chat.encode import ChatEncoder, chat_template, key_of
-from megatron_r1.data.chat.render import ANSWER_BEGINS, ANSWER_ENDS
+from megatron_r1.data.chat.render import RESPONSE_BEGINS, RESPONSE_ENDS
 from megatron_r1.data.chat.rows import conversation_of
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import CHAT_TEMPLATE
@@ -15,9 +15,9 @@ from tests.support.chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL,
 TOKENIZER = small_tokenizer()
 
 
-def encoded(messages, source, learn="all", answers="template"):
-    """(learned texts, whole text) of each example, or what is wrong."""
-    encoder = ChatEncoder(TOKENIZER, chat_template(TOKENIZER, source, "test"), learn, answers)
+def encoded(messages, source, loss_on="all", response_text="template"):
+    """(texts in the loss, whole text) of each example, or the reason why there is none."""
+    encoder = ChatEncoder(TOKENIZER, chat_template(TOKENIZER, source, "test"), loss_on, response_text)
     [examples] = encoder.encode([messages])
     if isinstance(examples, BadRow):
         return str(examples)
@@ -25,10 +25,10 @@ def encoded(messages, source, learn="all", answers="template"):
     for example in examples:
         runs: list[list[int]] = []
         before = False
-        for token, learned in zip(example.tokens, example.loss_mask, strict=True):
-            if learned:
+        for token, in_loss in zip(example.tokens, example.loss_mask, strict=True):
+            if in_loss:
                 runs = [*runs, [token]] if not before else [*runs[:-1], [*runs[-1], token]]
-            before = learned
+            before = in_loss
         shown.append(([TOKENIZER.decode(run) for run in runs], TOKENIZER.decode(example.tokens)))
     return shown
 
@@ -36,42 +36,42 @@ def encoded(messages, source, learn="all", answers="template"):
 @pytest.mark.parametrize(
     ("source", "end"), [(CHAT_TEMPLATE, "<|eos|>"), (QWEN, "<|im_end|>"), (QWEN_MARKED, "<|im_end|>")]
 )
-def test_answers_and_their_end_are_learned(source, end):
+def test_responses_and_their_end_token_are_in_the_loss(source, end):
     first, second = (message["content"] + end for message in (SEVERAL[2], SEVERAL[4]))
-    [(learned, text)] = encoded(SEVERAL, source)
-    assert learned == [first, second] and text.endswith(second) and "Be brief." in text
-    [(learned, again)] = encoded(SEVERAL, source, "last")
-    assert learned == [second] and again == text
+    [(in_loss, text)] = encoded(SEVERAL, source)
+    assert in_loss == [first, second] and text.endswith(second) and "Be brief." in text
+    [(in_loss, again)] = encoded(SEVERAL, source, "last")
+    assert in_loss == [second] and again == text
     (one, short), (two, whole) = encoded(SEVERAL, source, "each")
     assert (one, two) == ([first], [second]) and short.endswith(first) and whole == text
 
 
 def test_reasoning_that_a_template_drops_is_never_lost_in_silence():
-    assert "is no prefix of prompt and answer: needs sft.response_text=verbatim" in encoded(REASONED, REASONING)
+    assert "needs sft.response_text=verbatim, or a template" in encoded(REASONED, REASONING)
     unopened = REASONING.replace("<|assistant|><think>\\n' }}{% endif %}", "<|assistant|>' }}{% endif %}")
-    assert "leaves out part of an answer" in encoded(REASONED, unopened, "last")
+    assert "leaves out part of a response" in encoded(REASONED, unopened, "last")
     marked = QWEN_MARKED.replace("message['content'] + '<|im_end|>' }}{%- endg", "message['content'][3:] }}{%- endg")
-    assert "leaves out part of an answer" in encoded(SINGLE, marked)
+    assert "leaves out part of a response" in encoded(SINGLE, marked)
     unmarked_one = QWEN_MARKED.replace("message['role'] == 'assistant'", "loop.last")
-    assert encoded(SEVERAL, unmarked_one) == "the chat template marks 1 answers where 2 are"
+    assert encoded(SEVERAL, unmarked_one) == "the chat template marks 1 responses, but the conversation has 2"
 
 
-def test_verbatim_answers_come_after_the_prompt_that_the_template_makes():
-    """The turns before keep no reasoning, as when the model is asked; the answer keeps its own."""
+def test_verbatim_responses_follow_the_prompt_that_the_template_makes():
+    """Earlier turns have no reasoning, as at inference; the response keeps its own."""
     assert "needs sft.loss_on=each" in encoded(REASONED, REASONING, "all", "verbatim")
     for opening in ("<think>\\n", ""):
         source = REASONING.replace("<think>\\n", opening)
         (one, _), (two, text) = encoded(REASONED, source, "each", "verbatim")
         opened = opening.replace("\\n", "\n")
-        asked = "<|bos|><|user|>2 + 3?<|assistant|>\n\n5<|eos|><|user|>Twice?<|assistant|>" + opened
-        assert text == asked + REASONED[3]["content"].removeprefix(opened) + "<|eos|>"
+        prompt = "<|bos|><|user|>2 + 3?<|assistant|>\n\n5<|eos|><|user|>Twice?<|assistant|>" + opened
+        assert text == prompt + REASONED[3]["content"].removeprefix(opened) + "<|eos|>"
         assert two == [REASONED[3]["content"].removeprefix(opened) + "<|eos|>"] and len(one) == 1
         assert encoded(REASONED, source, "last", "verbatim") == [(two, text)]
     assert "opens <think>" in encoded(SINGLE, REASONING, "all", "verbatim")
 
 
 def test_text_that_spells_a_control_token_is_refused():
-    for text in ("a<|eos|>b", "<|im_start|>system", "<|user|>", f"{ANSWER_BEGINS}mine{ANSWER_ENDS}"):
+    for text in ("a<|eos|>b", "<|im_start|>system", "<|user|>", f"{RESPONSE_BEGINS}mine{RESPONSE_ENDS}"):
         spoken = [{"role": "user", "content": text}, SINGLE[1]]
         assert encoded(spoken, CHAT_TEMPLATE).startswith("message 1 holds the control token ")
     assert isinstance(encoded([SINGLE[0], {"role": "assistant", "content": "<think>a</think>"}], CHAT_TEMPLATE), list)
@@ -97,25 +97,25 @@ BAD = [
     ({"messages": "a"}, "messages is not a list of messages"),
     ({"messages": ["a"]}, "message 1 is not an object"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "message 1 has the role 'tool'"),
-    ({"messages": SINGLE[:1]}, "does not end with an answer"),
-    ({"messages": SINGLE[1:]}, "begins with an answer"),
+    ({"messages": SINGLE[:1]}, "does not end with a message of the assistant"),
+    ({"messages": SINGLE[1:]}, "begins with a message of the assistant"),
     ({"messages": [*SINGLE, {"role": "system", "content": "a"}, SINGLE[1]]}, "message 3 has the role system"),
     ({"messages": [SINGLE[0], {"role": "assistant"}]}, "message 2: content is not text"),
     ({"messages": SINGLE, "tools": [{}]}, "has tools"),
 ]
 
 
-@pytest.mark.parametrize(("row", "said"), GOOD)
-def test_rows_that_are_conversations(row, said):
+@pytest.mark.parametrize(("row", "expected"), GOOD)
+def test_rows_that_are_conversations(row, expected):
     messages = conversation_of(row, SOURCE)
-    assert " ".join(f"{m['role']}:{m['content']}" for m in messages) == said
+    assert " ".join(f"{m['role']}:{m['content']}" for m in messages) == expected
     assert all("tool_calls" not in message for message in messages)
     prompted = conversation_of(row, SOURCE, "be good")
     assert prompted[0]["content"] == ("s" if row.get("system") else "be good") and prompted[1:] == messages[-2:]
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
-def test_rows_that_are_none_say_why(row, reason):
+def test_rows_without_a_conversation_are_refused_with_the_reason(row, reason):
     with pytest.raises(BadRow) as refused:
         conversation_of(row, SOURCE)
     assert str(refused.value).startswith(reason)

@@ -1,4 +1,4 @@
-"""Rows of every kind of file become examples once; what cannot be learned is named, counted, and limited."""
+"""Rows of every kind of file become examples once; bad rows are listed, counted and limited."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def test_what_is_too_long_is_dropped_or_cut_and_counted(tmp_path):
 def test_held_out_conversations_are_on_one_side_with_all_that_equal_them(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [*ROWS, *ROWS])
     examples = opened(settings(path, eval_examples=5, loss_on="each"), tmp_path / "run")
-    measured, learned = set(texts(examples, True)), set(texts(examples, False))
+    measured, training = set(texts(examples, True)), set(texts(examples, False))
     # The conversation of several turns makes two examples.
-    assert len(measured) in (5, 6) and measured.isdisjoint(learned) and len(measured | learned) == 22
+    assert len(measured) in (5, 6) and measured.isdisjoint(training) and len(measured | training) == 22
     other = opened(settings(path, eval_examples=5, loss_on="each"), tmp_path / "other", seed=1)
     assert set(texts(other, True)) != measured
 
@@ -158,7 +158,7 @@ def test_the_arithmetic_world_holds_out_its_own_expressions(tmp_path):
             assert is_heldout(normalise(expression), DataConfig().eval_fraction) is heldout
 
 
-def test_a_run_finds_what_it_began_with_or_is_refused(tmp_path, monkeypatch):
+def test_a_run_resumes_with_the_same_examples_or_is_refused(tmp_path, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     config = settings(path)
     first = opened(config, tmp_path / "run")
@@ -168,11 +168,11 @@ def test_a_run_finds_what_it_began_with_or_is_refused(tmp_path, monkeypatch):
     path.touch()  # the same content at another time is the same
     assert texts(opened(config, tmp_path / "run")) == texts(first)
     jsonl(path, ROWS[1:])
-    with pytest.raises(DataError, match="conversations are no longer those that it began with"):
+    with pytest.raises(DataError, match="run: its conversations changed"):
         opened(config, tmp_path / "run")
 
 
-def test_several_that_ask_at_once_make_it_once(tmp_path, monkeypatch):
+def test_several_processes_at_once_make_the_examples_once(tmp_path, monkeypatch):
     config, made = settings(jsonl(tmp_path / "a.jsonl", ROWS)), []
     make = _Maker.make
 

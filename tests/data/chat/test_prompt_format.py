@@ -1,4 +1,4 @@
-"""How questions are put: by the template of R1-Zero, the model's own, or none, as transformers would render it."""
+"""Prompts by the template of R1-Zero, the model's own, or none, as transformers renders them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_vocabulary_without_a_begin_token_begins_with_the_text():
     )
 
 
-def test_what_cannot_be_asked_is_refused_at_the_start(tmp_path):
+def test_templates_that_cannot_format_a_question_are_refused_at_the_start(tmp_path):
     with pytest.raises(ConfigError, match=r"^rollout\.chat_template=r1_zero: must take a system prompt and a question"):
         PromptFormatter(TOKENIZER, "r1_zero", "You are kind.")
     with pytest.raises(ConfigError, match=r"^rollout\.chat_template=gone: must be r1_zero, tokenizer or a file"):
@@ -55,7 +55,7 @@ def test_what_cannot_be_asked_is_refused_at_the_start(tmp_path):
         PromptFormatter(TOKENIZER, str(tmp_path / "broken"))
 
 
-def test_a_question_that_spells_a_control_token_is_told():
+def test_a_question_with_a_control_token_is_refused():
     formatter = PromptFormatter(TOKENIZER, "r1_zero")
     formatter.check("What is <think>?")
     for token in ("<|eos|>", "<|user|>"):
