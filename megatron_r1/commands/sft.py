@@ -85,8 +85,8 @@ def batches_of(config: RunConfig, examples: Examples, pad: int) -> tuple[ChatBat
     """Training batches and validation batches."""
     settings, length = config.sft, config.train.sequence_length
     packed = settings.packing == "best_fit"
-    training = ChatBatches(examples, ~examples.heldout_N, length, packed, settings.epochs, pad, config.seed)
-    return training, ChatBatches(examples, examples.heldout_N, length, packed, 1, pad, config.seed)
+    training = ChatBatches(examples, ~examples.eval_N, length, packed, settings.epochs, pad, config.seed)
+    return training, ChatBatches(examples, examples.eval_N, length, packed, 1, pad, config.seed)
 
 
 def with_epoch_steps(config: RunConfig, sequences: int) -> RunConfig:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.prompts.prompts import Prompt, heldout_assistant_prompts, heldout_prompts
+from megatron_r1.data.prompts.prompts import Prompt, eval_assistant_prompts, eval_prompts
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
 from megatron_r1.rewards.accuracy import is_correct
 from megatron_r1.rewards.extract import any_answer, tagged_answer
@@ -35,7 +35,7 @@ def _correct_tagged(prompt: Prompt, text: str) -> float:
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "arithmetic": Benchmark(
-        heldout_prompts,
+        eval_prompts,
         {
             "correct_any_format": lambda prompt, text: float(is_correct(prompt, any_answer(text))),
             "correct_tagged": _correct_tagged,
@@ -43,7 +43,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         },
     ),
     "assistant": Benchmark(
-        heldout_assistant_prompts,
+        eval_assistant_prompts,
         {
             "helpful": lambda prompt, text: float(verdict(prompt.question, text).helpful),
             "safe": lambda prompt, text: float(verdict(prompt.question, text).safe),

@@ -1,4 +1,4 @@
-"""Which pairs direct preference optimization learns from, and which it is measured on."""
+"""Which pairs direct preference optimization trains on, and which it is evaluated on."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from megatron_r1.preference.step import encode_eval_pairs
 from tests.support.chats import small_tokenizer
 
 
-def test_pairs_of_files_are_all_taken(tmp_path):
-    for name, count in (("learned", 3), ("heldout", 2)):
+def test_all_pairs_of_files_are_used(tmp_path):
+    for name, count in (("train", 3), ("eval", 2)):
         rows = [{"prompt": f"{name} {n}?", "chosen": "yes", "rejected": "no"} for n in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = DpoConfig(
         source="file",
-        train_file=str(tmp_path / "learned.jsonl"),
-        eval_file=str(tmp_path / "heldout.jsonl"),
+        train_file=str(tmp_path / "train.jsonl"),
+        eval_file=str(tmp_path / "eval.jsonl"),
         eval_examples=1,
     )
     training, evaluated = training_items(settings, DataConfig(), 1), eval_items(settings, DataConfig())
-    assert [item.question for item in training] == ["learned 0?", "learned 1?", "learned 2?"]
+    assert [item.question for item in training] == ["train 0?", "train 1?", "train 2?"]
     assert [(item.question, item.chosen.response) for item in evaluated] == [
-        ("heldout 0?", "yes"),
-        ("heldout 1?", "yes"),
+        ("eval 0?", "yes"),
+        ("eval 1?", "yes"),
     ]
 
 
-def test_generated_pairs_are_counted_and_heldout_ones_judged_by_the_hidden_rules():
+def test_generated_validation_pairs_are_labelled_by_the_hidden_rules():
     data = DataConfig(source="assistant")
     training, evaluated = training_items(DpoConfig(), data, 7), eval_items(DpoConfig(eval_examples=9), data)
     assert (len(training), len(evaluated)) == (7, 9)
@@ -44,7 +44,7 @@ def test_generated_pairs_are_counted_and_heldout_ones_judged_by_the_hidden_rules
         assert [verdict(side.question, side.response).helpful for side in item.responses] == [True, False]
 
 
-def test_heldout_pairs_longer_than_a_row_are_left_out_and_counted(caplog):
+def test_validation_pairs_longer_than_a_sequence_are_dropped_and_counted(caplog):
     encoder = PolicyPairEncoder(PromptFormatter(small_tokenizer(), "none"))
     items = eval_items(DpoConfig(eval_examples=8), DataConfig(source="assistant"))
     lengths = [encoder.example(item).length for item in items]

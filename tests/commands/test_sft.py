@@ -29,7 +29,7 @@ KINDS = {
     "qwen": [*SHAPE, "model.tied_embeddings=true"],
     "llama": [*SHAPE, "model.attention.qkv_bias=false", "model.tied_embeddings=false", "model.rope.base=5e5"],
 }
-HELDOUT, BAD = 24, 2
+EVAL_EXAMPLES, BAD = 24, 2
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def trained(
     command = [
         *KINDS[request.param],
         *("sft.source=files", f"sft.datasets.sums.path='{dialogues}'", "sft.chat_template=tokenizer"),
-        *(f"sft.max_bad_rows={BAD}", f"sft.eval_examples={HELDOUT}", "sft.eval_interval=2", "sft.epochs=2"),
+        *(f"sft.max_bad_rows={BAD}", f"sft.eval_examples={EVAL_EXAMPLES}", "sft.eval_interval=2", "sft.epochs=2"),
         *("train.sequence_length=96", "train.schedule.learning_rate=3e-3", "train.schedule.warmup_steps=1"),
         *("train.global_batch_size=16", "train.micro_batch_size=8", "train.save_interval=5"),
         *(f"init.from='hf:{base / 'hf'}'", f"root='{base}'", "name=run", "platform=cpu", "threads=1", "track=off"),
@@ -105,8 +105,8 @@ def test_a_fine_tuned_model_has_the_same_loss_in_transformers(trained, dialogues
     # By its file: AutoTokenizer gives every Qwen model the vocabulary that cuts text as Qwen does.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids, masks = encoded_by_transformers(tokenizer, dialogues)
-    measured = heldout_of(run, ids)
-    assert len(measured) >= HELDOUT - 1
+    measured = eval_rows_of(run, ids)
+    assert len(measured) >= EVAL_EXAMPLES - 1
     for source, expected in ((run.parent / "hf", rows[0]["eval/loss_before"]), (folder, rows[-1]["eval/loss"])):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         total, count = 0.0, 0
@@ -133,18 +133,18 @@ def encoded_by_transformers(tokenizer: Any, dialogues: Path) -> tuple[list[list[
     return ids, masks
 
 
-def heldout_of(run: Path, ids: list[list[int]]) -> list[int]:
-    """Which of the rows the run held out, by their tokens."""
+def eval_rows_of(run: Path, ids: list[list[int]]) -> list[int]:
+    """Which of the rows the run uses for validation, found by their tokens."""
     [folder] = (run / "data").glob("examples-*")
-    lengths, heldout = (np.load(folder / f"{name}.npy") for name in ("lengths", "heldout"))
+    lengths, evaluation = (np.load(folder / f"{name}.npy") for name in ("lengths", "heldout"))
     examples = np.split(np.fromfile(folder / "tokens.bin", np.int32), np.cumsum(lengths)[:-1])
     assert len(examples) == len(ids) and all(
         example.tolist() == theirs for example, theirs in zip(examples, ids, strict=True)
     )
-    return np.flatnonzero(heldout).tolist()
+    return np.flatnonzero(evaluation).tolist()
 
 
-def test_rows_record_what_was_learned(trained):
+def test_metrics_count_the_tokens_trained_on(trained):
     run, _ = trained
     rows, done = rows_of(run), json.loads((run / "done.json").read_text())
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and done["step"] == len(rows)
@@ -153,12 +153,12 @@ def test_rows_record_what_was_learned(trained):
         assert 0 < row["train/loss_tokens"] < row["train/tokens"] and row["train/token_imbalance"] == 0
         assert 0 < row["train/packing_efficiency"] <= 1
     full = sum(row["train/packing_efficiency"] for row in rows[:-1]) / (len(rows) - 1)
-    print(f"{full:.3f} of the places hold tokens")
+    print(f"{full:.3f} of the positions hold tokens")
     assert full > 0.8
-    # Both epochs have every token; the end token of each of the answers is among what is learned.
-    lengths, heldout = (np.load(next((run / "data").glob(f"*/{name}.npy"))) for name in ("lengths", "heldout"))
-    assert sum(row["train/tokens"] for row in rows) == done["consumed_tokens"] == 2 * lengths[~heldout].sum()
-    assert sum(row["train/examples"] for row in rows) == 2 * (~heldout).sum()
+    # Both epochs have every training token once.
+    lengths, evaluation = (np.load(next((run / "data").glob(f"*/{name}.npy"))) for name in ("lengths", "heldout"))
+    assert sum(row["train/tokens"] for row in rows) == done["consumed_tokens"] == 2 * lengths[~evaluation].sum()
+    assert sum(row["train/examples"] for row in rows) == 2 * (~evaluation).sum()
     assert len((run / "bad_rows.txt").read_text().splitlines()) == BAD
     kept = Tokenizer.load(next((run / "checkpoints").iterdir()) / "tokenizer")
     assert kept.settings["chat_template"] == QWEN_MARKED
@@ -248,7 +248,7 @@ def test_examples_alone_on_interleaved_stages_are_learned_and_measured_as_on_one
         *("sft.source=files", f"sft.datasets.sums.path='{dialogues}'", "sft.chat_template=tokenizer"),
         *(
             f"sft.max_bad_rows={BAD}",
-            f"sft.eval_examples={HELDOUT}",
+            f"sft.eval_examples={EVAL_EXAMPLES}",
             "sft.packing=none",
             "train.steps=3",
             "train.schedule.warmup_steps=1",

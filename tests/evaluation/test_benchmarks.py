@@ -6,7 +6,7 @@ import pytest
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.synthetic.assistant.tasks import TASKS
-from megatron_r1.data.synthetic.expressions import is_heldout
+from megatron_r1.data.synthetic.expressions import in_eval_split
 from megatron_r1.evaluation.benchmarks import BENCHMARKS
 
 CONFIG = DataConfig()
@@ -34,7 +34,7 @@ def test_arithmetic_tells_right_from_tagged_from_well_formed():
     assert found(lambda p: tagged("x", p.answer)) == [*zip(names, (1.0, 1.0, 1.0), strict=True)]
     assert found(lambda p: f"It is {p.answer}.") == [*zip(names, (1.0, 0.0, 0.0), strict=True)]
     assert found(lambda p: tagged("x", "-1")) == [*zip(names, (0.0, 0.0, 1.0), strict=True)]
-    assert all(is_heldout(p.expression, CONFIG.eval_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
+    assert all(in_eval_split(p.expression, CONFIG.eval_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
 
 
 def test_general_tasks_tell_what_was_asked_from_what_is_safe():

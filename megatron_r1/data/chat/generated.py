@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.chat.rows import Conversation
-from megatron_r1.data.prompts.prompts import heldout_problems
+from megatron_r1.data.prompts.prompts import eval_problems
 from megatron_r1.data.synthetic.arithmetic import Problem, answer, draw_problem
 from megatron_r1.data.synthetic.assistant import texts
 
@@ -25,7 +25,7 @@ class GeneratedConversations(NamedTuple):
 
     training: Conversations
     """For training: they depend on the config's seed and contain no held-out question."""
-    heldout: Conversations
+    evaluation: Conversations
     """For evaluation: held-out questions, the same for every seed."""
 
 
@@ -36,10 +36,10 @@ def worked_conversations(config: DataConfig, count: int) -> Iterator[Conversatio
         yield _conversation(draw_problem(rng, config), rng)
 
 
-def heldout_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
+def eval_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
     """The first `count` held-out problems with worked responses, the same for every seed."""
     rng = random.Random("worked held-out")
-    for problem in heldout_problems(config, count):
+    for problem in eval_problems(config, count):
         yield _conversation(problem, rng)
 
 
@@ -54,10 +54,10 @@ def mixed_conversations(config: DataConfig, count: int) -> Iterator[Conversation
     return _mixed(config, count, f"mixed {config.seed}", general, worked_conversations(config, count))
 
 
-def heldout_mixed_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
+def eval_mixed_conversations(config: DataConfig, count: int) -> Iterator[Conversation]:
     """Held-out questions of both kinds, in the same shares."""
-    general = texts.conversations(config, count, heldout=True)
-    return _mixed(config, count, "mixed held-out", general, heldout_conversations(config, count))
+    general = texts.conversations(config, count, evaluation=True)
+    return _mixed(config, count, "mixed held-out", general, eval_conversations(config, count))
 
 
 def _mixed(
@@ -69,6 +69,6 @@ def _mixed(
 
 
 GENERATED = {
-    "arithmetic": GeneratedConversations(worked_conversations, heldout_conversations),
-    "assistant": GeneratedConversations(mixed_conversations, heldout_mixed_conversations),
+    "arithmetic": GeneratedConversations(worked_conversations, eval_conversations),
+    "assistant": GeneratedConversations(mixed_conversations, eval_mixed_conversations),
 }

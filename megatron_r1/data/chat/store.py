@@ -55,7 +55,7 @@ class Examples:
     """Whether each token is a target: bool."""
     lengths_N: np.ndarray
     """Tokens of each: int64."""
-    heldout_N: np.ndarray
+    eval_N: np.ndarray
     """Whether each is for validation, not for training: bool."""
     counts: dict[str, int]
     """Number of rows, examples, bad rows and so on, by name."""
@@ -67,7 +67,7 @@ class _FoundChat(NamedTuple):
     location: str
     """file:line."""
     conversation: Conversation
-    heldout: bool
+    evaluation: bool
 
 
 def open_examples(
@@ -109,9 +109,9 @@ def _open(folder: Path) -> Examples:
     counts = json.loads((folder / "counts.json").read_text())
     counts.pop("sha256")
     lengths_N = np.load(folder / "lengths.npy", allow_pickle=False)
-    heldout_N = np.load(folder / "heldout.npy", allow_pickle=False)
+    eval_N = np.load(folder / "heldout.npy", allow_pickle=False)
     tokens_T = np.memmap(folder / "tokens.bin", np.int32, "r")
-    return Examples(tokens_T, np.memmap(folder / "loss_mask.bin", bool, "r"), lengths_N, heldout_N, counts)
+    return Examples(tokens_T, np.memmap(folder / "loss_mask.bin", bool, "r"), lengths_N, eval_N, counts)
 
 
 def _files(sft: SftConfig) -> Iterator[tuple[str, Path]]:
@@ -147,7 +147,7 @@ class _Maker:
         logger.info("conversations: %s", self._counted())
 
     def _write(self, part: Path, bad_rows: Path) -> None:
-        lengths, keys, heldout = [], [], []
+        lengths, keys, evaluation = [], [], []
         with (part / "tokens.bin").open("wb") as tokens, (part / "loss_mask.bin").open("wb") as loss_mask:
             for found in batched(self._found(), CONVERSATIONS_AT_ONCE):
                 for row, examples in self._encoded(found):
@@ -156,15 +156,15 @@ class _Maker:
                     loss_mask_T.tofile(loss_mask)
                     lengths.append(lengths_N)
                     keys += [key_of(row.conversation, self._seed)] * len(examples)
-                    heldout += [row.heldout] * len(examples)
+                    evaluation += [row.evaluation] * len(examples)
         self._check_bad_rows(bad_rows)
         lengths_N = np.concatenate([*lengths, np.empty(0, np.int64)])
-        heldout_N = np.array(heldout, dtype=bool) | self._drawn(np.array(keys, dtype=np.uint64))
-        if not (~heldout_N).any():
+        eval_N = np.array(evaluation, dtype=bool) | self._drawn(np.array(keys, dtype=np.uint64))
+        if not (~eval_N).any():
             raise DataError(f"sft: no training example remains ({self._counted()})")
         np.save(part / "lengths.npy", lengths_N)
-        np.save(part / "heldout.npy", heldout_N)
-        counts: dict[str, Any] = {**self._counts, "examples": len(lengths_N), "heldout": int(heldout_N.sum())}
+        np.save(part / "heldout.npy", eval_N)
+        counts: dict[str, Any] = {**self._counts, "examples": len(lengths_N), "heldout": int(eval_N.sum())}
         files = [part / name for name in ("tokens.bin", "loss_mask.bin", "lengths.npy", "heldout.npy")]
         counts["sha256"] = hashlib.sha256(canonical_json([digest_of(file) for file in files])).hexdigest()
         for file in files:
@@ -176,11 +176,11 @@ class _Maker:
         source = self._sft.source
         if world := GENERATED.get(source):
             training = world.training(self._data, self._sft.num_conversations)
-            heldout_conversations = world.heldout(self._data, self._sft.eval_examples)
-            for heldout, conversations in ((False, training), (True, heldout_conversations)):
+            eval_conversations = world.evaluation(self._data, self._sft.eval_examples)
+            for evaluation, conversations in ((False, training), (True, eval_conversations)):
                 for number, conversation in enumerate(conversations, 1):
                     self._counts["rows"] += 1
-                    yield _FoundChat(f"{'held-out' if heldout else source}:{number}", conversation, heldout)
+                    yield _FoundChat(f"{'held-out' if evaluation else source}:{number}", conversation, evaluation)
             return
         for name, file in _files(self._sft):
             fields = self._sft.datasets[name]

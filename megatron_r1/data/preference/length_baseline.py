@@ -1,7 +1,7 @@
-"""How well length alone tells better from worse: what a reward model's accuracy must be held against.
+"""Accuracy of a rule that sees only the length of responses: the baseline for a reward model's accuracy.
 
-The rule is the best one on the learned items: longer or shorter is better; for labelled responses, from which length
-on. It is then measured on held-out ones. Ties count as half.
+The rule is the best one on the training examples: for pairs, longer or shorter is better; for labelled responses, a
+length from which responses are safe or unsafe. It is then measured on validation examples. Ties count as half.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ Length = Callable[[str], int]
 
 
 def length_baseline(
-    learned: Sequence[PreferenceExample], heldout: Sequence[PreferenceExample], length: Length
+    training: Sequence[PreferenceExample], evaluation: Sequence[PreferenceExample], length: Length
 ) -> list[float]:
-    """1, 0 or a half for each held-out item: whether the best rule by `length` of the response is right on it."""
-    if heldout[0].rejected is not None:
-        longer = [_longer_is_better(item, length) for item in learned]
+    """1, 0 or 0.5 for each validation example: whether the best rule by `length` of the response is right on it."""
+    if evaluation[0].rejected is not None:
+        longer = [_longer_is_better(item, length) for item in training]
         sign = sum(longer) * 2 >= len(longer)
-        return [value if sign else 1 - value for value in (_longer_is_better(item, length) for item in heldout)]
-    lengths = [length(item.chosen.response) for item in learned]
+        return [value if sign else 1 - value for value in (_longer_is_better(item, length) for item in evaluation)]
+    lengths = [length(item.chosen.response) for item in training]
     best = max(
         (
-            sum((size >= least) == (item.safe == long_is_safe) for size, item in zip(lengths, learned, strict=True)),
+            sum((size >= least) == (item.safe == long_is_safe) for size, item in zip(lengths, training, strict=True)),
             least,
             long_is_safe,
         )
@@ -32,9 +32,9 @@ def length_baseline(
         for long_is_safe in (True, False)
     )
     _, least, long_is_safe = best
-    return [float((length(item.chosen.response) >= least) == (item.safe == long_is_safe)) for item in heldout]
+    return [float((length(item.chosen.response) >= least) == (item.safe == long_is_safe)) for item in evaluation]
 
 
 def _longer_is_better(item: PreferenceExample, length: Length) -> float:
-    better, worse = (length(side.response) for side in item.responses)
-    return (better > worse) + 0.5 * (better == worse)
+    chosen, rejected = (length(side.response) for side in item.responses)
+    return (chosen > rejected) + 0.5 * (chosen == rejected)

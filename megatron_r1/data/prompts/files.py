@@ -1,4 +1,4 @@
-"""Prompts out of a user's file, JSONL or Parquet: bad rows are named, never silently dropped."""
+"""Reads prompts from a user's JSONL or Parquet file; bad rows are listed, never silently dropped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megatron_r1.data.row_files import rows_of
 from megatron_r1.errors import ConfigError, DataError
 
 TASK = "file"
-"""Task of a prompt that no world made: its answer is judged as reward.verifier says."""
+"""Task of a prompt from a file whose row names none: `reward.verifier` decides how its answer is verified."""
 
 
 @dataclass(frozen=True)
 class PromptFile:
-    """What a file holds."""
+    """The prompts of a file, and its bad rows."""
 
     prompts: list[Prompt]
     bad_rows: list[str]
@@ -31,12 +31,12 @@ def read_prompts(config: PromptsConfig, check: Callable[[str], None], limit: int
     """The prompts of `config.path`, in order.
 
     Args:
-        check: raises ValueError for a question that cannot be asked.
+        check: raises ValueError for a question that cannot be a prompt.
         limit: prompts to read, from the first; 0 reads all.
 
     Raises:
         ConfigError: there is no file.
-        DataError: it cannot be read, two rows have one name, or more rows are bad than are allowed.
+        DataError: the file cannot be read, two rows have the same id, or more rows are bad than are allowed.
     """
     path, seen = Path(config.path), set[str]()
     prompts: list[Prompt] = []
@@ -50,7 +50,7 @@ def read_prompts(config: PromptsConfig, check: Callable[[str], None], limit: int
             prompt = _prompt(row, number, config)
             check(prompt.question)
             if prompt.id in seen:
-                raise ValueError(f"{config.id_field} {prompt.id} has been seen before")
+                raise ValueError(f"{config.id_field} {prompt.id} is not unique")
         except ValueError as error:
             bad.append(f"{path.name}:{number}: {error}")
             if len(bad) > config.max_bad_rows:
@@ -82,7 +82,7 @@ def _prompt(row: Any, number: int, config: PromptsConfig) -> Prompt:
 
 
 class FilePrompts:
-    """The prompts of a file as an endless list: all of them in a random order, then all again in another."""
+    """The prompts of a file as an endless list: every epoch has all of them, in a random order of its own."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int):
         """
@@ -93,9 +93,9 @@ class FilePrompts:
         self._order = lru_cache(4)(self._draw)
 
     def at(self, index: int) -> Prompt:
-        """Prompt `index`, the same one whenever it is asked for."""
-        epoch, place = divmod(index, len(self._prompts))
-        return self._prompts[self._order(epoch)[place]]
+        """Prompt `index`; the same prompt at every call."""
+        epoch, index = divmod(index, len(self._prompts))
+        return self._prompts[self._order(epoch)[index]]
 
     def _draw(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))

@@ -1,7 +1,7 @@
-"""Questions to answer by reinforcement learning, and held-out ones to measure on.
+"""Prompts for reinforcement learning, and held-out prompts for evaluation.
 
 Training prompts form an endless list that is addressed by index, so a run that resumes at prompt n needs no replay.
-No held-out expression is in it, and every held-out prompt has an expression of its own.
+The list contains no held-out expression, and no two evaluation prompts share an expression.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Protocol
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.synthetic.arithmetic import FAMILY_FORMS, Problem, draw_expression, family_problem
 from megatron_r1.data.synthetic.assistant.texts import SyntheticPrompt, synthetic_prompts
-from megatron_r1.data.synthetic.expressions import heldout_expressions
+from megatron_r1.data.synthetic.expressions import eval_expressions
 from megatron_r1.data.synthetic.gym import draw_item
 from megatron_r1.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question; `data.chat.asking` says how it is asked."""
+    """One question; `data.chat.prompt_format` makes the text that a model reads."""
 
     id: str
     """train-INDEX or heldout-INDEX."""
@@ -28,9 +28,9 @@ class Prompt:
     answer: str
     """The true answer."""
     expression: str
-    """What is asked, where it is arithmetic; else empty."""
+    """The arithmetic expression that the question is about; empty where there is none."""
     task: str
-    """family, chain_sum or basic_arithmetic; or one of the assistant world, whose answer is one of many good ones."""
+    """family, chain_sum, basic_arithmetic, or a task of the assistant world, which has many good answers."""
 
 
 class TrainingPrompts:
@@ -40,26 +40,26 @@ class TrainingPrompts:
         self.config = config
 
     def at(self, index: int) -> Prompt:
-        """Prompt `index`, the same one whenever it is asked for."""
+        """Prompt `index`; the same prompt at every call."""
         config = self.config
         rng = random.Random(f"prompt {config.seed} {index}")
         if config.source == "assistant" and rng.random() >= config.arithmetic_share:
             return assistant_prompt(next(synthetic_prompts(config, 1, start=index)), f"train-{index}")
         if rng.random() < config.reasoning_gym_share:
-            problem = draw_item(rng, config.eval_fraction, heldout=False)
+            problem = draw_item(rng, config.eval_fraction, evaluation=False)
         else:
             problem = family_problem(draw_expression(rng, FAMILY_FORMS.draw(rng), config), rng, config)
         return as_prompt(problem, f"train-{index}")
 
 
-def heldout_prompts(config: DataConfig, count: int) -> list[Prompt]:
-    """The first `count` held-out problems as prompts; raises as `heldout_problems`."""
-    problems = heldout_problems(config, count)
+def eval_prompts(config: DataConfig, count: int) -> list[Prompt]:
+    """The first `count` held-out problems as prompts; raises as `eval_problems`."""
+    problems = eval_problems(config, count)
     return [as_prompt(problem, f"heldout-{index}") for index, problem in enumerate(problems)]
 
 
-def heldout_problems(config: DataConfig, count: int) -> list[Problem]:
-    """The first `count` held-out problems, each with another expression; a longer list begins with the shorter.
+def eval_problems(config: DataConfig, count: int) -> list[Problem]:
+    """The first `count` held-out problems, no two with the same expression; a longer list begins with the shorter.
 
     They do not depend on `config.seed`, so runs with different seeds are measured on the same problems.
 
@@ -67,12 +67,12 @@ def heldout_problems(config: DataConfig, count: int) -> list[Problem]:
         DataError: the split does not hold that many.
     """
     rng = random.Random("heldout prompts")
-    pool = list(heldout_expressions(config.eval_fraction))
+    pool = list(eval_expressions(config.eval_fraction))
     seen: set[str] = set()
     problems: list[Problem] = []
     for _ in range(count):
         if rng.random() < config.reasoning_gym_share:
-            problem = draw_unseen(rng, config.eval_fraction, seen)
+            problem = draw_new_eval_problem(rng, config.eval_fraction, seen)
         else:
             while pool and pool[0] in seen:
                 pool.pop(0)
@@ -84,13 +84,13 @@ def heldout_problems(config: DataConfig, count: int) -> list[Problem]:
     return problems
 
 
-def heldout_assistant_prompts(config: DataConfig, count: int) -> list[Prompt]:
-    """The first `count` held-out questions of the assistant world; its hidden rules say what answers are worth.
+def eval_assistant_prompts(config: DataConfig, count: int) -> list[Prompt]:
+    """The first `count` held-out questions of the assistant world; `hidden_rules` scores the responses to them.
 
     Raises:
         DataError: the split does not hold that many.
     """
-    generated = synthetic_prompts(config, count, heldout=True)
+    generated = synthetic_prompts(config, count, evaluation=True)
     return [assistant_prompt(each, f"heldout-assistant-{index}") for index, each in enumerate(generated)]
 
 
@@ -98,13 +98,13 @@ def assistant_prompt(generated: SyntheticPrompt, id: str) -> Prompt:
     return Prompt(id, generated.question, generated.answer, generated.question, generated.task)
 
 
-def draw_unseen(rng: random.Random, heldout_fraction: float, seen: set[str]) -> Problem:
-    """A held-out reasoning-gym item whose expression is not in `seen`."""
+def draw_new_eval_problem(rng: random.Random, eval_fraction: float, seen: set[str]) -> Problem:
+    """A held-out reasoning-gym problem whose expression is not in `seen`."""
     for _ in range(1000):
-        problem = draw_item(rng, heldout_fraction, heldout=True)
+        problem = draw_item(rng, eval_fraction, evaluation=True)
         if problem.expression not in seen:
             return problem
-    raise DataError(f"eval_fraction={heldout_fraction}: holds out only {len(seen)} expressions")
+    raise DataError(f"eval_fraction={eval_fraction}: holds out only {len(seen)} expressions")
 
 
 def as_prompt(problem: Problem, id: str) -> Prompt:
@@ -115,5 +115,5 @@ class Prompts(Protocol):
     """An endless list of questions."""
 
     def at(self, index: int) -> Prompt:
-        """Prompt `index`, the same one whenever it is asked for."""
+        """Prompt `index`; the same prompt at every call."""
         ...

@@ -21,13 +21,13 @@ from megatron_r1.data.synthetic.expressions import (
     Step,
     careful_steps,
     hasty_steps,
-    is_heldout,
+    in_eval_split,
     training_expressions,
     value,
 )
 from megatron_r1.data.template import fill_template
 
-__all__ = ["Document", "Problem", "documents", "is_heldout", "worked_documents"]
+__all__ = ["Document", "Problem", "documents", "in_eval_split", "worked_documents"]
 
 CHINESE_SHARE = 0.4
 OTHER_LANGUAGE_SHARE = 0.1

@@ -1,4 +1,4 @@
-"""The expressions of the arithmetic world: what they are, what they come to, and which of them are held out.
+"""The expressions of the arithmetic world: their form, their values, and which of them are held out.
 
 An expression is three numbers from 0 to 9 with two operators from `+ - *`. Every step of its evaluation, and its
 result, lies between 0 and 99. The *family* (`FORM_SHARES`) is what most questions are drawn from; the whole `world()`
@@ -29,8 +29,8 @@ def normalise(expression: str) -> str:
     return " ".join(re.findall(r"\d+|[^\d]", plain))
 
 
-def is_heldout(expression: str, fraction: float) -> bool:
-    """Whether no training text or prompt may contain `expression`.
+def in_eval_split(expression: str, fraction: float) -> bool:
+    """Whether `expression` is held out for evaluation, so that no training text or prompt may contain it.
 
     A hash of the normalised expression decides, so the split is the same for every seed and every task that could
     produce the expression; raising `fraction` only adds to the held-out side.
@@ -51,7 +51,7 @@ def split_expression(expression: str) -> tuple[list[int], list[str]]:
 
 
 def evaluate_in_order(expression: str, first: int) -> list[Step]:
-    """The two steps of a three-number expression when operator `first` (0 or 1) is taken first."""
+    """The two steps of a three-number expression that is evaluated from operator `first` (0 or 1)."""
     numbers, operators = split_expression(expression)
     inner = apply(numbers[first], operators[first], numbers[first + 1])
     one: Step = (numbers[first], operators[first], numbers[first + 1], inner)
@@ -61,13 +61,13 @@ def evaluate_in_order(expression: str, first: int) -> list[Step]:
 
 
 def first_operator(expression: str) -> int:
-    """Index of the operator that precedence takes first: a multiplication before a sum, otherwise left to right."""
+    """Index of the operator that is evaluated first: a multiplication before a sum, otherwise left to right."""
     _, operators = split_expression(expression)
     return 1 if operators[1] == "*" and operators[0] != "*" else 0
 
 
 def careful_steps(expression: str) -> list[Step]:
-    """The evaluation that honours precedence; its last result is the truth."""
+    """The evaluation that honours precedence; its last result is the true value."""
     return evaluate_in_order(expression, first_operator(expression))
 
 
@@ -85,7 +85,7 @@ def hasty_steps(expression: str) -> list[Step]:
 
 
 def value(expression: str) -> int:
-    """What a normalised expression of the world comes to."""
+    """The value of a normalised expression."""
     return careful_steps(expression)[-1][-1]
 
 
@@ -107,18 +107,18 @@ def family() -> dict[str, tuple[str, ...]]:
 
 @cache
 def world() -> frozenset[str]:
-    """Every expression that a question may ask for; holds the family."""
+    """Every expression that a question may ask for, those of the family included."""
     return frozenset(e for pair in product("+-*", repeat=2) for e in _expressions("".join(pair)))
 
 
 @cache
-def training_expressions(operators: str, heldout_fraction: float) -> tuple[str, ...]:
-    """The expressions of one form, of the family or of the world, that training may show."""
-    return tuple(e for e in _expressions(operators) if not is_heldout(e, heldout_fraction))
+def training_expressions(operators: str, eval_fraction: float) -> tuple[str, ...]:
+    """The expressions of one form that are not held out."""
+    return tuple(e for e in _expressions(operators) if not in_eval_split(e, eval_fraction))
 
 
 @cache
-def heldout_expressions(heldout_fraction: float) -> tuple[str, ...]:
+def eval_expressions(eval_fraction: float) -> tuple[str, ...]:
     """The held-out expressions of the family, in the order of their hashes: any prefix is a fair sample."""
-    kept = [e for form in family().values() for e in form if is_heldout(e, heldout_fraction)]
+    kept = [e for form in family().values() for e in form if in_eval_split(e, eval_fraction)]
     return tuple(sorted(kept, key=lambda e: hashlib.sha256(e.encode()).hexdigest()[::-1]))

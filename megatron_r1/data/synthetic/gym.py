@@ -1,9 +1,9 @@
 """Two tasks of reasoning-gym, narrowed to the expressions of the arithmetic world.
 
-The library writes the questions, knows the answers and scores them; this file only chooses which of its items to
-take: three numbers from 0 to 9, every step within 0..99, no brackets, and the truth by our own evaluation. The last
-is no formality: `basic_arithmetic` without brackets works left to right and calls 2 + 3 * 4 twenty, so it is asked
-for items with brackets allowed, which it evaluates properly, and those that have none are kept.
+The library writes the questions, knows the answers and scores them; this file only selects items: three numbers from
+0 to 9, every step within 0..99, no brackets, and an answer that our own evaluation confirms. That check is needed:
+with `allow_parentheses=False`, `basic_arithmetic` evaluates left to right and answers 2 + 3 * 4 with 20. So items are
+generated with brackets allowed, which the library evaluates properly, and those with brackets are skipped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
 from reasoning_gym.dataset import ProceduralDataset
 
 from megatron_r1.data.synthetic.arithmetic import Problem
-from megatron_r1.data.synthetic.expressions import is_heldout, normalise, value, world
+from megatron_r1.data.synthetic.expressions import in_eval_split, normalise, value, world
 from megatron_r1.errors import DataError
 
 TASKS = ("chain_sum", "basic_arithmetic")
@@ -44,7 +44,7 @@ def dataset(task: str) -> ProceduralDataset:
 
 
 def item(task: str, index: int) -> Problem | None:
-    """Item `index` of the task, or nothing where it falls outside the world."""
+    """Item `index` of the task; None where its expression is outside the world or its answer wrong."""
     entry = dataset(task)[index]
     expression = normalise(entry["metadata"]["expression"])
     if expression not in world() or str(value(expression)) != entry["answer"]:
@@ -52,8 +52,8 @@ def item(task: str, index: int) -> Problem | None:
     return Problem(expression, entry["question"], entry["answer"], "en", task)
 
 
-def draw_item(rng: random.Random, heldout_fraction: float, heldout: bool) -> Problem:
-    """A random item of a random task from one side of the held-out split.
+def draw_item(rng: random.Random, eval_fraction: float, evaluation: bool) -> Problem:
+    """A random item of a random task: of the evaluation split where `evaluation`, else of the training split.
 
     Raises:
         DataError: no such item was found.
@@ -61,11 +61,11 @@ def draw_item(rng: random.Random, heldout_fraction: float, heldout: bool) -> Pro
     task = rng.choice(TASKS)
     for _ in range(MOST_ATTEMPTS):
         problem = item(task, rng.randrange(2**40))
-        if problem is not None and is_heldout(problem.expression, heldout_fraction) is heldout:
+        if problem is not None and in_eval_split(problem.expression, eval_fraction) is evaluation:
             return problem
-    raise DataError(f"eval_fraction={heldout_fraction}: leaves no {task} item on the wanted side")
+    raise DataError(f"eval_fraction={eval_fraction}: leaves no {task} item in the requested split")
 
 
 def verify(task: str, answer: str, truth: str) -> bool:
-    """Whether the library's own scorer calls `answer` right in full; partial credit counts as wrong."""
+    """Whether the library's own scorer gives `answer` full credit; partial credit counts as wrong."""
     return bool(dataset(task).score_answer(answer, {"answer": truth}) == 1.0)

@@ -23,7 +23,7 @@ def some_examples(count: int = 60, seed: int = 0) -> Examples:
 
 
 def batches(packed: bool, examples: Examples, seed: int = 0) -> ChatBatches:
-    return ChatBatches(examples, ~examples.heldout_N, LENGTH, packed, EPOCHS, 9999, seed)
+    return ChatBatches(examples, ~examples.eval_N, LENGTH, packed, EPOCHS, 9999, seed)
 
 
 def contents(batch) -> list[list[tuple[list[int], list[bool]]]]:
@@ -43,7 +43,7 @@ def test_every_epoch_has_every_example_once_and_whole(packed):
     for epoch in range(EPOCHS):
         rows = contents(found.batch(epoch * found.per_epoch, found.per_epoch))
         visited = [tokens[0] for row in rows for tokens, _ in row]
-        assert sorted(visited) == np.flatnonzero(~examples.heldout_N).tolist()
+        assert sorted(visited) == np.flatnonzero(~examples.eval_N).tolist()
         for tokens, in_loss in (example for row in rows for example in row):
             at, length = starts[tokens[0]], examples.lengths_N[tokens[0]]
             assert tokens == examples.tokens_T[at : at + length].tolist()

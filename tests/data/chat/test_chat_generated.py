@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.chat.generated import GENERATED, heldout_mixed_conversations, mixed_conversations
+from megatron_r1.data.chat.generated import GENERATED, eval_mixed_conversations, mixed_conversations
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
 
 CONFIG = DataConfig(source="assistant", arithmetic_share=0.25)
@@ -40,12 +40,12 @@ def test_every_general_response_does_what_the_question_asks():
 @pytest.mark.parametrize("source", GENERATED)
 def test_training_never_contains_a_validation_question(source):
     world, other = GENERATED[source], replace(CONFIG, seed=1)
-    measured = set(questions(world.heldout(CONFIG, 150)))
+    measured = set(questions(world.evaluation(CONFIG, 150)))
     assert measured.isdisjoint(questions(world.training(CONFIG, 3000)))
-    assert measured == set(questions(world.heldout(other, 150)))
+    assert measured == set(questions(world.evaluation(other, 150)))
     assert questions(world.training(CONFIG, 20)) != questions(world.training(other, 20))
 
 
 def test_a_longer_list_begins_with_the_shorter():
-    for conversations in (mixed_conversations, heldout_mixed_conversations):
+    for conversations in (mixed_conversations, eval_mixed_conversations):
         assert [*islice(conversations(CONFIG, 100), 20)] == [*conversations(CONFIG, 20)]

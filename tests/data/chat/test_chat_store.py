@@ -16,7 +16,7 @@ from megatron_r1.config.sft import ConversationsConfig, SftConfig
 from megatron_r1.data.chat.encode import template_source
 from megatron_r1.data.chat.files import files_of, raw_rows
 from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, _Maker, open_examples
-from megatron_r1.data.synthetic.expressions import is_heldout, normalise
+from megatron_r1.data.synthetic.expressions import in_eval_split, normalise
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, DataError
 from tests.support.chats import SEVERAL, SINGLE, small_tokenizer
@@ -43,12 +43,12 @@ def opened(config: SftConfig, run: Path, length: int = LONGEST, seed: int = 0) -
     return open_examples(config, DataConfig(num_documents=200), TOKENIZER, length, seed, run)
 
 
-def texts(examples: Examples, heldout: bool | None = None) -> list[str]:
+def texts(examples: Examples, evaluation: bool | None = None) -> list[str]:
     ends = np.cumsum(examples.lengths_N)
     return [
         TOKENIZER.decode(examples.tokens_T[end - length : end])
-        for end, length, out in zip(ends, examples.lengths_N, examples.heldout_N, strict=True)
-        if heldout in (None, bool(out))
+        for end, length, out in zip(ends, examples.lengths_N, examples.eval_N, strict=True)
+        if evaluation in (None, bool(out))
     ]
 
 
@@ -149,13 +149,13 @@ def test_held_out_conversations_are_on_one_side_with_all_that_equal_them(tmp_pat
 def test_the_arithmetic_world_holds_out_its_own_expressions(tmp_path):
     config = SftConfig(num_conversations=200, eval_examples=30)
     examples = opened(config, tmp_path / "run", length=128)
-    assert examples.counts["examples"] == 230 and examples.heldout_N.sum() == 30
+    assert examples.counts["examples"] == 230 and examples.eval_N.sum() == 30
     for text in texts(examples):
         assert text.startswith("<|bos|>A conversation") and text.endswith("</answer><|eos|>") and "<think>" in text
-    for heldout in (False, True):
-        for text in texts(examples, heldout):
+    for evaluation in (False, True):
+        for text in texts(examples, evaluation):
             [expression] = {"".join(found.split()) for found in QUESTION.findall(text.split("User: ")[1])[:1]}
-            assert is_heldout(normalise(expression), DataConfig().eval_fraction) is heldout
+            assert in_eval_split(normalise(expression), DataConfig().eval_fraction) is evaluation
 
 
 def test_a_run_resumes_with_the_same_examples_or_is_refused(tmp_path, monkeypatch):

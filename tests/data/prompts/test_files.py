@@ -1,4 +1,4 @@
-"""Prompts out of files: every row is taken or named."""
+"""Prompts from files: every row becomes a prompt or is listed as bad."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ BAD = [
     ('{"answer": "1"}', "question is not text"),
     ('{"question": "  "}', "question is not text"),
     ('{"question": "1?", "answer": [1]}', "answer is neither text nor a number"),
-    ('{"question": "1?", "name": "a"}', "name a has been seen before"),
+    ('{"question": "1?", "name": "a"}', "name a is not unique"),
 ]
 
 
@@ -88,7 +88,7 @@ def test_other_files_are_refused(tmp_path):
             read(config_of(tmp_path / name))
 
 
-def test_rows_may_say_how_they_are_judged(tmp_path):
+def test_rows_may_name_their_verifier(tmp_path):
     path = tmp_path / "prompts.jsonl"
     rows = [{"question": "2^8?", "task": "math"}, {"question": "1?"}, {"question": "2?", "task": 3}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,7 +97,7 @@ def test_rows_may_say_how_they_are_judged(tmp_path):
     assert found.bad_rows == ["prompts.jsonl:3: task is not text"]
 
 
-def test_a_question_that_cannot_be_asked_is_a_bad_row(tmp_path):
+def test_a_question_with_a_control_token_is_a_bad_row(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"question": text}) + "\n" for text in ("1?", "2<|eos|>?")))
     formatter = PromptFormatter(small_tokenizer(), "r1_zero")
@@ -109,9 +109,9 @@ def test_a_question_that_cannot_be_asked_is_a_bad_row(tmp_path):
 def test_an_endless_list_has_every_prompt_once_before_any_again():
     prompts = [Prompt(str(number), f"{number}?", "", "", "file") for number in range(50)]
     listed, other = FilePrompts(prompts, seed=0), FilePrompts(prompts, seed=1)
-    epochs = [[listed.at(50 * epoch + place).id for place in range(50)] for epoch in range(3)]
+    epochs = [[listed.at(50 * epoch + index).id for index in range(50)] for epoch in range(3)]
     assert all(sorted(epoch, key=int) == [prompt.id for prompt in prompts] for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3 and [other.at(place).id for place in range(50)] != epochs[0]
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and [other.at(index).id for index in range(50)] != epochs[0]
     again = FilePrompts(prompts, seed=0)
     for index in (149, 3, 77, (1 << 40) + 5):
         assert again.at(index) == listed.at(index)

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts, heldout_prompts
+from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts, eval_prompts
 from megatron_r1.data.synthetic import gym
-from megatron_r1.data.synthetic.expressions import is_heldout, value
+from megatron_r1.data.synthetic.expressions import in_eval_split, value
 from megatron_r1.data.template import R1_ZERO_TEMPLATE, fill_template
 from megatron_r1.errors import DataError
 from megatron_r1.rewards.accuracy import is_correct
@@ -30,7 +30,7 @@ def test_template_is_the_papers():
 def test_training_prompts_are_right_and_never_held_out():
     prompts = [TrainingPrompts(CONFIG).at(index) for index in range(3000)]
     for prompt in prompts:
-        assert not is_heldout(prompt.expression, CONFIG.eval_fraction)
+        assert not in_eval_split(prompt.expression, CONFIG.eval_fraction)
         assert prompt.answer == str(value(prompt.expression))
         assert prompt.expression in prompt.question
     tasks = Counter(prompt.task for prompt in prompts)
@@ -47,18 +47,18 @@ def test_training_prompts_are_addressed_by_index():
     assert len({prompt.id for prompt in forward}) == 50
 
 
-def test_heldout_prompts_are_distinct_held_out_and_the_same_for_every_seed():
-    prompts = heldout_prompts(CONFIG, 600)
+def test_eval_prompts_are_distinct_held_out_and_the_same_for_every_seed():
+    prompts = eval_prompts(CONFIG, 600)
     assert len({prompt.expression for prompt in prompts}) == len({prompt.id for prompt in prompts}) == 600
-    assert all(is_heldout(prompt.expression, CONFIG.eval_fraction) for prompt in prompts)
+    assert all(in_eval_split(prompt.expression, CONFIG.eval_fraction) for prompt in prompts)
     assert all(prompt.answer == str(value(prompt.expression)) for prompt in prompts)
-    assert heldout_prompts(DataConfig(seed=5), 100) == prompts[:100]
+    assert eval_prompts(DataConfig(seed=5), 100) == prompts[:100]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2])
-def test_too_many_heldout_prompts_are_refused(share):
-    with pytest.raises(DataError, match="holds out only"):
-        heldout_prompts(DataConfig(eval_fraction=0.01, reasoning_gym_share=share), 600)
+def test_too_many_eval_prompts_are_refused(share):
+    with pytest.raises(DataError, match="eval_fraction=0.01:? holds out only"):
+        eval_prompts(DataConfig(eval_fraction=0.01, reasoning_gym_share=share), 600)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -70,22 +70,22 @@ def test_share_of_reasoning_gym_is_obeyed_at_its_ends(share):
 def test_library_scorer_agrees_with_the_accuracy_reward():
     rng = random.Random(3)
     for _ in range(100):
-        problem = gym.draw_item(rng, 0.15, heldout=False)
+        problem = gym.draw_item(rng, 0.15, evaluation=False)
         for answer in (problem.answer, str(int(problem.answer) + 1), "", "1" + problem.answer):
             expected = is_correct(Prompt("0", "?", problem.answer, "", "number"), answer)
             assert gym.verify(problem.task, answer, problem.answer) == bool(expected)
 
 
-def test_items_that_the_library_works_out_left_to_right_are_not_taken(monkeypatch):
+def test_items_that_the_library_evaluates_left_to_right_are_skipped(monkeypatch):
     settings = gym.BasicArithmeticDatasetConfig(
         min_terms=3, max_terms=3, min_digits=1, max_digits=1, operators=["+", "*"], allow_parentheses=False, seed=0
     )
     items = gym.BasicArithmeticDataset(settings)
     monkeypatch.setattr(gym, "dataset", lambda task: items)
-    taken = [gym.item("basic_arithmetic", index) for index in range(300)]
+    found = [gym.item("basic_arithmetic", index) for index in range(300)]
     known = [items[index]["metadata"]["expression"] in gym.world() for index in range(300)]
-    assert 0 < sum(problem is not None for problem in taken) < sum(known)
-    assert all(problem.answer == str(value(problem.expression)) for problem in taken if problem)
+    assert 0 < sum(problem is not None for problem in found) < sum(known)
+    assert all(problem.answer == str(value(problem.expression)) for problem in found if problem)
 
 
 def test_unknown_task_is_refused():

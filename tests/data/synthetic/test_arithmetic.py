@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.synthetic import arithmetic, expressions
 from megatron_r1.data.synthetic.arithmetic import documents, worked_documents
-from megatron_r1.data.synthetic.expressions import family, heldout_expressions, is_heldout, normalise, value, world
+from megatron_r1.data.synthetic.expressions import eval_expressions, family, in_eval_split, normalise, value, world
 from megatron_r1.data.template import R1_ZERO_TEMPLATE
 
 CHAIN = re.compile(r"\d+(?:\s*[-+*\u00d7]\s*\d+){2,}")
@@ -45,25 +45,25 @@ def test_world_stays_in_range_and_holds_the_family():
 
 
 def test_split_holds_out_the_share_and_enough_problems():
-    held = heldout_expressions(0.15)
-    assert len(held) >= 600
-    assert abs(sum(is_heldout(e, 0.15) for e in world()) / len(world()) - 0.15) < 0.02
-    assert all(is_heldout(e, 0.3) for e in held), "a larger fraction must keep what a smaller one holds out"
+    expressions = eval_expressions(0.15)
+    assert len(expressions) >= 600
+    assert abs(sum(in_eval_split(e, 0.15) for e in world()) / len(world()) - 0.15) < 0.02
+    assert all(in_eval_split(e, 0.3) for e in expressions), "a larger fraction must keep what a smaller one holds out"
 
 
 @given(st.sampled_from(sorted(world())), st.sampled_from(["", " ", "  ", "\t"]), st.floats(0.0, 1.0))
 def test_split_ignores_spelling(expression, space, fraction):
     respelt = expression.replace(" ", space).replace("*", "\u00d7")
     assert normalise(respelt) == expression
-    assert is_heldout(respelt, fraction) == is_heldout(expression, fraction)
+    assert in_eval_split(respelt, fraction) == in_eval_split(expression, fraction)
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_documents_hold_no_heldout_expression(seed):
+def test_documents_contain_no_eval_expression(seed):
     config = DataConfig(num_documents=20_000, seed=seed)
     shown = {normalise(chain) for text in documents(config) for chain in CHAIN.findall(text)}
     assert len(shown) > 3000
-    assert not {e for e in shown if is_heldout(e, config.eval_fraction)}
+    assert not {e for e in shown if in_eval_split(e, config.eval_fraction)}
     assert not CHAIN.search(R1_ZERO_TEMPLATE)
 
 

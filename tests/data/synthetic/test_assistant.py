@@ -9,9 +9,9 @@ import pytest
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.preference.length_baseline import length_baseline
-from megatron_r1.data.prompts.prompts import TrainingPrompts, heldout_assistant_prompts
+from megatron_r1.data.prompts.prompts import TrainingPrompts, eval_assistant_prompts
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
-from megatron_r1.data.synthetic.assistant.tasks import TASKS, is_heldout
+from megatron_r1.data.synthetic.assistant.tasks import TASKS, in_eval_split
 from megatron_r1.data.synthetic.assistant.texts import (
     conversations,
     documents,
@@ -32,25 +32,25 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(CONFIG)
 
 
-@pytest.mark.parametrize("heldout", [False, True])
-def test_rules_agree_with_how_pairs_were_made(heldout):
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_rules_agree_with_how_pairs_were_made(evaluation):
     tasks = Counter[str]()
-    for pair in preference_pairs(CONFIG, 600, heldout):
+    for pair in preference_pairs(CONFIG, 600, evaluation):
         tasks[pair.task] += 1
         verdicts = [verdict(side.question, side.response).helpful for side in pair.responses]
         assert verdicts == [True, False], pair
     assert tasks.keys() == set(TASKS)
 
 
-@pytest.mark.parametrize("heldout", [False, True])
-def test_rules_agree_with_how_safety_items_were_made(heldout):
-    items = list(safety_items(CONFIG, 600, heldout))
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_rules_agree_with_how_safety_items_were_made(evaluation):
+    items = list(safety_items(CONFIG, 600, evaluation))
     assert [item.safe for item in items] == [verdict(i.question, i.chosen.response).safe for i in items]
     assert 0.44 < sum(item.safe for item in items) / len(items) < 0.56
 
 
 def test_good_conversations_are_helpful_and_safe():
-    for user, assistant in conversations(CONFIG, 200, heldout=True):
+    for user, assistant in conversations(CONFIG, 200, evaluation=True):
         assert verdict(user["content"], assistant["content"]) == (True, True)
 
 
@@ -85,29 +85,29 @@ def test_rules_know_no_other_question():
         verdict("What is 2 + 3?", "5")
 
 
-def test_no_training_text_asks_what_is_held_out():
-    asked = {each.question for each in synthetic_prompts(CONFIG, 400, heldout=True)}
-    assert len(asked) == 400
-    assert all(is_heldout(question, CONFIG.eval_fraction) for question in asked)
-    asked |= {pair.question for pair in preference_pairs(CONFIG, 400, True)}
-    asked |= {item.question for item in safety_items(CONFIG, 400, True)}
-    learned = {each.question for each in synthetic_prompts(CONFIG, 1000)}
-    learned |= {pair.question for pair in preference_pairs(CONFIG, 1000)}
-    learned |= {item.question for item in safety_items(CONFIG, 1000)}
-    learned |= {user["content"] for user, _ in conversations(CONFIG, 1000)}
-    assert not asked & learned
+def test_no_training_text_contains_an_eval_question():
+    eval_questions = {each.question for each in synthetic_prompts(CONFIG, 400, evaluation=True)}
+    assert len(eval_questions) == 400
+    assert all(in_eval_split(question, CONFIG.eval_fraction) for question in eval_questions)
+    eval_questions |= {pair.question for pair in preference_pairs(CONFIG, 400, True)}
+    eval_questions |= {item.question for item in safety_items(CONFIG, 400, True)}
+    training = {each.question for each in synthetic_prompts(CONFIG, 1000)}
+    training |= {pair.question for pair in preference_pairs(CONFIG, 1000)}
+    training |= {item.question for item in safety_items(CONFIG, 1000)}
+    training |= {user["content"] for user, _ in conversations(CONFIG, 1000)}
+    assert not eval_questions & training
     before, after = R1_ZERO_TEMPLATE.split("{prompt}")
     texts = [text.removeprefix(before) for text in documents(CONFIG)]
     found = {text.split(after)[0] if after in text else text.split("\n")[0] for text in texts}
-    assert len(found & learned) > 20, "questions are found in documents"
-    assert not found & asked
+    assert len(found & training) > 20, "questions are found in documents"
+    assert not found & eval_questions
 
 
 def test_prompts_mix_in_arithmetic_and_carry_a_good_answer():
     prompts = [TrainingPrompts(CONFIG).at(index) for index in range(300)]
     general = [prompt for prompt in prompts if prompt.task in TASKS]
     assert len(general) / 300 == pytest.approx(1 - CONFIG.arithmetic_share, abs=0.1)
-    for prompt in [*general, *heldout_assistant_prompts(CONFIG, 50)]:
+    for prompt in [*general, *eval_assistant_prompts(CONFIG, 50)]:
         assert verdict(prompt.question, f"<think>x</think> <answer>{prompt.answer}</answer>").helpful, prompt
     assert [TrainingPrompts(CONFIG).at(index) for index in (7, 3)] == [prompts[7], prompts[3]]
 
@@ -135,13 +135,13 @@ def test_vocabulary_of_512_holds_the_world(tokenizer):
 
 
 def test_length_tells_nothing(tokenizer):
-    learned, heldout = list(preference_pairs(CONFIG, 2000)), list(preference_pairs(CONFIG, 1000, True))
-    for pair in [*learned[:500], *heldout[:500]]:
+    training, evaluation = list(preference_pairs(CONFIG, 2000)), list(preference_pairs(CONFIG, 1000, True))
+    for pair in [*training[:500], *evaluation[:500]]:
         better, worse = tokenizer.encode_batch([side.response for side in pair.responses])
         assert len(better) == len(worse), pair
-    found = length_baseline(learned, heldout, len)
+    found = length_baseline(training, evaluation, len)
     assert sum(found) / len(found) <= 0.55
-    learned, heldout = list(safety_items(CONFIG, 2000)), list(safety_items(CONFIG, 1000, True))
+    training, evaluation = list(safety_items(CONFIG, 2000)), list(safety_items(CONFIG, 1000, True))
     for length in (len, lambda text: len(tokenizer.encode(text))):
-        found = length_baseline(learned, heldout, length)
+        found = length_baseline(training, evaluation, length)
         assert sum(found) / len(found) <= 0.55

@@ -67,7 +67,7 @@ class Task:
         return self.wanted in HARMFUL
 
 
-def is_heldout(question: str, fraction: float) -> bool:
+def in_eval_split(question: str, fraction: float) -> bool:
     """Whether no training text or prompt may ask `question`; a hash decides, whatever the seed."""
     digest = hashlib.sha256(f"assistant {question}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
@@ -104,12 +104,12 @@ def _draw_list(rng: random.Random) -> Task:
 
 
 def draw_from(
-    rng: random.Random, heldout: bool, fraction: float, names: tuple[str, ...] = TASKS, harmful_share: float = 0.5
+    rng: random.Random, evaluation: bool, fraction: float, names: tuple[str, ...] = TASKS, harmful_share: float = 0.5
 ) -> Task:
     """A task of one side of the split."""
     while True:
         task = draw_task(rng, names, harmful_share)
-        if is_heldout(task.question, fraction) == heldout:
+        if in_eval_split(task.question, fraction) == evaluation:
             return task
 
 

@@ -92,9 +92,9 @@ def critique(task: Task, good: bool, rng: random.Random) -> str:
     return JUDGEMENT.format(good_answer(task, rng), VERDICTS[good])
 
 
-def conversations(config: DataConfig, count: int, heldout: bool = False) -> Iterator[list[dict[str, str]]]:
+def conversations(config: DataConfig, count: int, evaluation: bool = False) -> Iterator[list[dict[str, str]]]:
     """Questions with good answers, in tags, as messages of a user and an assistant."""
-    for rng, task in _tasks(config, "conversation", count, heldout):
+    for rng, task in _tasks(config, "conversation", count, evaluation):
         answer = respond(task, True, "think", rng)
         yield [{"role": "user", "content": task.question}, {"role": "assistant", "content": answer}]
 
@@ -109,19 +109,19 @@ class SyntheticPrompt(NamedTuple):
 
 
 def synthetic_prompts(
-    config: DataConfig, count: int, heldout: bool = False, start: int = 0
+    config: DataConfig, count: int, evaluation: bool = False, start: int = 0
 ) -> Iterator[SyntheticPrompt]:
     """Questions `start` to `start + count - 1`: what reinforcement learning asks, or is measured on.
 
     Held-out questions are all different.
     """
-    for rng, task in _tasks(config, "prompt", count, heldout, start):
+    for rng, task in _tasks(config, "prompt", count, evaluation, start):
         yield SyntheticPrompt(task.name, task.question, good_answer(task, rng).strip())
 
 
-def preference_pairs(config: DataConfig, count: int, heldout: bool = False) -> Iterator[PreferenceExample]:
+def preference_pairs(config: DataConfig, count: int, evaluation: bool = False) -> Iterator[PreferenceExample]:
     """Two responses to a question, of one form and equally many tokens: the first has the better summary."""
-    for rng, task in _tasks(config, "pair", count, heldout):
+    for rng, task in _tasks(config, "pair", count, evaluation):
         style = STYLES.draw(rng)
         better, worse = (
             LabelledResponse(task.question, respond(task, good, style, rng), critique(task, good, rng))
@@ -130,12 +130,12 @@ def preference_pairs(config: DataConfig, count: int, heldout: bool = False) -> I
         yield PreferenceExample(task.name, better, worse)
 
 
-def safety_items(config: DataConfig, count: int, heldout: bool = False) -> Iterator[PreferenceExample]:
+def safety_items(config: DataConfig, count: int, evaluation: bool = False) -> Iterator[PreferenceExample]:
     """Responses to requests to make something, half of them unsafe; all have one form.
 
     Unsafe is whoever goes about something harmful, in the reasoning, in the answer or in both.
     """
-    for rng, task in _tasks(config, "safety", count, heldout, names=("make",)):
+    for rng, task in _tasks(config, "safety", count, evaluation, names=("make",)):
         unsafe = task.harmful and rng.random() < UNSAFE_SHARE
         ways = UNSAFE_WAYS if unsafe else HARMLESS_WAYS if not task.harmful else [(False, False)]
         plans, agrees = rng.choice(ways)
@@ -147,16 +147,16 @@ def safety_items(config: DataConfig, count: int, heldout: bool = False) -> Itera
 
 
 def _tasks(
-    config: DataConfig, use: str, count: int, heldout: bool, start: int = 0, names: tuple[str, ...] = TASKS
+    config: DataConfig, use: str, count: int, evaluation: bool, start: int = 0, names: tuple[str, ...] = TASKS
 ) -> Iterator[tuple[random.Random, Task]]:
     """A generator and a task for each index; held-out tasks ask another question each."""
     seen: set[str] = set()
     harmful_share = SAFETY_HARMFUL_SHARE if use == "safety" else 0.5
     for index in range(start, start + count):
-        rng = random.Random(f"assistant {use} {'held-out' if heldout else config.seed} {index}")
+        rng = random.Random(f"assistant {use} {'held-out' if evaluation else config.seed} {index}")
         for _ in range(MOST_DRAWS):
-            task = draw_from(rng, heldout, config.eval_fraction, names, harmful_share)
-            if not heldout or task.question not in seen:
+            task = draw_from(rng, evaluation, config.eval_fraction, names, harmful_share)
+            if not evaluation or task.question not in seen:
                 break
         else:
             raise DataError(f"{use} {index}: eval_fraction={config.eval_fraction} holds out too few questions")
