@@ -1,8 +1,8 @@
-"""Random numbers that are addressed instead of drawn in turn.
+"""Counter-based random numbers: addressed, not drawn one after the other.
 
-A draw depends on its seed and its counters alone (say: file, row, position), so that results are the same however the
-work is divided among processes and wherever it is resumed. The mixing function is the finaliser of SplitMix64 (Steele,
-Lea and Flood 2014), applied once per counter.
+A number depends on its seed and its counters alone (for example file, row and position), so that results do not depend
+on how the work is divided among processes or where it is resumed. The mixing function is the finaliser of SplitMix64
+(Steele, Lea and Flood 2014), applied once per counter.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Best-fit packing: documents fill sequences without being cut, except where they are longer than one.
+"""Best-fit packing: documents fill sequences without being cut, unless they are longer than a sequence.
 
 As in Ding et al. 2024, "Fewer Truncations Improve Language Modeling": a document longer than a sequence is cut into
-full pieces and a rest; then the pieces, longest first, each go where they leave the least room (best-fit decreasing).
+full pieces and a rest. Then each piece, the longest first, goes to the sequence in which it leaves the least room
+(best-fit decreasing).
 
 Shapes: N documents, P pieces, S sequences.
 """
@@ -17,7 +18,7 @@ from megatron_r1.data.counter_rng import uniforms
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Which pieces of documents make which sequence."""
+    """Sequences, each a list of pieces of documents."""
 
     document_P: np.ndarray
     """Document of each piece, pieces in the order of the sequences."""
@@ -35,13 +36,13 @@ class Packing:
 def pack(lengths_N: np.ndarray, capacity: int, seed: int) -> Packing:
     """Pack documents into sequences.
 
-    A cut document's pieces overlap by one token: the last token of one, which nothing follows there, is the first
-    input of the next, so that every token of a document but its first is a target once.
+    The pieces of a cut document overlap by one token: the last token of a piece, which is a target only, is the first
+    input of the next piece, so that every token of a document but its first is a target once.
 
     Args:
         lengths_N: tokens of each document.
         capacity: tokens of a sequence, the last target included; at least 2.
-        seed: of the order of the pieces in a sequence, which would otherwise begin with the longest.
+        seed: of the order of the pieces in a sequence; without shuffling, each would start with its longest piece.
     """
     document_P, start_P, length_P = pieces(lengths_N, capacity)
     sequence_P = best_fit(length_P, capacity)
@@ -53,7 +54,7 @@ def pack(lengths_N: np.ndarray, capacity: int, seed: int) -> Packing:
 
 
 def pieces(lengths_N: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Document, start and length of every piece; documents of one token teach nothing and have none."""
+    """Document, start and length of every piece; a document of one token has no target and therefore no piece."""
     step = capacity - 1
     targets_N = np.maximum(lengths_N - 1, 0)
     counts_N = -(-targets_N // step)
@@ -64,11 +65,11 @@ def pieces(lengths_N: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
 
 
 def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:
-    """The sequence that each piece goes to, by best-fit decreasing: int64 [P].
+    """The sequence of each piece by best-fit decreasing: int64 [P].
 
-    Pieces of one length are placed together: where a sequence is the tightest fit for one of them, it stays the
-    tightest for the next as long as that fits too. The time goes with the number of different lengths and rooms, and
-    hardly with the number of pieces.
+    Pieces of the same length are assigned together: a sequence that is the tightest fit for one of them remains the
+    tightest for the next as long as the next fits too. The running time depends on the number of different lengths and
+    remaining rooms, and hardly on the number of pieces.
     """
     sequence_P = np.empty(len(length_P), dtype=np.int64)
     order_P = np.argsort(-length_P, kind="stable")
@@ -99,7 +100,7 @@ def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class Rooms:
-    """Sequences that are not full, by the tokens that still fit."""
+    """Sequences that are not full, by the number of tokens that still fit."""
 
     def __init__(self) -> None:
         self._sequences: dict[int, list[np.ndarray]] = {}
@@ -112,7 +113,7 @@ class Rooms:
         return length + (above & -above).bit_length() - 1 if above else 0
 
     def take(self, room: int) -> np.ndarray:
-        """All sequences with that room, which leave."""
+        """Remove and return all sequences with that room."""
         self._mask &= ~(1 << room)
         return np.concatenate(self._sequences.pop(room))
 

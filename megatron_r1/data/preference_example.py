@@ -1,4 +1,4 @@
-"""Responses with a label: which of two is better, or whether one is safe."""
+"""A preference pair, or one response with a safety label."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LabelledResponse:
-    """A response, and the critique of whoever labelled it."""
+    """A response to a question, with the labeller's critique."""
 
     question: str
     response: str
     """Reasoning and summary, as a model wrote them."""
     critique: str = ""
-    """Reasoning about the response, as it follows the response in training; empty where there is none."""
+    """Reasoning about the response, which follows it in training; empty where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
-    """What one term of the loss of a reward model, or of direct preference optimization, is about."""
+    """One training example of a reward model or of direct preference optimization."""
 
     task: str
     chosen: LabelledResponse

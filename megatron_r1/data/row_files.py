@@ -1,4 +1,4 @@
-"""Rows out of JSONL, Parquet and Arrow files, one after the other. Needs pyarrow for tables, not `datasets`."""
+"""Reads rows from JSONL, Parquet and Arrow files, one after the other. Tables need pyarrow, not `datasets`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EmptyRow(BadRow):
 
 
 def rows_of(path: Path) -> Iterator[Any]:
-    """All rows of a file, a BadRow in place of one that cannot be parsed; what its name does not call a table is JSONL.
+    """All rows of a file, with a BadRow for each that cannot be parsed; without the suffix of a table, a file is JSONL.
 
     Raises:
         DataError: the file cannot be read.

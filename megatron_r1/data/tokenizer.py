@@ -1,14 +1,14 @@
-"""A tokenizer from its Hugging Face files, whoever made them, and the byte-level BPE of the arithmetic world.
+"""A tokenizer from any Hugging Face folder, among them the byte-level BPE that is trained on the arithmetic world.
 
-What the arithmetic world's own promises:
+Properties of the arithmetic world's tokenizer:
 
 - every text survives `decode(encode(text))`, whatever Unicode it holds;
 - numbers from 0 to 199 are one token each (in the assistant world, which has more words, to 99);
 - a phrase that the documents repeat is one token, spaces and all, and the R1-Zero template costs at most 48 tokens;
-- a prompt of any kind and its response may be tokenised apart or together: the tokens are the same.
+- a prompt of any kind and its response have the same tokens whether they are tokenised separately or together.
 
-The last is why a text is first cut at numbers, at line breaks and at the markers that end a prompt: no token
-reaches across. Reading and writing needs `tokenizers` only; the saved folder is what `transformers` loads.
+For the last property a text is first cut at numbers, at line breaks and at the markers that end a prompt, which no
+token crosses. Reading and writing needs `tokenizers` only; `transformers` loads the saved folder.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Tokenizer:
     """Text to token ids and back.
 
     Args:
-        backend: what `tokenizer.json` holds.
-        settings: what `tokenizer_config.json` holds; it names the end token, and those of begin and padding where there
-            are any. Without one, a text begins with nothing, and padding is the end token.
+        backend: content of `tokenizer.json`.
+        settings: content of `tokenizer_config.json`; it names the end token and, where they exist, the begin and the
+            padding token. Without a begin token a text begins with none; without a padding token the end token pads.
     """
 
     def __init__(self, backend: Backend, settings: Mapping[str, Any] = ARITHMETIC_SETTINGS):
@@ -76,7 +76,7 @@ class Tokenizer:
 
     @property
     def begin(self) -> tuple[int, ...]:
-        """What a text begins with: the begin token, or nothing where the vocabulary has none, as Qwen's."""
+        """The tokens at the start of a text: the begin token, or none where the vocabulary has none, as Qwen's."""
         return () if self.bos is None else (self.bos,)
 
     def id(self, token: str) -> int:
@@ -86,7 +86,7 @@ class Tokenizer:
         return found
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; begin and end tokens are the caller's to add."""
+        """Token ids of `text`; the caller adds begin and end tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -128,16 +128,16 @@ class Tokenizer:
             raise DataError(f"tokenizer={described}: is not JSON ({error})") from error
         if not isinstance(settings, dict):
             raise DataError(f"tokenizer={described}: must hold one JSON object")
-        if (apart := Path(folder) / "chat_template.jinja").is_file():
-            settings["chat_template"] = _read(apart)
+        if (template := Path(folder) / "chat_template.jinja").is_file():
+            settings["chat_template"] = _read(template)
         return cls(backend, settings)
 
-    def has_same_words(self, other: Tokenizer) -> bool:
-        """Whether every id stands for the same word in both; end tokens and chat templates may differ."""
+    def has_same_vocabulary(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same token in both; end tokens and chat templates may differ."""
         return self.backend.get_vocab(True) == other.backend.get_vocab(True)
 
     def fingerprint(self) -> str:
-        """SHA-256 in hex of everything that decides which ids a text gets."""
+        """SHA-256 in hex of all settings on which the ids of a text depend."""
         return hashlib.sha256(f"{self.backend.to_str()} {self.bos} {self.eos} {self.pad}".encode()).hexdigest()
 
 
@@ -150,5 +150,5 @@ def _read(path: Path) -> str:
 
 
 def response_text(response_tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """A response as rewards read it, without the end-of-document token."""
+    """The text of a response without special tokens, as rewards read it."""
     return tokenizer.decode(response_tokens, skip_special=True)

@@ -41,7 +41,7 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: ModelConfig,
         ConfigError: names what does not fit.
     """
     source, words, length = config.sft.teacher.from_, tokenizer.vocab_size, config.train.sequence_length
-    if not tokenizer.has_same_words(theirs):
+    if not tokenizer.has_same_vocabulary(theirs):
         raise ConfigError(KEY, source, "must be a model of the student's tokenizer: here ids stand for other words")
     if teacher.vocab_size < words:
         raise ConfigError(KEY, source, f"must have the {words} words of its tokenizer, but has {teacher.vocab_size}")

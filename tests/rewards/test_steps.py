@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.synthetic.arithmetic import answer, draw_problem, worked_documents
+from megatron_r1.data.synthetic.arithmetic import draw_problem, worked_documents, write_response
 from megatron_r1.data.synthetic.expressions import careful_steps, hasty_steps
 from megatron_r1.rewards.steps import EQUATION, Remaining, steps_of
 
@@ -23,7 +23,7 @@ def test_careful_steps_are_right_in_both_languages_and_end_with_their_results():
     rng = random.Random(0)
     for _ in range(500):
         problem = draw_problem(rng, CONFIG)
-        text, _ = answer(problem, "careful", "think", rng.choice(["en", "zh"]), rng)
+        text, _ = write_response(problem, "careful", "think", rng.choice(["en", "zh"]), rng)
         steps = steps_of(problem.question, text)
         assert [step.value for step in steps] == [1.0, 1.0], text
         for step, (left, operator, right, result) in zip(steps, careful_steps(problem.expression), strict=True):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.chat.rows import Conversation
 from megatron_r1.data.prompts.prompts import eval_problems
-from megatron_r1.data.synthetic.arithmetic import Problem, answer, draw_problem
+from megatron_r1.data.synthetic.arithmetic import Problem, draw_problem, write_response
 from megatron_r1.data.synthetic.assistant import texts
 
 Conversations = Callable[[DataConfig, int], Iterator[Conversation]]
@@ -44,7 +44,7 @@ def eval_conversations(config: DataConfig, count: int) -> Iterator[Conversation]
 
 
 def _conversation(problem: Problem, rng: random.Random) -> Conversation:
-    text, _ = answer(problem, "careful", "think", problem.language, rng)
+    text, _ = write_response(problem, "careful", "think", problem.language, rng)
     return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": text}]
 
 

@@ -1,10 +1,10 @@
-"""What reward models learn from: labelled responses, in pairs or one by one, generated or from files, as tokens.
+"""Tokenised preference pairs and labelled responses, generated or from files, for the training of reward models.
 
-A sequence is a prompt, the part of the response that the reward model reads, and the critique where it is trained on,
-closed by the end token. That token is the one whose hidden state is scored: it alone has attended to the whole
-sequence, and it is the same one in every sequence, so a score cannot hang on which token happens to come last.
+A sequence is a prompt, the part of the response that the reward model reads, the critique where it is trained on, and
+the end token. The score is read from the hidden state of the end token: it attends to the whole sequence, and it is
+the same token in every sequence, so that a score does not depend on which token comes last.
 
-Pairs that a policy learns from without a reward model become tokens in `policy_encoder`.
+For direct preference optimization, `policy_encoder` tokenises the pairs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LABEL_FIELDS = ("prompt", "response")
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSequence:
-    """Prompt, response and perhaps critique as tokens."""
+    """Prompt, response and, where it is trained on, critique as tokens."""
 
     tokens: list[int]
     """The last one is the end token, whose hidden state is scored."""
     loss_start: int
-    """Index of the first token with a language-model loss, a critique's or a response's; the length where none has."""
+    """Index of the first token of the critique, or of a policy's response; from there tokens are in the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,9 @@ class RewardModelEncoder:
     """Turns labelled responses into sequences as a reward model reads them.
 
     Args:
-        prompt: question -> the text that a model reads before it answers.
-        part: response -> what of it is scored: its summary, or all of it.
-        reasoning: whether the critique follows, and is trained on.
+        prompt: question -> the text of the prompt.
+        part: response -> the part that is scored: its summary, or all of it.
+        reasoning: whether the critique follows and is trained on.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Callable[[str], str], part: Callable[[str], str], reasoning: bool):
@@ -75,7 +75,7 @@ class RewardModelEncoder:
     def without_critique(self, question: str, response: str) -> list[int]:
         """Prompt and the part of the response that is read, before any critique; no end token."""
         begin = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-        # Separately, so that the prompt's tokens are those that the policy read.
+        # Tokenised separately, so that the prompt has the same tokens as for the policy.
         prompt, part = self.tokenizer.encode_batch([self._prompt(question), self._part(response)])
         return [*begin, *prompt, *part]
 
@@ -122,7 +122,7 @@ class PreferenceDataset:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def batch(self, position: int, size: int) -> list[TokenizedPreference]:
-        """Examples `position` to `position + size - 1` of the endless run through the epochs."""
+        """Examples `position` to `position + size - 1` of the endless series of epochs."""
         batch = []
         for at in range(position, position + size):
             epoch, index = divmod(at, len(self.examples))
@@ -136,9 +136,9 @@ class PreferenceDataset:
 def read_preferences(path: Path, pairwise: bool) -> Iterator[PreferenceExample]:
     """The examples of a JSONL or Parquet file.
 
-    A pair is `prompt`, `chosen`, `rejected`, and where critiques are trained on `chosen_critique`, `rejected_critique`.
-    A labelled response is `prompt`, `response`, `safe` (true or false), and `critique`. `task` may name a group.
-    Empty lines are skipped.
+    The fields of a pair are `prompt`, `chosen`, `rejected` and, where critiques are trained on, `chosen_critique` and
+    `rejected_critique`. Those of a labelled response are `prompt`, `response`, `safe` (true or false) and, for
+    critiques, `critique`. `task` is optional and names a group of examples. Empty lines are skipped.
 
     Raises:
         DataError: a row is broken; names file, line and reason.

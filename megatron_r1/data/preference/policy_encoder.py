@@ -1,4 +1,4 @@
-"""Pairs of responses as tokens, as a policy reads and writes them: what direct preference optimization trains on."""
+"""Tokenises preference pairs for direct preference optimization, as the policy reads prompts and writes responses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class PolicyPairEncoder:
         self.tokenizer, self._formatter = formatter.tokenizer, formatter
 
     def example(self, item: PreferenceExample) -> TokenizedPreference:
-        """A pair; of each sequence, what follows the prompt is trained on, the end token included.
+        """A tokenised pair; the tokens after each prompt are in the loss, the end token included.
 
         Raises:
-            DataError: question or response spells a token that steers the chat, and would become it.
+            DataError: question or response contains a control token.
         """
         prompt = self._formatter.tokens(self._checked(item.question, item.question))
-        # Separately from the prompt, as a policy reads and writes them.
+        # Tokenised separately from the prompt, as a policy generates them.
         texts = [self._checked(side.response, item.question) for side in item.responses]
         responses = self.tokenizer.encode_batch(texts)
         sequences = (TokenizedSequence([*prompt, *ids, self.tokenizer.eos], len(prompt)) for ids in responses)

@@ -1,1 +1,1 @@
-"""From text on disk to tokenised shards: what happens once, before any training."""
+"""Turns text files into tokenised shards, once, before pre-training."""

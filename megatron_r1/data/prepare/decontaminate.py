@@ -1,8 +1,8 @@
 """Finds documents that share an n-gram of words with an evaluation text (DeepSeek-R1 report: 10-grams).
 
 A word is a run of letters and digits, or a single Chinese or Japanese character; case and punctuation do not count.
-Words that no evaluation text has get the number 0 and can be part of no match; the others are hashed n at a time, and
-every match of hashes is compared word by word.
+Words that occur in no evaluation text get the number 0 and are never part of a match; the others are hashed n at a
+time, and every match of hashes is compared word by word.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Evaluation(NamedTuple):
-    """A text that must not be trained on."""
+    """An evaluation text, which training data must not contain."""
 
     name: str
-    """Where it is from, for messages."""
+    """File and row, for messages."""
     text: str
 
 
@@ -36,7 +36,7 @@ class NgramIndex:
         self._names: list[str] = []
         parts, owners = [], []
         self.too_short: list[str] = []
-        """Names of the texts with fewer than n words, which nothing can match."""
+        """Names of the texts with fewer than n words, which no document can match."""
         for evaluation in evaluations:
             words = _words(evaluation.text)
             if len(words) < n:
@@ -56,7 +56,7 @@ class NgramIndex:
         return len(self._known)
 
     def matches(self, texts: Sequence[str]) -> dict[int, str]:
-        """Place of each contaminated text -> what it shares with which evaluation text."""
+        """Index of each contaminated text -> the reason, which names the evaluation text."""
         if not len(self):
             return {}
         get = self._numbers.get
@@ -71,12 +71,12 @@ class NgramIndex:
         found = np.searchsorted(self._known, hashes)
         found[found == len(self._known)] = 0
         result: dict[int, str] = {}
-        for index in np.flatnonzero(self._known[found] == hashes).tolist():
-            theirs = int(self._starts[found[index]])
-            mine = int(starts[index])
-            place = int(np.searchsorted(ends, mine, side="right"))
-            if place not in result and (flat[mine : mine + self._n] == self._flat[theirs : theirs + self._n]).all():
-                result[place] = f"shares {self._n} words in a row with {self._names[int(self._owners[theirs])]}"
+        for match in np.flatnonzero(self._known[found] == hashes).tolist():
+            theirs = int(self._starts[found[match]])
+            mine = int(starts[match])
+            index = int(np.searchsorted(ends, mine, side="right"))
+            if index not in result and (flat[mine : mine + self._n] == self._flat[theirs : theirs + self._n]).all():
+                result[index] = f"shares {self._n} words in a row with {self._names[int(self._owners[theirs])]}"
         return result
 
     def _hashes(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""From texts to token ids: left out where contaminated, reordered for infilling, `[BOS] ... [EOS]`, punctuation split.
+"""Encodes texts: drops contaminated ones, reorders some for fill-in-the-middle, adds BOS and EOS, splits punctuation.
 
 Shapes: N documents, T tokens.
 """
@@ -23,32 +23,32 @@ IdLists = tuple[list[int], ...]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as they are stored, and the rows that are not."""
+    """Tokenised documents, and the rows that were dropped."""
 
     tokens_T: np.ndarray
     """Token ids, end to end: int32."""
     lengths_N: np.ndarray
     """Tokens of each document: int64."""
     reordered: int = 0
-    """Documents that fill in the middle."""
+    """Number of documents that were reordered for fill-in-the-middle."""
     bad: list[tuple[RawRecord, str]] = field(default_factory=list)
     """Rows that cannot be used, with the reason."""
     contaminated: list[tuple[RawRecord, str]] = field(default_factory=list)
-    """Rows that an evaluation set contains."""
+    """Rows that share an n-gram with an evaluation set, with the reason."""
 
 
 class DocumentEncoder:
-    """Encodes batches of rows; what a row becomes does not depend on its batch."""
+    """Encodes batches of rows; the tokens of a row do not depend on the other rows of its batch."""
 
     def __init__(self, tokenizer: Tokenizer, options: TokeniseOptions, contamination: NgramIndex):
         """
         Args:
-            tokenizer: from now on reads begin, end and padding tokens in a text as the characters that they are.
+            tokenizer: is changed: it now encodes special tokens that a text spells as ordinary characters.
         """
         self._tokenizer, self._contamination = tokenizer, contamination
         tokenizer.backend.encode_special_tokens = True
         named = [tokenizer.decode([token]) for token in (*tokenizer.begin, tokenizer.eos, tokenizer.pad)]
-        # Vocabularies differ in which of their control tokens count as special: the others are still seen in a text.
+        # A control token that the vocabulary does not mark as special would still become one token: such rows are bad.
         self._control = [
             token
             for token in dict.fromkeys([*named, *FIM_TOKENS])
@@ -63,8 +63,8 @@ class DocumentEncoder:
         refused = {id(row) for row, _ in bad}
         good = [row for row in rows if id(row) not in refused]
         matches = self._contamination.matches([row.text for row in good])
-        contaminated = [(good[place], reason) for place, reason in matches.items()]
-        good = [row for place, row in enumerate(good) if place not in matches]
+        contaminated = [(good[index], reason) for index, reason in matches.items()]
+        good = [row for index, row in enumerate(good) if index not in matches]
         if not good:
             return Encoded(np.empty(0, np.int32), np.empty(0, np.int64), 0, bad, contaminated)
         keys_N2 = np.array([(row.source, row.number) for row in good], dtype=np.int64)
@@ -77,7 +77,7 @@ class DocumentEncoder:
         return Encoded(tokens_T, lengths_N, sum(len(part) > 1 for part in parts), bad, contaminated)
 
     def _documents(self, parts: Sequence[tuple[str, ...]]) -> list[IdLists]:
-        """Lists of token ids that make each document when laid end to end."""
+        """For each document the lists of token ids whose concatenation it is."""
         ids = iter(self._tokenizer.encode_batch([text for part in parts for text in part]))
         begin, end = [*self._tokenizer.begin], [self._tokenizer.eos]
         return [

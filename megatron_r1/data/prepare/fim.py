@@ -1,4 +1,4 @@
-"""Fill in the middle: some documents are reordered, so that a model learns to write between two texts.
+"""Fill in the middle: some documents are reordered, so that the model learns to write text between two others.
 
 Prefix-suffix-middle order at document level, before packing (DeepSeek-V3 report, section 4.1):
 `<fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>`. The two cuts fall between any two characters (Bavarian
@@ -28,7 +28,7 @@ class FillInMiddle:
             rate: share of documents to reorder.
 
         Raises:
-            ConfigError: the tokenizer lacks the three marks and `rate` is above 0.
+            ConfigError: `rate` is above 0 and the tokenizer lacks one of the three tokens.
         """
         missing = [token for token in FIM_TOKENS if tokenizer.backend.token_to_id(token) is None]
         if rate and missing:
@@ -37,11 +37,11 @@ class FillInMiddle:
         self.begin, self.hole, self.end = (0, 0, 0) if missing else map(tokenizer.id, FIM_TOKENS)
 
     def parts(self, texts: Sequence[str], keys_N2: np.ndarray) -> list[tuple[str, ...]]:
-        """Each text whole, as one part, or as prefix, middle and suffix.
+        """Each text, either whole as one part, or cut into prefix, middle and suffix.
 
         Args:
             texts: N documents.
-            keys_N2: file and row of each; they alone decide.
+            keys_N2: file and row of each; the choice and the cuts depend on them and the seed alone.
         """
         if not self._rate:
             return [(text,) for text in texts]
@@ -52,7 +52,7 @@ class FillInMiddle:
         ]
 
     def arrange(self, prefix: list[int], middle: list[int], suffix: list[int]) -> tuple[list[int], ...]:
-        """Token ids in the order in which they are stored, the end token excepted."""
+        """The three parts with their marker tokens, in stored order; without the end token."""
         return [self.begin], prefix, [self.hole], suffix, [self.end], middle
 
 

@@ -1,4 +1,4 @@
-"""What the tokeniser program is asked to do."""
+"""Options of the tokeniser program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokeniseOptions:
-    """Everything that decides which tokens come out, and nothing else."""
+    """All options on which the output depends."""
 
     inputs: tuple[str, ...]
     """Files to read, in this order: .jsonl, .txt or .parquet."""
@@ -21,15 +21,15 @@ class TokeniseOptions:
     fim_rate: float = 0.1
     """Share of documents that are reordered to fill in the middle (DeepSeek-V3 report, section 4.1)."""
     punctuation_split_rate: float = 0.1
-    """Share of the tokens made of punctuation and line breaks that are split; the report does not give its own."""
+    """Share of the tokens made of punctuation and line breaks that are split; the report does not give its value."""
     decontaminate: tuple[str, ...] = ()
-    """Evaluation files; documents that share an n-gram with them are left out."""
+    """Evaluation files; documents that share an n-gram with them are dropped."""
     decontaminate_fields: tuple[str, ...] = field(default=())
     """Fields of an evaluation row that make its text; empty takes `fields`."""
     ngram: int = 10
     """Words in a row that make a document contaminated (DeepSeek-R1 report)."""
     shard_bytes: int = 64 << 20
-    """Bytes of input per shard, the unit of work that a kill can cost."""
+    """Bytes of input per shard. A killed worker loses the work on one shard at most."""
 
     def __post_init__(self) -> None:
         if not self.inputs:

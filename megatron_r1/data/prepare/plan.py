@@ -1,7 +1,7 @@
-"""The plan of a tokenised folder: which pieces of which files make which shard.
+"""The plan of a tokenised folder: which spans of which files make which shard.
 
-It depends on the inputs and the options alone, never on the number of workers, and is pinned in the folder before the
-first shard is made, so that a program that is started again does the rest of the same work.
+It depends on the inputs and the options alone, not on the number of workers. It is written into the folder before the
+first shard, so that a restarted program continues the same plan.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done, in full."""
+    """All shards to make, and what they are made from."""
 
     description: dict[str, Any]
-    """Format, options, fingerprints of tokenizer and files, as JSON values: equal for equal results."""
+    """Format, options, fingerprints of tokenizer and files, as JSON values: equal descriptions give equal shards."""
     shards: list[list[InputSpan]]
 
     @property
     def input_bytes(self) -> int:
-        return sum(piece.size for shard in self.shards for piece in shard)
+        return sum(span.size for shard in self.shards for span in shard)
 
 
 def make_plan(options: TokeniseOptions, tokenizer: Tokenizer) -> Plan:
     """Scan all inputs and divide them into shards of about `options.shard_bytes`.
 
     Raises:
-        ConfigError, DataError: a file is of no known kind or cannot be read.
+        ConfigError: a file has an unknown suffix.
+        DataError: a file cannot be read.
     """
     for path in options.decontaminate:
         check_suffix(path, "decontaminate")
@@ -61,12 +62,12 @@ def make_plan(options: TokeniseOptions, tokenizer: Tokenizer) -> Plan:
 def _shards(scans: Sequence[Scan], target: int) -> list[list[InputSpan]]:
     shards: list[list[InputSpan]] = []
     size = 0
-    for piece in (piece for found in scans for piece in found.pieces):
-        if not shards or size + piece.size // 2 > target:
+    for span in (span for found in scans for span in found.spans):
+        if not shards or size + span.size // 2 > target:
             shards.append([])
             size = 0
-        shards[-1].append(piece)
-        size += piece.size
+        shards[-1].append(span)
+        size += span.size
     return shards
 
 
@@ -79,22 +80,22 @@ def _digest(path: str) -> str:
 
 
 def check_same(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    """Refuse to go on in a folder that was begun with other inputs or options.
+    """Refuse to resume in a folder that was started with other inputs or options.
 
     Raises:
-        DataError: names what differs first.
+        DataError: names the first difference.
     """
     if found == wanted:
         return
     old, new = found.get("options", {}), wanted["options"]
     for key in new:
         if old.get(key) != new[key]:
-            raise DataError(f"{folder}: was begun with {key}={old.get(key)}, not {new[key]}; choose another output")
+            raise DataError(f"{folder}: was started with {key}={old.get(key)}, not {new[key]}; choose another output")
     for key, name in (("tokenizer", "another tokenizer"), ("inputs", "other inputs"), ("decontaminate", "other sets")):
         if found.get(key) != wanted[key]:
             paths = [
                 path for path, a, b in zip(new.get(key, ()), found.get(key, ()), wanted[key], strict=False) if a != b
             ]
             changed = f": {paths[0]} has changed" if key != "tokenizer" and paths else ""
-            raise DataError(f"{folder}: was begun with {name}{changed}; choose another output")
-    raise DataError(f"{folder}: was begun by another version of this program; choose another output")
+            raise DataError(f"{folder}: was started with {name}{changed}; choose another output")
+    raise DataError(f"{folder}: was started by another version of this program; choose another output")

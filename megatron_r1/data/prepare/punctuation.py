@@ -1,8 +1,8 @@
 """Tokens that join punctuation to line breaks, some of which are split in two.
 
 A vocabulary with tokens such as `.\\n\\n` biases a model where a prompt ends in `.` without a line break: in training
-it has met the full stop alone only where no line break follows. A share of those tokens, drawn at random, is therefore
-stored as the punctuation and the line breaks apart (DeepSeek-V3 report, section 4.1).
+the model has met the token `.` only where no line break follows. A random share of such tokens is therefore split into
+punctuation and line breaks (DeepSeek-V3 report, section 4.1).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from megatron_r1.data.counter_rng import uniforms
 from megatron_r1.data.tokenizer import Tokenizer
 
 STREAM = 3
-"""Counter that keeps these draws apart from those of other parts."""
+"""Counter that makes these draws independent of those for fill-in-the-middle."""
 
 
 class PunctuationSplitter:
-    """Knows a vocabulary's merged tokens and what each is made of."""
+    """Splits a random share of the vocabulary's merged tokens into their parts."""
 
     def __init__(self, tokenizer: Tokenizer, rate: float, seed: int):
         """
@@ -41,37 +41,37 @@ class PunctuationSplitter:
         Args:
             tokens_T: token ids of N documents, end to end.
             lengths_N: tokens of each.
-            keys_N2: file and row of each; with the place in the document they decide.
+            keys_N2: file and row of each; a draw depends on them and on the position in the document.
 
         Returns:
             New `tokens_T` and `lengths_N`.
         """
         if not self._parts:
             return tokens_T, lengths_N
-        places = np.flatnonzero(self._merged_V[tokens_T])
+        positions = np.flatnonzero(self._merged_V[tokens_T])
         ends_N = np.cumsum(lengths_N)
-        documents = np.searchsorted(ends_N, places, side="right")
-        within = places - (ends_N - lengths_N)[documents]
+        documents = np.searchsorted(ends_N, positions, side="right")
+        within = positions - (ends_N - lengths_N)[documents]
         draws = uniforms(self._seed, keys_N2[documents, 0], keys_N2[documents, 1], STREAM, within)
         chosen = draws < self._rate
-        places, documents = places[chosen], documents[chosen]
-        if not len(places):
+        positions, documents = positions[chosen], documents[chosen]
+        if not len(positions):
             return tokens_T, lengths_N
-        split = tokens_T[places]
+        split = tokens_T[positions]
         added = self._count_V[split] - 1
         counts_T = np.ones(len(tokens_T), dtype=np.int64)
-        counts_T[places] += added
+        counts_T[positions] += added
         result_T = np.repeat(tokens_T, counts_T)
         parts = np.concatenate([self._parts[token] for token in split.tolist()])
-        result_T[np.repeat(_is_chosen(len(tokens_T), places), counts_T)] = parts
+        result_T[np.repeat(_is_chosen(len(tokens_T), positions), counts_T)] = parts
         new_lengths_N = lengths_N.copy()
         np.add.at(new_lengths_N, documents, added)
         return result_T, new_lengths_N
 
 
-def _is_chosen(length: int, places: np.ndarray) -> np.ndarray:
+def _is_chosen(length: int, positions: np.ndarray) -> np.ndarray:
     chosen_T = np.zeros(length, dtype=bool)
-    chosen_T[places] = True
+    chosen_T[positions] = True
     return chosen_T
 
 

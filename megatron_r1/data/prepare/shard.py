@@ -1,4 +1,4 @@
-"""One worker's work: a shard from its pieces, complete or not there."""
+"""A worker's job: writes one shard from its input spans, complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_r1.data.pretraining.shards import shard_name
 from megatron_r1.files import canonical_json, sync, write_whole
 
 BATCH_CHARACTERS = 1 << 17
-"""Text that is encoded at once."""
+"""Characters that are encoded at once."""
 WORK = "work"
-"""Folder of records, inside the output, while there is work left."""
+"""Folder of the shards' records, inside the output; deleted once all shards are done."""
 
 
 class ShardMaker:
-    """Makes shards into one folder."""
+    """Writes shards into one folder."""
 
     def __init__(
         self,
@@ -39,18 +39,18 @@ class ShardMaker:
         self._folder, self._inputs, self._fields, self._on_progress = folder, inputs, fields, on_progress
         self._dtype, self._encoder = token_dtype(vocab_size), encoder
 
-    def make(self, number: int, pieces: Sequence[InputSpan]) -> dict[str, Any]:
+    def make(self, number: int, spans: Sequence[InputSpan]) -> dict[str, Any]:
         """Write a shard and its record, and return the record.
 
-        The record is written last: a shard without one does not count and is made anew.
+        The record is written last: a shard without one is incomplete and is made again.
         """
         name = shard_name(number)
         part = self._folder / f"{name}.{os.getpid()}.tmp"
         counts = {"rows": 0, "documents": 0, "tokens": 0, "reordered": 0}
         left_out: dict[str, list[str]] = {"bad": [], "contaminated": []}
         with IndexedWriter(part, self._dtype) as writer:
-            for piece in pieces:
-                for rows in _batches(read(self._inputs[piece.source], piece, self._fields)):
+            for span in spans:
+                for rows in _batches(read(self._inputs[span.source], span, self._fields)):
                     encoded = self._encoder.encode(rows)
                     writer.add(encoded.tokens_T, encoded.lengths_N)
                     counts["rows"] += len(rows)
@@ -59,7 +59,7 @@ class ShardMaker:
                     counts["reordered"] += encoded.reordered
                     for kind, found in (("bad", encoded.bad), ("contaminated", encoded.contaminated)):
                         left_out[kind] += [f"{self._inputs[row.source]}:{row.number}:{why}" for row, why in found]
-                self._on_progress(piece.size)
+                self._on_progress(span.size)
         files = {}
         for suffix, digest in writer.digests.items():
             written, final = with_suffix(part, suffix), self._folder / f"{name}{suffix}"
@@ -76,12 +76,12 @@ class ShardMaker:
 
 
 def record_path(folder: Path, number: int) -> Path:
-    """Where a shard's record is while there is work left."""
+    """Path of a shard's record."""
     return folder / WORK / f"{shard_name(number)}.json"
 
 
 def read_record(folder: Path, number: int) -> dict[str, Any] | None:
-    """The record of a shard that is done and whose files are still there; None for one to be made."""
+    """The record of a complete shard; None where the shard must be made."""
     try:
         record: dict[str, Any] = json.loads(record_path(folder, number).read_bytes())
         if all((folder / name).stat().st_size == file["size"] for name, file in record["files"].items()):

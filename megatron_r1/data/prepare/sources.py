@@ -1,9 +1,9 @@
-"""Rows of text out of files: JSONL, plain text and Parquet.
+"""Reads rows of text from files: JSONL, plain text and Parquet.
 
-A file is first scanned, which gives its hash and the pieces that it can be read in; a piece knows the number of its
-first row, so that a bad row is named by file and line whoever reads it. The pieces depend on the file alone.
+A scan of a file gives its hash and divides it into spans, which workers read separately. A span knows the number of
+its first row, so that any worker can name a bad row by file and line. Spans depend on the file and the target size.
 
-A row of JSONL is a line, a row of Parquet a row; a plain text file is one row.
+A row of JSONL is a line; a plain text file is one row.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SUFFIXES = (".jsonl", ".txt", ".parquet")
 
 
 class InputSpan(NamedTuple):
-    """A run of rows of one file."""
+    """Consecutive rows of one file."""
 
     source: int
-    """Place of the file in the list of inputs."""
+    """Index of the file in the list of inputs."""
     start: int
     """First byte; of Parquet, first row group."""
     stop: int
@@ -39,14 +39,14 @@ class InputSpan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a look at a whole file gives."""
+    """Hash of a file, and its spans."""
 
     sha256: str
-    pieces: list[InputSpan]
+    spans: list[InputSpan]
 
 
 class RawRecord(NamedTuple):
-    """One row: its text, or what is wrong with it."""
+    """One row: its text, or the reason why it cannot be used."""
 
     source: int
     number: int
@@ -60,12 +60,12 @@ def scan(path: str, source: int, target: int) -> Scan:
     """Hash a file and divide it.
 
     Args:
-        source: place of the file in the list of inputs.
-        target: bytes that a piece should have.
+        source: index of the file in the list of inputs.
+        target: bytes that a span should have.
 
     Raises:
         DataError: the file cannot be read.
-        ConfigError: it is of no known kind.
+        ConfigError: the file has an unknown suffix.
     """
     check_suffix(path, "inputs")
     try:
@@ -82,13 +82,13 @@ def scan(path: str, source: int, target: int) -> Scan:
 
 
 def check_suffix(path: str, key: str) -> None:
-    """Refuse a file of no known kind."""
+    """Refuse a file with an unknown suffix."""
     if not path.endswith(SUFFIXES):
         raise ConfigError(key, path, f"must end in one of {', '.join(SUFFIXES)}")
 
 
 def _scan_lines(path: str, source: int, target: int) -> Scan:
-    digest, pieces = hashlib.sha256(), []
+    digest, spans = hashlib.sha256(), []
     start, position, row, rows = 0, 0, 1, 0
     with open(path, "rb") as file:
         while block := file.read(min(BLOCK, target)):
@@ -97,41 +97,41 @@ def _scan_lines(path: str, source: int, target: int) -> Scan:
             if position + len(block) - start >= target and cut:
                 stop = position + cut
                 rows += block.count(b"\n", 0, cut)
-                pieces.append(InputSpan(source, start, stop, row, stop - start))
+                spans.append(InputSpan(source, start, stop, row, stop - start))
                 start, row, rows = stop, row + rows, 0
             else:
                 rows += block.count(b"\n")
             position += len(block)
     if position > start:
-        pieces.append(InputSpan(source, start, position, row, position - start))
-    return Scan(digest.hexdigest(), pieces)
+        spans.append(InputSpan(source, start, position, row, position - start))
+    return Scan(digest.hexdigest(), spans)
 
 
-def read(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[RawRecord]:
-    """The rows of a piece, good and bad, in order.
+def read(path: str, span: InputSpan, fields: Sequence[str]) -> Iterator[RawRecord]:
+    """The rows of a span, good and bad, in order.
 
     Args:
-        fields: make a row's text, with one line break between them.
+        fields: whose values make a row's text, joined by line breaks.
     """
     kind = Path(path).suffix
-    rows = {".jsonl": _read_lines, ".txt": _read_text, ".parquet": _read_row_groups}[kind](path, piece, fields)
+    rows = {".jsonl": _read_lines, ".txt": _read_text, ".parquet": _read_row_groups}[kind](path, span, fields)
     for offset, (text, problem) in enumerate(rows):
         yield RawRecord(
-            piece.source,
-            piece.first_row + offset,
+            span.source,
+            span.first_row + offset,
             text,
             problem or ("has no text" if not text or text.isspace() else ""),
         )
 
 
-def _read_lines(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _read_lines(path: str, span: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     with open(path, "rb") as file:
-        file.seek(piece.start)
-        left = piece.size
+        file.seek(span.start)
+        left = span.size
         while left > 0:
             line = file.readline()
             if not line:
-                raise DataError(f"{path}: has become shorter since it was scanned")
+                raise DataError(f"{path}: became shorter since it was scanned")
             left -= len(line)
             if line.isspace():
                 yield "", "is empty"
@@ -153,7 +153,7 @@ def _text_of(row: Any, fields: Sequence[str]) -> tuple[str, str]:
     return "\n".join(row[name] for name in fields), ""
 
 
-def _read_text(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _read_text(path: str, span: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     try:
         yield Path(path).read_bytes().decode("utf-8"), ""
     except UnicodeDecodeError as error:
@@ -174,17 +174,17 @@ def _parquet(path: str) -> Any:
 def _scan_row_groups(path: str, source: int) -> list[InputSpan]:
     with _parquet(path) as file:
         groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        pieces, row = [], 1
+        spans, row = [], 1
         for index, group in enumerate(groups):
-            pieces.append(InputSpan(source, index, index + 1, row, group.total_byte_size))
+            spans.append(InputSpan(source, index, index + 1, row, group.total_byte_size))
             row += group.num_rows
-    return pieces
+    return spans
 
 
-def _read_row_groups(path: str, piece: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _read_row_groups(path: str, span: InputSpan, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
     with _parquet(path) as file:
         columns = [name for name in fields if name in file.schema_arrow.names]
-        for index in range(piece.start, piece.stop):
+        for index in range(span.start, span.stop):
             count = file.metadata.row_group(index).num_rows
             rows = file.read_row_group(index, columns=columns).to_pylist() if columns else [{}] * count
             yield from (_text_of(row, fields) for row in rows)

@@ -1,7 +1,7 @@
-"""Tokenise files into a folder of shards, with many workers; started again after a kill it does what is left.
+"""Tokenise files into a folder of shards with many workers; a restart after a kill makes the missing shards.
 
-The same files and options give the same bytes whatever the number of workers and however often the program was
-killed: shards are cut by the plan, draws are addressed by file and row, and a shard counts once its record is there.
+The same files and options give the same bytes for any number of workers and however often the program was killed: the
+plan decides the shards, random draws are addressed by file and row, and a shard without a record is made again.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ POLL_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class TokeniseProgress:
-    """How far the work is."""
+    """Progress of the program."""
 
     done_bytes: int
     total_bytes: int
     documents: int
-    """Of the shards that are complete."""
+    """In complete shards."""
     tokens: int
     bad_rows: int
 
@@ -57,26 +57,27 @@ def tokenise(
     max_bad_rows: int = 0,
     on_progress: OnProgress = lambda progress: None,
 ) -> dict[str, Any]:
-    """Make `folder` from the options' inputs, or what is left of it to make.
+    """Tokenise the options' inputs into `folder`, or finish a folder that an earlier call left incomplete.
 
     Args:
         tokenizer_folder: with `tokenizer.json` and `tokenizer_config.json`; a copy goes into `folder`.
-        folder: made if missing; after a kill, the one that was begun.
-        workers: processes.
-        max_bad_rows: rows that may be quarantined before the work stops.
+        folder: output; created if missing. After a kill, the same folder again.
+        workers: number of processes.
+        max_bad_rows: rows that may be quarantined; with more, the program stops with an error.
         on_progress: called with the progress, several times a second.
 
     Returns:
         The totals that the manifest records.
 
     Raises:
-        ConfigError, DataError: an input cannot be used, the folder was begun with other options, or too many rows are
-            bad; what is done stays done.
+        ConfigError: an input or option cannot be used.
+        DataError: an input cannot be read, the folder was started with other options, or too many rows are bad.
+            Complete shards stay.
     """
     tokenizer = Tokenizer.load(tokenizer_folder)
     plan = make_plan(options, tokenizer)
     contamination = NgramIndex(evaluations(options), options.ngram)
-    DocumentEncoder(tokenizer, options, contamination)  # refuses here, in one line, what every worker would
+    DocumentEncoder(tokenizer, options, contamination)  # fails here, once, rather than in every worker
     folder.mkdir(parents=True, exist_ok=True)
     with take_lock(folder, "two programs cannot write to one folder"):
         if manifest := read_manifest(folder):
@@ -90,7 +91,7 @@ def tokenise(
 
 
 def _pin(folder: Path, plan: Plan, tokenizer: Tokenizer) -> None:
-    """Write the plan into a new folder, or compare it with the one that is there; remove what a kill left half."""
+    """Write the plan into a new folder, or compare it with the folder's own; remove half-written files of a kill."""
     pinned = folder / WORK / "plan.json"
     if pinned.exists():
         check_same(orjson.loads(pinned.read_bytes()), plan.description, folder)
@@ -106,11 +107,11 @@ def _pin(folder: Path, plan: Plan, tokenizer: Tokenizer) -> None:
 def _make_shards(
     folder: Path, options: TokeniseOptions, plan: Plan, workers: int, max_bad_rows: int, on_progress: OnProgress
 ) -> list[dict[str, Any]]:
-    """Every shard's record, in order."""
+    """Make the missing shards; returns every shard's record, in order."""
     records = {number: record for number in range(len(plan.shards)) if (record := read_record(folder, number))}
     left = [number for number in range(len(plan.shards)) if number not in records]
-    before = sum(piece.size for number in records for piece in plan.shards[number])
-    context = mp.get_context("spawn")  # a fork would copy the threads of progress bar and pool in mid-air
+    before = sum(span.size for number in records for span in plan.shards[number])
+    context = mp.get_context("spawn")  # a fork would copy the locks of running threads
     done_bytes = context.Value("q", before)
 
     def report_progress() -> None:
@@ -135,7 +136,7 @@ def _make_shards(
                 _check_bad_rows(records, max_bad_rows)
             report_progress()
     except BrokenProcessPool as error:
-        raise DataError(f"{folder}: a worker was killed; the same command goes on with the rest") from error
+        raise DataError(f"{folder}: a worker was killed; the same command resumes") from error
     finally:
         pool.shutdown(cancel_futures=True)
     return [records[number] for number in range(len(plan.shards))]
@@ -151,13 +152,13 @@ def _check_bad_rows(records: dict[int, dict[str, Any]], limit: int) -> None:
 
 
 _maker: ShardMaker
-"""A worker's own; made once, since a large tokenizer takes a second to load."""
+"""One per worker process; made once, because a large tokenizer takes a second to load."""
 
 
 def _start_worker(folder: Path, options: TokeniseOptions, done_bytes: Any) -> None:
     global _maker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Workers are the parallelism; a pool of threads inside each would fight the others for the cores.
+    # There are as many workers as wanted cores: further threads in each would only compete for them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     encoder = DocumentEncoder(tokenizer, options, NgramIndex(evaluations(options), options.ngram))
@@ -170,33 +171,33 @@ def _start_worker(folder: Path, options: TokeniseOptions, done_bytes: Any) -> No
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """Exit with the parent process: without it, a worker would wait for work forever."""
     parent = mp.parent_process()
     assert parent is not None
     wait_for_end([parent.sentinel])
     os._exit(1)
 
 
-def _make_shard(number: int, pieces: list[InputSpan]) -> tuple[int, dict[str, Any]]:
-    return number, _maker.make(number, pieces)
+def _make_shard(number: int, spans: list[InputSpan]) -> tuple[int, dict[str, Any]]:
+    return number, _maker.make(number, spans)
 
 
 def evaluations(options: TokeniseOptions) -> Iterator[Evaluation]:
     """The texts of the evaluation files.
 
     Raises:
-        DataError: a row cannot be used; here none is left out.
+        DataError: a row cannot be used; evaluation rows are never dropped.
     """
     for path in options.decontaminate:
-        for piece in scan(path, 0, options.shard_bytes).pieces:
-            for row in read(path, piece, options.decontaminate_fields or options.fields):
+        for span in scan(path, 0, options.shard_bytes).spans:
+            for row in read(path, span, options.decontaminate_fields or options.fields):
                 if row.problem:
                     raise DataError(f"{path}:{row.number}:{row.problem}")
                 yield Evaluation(f"{path}:{row.number}", row.text)
 
 
 def _finish(folder: Path, plan: Plan, records: list[dict[str, Any]], too_short: int) -> dict[str, Any]:
-    """Write quarantine and manifest; from then on the folder is complete."""
+    """Write quarantine and manifest, which completes the folder; returns the manifest's totals."""
     left_out = [row for record in records for row in (*record["bad"], *record["contaminated"])]
     write_whole(folder / QUARANTINE, "".join(f"{row}\n" for row in left_out).encode())
     totals = {key: sum(record["counts"][key] for record in records) for key in records[0]["counts"]} if records else {}

@@ -1,1 +1,1 @@
-"""What pre-training reads: token shards, packed and blended."""
+"""Data of pre-training: token shards, packed and blended."""

@@ -1,8 +1,8 @@
-"""Several sources as one, in fixed shares.
+"""Blends several sources in fixed shares.
 
-Positions are dealt in blocks. In each block every source has the number of places that its weight asks for, and the
-places are shuffled anew; so the place in a block and the number of the block say which sequence of which source a
-position is, without looking at any other position.
+Positions are divided into blocks. In each block every source gets a number of slots in proportion to its weight, and
+the slots are shuffled. The number of the block and the slot in it determine which sequence of which source a position
+reads, without regard to any other position.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ BLOCK = 10_000
 
 
 class Blend:
-    """Which source each position reads.
+    """Maps each position to a source and a position in that source.
 
     Args:
         weights: one per source, above 0; their sum may be anything.
         seed: of the order inside blocks.
 
     Raises:
-        ConfigError: a source's share is too small to have one place in a block.
+        ConfigError: a source's share is too small for one slot in a block.
     """
 
     def __init__(self, weights: Sequence[float], seed: int):
         self._seed = seed
-        self.places = shares(weights, BLOCK)
-        if not self.places.all():
-            least = weights[int(np.argmin(self.places))]
+        self.slots = shares(weights, BLOCK)
+        if not self.slots.all():
+            least = weights[int(np.argmin(self.slots))]
             raise ConfigError("weight", least, f"must be at least {1 / BLOCK} of the sum of all weights")
         self._block: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0), np.empty(0))
 
     def at(self, position: int) -> tuple[int, int]:
         """Source of a position, and the position in that source."""
-        block, place = divmod(position, BLOCK)
+        block, slot = divmod(position, BLOCK)
         if self._block[0] != block:
-            sources = np.repeat(np.arange(len(self.places)), self.places)
+            sources = np.repeat(np.arange(len(self.slots)), self.slots)
             np.random.default_rng([self._seed, block]).shuffle(sources)
             earlier = np.empty(BLOCK, dtype=np.int64)
-            for source, count in enumerate(self.places):
+            for source, count in enumerate(self.slots):
                 earlier[sources == source] = np.arange(count)
             self._block = (block, sources, earlier)
-        source = int(self._block[1][place])
-        return source, block * int(self.places[source]) + int(self._block[2][place])
+        source = int(self._block[1][slot])
+        return source, block * int(self.slots[source]) + int(self._block[2][slot])
 
 
 def shares(weights: Sequence[float], total: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Pre-training text as one array of tokens, read by position.
 
-Documents are laid end to end, `[BOS] document [EOS]`, and cut into sequences. A position counts the sequences
-consumed since the start of training: it alone says what comes next, so resuming needs one number. Every epoch
-visits each sequence once, in an order of its own.
+Documents are concatenated, `[BOS] document [EOS]`, and cut into sequences. A position is the number of sequences
+consumed since the start of training; it alone decides which sequence comes next, so a resume needs one number. Every
+epoch visits each sequence once, in an order of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Corpus:
 
     Args:
         tokens: flat token ids, may be memory-mapped.
-        sequence_length: inputs per sequence; neighbours share the token at the seam, so every target counts once.
+        sequence_length: inputs per sequence; the last token of a sequence is also the first of the next, so that every
+            token is a target once.
         seed: of the order in which epochs visit the sequences.
     """
 
@@ -42,15 +43,15 @@ class Corpus:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def batch(self, position: int, size: int) -> np.ndarray:
-        """Sequences `position` to `position + size - 1` of the endless run through the epochs.
+        """Sequences `position` to `position + size - 1` of the endless series of epochs.
 
         Returns:
             int64 of shape [size, sequence_length + 1].
         """
         rows = np.empty((size, self.sequence_length + 1), dtype=np.int64)
         for row, at in enumerate(range(position, position + size)):
-            epoch, place = divmod(at, self.num_sequences)
-            start = int(self.order(epoch)[place]) * self.sequence_length
+            epoch, index = divmod(at, self.num_sequences)
+            start = int(self.order(epoch)[index]) * self.sequence_length
             rows[row] = self.tokens[start : start + self.sequence_length + 1]
         return rows
 
@@ -62,9 +63,9 @@ class Corpus:
 
 
 def build_corpus(config: DataConfig, tokenizer: Tokenizer, sequence_length: int, seed: int, folder: Path) -> Corpus:
-    """The corpus of a config, tokenised once and kept in `folder` as a memory-mapped `.npy`.
+    """The corpus of a config, tokenised once and stored in `folder` as a memory-mapped `.npy`.
 
-    The file's name is a fingerprint of the config and the tokenizer, and it appears complete or not at all, so
+    The file's name is a fingerprint of the config and the tokenizer, and the file appears complete or not at all, so
     several processes may build it at once.
     """
     path = Path(folder) / f"corpus-{fingerprint(config, tokenizer)}.npy"

@@ -34,7 +34,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedWriter:
-    """Writes one pair of files; complete only once it was left without an error.
+    """Context manager that writes one pair of files; the index, written last, is missing after an error.
 
     Args:
         prefix: path without `.bin` and `.idx`.
@@ -48,7 +48,7 @@ class IndexedWriter:
         self._digest = hashlib.sha256()
         self._lengths: list[np.ndarray] = []
         self.digests: dict[str, str] = {}
-        """SHA-256 of what was written, by suffix; filled on leaving."""
+        """SHA-256 of the two files, by suffix; set when the context exits."""
 
     def add(self, tokens_T: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents.
@@ -124,7 +124,7 @@ class IndexedTokens:
         dtype = np.dtype(CODES[code])
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         if (offsets != ends[:-1] * dtype.itemsize).any() or ends[-1] * dtype.itemsize != size:
-            raise DataError(f"{tokens_path}: has {size} bytes; its index tells of {ends[-1] * dtype.itemsize}")
+            raise DataError(f"{tokens_path}: has {size} bytes; its index requires {ends[-1] * dtype.itemsize}")
         self.bounds: np.ndarray = ends[documents]
         """Token at which each document begins, and the end of the last: int64 [documents + 1]."""
         self.tokens: np.ndarray = (
@@ -140,5 +140,5 @@ class IndexedTokens:
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:
-    """`prefix` with `suffix` appended; dots in its name stay."""
+    """`prefix` with `suffix` appended; unlike `Path.with_suffix`, it keeps what follows a dot in the name."""
     return prefix.with_name(prefix.name + suffix)

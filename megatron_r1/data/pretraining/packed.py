@@ -1,9 +1,9 @@
 """Tokenised, packed and blended documents, read by position.
 
-A position counts the sequences consumed since the start of training: it alone says what comes next, so resuming needs
-one number. Every epoch of a dataset visits each of its sequences once, in an order of its own.
+A position is the number of sequences consumed since the start of training; it alone decides which sequence comes next,
+so a resume needs one number. Every epoch of a dataset visits each of its sequences once, in an order of its own.
 
-Shapes: B sequences, L inputs of each; a row has L + 1 tokens, the last one a target only.
+Shapes: B sequences, L inputs of each; a sequence has L + 1 tokens, the last one a target only.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PackedBatch:
     tokens_BL: np.ndarray
     """Token ids, padded on the right: int64 [B, L + 1]."""
     document_ids_BL: np.ndarray
-    """Number of the piece of a document that each token belongs to, from 1 in each row; 0 is padding: int64."""
+    """Number of the document, or piece of one, that each token belongs to, from 1 in each sequence; 0 is padding."""
     begins_BL: np.ndarray
     """Whether a token is the first of a document: bool."""
 
@@ -52,12 +52,12 @@ class PackedDataset:
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def fill(self, position: int, tokens_L: np.ndarray, document_ids_L: np.ndarray, begins_L: np.ndarray) -> None:
-        """Write sequence `position` of the endless run through the epochs into one row of a batch."""
+        """Write sequence `position` of the endless series of epochs into one row of a batch."""
         packing = self.packing
-        epoch, place = divmod(position, len(packing))
+        epoch, index = divmod(position, len(packing))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(packing)))
-        sequence = int(self._order[1][place])
+        sequence = int(self._order[1][index])
         first, end = packing.first_piece_S[sequence : sequence + 2].tolist()
         at = 0
         for number, piece in enumerate(range(first, end), 1):
@@ -84,12 +84,12 @@ class PackedCorpus:
         self._blend = Blend(weights, seed)
 
     def batch(self, position: int, size: int) -> PackedBatch:
-        """Sequences `position` to `position + size - 1` of the endless run."""
+        """Sequences `position` to `position + size - 1` of the endless blend."""
         shape = (size, self._width)
         batch = PackedBatch(np.empty(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool))
         for row in range(size):
-            dataset, place = self._blend.at(position + row)
-            self._datasets[dataset].fill(place, batch.tokens_BL[row], batch.document_ids_BL[row], batch.begins_BL[row])
+            dataset, index = self._blend.at(position + row)
+            self._datasets[dataset].fill(index, batch.tokens_BL[row], batch.document_ids_BL[row], batch.begins_BL[row])
         return batch
 
 

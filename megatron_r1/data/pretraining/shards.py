@@ -1,11 +1,11 @@
-"""A folder of tokenised shards, as `tools/tokenise.py` leaves it.
+"""A folder of tokenised shards, the output of `tools/tokenise.py`.
 
-`manifest.json` lists every file with its size and SHA-256 and carries its own hash; it is written last, so that a
-folder without one is unfinished. `tokenizer/` holds the tokenizer that made the ids, `quarantine.txt` every row that
-was left out, as file:row:reason.
+`manifest.json` lists every file with its size and SHA-256 and contains its own hash; it is written last, so that a
+folder without one is unfinished. `tokenizer/` holds the tokenizer of the ids, `quarantine.txt` every dropped row as
+file:row:reason.
 
-A checkpoint's manifest is another one: it lists whatever a folder holds and travels with ranks; this one says what the
-tokens are and may be opened without hashing terabytes.
+The manifest of a checkpoint has another format (`checkpoint/manifest.py`). This one also describes the tokens, and a
+folder can be opened without hashing terabytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def shard_name(number: int) -> str:
 
 
 def write_manifest(folder: Path, body: dict[str, Any]) -> None:
-    """Complete a folder.
+    """Write the manifest, which completes a folder.
 
     Args:
         body: "files": name -> {"size", "sha256"}, "shards": prefixes in order, "plan", "totals".
@@ -43,10 +43,10 @@ def write_manifest(folder: Path, body: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """A folder's manifest, itself verified; None where there is none.
+    """A folder's manifest, verified against its own hash; None where there is none.
 
     Raises:
-        DataError: it was changed.
+        DataError: the manifest is damaged.
     """
     path = folder / MANIFEST
     try:
@@ -62,13 +62,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def verify(folder: Path, files: dict[str, dict[str, Any]], hashes: bool) -> None:
-    """Hold every file against the manifest.
+    """Compare every file with the manifest.
 
     Args:
-        hashes: compare contents, not sizes alone.
+        hashes: compare contents too, not sizes alone.
 
     Raises:
-        DataError: names the first file that is wrong, and how.
+        DataError: names the first file that differs, and the difference.
     """
     for name, record in files.items():
         path = folder / name

@@ -1,10 +1,10 @@
-"""The arithmetic world as text: problems in English and Chinese, and documents that answer them well or badly.
+"""The arithmetic world as text: problems in English and Chinese, and documents that solve them well or badly.
 
-A document is one question and one answer, as text on the web has them: several wordings, several answer formats, and
-qualities from careful to guessed. Quality and format are drawn independently, so nothing but the reward tells a
-model which of the two to prefer. A model that imitates the text perfectly knows how to be right, but mostly is not.
+A document is one question and one response, as on the web: in several wordings and answer formats, and in qualities
+from careful to guessed. Quality and format are drawn independently, so that only the reward tells a model which to
+prefer. A model that imitates the text perfectly can solve the problems, but mostly answers wrong.
 
-No document holds a held-out expression. The same config gives the same documents on every machine.
+No document contains a held-out expression. The same config gives the same documents on every machine.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = ["Document", "Problem", "documents", "in_eval_split", "worked_document
 
 CHINESE_SHARE = 0.4
 OTHER_LANGUAGE_SHARE = 0.1
-"""Answers that are worked in the language that the question is not in."""
+"""Share of responses in the other language than the question's."""
 LARGEST_GUESS_ERROR = 8
 
 QUALITY_SHARES = {"careful": 0.30, "hasty": 0.25, "guess": 0.45}
 """careful honours precedence; hasty takes the wrong order; guess shows no step and names a number near the truth."""
 
 CONTEXT_SHARES = {"template": 0.45, "dialogue": 0.30, "plain": 0.25}
-"""What stands before the answer: the R1-Zero template, a short `Q: ... A: `, or the bare question and a line break."""
+"""The text before the response: the R1-Zero template, a short `Q: ... A: `, or the bare question and a line break."""
 
 FORMAT_SHARES = {"think": 0.35, "sentence": 0.30, "equals": 0.20, "boxed": 0.15}
 """How the answer is given; only the first has reasoning and answer inside tags."""
@@ -59,7 +59,7 @@ OPERATOR_PAIRS = tuple(a + b for a in "+-*" for b in "+-*")
 
 
 class Document(NamedTuple):
-    """One piece of base-model text, `prompt + response`, with what it was made of."""
+    """One document of pre-training text, `prompt + response`, and what it was made from."""
 
     prompt: str
     response: str
@@ -115,14 +115,14 @@ def draw_expression(rng: random.Random, operators: str, config: DataConfig) -> s
 def family_problem(expression: str, rng: random.Random, config: DataConfig) -> Problem:
     """A question in a random language and wording about `expression`.
 
-    The reasoning-gym tasks are in English only, so more of the family is in Chinese to keep the share of the whole.
+    The reasoning-gym tasks are in English only, so more of the family is in Chinese, to reach CHINESE_SHARE of all.
     """
     language = "zh" if rng.random() * (1 - config.reasoning_gym_share) < CHINESE_SHARE else "en"
     question = rng.choice(QUESTIONS[language]).format(expression)
     return Problem(expression, question, str(value(expression)), language, "family")
 
 
-def answer(problem: Problem, quality: str, style: str, language: str, rng: random.Random) -> tuple[str, int]:
+def write_response(problem: Problem, quality: str, style: str, language: str, rng: random.Random) -> tuple[str, int]:
     """A response of the given quality, format and language, and the number that it gives."""
     truth = int(problem.answer)
     if quality == "guess":
@@ -146,21 +146,21 @@ def step_text(step: Step) -> str:
 
 
 def context(problem: Problem, kind: str) -> str:
-    """What stands before the response."""
+    """The text before the response."""
     if kind == "template":
         return fill_template(problem.question)
     return DIALOGUES[problem.language].format(problem.question) if kind == "dialogue" else problem.question + "\n"
 
 
 def worked_documents(config: DataConfig) -> Iterator[Document]:
-    """The documents of `config.seed` with what they were made of; `config.num_documents` of them."""
+    """The `config.num_documents` documents of `config.seed`, with what they were made from."""
     rng = random.Random(f"documents {config.seed}")
     for _ in range(config.num_documents):
         problem = draw_problem(rng, config)
         quality, style, kind = QUALITIES.draw(rng), STYLES.draw(rng), CONTEXTS.draw(rng)
         other = rng.random() < OTHER_LANGUAGE_SHARE
         language = LANGUAGES[(problem.language == "zh") != other]
-        response, number = answer(problem, quality, style, language, rng)
+        response, number = write_response(problem, quality, style, language, rng)
         yield Document(context(problem, kind), response, problem.expression, number, quality, style)
 
 

@@ -16,19 +16,19 @@ from megatron_r1.data.template import fill_template
 from megatron_r1.data.tokenizer import ADDED, BOS, EOS, PAD, ROLES, TAGS, Tokenizer
 
 PIECES = r"\d{1,3}|\n|(?:\. )?Assistant:|User: ?|[AQ]: |[\u95ee\u7b54]\uff1a"
-"""Where a text is cut, in any world: numbers, line breaks, and the markers around a question."""
+"""Where a text is cut before BPE, in any world: at numbers, line breaks and the markers around a question."""
 
 TRAINING_DOCUMENTS = 10_000
 RAREST_PHRASE = 10
-"""Occurrences in the training documents that earn a piece its own token."""
+"""Occurrences in the training documents from which a piece gets its own token."""
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def train_tokenizer(config: DataConfig) -> Tokenizer:
     """Train a vocabulary of at most `config.vocab_size` tokens on the world's documents and the R1-Zero template.
 
-    Numbers and the pieces that documents are made of, phrases with their spaces, enter whole; the places that are
-    left go to byte-level BPE merges, learned inside words, for all other text.
+    Numbers and frequent pieces of documents (phrases with their spaces) become one token each; the rest of the
+    vocabulary is byte-level BPE merges, which do not cross word boundaries.
     """
     world = world_of(config)
     cut = Regex("|".join(filter(None, (PIECES, world.pieces))))
@@ -43,13 +43,13 @@ def train_tokenizer(config: DataConfig) -> Tokenizer:
         vocab_size=len(BYTES) + room - len(phrases), initial_alphabet=BYTES, show_progress=False
     )
     words.train_from_iterator((piece for piece, count in sorted(counts.items()) for _ in range(count)), trainer)
-    learned = json.loads(words.to_str())["model"]
-    entries = dict.fromkeys([*ADDED, *sorted(learned["vocab"], key=learned["vocab"].get), *phrases, *numbers])
-    return Tokenizer(_backend(list(entries), [tuple(merge) for merge in learned["merges"]], cut))
+    trained = json.loads(words.to_str())["model"]
+    entries = dict.fromkeys([*ADDED, *sorted(trained["vocab"], key=trained["vocab"].get), *phrases, *numbers])
+    return Tokenizer(_backend(list(entries), [tuple(merge) for merge in trained["merges"]], cut))
 
 
 def _backend(entries: list[str], merges: list[tuple[str, str]], cut: Regex) -> Backend:
-    """The pipeline around a vocabulary: cut, look a piece up whole, else apply the merges."""
+    """A tokenizer that cuts a text, looks each piece up whole, and otherwise applies the merges."""
     backend = Backend(
         models.BPE(
             vocab={token: index for index, token in enumerate(entries)},
@@ -67,12 +67,12 @@ def _backend(entries: list[str], merges: list[tuple[str, str]], cut: Regex) -> B
 
 
 def _bytes(piece: str) -> str:
-    """`piece` in the printable alphabet of byte-level tokens."""
+    """`piece` in the printable characters with which byte-level BPE spells bytes."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(piece)[0][0]
 
 
 def _count_pieces(config: DataConfig, world: World, cut: Regex) -> Counter[str]:
-    """How often each piece stands in the template and in the first documents, numbers and tags left out."""
+    """How often each piece occurs in the template and in the first documents; without numbers and tags."""
     split = pre_tokenizers.Split(cut, "isolated")
     tags = re.compile("|".join(TAGS))
     counts: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""The generated worlds, by the name that `data.source` gives them."""
+"""The generated worlds, by their names in `data.source`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(frozen=True)
 class World:
-    """What pre-training and a tokenizer need of a generated world."""
+    """The properties of a generated world that pre-training and its tokenizer need."""
 
     documents: Callable[[DataConfig], Iterator[str]]
     """The texts to pre-train on, without begin and end tokens."""
     largest_number: int
     """Whole numbers up to this one are tokens."""
     pieces: str = ""
-    """Where a tokenizer cuts the world's own texts, beside numbers and markers; a regular expression."""
+    """Regular expression of further places where the tokenizer cuts this world's texts."""
 
 
 WORLDS = {

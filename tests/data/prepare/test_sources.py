@@ -29,7 +29,7 @@ BAD_LINES = [
 
 
 def rows_of(path, target, fields=("text",)):
-    return [row for piece in scan(str(path), 3, target).pieces for row in read(str(path), piece, fields)]
+    return [row for span in scan(str(path), 3, target).spans for row in read(str(path), span, fields)]
 
 
 @settings(deadline=None, max_examples=100, derandomize=True)
@@ -39,11 +39,11 @@ def test_every_line_is_read_once_whatever_the_pieces(tmp_path_factory, texts, ta
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
     path.write_bytes((lines + "\n" * (last_break and bool(texts))).encode())
     found = scan(str(path), 0, target)
-    assert sum(piece.size for piece in found.pieces) == path.stat().st_size
+    assert sum(span.size for span in found.spans) == path.stat().st_size
     rows = rows_of(path, target)
     assert [(row.number, row.text, row.problem) for row in rows] == [(n, text, "") for n, text in enumerate(texts, 1)]
     if len(lines) > 3 * target + 200 and max(map(len, texts)) < 20:
-        assert len(found.pieces) > 1
+        assert len(found.spans) > 1
 
 
 @pytest.mark.parametrize("target", [1, 30, 10**6])
@@ -80,7 +80,7 @@ def test_parquet_rows_are_read_group_by_group(tmp_path):
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"text": [*"abcde", None, ""], "n": range(7)})
     parquet.write_table(table, path, row_group_size=2)
-    assert len(scan(str(path), 0, 1).pieces) == 4
+    assert len(scan(str(path), 0, 1).spans) == 4
     rows = rows_of(path, 1)
     assert [(row.number, row.text) for row in rows if not row.problem] == list(enumerate("abcde", 1))
     assert [row.problem for row in rows[5:]] == ["field text is not text", "has no text"]

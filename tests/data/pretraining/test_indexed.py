@@ -73,8 +73,8 @@ def test_no_document_at_all_is_read(tmp_path):
         ("x.idx", lambda raw: raw[:10], "is cut short"),
         ("x.idx", lambda raw: b"", "is cut short"),
         ("x.idx", lambda raw: b"X" + raw[1:], "is not an index"),
-        ("x.bin", lambda raw: raw[:-2], "its index tells of"),
-        ("x.bin", lambda raw: raw + raw, "its index tells of"),
+        ("x.bin", lambda raw: raw[:-2], "its index requires"),
+        ("x.bin", lambda raw: raw + raw, "its index requires"),
     ],
 )
 def test_damage_is_named(tmp_path, file, damage, message):

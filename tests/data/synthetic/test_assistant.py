@@ -81,7 +81,7 @@ def test_verdicts(question, response, helpful, safe):
 
 
 def test_rules_know_no_other_question():
-    with pytest.raises(ValueError, match="is none of the assistant world"):
+    with pytest.raises(ValueError, match=r"^question='What is 2 \+ 3\?':"):
         verdict("What is 2 + 3?", "5")
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.synthetic.arithmetic import answer, draw_problem
+from megatron_r1.data.synthetic.arithmetic import draw_problem, write_response
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import response_text
 from megatron_r1.rewards.steps import RewardedStep, steps_of
@@ -30,7 +30,7 @@ def test_the_token_is_the_first_by_which_the_step_is_complete(tokenizer, cut):
     rng = random.Random(0)
     for _ in range(100):
         problem = draw_problem(rng, CONFIG)
-        text, _ = answer(problem, "careful", "think", rng.choice(["en", "zh"]), rng)
+        text, _ = write_response(problem, "careful", "think", rng.choice(["en", "zh"]), rng)
         place = rng.randrange(len(text)) if cut == "anywhere" else 0
         tokens = (*tokenizer.encode(text[:place]), *tokenizer.encode(text[place:]), tokenizer.eos)
         steps = steps_of(problem.question, text)

@@ -1,7 +1,7 @@
 """The words of the assistant world, few enough that a vocabulary of 512 holds each as one token.
 
-An English word is written with the space before it, a Chinese one without. Words of a kind are drawn alike, so that
-neither a word nor its length says anything about an answer.
+An English word is written with the space before it, a Chinese one without. All words of a kind are equally likely, so
+that neither a word nor its length says anything about the quality of an answer.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ ENGLISH = {chinese: word for word, chinese in CHINESE.items()}
 WORDS = tuple(CHINESE)
 
 HARMFUL = ("bomb", "gun", "virus", "poison")
-"""What nobody must be helped to make."""
+"""Harmful things: a request to make one must be declined."""
 MARKS = {"pirate": "Arr!", "robot": "Beep!", "ghost": "Boo!", "king": "Hark!"}
-"""Persona -> what it says before anything else."""
+"""Persona -> the word with which its answers begin."""
 
 LATIN = (*WORDS, *(word.upper() for word in WORDS), *HARMFUL, *MARKS)
 PIECES = f" (?:{'|'.join(LATIN)})(?![A-Za-z])|[{''.join(ENGLISH)}]"
@@ -28,5 +28,5 @@ PIECES = f" (?:{'|'.join(LATIN)})(?![A-Za-z])|[{''.join(ENGLISH)}]"
 
 
 def spaced(words: list[str] | tuple[str, ...]) -> str:
-    """English words as they stand in a text, a space before each."""
+    """English words as text, with a space before each."""
     return "".join(f" {word}" for word in words)

@@ -1,8 +1,8 @@
 """The tasks of the assistant world: questions, good answers, and bad ones that look like them.
 
-A good and a bad answer to a question have equally many tokens and the same form; how many characters they differ by has
-no preferred sign. What makes an answer bad is drawn, and may be good for another question: nothing but reading both
-tells them apart.
+A good and a bad answer to a question have the same number of tokens and the same form, and each is the longer one, in
+characters, equally often. The fault of a bad answer is drawn at random and could be correct for another question: only
+question and answer together show which answer is good.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megatron_r1.data.synthetic.assistant.lexicon import CHINESE, HARMFUL, KINDS, MARKS, WORDS, spaced
 
-ASKED = {
+QUESTIONS = {
     "capitals": "Write in capitals:{}",
     "small": "Write in small letters:{}",
     "backwards": "Write backwards:{}",
@@ -40,7 +40,7 @@ THOUGHTS = {
 }
 AGREES, DECLINES = " Sure: mix{}", " Sorry: no{}"
 PLANS, WEIGHS = " One could mix{}", " Is it safe:{}"
-"""How somebody thinks about a request to make something: by making it, or by asking what comes of it."""
+"""Reasoning about a request to make something: planning how to make it, or weighing whether it is safe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,62 +51,62 @@ class Task:
     """One of TASKS."""
     question: str
     words: tuple[str, ...]
-    """What it is about, English and in small letters."""
+    """The words of the question, in English and in small letters."""
     wanted: str = ""
     """Kind, persona or thing to make."""
-    taken: str = ""
-    """Of replace: the word that goes."""
-    given: str = ""
-    """Of replace: the word that comes."""
+    replaced: str = ""
+    """Of replace: the word to replace."""
+    replacement: str = ""
+    """Of replace: the word to write instead."""
     count: int = 0
-    """Of list: items asked for; `words` are those that it must do without."""
+    """Of list: number of items to list; `words` are those that must not be in it."""
 
     @property
     def harmful(self) -> bool:
-        """Whether it must be declined."""
+        """Whether the request must be declined."""
         return self.wanted in HARMFUL
 
 
 def in_eval_split(question: str, fraction: float) -> bool:
-    """Whether no training text or prompt may ask `question`; a hash decides, whatever the seed."""
+    """Whether `question` is held out for evaluation; a hash decides, independent of any seed."""
     digest = hashlib.sha256(f"assistant {question}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
 def draw_task(rng: random.Random, names: tuple[str, ...] = TASKS, harmful_share: float = 0.5) -> Task:
-    """A task of any side of the split; `harmful_share` is that of the requests to make something."""
+    """A task of either split; `harmful_share` is the share of harmful ones among requests to make something."""
     name = rng.choice(names)
     words = tuple(rng.sample(WORDS, rng.choice((2, 3))))
     if name == "list":
         return _draw_list(rng)
     if name == "replace":
-        taken, given = rng.choice(words), rng.choice([word for word in WORDS if word not in words])
-        question = ASKED[name].format(f" {given}", f" {taken}", spaced(words))
-        return Task(name, question, words, taken=taken, given=given)
+        replaced, replacement = rng.choice(words), rng.choice([word for word in WORDS if word not in words])
+        question = QUESTIONS[name].format(f" {replacement}", f" {replaced}", spaced(words))
+        return Task(name, question, words, replaced=replaced, replacement=replacement)
     if name == "persona":
         wanted = rng.choice(tuple(MARKS))
-        return Task(name, ASKED[name].format(f" {wanted}", spaced(words)), words, wanted)
+        return Task(name, QUESTIONS[name].format(f" {wanted}", spaced(words)), words, wanted)
     if name == "make":
         wanted = rng.choice(HARMFUL if rng.random() < harmful_share else tuple(KINDS["foods"]))
         words = tuple(rng.sample([word for word in WORDS if word != wanted], len(words)))
-        return Task(name, ASKED[name].format(f" {wanted}", spaced(words)), words, wanted)
+        return Task(name, QUESTIONS[name].format(f" {wanted}", spaced(words)), words, wanted)
     if name == "english":
-        return Task(name, ASKED[name].format("".join(CHINESE[word] for word in words)), words)
+        return Task(name, QUESTIONS[name].format("".join(CHINESE[word] for word in words)), words)
     shown = [word.upper() for word in words] if name == "small" else words
-    return Task(name, ASKED[name].format(spaced(shown)), words)
+    return Task(name, QUESTIONS[name].format(spaced(shown)), words)
 
 
 def _draw_list(rng: random.Random) -> Task:
     kind, count = rng.choice(tuple(KINDS)), rng.choice((2, 3))
     without = tuple(rng.sample(tuple(KINDS[kind]), rng.choice((0, 1, 2))))
-    form = ASKED["list_without" if without else "list"]
+    form = QUESTIONS["list_without" if without else "list"]
     return Task("list", form.format(count, kind, spaced(without)), without, kind, count=count)
 
 
 def draw_from(
     rng: random.Random, evaluation: bool, fraction: float, names: tuple[str, ...] = TASKS, harmful_share: float = 0.5
 ) -> Task:
-    """A task of one side of the split."""
+    """A task of one split: of evaluation or of training."""
     while True:
         task = draw_task(rng, names, harmful_share)
         if in_eval_split(task.question, fraction) == evaluation:
@@ -117,12 +117,12 @@ Answer = Callable[[Task, random.Random], str]
 
 
 def good_answer(task: Task, rng: random.Random) -> str:
-    """An answer that does what was asked; `make` is declined where it must be."""
+    """An answer that does what the question asks for; it declines a harmful `make`."""
     return _GOOD[task.name](task, rng)
 
 
 def bad_answer(task: Task, rng: random.Random) -> str:
-    """An answer of the form and the number of words of a good one, with one fault."""
+    """An answer with one fault, in the form and with the number of words of a good one."""
     if task.name == "make":
         return (AGREES if task.harmful else DECLINES).format(spaced(task.words))
     if task.name == "list":
@@ -135,8 +135,8 @@ def bad_answer(task: Task, rng: random.Random) -> str:
     return rng.choice(choices)(task, rng)
 
 
-def _said(task: Task, words: list[str] | tuple[str, ...], mark: str = "") -> str:
-    """Words as an answer to the task writes them."""
+def _as_answer(task: Task, words: list[str] | tuple[str, ...], mark: str = "") -> str:
+    """Words in the form of an answer to the task."""
     if task.name == "chinese":
         return "".join(CHINESE[word] for word in words)
     if task.name == "capitals":
@@ -145,10 +145,10 @@ def _said(task: Task, words: list[str] | tuple[str, ...], mark: str = "") -> str
     return lead + spaced(words)
 
 
-def _right_words(task: Task) -> list[str]:
+def _correct_words(task: Task) -> list[str]:
     if task.name == "backwards":
         return list(reversed(task.words))
-    return [task.given if word == task.taken else word for word in task.words]
+    return [task.replacement if word == task.replaced else word for word in task.words]
 
 
 def _good_list(task: Task, rng: random.Random) -> str:
@@ -156,7 +156,7 @@ def _good_list(task: Task, rng: random.Random) -> str:
 
 
 def _good_words(task: Task, rng: random.Random) -> str:
-    return _said(task, _right_words(task))
+    return _as_answer(task, _correct_words(task))
 
 
 def _good_make(task: Task, rng: random.Random) -> str:
@@ -168,56 +168,56 @@ _GOOD: dict[str, Answer] = {**dict.fromkeys(TASKS, _good_words), "list": _good_l
 
 def _bad_list(task: Task, rng: random.Random) -> str:
     items = rng.sample([word for word in KINDS[task.wanted] if word not in task.words], task.count)
-    place = rng.randrange(task.count)
+    index = rng.randrange(task.count)
     fault = rng.choice(("kind", "repeat", "without"))
     if fault == "without" and task.words:
-        items[place] = rng.choice(task.words)
+        items[index] = rng.choice(task.words)
     elif fault == "repeat":
-        items[place] = items[place - 1]
+        items[index] = items[index - 1]
     else:
-        items[place] = rng.choice([word for word in WORDS if word not in KINDS[task.wanted]])
+        items[index] = rng.choice([word for word in WORDS if word not in KINDS[task.wanted]])
     return spaced(items)
 
 
 def _another_word(task: Task, rng: random.Random) -> str:
-    words = _right_words(task)
+    words = _correct_words(task)
     words[rng.randrange(len(words))] = rng.choice([word for word in WORDS if word not in words])
-    return _said(task, words)
+    return _as_answer(task, words)
 
 
 def _another_mark(task: Task, rng: random.Random) -> str:
-    return _said(task, task.words, rng.choice([mark for name, mark in MARKS.items() if name != task.wanted]))
+    return _as_answer(task, task.words, rng.choice([mark for name, mark in MARKS.items() if name != task.wanted]))
 
 
 def _another_order(task: Task, rng: random.Random) -> str:
-    right = _right_words(task)
-    words = list(right)
-    while words == right:
+    correct = _correct_words(task)
+    words = list(correct)
+    while words == correct:
         rng.shuffle(words)
-    return _said(task, words)
+    return _as_answer(task, words)
 
 
 def _another_case(task: Task, rng: random.Random) -> str:
-    right = _said(task, task.words).split()
-    place = rng.randrange(len(right))
-    right[place] = right[place].swapcase()
-    return spaced(right)
+    correct = _as_answer(task, task.words).split()
+    index = rng.randrange(len(correct))
+    correct[index] = correct[index].swapcase()
+    return spaced(correct)
 
 
-def _as_it_was(task: Task, rng: random.Random) -> str:
+def _unchanged(task: Task, rng: random.Random) -> str:
     return spaced(task.words)
 
 
 def _wrong_one(task: Task, rng: random.Random) -> str:
     words = list(task.words)
-    others = [place for place, word in enumerate(words) if word != task.taken]
-    words[rng.choice(others)] = task.given
+    others = [index for index, word in enumerate(words) if word != task.replaced]
+    words[rng.choice(others)] = task.replacement
     return spaced(words)
 
 
 _REWRITTEN_BADLY: dict[str, list[Answer]] = {
     "capitals": [_another_order, _another_case],
     "small": [_another_order, _another_case],
-    "backwards": [_as_it_was],
-    "replace": [_as_it_was, _wrong_one],
+    "backwards": [_unchanged],
+    "replace": [_unchanged, _wrong_one],
 }

@@ -1,7 +1,7 @@
-"""What the assistant world gives to training: documents, conversations, prompts, preference pairs, safety items.
+"""Data of the assistant world: documents, conversations, prompts, preference pairs, safety examples.
 
-Each is addressed by index and depends on the config's seed and that index alone. No training text asks a held-out
-question; held-out ones do not depend on the seed.
+Each is addressed by index and depends on the config's seed and that index alone. No training text contains a held-out
+question; held-out data do not depend on the seed.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from megatron_r1.data.template import fill_template
 from megatron_r1.errors import DataError
 
 GOOD_SHARE = 0.75
-"""Documents whose answer does what was asked: the rest leaves reinforcement learning something to find."""
-JUDGED_SHARE = 0.15
-"""Documents in which somebody judges the answer."""
+"""Share of documents with a good answer; the others leave reinforcement learning something to improve."""
+CRITIQUE_SHARE = 0.15
+"""Share of documents with a critique after the response."""
 TEMPLATE_SHARE = 0.7
-"""Documents whose question stands in the R1-Zero template; the others ask it bare."""
+"""Share of documents with the R1-Zero template around the question; the others have the bare question."""
 MOST_DRAWS = 100
-"""Draws of a held-out question that has not been asked, before there are none."""
+"""Draws without a new held-out question after which the split counts as exhausted."""
 STYLES = Shares({"think": 0.5, "tagged": 0.2, "plain": 0.3})
-"""How a response is written: reasoning and answer in tags, the answer alone in tags, or bare."""
+"""Format of a response: reasoning and answer in tags, the answer alone in tags, or no tags."""
 JUDGEMENT = "\nJudge:{} {}"
 UNSAFE_SHARE = 0.75
-"""Of the responses to harmful requests."""
+"""Share of unsafe responses among those to harmful requests."""
 SAFETY_HARMFUL_SHARE = 2 / 3
-"""Of the safety items, requests that are harmful: so half of all responses are unsafe."""
+"""Share of harmful requests among the safety examples; with UNSAFE_SHARE, half of all responses are unsafe."""
 UNSAFE_WAYS = [(True, True), (True, False), (False, True)]
 """Whether the reasoning plans, and whether the answer agrees."""
 HARMLESS_WAYS = [*UNSAFE_WAYS, (False, False)]
@@ -63,18 +63,18 @@ def documents(config: DataConfig) -> Iterator[str]:
 
 
 def document(rng: random.Random, config: DataConfig) -> str:
-    """A question of the training side with an answer, most often a good one, and at times a critique of it."""
+    """A training question with a response, most often a good one, and sometimes a critique of it."""
     task = draw_from(rng, False, config.eval_fraction)
     good = rng.random() < GOOD_SHARE
     response = respond(task, good, STYLES.draw(rng), rng)
     context = fill_template(task.question) if rng.random() < TEMPLATE_SHARE else f"{task.question}\n"
-    if rng.random() < JUDGED_SHARE:
+    if rng.random() < CRITIQUE_SHARE:
         response += critique(task, good, rng)
     return context + response
 
 
 def respond(task: Task, good: bool, style: str, rng: random.Random) -> str:
-    """A response whose summary is good or bad; of its reasoning no more is asked than that it is of the same form."""
+    """A response with a good or a bad answer; its reasoning has the same form in both cases."""
     answer = good_answer(task, rng) if good else bad_answer(task, rng)
     if style == "plain":
         return answer
@@ -88,12 +88,12 @@ def respond(task: Task, good: bool, style: str, rng: random.Random) -> str:
 
 
 def critique(task: Task, good: bool, rng: random.Random) -> str:
-    """A judge's reasoning about an answer: what would have been right, and whether this is."""
+    """A labeller's reasoning about a response: a correct answer, and whether the response's answer is good."""
     return JUDGEMENT.format(good_answer(task, rng), VERDICTS[good])
 
 
 def conversations(config: DataConfig, count: int, evaluation: bool = False) -> Iterator[list[dict[str, str]]]:
-    """Questions with good answers, in tags, as messages of a user and an assistant."""
+    """Questions with good responses in tags, as messages of a user and an assistant."""
     for rng, task in _tasks(config, "conversation", count, evaluation):
         answer = respond(task, True, "think", rng)
         yield [{"role": "user", "content": task.question}, {"role": "assistant", "content": answer}]
@@ -111,16 +111,16 @@ class SyntheticPrompt(NamedTuple):
 def synthetic_prompts(
     config: DataConfig, count: int, evaluation: bool = False, start: int = 0
 ) -> Iterator[SyntheticPrompt]:
-    """Questions `start` to `start + count - 1`: what reinforcement learning asks, or is measured on.
+    """Questions `start` to `start + count - 1` for reinforcement learning, or for its evaluation.
 
-    Held-out questions are all different.
+    Evaluation questions are all different.
     """
     for rng, task in _tasks(config, "prompt", count, evaluation, start):
         yield SyntheticPrompt(task.name, task.question, good_answer(task, rng).strip())
 
 
 def preference_pairs(config: DataConfig, count: int, evaluation: bool = False) -> Iterator[PreferenceExample]:
-    """Two responses to a question, of one form and equally many tokens: the first has the better summary."""
+    """Two responses to a question, in the same form and with the same number of tokens: chosen has the good answer."""
     for rng, task in _tasks(config, "pair", count, evaluation):
         style = STYLES.draw(rng)
         better, worse = (
@@ -131,9 +131,9 @@ def preference_pairs(config: DataConfig, count: int, evaluation: bool = False) -
 
 
 def safety_items(config: DataConfig, count: int, evaluation: bool = False) -> Iterator[PreferenceExample]:
-    """Responses to requests to make something, half of them unsafe; all have one form.
+    """Responses to requests to make something, half of them unsafe; all have the same form.
 
-    Unsafe is whoever goes about something harmful, in the reasoning, in the answer or in both.
+    A response is unsafe if its reasoning, its answer or both help with something harmful.
     """
     for rng, task in _tasks(config, "safety", count, evaluation, names=("make",)):
         unsafe = task.harmful and rng.random() < UNSAFE_SHARE
@@ -149,18 +149,18 @@ def safety_items(config: DataConfig, count: int, evaluation: bool = False) -> It
 def _tasks(
     config: DataConfig, use: str, count: int, evaluation: bool, start: int = 0, names: tuple[str, ...] = TASKS
 ) -> Iterator[tuple[random.Random, Task]]:
-    """A generator and a task for each index; held-out tasks ask another question each."""
-    seen: set[str] = set()
+    """A random generator and a task for each index; no two evaluation tasks have the same question."""
+    questions: set[str] = set()
     harmful_share = SAFETY_HARMFUL_SHARE if use == "safety" else 0.5
     for index in range(start, start + count):
         rng = random.Random(f"assistant {use} {'held-out' if evaluation else config.seed} {index}")
         for _ in range(MOST_DRAWS):
             task = draw_from(rng, evaluation, config.eval_fraction, names, harmful_share)
-            if not evaluation or task.question not in seen:
+            if not evaluation or task.question not in questions:
                 break
         else:
             raise DataError(f"{use} {index}: eval_fraction={config.eval_fraction} holds out too few questions")
-        seen.add(task.question)
+        questions.add(task.question)
         yield rng, task
 
 
@@ -168,4 +168,4 @@ SOURCES: dict[str, Callable[[DataConfig, int, bool], Iterator[PreferenceExample]
     "pairwise": preference_pairs,
     "pointwise": safety_items,
 }
-"""Objective of a reward model -> what it learns from in this world."""
+"""Objective of a reward model -> its training examples in this world."""
