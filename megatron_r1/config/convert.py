@@ -1,4 +1,4 @@
-"""What the verb convert makes."""
+"""Output of the verb convert."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class ConvertConfig:
-    """From `init.from` to a Hugging Face folder or a checkpoint of this project."""
+    """Conversion of `init.from` to a Hugging Face folder or to a checkpoint of this project."""
 
     to: str = "hf"
-    """hf (the run's folder hf/) or native (a checkpoint that init.from takes)."""
+    """hf (writes the run's folder hf/) or native (writes a checkpoint for init.from)."""
     dtype: str = "same"
-    """fp32, bf16, fp8 (as DeepSeek-V3 is released; hf only), or same: as init.from has it."""
+    """fp32, bf16, fp8 (as DeepSeek-V3 is released; hf only), or same (as in init.from)."""
     vocab_size: int = 0
-    """Rows of embedding and head: more than init.from has are filled with zeros, fewer cut the last; 0 keeps them."""
+    """Rows of embedding and head: more than in init.from are filled with zeros, fewer cut the last; 0 keeps all."""
     max_shard_gb: float = 5.0
     """Largest file, in 10^9 bytes; a single tensor may be larger."""
     workers: int = 1
-    """Processes that divide the files among themselves."""
+    """Processes among which the files are divided."""
     dry_run: bool = False
-    """Read headers only and say what would be written; without init.from, print the index for `model`."""
+    """Read headers only and print what would be written; without init.from, print the index for `model`."""
 
     def __post_init__(self) -> None:
         one_of(self, "to", ("hf", "native"))

@@ -1,4 +1,4 @@
-"""What sections must agree on, with each other and with the number of ranks; checked before torch is imported."""
+"""Checks of values of several sections together, and against the number of ranks; they run before torch is imported."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _check_responses(config: RunConfig) -> None:
         allowed = f"must be below model.max_sequence_length={longest}"
         raise ConfigError("rollout.max_response_tokens", config.rollout.max_response_tokens, allowed)
     if (method := config.rollout.sglang.server.speculative.method) == "mtp" and not config.model.mtp.num_layers:
-        allowed = "needs model.mtp.num_layers of at least 1: there is nothing to draft with"
+        allowed = "needs model.mtp.num_layers of at least 1: without such layers nothing drafts"
         raise ConfigError("rollout.sglang.server.speculative.method", method, allowed)
 
 
@@ -59,7 +59,7 @@ def _check_expert_overlap(config: RunConfig) -> None:
 
 
 def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
-    """Refuse what `ranks` processes cannot do together; verbs that do not train share nothing.
+    """Refuse a layout that `ranks` processes cannot run; verbs that do not train have no layout.
 
     Raises:
         ConfigError: names the key that does not fit.
@@ -76,7 +76,7 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     if verb == "grpo":
         _check_reinforcement(config)
     if verb in ("reward_model", "dpo"):
-        _check_whole_rows(config, ranks)
+        _check_preferences(config, ranks)
 
 
 def _check_pretraining(config: RunConfig, ranks: int) -> None:
@@ -86,7 +86,7 @@ def _check_pretraining(config: RunConfig, ranks: int) -> None:
 
 
 def _check_reinforcement(config: RunConfig) -> None:
-    """Refuse what reinforcement learning cannot do in a layout, or beside an engine."""
+    """Refuse what reinforcement learning does not support in a layout, or with an engine."""
     degrees, longest = config.parallel, config.model.max_sequence_length
     if config.rl.routing_replay and not config.model.moe.num_experts:
         raise ConfigError("rl.routing_replay", True, "must be false: the model has no routers")
@@ -99,49 +99,51 @@ def _check_reinforcement(config: RunConfig) -> None:
             config.rl.tokens_per_micro_batch,
             f"must be at least model.max_sequence_length={longest}, to hold one sample",
         )
-    _check_ahead(config)
+    _check_staleness(config)
     _check_advantages(config)
     if degrees.context > 1:
         raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
     _check_many_lengths(config)
     if config.rollout.engine == "local" and degrees.fewest_ranks() > 1:
-        raise ConfigError("rollout.engine", "local", "needs the whole model on a rank: with a layout, take sglang")
+        raise ConfigError("rollout.engine", "local", "needs the whole model on every rank: with a layout, take sglang")
 
 
-def _check_ahead(config: RunConfig) -> None:
-    """Refuse what cannot learn from answers of older weights."""
+def _check_staleness(config: RunConfig) -> None:
+    """Refuse settings that are wrong for responses which older weights sampled."""
     if not config.rollout.max_staleness:
         return
     corrected = config.rl.importance_sampling.kind != "none"
     if config.rl.old_logprobs_from != "rollout" and not corrected:
         allowed = (
-            "must be rollout with rollout.max_staleness, or rl.importance_sampling.kind something else than none: "
-            "answers are of older weights, and either the ratio or the correction must know it"
+            "must be rollout with rollout.max_staleness, or rl.importance_sampling.kind must not be none: responses "
+            "are sampled with older weights, and the ratio or the importance weights must account for that"
         )
         raise ConfigError("rl.old_logprobs_from", config.rl.old_logprobs_from, allowed)
     if config.rl.objective == "on_policy":
-        allowed = "must be another one with rollout.max_staleness: it takes no ratio, and answers are of older weights"
+        allowed = "needs rollout.max_staleness=0: it has no ratio to account for responses of older weights"
         raise ConfigError("rl.objective", "on_policy", allowed)
     if config.rl.routing_replay and config.rollout.weight_sync.pause_mode != "finish":
         allowed = (
-            "must be finish with rl.routing_replay: what is read again takes other experts than when it was sampled"
+            "must be finish with rl.routing_replay: after a new prefill, tokens go to other experts than when sampled"
         )
         raise ConfigError("rollout.weight_sync.pause_mode", config.rollout.weight_sync.pause_mode, allowed)
 
 
 def _check_advantages(config: RunConfig) -> None:
-    """Refuse advantages that lack what they are made of, or that a layout cannot give."""
+    """Refuse an advantage estimator whose inputs are missing, or that a layout does not support."""
     degrees = config.parallel
     if config.rl.advantage_estimator == "process" and not config.reward.steps:
         raise ConfigError("reward.steps", 0.0, "must be above 0 with rl.advantage_estimator=process")
     if config.rl.advantage_estimator == "group" and config.reward.steps:
-        allowed = "must be 0 with rl.advantage_estimator=group, which gives all tokens of an answer the same"
+        allowed = "must be 0 with rl.advantage_estimator=group, which gives all tokens of a response one advantage"
         raise ConfigError("reward.steps", config.reward.steps, allowed)
     if config.rl.advantage_estimator == "critic" and config.model.tied_embeddings and degrees.pipeline > 1:
-        allowed = "must be 1 with rl.advantage_estimator=critic and model.tied_embeddings: no head gradient there"
+        allowed = (
+            "must be 1 with rl.advantage_estimator=critic and model.tied_embeddings: a critic trains no output head"
+        )
         raise ConfigError("parallel.pipeline", degrees.pipeline, allowed)
     if config.rl.advantage_estimator == "critic" and config.rollout.placement == "colocated":
-        allowed = "must be separate with rl.advantage_estimator=critic: the critic's memory cannot be given back"
+        allowed = "must be separate with rl.advantage_estimator=critic: the critic cannot be offloaded"
         raise ConfigError("rollout.placement", "colocated", allowed)
 
 
@@ -153,26 +155,26 @@ def _check_fine_tuning(config: RunConfig, ranks: int) -> None:
         and degrees.expert > 1
         and config.performance.moe_token_dispatcher_type == "allgather"
     ):
-        allowed = "needs as many tokens on every rank: with sft.packing=none, take alltoall"
+        allowed = "needs equally many tokens on every rank: with sft.packing=none, take alltoall"
         raise ConfigError("performance.moe_token_dispatcher_type", "allgather", allowed)
 
 
 def _check_many_lengths(config: RunConfig) -> None:
-    """Refuse ways to share work that need micro-batches alike: answers have many lengths."""
+    """Refuse layouts that need micro-batches of one length: responses have different lengths."""
     degrees = config.parallel
     if degrees.virtual_pipeline > 1:
-        allowed = "must be 1: interleaved stages take micro-batches of one shape, and answers have many lengths"
+        allowed = "must be 1: interleaved stages need micro-batches of one length, and responses differ in length"
         raise ConfigError("parallel.virtual_pipeline", degrees.virtual_pipeline, allowed)
     if degrees.expert > 1 and config.performance.moe_token_dispatcher_type == "allgather":
-        allowed = "needs as many tokens on every rank: with answers, take alltoall"
+        allowed = "needs equally many tokens on every rank, and responses differ in length: take alltoall"
         raise ConfigError("performance.moe_token_dispatcher_type", "allgather", allowed)
 
 
-def _check_whole_rows(config: RunConfig, ranks: int) -> None:
+def _check_preferences(config: RunConfig, ranks: int) -> None:
     _check_batch(config, ranks)
     degrees = config.parallel
     if degrees.context > 1:
-        raise ConfigError("parallel.context", degrees.context, "must be 1: a response is judged by its whole row")
+        raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
     _check_many_lengths(config)
 
 
@@ -195,7 +197,7 @@ def check_degrees(degrees: ParallelConfig, ranks: int) -> None:
 
 
 def _check_batch(config: RunConfig, ranks: int) -> None:
-    """Data-parallel ranks take equally many sequences, in equal micro-batches: else means would not be means."""
+    """Data-parallel ranks need equally many sequences, in equal micro-batches, so that a mean of means is the mean."""
     degrees, train = config.parallel, config.train
     data_parallel = ranks // (degrees.tensor * degrees.pipeline * degrees.context)
     for size in train.batch_sizes():
@@ -221,7 +223,7 @@ def _check_batch(config: RunConfig, ranks: int) -> None:
 
 
 def check_division(degrees: ParallelConfig, model: ModelConfig) -> None:
-    """Refuse a model that ranks cannot share by these degrees.
+    """Refuse a model that these degrees cannot divide among ranks.
 
     Raises:
         ConfigError: names the degree that does not fit.
@@ -246,7 +248,7 @@ def check_division(degrees: ParallelConfig, model: ModelConfig) -> None:
 
 
 def check_sequences(degrees: ParallelConfig, length: int) -> None:
-    """Refuse sequences of this length that ranks cannot share.
+    """Refuse sequences of a length that ranks cannot divide.
 
     Raises:
         ConfigError: names the degree that does not fit.

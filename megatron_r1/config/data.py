@@ -1,4 +1,4 @@
-"""What the model reads: pre-training text, generated worlds and prompt files."""
+"""Training data: pre-training text, generated worlds and prompt files."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class PromptsConfig:
-    """Questions of your own, for reinforcement learning and for sampling, in the place of the world's."""
+    """Your own questions for reinforcement learning and sampling, instead of the generated world's."""
 
     path: str = ""
-    """A .jsonl or .parquet file; empty takes the world's."""
+    """A .jsonl or .parquet file; empty takes the generated world's questions."""
     question_field: str = "question"
-    """Field of a row that holds the question."""
+    """Field of a row with the question."""
     answer_field: str = "answer"
-    """Field of a row that holds the true answer; rows without it are sampled, and no answer to them is right."""
+    """Field of a row with the true answer; for rows without it, responses are sampled and none is correct."""
     task_field: str = "task"
-    """Field of a row that says how its answer is verified: number, text, choice, math, code, or reasoning_gym:
-    and the name of a task. Rows without it are verified as reward.verifier says."""
+    """Field of a row that names its verifier: number, text, choice, math, code, or reasoning_gym: and the name of a
+    task. Answers to rows without it are verified by reward.verifier."""
     id_field: str = ""
-    """Field of a row that names it; empty numbers rows by their line."""
+    """Field of a row with its unique id; empty takes the line number."""
     max_bad_rows: int = 0
-    """Rows that may be left out, each named in bad_rows.txt, before the run is refused."""
+    """Bad rows that may be dropped, each listed in bad_rows.txt; more than this are an error."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "max_bad_rows")
@@ -54,7 +54,7 @@ class IndexedConfig:
     datasets: dict[str, DatasetConfig] = field(default_factory=dict)
     """Name -> dataset; all of one tokenizer."""
     cross_document_attention: bool = True
-    """Whether a token sees the documents before its own in the sequence, as in DeepSeek-V3's pre-training."""
+    """Whether a token attends to the documents before its own in the sequence, as in DeepSeek-V3's pre-training."""
     verify_hashes: bool = True
     """Compare every file's SHA-256 at the start, which reads all of it once; sizes are always compared."""
 
@@ -66,7 +66,7 @@ class DataConfig:
     source: str = "arithmetic"
     """What to pre-train on: arithmetic or assistant (generated worlds), or indexed (tokenised datasets)."""
     seed: int = 0
-    """Seed of the generated world; another seed draws other documents, never another held-out split."""
+    """Seed of the generated world; another seed draws other documents, but the same held-out split."""
     num_documents: int = 100_000
     """Documents of pre-training text to generate."""
     vocab_size: int = 512
@@ -78,7 +78,7 @@ class DataConfig:
     arithmetic_share: float = 0.3
     """Share of worked arithmetic among the assistant world's documents."""
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    """Questions of your own instead of the world's; read by grpo and sample."""
+    """Your own questions instead of the world's; read by grpo and sample."""
     indexed: IndexedConfig = field(default_factory=IndexedConfig)
     """Tokenised datasets; read where source is indexed."""
 

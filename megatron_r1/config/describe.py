@@ -1,4 +1,4 @@
-"""What every key means: for `--help KEY`, for the comments of `--cfg job`, and for configs/README.md.
+"""Describes every key: for `--help KEY`, for the comments of `--cfg job`, and for configs/README.md.
 
 Meaning, type, default and limits are read from the classes' source: the docstring under a field, its annotation, its
 default and the checks of `__post_init__`. `python -m megatron_r1.config.describe` prints configs/README.md.
@@ -35,7 +35,7 @@ WIDTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key and what is known of it."""
+    """One key and its description."""
 
     path: str
     """Dotted key."""
@@ -46,13 +46,13 @@ class Key:
     default: str
     """Default, as YAML spells it."""
     allowed: str
-    """What its own section's checks allow."""
+    """Values that the checks of its section allow."""
     section: bool
     """Whether it is a section."""
 
     @property
     def unit(self) -> str:
-        """What a number counts, where the key's name says it."""
+        """Unit of a number, where the key's name says it."""
         return UNITS.get(self.path.rpartition("_")[2], "") if self.kind in ("whole number", "number") else ""
 
     def facts(self) -> str:

@@ -1,4 +1,4 @@
-"""In which number format linear layers multiply (DeepSeek-V3 report, section 3.3)."""
+"""FP8 training of linear layers (DeepSeek-V3 report, section 3.3)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ LINEARS = (
 
 @dataclass(kw_only=True, slots=True)
 class Fp8Config:
-    """How linear layers multiply; parameters, and all that is no linear layer, keep `model.dtype`.
+    """Number formats of the matrix products in linear layers; parameters and all other layers keep `model.dtype`.
 
-    A tiling says how many rows and columns of a matrix share one scale: 1x128 runs along the dimension that a product
-    sums over, so the weight gradient's operands are tiled 128x1, along the tokens.
+    A tiling is the number of rows and columns of a matrix that share one scale: 1x128 runs along the dimension that a
+    product sums over, so the operands of the weight gradient are tiled 128x1, along the tokens.
     """
 
     enabled: bool = False
-    """Whether they multiply in FP8 (E4M3 operands in forward, input-gradient and weight-gradient products)."""
+    """Whether linear layers multiply in FP8 (E4M3 operands in forward, input-gradient and weight-gradient products)."""
     activation_tiling: str = "1x128"
     """Tiling of a linear layer's input: 1x128, 128x128 or tensor."""
     gradient_tiling: str = "1x128"
@@ -43,15 +43,15 @@ class Fp8Config:
     weight_tiling: str = "128x128"
     """Tiling of its weight: 128x128 or tensor."""
     exclude_modules: list[str] = field(default_factory=lambda: ["eh_proj"])
-    """Linear layers left out of FP8; the embedding, the output head, routers, norms and attention always are."""
+    """Linear layers without FP8; the embedding, the output head, routers, norms and attention never use it."""
     power_of_two_inputs: list[str] = field(
         default_factory=lambda: ["self_attention.linear_proj", "mlp.experts.linear_fc1"]
     )
-    """Linear layers whose inputs have power-of-two scales: after attention, and what is dispatched to experts."""
+    """Linear layers whose inputs have power-of-two scales: after attention, and inputs of the experts."""
     power_of_two_gradients: list[str] = field(default_factory=lambda: ["mlp.experts.linear_fc2"])
-    """Linear layers whose output gradients have power-of-two scales: what comes back to the experts."""
+    """Linear layers whose output gradients have power-of-two scales: of the experts' outputs."""
     e5m6_inputs: list[str] = field(default_factory=lambda: ["self_attention.linear_proj"])
-    """Linear layers whose input is kept for the backward pass in E5M6 instead of E4M3."""
+    """Linear layers whose input is saved for the backward pass in E5M6 instead of E4M3."""
 
     def __post_init__(self) -> None:
         one_of(self, "activation_tiling", ("1x128", "128x128", "tensor"))

@@ -1,7 +1,7 @@
-"""How Megatron, TRL, verl, OpenRLHF, SGLang and Hugging Face spell a key, for the hint of a refusal.
+"""Spellings of keys in Megatron, TRL, verl, OpenRLHF, SGLang and Hugging Face, for the hint in an error.
 
-No spelling of this table is ever accepted. The longest end of an unknown key that stands here decides:
-`critic.optim.lr` before `lr`, whatever section it was written under.
+No spelling of this table is accepted as a key. The longest entry with which an unknown key ends gives the hint:
+`critic.optim.lr` before `lr`, in any section.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ HINTS = {
 
 
 def hinted(key: str) -> str:
-    """The key that somebody who wrote `key` most likely wants; empty where the table does not know it."""
+    """The key that a user who wrote `key` most likely means; empty where the table has no entry."""
     names = key.lower().replace("-", "_").strip("_").split(".")
     ends = (".".join(names[start:]) for start in range(len(names)))
     return next((HINTS[end] for end in ends if end in HINTS), "")

@@ -14,13 +14,13 @@ class EvaluateConfig:
     models: dict[str, str] = field(default_factory=dict)
     """Name -> run, checkpoint or hf:FOLDER; evaluated one after the other by the same engine."""
     benchmark: str = "arithmetic"
-    """What is asked: arithmetic, or assistant (general tasks, scored by rules that no training sees)."""
+    """arithmetic, or assistant (general tasks, scored by rules that no training uses)."""
     num_prompts: int = 512
-    """Held-out prompts."""
+    """Number of held-out prompts."""
     samples_per_prompt: int = 4
-    """Sampled answers per prompt."""
+    """Sampled responses per prompt."""
     temperature: float = 1.0
-    """Temperature of the sampled answers."""
+    """Temperature of the sampled responses; each prompt gets a greedy response too."""
 
     def __post_init__(self) -> None:
         one_of(self, "benchmark", ("arithmetic", "assistant"))
@@ -30,16 +30,16 @@ class EvaluateConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SampleConfig:
-    """What is sampled, and how it is written."""
+    """A sampling job: its prompts, and the format of its output."""
 
     max_prompts: int = 0
-    """Prompts to take, from the first; 0 takes all of a file. A world has no end and needs it."""
+    """Number of prompts, from the first; 0 takes all of a file. A generated world is endless and needs a number."""
     samples_per_prompt: int = 4
-    """Answers per prompt."""
+    """Responses per prompt."""
     prompts_per_part: int = 64
-    """Prompts sampled and written together: what a kill loses at most."""
+    """Prompts whose responses are sampled and written together; a killed job loses one such part at most."""
     format: str = "jsonl"
-    """Of the result: jsonl or parquet."""
+    """Format of the output: jsonl or parquet."""
 
     def __post_init__(self) -> None:
         one_of(self, "format", ("jsonl", "parquet"))
@@ -49,14 +49,15 @@ class SampleConfig:
 
 @dataclass(kw_only=True, slots=True)
 class DiagnoseConfig:
-    """Which saved batch is looked at, and how closely."""
+    """A diagnosis: the saved batch of responses that it examines, and its tolerance."""
 
     rollout_file: str = ""
-    """A file of a run's rollouts folder; empty takes the newest of the run in init.from whose weights it still has."""
+    """A file of a run's rollouts folder; empty takes the newest one of the run in init.from for whose weights the run
+    still has a checkpoint."""
     max_samples: int = 128
-    """Answers to look at, from the first; 0 takes all."""
+    """Number of responses to examine, from the first; 0 takes all."""
     tolerance: float = 1e-4
-    """Mean difference of log-probabilities, in nats, up to which nothing is wrong; bf16 needs about 0.03."""
+    """Mean difference of log-probabilities, in nats, that is still normal; bf16 needs about 0.03."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "max_samples")

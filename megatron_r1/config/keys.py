@@ -1,7 +1,7 @@
-"""Which keys a verb reads; a key that it never reads is refused, for it would do nothing and say nothing.
+"""Which keys a verb reads; a key that a verb never reads is refused, because it would silently have no effect.
 
-Refused are overrides of the command line and what a recipe file itself sets. The files of groups (`model=v3_671b`) and
-`_base.yaml` are exempt: several verbs share them, and each takes the part of them that it reads.
+Overrides on the command line and the keys of a recipe file are checked. The files of groups (`model=v3_671b`) and
+`_base.yaml` are exempt: several verbs share them, and each reads a part of them.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def check_recipe(verb: str, recipe: str) -> None:
     try:
         tree = yaml.safe_load((configs_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError:
-        return  # composing it says so
+        return  # composing the recipe reports the error
     for key, value in _leaves(tree if isinstance(tree, dict) else {}, ""):
         if key != "defaults":
             _refuse_unread(verb, key, value)
 
 
 def check_stages(pipeline: PipelineConfig) -> None:
-    """Refuse what a recipe gives to stages that do not read it.
+    """Refuse overrides of a recipe that its stages do not read.
 
     Raises:
         ConfigError: names the override and the stage.
@@ -88,7 +88,7 @@ def check_stages(pipeline: PipelineConfig) -> None:
 
 
 def only_read(verb: str, overrides: Sequence[str]) -> list[str]:
-    """Those of some overrides that the verb reads: what is said to all stages of a recipe at once."""
+    """The overrides that the verb reads, of those that a recipe gives to all its stages."""
     return [line for line in overrides if reads(verb, line.partition("=")[0].lstrip("+~"))]
 
 

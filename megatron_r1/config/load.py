@@ -1,7 +1,7 @@
-"""From a verb and its overrides to a checked RunConfig: Hydra composes YAML groups, `convert` is the judge.
+"""From a verb and its overrides to a checked RunConfig: Hydra composes the YAML groups, `convert` checks the result.
 
-Promise: everything that can be wrong with a configuration is a ConfigError of one line, in well under a second and
-without torch. Hydra's compose interface is used alone: no output folder, no changed working directory, no logging.
+Every error in a configuration is a ConfigError of one line, raised in well under a second and without torch. Only
+Hydra's compose interface is used: no output folder, no changed working directory, no logging.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What changed between two resolved configurations, one `key: old -> new` a key."""
+    """The differences of two resolved configurations, one `key: old -> new` for each key."""
     before, after = _flat(old), _flat(new)
     return [
         f"{key}: {_spelt(before, key)} -> {_spelt(after, key)}"
@@ -102,7 +102,7 @@ def _spelt(flat: dict[str, Any], key: str) -> str:
 
 
 def _spelt_out(line: str) -> list[str]:
-    """`reward=FILE.py:NAME` is short for the preset of a function of one's own, with that function."""
+    """Expands `reward=FILE.py:NAME`, which is short for the preset `custom` with that function."""
     key, _, value = line.partition("=")
     if key.lstrip("+") == "reward" and ".py:" in value:
         return ["reward=custom", f"reward.custom_function={value}"]
@@ -110,10 +110,10 @@ def _spelt_out(line: str) -> list[str]:
 
 
 def _checked(line: str) -> str:
-    """One override as Hydra is to see it.
+    """One override in the form that Hydra gets.
 
-    Every `key=value` is added by force: which keys exist is decided by `convert`, whose refusals are clearer than
-    Hydra's, and for `+key`, `++key` and `key` alike.
+    Every `key=value` is passed as `++key=value`, so that Hydra accepts any key: `convert` refuses unknown keys, with
+    clearer errors, and treats `+key`, `++key` and `key` alike.
     """
     written, _, value = line.partition("=")
     name = shown(written.lstrip("+~"))
@@ -167,7 +167,7 @@ def _compose(recipe: str, overrides: list[str]) -> object:
 
 
 def _blamed(recipe: str, overrides: list[str], reason: str) -> ConfigError:
-    """Hydra's refusal under the key of the override that it speaks of, else under the recipe's name."""
+    """Hydra's error under the key of the override that caused it, else under the recipe's name."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if override in reason or f"'{key}'" in reason:

@@ -1,4 +1,4 @@
-"""How many ranks share what."""
+"""Degrees of parallelism."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """Degrees of parallelism; data parallelism takes the ranks that are left."""
+    """Degrees of parallelism; the data-parallel degree is the number of ranks divided by the others' product."""
 
     tensor: int = 1
     """Ranks that share each layer's matrices (with sequence parallelism above 1)."""
     pipeline: int = 1
     """Ranks that share the layers."""
     virtual_pipeline: int = 1
-    """Stages that each pipeline rank holds, run in turn so that it waits less; above 1 needs pipeline above 1."""
+    """Interleaved stages of each pipeline rank, which make it wait less; above 1 needs pipeline above 1."""
     pipeline_layers: list[int] = field(default_factory=list)
-    """Layers of each stage, first to last, pipeline x virtual_pipeline numbers; empty shares them out evenly."""
+    """Layers of each stage, first to last, pipeline x virtual_pipeline numbers; empty divides them evenly."""
     expert: int = 1
     """Ranks that share the routed experts."""
     expert_tensor: int = 1
@@ -41,11 +41,11 @@ class ParallelConfig:
 
     @property
     def stages(self) -> int:
-        """Parts that the layers are divided into."""
+        """Number of stages into which the layers are divided."""
         return self.pipeline * self.virtual_pipeline
 
     def fewest_ranks(self) -> int:
-        """The smallest number of ranks that these degrees can divide among themselves."""
+        """The smallest number of ranks for these degrees."""
         model = self.tensor * self.pipeline * self.context
         experts = self.expert * self.expert_tensor * self.pipeline
         return lcm(model, experts)

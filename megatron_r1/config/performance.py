@@ -1,7 +1,7 @@
-"""What trades memory, speed and fusion against one another, and changes no result beyond rounding.
+"""Trades memory against speed; no key changes results beyond rounding.
 
-The names are megatron-core's own where it has them. What they need of one another is checked here; what they need of
-the other sections is checked in `run`, and what they need of the machine in `refuse_on_cpu`.
+The names are megatron-core's own where it has them. Conflicts between these keys are checked here, conflicts with other
+sections in `run`, and requirements on the machine in `refuse_on_cpu`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class PerformanceConfig:
     """Recomputation, overlap and fusion."""
 
     recompute_modules: list[str] = field(default_factory=list)
-    """Modules computed again in the backward pass instead of kept; DeepSeek-V3: layernorm, mla_up_proj, moe_act."""
+    """Modules recomputed in the backward pass; DeepSeek-V3 recomputes layernorm, mla_up_proj and moe_act."""
     moe_token_dispatcher_type: str = "alltoall"
-    """How tokens travel to their experts: allgather, alltoall, deepep or hybridep."""
+    """How ranks exchange tokens for the experts: allgather, alltoall, deepep or hybridep."""
     overlap_moe_expert_parallel_comm: bool = False
-    """Run one micro-batch's all-to-all beside another's computation."""
+    """Overlap the all-to-all of one micro-batch with the computation of another."""
     delay_wgrad_compute: bool = False
-    """Compute weight gradients apart from input gradients, to fill the gaps of the overlap."""
+    """Compute weight gradients separately from input gradients, to fill gaps of the overlap."""
     moe_shared_expert_overlap: bool = False
-    """Run the shared experts beside the all-to-all of the routed ones."""
+    """Overlap the shared experts with the all-to-all of the routed ones."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over data-parallel ranks beside the backward pass."""
+    """Overlap the sum of gradients over data-parallel ranks with the backward pass."""
     gradient_accumulation_fusion: bool = False
     """Add weight gradients to their fp32 buffer in the matrix product itself."""
     apply_rope_fusion: bool = False
@@ -72,7 +72,7 @@ def refuse_on_cpu(performance: PerformanceConfig) -> None:
     """Refuse what only a GPU can do, rather than ignore it.
 
     Raises:
-        ConfigError: names the first key that is not to be had on a CPU.
+        ConfigError: names the first key that needs a GPU.
     """
     for item in fields(performance):
         if item.name in _NEEDS_CUDA and getattr(performance, item.name):

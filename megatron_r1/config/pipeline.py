@@ -16,7 +16,7 @@ class StageConfig:
     """One stage: a verb, a recipe file and overrides."""
 
     verb: str = ""
-    """Which verb runs."""
+    """Verb that runs."""
     config: str = ""
     """Recipe file in configs/; empty takes the verb's own."""
     needs: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class PipelineConfig:
     overrides: list[str] = field(default_factory=list)
     """key=value given to every stage."""
     ranks: int = 0
-    """Ranks of each training stage, on this machine; 0 takes as few as `parallel` needs."""
+    """Ranks of each training stage, on this machine; 0 takes the fewest that `parallel` allows."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "ranks")

@@ -14,7 +14,7 @@ def configs_folder() -> Path:
 
 
 def recipes() -> list[str]:
-    """Names for --config-name; `_base` is what they share and none itself."""
+    """Names for --config-name; `_base`, which they share, is no recipe."""
     return sorted(path.stem for path in configs_folder().glob("*.yaml") if not path.stem.startswith("_"))
 
 

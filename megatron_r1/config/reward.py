@@ -1,4 +1,4 @@
-"""What a response is worth: weights of the rewards, verifiers, sandbox and the language model as a judge."""
+"""Rewards of a response: weights, verifiers, sandbox, and a language model as a judge."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class JudgeConfig:
-    """Whom to ask, and how often. The key is read from JUDGE_API_KEY in the environment, and from nowhere else."""
+    """A language model as a judge, behind an API. The API key is read from JUDGE_API_KEY in the environment."""
 
     url: str = ""
-    """Of the API, up to and including its version: http://host:port/v1."""
+    """URL of the API, up to and including its version: http://host:port/v1."""
     model: str = "default"
-    """Name of the model, as the endpoint knows it."""
+    """Name of the model at the endpoint."""
     mode: str = "comparison"
-    """comparison (with the prompt's reference answer, in both orders) or correctness (right or not, by that answer)."""
+    """comparison (the judge compares the response with the prompt's reference answer, in both orders) or correctness
+    (the judge decides by the reference answer whether the response is correct)."""
     votes: int = 4
-    """Verdicts on each answer; of a comparison half in either order."""
+    """Verdicts on each response; in a comparison, half of them in either order."""
     temperature: float = 0.6
-    """Of the judge's sampling."""
+    """Sampling temperature of the judge."""
     max_tokens: int = 1024
-    """Longest verdict, its analysis included."""
+    """Longest reply of the judge in tokens, its analysis included."""
     analysis_characters: int = 2000
-    """Longest analysis before the verdict, so that a judge which rambles still comes to one; 0 sets no limit."""
+    """Longest analysis before the verdict, so that the judge reaches a verdict within max_tokens; 0 sets no limit."""
     timeout_s: float = 120.0
     """Seconds that one call may take."""
     attempts: int = 3
-    """Calls for one verdict before it is given up, whether the endpoint failed or gave no verdict."""
+    """Calls for one verdict, failed calls and replies without a verdict included, before the response is unscored."""
     concurrency: int = 32
     """Calls at a time."""
 
@@ -47,22 +48,22 @@ class JudgeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SandboxConfig:
-    """What a program that a model wrote may use; every limit ends it, and none is an error of the run."""
+    """Limits of a program that a model wrote. A program that exceeds one is ended; that is no error of the run."""
 
     max_parallel: int = 2
     """Programs that run at the same time."""
     wall_s: float = 10.0
-    """Seconds from start to end, of one run of a program or of a compiler."""
+    """Seconds of wall time that one run of a program or of a compiler may take."""
     cpu_s: int = 5
     """Processor seconds of one process."""
     memory_mib: int = 512
-    """Address space of one process, and what all processes of a program hold together; a compiler gets 4 times it."""
+    """Address space of one process, and memory of all processes of a program together; a compiler gets 4 times this."""
     disk_mib: int = 32
-    """Size of the one folder that can be written, which is in memory."""
+    """Size of the only writable folder, which is in memory."""
     processes: int = 16
     """Processes and threads at the same time."""
     output_kib: int = 1024
-    """What a program may print."""
+    """Most output of a program."""
     per_test: bool = True
     """Whether the reward is the share of tests passed; otherwise it is 1 where all pass, else 0."""
 
@@ -76,14 +77,14 @@ class SandboxConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MathConfig:
-    """How answers are compared as mathematics: by math-verify, in processes of their own that can be killed."""
+    """Mathematical comparison of answers by math-verify, in worker processes that can be killed."""
 
     workers: int = 2
-    """Responses that are scored at the same time."""
+    """Worker processes, each of which compares one answer at a time."""
     timeout_s: float = 4.0
-    """Seconds after which an answer is wrong and its worker is killed."""
+    """Seconds after which the worker is killed and the answer counts as wrong."""
     max_characters: int = 1000
-    """Characters; a longer answer is wrong without being read."""
+    """Longest answer in characters; a longer one counts as wrong without being parsed."""
 
     def __post_init__(self) -> None:
         within(self, 1, 256, "workers")
@@ -96,57 +97,59 @@ class RewardConfig:
     """Weights of the rewards; the score is their weighted sum."""
 
     accuracy: float = 1.0
-    """Weight of a right answer."""
+    """Weight of a correct answer."""
     format: float = 0.1
-    """Weight of reasoning and answer being inside their tags."""
+    """Weight of the format: reasoning and answer inside their tags."""
     language: float = 0.0
-    """Weight of the share of the reasoning's words that are of the wanted language (R1, equation 7)."""
+    """Weight of the share of the reasoning's words that are in the target language (R1, equation 7)."""
     overlong: float = 0.0
     """Weight of the penalty for length, from 0 down to -1 (DAPO, equation 13)."""
     repetition: float = 0.0
-    """Weight of the penalty for repeated runs of words, from 0 down to -1."""
+    """Weight of the penalty for repeated n-grams of words, from 0 down to -1."""
     helpfulness: float = 0.0
     """Weight of a response's helpfulness, by the reward model in `helpfulness_model`."""
     harmlessness: float = 0.0
     """Weight of a response's harmlessness, by the reward model in `harmlessness_model`."""
     judge: float = 0.0
-    """Weight of the verdicts of a language model, as `judge_config` says."""
+    """Weight of the verdicts of a language model; see `judge_config`."""
     custom: float = 0.0
     """Weight of the function that `custom_function` names."""
     steps: float = 0.0
-    """Weight of each step's reward, by `step_rewards`; not part of the score, but for rl.advantage_estimator."""
+    """Weight of the rewards of reasoning steps, see `step_rewards`. They are no part of the score, but inputs of
+    rl.advantage_estimator."""
     format_style: str = "strict"
     """strict: every tag closed, once, in order; lenient: an answer tag that is opened need not be closed."""
     answer_format: str = "tags"
-    """Where the answer is looked for: tags, boxed, or any (tags, then boxed, then the last number)."""
+    """Where the answer stands in a response: tags, boxed, or any (tags, then boxed, then the last number)."""
     verifier: str = "number"
-    """How an answer is compared where its task has no verifier of its own: number, text or math."""
+    """Verifier of answers to prompts whose task names none: number, text or math."""
     target_language: str = "question"
-    """en, zh, or question: that of the question."""
+    """en, zh, or question (the language of the question)."""
     overlong_tokens: int = 4096
-    """Longest response in tokens (L_max); reaching it costs the whole penalty."""
+    """Response length in tokens (L_max) from which the penalty is -1."""
     overlong_buffer: int = 1024
-    """Tokens before it over which the penalty grows (L_cache)."""
+    """Tokens before overlong_tokens over which the penalty grows from 0 to -1 (L_cache)."""
     repetition_ngram_size: int = 20
-    """Words of a run that counts as repeated."""
+    """Size in words of the n-grams whose repetitions count."""
     helpfulness_model: str = ""
-    """Run or checkpoint of the verb reward that learned from pairs; it scores summaries. All ranks share it as they do
-    the policy, and it scores between the trainer's steps: with rollout.max_staleness, responses wait for its end."""
+    """Run or checkpoint of the verb reward_model, trained on pairs; it scores summaries. It is divided among ranks like
+    the policy and scores between the trainer's steps: with rollout.max_staleness, responses wait for a step's end."""
     harmlessness_model: str = ""
-    """Run or checkpoint of the verb reward that learned what is safe; it scores whole responses, in the same turn."""
+    """Run or checkpoint of the verb reward_model, trained on safety labels; it scores whole responses, when
+    helpfulness_model does."""
     custom_function: str = ""
-    """A function of yours, FILE.py:NAME; see configs/reward/custom.yaml."""
+    """Your own reward function, FILE.py:NAME; see configs/reward/custom.yaml."""
     step_rewards: str = ""
-    """What rewards steps: arithmetic (1 for each equation of the reasoning that follows from the question), or a
-    function of yours, FILE.py:NAME."""
+    """Rewards of reasoning steps: arithmetic (1 for each equation that follows from the question), or your own
+    function, FILE.py:NAME."""
     retries: int = 2
-    """Further tries for a response that could not be scored through no fault of its own."""
+    """Further attempts to score a response after a failure that is not the response's fault."""
     math: MathConfig = field(default_factory=MathConfig)
-    """How answers are compared as mathematics."""
+    """Mathematical comparison of answers."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    """What a program that a model wrote may use."""
+    """Limits of programs that a model wrote."""
     judge_config: JudgeConfig = field(default_factory=JudgeConfig)
-    """Who judges, and how often."""
+    """The judge and its verdicts."""
 
     def __post_init__(self) -> None:
         weights = (
@@ -166,9 +169,9 @@ class RewardConfig:
             raise ConfigError(
                 "overlong_buffer", self.overlong_buffer, f"must be at most overlong_tokens={self.overlong_tokens}"
             )
-        if self.custom_function and not _is_place(self.custom_function):
+        if self.custom_function and not _is_function_path(self.custom_function):
             raise ConfigError("custom_function", self.custom_function, "must be FILE.py:NAME")
-        if self.step_rewards not in ("", "arithmetic") and not _is_place(self.step_rewards):
+        if self.step_rewards not in ("", "arithmetic") and not _is_function_path(self.step_rewards):
             raise ConfigError("step_rewards", self.step_rewards, "must be arithmetic or FILE.py:NAME")
         for weight, key, source in (
             ("custom", "custom_function", self.custom_function),
@@ -183,12 +186,12 @@ class RewardConfig:
 
     @property
     def models(self) -> dict[str, str]:
-        """Where the reward models that count come from, by the reward's name."""
+        """Sources of the reward models with a weight above 0, by the reward's name."""
         sources = {"helpfulness": self.helpfulness_model, "harmlessness": self.harmlessness_model}
         return {name: source for name, source in sources.items() if source}
 
 
-def _is_place(text: str) -> bool:
-    """Whether it reads FILE.py:NAME."""
+def _is_function_path(text: str) -> bool:
+    """Whether the text has the form FILE.py:NAME."""
     file, _, name = text.rpartition(":")
     return file.endswith(".py") and name.isidentifier()

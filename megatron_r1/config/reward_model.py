@@ -1,4 +1,4 @@
-"""Reward models: what they learn from and how it is read."""
+"""Training of reward models: examples, scored part, critiques."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ class RewardModelConfig:
     """A scalar head on a language model; DeepSeek-R1 report (v2), section 3.1."""
 
     objective: str = "pairwise"
-    """pairwise (the better of two responses, Bradley-Terry: helpfulness) or pointwise (safe or not, cross-entropy)."""
+    """pairwise (preference pairs, Bradley-Terry loss: helpfulness) or pointwise (safe or unsafe, cross-entropy)."""
     scored_part: str = "summary"
-    """What of a response is scored: summary (what follows the reasoning: helpfulness) or response (all of it)."""
+    """Scored part of a response: summary (the text after the reasoning: helpfulness) or response (all of it)."""
     source: str = "assistant"
-    """Where labelled responses come from: assistant (generated, see data.source=assistant) or file."""
+    """Source of the labelled responses: assistant (generated, see data.source=assistant) or file."""
     train_file: str = ""
-    """JSONL of source=file: prompt, chosen, rejected; or prompt, response, safe."""
+    """JSONL file of training examples with the fields prompt, chosen and rejected, or prompt, response and safe; where
+    source is file."""
     eval_file: str = ""
-    """The same, of what is measured and never learned; where source is file."""
+    """JSONL file of validation examples with the same fields; where source is file."""
     chat_template: str = "r1_zero"
-    """What surrounds a question: r1_zero (the template of DeepSeek-R1-Zero) or none (the question is the prompt)."""
+    """Template around a question: r1_zero (of DeepSeek-R1-Zero) or none (the question is the prompt)."""
     num_examples: int = 16_000
     """Pairs or labelled responses to generate; where source is assistant."""
     critique_loss_weight: float = 0.0
-    """Weight of the token loss on the judge's reasoning, which then stands between response and score; 0 has none."""
+    """Weight of the token loss on the critique, which the model then writes between response and score; 0 has none."""
     max_critique_tokens: int = 32
-    """Longest reasoning that the model writes before it scores; where critique_loss_weight is not 0."""
+    """Longest critique that the model writes before it scores; where critique_loss_weight is above 0."""
     epochs: int = 1
-    """Times that every item is learned; train.steps may end the run before."""
+    """Passes over the training examples; train.steps may end the run before."""
     eval_examples: int = 512
-    """Items that are measured; where source is assistant."""
+    """Validation examples; where source is assistant."""
     eval_interval: int = 100
-    """Steps between measurements; there is one after the last step too."""
+    """Steps between evaluations; the last step is always followed by one."""
 
     def __post_init__(self) -> None:
         one_of(self, "objective", ("pairwise", "pointwise"))

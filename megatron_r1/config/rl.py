@@ -10,23 +10,23 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class CriticConfig:
-    """A value model of the policy's shape, trained beside it; where rl.advantage_estimator is critic."""
+    """A value model of the policy's shape, trained together with it; where rl.advantage_estimator is critic."""
 
     init_from: str = ""
-    """Where its first weights come from: a run or checkpoint of the verb reward; empty takes the policy's own, with a
-    head that says 0."""
+    """Initial weights: a run or checkpoint of the verb reward_model; empty takes the policy's own, with a value head of
+    zeros."""
     learning_rate: float = 1e-3
-    """Peak learning rate; it rises and falls as the policy's does, and the rest of train.optimizer holds for both."""
+    """Peak learning rate, with the policy's schedule; the other keys of train.optimizer hold for both."""
     gamma: float = 1.0
-    """Gamma: what a reward is worth one token earlier."""
+    """Discount factor per token."""
     gae_lambda: float = 1.0
-    """Lambda of generalized advantage estimation; at 1, with no discount, an advantage is the return less the value."""
+    """Lambda of generalized advantage estimation; at 1, with gamma=1, an advantage is return minus value."""
     value_clip: float = 0.2
-    """How far a value may move in one rollout before its loss holds it back."""
+    """Clip range of a value around its estimate at the start of the rollout (PPO's value clipping)."""
     whiten_advantages: bool = True
-    """Whether advantages are brought to mean 0 and deviation 1 over all tokens of a rollout."""
+    """Whether advantages are normalised to mean 0 and standard deviation 1 over all tokens of a rollout."""
     warmup_rollouts: int = 0
-    """First rollouts in which the critic alone learns: the policy's learning rate is 0."""
+    """First rollouts that train the critic alone: the policy's learning rate is 0."""
 
     def __post_init__(self) -> None:
         within(self, 1e-12, 1.0, "learning_rate")
@@ -37,16 +37,16 @@ class CriticConfig:
 
 @dataclass(kw_only=True, slots=True)
 class FilterConfig:
-    """What happens to answers and groups before they are learned from; see rl/generation/filters.py for the sources."""
+    """Filters of responses and groups between scoring and training; see rl/generation/filters.py for the sources."""
 
     zero_std_groups: str = "keep"
-    """Groups whose rewards are all equal, so that they teach nothing: keep or drop (dynamic sampling)."""
+    """Groups whose rewards are all equal, so that their advantages are 0: keep or drop (dynamic sampling)."""
     max_resample_rounds: int = 0
-    """Rounds of further prompts, at most, that take the place of dropped groups."""
+    """Most rounds in which further prompts are sampled to replace dropped groups."""
     truncated: str = "keep"
-    """Answers that the length limit cut off: keep, mask (count in the baseline, are not learned from) or drop."""
+    """Responses that reached the length limit: keep, mask (they count in the baseline, but not in the loss) or drop."""
     duplicates: str = "keep"
-    """Answers of a group that say the same, token for token: keep, or drop all but the first."""
+    """Responses of a group with the same tokens: keep, or drop all but the first."""
 
     def __post_init__(self) -> None:
         one_of(self, "zero_std_groups", ("keep", "drop"))
@@ -57,18 +57,18 @@ class FilterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ImportanceSamplingConfig:
-    """Importance weights for responses that the engine sampled with other probabilities than the trainer's; see
+    """Importance weights that correct for the difference between the probabilities of trainer and engine; see
     rl/objective/importance_weights.py."""
 
     kind: str = "none"
-    """none, truncated (weights beyond the limits become the limits) or masked (they become 0); needs
+    """none, truncated (weights are clipped to low and high) or masked (weights outside of low and high become 0); needs
     old_logprobs_from=trainer."""
     level: str = "token"
-    """What has a weight: token or sequence (the product over an answer's tokens)."""
+    """token (a weight for each token) or sequence (the product over a response's tokens)."""
     low: float = 0.0
-    """Least weight trainer/engine."""
+    """Smallest weight, trainer's probability / engine's."""
     high: float = 2.0
-    """Largest weight trainer/engine."""
+    """Largest weight, trainer's probability / engine's."""
 
     def __post_init__(self) -> None:
         one_of(self, "kind", ("none", "truncated", "masked"))
@@ -79,9 +79,10 @@ class ImportanceSamplingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MismatchConfig:
-    """When trainer and engine disagree so much on sampled tokens, before any update, that a warning is due; 0 is never.
+    """Thresholds above which a warning is logged: how trainer and engine disagree on sampled tokens before any update.
+    0 never warns.
 
-    With rollout.max_staleness the answers' weights are some updates older, and the numbers hold that difference too.
+    With rollout.max_staleness the responses come from older weights, and the numbers include that difference too.
     """
 
     logprob_max_abs_warn: float = 0.0
@@ -89,11 +90,11 @@ class MismatchConfig:
     k3_warn: float = 0.05
     """Estimate of KL(engine || trainer), in nats per token."""
     outside_range_warn: float = 0.05
-    """Share of tokens whose weight trainer/engine is outside of low and high."""
+    """Share of tokens whose ratio, trainer's probability / engine's, is outside of low and high."""
     low: float = 0.5
-    """Weights below this count."""
+    """Ratios below this count for outside_range_warn."""
     high: float = 2.0
-    """Weights above this count."""
+    """Ratios above this count for outside_range_warn."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "logprob_max_abs_warn", "k3_warn", "outside_range_warn")
@@ -103,10 +104,10 @@ class MismatchConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RLConfig:
-    """The objective and how a rollout is used."""
+    """The objective, and how a rollout is divided into updates."""
 
     prompts_per_rollout: int = 32
-    """Prompts answered per rollout."""
+    """Prompts per rollout."""
     group_size: int = 16
     """Responses per prompt (G)."""
     updates_per_rollout: int = 4
@@ -114,46 +115,48 @@ class RLConfig:
     epochs_per_rollout: int = 1
     """Epochs over each rollout."""
     objective: str = "grpo"
-    """The policy term: grpo (a ratio per token, DeepSeekMath), grpo_sequence (of whole answers, the V3 and R1 reports),
-    on_policy (no ratio: one update per rollout), gspo, gspo_token or cispo; see rl/objective/policy_terms.py."""
+    """The policy term: grpo (a ratio per token, DeepSeekMath), grpo_sequence (a ratio per response, the V3 and R1
+    reports), on_policy (no ratio: one update per rollout), gspo, gspo_token or cispo; see
+    rl/objective/policy_terms.py."""
     loss_aggregation: str = "sequence_mean"
     """How token losses become one loss: sequence_mean (mean over each response's tokens, then over responses),
-    token_mean (mean over all tokens, DAPO) or constant (sum over tokens by rollout.max_response_tokens, Dr.GRPO)."""
+    token_mean (mean over all tokens, DAPO) or constant (sum over tokens / rollout.max_response_tokens, Dr.GRPO)."""
     clip_epsilon: float = 0.2
     """Clip range of the probability ratio; R1's first stage uses 10."""
     clip_epsilon_high: float = 0.0
-    """Clip range above 1, where it is not clip_epsilon (DAPO's clip-higher); 0 takes clip_epsilon."""
+    """Clip range above a ratio of 1 (DAPO's clip-higher); 0 takes clip_epsilon."""
     kl_coefficient: float = 1e-3
-    """Weight of the penalty towards the reference policy; 0 drops the reference policy."""
+    """Weight of the KL penalty against the reference policy; with 0 there is no reference policy."""
     kl_estimator: str = "k3"
-    """How the penalty is taken: k1, k2 or k3 from sampled tokens, or exact over the whole vocabulary."""
+    """Estimator of the KL penalty: k1, k2 or k3 from sampled tokens, or exact over the whole vocabulary."""
     kl_placement: str = "loss"
-    """Where the penalty goes: loss, or reward (summed over a response; per token with advantage_estimator=critic)."""
+    """Where the KL penalty is added: loss, or reward (its sum over a response; per token with
+    advantage_estimator=critic)."""
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy, which is maximised."""
     advantage_estimator: str = "group"
-    """What an answer is held against: group (the other answers to its prompt), process (each of its steps against all
-    steps of those answers; needs reward.steps) or critic (a value model: PPO)."""
+    """Baseline of a response's reward: group (the other responses to its prompt), process (each step against all steps
+    of those responses; needs reward.steps) or critic (a value model: PPO)."""
     advantage_std: str = "population"
-    """Divisor of the group advantage: population, sample or none."""
+    """Standard deviation that divides the group advantage: population, sample or none."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The value model."""
     old_logprobs_from: str = "rollout"
-    """Denominator of the ratio: rollout (the engine's own log-probabilities) or trainer (computed again)."""
+    """Denominator of the ratio: rollout (the engine's own log-probabilities) or trainer (recomputed)."""
     routing_replay: bool = False
-    """Whether the trainer's routers take the experts that the engine's took (R3)."""
+    """Whether the trainer's routers use the experts that the engine's routers chose (R3)."""
     reference_sync_interval: int = 0
-    """Rollouts between replacements of the reference policy by the current one; 0 never replaces it."""
+    """Rollouts after which the current policy replaces the reference policy; 0 never replaces it."""
     tokens_per_micro_batch: int = 8192
     """Padded tokens of one forward pass."""
     shuffle_rewards: bool = False
-    """Control experiment: permute the rewards over the rollout, so that nothing can be learnt."""
+    """Control experiment: shuffle the rewards over the rollout, so that they carry no signal."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    """Which answers are learned from."""
+    """Which responses train the policy."""
     importance_sampling: ImportanceSamplingConfig = field(default_factory=ImportanceSamplingConfig)
-    """Weights for the difference between trainer and engine."""
+    """Importance weights for the difference between trainer and engine."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
-    """When that difference is worth a warning."""
+    """Thresholds of warnings about that difference."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "prompts_per_rollout", "updates_per_rollout", "epochs_per_rollout", "tokens_per_micro_batch")
@@ -175,11 +178,11 @@ class RLConfig:
             raise ConfigError("old_logprobs_from", self.old_logprobs_from, allowed)
         if self.objective == "on_policy" and self.updates_per_rollout * self.epochs_per_rollout > 1:
             key = "updates_per_rollout" if self.updates_per_rollout > 1 else "epochs_per_rollout"
-            raise ConfigError(key, getattr(self, key), "must be 1 with objective=on_policy, which knows no old policy")
+            raise ConfigError(key, getattr(self, key), "must be 1 with objective=on_policy, which has no old policy")
         if self.advantage_estimator != "group" and self.objective in ("grpo_sequence", "gspo"):
             allowed = (
-                "must be of tokens (grpo, on_policy, gspo_token, cispo) with "
-                f"advantage_estimator={self.advantage_estimator}, whose tokens differ"
+                "must be one of grpo, on_policy, gspo_token, cispo with "
+                f"advantage_estimator={self.advantage_estimator}, which gives each token its own advantage"
             )
             raise ConfigError("objective", self.objective, allowed)
         if self.advantage_estimator == "process" and self.shuffle_rewards:

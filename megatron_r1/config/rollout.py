@@ -1,4 +1,4 @@
-"""How answers are sampled."""
+"""How responses are sampled."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class WeightSyncConfig:
-    """How new weights reach the servers, and what becomes of the requests that run meanwhile."""
+    """How the servers get new weights, and what they do with running requests meanwhile."""
 
     method: str = "group"
     """group (a process group, in memory), ipc (memory that colocated servers share with the trainer) or disk (a folder
@@ -19,11 +19,12 @@ class WeightSyncConfig:
     bucket_mb: int = 64
     """Megabytes (2^20 bytes) of weights that method=group or ipc sends at a time."""
     include_mtp: bool = False
-    """Whether the servers get the multi-token prediction layers too, at the start and with every sync. Servers that
-    draft with these layers need them; others ignore them."""
+    """Whether the servers get the multi-token prediction layers too, at the start and with every sync. Servers with
+    speculative decoding by these layers need them; others ignore them."""
     pause_mode: str = "finish"
     """What the servers do with running requests when weights change: finish (wait for them), retract (continue them
-    under the new weights, after a new prefill), in_place (continue from the old cache) or abort (those of others)."""
+    with the new weights, after a new prefill), in_place (continue from the old cache) or abort (requests of other
+    clients)."""
 
     def __post_init__(self) -> None:
         one_of(self, "method", ("group", "ipc", "disk"))
@@ -33,31 +34,32 @@ class WeightSyncConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
-    """Sampling of answers."""
+    """Sampling of responses."""
 
     engine: str = "sglang"
-    """Who samples: sglang (servers) or local (in this process, seeded)."""
+    """Engine that samples: sglang (servers) or local (in this process, seeded)."""
     chat_template: str = "r1_zero"
-    """What stands around a question: r1_zero (the template of DeepSeek-R1-Zero), none (the question is the prompt),
-    tokenizer (the model's own chat template), or a file with one."""
+    """Template around a question: r1_zero (of DeepSeek-R1-Zero), none (the question is the prompt), tokenizer (the
+    model's own chat template), or a file with one."""
     system_prompt: str = ""
-    """Said before every question; the template must have a place for it."""
+    """System message before every question; the template must support one."""
     temperature: float = 1.0
     """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
     """Nucleus: the smallest set of tokens with this probability is sampled from."""
     max_response_tokens: int = 64
-    """Longest answer, in tokens."""
+    """Longest response, in tokens."""
     local_batch_size: int = 256
     """Sequences that the local engine decodes at a time."""
     max_staleness: int = 0
-    """Rollouts begun before their step, while the trainer learns, and most updates by which a token may be older than
-    the weights that learn from it: 0 takes turns, 1 is one step off-policy, more is asynchronous. Trained reward models
-    score between steps only; rollouts that still need them wait until then, and are no staler for it."""
+    """Rollouts that are sampled ahead while the trainer trains, and the most updates by which the weights that sampled
+    a token may be older than those that train on it: 0 alternates sampling and training, 1 is one step off-policy, more
+    is asynchronous. Trained reward models score between steps only; rollouts that need them wait until then, which
+    does not make them staler."""
     placement: str = "separate"
-    """Where the servers run: separate (on devices of their own) or colocated (on the trainer's, in turns with it)."""
+    """Where servers run: separate (on devices of their own) or colocated (on the trainer's, alternating with it)."""
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
-    """How new weights reach the servers."""
+    """How the servers get new weights."""
     sglang: SGLangConfig = field(default_factory=SGLangConfig)
     """Servers of engine=sglang."""
 
@@ -97,7 +99,7 @@ class RolloutConfig:
             raise ConfigError("weight_sync.method", "ipc", "must be group or disk with placement=separate")
 
     def _check_colocated(self) -> None:
-        """Servers on the trainer's devices stop and start with its turns, so they must be this run's own and alone."""
+        """Colocated servers release their memory while the trainer trains, so they must belong to this run alone."""
         with_it = "with placement=colocated"
         for key, value, holds, allowed in (
             ("engine", self.engine, self.engine == "sglang", f"must be sglang {with_it}"),

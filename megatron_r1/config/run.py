@@ -25,12 +25,12 @@ from megatron_r1.errors import ConfigError
 
 @dataclass(kw_only=True, slots=True)
 class InitConfig:
-    """Where the first weights come from."""
+    """Initial weights."""
 
     from_: str = ""
     """Run directory, checkpoint directory or hf:FOLDER; empty initialises at random. Written `init.from`."""
     weights: str = "model"
-    """Of checkpoints, here and in evaluate.models: model, or ema, the moving average of the weights."""
+    """Weights to read from checkpoints, here and in evaluate.models: model, or ema (the moving average)."""
 
     def __post_init__(self) -> None:
         one_of(self, "weights", ("model", "ema"))
@@ -38,7 +38,7 @@ class InitConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    """Everything that one command needs to know."""
+    """The configuration of one command."""
 
     name: str = "run"
     """Name of the run; its directory is ROOT/NAME."""
@@ -51,9 +51,9 @@ class RunConfig:
     threads: int = 0
     """CPU threads per rank; 0 divides the cores among the ranks."""
     distributed_timeout_minutes: int = 120
-    """Minutes after which a collective operation that some rank has not joined ends the run. Ranks wait in one for the
-    slowest: for rank 0 while it generates, scores or saves, for all ranks while servers load weights.
-    It must be longer than the longest of these; where a rank dies, the launcher notices at once, whatever this says."""
+    """Minutes after which a collective operation that a rank has not joined ends the run. Ranks wait in collectives for
+    the slowest rank: while rank 0 generates, scores or saves, and while servers load weights. The timeout must be
+    longer than the longest of these. The launcher notices a rank that died at once, independent of this timeout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
@@ -63,33 +63,33 @@ class RunConfig:
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
     """Recomputation, overlap and fusion."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What the model reads."""
+    """Training data."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How parameters are updated."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How answers are sampled."""
+    """How responses are sampled."""
     reward: RewardConfig = field(default_factory=RewardConfig)
-    """What an answer is worth."""
+    """Rewards of a response."""
     rl: RLConfig = field(default_factory=RLConfig)
     """The reinforcement-learning objective."""
     sft: SftConfig = field(default_factory=SftConfig)
-    """What supervised fine-tuning learns from."""
+    """Supervised fine-tuning."""
     reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-    """What a reward model learns from."""
+    """Training of a reward model."""
     dpo: DpoConfig = field(default_factory=DpoConfig)
-    """What direct preference optimization learns from."""
+    """Direct preference optimization."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    """How a model is measured."""
+    """Evaluation of models."""
     sample: SampleConfig = field(default_factory=SampleConfig)
-    """What a sampling job answers, and how it is written."""
+    """A sampling job."""
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
-    """Which saved batch a diagnosis looks at."""
+    """A diagnosis of a saved batch of responses."""
     track: TrackConfig = field(default_factory=TrackConfig)
-    """Where metrics go."""
+    """Where metrics are recorded."""
     init: InitConfig = field(default_factory=InitConfig)
-    """Where the first weights come from."""
+    """Initial weights."""
     convert: ConvertConfig = field(default_factory=ConvertConfig)
-    """What convert makes of them."""
+    """Output of convert."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Stages of a recipe."""
 

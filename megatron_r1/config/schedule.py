@@ -1,4 +1,4 @@
-"""Values that change while a run goes on: by step, or by consumed tokens (DeepSeek-V3 report, section 4.2)."""
+"""Schedules of values that change during a run: by step, or by consumed tokens (DeepSeek-V3 report, section 4.2)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PhaseConfig:
     value: float = 0.0
     """Value at the end of the phase."""
     shape: str = "constant"
-    """How it gets there from the value before: constant (at once, and stays), linear or cosine."""
+    """How the value gets there from the phase before: constant (at once), linear or cosine."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "until")
@@ -34,9 +34,9 @@ class BatchRampConfig:
     start: int = 1
     """Sequences per optimizer step at first."""
     increment: int = 1
-    """Sequences by which it grows at a time, after equally many tokens each."""
+    """Sequences that each increase adds; there are equally many tokens between increases."""
     tokens: int = 0
-    """Consumed tokens at which the batch has its full size; 0 starts with it."""
+    """Consumed tokens at which the batch reaches its full size; 0 starts with the full size."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "start", "increment")
@@ -45,7 +45,7 @@ class BatchRampConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate by step or by tokens, and what else changes with the tokens."""
+    """Learning rate by step or by tokens, and further values by tokens."""
 
     learning_rate: float = 3e-3
     """Peak learning rate."""

@@ -1,10 +1,10 @@
 """Plain nested dicts to configuration dataclasses and back.
 
-Promise: `convert` loses nothing and guesses nothing. An unknown key, a null, a value of another type and a value
-that a section's own check refuses each raise one ConfigError with the full dotted key.
+`convert` drops nothing and guesses nothing. An unknown key, a null, a value of another type and a value that a
+section's own check refuses each raise one ConfigError with the full dotted key.
 
-A key is its field's name without a trailing underscore: the field `from_` is the key `from`. Where a section is one of
-several, their common key `kind` says which; each declares its own as that field's default.
+A key is its field's name without a trailing underscore: the field `from_` is the key `from`. Where several sections are
+possible, their common key `kind` chooses one; the default of that field is the section's own kind.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def resolved(config: Any) -> dict[str, Any]:
 def defaults(section: Any) -> dict[str, Any]:
     """Every key of a section with its default, as a plain nested dict.
 
-    A section that is one of several stays empty: keys of the default one must not mix with those of a chosen one.
+    Where several sections are possible, the dict is empty: keys of the default section must not mix with another's.
     """
     tree: dict[str, Any] = {}
     for field in fields(section):
@@ -91,7 +91,7 @@ def _kinds_of(section: Any) -> dict[str, Any]:
 
 
 def unknown_key(key: str, value: object) -> ConfigError:
-    """The refusal of a key that does not exist, naming the one that was most likely meant."""
+    """The error for a key that does not exist, with the key that was most likely meant."""
     parent, _, name = key.rpartition(".")
     siblings = {joined(parent, sibling): sibling for sibling in _children(parent)}
     anywhere = list(_all_keys(RunConfig))
@@ -172,7 +172,7 @@ def _names(kind: Any, value: object, key: str) -> dict[str, Any]:
 
 
 def _scalar(kind: type, value: object, key: str) -> bool | int | float | str:
-    """The value as `kind`. A float that is whole serves as int, an int as float; nothing else changes its type."""
+    """The value as `kind`: a whole float is accepted as int, an int as float; no other type is converted."""
     if type(value) is kind and not (isinstance(value, float) and not math.isfinite(value)):
         return value  # type: ignore[return-value]
     if kind is int and isinstance(value, float) and value.is_integer():

@@ -1,6 +1,6 @@
-"""SGLang servers: how many and of what kind, and how requests find their way to them.
+"""SGLang servers: their number and options, and how requests are sent to them.
 
-Options are named by what they do; rollout/sglang/servers/arguments.py holds SGLang's own names for them.
+Keys are named by what they do; rollout/sglang/servers/arguments.py translates them to SGLang's own names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ AUTO = "auto"
 
 @dataclass(kw_only=True, slots=True)
 class SpeculativeConfig:
-    """Several tokens a step: a draft by the model's own multi-token layers, which the model then verifies."""
+    """Speculative decoding: the model's own multi-token layers draft tokens, which the model then verifies."""
 
     method: str = "none"
     """none, or mtp (the multi-token prediction layers draft)."""
@@ -25,7 +25,7 @@ class SpeculativeConfig:
     top_k: int = 1
     """Branches of the draft at each step."""
     draft_tokens: int = 2
-    """Tokens that one verification looks at."""
+    """Tokens that one verification checks."""
 
     def __post_init__(self) -> None:
         one_of(self, "method", ("none", "mtp"))
@@ -37,34 +37,34 @@ class SpeculativeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ServerConfig:
-    """What one server is made of."""
+    """Options of one server."""
 
     tensor_parallel: int = 1
     """Ranks that share the model's layers."""
     expert_parallel: int = 1
-    """Ranks, of those, that the experts are divided among."""
+    """Number of those ranks among which the experts are divided."""
     data_parallel_attention: int = 1
-    """Groups of those ranks that attend to requests of their own; 1 shares every attention."""
+    """Groups of those ranks, each of which computes attention for requests of its own; 1 has no data parallelism."""
     memory_fraction: float = 0.0
     """Share of a device's memory for weights and key-value cache; 0 leaves it to SGLang."""
     chunked_prefill_tokens: int = 0
-    """Most prompt tokens that are read in one step; 0 leaves it to SGLang."""
+    """Most prompt tokens of one prefill step; 0 leaves it to SGLang."""
     quantization: str = "none"
-    """Of the linear layers: none, or fp8 (128 x 128 blocks, as DeepSeek-V3)."""
+    """Quantization of the linear layers: none, or fp8 (128 x 128 blocks, as DeepSeek-V3)."""
     kv_cache_dtype: str = AUTO
     """Number format of the key-value cache: auto (the model's), fp8_e4m3 or fp8_e5m2."""
     attention_backend: str = AUTO
     """SGLang's name of the attention kernels; auto takes torch_native on the CPU, else SGLang's own choice."""
     expert_dispatch: str = "none"
-    """How tokens reach experts of other ranks: none (SGLang's collectives) or deepep."""
+    """How ranks exchange tokens for the experts: none (SGLang's collectives) or deepep."""
     return_routed_experts: bool = False
-    """Answers can say which experts their tokens took, as rl.routing_replay needs."""
+    """Whether replies can contain the experts that the routers chose for each token, as rl.routing_replay needs."""
     memory_saver: bool = False
-    """Memory can be given back to a trainer on the same devices."""
+    """Whether the server can release its memory for a trainer on the same devices."""
     cuda_graph: bool = True
-    """Capture decoding as CUDA graphs; without effect on the CPU."""
+    """Whether decoding is captured as CUDA graphs; without effect on the CPU."""
     speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
-    """Drafts that are verified."""
+    """Speculative decoding."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "tensor_parallel", "expert_parallel", "data_parallel_attention")
@@ -84,30 +84,31 @@ class ServerConfig:
 
 @dataclass(kw_only=True, slots=True)
 class PoolConfig:
-    """How requests are spread over servers and what is done about those that fail."""
+    """How the pool distributes requests over servers, retries failed ones and supervises servers."""
 
     requests_per_call: int = 64
-    """Requests of one HTTP call: whole groups of one prompt as far as they fit; what fails is tried again together."""
+    """Requests of one HTTP call: whole groups of one prompt where they fit; those that fail are retried together."""
     in_flight_per_server: int = 1024
-    """Requests that wait for a server's answers at a time; later ones are sent as earlier ones come back."""
+    """Most requests in flight at a server; further ones are sent as earlier ones are answered."""
     give_up_s: float = 900.0
-    """Seconds of trying after which a request counts as lost; time without any server does not count."""
+    """Seconds of attempts after which a request has failed; time without any server does not count."""
     capacity_timeout_s: float = 600.0
-    """Seconds without a server that answers after which the run stops, with a checkpoint."""
+    """Seconds without any server that answers, after which the run stops with a checkpoint."""
     retry_share: float = 0.1
-    """Requests that are sent again, as a share of those that were sent first; more are held back."""
+    """Most retries, as a share of first attempts; further retries wait."""
     retry_floor_per_s: float = 10.0
-    """Requests a second, for each server, that may be sent again whatever the share."""
+    """Retries per second and server that are allowed whatever the share."""
     breaker_failures: int = 10
-    """Calls to a server that must fail one after the other for it to be left alone."""
+    """Consecutive failed calls to a server after which its circuit breaker opens: it gets no requests."""
     breaker_cooldown_s: float = 1.0
-    """Seconds that it is left alone until one call tries it; doubles with every try that fails."""
+    """Seconds until an open breaker lets one call through; doubles with every such call that fails."""
     health_interval_s: float = 5.0
-    """Seconds between two looks at a server."""
+    """Seconds between health checks of a server."""
     hang_timeout_s: float = 300.0
-    """Seconds without a sign of progress after which a server counts as hung."""
+    """Seconds without progress after which a server counts as hung."""
     restarts: int = 3
-    """Restarts in a row, without an answer in between, after which a server is given up; 0 never restarts."""
+    """Consecutive restarts, without an answered request in between, after which a server is given up; 0 never
+    restarts."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "requests_per_call", "in_flight_per_server", "breaker_failures")
@@ -120,15 +121,15 @@ class PoolConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SlurmConfig:
-    """Servers on nodes of this SLURM job that another of its steps or components starts."""
+    """Servers on nodes of this SLURM job, started by another step or component of the job."""
 
     nodes: str = "none"
-    """Whose nodes have servers: none (they are not found by SLURM), job (all nodes), or component (of a heterogeneous
-    job)."""
+    """Nodes with servers: none (servers are not found by SLURM), job (all nodes), or component (the nodes of one
+    component of a heterogeneous job)."""
     component: int = 0
     """Number of the component, with nodes=component."""
     skip_nodes: int = 0
-    """How many of those nodes, from the first, have no server: the trainer's own."""
+    """First nodes without servers: the trainer's own."""
     ports: list[int] = field(default_factory=lambda: [30_000])
     """Port of each server of a node."""
 
@@ -150,28 +151,28 @@ class SGLangConfig:
     servers: int = 1
     """Servers to start, or to wait for in `address_file`; without effect where `addresses` or `slurm` names some."""
     first_gpu: int = -1
-    """First GPU of the servers that are started here, each of which takes its own; -1 takes those behind the trainer's,
-    or the trainer's where they are colocated or there are no others."""
+    """First GPU of the servers that the run starts, each of which has its own GPUs; -1 takes the GPUs after the
+    trainer's, or the trainer's own where servers are colocated or there are no others."""
     addresses: list[str] = field(default_factory=list)
-    """Servers that run already, as http://host:port; keys in SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
+    """Servers that already run, as http://host:port; their keys are in SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     address_file: str = ""
-    """File that a launcher writes such addresses into, one a line; `servers` of them are waited for."""
+    """File into which a launcher writes such addresses, one a line; the run waits for `servers` of them."""
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
-    """Servers at known ports of this SLURM job's nodes, which are waited for."""
+    """Servers at known ports of this SLURM job's nodes, for which the run waits."""
     router: str = ""
-    """http://host:port of an sglang-router that requests go through; it is told of the servers that are started."""
+    """http://host:port of an sglang-router for the requests; the run registers its servers there."""
     start_timeout_s: float = 240.0
-    """Seconds a server may take until it answers."""
+    """Seconds until a started server must answer."""
     request_timeout_s: float = 300.0
     """Seconds that one call may take."""
     max_running_requests: int = 512
     """Requests that one server decodes at a time."""
     max_total_tokens: int = 65_536
-    """Tokens that one server's key-value cache holds; 0 leaves it to the memory fraction."""
+    """Tokens in the key-value cache of one server; 0 derives the number from memory_fraction."""
     server: ServerConfig = field(default_factory=ServerConfig)
-    """What each server is made of."""
+    """Options of each server."""
     pool: PoolConfig = field(default_factory=PoolConfig)
-    """How requests are spread over servers."""
+    """How requests are distributed over servers."""
 
     def __post_init__(self) -> None:
         if self.address_file:  # servers of any number of machines
@@ -196,5 +197,5 @@ class SGLangConfig:
 
     @property
     def started_elsewhere(self) -> bool:
-        """Whether somebody else starts, restarts and stops the servers."""
+        """Whether the servers are started, restarted and stopped outside of this run."""
         return bool(self.addresses or self.address_file or self.slurm.nodes != "none")

@@ -1,4 +1,4 @@
-"""How parameters are updated, in every stage that trains."""
+"""Training loop and optimizer, for every verb that trains."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
     moments_dtype: str = "fp32"
-    """Type in which both moments rest between updates: fp32 or bf16 (DeepSeek-V3's)."""
+    """Type of both moments between updates: fp32 or bf16 (DeepSeek-V3's)."""
     offload: bool = False
-    """Whether the moments rest in the host's memory; each comes to the GPU for its update."""
+    """Whether the moments are in host memory between updates; each parameter's come to the GPU for its update."""
 
     def __post_init__(self) -> None:
         within(self, 0.0, 0.99999, "beta1", "beta2")
@@ -50,19 +50,19 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning rate, and what else changes while the run goes on."""
+    """Learning rate, and other values that change during the run."""
     ema_decay: float = 0.0
-    """Decay per step of the moving average of the weights that is kept on the host; 0 keeps none."""
+    """Decay per step of the moving average of the weights, which is in host memory; 0 has no average."""
     balance_window: int = 100
-    """Steps over which the experts' loads are added up before their balance is measured."""
+    """Steps over which the experts' loads are summed up to measure their balance."""
     max_skipped_steps: int = 3
-    """Steps in a row that may be skipped for non-finite gradients before the run stops."""
+    """Consecutive steps that may be skipped for non-finite gradients; with more, the run stops."""
     save_interval: int = 200
     """Steps between checkpoints."""
     async_save: bool = False
-    """Whether a checkpoint is written while training goes on; that takes another copy of the weights on the host."""
+    """Whether checkpoints are written while training continues; needs another copy of the weights in host memory."""
     save_total_limit: int = 2
-    """Verified checkpoints to keep."""
+    """Number of verified checkpoints to keep; older ones are deleted."""
     log_interval: int = 10
     """Steps between lines on the terminal; every step is recorded."""
 

@@ -18,7 +18,7 @@ class Verb:
     module: str
     """Module with `run(config: RunConfig) -> None`; imported only once the configuration is valid."""
     recipe: str
-    """Recipe in configs/ that is taken without --config-name."""
+    """Recipe in configs/ without --config-name."""
     summary: str
     """One line of help."""
     computes: bool = False
@@ -28,7 +28,7 @@ class Verb:
     reads: tuple[str, ...] = ()
     """Sections and keys that it reads, beside `GENERAL`."""
     ignores: tuple[str, ...] = ()
-    """Sections and keys of those that it does not read after all."""
+    """Exceptions: sections and keys within `reads` that it does not read."""
 
     def check(self, name: str, source: str) -> None:
         """Refuse to start without a model.
@@ -57,8 +57,8 @@ PRETRAINING_SCHEDULES = (
     "train.schedule.mtp_weight_phases",
     "train.schedule.bias_rate_phases",
 )
-"""Post-training leaves the routers' balance alone (train/routing.py, FROZEN), trains no extra predictions and takes
-batches of one size."""
+"""Keys that post-training does not read: it does not balance the routers (train/routing.py, FROZEN), trains no
+multi-token prediction, and has batches of one size."""
 
 VERBS = {
     "pretrain": Verb(

@@ -16,8 +16,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one command did."""
+class CommandResult:
+    """Result of one command."""
 
     status: int
     stdout: str
@@ -28,7 +28,7 @@ class Answer:
     """Time on a core, user and system: what `seconds` is on an idle machine, the file system aside."""
 
 
-def _answer(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> Answer:
+def _run_command(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> CommandResult:
     start = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "megatron_r1", *arguments],
@@ -43,10 +43,10 @@ def _answer(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> Answ
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
-    return Answer(process.returncode, out, err, seconds, usage.ru_utime + usage.ru_stime)
+    return CommandResult(process.returncode, out, err, seconds, usage.ru_utime + usage.ru_stime)
 
 
 @pytest.fixture(scope="session")
-def answer() -> Callable[..., Answer]:
-    """`answer(*arguments, cwd=..., NAME=value)` runs `megatron-r1` and waits for it."""
-    return _answer
+def run_command() -> Callable[..., CommandResult]:
+    """`run_command(*arguments, cwd=..., NAME=value)` runs `megatron-r1` and waits for it."""
+    return _run_command

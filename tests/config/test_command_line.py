@@ -20,12 +20,12 @@ LIMIT_S = 1.0
 
 
 @pytest.fixture
-def text(answer, request) -> str:
+def text(run_command, request) -> str:
     """Standard output of a command that succeeds in silence and in under a second."""
-    seen = answer(*request.param.split())
-    assert (seen.status, seen.stderr) == (0, "")
-    assert seen.processor_seconds < LIMIT_S
-    return seen.stdout
+    result = run_command(*request.param.split())
+    assert (result.status, result.stderr) == (0, "")
+    assert result.processor_seconds < LIMIT_S
+    return result.stdout
 
 
 @pytest.mark.parametrize("text", ["--help", "-h"], indirect=True)
@@ -49,9 +49,9 @@ def test_help_of_a_key(text):
     assert "read by: grpo" in text
 
 
-def test_help_imports_nothing_heavy_and_is_quick(answer):
-    seen = answer("grpo", "--help", "rl")
-    assert seen.status == 0 and seen.processor_seconds < 0.5
+def test_help_imports_nothing_heavy_and_is_quick(run_command):
+    result = run_command("grpo", "--help", "rl")
+    assert result.status == 0 and result.processor_seconds < 0.5
 
 
 CFG_JOB = "grpo --cfg job --config-name r1_zero.yaml rl.group_size=8 seed=3"
@@ -116,5 +116,5 @@ def test_no_argument_is_help_and_no_verb_is_an_error(capsys):
     assert exit_code(["pretrain", "--config-name"]) == 2
 
 
-def test_version_is_printed(answer):
-    assert answer("--version").stdout == f"{__version__}\n"
+def test_version_is_printed(run_command):
+    assert run_command("--version").stdout == f"{__version__}\n"

@@ -227,12 +227,12 @@ def test_difference_between_a_section_and_none():
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.name)
-def test_every_field_says_what_it_is(path):
+def test_every_field_has_a_docstring(path):
     silent = []
     for section in ast.parse(path.read_text()).body:
         if isinstance(section, ast.ClassDef):
             for statement, after in zip(section.body, [*section.body[1:], None], strict=True):
-                told = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                if isinstance(statement, ast.AnnAssign) and not told:
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if isinstance(statement, ast.AnnAssign) and not documented:
                     silent.append(f"{section.name}.{ast.unparse(statement.target)}")
     assert silent == []

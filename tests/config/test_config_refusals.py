@@ -173,28 +173,28 @@ LIMIT_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def answers(answer):
-    """Command -> its answer to come; every command runs once, two at a time."""
+def results(run_command):
+    """Command -> its future result; every command runs once, two at a time."""
     pool = ThreadPoolExecutor(2)
-    yield {command: pool.submit(answer, *command.split()) for command, _, _ in REFUSALS}
+    yield {command: pool.submit(run_command, *command.split()) for command, _, _ in REFUSALS}
     pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize(("command", "key_and_value", "allowed"), REFUSALS, ids=[row[0] for row in REFUSALS])
-def test_broken_config_is_refused_in_one_line(answers, command, key_and_value, allowed):
-    seen = answers[command].result()
-    assert seen.stderr.startswith(f"megatron-r1: {key_and_value}: ")
-    assert allowed in seen.stderr
-    assert seen.stderr.count("\n") == 1 and "Traceback" not in seen.stderr
-    assert (seen.status, seen.stdout) == (2, "")
-    assert seen.processor_seconds < LIMIT_S
+def test_broken_config_is_refused_in_one_line(results, command, key_and_value, allowed):
+    result = results[command].result()
+    assert result.stderr.startswith(f"megatron-r1: {key_and_value}: ")
+    assert allowed in result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+    assert (result.status, result.stdout) == (2, "")
+    assert result.processor_seconds < LIMIT_S
 
 
-def test_refusals_take_under_a_second(answers):
-    assert len(answers) == len(REFUSALS) >= 50
-    # Wall-clock time is the program's own only while nothing else runs: the quickest answer comes nearest to that.
-    assert min(seen.result().seconds for seen in answers.values()) < LIMIT_S
-    assert statistics.median(seen.result().processor_seconds for seen in answers.values()) < LIMIT_S / 2
+def test_refusals_take_under_a_second(results):
+    assert len(results) == len(REFUSALS) >= 50
+    # Wall-clock time is the program's own only while nothing else runs: the fastest run comes nearest to that.
+    assert min(result.result().seconds for result in results.values()) < LIMIT_S
+    assert statistics.median(result.result().processor_seconds for result in results.values()) < LIMIT_S / 2
 
 
 def test_a_critic_of_tied_embeddings_on_two_stages_is_refused():
@@ -205,25 +205,25 @@ def test_a_critic_of_tied_embeddings_on_two_stages_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["rl=process"], "reward.steps=0.0: must be above 0 with rl.advantage_estimator=process"),
         (["reward=steps"], "reward.steps=0.5: must be 0 with rl.advantage_estimator=group"),
     ],
 )
-def test_rewards_of_steps_and_advantages_of_steps_need_each_other(overrides, said):
-    with pytest.raises(ConfigError, match=said):
+def test_rewards_of_steps_and_advantages_of_steps_need_each_other(overrides, message):
+    with pytest.raises(ConfigError, match=message):
         check_layout(load("grpo", overrides), "grpo", ranks=1)
     for use in ("rl=process", "rl=ppo"):
         check_layout(load("grpo", ["reward=steps", use]), "grpo", ranks=1)
 
 
-def test_only_the_first_rank_speaks(answer):
-    assert answer("pretrain", "x=1", RANK="0").stderr.count("\n") == 1
-    silent = answer("pretrain", "x=1", RANK="3")
+def test_only_rank_zero_prints_the_error(run_command):
+    assert run_command("pretrain", "x=1", RANK="0").stderr.count("\n") == 1
+    silent = run_command("pretrain", "x=1", RANK="3")
     assert (silent.status, silent.stderr) == (2, "")
 
 
-def test_refusal_writes_no_file(answer, tmp_path):
-    assert answer("pretrain", "x=1", cwd=tmp_path).status == 2
+def test_refusal_writes_no_file(run_command, tmp_path):
+    assert run_command("pretrain", "x=1", cwd=tmp_path).status == 2
     assert list(tmp_path.iterdir()) == []

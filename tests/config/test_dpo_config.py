@@ -39,7 +39,7 @@ def test_files_may_replace_the_generated_pairs():
 @pytest.mark.parametrize(
     ("overrides", "ranks", "message"),
     [
-        (["parallel.context=2"], 2, "parallel.context=2: must be 1: a response is judged by its whole row"),
+        (["parallel.context=2"], 2, "parallel.context=2: must be 1"),
         (INTERLEAVED, 2, "parallel.virtual_pipeline=2: must be 1"),
         (
             ["parallel.expert=2", "performance.moe_token_dispatcher_type=allgather"],
@@ -49,7 +49,7 @@ def test_files_may_replace_the_generated_pairs():
         (["train.global_batch_size=16"], 3, "train.global_batch_size=16: must be a multiple of the 3"),
     ],
 )
-def test_layouts_that_cannot_learn_from_whole_rows_are_refused(verb, overrides, ranks, message):
+def test_layouts_that_preferences_do_not_support_are_refused(verb, overrides, ranks, message):
     with pytest.raises(ConfigError) as refused:
         check_layout(load(verb, overrides), verb, ranks)
     assert str(refused.value).startswith(message)

@@ -15,7 +15,7 @@ OVERLAP = {"overlap_moe_expert_parallel_comm": True}
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"recompute_modules": ["attention"]}, "must be some of core_attn"),
         ({"moe_token_dispatcher_type": "flex"}, "must be one of allgather, alltoall"),
@@ -27,13 +27,13 @@ OVERLAP = {"overlap_moe_expert_parallel_comm": True}
         ({"moe_shared_expert_overlap": True, "moe_token_dispatcher_type": "allgather"}, "needs another dispatcher"),
     ],
 )
-def test_switches_that_exclude_one_another_are_refused(settings, said):
-    with pytest.raises(ConfigError, match=said):
+def test_switches_that_exclude_one_another_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
         PerformanceConfig(**settings)
 
 
 @pytest.mark.parametrize(
-    ("parallel", "model", "said"),
+    ("parallel", "model", "message"),
     [
         ({}, {"dtype": "bf16"}, "needs parallel.expert above 1"),
         ({"expert": 2}, {"dtype": "fp32"}, "needs model.dtype=bf16"),
@@ -41,12 +41,12 @@ def test_switches_that_exclude_one_another_are_refused(settings, said):
         ({"expert": 2}, {"dtype": "bf16", "mtp": 2}, "needs at most 1 multi-token layer"),
     ],
 )
-def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, said):
+def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, message):
     from megatron_r1.config.model import ModelConfig, MtpConfig
     from megatron_r1.config.parallel import ParallelConfig
 
     shape = ModelConfig(dtype=model["dtype"], mtp=MtpConfig(num_layers=model.get("mtp", 1)))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         degrees, switches = ParallelConfig(**parallel), replace(PerformanceConfig(), **OVERLAP)
         check_sections(RunConfig(model=shape, parallel=degrees, performance=switches), "pretrain")
 
