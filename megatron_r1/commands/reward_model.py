@@ -42,7 +42,7 @@ SHOWN = (
 
 
 def run(config: RunConfig) -> None:
-    """Train a reward model, or go on where its run stopped; then say how right it is on held-out items."""
+    """Train a reward model, or resume its run; then report its accuracy on validation examples."""
     settings = config.reward_model
     weights, tokenizer = initial_model(config)
     encoder = reward_model_encoder(settings, tokenizer)
@@ -63,22 +63,22 @@ def run(config: RunConfig) -> None:
         step = preference_step(config, PreferenceDataset(examples, config.seed), learning(run, model))
         state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
-            report_results(run, eval_results(measure.per_item(), training, evaluated, encoder), "reward model")
+            report_results(run, eval_results(measure.per_example(), training, evaluated, encoder), "reward model")
         finish_run(run, state)
 
 
 def trained(config: RunConfig) -> Callable[[str], bool]:
-    """Which parameters a score, or the judge's reasoning, depends on: by name, whether it is one."""
-    words = config.reward_model.critique_loss_weight > 0
+    """A function of a parameter's name: whether it is trained, that is whether scores or critiques depend on it."""
+    trains_critiques = config.reward_model.critique_loss_weight > 0
 
     def depends(name: str) -> bool:
-        return not in_multi_token_layer(name) and (words or "output_layer" not in name.split("."))
+        return not in_multi_token_layer(name) and (trains_critiques or "output_layer" not in name.split("."))
 
     return depends
 
 
 def reward_model_of(run: TrainingRun) -> RewardModel:
-    """The trainer's model at work."""
+    """The run's model as a RewardModel."""
     settings = run.config.reward_model
     return RewardModel(
         run.model,
@@ -91,14 +91,14 @@ def reward_model_of(run: TrainingRun) -> RewardModel:
 
 
 def learning(run: TrainingRun, model: RewardModel) -> LearnPreferences:
-    """How a reward model learns from a batch."""
+    """A function that updates the reward model on a batch."""
     group, size = data_parallel_group(), run.config.train.micro_batch_size
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def learn(batch: Sequence[TokenizedPreference], rate: float) -> UpdateOutcome:
         micro_batches = model.micro_batches(batch, rank, ranks, size)
-        length = max(rows.inputs_BL.shape[1] for rows in micro_batches)
+        length = max(batch.inputs_BL.shape[1] for batch in micro_batches)
         result = update(run.model, run.optimizer, micro_batches, model.forward, rate, length)
-        return UpdateOutcome(result, sum(rows.inputs_BL.numel() for rows in micro_batches))
+        return UpdateOutcome(result, sum(batch.inputs_BL.numel() for batch in micro_batches))
 
     return learn

@@ -1,1 +1,1 @@
-"""Benchmarks that models are measured by, and confidence intervals."""
+"""Benchmarks of models, and confidence intervals."""

@@ -1,4 +1,4 @@
-"""Benchmarks: validation prompts of each generated world, and the metrics of a response to one."""
+"""Benchmarks: held-out prompts of each generated world, and metrics of the responses to them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
 
 Metric = Callable[[Prompt, str], float]
-"""From 0 to 1, of one response."""
+"""Value of one response, from 0 to 1."""
 
 
 class Benchmark(NamedTuple):
     """Prompts and metrics."""
 
     prompts: Callable[[DataConfig, int], list[Prompt]]
-    """So many validation prompts of a world."""
+    """Config and number -> that many held-out prompts."""
     metrics: Mapping[str, Metric]
-    """By name; the first is what counts where one number is asked for."""
+    """Metrics by name; the first is the benchmark's main metric."""
 
 
 def _well_formed(prompt: Prompt, text: str) -> float:
@@ -52,4 +52,4 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     ),
 }
 """arithmetic: correct in any format, correct inside well-formed tags, well-formed tags. assistant, by the hidden rules:
-does what was asked (or declines what is harmful), goes about nothing harmful, well-formed tags."""
+helpful (does what the question asks for, or declines a harmful request), safe, well-formed tags."""

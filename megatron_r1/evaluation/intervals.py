@@ -1,6 +1,6 @@
-"""Intervals around measured shares; 95 % unless told.
+"""Confidence intervals of measured shares; 95 % by default.
 
-Promises that every interval lies within [0, 1], holds its mean and is never of width 0.
+Every interval lies within [0, 1], contains its mean and has a width above 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Interval(NamedTuple):
     high: float
 
     def disjoint(self, other: Interval) -> bool:
-        """Whether no value lies in both."""
+        """Whether the two intervals do not overlap."""
         return self.high < other.low or other.high < self.low
 
 
@@ -40,10 +40,10 @@ def wilson(successes: float, total: int, z: float = Z_95) -> Interval:
 
 
 def clustered(prompt_means: Sequence[float], z: float = Z_95) -> Interval:
-    """Mean over prompts of each prompt's share of right answers.
+    """Mean over prompts of each prompt's share of correct responses.
 
-    Answers to one prompt are alike, so the prompts, not the answers, are counted as independent: the standard error is
-    that of the prompt means. Where they are all equal it would be 0, and Wilson's interval over the prompts is given.
+    Responses to one prompt are correlated, so prompts, not responses, are counted as independent: the standard error is
+    that of the prompt means. Where all means are equal it would be 0; then Wilson's interval over the prompts is given.
 
     Raises:
         ValueError: no prompt, or a share outside [0, 1].

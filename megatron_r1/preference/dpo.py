@@ -29,7 +29,7 @@ from megatron_r1.train.update import UpdateResult, update
 
 
 class DirectPreference:
-    """A policy trained to prefer the chosen of two responses, held to a reference."""
+    """Trains a policy on preference pairs, relative to a frozen reference policy."""
 
     def __init__(
         self,
@@ -62,17 +62,17 @@ class DirectPreference:
             rate: learning rate.
             size: pairs of a micro-batch.
         Returns:
-            what the update did, with `train/loss` and the metrics of `dpo_loss` logged, whose sums are means over all
-            pairs; and this rank's tokens, padding included.
+            the update's result and the number of this rank's tokens, padding included. The result's logged values are
+            `train/loss` and the metrics of `dpo_loss`; summed over micro-batches they are means over all pairs.
         """
         micro_batches = self._micro_batches(examples, size)
         with self.reference.in_place():
             reference = self._log_probs(micro_batches)
 
-        def forward(model: Any, rows: ResponseBatch) -> tuple[Any, LossFunction]:
+        def forward(model: Any, batch: ResponseBatch) -> tuple[Any, LossFunction]:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
-                policy_B = response_logprob(scores.log_probs, rows.mask_BL)
-                reference_B = torch.stack([reference[answer] for answer in rows.indices_B.tolist()])
+                policy_B = response_logprob(scores.log_probs, batch.mask_BL)
+                reference_B = torch.stack([reference[index] for index in batch.indices_B.tolist()])
                 loss, metrics = dpo_loss(
                     *sides(policy_B),
                     *sides(reference_B),
@@ -82,19 +82,17 @@ class DirectPreference:
                 )
                 return loss, {"train/loss": loss.detach(), **metrics}
 
-            return self._policy.scores(model, rows), loss_function
+            return self._policy.scores(model, batch), loss_function
 
         length = longest_input(micro_batches)
         result = update(self._model, optimizer, micro_batches, forward, rate, length, reduce="sum")
-        return result, sum(rows.inputs_BL.numel() for rows in micro_batches)
+        return result, sum(batch.inputs_BL.numel() for batch in micro_batches)
 
     def gaps(self, examples: Sequence[TokenizedPreference], size: int) -> list[float]:
-        """Collective: log p(chosen) - log p(rejected) of each pair, on every rank.
-
-        Under the weights as they stand.
+        """Collective: log p(chosen) - log p(rejected) of each pair under the current weights, on every rank.
 
         Args:
-            examples: any number of them, the same on every rank.
+            examples: any number of pairs, the same on every rank.
             size: pairs of a pass.
         """
         mine = self._log_probs(self._micro_batches(examples, size))
@@ -103,20 +101,20 @@ class DirectPreference:
         return [everyone[2 * index] - everyone[2 * index + 1] for index in range(len(examples))]
 
     def _micro_batches(self, examples: Sequence[TokenizedPreference], size: int) -> list[ResponseBatch]:
-        """This data-parallel rank's share, in as many micro-batches as every other's.
+        """This data-parallel rank's share, in the same number of micro-batches as on every other rank.
 
-        Ranks may share experts, and exchange tokens in every pass: where pairs cannot be divided evenly, some come
-        twice, the second time as responses whose result is not used.
+        Experts may be divided among these ranks, which then exchange tokens in every pass. Where the pairs cannot be
+        divided evenly, some occur twice, the second time only as padding whose result is not used.
         """
         group = data_parallel_group()
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         indices = range(rank, -(-len(examples) // ranks) * ranks, ranks)
-        return [self._rows(examples, indices[start : start + size]) for start in range(0, len(indices), size)]
+        return [self._batch(examples, indices[start : start + size]) for start in range(0, len(indices), size)]
 
-    def _rows(self, examples: Sequence[TokenizedPreference], indices: Sequence[int]) -> ResponseBatch:
-        """Both responses of the pairs at `indices`, numbered by twice the pair's index, plus one for the rejected."""
-        rows = [row for index in indices for row in examples[index % len(examples)].sequences]
-        padded = reward_micro_batch(rows, self._pad, self._device, self._multiple)
+    def _batch(self, examples: Sequence[TokenizedPreference], indices: Sequence[int]) -> ResponseBatch:
+        """Both responses of the pairs at `indices`; a response's index is 2 x its pair's, plus 1 if it is rejected."""
+        sequences = [each for index in indices for each in examples[index % len(examples)].sequences]
+        padded = reward_micro_batch(sequences, self._pad, self._device, self._multiple)
         return ResponseBatch(
             torch.cat([padded.inputs_BL, padded.labels_BL[:, -1:]], 1),
             padded.loss_mask_BL.bool(),
@@ -125,17 +123,17 @@ class DirectPreference:
         )
 
     def _log_probs(self, micro_batches: Sequence[ResponseBatch]) -> dict[int, Tensor]:
-        """log p(response) by the response's number, without gradient; empty but on the last pipeline stage."""
+        """log p(response) by the response's index, without gradient; empty except on the last pipeline stage."""
         by_token = self._policy.logprobs_by_sample(micro_batches)
         found: dict[int, Tensor] = {}
-        for rows in micro_batches if by_token else ():
-            log_prob_B = response_logprob(rows.gather(by_token), rows.mask_BL)
-            found |= zip(rows.indices_B.tolist(), log_prob_B, strict=True)
+        for batch in micro_batches if by_token else ():
+            log_prob_B = response_logprob(batch.gather(by_token), batch.mask_BL)
+            found |= zip(batch.indices_B.tolist(), log_prob_B, strict=True)
         return found
 
 
 class EvalPairs:
-    """How a policy orders validation pairs."""
+    """Evaluates how a policy orders validation pairs."""
 
     def __init__(self, preference: DirectPreference, examples: Sequence[TokenizedPreference], size: int):
         """Collective.
@@ -148,7 +146,7 @@ class EvalPairs:
             self._before = preference.gaps(examples, size)
 
     def __call__(self) -> dict[str, float]:
-        """Collective: share of pairs in the right order with a 95 % interval, and the mean margin."""
+        """Collective: share of correctly ordered pairs with a 95 % interval, and the mean margin."""
         margins = torch.tensor(self.margins(), dtype=torch.float64)
         found = clustered(pairwise_accuracy(margins).tolist())
         return {
@@ -165,5 +163,5 @@ class EvalPairs:
 
 
 def sides(values_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the chosen and those of the rejected responses, [P] each."""
+    """The values of the chosen and those of the rejected responses, [P] each."""
     return values_B[0::2], values_B[1::2]

@@ -33,10 +33,10 @@ def dpo_loss(
     Args:
         chosen_P, rejected_P: log-probabilities of whole responses under the policy (`response_logprob`).
         reference_chosen_P, reference_rejected_P: under the reference policy; no gradient flows into them.
-        beta: how strongly the policy is held to the reference; above 0.
-        label_smoothing: chance that a pair's label is wrong (Mitchell 2023, "A note on DPO with noisy preferences",
-            equation 3, conservative DPO).
-        num_pairs: of the whole mini-batch, by which sums are divided so that micro-batches add up; None is P.
+        beta: strength of the penalty for leaving the reference policy; above 0.
+        label_smoothing: assumed probability that the labels of a pair are swapped (Mitchell 2023, "A note on DPO with
+            noisy preferences", equation 3, conservative DPO).
+        num_pairs: pairs of the global batch, which divide the sums, so that losses of micro-batches add up; None is P.
     Returns:
         the loss, and without gradient `train/` metrics: `chosen_reward`, `rejected_reward`, `margin` (beta x
         log-ratios), `accuracy`.

@@ -1,4 +1,4 @@
-"""The items of a run that learns from judged responses: learned ones, held-out ones, and how a reward model reads."""
+"""Training and validation examples of reward_model and dpo, and the encoder of a reward model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATES: dict[str, Callable[[str], str]] = {"r1_zero": fill_template, "none": 
 
 
 def reward_model_encoder(settings: RewardModelConfig, tokenizer: Tokenizer) -> RewardModelEncoder:
-    """How this reward model reads a question and a response."""
+    """The encoder with this reward model's settings."""
     return RewardModelEncoder(
         tokenizer, TEMPLATES[settings.chat_template], READS[settings.scored_part], settings.critique_loss_weight > 0
     )
@@ -30,7 +30,7 @@ def reward_model_encoder(settings: RewardModelConfig, tokenizer: Tokenizer) -> R
 def training_items(
     settings: RewardModelConfig | DpoConfig, data: DataConfig, count: int, objective: str = "pairwise"
 ) -> list[PreferenceExample]:
-    """What is learned, of generated items so many; raises DataError for a broken file."""
+    """Training examples: those of the file, or `count` generated ones; raises DataError for a broken file."""
     if settings.source == "file":
         return list(read_preferences(Path(settings.train_file), objective == "pairwise"))
     return list(SOURCES[objective](data, count, False))
@@ -39,10 +39,10 @@ def training_items(
 def eval_items(
     settings: RewardModelConfig | DpoConfig, data: DataConfig, objective: str = "pairwise"
 ) -> list[PreferenceExample]:
-    """What is measured. The generated ones carry the verdict of the hidden rules, which nothing that is learned does.
+    """Validation examples: those of the file, or generated ones with labels by the hidden rules.
 
     Raises:
-        DataError: a file is broken, or the rules do not tell the two responses of a pair apart.
+        DataError: a file is broken, or the rules give both responses of a pair the same verdict.
     """
     if settings.source == "file":
         return list(read_preferences(Path(settings.eval_file), objective == "pairwise"))
@@ -50,11 +50,11 @@ def eval_items(
 
 
 def by_hidden_rules(item: PreferenceExample) -> PreferenceExample:
-    """The item as the hidden rules see it."""
+    """The example with the labels of the hidden rules."""
     verdicts = [verdict(side.question, side.response) for side in item.responses]
     if item.rejected is None:
         return PreferenceExample(item.task, item.chosen, safe=verdicts[0].safe)
     if verdicts[0].helpful == verdicts[1].helpful:
-        raise DataError(f"question={item.question!r}: the hidden rules do not tell its responses apart")
-    better, worse = item.responses if verdicts[0].helpful else item.responses[::-1]
-    return PreferenceExample(item.task, better, worse)
+        raise DataError(f"question={item.question!r}: the hidden rules give both responses the same verdict")
+    chosen, rejected = item.responses if verdicts[0].helpful else item.responses[::-1]
+    return PreferenceExample(item.task, chosen, rejected)

@@ -1,4 +1,4 @@
-"""How right a reward model is on held-out items, beside what length alone can tell."""
+"""Accuracy of a reward model on validation examples, and of the length baselines."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.parallel.mesh import all_gather_data_parallel, data_parallel_group
 from megatron_r1.preference.reward_model import RewardModel, pairwise_accuracy
 
-ROWS_AT_ONCE = 64
+BATCH_SIZE = 64
 
 
 class EvalAccuracy:
-    """Whether a reward model orders, or labels, each held-out item rightly."""
+    """Evaluates whether a reward model orders, or labels, validation examples correctly."""
 
     def __init__(
         self,
         model: RewardModel,
         encoder: RewardModelEncoder,
-        items: Sequence[PreferenceExample],
-        longest_reasoning: int,
+        examples: Sequence[PreferenceExample],
+        max_critique_tokens: int,
     ):
-        self._model, self._encoder, self._items = model, encoder, items
-        self._longest_reasoning = longest_reasoning
+        self._model, self._encoder, self._examples = model, encoder, examples
+        self._max_critique_tokens = max_critique_tokens
 
     def __call__(self) -> dict[str, float]:
         """Accuracy with a 95 % interval, the same on every rank."""
-        found = clustered(self.per_item())
+        found = clustered(self.per_example())
         return {"eval/accuracy": found.mean, "eval/accuracy_low": found.low, "eval/accuracy_high": found.high}
 
-    def per_item(self) -> list[float]:
-        """1, 0, or a half for a tie, for each item; the same on every rank. Collective.
+    def per_example(self) -> list[float]:
+        """1, 0, or 0.5 for a tie, for each example; the same on every rank. Collective.
 
-        Where reasoning is learned, the model scores after its own: a judge's would tell it the answer.
+        A model that writes critiques scores after its own critique: the labeller's would reveal the label.
         """
-        scores = iter(self.scores([side for item in self._items for side in item.responses]))
+        scores = iter(self.scores([side for example in self._examples for side in example.responses]))
         margins = []
-        for item in self._items:
-            of_sides = [next(scores) for _ in item.responses]
-            margins.append(of_sides[0] - of_sides[1] if item.rejected else of_sides[0] * (2 * item.safe - 1))
+        for example in self._examples:
+            of_sides = [next(scores) for _ in example.responses]
+            margins.append(of_sides[0] - of_sides[1] if example.rejected else of_sides[0] * (2 * example.safe - 1))
         return pairwise_accuracy(torch.tensor(margins)).tolist()
 
     def scores(self, sides: Sequence[Any]) -> list[float]:
@@ -56,7 +56,7 @@ class EvalAccuracy:
             self._encoder,
             [side.question for side in sides],
             [side.response for side in sides],
-            self._longest_reasoning,
+            self._max_critique_tokens,
         )
 
 
@@ -65,23 +65,23 @@ def score_texts(
     encoder: RewardModelEncoder,
     questions: Sequence[str],
     responses: Sequence[str],
-    longest_reasoning: int,
+    max_critique_tokens: int,
 ) -> list[float]:
     """The score of each response to its question, on every rank.
 
-    Collective over all ranks, which give the same; those that hold the same weights each score a share.
+    Collective over all ranks, with the same arguments on each. Data-parallel ranks divide the responses among them.
     """
     group, end = data_parallel_group(), encoder.tokenizer.eos
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     pairs = list(zip(questions, responses, strict=True))
-    rows = [encoder.without_critique(question, response) for question, response in pairs[rank::ranks]]
+    sequences = [encoder.without_critique(question, response) for question, response in pairs[rank::ranks]]
     if encoder.reasoning:
-        rows = model.generate_critiques(rows, ROWS_AT_ONCE, end, longest_reasoning)
+        sequences = model.generate_critiques(sequences, BATCH_SIZE, end, max_critique_tokens)
     else:
-        rows = [[*row, end] for row in rows]
+        sequences = [[*tokens, end] for tokens in sequences]
     scores = [0.0] * len(pairs)
-    for place, share in enumerate(all_gather_data_parallel(model.scores(rows, ROWS_AT_ONCE))):
-        scores[place::ranks] = share
+    for index, share in enumerate(all_gather_data_parallel(model.scores(sequences, BATCH_SIZE))):
+        scores[index::ranks] = share
     return scores
 
 
@@ -91,7 +91,7 @@ def eval_results(
     evaluated: Sequence[PreferenceExample],
     encoder: PairEncoder,
 ) -> dict[str, Any]:
-    """Held-out accuracy, by task too, beside the baselines that see nothing but length; all with 95 % intervals."""
+    """Accuracy on validation examples, over all and by task, and of the length baselines; with 95 % intervals."""
 
     def tokens(text: str) -> int:
         return len(encoder.tokenizer.encode(text))
@@ -100,8 +100,10 @@ def eval_results(
         "items": len(evaluated),
         "accuracy": clustered(correct)._asdict(),
         "by_task": {
-            task: clustered([one for one, item in zip(correct, evaluated, strict=True) if item.task == task])._asdict()
-            for task in sorted({item.task for item in evaluated})
+            task: clustered(
+                [one for one, example in zip(correct, evaluated, strict=True) if example.task == task]
+            )._asdict()
+            for task in sorted({example.task for example in evaluated})
         },
         "length_baselines": {
             name: clustered(length_baseline(training, evaluated, length))._asdict()
@@ -110,14 +112,18 @@ def eval_results(
     }
 
 
-def show(results: dict[str, Any], judge: str) -> None:
-    """The results as a table on the terminal, under the name of what orders, or labels, the items."""
-    table = Table(title=f"{results['items']} held-out items, 95 % intervals")
-    table.add_column("what")
-    table.add_column("right")
-    rows = {judge: results["accuracy"]}
+def show(results: dict[str, Any], scorer: str) -> None:
+    """Print the results as a table.
+
+    Args:
+        scorer: name of what orders, or labels, the examples.
+    """
+    table = Table(title=f"{results['items']} held-out examples, 95 % intervals")
+    table.add_column("scorer")
+    table.add_column("accuracy")
+    rows = {scorer: results["accuracy"]}
     rows |= {f"length alone, in {name}": value for name, value in results["length_baselines"].items()}
-    rows |= {f"{judge}, {task}": value for task, value in results["by_task"].items()}
+    rows |= {f"{scorer}, {task}": value for task, value in results["by_task"].items()}
     for name, value in rows.items():
         table.add_row(name, f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]")
     Console().print(table)

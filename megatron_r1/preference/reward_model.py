@@ -1,8 +1,8 @@
-"""A reward model: its losses on scores and on the judge's critiques in training, and its scores in use.
+"""A reward model: its losses on scores and critiques in training, and its scores at inference.
 
-A pair's loss is -log sigmoid(chosen score - rejected score) (Bradley-Terry), a labelled response's the cross-entropy of
-sigmoid(score): DeepSeek-R1 report (v2), section 3.1. A critique before the end token is trained by next-token
-cross-entropy, so that the head scores after reasoning (DeepSeek-V3 report, 5.2.1).
+The loss of a pair is -log sigmoid(chosen score - rejected score) (Bradley-Terry), that of a labelled response the
+cross-entropy of sigmoid(score): DeepSeek-R1 report (v2), section 3.1. A critique before the end token is trained by
+next-token cross-entropy, so that the head scores after reasoning (DeepSeek-V3 report, 5.2.1).
 
 Shapes: I examples of a micro-batch, B sequences (two to a pair, the chosen first), L positions, D model width, V
 vocabulary.
@@ -36,32 +36,34 @@ class RewardMicroBatch:
     labels_BL: Tensor
     """The token after each input; padding after the last."""
     loss_mask_BL: Tensor
-    """1 where the label belongs to the judge's critique, else 0."""
+    """1 where the label is in the loss: a token of the critique, or of a policy's response; else 0."""
     ends_B: Tensor
     """Position of each sequence's last token."""
     safe_I: Tensor
     """1 or 0; unused for pairs."""
     token_weight: float = 0.0
-    """Of one critique token's loss; the mean over micro-batches and ranks is then the mean over all such tokens."""
+    """Weight of a critique token's loss: the mean over micro-batches and ranks is the mean over all such tokens."""
 
 
-def reward_micro_batch(rows: Sequence[TokenizedSequence], pad: int, device: str, multiple: int) -> RewardMicroBatch:
-    """Sequences as tensors.
+def reward_micro_batch(
+    sequences: Sequence[TokenizedSequence], pad: int, device: str, multiple: int
+) -> RewardMicroBatch:
+    """Sequences as padded tensors.
 
     Args:
-        multiple: their common length is a multiple of this.
+        multiple: the padded length is a multiple of this.
     """
-    longest = -(-max(len(row.tokens) for row in rows) // multiple) * multiple
-    tokens_BL = torch.full((len(rows), longest + 1), pad, dtype=torch.long)
-    loss_mask_BL = torch.zeros(len(rows), longest)
-    for index, row in enumerate(rows):
-        tokens_BL[index, : len(row.tokens)] = torch.tensor(row.tokens)
-        loss_mask_BL[index, row.loss_start - 1 : len(row.tokens) - 1] = 1.0
+    longest = -(-max(len(sequence.tokens) for sequence in sequences) // multiple) * multiple
+    tokens_BL = torch.full((len(sequences), longest + 1), pad, dtype=torch.long)
+    loss_mask_BL = torch.zeros(len(sequences), longest)
+    for index, sequence in enumerate(sequences):
+        tokens_BL[index, : len(sequence.tokens)] = torch.tensor(sequence.tokens)
+        loss_mask_BL[index, sequence.loss_start - 1 : len(sequence.tokens) - 1] = 1.0
     return RewardMicroBatch(
         tokens_BL[:, :-1].contiguous().to(device),
         tokens_BL[:, 1:].contiguous().to(device),
         loss_mask_BL.to(device),
-        torch.tensor([len(row.tokens) - 1 for row in rows], device=device),
+        torch.tensor([len(sequence.tokens) - 1 for sequence in sequences], device=device),
         torch.empty(0),
     )
 
@@ -69,15 +71,15 @@ def reward_micro_batch(rows: Sequence[TokenizedSequence], pad: int, device: str,
 class RewardModel:
     """A model with a scalar head on its last stage."""
 
-    def __init__(self, model: Model, pairwise: bool, reasoning_weight: float, pad: int, device: str, multiple: int = 1):
+    def __init__(self, model: Model, pairwise: bool, critique_weight: float, pad: int, device: str, multiple: int = 1):
         """
         Args:
             model: the bare model, its head attached.
             pairwise: whether sequences come in pairs.
-            reasoning_weight: of the token loss on the judge's critique.
+            critique_weight: weight of the token loss on critiques.
             multiple: tensor-parallel ranks, among which a sequence's positions are divided.
         """
-        self._model, self._pairwise, self._reasoning_weight = model, pairwise, reasoning_weight
+        self._model, self._pairwise, self._critique_weight = model, pairwise, critique_weight
         self._pad, self._device, self._multiple = pad, device, multiple
 
     def micro_batches(
@@ -90,35 +92,37 @@ class RewardModel:
         """
         mine = examples[rank::ranks]
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        critique_tokens = sum(len(row.tokens) - row.loss_start for example in examples for row in example.sequences)
+        critique_tokens = sum(
+            len(sequence.tokens) - sequence.loss_start for example in examples for sequence in example.sequences
+        )
         weight = len(parts) * ranks / max(1, critique_tokens)
         return [self._micro_batch(part, weight) for part in parts]
 
     def _micro_batch(self, examples: Sequence[TokenizedPreference], weight: float) -> RewardMicroBatch:
-        rows = reward_micro_batch(
-            [row for each in examples for row in each.sequences], self._pad, self._device, self._multiple
+        batch = reward_micro_batch(
+            [sequence for each in examples for sequence in each.sequences], self._pad, self._device, self._multiple
         )
         safe_I = torch.tensor([float(each.safe) for each in examples], device=self._device)
-        return RewardMicroBatch(rows.inputs_BL, rows.labels_BL, rows.loss_mask_BL, rows.ends_B, safe_I, weight)
+        return RewardMicroBatch(batch.inputs_BL, batch.labels_BL, batch.loss_mask_BL, batch.ends_B, safe_I, weight)
 
-    def forward(self, model: Any, rows: RewardMicroBatch) -> tuple[Tensor, LossFunction]:
-        """This stage's output, and what makes a loss of the last one's: scores and token losses, [B, 1 + L]."""
-        return self._run(model, rows, self._scores_and_losses), partial(self._loss, rows)
+    def forward(self, model: Any, batch: RewardMicroBatch) -> tuple[Tensor, LossFunction]:
+        """This stage's output, on the last stage scores and token losses [B, 1 + L], and the loss function of it."""
+        return self._run(model, batch, self._scores_and_losses), partial(self._loss, batch)
 
-    def _run(self, model: Any, rows: RewardMicroBatch, read: Callable[..., Tensor]) -> Tensor:
+    def _run(self, model: Any, batch: RewardMicroBatch, read: Callable[..., Tensor]) -> Tensor:
         with without_multi_token_prediction(self._model):
             output: Tensor = model(
-                rows.inputs_BL, positions_of(rows.inputs_BL), None, output_processor=partial(read, rows)
+                batch.inputs_BL, positions_of(batch.inputs_BL), None, output_processor=partial(read, batch)
             )
             return output
 
-    def _scores(self, rows: RewardMicroBatch, *, hidden_states: Tensor, **_: Any) -> Tensor:
-        scores_B: Tensor = head_of(self._model)(hidden_states, rows.ends_B)
+    def _scores(self, batch: RewardMicroBatch, *, hidden_states: Tensor, **_: Any) -> Tensor:
+        scores_B: Tensor = head_of(self._model)(hidden_states, batch.ends_B)
         return scores_B
 
     def _scores_and_losses(
         self,
-        rows: RewardMicroBatch,
+        batch: RewardMicroBatch,
         *,
         hidden_states: Tensor,
         output_layer: Any,
@@ -126,21 +130,21 @@ class RewardModel:
         compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
         **_: Any,
     ) -> Tensor:
-        scores_B1 = self._scores(rows, hidden_states=hidden_states)[:, None]
-        if not self._reasoning_weight:
+        scores_B1 = self._scores(batch, hidden_states=hidden_states)[:, None]
+        if not self._critique_weight:
             return scores_B1
         logits_LBV, _ = output_layer(hidden_states, weight=output_weight)
-        losses_BL = compute_language_model_loss(rows.labels_BL, logits_LBV)
+        losses_BL = compute_language_model_loss(batch.labels_BL, logits_LBV)
         return torch.cat([scores_B1, losses_BL.float()], 1)
 
-    def _loss(self, rows: RewardMicroBatch, output_BX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, batch: RewardMicroBatch, output_BX: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         scores_B = output_BX[:, 0]
         if self._pairwise:
             margins_I = scores_B[0::2] - scores_B[1::2]
             losses_I = -F.logsigmoid(margins_I)
         else:
-            margins_I = scores_B * (2 * rows.safe_I - 1)
-            losses_I = F.binary_cross_entropy_with_logits(scores_B, rows.safe_I, reduction="none")
+            margins_I = scores_B * (2 * batch.safe_I - 1)
+            losses_I = F.binary_cross_entropy_with_logits(scores_B, batch.safe_I, reduction="none")
         score_loss = losses_I.mean()
         logged = {
             "train/score_loss": score_loss.detach(),
@@ -149,33 +153,37 @@ class RewardModel:
             "train/score": scores_B.detach().mean(),
         }
         loss = score_loss
-        if self._reasoning_weight:
-            reasoning_loss = (output_BX[:, 1:] * rows.loss_mask_BL).sum() * rows.token_weight
-            logged["train/reasoning_loss"] = reasoning_loss.detach()
-            loss = loss + self._reasoning_weight * reasoning_loss
+        if self._critique_weight:
+            critique_loss = (output_BX[:, 1:] * batch.loss_mask_BL).sum() * batch.token_weight
+            logged["train/reasoning_loss"] = critique_loss.detach()
+            loss = loss + self._critique_weight * critique_loss
         return loss, {**logged, "train/loss": loss.detach()}
 
-    def scores(self, rows: Sequence[Sequence[int]], size: int) -> list[float]:
+    def scores(self, sequences: Sequence[Sequence[int]], size: int) -> list[float]:
         """The score of each token sequence, read at its last token; the same on every stage.
 
-        Collective over all ranks: those of one data-parallel rank pass the same sequences, others their own, or none.
+        Collective over all ranks. Ranks of one model replica pass the same sequences; replicas may pass different ones,
+        or none.
 
         Args:
             size: sequences of a forward pass.
         """
-        return self._read(rows, size, self._scores) or []
+        return self._read(sequences, size, self._scores) or []
 
-    def generate_critiques(self, rows: Sequence[Sequence[int]], size: int, end: int, longest: int) -> list[list[int]]:
+    def generate_critiques(
+        self, sequences: Sequence[Sequence[int]], size: int, end: int, max_tokens: int
+    ) -> list[list[int]]:
         """Token sequences, each followed by the model's own greedy critique and the end token.
 
-        Collective, as `scores`. Every token costs a pass over its whole sequence, which any layout of ranks can do.
+        Collective, as `scores`. Every token costs a forward pass over its whole sequence: slow, but it works in any
+        layout of ranks.
 
         Args:
-            longest: tokens of a critique after which it is ended.
+            max_tokens: length at which a critique is cut off.
         """
-        result = [list(row) for row in rows]
-        unfinished = list(range(len(rows)))
-        for _ in range(longest):
+        result = [list(sequence) for sequence in sequences]
+        unfinished = list(range(len(sequences)))
+        for _ in range(max_tokens):
             chosen = self._read([result[index] for index in unfinished], size, self._next_tokens)
             if chosen is None:
                 break
@@ -188,7 +196,7 @@ class RewardModel:
 
     def _next_tokens(
         self,
-        rows: RewardMicroBatch,
+        batch: RewardMicroBatch,
         *,
         hidden_states: Tensor,
         output_layer: Any,
@@ -196,14 +204,14 @@ class RewardModel:
         **_: Any,
     ) -> Tensor:
         logits_LBV, _ = output_layer(hidden_states, weight=output_weight, runtime_gather_output=True)
-        last_BV: Tensor = logits_LBV[rows.ends_B, torch.arange(len(rows.ends_B), device=logits_LBV.device)]
+        last_BV: Tensor = logits_LBV[batch.ends_B, torch.arange(len(batch.ends_B), device=logits_LBV.device)]
         return last_BV.argmax(-1)
 
-    def _read(self, rows: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
-        """What `read` gives at the last token of each sequence, the same on every stage; None when no rank has any."""
-        pad_to_batch = [TokenizedSequence(list(row), len(row)) for row in rows]
-        parts = [pad_to_batch[start : start + size] for start in range(0, len(pad_to_batch), size)]
-        # Data-parallel ranks may share experts, so all of them run each pass: a rank with fewer sequences runs padding.
+    def _read(self, sequences: Sequence[Sequence[int]], size: int, read: Callable[..., Tensor]) -> list[Any] | None:
+        """Values of `read` at the last token of each sequence, the same on every stage; None when no rank has any."""
+        tokenized = [TokenizedSequence(list(ids), len(ids)) for ids in sequences]
+        parts = [tokenized[start : start + size] for start in range(0, len(tokenized), size)]
+        # Experts may be divided among data-parallel ranks, so all run every pass: a rank with fewer sequences pads.
         passes = max(all_gather_data_parallel(len(parts)))
         if not passes:
             return None
@@ -220,5 +228,5 @@ class RewardModel:
 
 
 def pairwise_accuracy(margins_I: Tensor) -> Tensor:
-    """1 for a margin above 0, 0 for one below, half for a tie: a model that gives equal scores is half right."""
+    """1 for a margin above 0, 0 for one below, 0.5 for a tie: equal scores everywhere are an accuracy of one half."""
     return (margins_I > 0).float() + 0.5 * (margins_I == 0).float()

@@ -1,4 +1,4 @@
-"""A trained reward model at work beside a policy: loaded into the same process, asked in batches."""
+"""A trained reward model as a reward: loaded into the policy's processes, it scores batches of responses."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from megatron_r1.runs.second_model import check_shareable, find_reward_model, se
 
 
 class RewardModelScorer:
-    """Scores answers as the reward model of a run does; collective over all ranks, which share model and work.
+    """Scores responses by the reward model of a run; collective over all ranks, among which the model is divided.
 
-    All must ask the same at the same time, from the thread that uses their process groups: `rl.joint_scoring` makes a
-    `Reward` of it.
+    All ranks must call it with the same arguments at the same time, from the thread that uses their process groups;
+    `rl.generation.reward_service` does that.
     """
 
     def __init__(
         self, source: str, parallel: ParallelConfig, platform: Platform, key: str = "reward_model", name: str = ""
     ):
-        """Collective over all ranks, whose process groups must exist: load the model that `source` names.
+        """Load the model from `source`. Collective over all ranks, whose process groups must exist.
 
         Args:
             source: run or checkpoint directory of the verb reward_model.
-            parallel: degrees by which the ranks share the work, which need not be those it was trained with.
+            parallel: degrees of parallelism, which may differ from those in its training.
             key: configuration key to name in an error.
-            name: of the reward; empty is helpfulness or harmlessness, by what the model learned.
+            name: of the reward; empty is helpfulness for a pairwise and harmlessness for a pointwise model.
 
         Raises:
             ConfigError: there is no reward model, or these degrees do not divide it.
@@ -51,16 +51,16 @@ class RewardModelScorer:
         self._pairwise = settings.objective == "pairwise"
         self.name = name or ("helpfulness" if self._pairwise else "harmlessness")
         self._encoder = reward_model_encoder(settings, tokenizer)
-        self._longest_reasoning = settings.max_critique_tokens
+        self._max_critique_tokens = settings.max_critique_tokens
         self._model = RewardModel(
             model, self._pairwise, settings.critique_loss_weight, tokenizer.pad, platform.device, parallel.tensor
         )
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
-        """A value for each response text: of a pairwise model its score, of a pointwise one the probability of safe.
+        """A value for each response: the score of a pairwise model, the probability of safe of a pointwise one.
 
-        What is read of a response, its summary or all of it, is what the model was trained to read.
+        The model reads the same part of a response, its summary or all of it, as in its training.
         """
         questions = [prompt.question for prompt in prompts]
-        scores = score_texts(self._model, self._encoder, questions, texts, self._longest_reasoning)
+        scores = score_texts(self._model, self._encoder, questions, texts, self._max_critique_tokens)
         return [*scores] if self._pairwise else torch.tensor(scores, dtype=torch.float64).sigmoid().tolist()

@@ -1,4 +1,4 @@
-"""What reward_model and dpo have in common: encoded examples, epochs, the training step, results."""
+"""Shared by reward_model and dpo: encoded examples, epochs, the training step, results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class UpdateOutcome(NamedTuple):
-    """What an update on a global batch did."""
+    """Result of an update on a global batch."""
 
     result: UpdateResult
     positions: int
@@ -39,51 +39,51 @@ LearnPreferences = Callable[[Sequence[TokenizedPreference], float], UpdateOutcom
 
 
 def training_examples(
-    items: Sequence[PreferenceExample], encoder: PairEncoder, config: RunConfig, epochs: int
+    preferences: Sequence[PreferenceExample], encoder: PairEncoder, config: RunConfig, epochs: int
 ) -> list[TokenizedPreference]:
-    """Examples as tokens, without those longer than a sequence, whose number is logged.
+    """Tokenised examples; those longer than a sequence are dropped, and their number is logged.
 
     Raises:
-        DataError: none is left for a step.
+        DataError: fewer examples remain than one step needs.
     """
-    examples, dropped = encode_preferences(items, encoder, config.train.sequence_length)
+    examples, dropped = encode_preferences(preferences, encoder, config.train.sequence_length)
     log_dropped("training examples", len(examples), dropped)
     if len(examples) * epochs < config.train.global_batch_size:
-        allowed = f"must be at most {len(examples) * epochs}, the items there are"
+        allowed = f"must be at most {len(examples) * epochs}, the number of training examples"
         raise DataError(f"train.global_batch_size={config.train.global_batch_size}: {allowed}")
     return examples
 
 
 def encode_eval_pairs(
-    items: Sequence[PreferenceExample], encoder: PolicyPairEncoder, longest: int
+    preferences: Sequence[PreferenceExample], encoder: PolicyPairEncoder, longest: int
 ) -> tuple[list[PreferenceExample], list[TokenizedPreference]]:
-    """Validation pairs and their tokens, without those longer than `longest`, whose number is logged.
+    """Validation pairs and their tokens; pairs longer than `longest` are dropped, and their number is logged.
 
     Raises:
-        DataError: none is left.
+        DataError: no pair remains.
     """
-    encoded = [(item, encoder.example(item)) for item in items]
-    kept = [(item, example) for item, example in encoded if example.length <= longest]
-    log_dropped("validation pairs", len(kept), len(encoded) - len(kept))
-    if not kept:
+    encoded = [(preference, encoder.example(preference)) for preference in preferences]
+    used = [(preference, example) for preference, example in encoded if example.length <= longest]
+    log_dropped("validation pairs", len(used), len(encoded) - len(used))
+    if not used:
         raise DataError(f"train.sequence_length={longest}: holds none of the {len(encoded)} validation pairs")
-    return [item for item, _ in kept], [example for _, example in kept]
+    return [preference for preference, _ in used], [example for _, example in used]
 
 
-def log_dropped(what: str, kept: int, dropped: int) -> None:
-    """Log how many examples are used and how many are longer than a sequence; a warning where any is."""
+def log_dropped(what: str, used: int, dropped: int) -> None:
+    """Log how many examples are used and how many are dropped as too long; a warning where any is dropped."""
     if is_rank_zero():
         level = logging.WARNING if dropped else logging.INFO
-        logger.log(level, "%d %s kept, %d dropped: longer than train.sequence_length", kept, what, dropped)
+        logger.log(level, "%d %s kept, %d dropped: longer than train.sequence_length", used, what, dropped)
 
 
-def with_epoch_steps(config: RunConfig, items: int) -> RunConfig:
-    """The same run with a step for each whole batch of its epochs, or fewer where train.steps says so."""
-    return limit_steps(config, items // config.train.global_batch_size)
+def with_epoch_steps(config: RunConfig, examples: int) -> RunConfig:
+    """The config with one step for each full batch of its epochs, or train.steps where that is fewer."""
+    return limit_steps(config, examples // config.train.global_batch_size)
 
 
 def preference_step(config: RunConfig, preferences: PreferenceDataset, learn: LearnPreferences) -> Step:
-    """The step of such a run: an update on the next batch."""
+    """The training step: an update on the next batch of preferences."""
     size = config.train.global_batch_size
 
     def learn_next(state: TrainState, rate: float) -> BatchOutcome:
@@ -101,17 +101,17 @@ def preference_step(config: RunConfig, preferences: PreferenceDataset, learn: Le
 
 
 def _of_backbone(result: UpdateResult) -> UpdateResult:
-    """Without the expert loads of multi-token layers, which do not run."""
+    """The result without expert loads of multi-token layers, which do not run."""
     loads = {layer: load_E for layer, load_E in result.passes.expert_load.items() if not layer.startswith("mtp")}
     return replace(result, passes=replace(result.passes, expert_load=loads))
 
 
-def report_results(run: TrainingRun, results: dict[str, Any], judge: str) -> None:
+def report_results(run: TrainingRun, results: dict[str, Any], scorer: str) -> None:
     """Write the results to the run's folder and show them on the terminal.
 
     Args:
-        judge: what orders, or labels, the examples.
+        scorer: name of what orders, or labels, the examples.
     """
     if is_rank_zero():
         write_whole(run.folder / "accuracy.json", json.dumps(results, indent=1).encode())
-        show(results, judge)
+        show(results, scorer)

@@ -40,7 +40,7 @@ def main(folder: Path, port: str) -> None:
     run_in(folder, grpo, "grpo", *BESIDE, "name=policy-of-two")
     # The launcher's store still holds the addresses of the first groups.
     os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
-    measure.ROWS_AT_ONCE = ROWS
+    measure.BATCH_SIZE = ROWS
     samples, asked = (part[:ANSWERS] for part in of_the_policy(folder))
     texts = [sample.text for sample in samples]
     with process_groups(platform, ParallelConfig(), seed=0, threads=1):

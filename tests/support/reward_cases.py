@@ -31,7 +31,7 @@ def training_examples(pairwise: bool, count: int = 8, reasoning: bool = True) ->
 
 
 def one_update(
-    platform: Any, parallel: ParallelConfig, pairwise: bool, reasoning_weight: float
+    platform: Any, parallel: ParallelConfig, pairwise: bool, critique_weight: float
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], list[float]]:
     """Metrics of an update on eight items, its whole gradients, and scores that the first weights give to some rows.
 
@@ -58,7 +58,7 @@ def one_update(
     settings = TrainConfig(steps=100)
     settings.optimizer.max_grad_norm = 0.0
     optimizer = Optimizer(model, settings)
-    this = RewardModel(model, pairwise, reasoning_weight, PAD, "cpu", parallel.tensor)
+    this = RewardModel(model, pairwise, critique_weight, PAD, "cpu", parallel.tensor)
     examples, group = training_examples(pairwise), data_parallel_group()
     scores = this.scores([row.tokens for example in examples for row in example.sequences], 3)
     rows = this.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)

@@ -123,11 +123,11 @@ def preference_pairs(config: DataConfig, count: int, evaluation: bool = False) -
     """Two responses to a question, in the same form and with the same number of tokens: chosen has the good answer."""
     for rng, task in _tasks(config, "pair", count, evaluation):
         style = STYLES.draw(rng)
-        better, worse = (
+        chosen, rejected = (
             LabelledResponse(task.question, respond(task, good, style, rng), critique(task, good, rng))
             for good in (True, False)
         )
-        yield PreferenceExample(task.name, better, worse)
+        yield PreferenceExample(task.name, chosen, rejected)
 
 
 def safety_items(config: DataConfig, count: int, evaluation: bool = False) -> Iterator[PreferenceExample]:
