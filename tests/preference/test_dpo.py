@@ -1,4 +1,4 @@
-"""An update on pairs of answers against the same loss written out in plain torch, and on two ranks against one."""
+"""An update on preference pairs against the same loss written out in plain torch, and on two ranks against one."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_metrics_are_means_over_all_pairs(alone, plain):
     )
 
 
-def test_heldout_margins_are_those_of_each_pair_on_its_own(alone, plain):
+def test_validation_margins_are_those_of_each_pair_alone(alone, plain):
     model, reference = plain
     with torch.no_grad():
         expected = BETA * (plain_gaps(model, pairs(5)) - plain_gaps(reference, pairs(5)))
@@ -75,7 +75,8 @@ def test_micro_batches_add_up(alone, one_rank, monkeypatch):
     from megatron_r1.config.parallel import ParallelConfig
 
     metrics, gradients, _ = one_update(one_rank, ParallelConfig(), size=8)
-    assert metrics == pytest.approx(alone[0], rel=1e-5, abs=1e-7)
+    # Log-probabilities of whole responses are of the order of -100, which fp32 resolves to 1e-5.
+    assert metrics == pytest.approx(alone[0], rel=1e-5, abs=1e-5)
     trained = {name: gradient for name, gradient in alone[1].items() if not name.startswith("mtp.")}
     assert_close(gradients, {name: value for name, value in trained.items() if "expert_bias" not in name})
 
@@ -88,7 +89,7 @@ def test_two_ranks_learn_what_one_does(layout, alone, tmp_path):
     run_to_the_end([*launcher, str(SUPPORT / "ranks_dpo.py"), str(tmp_path), layout], seconds=100)
     metrics, gradients, margins = alone
     found = json.loads((tmp_path / "found.json").read_text())
-    # Log-probabilities of whole answers are of the order of -100, of which fp32 resolves 1e-5.
+    # As above.
     assert found["metrics"] == pytest.approx(metrics, rel=1e-5, abs=1e-5)
     assert found["margins"] == pytest.approx(margins, rel=1e-5, abs=1e-5)
     theirs = torch.load(tmp_path / "gradients.pt", weights_only=True)
