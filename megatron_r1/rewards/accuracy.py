@@ -1,4 +1,4 @@
-"""Accuracy reward: the answer of a response held against the truth by the verifier of the prompt's task."""
+"""Accuracy reward: the verifier of the prompt's task compares the answer of a response with the true answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_r1.rewards.mathematics import MathVerifier
 from megatron_r1.rewards.reward import RewardPrompt, Unscored, Value
 
 Compare = Callable[[str, str], bool]
-"""Answer and truth -> whether the answer is correct."""
+"""Answer and true answer -> whether the answer is correct."""
 
 COMPARE: dict[str, Compare] = {
     "number": same_number,
@@ -27,17 +27,17 @@ COMPARE: dict[str, Compare] = {
     **{task: partial(verify, task) for task in TASKS},
 }
 VERIFIERS = ("number", "text", "choice", "math", CODE)
-"""Tasks that a prompt may name to say how its answer is verified, beside reasoning-gym's."""
+"""Names of verifiers that the task of a prompt may be, beside reasoning-gym's."""
 
 
 def is_correct(prompt: RewardPrompt, answer: str | None) -> bool:
-    """Whether `answer` solves an arithmetic prompt; reasoning-gym's tasks are verified by its own scorer."""
+    """Whether `answer` solves an arithmetic prompt; reasoning-gym's own scorer verifies its tasks."""
     compare = COMPARE[prompt.task] if prompt.task in TASKS else same_number
     return answer is not None and compare(answer, prompt.answer)
 
 
 class Accuracy:
-    """1 for a correct answer, the share of tests passed for a program; each prompt by the verifier of its task."""
+    """1 for a correct answer, for a program the share of tests that it passes; verified as the prompt's task says."""
 
     name = "accuracy"
 
@@ -47,7 +47,7 @@ class Accuracy:
         self._lock, self._code = threading.Lock(), list[CodeReward]()
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
-        """Raises PlatformError: a program is to be run, and there is no sandbox here."""
+        """Raises PlatformError: a response has a program to run, and no sandbox works on this machine."""
         values: list[Value] = [0.0] * len(texts)
         by_verifier: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):

@@ -1,8 +1,9 @@
 """Code reward: a program is compiled where its language needs it, run on tests in the sandbox, and scored by how many
 it passes (DeepSeek-R1, section 2.2.2: feedback by a compiler on predefined test cases).
 
-Two kinds of tests. By input and output: the program is run once a test, in a sandbox of its own, and what it prints is
-compared here, so that no expected output ever comes near it. By calls of a function (Python): see sandbox/inside.py.
+There are two kinds of tests. By input and output: the program runs once for each test, in a sandbox of its own, and its
+output is compared outside, so that the program cannot read expected outputs. By calls of a function (Python): see
+sandbox/inside.py.
 
 The truth of a `code` prompt is one JSON object: {"language": "python" or "cpp", "inputs": [...], "outputs": [...]}, or
 {"language": "python", "entry_point": NAME, "setup": CODE, "tests": [CODE, ...]}.
@@ -33,14 +34,14 @@ FENCE = "```"
 LONGEST_PROGRAM = 1 << 18
 BINARY_BYTES = 64 << 20
 COMPILER_MEMORY = 4
-"""Times the memory of a program."""
+"""Memory of a compiler as a multiple of a program's."""
 COMPILE = f"g++ -std=c++17 -O1 -pipe -x c++ /program.cpp -o {WORK}/program >&2 && exec cat {WORK}/program"
 HARNESS = Path(__file__).parent / "sandbox" / "inside.py"
 
 
 @dataclass(frozen=True, slots=True)
 class CodeTests:
-    """What a program is tried on."""
+    """The tests of one prompt."""
 
     language: str
     inputs: tuple[str, ...] = ()
@@ -49,7 +50,7 @@ class CodeTests:
     setup: str = ""
     """Code that the tests need, run before each."""
     tests: tuple[str, ...] = ()
-    """Code that calls `entry_point` and raises where it is wrong."""
+    """Code that calls `entry_point` and raises for a wrong result."""
 
     def __len__(self) -> int:
         return len(self.tests) or len(self.inputs)
@@ -57,14 +58,14 @@ class CodeTests:
 
 @dataclass(frozen=True, slots=True)
 class CodeResult:
-    """How a program did."""
+    """Result of a program on its tests."""
 
     passed: int
     tests: int
     ended: str
-    """done, compile_error, or what cut a run short: time, memory, disk, processes or output."""
-    said: str = ""
-    """What the compiler said."""
+    """done, compile_error, or the limit that ended a run: time, memory, disk, processes or output."""
+    message: str = ""
+    """Error message of the compiler."""
 
     @property
     def pass_rate(self) -> float:
@@ -75,27 +76,27 @@ def read_tests(text: str) -> CodeTests:
     """The tests of a prompt.
 
     Raises:
-        DataError: they are not what the module says.
+        DataError: they do not have the form that this module describes.
     """
     try:
         found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
         tests = CodeTests(**found)
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"the tests of a code prompt are not as they should be: {error}") from None
+        raise DataError(f"the tests of a code prompt are invalid: {error}") from None
     parts: list[Any] = [*tests.inputs, *tests.outputs, *tests.tests, tests.entry_point, tests.setup]
     by_call = bool(tests.tests) and tests.entry_point.isidentifier() and tests.language == "python"
     by_text = not tests.tests and len(tests.inputs) == len(tests.outputs) > 0
     if tests.language not in LANGUAGES or not all(isinstance(part, str) for part in parts) or not (by_call or by_text):
         raise DataError(
-            "the tests of a code prompt are not as they should be: "
-            "language python or cpp, and as many inputs as outputs or an entry_point with tests"
+            "the tests of a code prompt are invalid: they need language python or cpp, and as many inputs as outputs "
+            "or an entry_point with tests"
         )
     return tests
 
 
 def find_program(text: str) -> str | None:
-    """The program of a response: the last fenced block of its answer element, or of all after the reasoning where
-    there is none; without a fence, the whole answer element."""
+    """The program of a response: the last fenced code block of its answer element, or, without such an element, of the
+    text after the reasoning; without a code block, the whole answer element."""
     tagged = last_tagged(text)
     part = after_reasoning(text) if tagged is None else tagged
     pieces = part.split(FENCE)
@@ -108,7 +109,7 @@ def find_program(text: str) -> str | None:
 
 
 def same_output(output: bytes, expected: str) -> bool:
-    """Equal but for white space at the ends of lines and empty lines at the end."""
+    """Whether the outputs are equal, except for white space at the ends of lines and empty lines at the end."""
 
     def plain(text: str) -> list[str]:
         return [line.rstrip() for line in text.rstrip().split("\n")]
@@ -116,7 +117,7 @@ def same_output(output: bytes, expected: str) -> bool:
     return plain(output.decode(errors="replace")) == plain(expected)
 
 
-def judge(program: str, tests: CodeTests, sandbox: Sandbox) -> CodeResult:
+def run_tests(program: str, tests: CodeTests, sandbox: Sandbox) -> CodeResult:
     """Run a program on its tests.
 
     Raises:
@@ -134,8 +135,8 @@ def judge(program: str, tests: CodeTests, sandbox: Sandbox) -> CodeResult:
             memory_mib=sandbox.config.memory_mib * COMPILER_MEMORY,
         )
         if not compiled.well:
-            said = " ".join(compiled.errors.decode(errors="replace").split())[:500]
-            return CodeResult(0, len(tests), "compile_error", said or compiled.ended)
+            message = " ".join(compiled.errors.decode(errors="replace").split())[:500]
+            return CodeResult(0, len(tests), "compile_error", message or compiled.ended)
         command, files = ["/program"], {"/program": compiled.output}
     passed, ended = 0, "done"
     for given, expected in zip(tests.inputs, tests.outputs, strict=True):
@@ -143,7 +144,7 @@ def judge(program: str, tests: CodeTests, sandbox: Sandbox) -> CodeResult:
         passed += run.well and same_output(run.output, expected)
         ended = ended if run.ended == "itself" else run.ended
         if run.ended != "itself" or (passed == 0 and _does_not_compile(run)):
-            break  # a program that hangs once would hang on every test
+            break  # a program that hangs on one test would most likely hang on all
     return CodeResult(passed, len(tests), "compile_error" if passed == 0 and _does_not_compile(run) else ended)
 
 
@@ -154,13 +155,13 @@ def _by_calls(program: str, tests: CodeTests, sandbox: Sandbox) -> CodeResult:
     run = sandbox.run([*PYTHON, "/harness.py", tests.entry_point], files, json.dumps(job).encode() + b"\n")
     if run.ended == "itself" and run.code == NO_PYTHON:
         return CodeResult(0, len(tests), "compile_error", run.errors.decode(errors="replace")[:500])
-    said = set(run.output.decode(errors="replace").splitlines())
-    passed = sum(f"{word} {index}" in said for index in range(len(tests)))
+    message = set(run.output.decode(errors="replace").splitlines())
+    passed = sum(f"{word} {index}" in message for index in range(len(tests)))
     return CodeResult(passed, len(tests), "done" if run.ended == "itself" else run.ended)
 
 
 def _does_not_compile(run: Finished) -> bool:
-    """Whether Python refused the text of /program.py itself."""
+    """Whether Python could not parse /program.py."""
     lines = run.errors.splitlines()
     return run.code == 1 and bool(lines) and lines[-1].split(b":")[0] in (b"SyntaxError", b"IndentationError")
 
@@ -171,7 +172,7 @@ class CodeReward:
     name = "accuracy"
 
     def __init__(self, config: SandboxConfig):
-        """Raises PlatformError: there is no sandbox here."""
+        """Raises PlatformError: no sandbox works on this machine."""
         self._sandbox, self._per_test = Sandbox(config), config.per_test
         self._parallel = config.max_parallel
 
@@ -184,7 +185,7 @@ class CodeReward:
         if program is None:
             return 0.0
         try:
-            result = judge(program, tests, self._sandbox)
+            result = run_tests(program, tests, self._sandbox)
         except SandboxDown as error:
             return Unscored(f"sandbox: {error}")
         return result.pass_rate if self._per_test else float(result.passed == result.tests)

@@ -6,7 +6,7 @@ import re
 from fractions import Fraction
 
 MAX_NUMBER_CHARACTERS = 64
-"""A longer answer is wrong without being read, so no answer can cost more than a glance."""
+"""Longer answers count as wrong without being parsed, which bounds the time for an answer."""
 _WHOLE, _FRACTION = r"[-+]?[0-9]+(?:,[0-9]{3})*", r"(?:/[0-9]+)?"
 NUMBER = re.compile(rf"{_WHOLE}(?:\.[0-9]+)?{_FRACTION}")
 """A number inside a text: the full stop of a sentence is no part of it."""
@@ -23,7 +23,7 @@ SECOND_LETTER = re.compile(r"(?:^|[\s(,/&])(?:or|and|,|/|&)?\s*\(?[A-Z]\)?[\s).,
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal or fraction in ASCII digits; nothing for anything else.
+    """The exact value of an integer, decimal or fraction in ASCII digits; None for any other text.
 
     Spaces around it, a `$...$` pair, one final full stop and commas between thousands are allowed.
     """
@@ -45,12 +45,12 @@ def same_number(answer: str, truth: str) -> bool:
 
 
 def same_text(answer: str, truth: str) -> bool:
-    """Whether two texts are equal but for the amount of white space."""
+    """Whether two texts are equal, except for the amount of white space."""
     return answer.split() == truth.split()
 
 
 def chosen_letter(answer: str) -> str | None:
-    """The letter of a choice: B for B, (b), B., "B) Paris", "the answer is B"; nothing where it is not one letter."""
+    """The letter of a choice: B for B, (b), B., "B) Paris", "the answer is B"; None where there is no single letter."""
     match = CHOICE.fullmatch(answer.strip()[:MAX_CHOICE_CHARACTERS])
     if match is None or SECOND_LETTER.search(match.group(2)):
         return None

@@ -1,10 +1,8 @@
-"""Cuts a response into reasoning and rest, and finds the answer in it.
+"""Cuts a response into reasoning and summary, and extracts its answer.
 
-`tagged_answer` is what training rewards: the inside of the answer tags and nothing else. `any_answer` is what
-measuring a base model needs: it takes the answer from whatever format the response has.
-
-`boxed_answer` reads what mathematics writes, and `answer_of` chooses by configuration. Every search is linear in the
-length of the response.
+Training rewards `tagged_answer`, the text inside the answer tags. `any_answer` is for the evaluation of base models: it
+extracts the answer from a response in any format. `boxed_answer` extracts it from a LaTeX box, and `answer_of` chooses
+by configuration. Every search is linear in the length of the response.
 """
 
 from __future__ import annotations
@@ -21,16 +19,16 @@ BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
 
 
 class Parts(NamedTuple):
-    """What a response is made of."""
+    """The two parts of a response."""
 
     reasoning: str
     summary: str
 
 
 def split_reasoning(response: str) -> Parts:
-    """Cut where the reasoning ends, at the last closing tag; white space and answer tags stay as they are.
+    """Cut a response at the last closing think tag; white space and answer tags are kept.
 
-    Reasoning that is never closed has no summary. A response without think tags is all summary.
+    Where the reasoning is never closed, the summary is empty. A response without think tags is all summary.
     """
     reasoning, closed, summary = response.rpartition(END_THINK)
     if closed:
@@ -40,12 +38,12 @@ def split_reasoning(response: str) -> Parts:
 
 
 def after_reasoning(response: str) -> str:
-    """What follows the last closing tag; all of a response that closes no reasoning."""
+    """The text after the last closing think tag; the whole response where there is none."""
     return response.rpartition(END_THINK)[2]
 
 
 def first_thought(response: str) -> tuple[int, int] | None:
-    """Start and end of the text from the first opening tag to the next closing one, or to the end of the response."""
+    """Start and end of the text from the first opening think tag to the next closing one or the end of the response."""
     start = response.find(THINK)
     if start < 0:
         return None
@@ -57,8 +55,8 @@ def first_thought(response: str) -> tuple[int, int] | None:
 def answer_elements(text: str) -> list[str]:
     """Stripped contents of every answer element, in order.
 
-    An element that is opened and never closed ends at the next tag or at the end of the text, so that a response
-    which was cut short, or which opens the tag again instead of closing it, still has an answer.
+    An element that is never closed ends at the next tag or at the end of the text, so that a response that was
+    truncated, or that opens the tag again instead of closing it, still has an answer.
     """
     found = []
     for part in text.split(ANSWER)[1:]:
@@ -69,22 +67,22 @@ def answer_elements(text: str) -> list[str]:
 
 
 def tagged_answer(text: str) -> str | None:
-    """What stands inside the answer tags; nothing where there is none, or where elements disagree.
+    """The text inside the answer tags; None where there are no tags, or where several elements differ.
 
-    A response that names several answers has not answered: rewarding one of them would reward guessing.
+    A response with several different answers gets no credit: rewarding one of them would reward guessing.
     """
     contents = set(answer_elements(text))
     return contents.pop() if len(contents) == 1 else None
 
 
 def last_tagged(text: str) -> str | None:
-    """What follows the last opening answer tag, up to its closing one; nothing where no tag is opened."""
+    """The text after the last opening answer tag, up to the closing one; None without an opening tag."""
     _, opened, inside = text.rpartition(ANSWER)
     return inside.partition(END_ANSWER)[0] if opened else None
 
 
 def boxed_answers(text: str) -> list[str]:
-    """Stripped contents of every `\\boxed{...}` that stands in no other one, braces balanced."""
+    """Stripped contents of every outermost `\\boxed{...}` with balanced braces."""
     found, depth, start, inside = [], 0, 0, 0  # inside: the depth at which the box was opened, 0 outside of one
     for match in BRACES.finditer(text):
         token = match.group()
@@ -101,13 +99,13 @@ def boxed_answers(text: str) -> list[str]:
 
 
 def boxed_answer(text: str) -> str | None:
-    """What stands in the box after the reasoning; nothing where there is none, or where several boxes disagree."""
+    """The content of the box after the reasoning; None where there is no box, or where several boxes differ."""
     contents = set(boxed_answers(after_reasoning(text)))
     return contents.pop() if len(contents) == 1 else None
 
 
 def answer_of(text: str, where: str) -> str | None:
-    """The answer of a response: inside the tags, boxed, or any (tags where there are some, a box, the last number)."""
+    """The answer of a response by `where`: tags, boxed, or any (tags, then a box, then the last number)."""
     if where == "tags" or (where == "any" and ANSWER in text):
         return tagged_answer(text)
     if where == "boxed" or BOXED in after_reasoning(text):
@@ -116,10 +114,9 @@ def answer_of(text: str, where: str) -> str | None:
 
 
 def any_answer(text: str) -> str | None:
-    """The number that a response gives, whatever its format.
+    """The answer of a response in any format, from the first of these that exists.
 
-    In this order: the answer tags, the last `\\boxed{...}`, the number after the last "answer is", the last number
-    in the text.
+    The answer tags, the last `\\boxed{...}`, the number after the last "answer is", the last number in the text.
     """
     if ANSWER in text:
         return tagged_answer(text)

@@ -1,4 +1,4 @@
-"""Whether reasoning and answer stand inside their tags (DeepSeek-R1, section 2.2.2, format reward)."""
+"""Format reward: reasoning and answer must be inside their tags (DeepSeek-R1, section 2.2.2)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ ANY_TAG = re.compile("|".join(TAGS))
 
 
 def format_reward(response: str, style: str) -> float:
-    """1.0 where the response has the form, else 0.0.
+    """1.0 where the response has the required format, else 0.0.
 
-    strict: exactly `<think>...</think> <answer>...</answer>`, each tag once, nothing but white space around the
-    elements. lenient: a think element, closed, and after it an answer tag, which may be left open or be opened
-    again instead of closed; text may stand around them.
+    strict: exactly `<think>...</think> <answer>...</answer>`, each tag once, only white space around the elements.
+    lenient: a closed think element and after it an answer tag, which may be left open or be opened again instead of
+    closed; other text around them is allowed.
 
     In both styles reasoning and answer must not be blank.
 

@@ -1,7 +1,7 @@
 """reasoning-gym's own verifiers, for tasks `reasoning_gym:NAME`; the truth is the library's entry as JSON.
 
-The verifiers run in worker processes with a deadline. Some of them evaluate the answer as Python, so that an answer
-could run anything: those are refused by name, before any answer is seen.
+The verifiers run in worker processes with a deadline. Some of them evaluate the answer as Python, so
+that an answer could run any code: tasks with such a verifier are refused before any answer is read.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def full_marks(answer: str, task: str, entry: str) -> bool:
 
 
 class GymVerifier:
-    """Judges answers to reasoning-gym's tasks; its workers start when the first answer needs them."""
+    """Verifies answers to reasoning-gym's tasks; its workers start with the first answer."""
 
     def __init__(self, config: MathConfig):
         self._config = config
@@ -57,10 +57,10 @@ class GymVerifier:
         self.pool = WorkerPool(full_marks, warm_up, config.workers, config.timeout_s)
 
     def is_correct(self, answer: str | None, task: str, truth: str) -> bool | Unscored:
-        """Whether the library's verifier gives full marks; partial credit counts as wrong.
+        """Whether the library's verifier gives full credit; partial credit counts as wrong.
 
         Raises:
-            DataError: the task cannot be judged here.
+            DataError: the task does not exist, or its verifier would run what a model wrote.
         """
         name = task.removeprefix(PREFIX)
         check_task(name)
@@ -74,7 +74,7 @@ class GymVerifier:
     def verdicts(
         self, answers: Sequence[str | None], tasks: Sequence[str], truths: Sequence[str]
     ) -> list[bool | Unscored]:
-        """Verdicts on many answers, as many at a time as there are workers."""
+        """Verdicts on many answers, in order; as many are verified at a time as there are workers."""
         with ThreadPoolExecutor(self._config.workers, "gym") as threads:
             return list(threads.map(self.is_correct, answers, tasks, truths))
 

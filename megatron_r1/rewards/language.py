@@ -1,4 +1,4 @@
-"""Language consistency: the share of the reasoning's words that are of the wanted language.
+"""Language consistency: the share of the reasoning's words that are in the target language.
 
 DeepSeek-R1, section 2.3.2 (equation 7 of the Nature version): Num(Words_target) / Num(Words) over the chain of
 thought, added to the other rewards.
@@ -14,7 +14,7 @@ from megatron_r1.rewards.words import languages
 
 
 class LanguageReward:
-    """Language consistency with one language, or with the one that each question is written in.
+    """Language consistency with a fixed language, or with the language of each question.
 
     Args:
         target: en, zh, or question.
@@ -41,13 +41,13 @@ def language_consistency(text: str, target: str) -> float:
 
 
 def reasoning(text: str) -> str:
-    """What stands between the first think tag, or the beginning, and the end of the reasoning, or of the text."""
+    """The text from the first think tag, or the start, to the end of the reasoning, or of the text."""
     thought = first_thought(text)
     return text[slice(*thought)] if thought else text.partition(END_THINK)[0]
 
 
 def question_language(question: str) -> str:
-    """The language of a question: the one that more of its words are of; English where none is."""
+    """The language of most of a question's words; English where it has none."""
     counts = languages(question)
     # A Chinese word takes two characters on average, and Chinese questions quote English names.
     return "zh" if counts["zh"] > counts["en"] else "en"

@@ -1,8 +1,8 @@
-"""Accuracy by mathematics: whether an answer equals the truth as an expression, whatever its form.
+"""Mathematical verifier: whether an answer equals the true answer as an expression, in any form.
 
-Two plain numbers are compared exactly and at once, as `exact.same_number` does. A number may have a unit (`14 cm`,
-`$14`, `14 apples`), which is wrong only where the truth has another. Everything else goes to math-verify in a worker
-process. An answer that needs longer than the deadline, or that kills its worker, is wrong.
+Two plain numbers are compared exactly in this process, as `exact.same_number` does. A number may have a unit (`14 cm`,
+`$14`, `14 apples`), which counts as wrong only where the true answer has another unit. All else goes to math-verify in
+a worker process. An answer that exceeds the deadline or kills the worker is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def unwrapped(text: str) -> str:
-    """Without the box or the dollar signs that stand around the whole of it."""
+    """The text without a box or dollar signs around all of it."""
     text = text.strip()
     for before, after in WRAPPED:
         inner = text[len(before) : -len(after)]
@@ -40,7 +40,7 @@ def unwrapped(text: str) -> str:
 
 
 def balanced(text: str) -> bool:
-    """Whether every brace has its partner: an answer cannot end the expression that it is put in."""
+    """Whether all braces are paired, so that the answer stays inside the expression into which it is inserted."""
     depth = 0
     for token in BRACES.findall(text):
         depth += (token == "{") - (token == "}")
@@ -50,7 +50,7 @@ def balanced(text: str) -> bool:
 
 
 def quantity(text: str) -> tuple[str, str]:
-    """A number and its unit; the whole text and no unit where it is not both."""
+    """A number and its unit; the whole text and an empty unit where the text is not a number with a unit."""
     plain = CURRENCY.sub("", TEXT.sub(lambda match: f" {match.group(1) or ''}", text)).strip()
     match = QUANTITY.fullmatch(plain)
     if match is None or NO_UNITS.search(match.group(2)):
@@ -59,7 +59,7 @@ def quantity(text: str) -> tuple[str, str]:
 
 
 def at_once(answer: str, truth: str) -> bool | None:
-    """The verdict on two numbers, with or without units; nothing where one is something else."""
+    """Whether two numbers, with or without units, are equal; None where one text is no number."""
     (number, unit), (true_number, true_unit) = quantity(answer), quantity(truth)
     value, true_value = parse_number(number), parse_number(true_number)
     if value is None or true_value is None:
@@ -68,7 +68,7 @@ def at_once(answer: str, truth: str) -> bool | None:
 
 
 def contradicts_itself(answer: str) -> bool:
-    """Whether it is an equation between different numbers."""
+    """Whether the answer is an equation between different numbers."""
     values = {parse_number(part) for part in answer.split("=")} - {None}
     return len(values) > 1
 
@@ -94,7 +94,7 @@ def equal_expressions(answer: str, truth: str) -> bool:
 
 
 class MathVerifier:
-    """Judges answers as mathematics; its workers start when the first answer needs them."""
+    """Verifies answers as mathematical expressions; its workers start with the first answer that needs them."""
 
     def __init__(self, config: MathConfig):
         self._config = config
@@ -102,7 +102,7 @@ class MathVerifier:
         self.pool = WorkerPool(equal_expressions, warm_up, config.workers, config.timeout_s)
 
     def is_correct(self, answer: str | None, truth: str) -> bool | Unscored:
-        """Whether an answer is right; Unscored when no worker can be had."""
+        """Whether an answer is correct; Unscored when no worker is available."""
         if answer is None or len(answer) > self._config.max_characters:
             return False
         answer, truth = unwrapped(answer), unwrapped(truth)
@@ -116,7 +116,7 @@ class MathVerifier:
             return Unscored(f"math workers: {error}")
 
     def verdicts(self, answers: Sequence[str | None], truths: Sequence[str]) -> list[bool | Unscored]:
-        """Verdicts on many answers, as many at a time as there are workers."""
+        """Verdicts on many answers, in order; as many are verified at a time as there are workers."""
         with ThreadPoolExecutor(self._config.workers, "math") as threads:
             return list(threads.map(self.is_correct, answers, truths))
 

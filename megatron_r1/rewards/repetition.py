@@ -1,5 +1,5 @@
-"""Penalty for saying the same again (Yeo et al. 2025, "Demystifying Long Chain-of-Thought Reasoning in LLMs",
-section 4.3: an n-gram repetition penalty keeps length from being bought by repetition)."""
+"""N-gram repetition penalty (Yeo et al. 2025, "Demystifying Long Chain-of-Thought Reasoning in LLMs", section 4.3: it
+prevents length by repetition)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from megatron_r1.rewards.words import words
 
 
 def repetition(text: str, run: int) -> float:
-    """Minus the share of runs of `run` words that stood in the text before, from 0 down to nearly -1."""
-    said = words(text)
-    count = len(said) - run + 1
+    """Minus the share of n-grams of `run` words that occurred earlier in the text, from 0 down to nearly -1."""
+    all_words = words(text)
+    count = len(all_words) - run + 1
     if count < 1:
         return 0.0
-    return len({tuple(said[start : start + run]) for start in range(count)}) / count - 1.0
+    return len({tuple(all_words[start : start + run]) for start in range(count)}) / count - 1.0

@@ -1,8 +1,8 @@
 """The interface of a reward: an object with a name that scores responses in batches.
 
-A rule, a reward model and a judge behind a server all have this shape. A response that gets no value through no fault
-of its own (a worker pool that is down, a sandbox that does not start, a server that does not reply) is `Unscored`,
-which is not 0.
+Rules, reward models and judges all implement it. A response that cannot be scored for a reason that is not its own
+fault (a worker pool that is down, a sandbox that does not start, a server that does not reply) is `Unscored`, which is
+not 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class RewardPrompt(Protocol):
-    """What a reward may know of a prompt; `megatron_r1.data.prompts.prompts.Prompt` is one."""
+    """The part of a prompt that a reward may read; `megatron_r1.data.prompts.prompts.Prompt` implements it."""
 
     @property
     def id(self) -> str: ...
@@ -23,16 +23,16 @@ class RewardPrompt(Protocol):
 
     @property
     def answer(self) -> str:
-        """The truth: an answer, or what the task's verifier needs."""
+        """The true answer, or other input of the task's verifier, such as tests."""
 
     @property
     def task(self) -> str:
-        """Decides which verifier compares the answer."""
+        """Selects the verifier."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unscored:
-    """No value, through no fault of the response."""
+    """No value, for a reason that is not the response's fault."""
 
     reason: str
 
@@ -41,11 +41,11 @@ Value = float | Unscored
 
 
 class Reward(Protocol):
-    """One thing that a response is rewarded for; many threads may call it at a time."""
+    """One reward of a response; many threads may call it at a time."""
 
     @property
     def name(self) -> str:
-        """Names its part of a score."""
+        """Name of its part in a score's breakdown."""
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
-        """A value for each response text, in order; `texts[i]` answers `prompts[i]`."""
+        """A value for each response text, in order; `texts[i]` is a response to `prompts[i]`."""

@@ -1,4 +1,4 @@
-"""Builds the rubric of a configuration: every reward that has a weight."""
+"""Builds the rubric of a configuration: every reward with a weight that is not 0."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def build_rubric(
     """The configured rewards.
 
     Args:
-        count_tokens: the length of a response text, for the penalty on length.
-        models: rewards by models, which the caller runs.
+        count_tokens: counts the tokens of a response text, for the penalty on length.
+        models: rewards by trained models, which the caller runs.
 
     Raises:
-        ConfigError: the user's own function cannot be loaded, or a length is wanted and `count_tokens` is missing.
+        ConfigError: the user's own function cannot be loaded, or `count_tokens` is needed and missing.
     """
     rewards = [Weighted(config.accuracy, Accuracy(config))] if config.accuracy else []
     if config.format:
@@ -53,7 +53,7 @@ def build_rubric(
 
 
 def step_rewards(config: RewardConfig) -> WeightedSteps | None:
-    """What rewards single steps; None where nothing does.
+    """The configured rewards of reasoning steps; None where there are none.
 
     Raises:
         ConfigError: the user's own function cannot be loaded.

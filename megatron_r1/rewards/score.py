@@ -1,4 +1,4 @@
-"""The score of a response: the weighted sum of its rewards, with what each adds."""
+"""The score of a response: the weighted sum of its rewards, and each reward's part of it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from megatron_r1.rewards.reward import Reward, RewardPrompt, Unscored, Value
 from megatron_r1.rewards.steps import RewardedStep, StepRewards
 
 FIRST_PAUSE_S = 0.5
-"""Before a response without a verdict is scored again; each further pause is twice as long."""
+"""Seconds before the first retry of unscored responses; each further pause is twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A reward and what it is made of."""
+    """The total reward of a response, and its parts."""
 
     total: float
     """Sum of the weighted parts."""
     parts: dict[str, float]
-    """Reward name -> its weighted value: what it adds to the total."""
+    """Reward name -> its weighted value, which the total sums up."""
     steps: tuple[RewardedStep, ...] = ()
     """Weighted rewards of the response's steps, which are not in the total."""
 
@@ -62,14 +62,14 @@ class Rubric:
     def __init__(self, parts: Sequence[Weighted], retries: int = 0, steps: WeightedSteps | None = None):
         """
         Args:
-            parts: what is added up; two rewards of one name are one entry of the breakdown.
-            retries: further tries of responses that could not be scored.
-            steps: what rewards single steps, if anything does.
+            parts: weighted rewards that the score sums up; two of the same name are one entry of the breakdown.
+            retries: further attempts to score unscored responses.
+            steps: rewards of reasoning steps; None for none.
         """
         self.parts, self._retries, self._steps = tuple(parts), retries, steps
 
     def __call__(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Score | Unscored]:
-        """The score of each response text, in order; Unscored where a reward gave no value after all tries."""
+        """The score of each response text, in order; Unscored where a reward has no value after all retries."""
         scores: list[Score | Unscored] = [Score(0.0, {}) for _ in texts]
         for part in self.parts:
             for index, value in enumerate(self._with_retries(part.reward, prompts, texts)):

@@ -71,21 +71,21 @@ class Remaining:
         if OPERATORS[operator](left, right) != result:
             return False
         pairs = {(left, right), (right, left)} if operator in "+*" else {(left, right)}
-        for place, found in enumerate(self._operators):
-            here = (self._numbers[place], self._numbers[place + 1])
-            if found == operator and here in pairs and self._may_come_first(place):
-                self._numbers[place : place + 2] = [result]
-                del self._operators[place]
+        for index, found in enumerate(self._operators):
+            here = (self._numbers[index], self._numbers[index + 1])
+            if found == operator and here in pairs and self._may_come_first(index):
+                self._numbers[index : index + 2] = [result]
+                del self._operators[index]
                 return True
         return False
 
-    def _may_come_first(self, place: int) -> bool:
+    def _may_come_first(self, index: int) -> bool:
         """Whether doing this operation before the others leaves the value of the whole as it is.
 
         A product always may; a sum or difference where no product claims its numbers and no minus stands before it.
         """
-        before = self._operators[place - 1] if place else "+"
-        after = self._operators[place + 1] if place + 1 < len(self._operators) else "+"
-        if self._operators[place] == "*":
+        before = self._operators[index - 1] if index else "+"
+        after = self._operators[index + 1] if index + 1 < len(self._operators) else "+"
+        if self._operators[index] == "*":
             return True
         return before == "+" and after != "*"

@@ -1,4 +1,4 @@
-"""The verb reward_model from a base model to a scorer: resumed bit for bit, measured, and read as it was trained."""
+"""The verb reward_model from a base model to a scorer: resumed bit for bit, evaluated, and used as it was trained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def found(folder) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_two_ranks(folder, found) -> list[dict[str, Any]]:
-    """What support/ranks_scorers.py found, by rank."""
+    """Results of support/ranks_scorers.py, by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -47,9 +47,9 @@ def rows(folder: Path, run: str) -> list[dict[str, Any]]:
     return [reproducible(row) for row in read_metrics(folder / run / "metrics.jsonl")]
 
 
-def test_one_epoch_is_learned_and_held_out_items_are_measured(folder):
+def test_one_epoch_is_trained_and_validation_examples_are_evaluated(folder):
     whole = rows(folder, "whole")
-    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6], "48 items in batches of 8"
+    assert [row["step"] for row in whole] == [1, 2, 3, 4, 5, 6], "48 examples in batches of 8"
     assert [row["step"] for row in whole if "eval/accuracy" in row] == [4, 6]
     assert whole[-1]["train/epoch"] == 1.0
     assert whole[0]["train/score_loss"] == pytest.approx(0.693147, abs=1e-6)
@@ -60,7 +60,7 @@ def test_one_epoch_is_learned_and_held_out_items_are_measured(folder):
     assert results["length_baselines"]["tokens"]["mean"] == 0.5
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(folder, found):
+def test_a_stopped_run_resumes_bit_for_bit(folder, found):
     assert "SIGTERM: stopped after step 3" in found["stopped"]
     assert rows(folder, "stopped") == rows(folder, "whole")
     for kind in ("model", "exp_avg", "exp_avg_sq"):
@@ -132,7 +132,7 @@ def test_rollouts_ahead_are_scored_by_both_ranks_until_there_are_none(found, of_
 
 @pytest.mark.dist
 def test_two_ranks_learn_from_what_both_score(folder, of_two_ranks):
-    """The engine in the process answers alike on one rank and on two, until the weights differ by rounding."""
+    """The in-process engine samples the same on one rank and on two, until the weights differ by rounding."""
     alone, shared = (Journal(folder / run / "rollouts").read(1) for run in ("policy", "policy-of-two"))
     assert [sample.text for sample in shared] == [sample.text for sample in alone]
     assert [sample.reward for sample in shared] == pytest.approx(

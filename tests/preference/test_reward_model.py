@@ -1,4 +1,4 @@
-"""A reward model's losses against plain formulas, what its head reads, and what learned reasoning adds."""
+"""A reward model's losses against plain formulas, the position of its score, and the loss on critiques."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def reward_model(bare, pairwise: bool, weight: float = 0.0) -> RewardModel:
 
 
 def loss_of(bare, pairwise: bool, weight: float, examples, micro_batches: int = 1) -> tuple[float, dict[str, float]]:
-    """Mean over micro-batches, as the schedule takes it, and of what is logged."""
-    this = reward_model(bare, pairwise, weight)
-    batches = this.micro_batches(examples, 0, 1, len(examples) // micro_batches)
+    """Mean loss over micro-batches, as megatron-core's schedule computes it, and mean logged values."""
+    model_with_head = reward_model(bare, pairwise, weight)
+    batches = model_with_head.micro_batches(examples, 0, 1, len(examples) // micro_batches)
     assert len(batches) == micro_batches
-    losses, rows = [], []
+    losses, logs = [], []
     for batch in batches:
         with torch.no_grad():
-            output, loss_function = this.forward(bare, batch)
+            output, loss_function = model_with_head.forward(bare, batch)
             loss, logged = loss_function(output)
         losses.append(float(loss))
-        rows.append({key: float(value) for key, value in logged.items()})
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        logs.append({key: float(value) for key, value in logged.items()})
+    mean = {key: sum(log[key] for log in logs) / len(logs) for key in logs[0]}
     return sum(losses) / len(losses), mean
 
 
 def plain_parts(bare, tokens: list[int]) -> tuple[float, torch.Tensor]:
-    """Score of the last token, and log-probabilities of every next token, of a row on its own."""
+    """Score of the last token, and log-probabilities of every next token, of a sequence on its own."""
     inputs_BL = torch.tensor([tokens])
     kept = {}
 
@@ -70,11 +70,11 @@ def plain_parts(bare, tokens: list[int]) -> tuple[float, torch.Tensor]:
 
 def test_pairwise_loss_is_bradley_terry_on_the_last_token(bare):
     examples = training_examples(True)
-    scores = [[plain_parts(bare, row.tokens)[0] for row in example.sequences] for example in examples]
-    expected = sum(-math.log(1 / (1 + math.exp(worse - better))) for better, worse in scores) / len(scores)
+    scores = [[plain_parts(bare, sequence.tokens)[0] for sequence in example.sequences] for example in examples]
+    expected = sum(-math.log(1 / (1 + math.exp(rejected - chosen))) for chosen, rejected in scores) / len(scores)
     loss, logged = loss_of(bare, True, 0.0, examples)
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert logged["train/accuracy"] == sum(better > worse for better, worse in scores) / len(scores)
+    assert logged["train/accuracy"] == sum(chosen > rejected for chosen, rejected in scores) / len(scores)
     assert loss_of(bare, True, 0.0, examples, micro_batches=4)[0] == pytest.approx(loss, rel=1e-6)
 
 
@@ -89,13 +89,13 @@ def test_pointwise_loss_is_cross_entropy(bare):
 
 
 @pytest.mark.parametrize("pairwise", [True, False])
-def test_reasoning_is_learned_by_its_tokens(bare, pairwise):
+def test_the_critique_loss_is_the_mean_over_its_tokens(bare, pairwise):
     examples = training_examples(pairwise)
     total, count = 0.0, 0
-    for row in (row for example in examples for row in example.sequences):
-        log_probs = plain_parts(bare, row.tokens)[1]
-        for place in range(row.loss_start, len(row.tokens)):
-            total, count = total - float(log_probs[place - 1, row.tokens[place]]), count + 1
+    for sequence in (sequence for example in examples for sequence in example.sequences):
+        log_probs = plain_parts(bare, sequence.tokens)[1]
+        for index in range(sequence.loss_start, len(sequence.tokens)):
+            total, count = total - float(log_probs[index - 1, sequence.tokens[index]]), count + 1
     for micro_batches in (1, 4):
         loss, logged = loss_of(bare, pairwise, 0.5, examples, micro_batches)
         assert logged["train/reasoning_loss"] == pytest.approx(total / count, rel=1e-5)
@@ -123,22 +123,24 @@ def test_a_new_head_scores_zero(new_model):
     assert reward_model(model, True).scores([[5, 6, END]], 4) == [0.0]
 
 
-def test_scores_do_not_depend_on_company(bare):
-    rows = [row.tokens for example in training_examples(True) for row in example.sequences]
-    together, alone = reward_model(bare, True).scores(rows, 5), []
-    for row in rows:
-        alone += reward_model(bare, True).scores([row], 1)
+def test_scores_do_not_depend_on_the_batch(bare):
+    sequences = [sequence.tokens for example in training_examples(True) for sequence in example.sequences]
+    together, alone = reward_model(bare, True).scores(sequences, 5), []
+    for sequence in sequences:
+        alone += reward_model(bare, True).scores([sequence], 1)
     # A score near 0 is a sum of terms as large as those of the largest one, and so are its errors in fp32.
     near = {"rel": 1e-5, "abs": 1e-5 * max(map(abs, alone))}
     assert together == pytest.approx(alone, **near)
-    assert together == pytest.approx([plain_parts(bare, row)[0] for row in rows], **near)
+    assert together == pytest.approx([plain_parts(bare, sequence)[0] for sequence in sequences], **near)
     assert bare.training, "left as it was"
 
 
-def test_own_reasoning_is_the_greedy_one_and_ends(bare):
-    rows = [row.tokens[:-1] for example in training_examples(False) for row in example.sequences]
-    for row, found in zip(rows, reward_model(bare, False).generate_critiques(rows, 3, END, 4), strict=True):
-        expected = list(row)
+def test_a_critique_is_greedy_and_ends(bare):
+    sequences = [sequence.tokens[:-1] for example in training_examples(False) for sequence in example.sequences]
+    for sequence, found in zip(
+        sequences, reward_model(bare, False).generate_critiques(sequences, 3, END, 4), strict=True
+    ):
+        expected = list(sequence)
         for _ in range(4):
             expected.append(int(plain_parts(bare, expected)[1][-1].argmax()))
             if expected[-1] == END:
@@ -146,19 +148,21 @@ def test_own_reasoning_is_the_greedy_one_and_ends(bare):
         assert found == (expected if expected[-1] == END else [*expected, END])
 
 
-def test_rows_are_padded_and_know_their_ends():
-    rows = reward_micro_batch([row for example in training_examples(True) for row in example.sequences], PAD, "cpu", 4)
-    assert rows.inputs_BL.shape[1] % 4 == 0
-    assert rows.inputs_BL.gather(1, rows.ends_B[:, None]).eq(END).all()
-    learned = rows.labels_BL[rows.loss_mask_BL.bool()]
-    assert (learned == END).sum() == len(rows.ends_B), "the end of the reasoning is learned too"
+def test_sequences_are_padded_and_know_their_ends():
+    batch = reward_micro_batch(
+        [sequence for example in training_examples(True) for sequence in example.sequences], PAD, "cpu", 4
+    )
+    assert batch.inputs_BL.shape[1] % 4 == 0
+    assert batch.inputs_BL.gather(1, batch.ends_B[:, None]).eq(END).all()
+    in_loss = batch.labels_BL[batch.loss_mask_BL.bool()]
+    assert (in_loss == END).sum() == len(batch.ends_B), "the end token of the critique is in the loss too"
 
 
-def test_ties_are_right_by_half():
+def test_ties_count_as_half():
     assert pairwise_accuracy(torch.tensor([1.0, 0.0, -2.0])).tolist() == [1.0, 0.5, 0.0]
 
 
-def test_weights_without_a_head_get_one_and_a_head_is_kept(bare):
+def test_weights_without_a_head_get_one_and_an_existing_head_stays(bare):
     tensors = dict(native_tensors(bare))
     assert with_head(tensors, 128)[f"{HEAD}.bias"].item() == pytest.approx(0.3)
     plain = {name: tensor for name, tensor in tensors.items() if HEAD not in name}

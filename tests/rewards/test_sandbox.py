@@ -26,8 +26,8 @@ def sandbox() -> Sandbox:
     return Sandbox(SandboxConfig(wall_s=20.0, output_kib=64, memory_mib=128))
 
 
-def python(sandbox: Sandbox, text: str, given: bytes = b"") -> Finished:
-    return sandbox.run([*PYTHON, "/program.py"], {"/program.py": text.encode()}, given)
+def python(sandbox: Sandbox, text: str, stdin: bytes = b"") -> Finished:
+    return sandbox.run([*PYTHON, "/program.py"], {"/program.py": text.encode()}, stdin)
 
 
 def test_what_executes_programs_refuses_to_do_so_outside():
@@ -73,9 +73,9 @@ def test_a_program_reads_prints_and_ends(sandbox):
         False,
     )
     assert python(sandbox, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)").code == 137
-    given = os.urandom(1 << 20).hex().encode()
-    assert python(sandbox, "import sys\nprint(len(sys.stdin.read()))", given).output == b"2097152\n"
-    assert python(sandbox, "print(1)", given).output == b"1\n"  # which reads nothing
+    stdin = os.urandom(1 << 20).hex().encode()
+    assert python(sandbox, "import sys\nprint(len(sys.stdin.read()))", stdin).output == b"2097152\n"
+    assert python(sandbox, "print(1)", stdin).output == b"1\n"  # which reads nothing
 
 
 @needs_bubblewrap

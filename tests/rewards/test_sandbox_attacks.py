@@ -1,4 +1,4 @@
-"""Programs that attack: none gets out, none outlives its run, none passes; honest ones beside them are judged right.
+"""Programs that attack: none gets out, outlives its run or passes; honest programs beside them pass their tests.
 
 The long form runs each five times and holds the speed (`-m slow`).
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config.reward import SandboxConfig
-from megatron_r1.rewards.code import CodeTests, judge
+from megatron_r1.rewards.code import CodeTests, run_tests
 from megatron_r1.rewards.sandbox.command import SLOTS, real_users, user_of
 from megatron_r1.rewards.sandbox.run import Sandbox
 from tests.support.attacks import BY_CALLS, BY_OUTPUT, CALL_TESTS, SECRET
@@ -44,7 +44,7 @@ def canaries(tmp_path, monkeypatch):
         named.bind("\0canary-socket")
         named.listen()
         for listener in (port, named):
-            threading.Thread(target=_answer, args=(listener, callers), daemon=True).start()
+            threading.Thread(target=_reply, args=(listener, callers), daemon=True).start()
         names = {"CANARY_FILE": str(file), "CANARY_PORT": str(port.getsockname()[1]), "CANARY_PID": str(os.getpid())}
         yield names, callers
         for listener in (port, named):
@@ -52,7 +52,7 @@ def canaries(tmp_path, monkeypatch):
     assert file.read_text() == SECRET
 
 
-def _answer(listener: socket.socket, callers: list[object]) -> None:
+def _reply(listener: socket.socket, callers: list[object]) -> None:
     while True:
         try:
             line, address = listener.accept()
@@ -85,9 +85,9 @@ def attack(name: str, sandbox: Sandbox, names: dict[str, str]) -> None:
         program = BY_OUTPUT[name]
         for key, value in names.items():
             program = program.replace(key, value)
-        result = judge(program, CodeTests("python", inputs=("",), outputs=(SECRET,)), sandbox)
+        result = run_tests(program, CodeTests("python", inputs=("",), outputs=(SECRET,)), sandbox)
     else:
-        result = judge(BY_CALLS[name], CodeTests("python", entry_point="solve", tests=CALL_TESTS), sandbox)
+        result = run_tests(BY_CALLS[name], CodeTests("python", entry_point="solve", tests=CALL_TESTS), sandbox)
     assert result.passed == 0, name
     assert time.monotonic() - started < LIMITS.wall_s + CLEAN_S, name
 
@@ -113,11 +113,11 @@ def test_attacks_that_work_where_program_and_tests_are_one(name):
 
 def honest(sandbox: Sandbox, number: int) -> bool:
     tests = CodeTests("python", inputs=(f"{number}\n",), outputs=(f"{number * number}\n",))
-    return judge("print(int(input()) ** 2)", tests, sandbox).passed == 1
+    return run_tests("print(int(input()) ** 2)", tests, sandbox).passed == 1
 
 
 def speed(sandbox: Sandbox, seconds: float) -> float:
-    """Honest programs a second, all of them judged right."""
+    """Honest programs per second, all of which pass."""
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(sandbox.config.max_parallel) as threads:
         while (passed := time.monotonic() - started) < seconds:

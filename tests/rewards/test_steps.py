@@ -80,12 +80,14 @@ def test_what_is_accepted_leaves_the_value_of_what_is_left_and_nothing_else_does
         whole = eval(spelt(numbers, operators))
         while operators:
             allowed = []
-            for place, operator in enumerate(operators):
-                result = eval(f"({numbers[place]}) {operator} ({numbers[place + 1]})")
-                left = [*numbers[:place], result, *numbers[place + 2 :]], operators[:place] + operators[place + 1 :]
-                taken = Remaining([*numbers], [*operators]).take(numbers[place], operator, numbers[place + 1], result)
-                assert taken == (eval(spelt(*left)) == whole), (numbers, operators, place)
-                allowed += [left] if taken else []
+            for index, operator in enumerate(operators):
+                result = eval(f"({numbers[index]}) {operator} ({numbers[index + 1]})")
+                left = [*numbers[:index], result, *numbers[index + 2 :]], operators[:index] + operators[index + 1 :]
+                accepted = Remaining([*numbers], [*operators]).take(
+                    numbers[index], operator, numbers[index + 1], result
+                )
+                assert accepted == (eval(spelt(*left)) == whole), (numbers, operators, index)
+                allowed += [left] if accepted else []
             numbers, operators = rng.choice(allowed)
         assert numbers == [whole]
 

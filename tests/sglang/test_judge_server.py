@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass
-class Asked:
+class JudgedPrompt:
     id: str = "p"
     question: str = "What is 2 + 3?"
     answer: str = "5"
@@ -66,7 +66,7 @@ def test_a_random_model_gives_verdicts(server, asks, monkeypatch):
         url=f"{server.url}/v1", mode=asks, votes=2, max_tokens=200, analysis_characters=10, attempts=10
     )
     reward = JudgeReward(settings)
-    values = reward.score([Asked(), Asked()], ["5", "<think>hm</think> <answer>6</answer>"])
+    values = reward.score([JudgedPrompt(), JudgedPrompt()], ["5", "<think>hm</think> <answer>6</answer>"])
     assert all(isinstance(value, float) and 0 <= value <= 1 for value in values), values
     counts = reward.judge.counts
     # What a random model writes may reach the length limit before it comes to a verdict; then it is asked again.

@@ -1,4 +1,4 @@
-"""Judged responses of random tokens, and one update of a reward model on them, for one rank and for several."""
+"""Labelled responses of random tokens, and one update of a reward model on them, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ PAD, END = 0, 2
 
 
 def training_examples(pairwise: bool, count: int = 8, reasoning: bool = True) -> list[TokenizedPreference]:
-    """Rows of many lengths; with reasoning, the last few tokens of each are learned."""
+    """Sequences of many lengths; with reasoning, the last few tokens of each are in the loss."""
     generator = torch.Generator().manual_seed(3)
 
-    def row() -> TokenizedSequence:
-        length, learned = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((6, 24), (2, 5)))
+    def sequence() -> TokenizedSequence:
+        length, critique_tokens = (
+            int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((6, 24), (2, 5))
+        )
         tokens = [*torch.randint(5, 512, (length - 1,), generator=generator).tolist(), END]
-        return TokenizedSequence(tokens, length - learned if reasoning else length)
+        return TokenizedSequence(tokens, length - critique_tokens if reasoning else length)
 
     return [
-        TokenizedPreference(tuple(row() for _ in range(1 + pairwise)), bool(torch.rand(1, generator=generator) < 0.5))
+        TokenizedPreference(
+            tuple(sequence() for _ in range(1 + pairwise)), bool(torch.rand(1, generator=generator) < 0.5)
+        )
         for _ in range(count)
     ]
 
@@ -33,9 +37,9 @@ def training_examples(pairwise: bool, count: int = 8, reasoning: bool = True) ->
 def one_update(
     platform: Any, parallel: ParallelConfig, pairwise: bool, critique_weight: float
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], list[float]]:
-    """Metrics of an update on eight items, its whole gradients, and scores that the first weights give to some rows.
+    """Metrics of an update on eight examples, its whole gradients, and scores of sequences before the update.
 
-    The head is no longer zero, so that gradients reach the whole model.
+    The head is not zero, so that gradients reach the whole model.
     """
     from megatron_r1.model.build import build_model
     from megatron_r1.model.reward_head import HEAD, add_reward_head
@@ -58,10 +62,10 @@ def one_update(
     settings = TrainConfig(steps=100)
     settings.optimizer.max_grad_norm = 0.0
     optimizer = Optimizer(model, settings)
-    this = RewardModel(model, pairwise, critique_weight, PAD, "cpu", parallel.tensor)
+    model_with_head = RewardModel(model, pairwise, critique_weight, PAD, "cpu", parallel.tensor)
     examples, group = training_examples(pairwise), data_parallel_group()
-    scores = this.scores([row.tokens for example in examples for row in example.sequences], 3)
-    rows = this.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)
-    length = max(each.inputs_BL.shape[1] for each in rows)
-    result = update(model, optimizer, rows, this.forward, 1e-3, length)
+    scores = model_with_head.scores([sequence.tokens for example in examples for sequence in example.sequences], 3)
+    micro_batches = model_with_head.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)
+    length = max(each.inputs_BL.shape[1] for each in micro_batches)
+    result = update(model, optimizer, micro_batches, model_with_head.forward, 1e-3, length)
     return logged_metrics(result) | {"norm": result.gradient_norm}, whole_gradients(model, optimizer), scores

@@ -42,7 +42,7 @@ BESIDE = (
     "reward.helpfulness=0.5", "reward.helpfulness_model={}/whole",
     "reward.harmlessness=2", "reward.harmlessness_model={}/safety",
 )  # fmt: skip
-"""A policy whose answers two reward models score."""
+"""A policy whose responses two reward models score."""
 
 
 def main(folder: Path) -> None:
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
         run(reward_model, "reward_model", "name=stopped", *REWARD)
         raise AssertionError("was not stopped")
     except Requeue as stopped:
-        told = str(stopped)
+        message = str(stopped)
     EvalHook.after_step = plain
     run(reward_model, "reward_model", "name=stopped", *REWARD)
     run(
@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
         recipe="reward_safety",
     )
     run(grpo, "grpo", *BESIDE)
-    found = {"stopped": told, "scores": score(folder)}
+    found = {"stopped": message, "scores": score(folder)}
     (folder / "found.json").write_text(json.dumps(found))
 
 
@@ -106,7 +106,7 @@ def of_the_policy(folder: Path) -> tuple[list[Any], list[Any]]:
 
 
 def score(folder: Path) -> dict[str, Any]:
-    """What scorers of the runs say of a few answers, together and one by one."""
+    """Scores of a few responses by the scorers of the runs, together and one by one."""
     import torch
 
     from megatron_r1.config.parallel import ParallelConfig
@@ -119,8 +119,8 @@ def score(folder: Path) -> dict[str, Any]:
     prompts = [
         Prompt(str(i), f"Write in capitals: {word}", "", "", "capitals") for i, word in enumerate(("cat", "sun"))
     ]
-    answers = ["<think> one</think> <answer> CAT</answer>", "<think> two</think> <answer> sun</answer>"]
-    thought = [answer.replace(" one", " another thought") for answer in answers]
+    responses = ["<think> one</think> <answer> CAT</answer>", "<think> two</think> <answer> sun</answer>"]
+    thought = [response.replace(" one", " another thought") for response in responses]
     platform, found = select("cpu"), {}
     with process_groups(platform, ParallelConfig(), seed=0, threads=1):
         for run in ("whole", "safety"):
@@ -128,8 +128,8 @@ def score(folder: Path) -> dict[str, Any]:
             scorer = RewardModelScorer(str(folder / run), ParallelConfig(), platform)
             found[run] = {
                 "name": scorer.name,
-                "together": scorer.score(prompts, answers),
-                "alone": [scorer.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)],
+                "together": scorer.score(prompts, responses),
+                "alone": [scorer.score([p], [a])[0] for p, a in zip(prompts, responses, strict=True)],
                 "thought": scorer.score(prompts, thought),
                 "draws_nothing": bool((torch.get_rng_state() == before).all()),
             }

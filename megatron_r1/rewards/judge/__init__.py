@@ -1,1 +1,1 @@
-"""A language model as a judge: what it is asked, what its replies mean, how votes are counted."""
+"""A language model as a judge: its prompts, its replies, and how votes are counted."""

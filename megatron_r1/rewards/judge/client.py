@@ -1,8 +1,8 @@
 """Calls to an OpenAI-compatible chat endpoint that replies in JSON, bounded in time and in bytes.
 
-Two kinds of failure are kept apart. The endpoint failed (no connection, no reply in time, an error of the server, a
-body that is no chat completion): it is asked again, and then `JudgeFailed`. Or the judge replied with something that is
-no verdict: it is asked again too, and then `NoVerdict`. Neither says anything about the answer that was judged.
+There are two kinds of failure, after each of which the call is retried. `JudgeFailed`: the endpoint failed (no
+connection, no reply in time, a server error, a body that is no chat completion). `NoVerdict`: the judge replied, but
+without a verdict. Neither says anything about the judged response.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from megatron_r1.rewards.judge.questions import Ask, NoVerdict
 
 KEY = "JUDGE_API_KEY"
 WRONG_SETTINGS = (401, 403, 404, 405)
-"""Statuses that no other question would change."""
+"""HTTP statuses that are the same for every query: wrong key or wrong address."""
 REFUSALS = (400, 413, 422)
-"""Statuses that speak of this question."""
+"""HTTP statuses that refuse this query, so that a retry is useless."""
 CONNECT_S = 10.0
 FIRST_PAUSE_S = 0.2
 BYTES_A_TOKEN = 64
 LARGEST_REPLY = 1 << 20
-"""Bytes of a reply beyond what its tokens need."""
+"""Bytes of a reply beyond those for its tokens."""
 
 
 class JudgeFailed(Exception):
@@ -37,11 +37,11 @@ class JudgeFailed(Exception):
 
 
 class JudgeRefused(JudgeFailed):
-    """The endpoint will not answer this question, however often it is asked."""
+    """The endpoint refuses this query; a retry would not help."""
 
 
 class Judge:
-    """One endpoint; may be asked by several threads.
+    """Client of one endpoint; several threads may use it.
 
     Attributes:
         counts: calls, verdicts, endpoint failures (failed) and replies without a verdict (no_verdict), so far.
@@ -53,48 +53,48 @@ class Judge:
             ConfigError: no endpoint is named.
         """
         if not config.url:
-            raise ConfigError("judge.url", "", "must name an endpoint, such as http://host:port/v1")
+            raise ConfigError("reward.judge_config.url", "", "must name an endpoint, such as http://host:port/v1")
         self._config = config
         self._url = f"{config.url.rstrip('/')}/chat/completions"
         key = os.environ.get(KEY, "")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.counts: Counter[str] = Counter()
 
-    def ask_all(self, asks: Sequence[Ask]) -> list[Any]:
-        """For each question the verdict, or the JudgeFailed or NoVerdict that stands for it; in order.
+    def ask_all(self, queries: Sequence[Ask]) -> list[Any]:
+        """For each query the verdict, or the JudgeFailed or NoVerdict exception; in order.
 
         Raises:
-            ConfigError: the endpoint does not take the key, or there is none at the address.
+            ConfigError: the endpoint refuses the key, or there is no endpoint at the URL.
         """
-        return asyncio.run(self._ask_all(asks))
+        return asyncio.run(self._ask_all(queries))
 
-    async def _ask_all(self, asks: Sequence[Ask]) -> list[Any]:
+    async def _ask_all(self, queries: Sequence[Ask]) -> list[Any]:
         timeout = aiohttp.ClientTimeout(total=self._config.timeout_s, sock_connect=CONNECT_S)
         slots = asyncio.Semaphore(self._config.concurrency)
 
-        async def one(ask: Ask) -> Any:
+        async def one(query: Ask) -> Any:
             async with slots:
                 try:
-                    return await self._ask(session, ask)
+                    return await self._ask(session, query)
                 except (JudgeFailed, NoVerdict) as error:
                     return error
 
         async with aiohttp.ClientSession(timeout=timeout, headers=self._headers) as session:
-            tasks = [asyncio.create_task(one(ask)) for ask in asks]
+            tasks = [asyncio.create_task(one(query)) for query in queries]
             try:
                 return list(await asyncio.gather(*tasks))
             finally:
                 for task in tasks:
                     task.cancel()
 
-    async def _ask(self, session: aiohttp.ClientSession, ask: Ask) -> Any:
+    async def _ask(self, session: aiohttp.ClientSession, query: Ask) -> Any:
         last: Exception = JudgeFailed("was not asked")
         for attempt in range(self._config.attempts):
             if attempt and isinstance(last, JudgeFailed):
                 await asyncio.sleep(FIRST_PAUSE_S * 4 ** (attempt - 1))
             self.counts["calls"] += 1
             try:
-                verdict = ask.verdict_in(await self._content(session, ask))
+                verdict = query.verdict_in(await self._content(session, query))
             except NoVerdict as error:
                 self.counts["no_verdict"] += 1
                 last = error
@@ -102,24 +102,24 @@ class Judge:
                 self.counts["failed"] += 1
                 if isinstance(error, JudgeRefused):
                     raise
-                told = error if isinstance(error, JudgeFailed) else f"{type(error).__name__} {error}".strip()
-                last = JudgeFailed(told)
+                reason = error if isinstance(error, JudgeFailed) else f"{type(error).__name__} {error}".strip()
+                last = JudgeFailed(reason)
             else:
                 self.counts["verdicts"] += 1
                 return verdict
         raise last
 
-    async def _content(self, session: aiohttp.ClientSession, ask: Ask) -> str:
+    async def _content(self, session: aiohttp.ClientSession, query: Ask) -> str:
         """The text of one reply."""
         config = self._config
         body = {
             "model": config.model,
-            "messages": ask.messages,
+            "messages": query.messages,
             "temperature": config.temperature,
             "max_tokens": config.max_tokens,
-            "response_format": ask.response_format(config.analysis_characters),
+            "response_format": query.response_format(config.analysis_characters),
         }
-        # A redirect would take the key elsewhere.
+        # A redirect would send the key to another server.
         async with session.post(self._url, json=body, allow_redirects=False) as response:
             self._check(response.status)
             most = LARGEST_REPLY + BYTES_A_TOKEN * config.max_tokens
@@ -138,8 +138,8 @@ class Judge:
 
     def _check(self, status: int) -> None:
         if status in WRONG_SETTINGS:
-            allowed = f"must be an endpoint that takes the key in {KEY}: it answers with status {status}"
-            raise ConfigError("judge.url", self._config.url, allowed)
+            allowed = f"must be an endpoint that accepts the key in {KEY}: it replies with status {status}"
+            raise ConfigError("reward.judge_config.url", self._config.url, allowed)
         if status in REFUSALS:
             raise JudgeRefused(f"status {status}")
         if status != 200:

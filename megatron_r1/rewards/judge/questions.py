@@ -1,7 +1,7 @@
-"""What a judge is asked, and what a reply must be to count.
+"""Queries to a judge, and the parsing of its replies.
 
-Answers are shown to the judge as JSON strings, and it is told that they are data: an answer that speaks to the judge is
-still an answer. A reply counts if it is JSON with a verdict of the schema; all else is no verdict, whatever it says.
+The prompt has responses as JSON strings and tells the judge that they are data, so that a response which addresses the
+judge is still only a response. A reply counts if it is JSON with a verdict of the schema; anything else is no verdict.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ CORRECTNESS = (
 
 
 class NoVerdict(Exception):
-    """The judge replied, but its reply is none of the verdicts."""
+    """The judge replied, but the reply has no valid verdict."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One call: the messages, and the verdict that the reply must hold."""
+    """One query to a judge: the messages, and the verdict that the reply must contain."""
 
     messages: list[dict[str, str]]
     field: str
-    """Of the reply, the field that is the verdict."""
+    """Field of the reply with the verdict."""
     allowed: tuple[Any, ...]
-    """Values that it may have: true and false, or some strings."""
+    """Valid verdicts: true and false, or strings."""
 
     def response_format(self, analysis_characters: int) -> dict[str, Any]:
-        """The reply's JSON schema as the API takes it.
+        """The JSON schema of the reply, in the form of the API's `response_format`.
 
         Args:
             analysis_characters: longest analysis; 0 sets no limit.
@@ -60,30 +60,30 @@ class Ask:
         return {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
 
     def verdict_in(self, content: str) -> Any:
-        """The verdict that a reply gives.
+        """The verdict in a reply.
 
         Raises:
-            NoVerdict: it gives none.
+            NoVerdict: the reply has no valid verdict.
         """
         try:
             reply = json.loads(content)
         except (ValueError, RecursionError):
             raise NoVerdict("the reply is not JSON") from None
         value = reply.get(self.field) if isinstance(reply, dict) else None
-        # 1 equals True, but a number is no verdict.
+        # In Python 1 == True, but a number is no verdict.
         if not any(type(value) is type(allowed) and value == allowed for allowed in self.allowed):
             raise NoVerdict(f"the reply has no {self.field} of {', '.join(map(str, self.allowed))}")
         return value
 
 
 def comparison(question: str, first: str, second: str) -> Ask:
-    """Which of two answers is better: `first` is shown as A."""
+    """Asks which of two responses is better; `first` is shown as A."""
     shown = {"question": question, "answer A": first, "answer B": second}
     return Ask(_messages(COMPARISON, shown), "verdict", tuple(MARGINS))
 
 
 def correctness(question: str, reference: str, answer: str) -> Ask:
-    """Whether an answer agrees with the reference (DeepSeek-R1 report v2, appendix B.3, has the same two fields)."""
+    """Asks whether an answer agrees with the reference (DeepSeek-R1 report v2, appendix B.3, has the same fields)."""
     shown = {"question": question, "reference answer": reference, "answer": answer}
     return Ask(_messages(CORRECTNESS, shown), "correct", (True, False))
 

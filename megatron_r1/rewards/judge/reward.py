@@ -1,7 +1,7 @@
-"""The judge's verdicts as a reward, and as preferences to learn a reward model from.
+"""The judge's verdicts as a reward, and as preferences for the training of a reward model.
 
-A comparison is asked in both orders equally often, and each order counts half: a judge that prefers what it reads first
-then says nothing (DeepSeek-R1 report v2, section 3.1, asks four times in random order and takes the mean).
+The judge compares in both orders equally often, and each order has half of the weight: a preference for the response
+that comes first then cancels out (DeepSeek-R1 report v2, section 3.1: the mean of four comparisons in random order).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from megatron_r1.rewards.reward import RewardPrompt, Unscored, Value
 from megatron_r1.rewards.summary import summary
 
 Triple = tuple[str, str, str]
-"""Question, first answer, second answer."""
+"""Question, first response, second response."""
 
 
 class JudgeReward:
-    """A value from 0 to 1 for each answer: how it compares with the reference, or how many votes call it correct.
+    """A value from 0 to 1 for each response: its comparison with the reference, or the share of votes for correct.
 
-    The judge sees an answer's summary, not its reasoning. An answer without a verdict is `Unscored`, never 0.
+    The judge sees the summary of a response, not its reasoning. A response without a verdict is `Unscored`, never 0.
     """
 
     name = "judge"
@@ -31,7 +31,7 @@ class JudgeReward:
     def __init__(self, config: JudgeConfig, part: Callable[[str], str] = summary):
         """
         Args:
-            part: response -> what of it is judged.
+            part: response -> the part that the judge sees.
 
         Raises:
             ConfigError: no endpoint is named.
@@ -46,21 +46,21 @@ class JudgeReward:
             margins = self.margins(triples)
             return [margin if isinstance(margin, Unscored) else (margin + 2) / 4 for margin in margins]
         votes = self._config.votes
-        asks = [
+        queries = [
             correctness(prompt.question, prompt.answer, part)
             for prompt, part in zip(prompts, parts, strict=True)
             for _ in range(votes)
         ]
-        replies = self.judge.ask_all(asks)
+        replies = self.judge.ask_all(queries)
         return [mean_of_orders([replies[start : start + votes]]) for start in range(0, len(replies), votes)]
 
     def margins(self, triples: Sequence[Triple]) -> list[Value]:
-        """How much better each first answer is than the second, from -2 to 2: the mean over both orders."""
+        """How much better each first response is than the second, from -2 to 2: the mean over both orders."""
         half = max(1, self._config.votes // 2)
-        asks: list[Ask] = []
+        queries: list[Ask] = []
         for question, first, second in triples:
-            asks += [comparison(question, first, second)] * half + [comparison(question, second, first)] * half
-        replies = [MARGINS[reply] if isinstance(reply, str) else reply for reply in self.judge.ask_all(asks)]
+            queries += [comparison(question, first, second)] * half + [comparison(question, second, first)] * half
+        replies = [MARGINS[reply] if isinstance(reply, str) else reply for reply in self.judge.ask_all(queries)]
         result: list[Value] = []
         for start in range(0, len(replies), 2 * half):
             plain, swapped = replies[start : start + half], replies[start + half : start + 2 * half]
@@ -69,10 +69,10 @@ class JudgeReward:
 
 
 def mean_of_orders(orders: Sequence[Sequence[Any]]) -> Value:
-    """The mean of each order's mean of verdicts, numbers; exceptions among them are no votes.
+    """The mean over orders of the mean of their votes; exceptions among the replies are no votes.
 
-    An order without any vote leaves the answer unscored: the other one alone would carry the judge's preference for a
-    position. The last failure is the reason.
+    Where an order has no vote, the response is unscored, for the reason of the last failure: the other order alone
+    would be biased by the judge's preference for a position.
     """
     counted = [[float(reply) for reply in replies if not isinstance(reply, Exception)] for replies in orders]
     if all(counted):

@@ -1,10 +1,10 @@
-"""What a program in the sandbox sees, as the command line of bubblewrap.
+"""The command line of bubblewrap, which defines what a program in the sandbox can access.
 
-It sees the system's programs and libraries and this Python without its site-packages, all read-only; one folder in
-memory that it can write, which is gone afterwards; no network, no /proc, no environment, no other process. It runs
-as a user of its own: where the caller is root, as a user number that nothing else has; otherwise inside a user
-namespace. (A user namespace alone would not do for root: the kernel exempts the real root from the limit on
-processes, whatever number it has inside.)
+The program sees the system's programs and libraries and this Python without its site-packages, all read-only, and one
+writable folder in memory, which is deleted afterwards; no network, no /proc, no environment, no other process. It runs
+as a user of its own: with a uid that no other process has where the caller is root, otherwise inside a user namespace.
+(A user namespace alone is not enough for root: the kernel exempts the real root from the limit on processes, whatever
+its uid inside.)
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import PlatformError
 
 WORK = "/tmp"
-"""The folder that a program can write."""
+"""The writable folder of a program."""
 NOBODY = "65534"
 FIRST_USER = 1 << 30
-"""Above every user number that systems hand out, below 2^31."""
+"""First uid; above those that systems assign, below 2^31."""
 SLOTS = 256
-"""User numbers of one process: no two programs that run at the same time share one."""
+"""Number of uids of one process: no two programs that run at the same time share one."""
 OPEN_FILES = 64
 SYSTEM_FOLDERS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-B")
@@ -33,7 +33,7 @@ PYTHON = (os.path.realpath(sys.executable), "-I", "-S", "-B")
 
 @dataclass(frozen=True)
 class Tools:
-    """Where the programs are that make a sandbox."""
+    """Paths of the programs that make a sandbox."""
 
     bwrap: str
     prlimit: str
@@ -41,10 +41,10 @@ class Tools:
 
 
 def find_tools() -> Tools:
-    """The programs on this machine.
+    """Find the programs on this machine.
 
     Raises:
-        PlatformError: one is missing; nothing is ever run without a sandbox instead.
+        PlatformError: one is missing; programs are never run without a sandbox.
     """
     found = {}
     for name, package in (("bwrap", "bubblewrap"), ("prlimit", "util-linux"), ("setpriv", "util-linux")):
@@ -56,7 +56,7 @@ def find_tools() -> Tools:
 
 
 def real_users() -> bool:
-    """Whether this process can take any user number: it is the machine's own root."""
+    """Whether this process can set any uid, because it is the machine's real root."""
     if os.geteuid() != 0:
         return False
     first, outside, count = map(int, Path("/proc/self/uid_map").read_text(encoding="ascii").split()[:3])
@@ -64,12 +64,12 @@ def real_users() -> bool:
 
 
 def user_of(slot: int) -> str:
-    """The user number of a slot; processes have at most 2^22 numbers, so none is given twice."""
+    """The uid of a slot; unique, because process ids are below 2^22."""
     return str(FIRST_USER + os.getpid() * SLOTS + slot)
 
 
 def view(config: SandboxConfig) -> list[str]:
-    """The file system of a program, as options of bubblewrap."""
+    """The file system that a program sees, as options of bubblewrap."""
     options = ["--ro-bind", "/usr", "/usr"]
     for folder in SYSTEM_FOLDERS:
         if os.path.islink(folder):
@@ -101,10 +101,10 @@ def bwrap_command(
     """The whole command.
 
     Args:
-        slot: which of the programs that run at the same time this is.
-        program: what is run inside.
+        slot: number of this program among those that run at the same time.
+        program: command to run inside.
         files: path inside -> descriptor of its contents.
-        status: descriptor on which bubblewrap says how it went.
+        status: descriptor to which bubblewrap writes its status.
         gate: descriptor on which bubblewrap waits for a byte before it starts the program.
         seccomp: descriptor of the filter.
         memory_mib: address space of one process.

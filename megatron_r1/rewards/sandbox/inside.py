@@ -1,13 +1,13 @@
 """Runs inside the sandbox, never outside: calls a program's function from tests that the program cannot reach.
 
-The program lives in a child process that was forked before the tests were read, and that holds none of this process's
-descriptors. The tests see in place of its function one that sends the arguments there and gets the result back as
-plain data: numbers, text and containers of them. So the program can neither read the tests, nor replace `assert`, nor
-answer with an object that says it equals everything; and the verdicts go out, each with a word that only the caller
-knows, through a pipe that the child does not have. What it can do is kill its parent, and then no test has passed.
+The program runs in a child process, which is forked before the tests are read and has none of this process's
+descriptors. For the tests, its function is replaced by one that sends the arguments to the child and receives the
+result as plain data: numbers, text and containers of them. So the program can neither read the tests, nor replace
+`assert`, nor return an object that equals everything. The results of the tests go through a pipe that the child does
+not have, each with a secret word that only the caller knows. The program can kill its parent, but then no test passes.
 
-Standard input: one line of JSON, {"word", "setup", "entry_point", "tests"}. Standard output: a line for each test
-that passed, `WORD INDEX`. Exit status 3: the program is no Python, standard error says why.
+Standard input: one line of JSON, {"word", "setup", "entry_point", "tests"}. Standard output: a line for each passed
+test, `WORD INDEX`. Exit status 3: Python cannot parse the program; the error is on standard error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TAGS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 class Gone(BaseException):
-    """The program is not there any more; not an Exception, so that no test takes it for one of the program's."""
+    """The child has ended; no subclass of Exception, so that no test mistakes it for an exception of the program."""
 
 
 def encode(value: Any, depth: int = 0) -> Any:
@@ -55,7 +55,7 @@ def encode(value: Any, depth: int = 0) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """What `encode` was given."""
+    """The inverse of `encode`."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):
@@ -73,36 +73,36 @@ def decode(value: Any) -> Any:
 
 
 def serve(code: CodeType, requests: int, replies: int, entry_point: str) -> None:
-    """The child: the program, answering calls until nobody asks any more."""
+    """The child process: runs the program and answers calls of its function until the pipe is closed."""
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     program: dict[str, Any] = {"__name__": "program"}
     exec(code, program)
     function = program[entry_point]
-    with os.fdopen(requests, "rb") as asked, os.fdopen(replies, "wb") as told:
-        for line in asked:
+    with os.fdopen(requests, "rb") as requests_file, os.fdopen(replies, "wb") as replies_file:
+        for line in requests_file:
             try:
                 arguments, named = decode(json.loads(line))
                 reply = {"value": encode(function(*arguments, **named))}
             except Exception as error:
                 reply = {"error": type(error).__name__}
-            told.write(json.dumps(reply).encode() + b"\n")
-            told.flush()
+            replies_file.write(json.dumps(reply).encode() + b"\n")
+            replies_file.flush()
 
 
 def remote(requests: int, replies: int) -> Callable[..., Any]:
-    """A function that calls the child's."""
-    asked, told = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
+    """A function that calls the program's function in the child."""
+    requests_file, replies_file = os.fdopen(requests, "wb"), os.fdopen(replies, "rb")
 
     def call(*arguments: Any, **named: Any) -> Any:
         question = json.dumps(encode([list(arguments), named])).encode() + b"\n"
         try:
-            asked.write(question)
-            asked.flush()
+            requests_file.write(question)
+            requests_file.flush()
         except OSError:
             raise Gone from None
-        line = told.readline(LONGEST_LINE)
+        line = replies_file.readline(LONGEST_LINE)
         if not line.endswith(b"\n"):
             raise Gone
         reply = json.loads(line)
@@ -116,8 +116,8 @@ def remote(requests: int, replies: int) -> Callable[..., Any]:
 
 
 def main(entry_point: str) -> None:
-    """Fork, read the tests, run each."""
-    if os.path.exists("/proc"):  # every machine has it, the sandbox has not
+    """Fork the child, read the tests and run each."""
+    if os.path.exists("/proc"):  # exists on every machine, but not in the sandbox
         raise SystemExit("inside.py: runs in the sandbox only")
     try:
         with open("/program.py", encoding="utf-8") as file:

@@ -1,11 +1,11 @@
-"""Running one program in the sandbox, from its start until nothing of it is left.
+"""Runs one program in the sandbox, from its start until all its processes have ended.
 
-Covered: files, network, processes, users, environment, tracing and namespaces of the machine (command.py, seccomp.py);
-wall time, processor time, memory, disk, number of files, processes and output. A program's daemons die with it: it has
-a process namespace of its own, whose end is waited for.
+The sandbox isolates files, network, processes, users, environment, tracing and namespaces of the machine (command.py,
+seccomp.py), and limits wall time, processor time, memory, disk, number of files, processes and output. A program's
+daemons end with it: it has a process namespace of its own, and `run` waits for the end of that.
 
-Not covered: faults of the kernel itself, and what can be told from timing. How much memory all its processes hold
-together is looked at every 50 ms, so that a program can go over it for that long.
+The sandbox does not protect from faults of the kernel or from timing side channels. The memory of all processes
+together is checked every 50 ms, so a program can exceed that limit for that long.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from megatron_r1.rewards.sandbox.usage import files_made, held
 
 WATCHED_AFTER_S, WATCHED_EVERY_S = 0.1, 0.05
 MOST_FILES = 10_000
-"""In the folder that can be written: each costs the kernel memory, whatever its size."""
+"""Most files in the writable folder: each costs the kernel memory, whatever its size."""
 OWN_PROCESSES = 4
-"""Of the sandbox itself."""
+"""Seconds for the sandbox itself."""
 PATIENCE_S = 20.0
-"""For the kernel to have taken everything away after a kill."""
+"""Seconds for the kernel to end all processes after a kill."""
 CHUNK = 1 << 16
 
 
 class SandboxDown(Exception):
-    """The sandbox itself did not work: nothing is known about the program."""
+    """The sandbox itself failed: nothing is known about the program."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a program ended."""
+    """Result of a run of a program."""
 
     ended: str
-    """itself, time, memory, disk, processes or output: by itself, or by which limit."""
+    """itself where the program ended by itself, else the limit that ended it: time, memory, disk, processes, output."""
     code: int
-    """Exit status, 128 + n for signal n; of meaning where it ended by itself."""
+    """Exit status, 128 + n for signal n; meaningful only where the program ended by itself."""
     output: bytes
     errors: bytes
 
     @property
     def well(self) -> bool:
-        """Whether it ended by itself and says that all went well."""
+        """Whether the program ended by itself with exit status 0."""
         return self.ended == "itself" and self.code == 0
 
 
@@ -67,9 +67,9 @@ for _slot in range(SLOTS):
 
 @contextlib.contextmanager
 def own_slot() -> Iterator[int]:
-    """A number that no other program of this process has while this one runs, whichever sandbox it is in.
+    """A slot number that no other running program of this process has, in any sandbox.
 
-    It makes the user that a program is: with one user, one program's processes would count against another's limit.
+    The program's uid is made from it: with the same uid, one program's processes would count towards another's limit.
     """
     slot = _FREE_SLOTS.get()
     try:
@@ -82,7 +82,7 @@ class Sandbox:
     """Runs programs, a bounded number at the same time; may be used by many threads."""
 
     def __init__(self, config: SandboxConfig):
-        """Raises PlatformError: the sandbox does not work on this machine, and nothing is run without it."""
+        """Raises PlatformError: the sandbox does not work on this machine; programs are never run without it."""
         self.config = config
         self._tools, self._filter = find_tools(), seccomp_filter()
         self._at_once = threading.Semaphore(config.max_parallel)
@@ -91,27 +91,27 @@ class Sandbox:
         except SandboxDown as error:
             raise PlatformError(f"programs are run in a sandbox only, and it does not work here: {error}") from None
         if tried.output != b"42\n":
-            said = " ".join(tried.errors.decode(errors="replace").split()) or f"exit {tried.code}, {tried.ended}"
-            raise PlatformError(f"programs are run in a sandbox only, and it does not work here: {said}")
+            message = " ".join(tried.errors.decode(errors="replace").split()) or f"exit {tried.code}, {tried.ended}"
+            raise PlatformError(f"programs are run in a sandbox only, and it does not work here: {message}")
 
     def run(
         self,
         program: list[str],
         files: dict[str, bytes] | None = None,
-        given: bytes = b"",
+        stdin: bytes = b"",
         output_bytes: int | None = None,
         memory_mib: int | None = None,
     ) -> Finished:
-        """Run a program to its end, or until it breaks a limit.
+        """Run a program until it ends or exceeds a limit.
 
         Args:
-            program: its command, of paths inside the sandbox.
+            program: command, with paths inside the sandbox.
             files: path inside -> contents, readable and executable.
-            given: its standard input.
+            stdin: standard input.
             output_bytes, memory_mib: limits in place of the configured ones.
 
         Raises:
-            SandboxDown: it could not be run for no fault of its own.
+            SandboxDown: the sandbox failed, which is not the program's fault.
         """
         run = _Run(self.config, output_bytes or self.config.output_kib << 10, memory_mib or self.config.memory_mib)
         try:
@@ -120,7 +120,7 @@ class Sandbox:
                 own_slot() as slot,
                 self._started(program, files or {}, slot, run.memory_mib) as (process, status, gate),
             ):
-                return run.to_the_end(process, status, gate, given)
+                return run.to_the_end(process, status, gate, stdin)
         except OSError as error:
             raise SandboxDown(f"{error.strerror or error}") from error
 
@@ -128,7 +128,7 @@ class Sandbox:
     def _started(
         self, program: list[str], files: dict[str, bytes], slot: int, memory_mib: int
     ) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
-        """The process of bubblewrap, the descriptor from which its words are read, and the one that lets it go on."""
+        """The process of bubblewrap, the descriptor of its status, and the one that makes it start the program."""
         with ExitStack() as stack:
             (read_status, write_status), (read_gate, write_gate) = os.pipe(), os.pipe()
             stack.callback(os.close, read_status)
@@ -165,40 +165,40 @@ def _in_memory(name: str, body: bytes, stack: ExitStack) -> int:
 
 
 class _Run:
-    """One program while it runs: what it is given, what it says, what it uses."""
+    """One running program: feeds its input, reads its output, watches its limits."""
 
     def __init__(self, config: SandboxConfig, output_bytes: int, memory_mib: int):
         self.config, self.output_bytes, self.memory_mib = config, output_bytes, memory_mib
-        self._said: dict[str, bytearray] = {"output": bytearray(), "errors": bytearray(), "status": bytearray()}
+        self._streams: dict[str, bytearray] = {"output": bytearray(), "errors": bytearray(), "status": bytearray()}
         self._init: int | None = None  # pidfd of the first process of the program's namespace
         self._init_pid = 0
 
-    def to_the_end(self, process: subprocess.Popen[bytes], status: int, gate: int, given: bytes) -> Finished:
-        """Feed, read and watch it, and see that nothing of it is left."""
+    def to_the_end(self, process: subprocess.Popen[bytes], status: int, gate: int, stdin: bytes) -> Finished:
+        """Feed, read and watch the program, then end all its processes."""
         with ExitStack() as stack:
             stack.callback(self._close)
             exited = os.pidfd_open(process.pid)
             stack.callback(os.close, exited)
-            ended = self._attend(process, status, gate, exited, given)
+            ended = self._attend(process, status, gate, exited, stdin)
             self._kill(process)
             self._drain(process, status)
         code = self._exit_code()
         if code is None and ended == "itself":
-            said = " ".join(self._said["errors"].decode(errors="replace").split())
-            raise SandboxDown(said or f"bubblewrap ended with {process.returncode}")
-        return Finished(ended, code or 0, bytes(self._said["output"]), bytes(self._said["errors"]))
+            message = " ".join(self._streams["errors"].decode(errors="replace").split())
+            raise SandboxDown(message or f"bubblewrap ended with {process.returncode}")
+        return Finished(ended, code or 0, bytes(self._streams["output"]), bytes(self._streams["errors"]))
 
-    def _attend(self, process: subprocess.Popen[bytes], status: int, gate: int, exited: int, given: bytes) -> str:
+    def _attend(self, process: subprocess.Popen[bytes], status: int, gate: int, exited: int, stdin: bytes) -> str:
         assert process.stdin and process.stdout and process.stderr
-        started, left = time.monotonic(), memoryview(given)
+        started, unsent = time.monotonic(), memoryview(stdin)
         with selectors.DefaultSelector() as selector:
             for stream, name in ((process.stdout, "output"), (process.stderr, "errors"), (status, "status")):
                 os.set_blocking(stream if isinstance(stream, int) else stream.fileno(), False)
                 selector.register(stream, selectors.EVENT_READ, name)
             selector.register(exited, selectors.EVENT_READ, "exited")
             os.set_blocking(process.stdin.fileno(), False)
-            if left:
-                selector.register(process.stdin, selectors.EVENT_WRITE, "given")
+            if unsent:
+                selector.register(process.stdin, selectors.EVENT_WRITE, "stdin")
             else:
                 process.stdin.close()
             while (passed := time.monotonic() - started) < self.config.wall_s:
@@ -206,16 +206,16 @@ class _Run:
                 watched = WATCHED_EVERY_S if passed > WATCHED_AFTER_S else WATCHED_AFTER_S
                 for key, _ in selector.select(min(watched, self.config.wall_s - passed)):
                     names.add(key.data)
-                    if key.data == "given":
-                        left = self._give(process, left)
-                        if not left:
+                    if key.data == "stdin":
+                        unsent = self._write_stdin(process, unsent)
+                        if not unsent:
                             selector.unregister(process.stdin)
                             process.stdin.close()
                     elif key.data != "exited" and not self._read(key.fd, key.data):
                         selector.unregister(key.fileobj)
                 if self._init is None and self._find_init(process):
                     os.write(gate, b"\n")  # not before its end can be waited for
-                if len(self._said["output"]) > self.output_bytes or len(self._said["errors"]) > self.output_bytes:
+                if len(self._streams["output"]) > self.output_bytes or len(self._streams["errors"]) > self.output_bytes:
                     return "output"
                 if "exited" in names:
                     return "itself"
@@ -224,26 +224,26 @@ class _Run:
         return "time"
 
     @staticmethod
-    def _give(process: subprocess.Popen[bytes], left: memoryview) -> memoryview:
+    def _write_stdin(process: subprocess.Popen[bytes], unsent: memoryview) -> memoryview:
         assert process.stdin
         try:
-            return left[os.write(process.stdin.fileno(), left[:CHUNK]) :]
+            return unsent[os.write(process.stdin.fileno(), unsent[:CHUNK]) :]
         except BlockingIOError:
-            return left
-        except OSError:  # it reads no more
-            return left[:0]
+            return unsent
+        except OSError:  # the program has closed its standard input
+            return unsent[:0]
 
     def _read(self, descriptor: int, name: str) -> bool:
-        """Whether there may be more to read."""
+        """Read what is available; returns whether there may be more."""
         try:
             data = os.read(descriptor, CHUNK)
         except BlockingIOError:
             return True
-        self._said[name] += data
+        self._streams[name] += data
         return bool(data)
 
     def _drain(self, process: subprocess.Popen[bytes], status: int) -> None:
-        """What is left in the pipes after everything has ended, up to the limits."""
+        """Read the rest of the pipes after all processes have ended, up to the limits."""
         assert process.stdout and process.stderr
         for name, descriptor in (
             ("output", process.stdout.fileno()),
@@ -251,19 +251,19 @@ class _Run:
             ("status", status),
         ):
             before = -1
-            while before < len(self._said[name]) <= self.output_bytes:
-                before = len(self._said[name])
+            while before < len(self._streams[name]) <= self.output_bytes:
+                before = len(self._streams[name])
                 self._read(descriptor, name)
 
     def _find_init(self, process: subprocess.Popen[bytes]) -> bool:
-        """Take hold of the namespace's first process, once bubblewrap has said which it is; whether it was found."""
-        for line in self._said["status"].splitlines():
+        """Open a pidfd of the namespace's first process once bubblewrap has reported its pid; returns whether."""
+        for line in self._streams["status"].splitlines():
             pid = json.loads(line).get("child-pid") if line.endswith(b"}") else None
             if not pid:
                 continue
             with contextlib.suppress(OSError):
                 pidfd = os.pidfd_open(pid)
-                # A number may have passed on to another process; bubblewrap has only this one child.
+                # The pid may have been reused by another process; bubblewrap has only this one child.
                 if _parent(pid) == process.pid:
                     self._init, self._init_pid = pidfd, pid
                 else:
@@ -271,20 +271,20 @@ class _Run:
         return self._init is not None
 
     def _over(self) -> str:
-        """Which limit all processes of the program together break."""
+        """The limit that all processes of the program together exceed; empty for none."""
         if self._init is None:
             return ""
         most = self.config.processes + OWN_PROCESSES
         memory, threads = held(self._init_pid, most)
         if memory > self.memory_mib << 20:
             return "memory"
-        if threads > most:  # where the kernel does not hold the limit, as it does not for every kind of root
+        if threads > most:  # where the kernel does not enforce the limit, as for some kinds of root
             return "processes"
         made = files_made(f"/proc/{self._init_pid}/root{WORK}", self.config.disk_mib << 20)
         return "disk" if made > MOST_FILES else ""
 
     def _kill(self, process: subprocess.Popen[bytes]) -> None:
-        """End what is left of it; returns when the kernel has taken all its processes away."""
+        """End all processes of the program; returns when the kernel has removed them."""
         if self._init is None:
             self._find_init(process)
         if self._init is None:
@@ -299,8 +299,8 @@ class _Run:
         process.wait(PATIENCE_S)
 
     def _exit_code(self) -> int | None:
-        """The program's exit status; None where bubblewrap never got as far as starting it."""
-        for line in self._said["status"].splitlines():
+        """The program's exit status; None where bubblewrap did not start it."""
+        for line in self._streams["status"].splitlines():
             if b"exit-code" in line:
                 return int(json.loads(line)["exit-code"])
         return None

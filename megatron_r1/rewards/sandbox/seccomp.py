@@ -1,9 +1,9 @@
-"""The system calls that a program in the sandbox is refused, as the filter that the kernel reads.
+"""The seccomp filter of the sandbox: system calls that a program may not use.
 
-Namespaces hide the machine and limits bound what is counted per process. This closes what both leave open: making
-further namespaces and mounts (the kernel's own attack surface), tracing, memory that no limit counts (System V
-segments, memfds), io_uring, and sockets that are no part of a network namespace (AF_VSOCK reaches a virtual
-machine's host). Numbers are those of the kernel's headers, asm/unistd_64.h and asm-generic/unistd.h.
+Namespaces hide the machine, and limits bound what the kernel counts per process. The filter closes what both leave
+open: further namespaces and mounts (the kernel's own attack surface), tracing, memory that no limit counts (System V
+segments, memfds), io_uring, and sockets outside of the network namespace (AF_VSOCK reaches the host of a virtual
+machine). Numbers are those of the kernel's headers, asm/unistd_64.h and asm-generic/unistd.h.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def seccomp_filter(machine: str = "") -> bytes:
             step(RETURN, ALLOW),
             step(EQUAL, table.socket, no=5),
             step(LOAD, FIRST_ARGUMENT),
-            *(step(EQUAL, family, yes=len(LOCAL_SOCKETS) - place) for place, family in enumerate(LOCAL_SOCKETS)),
+            *(step(EQUAL, family, yes=len(LOCAL_SOCKETS) - index) for index, family in enumerate(LOCAL_SOCKETS)),
             step(RETURN, ERROR | errno.EAFNOSUPPORT),
             step(RETURN, ALLOW),
         )
