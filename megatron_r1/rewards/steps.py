@@ -1,8 +1,8 @@
 """Rewards of single steps of a response, for process supervision (DeepSeekMath, section 4.1.3).
 
-The steps of arithmetic are its equations, of one operation each: one counts where it follows from what the question,
-and the right steps before it, leave to be computed. So repeating one, or writing true equations beside the point, earns
-nothing.
+The steps of arithmetic reasoning are equations of one operation each. An equation is rewarded if it is the next valid
+operation on the question's expression after the correct equations before it. So a repeated or irrelevant true equation
+gets no reward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EQUATION = re.compile(r"(-?[0-9]{1,9}) ?([-+*]) ?(-?[0-9]{1,9}) ?= ?(-?[0-9]{1,1
 
 
 class RewardedStep(NamedTuple):
-    """A step and what it is worth."""
+    """A reasoning step and its reward."""
 
     end: int
     """Characters of the response up to the end of the step."""
@@ -36,9 +36,9 @@ StepRewards = Callable[[Sequence[RewardPrompt], Sequence[str]], list[list[Reward
 
 
 def arithmetic_steps(prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[list[RewardedStep]]:
-    """1 for each equation of the reasoning that follows from the question, else 0.
+    """For each equation of the reasoning 1 if it follows from the question, else 0.
 
-    A response without reasoning in its tags, or to a question without an expression, has no steps.
+    A response without think tags, or to a question without an expression, has no steps.
     """
     return [steps_of(prompt.question, text) for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -56,18 +56,18 @@ def steps_of(question: str, response: str) -> list[RewardedStep]:
 
 
 class Remaining:
-    """What is left of an expression while it is worked out, one operation at a time."""
+    """The rest of an expression that is evaluated one operation at a time."""
 
     def __init__(self, numbers: list[int], operators: list[str]):
         self._numbers, self._operators = numbers, operators
 
     @classmethod
     def of(cls, expression: str) -> Remaining:
-        """Of a text such as `2 + 3 * 4`."""
+        """Parses a text such as `2 + 3 * 4`."""
         return cls([int(n) for n in re.findall(r"[0-9]+", expression)], re.findall(r"[-+*]", expression))
 
     def take(self, left: int, operator: str, right: int, result: int) -> bool:
-        """Whether the equation is true and is an operation that may be done now; if so, it is done."""
+        """Apply an equation; False, without effect, where it is wrong or is no operation that may come next."""
         if OPERATORS[operator](left, right) != result:
             return False
         pairs = {(left, right), (right, left)} if operator in "+*" else {(left, right)}
@@ -80,9 +80,9 @@ class Remaining:
         return False
 
     def _may_come_first(self, index: int) -> bool:
-        """Whether doing this operation before the others leaves the value of the whole as it is.
+        """Whether the value of the whole stays the same if this operation is evaluated before the others.
 
-        A product always may; a sum or difference where no product claims its numbers and no minus stands before it.
+        True for every product; for a sum or difference where no product uses its numbers and no minus precedes it.
         """
         before = self._operators[index - 1] if index else "+"
         after = self._operators[index + 1] if index + 1 < len(self._operators) else "+"

@@ -1,9 +1,9 @@
-"""The words of a text in Chinese and English, told apart by their script.
+"""The words of a text in Chinese and English, distinguished by their script.
 
-A run of letters is one word, and so is each Han character, which is what a Chinese word comes to without a dictionary.
-Letters of English are ASCII; other letters (accented, Cyrillic, kana, Hangul) are words of other languages, digits,
-signs and LaTeX commands are none. R1's prompts are Chinese and English alone, so that the script decides: a library
-that guesses languages needs whole sentences and is wrong on formulas.
+A sequence of letters is one word, and so is each Han character, because words in Chinese cannot be separated without a
+dictionary. ASCII letters are English; other letters (accented, Cyrillic, kana, Hangul) make words of other languages;
+digits, signs and LaTeX commands are no words. The script is enough because R1's prompts are in Chinese and English
+only; a library that detects languages needs whole sentences and fails on formulas.
 """
 
 from __future__ import annotations
