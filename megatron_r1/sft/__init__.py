@@ -1,1 +1,1 @@
-"""Supervised fine-tuning, and learning from a teacher."""
+"""Supervised fine-tuning, and distillation from a teacher."""

@@ -19,7 +19,7 @@ from megatron_r1.sft.supervised import SupervisedReader
 from megatron_r1.train.packed import PackedMicroBatch
 
 LARGEST_EXPONENT = 700.0
-"""Above, an exponential is infinite in float64."""
+"""Largest exponent whose exponential is finite in float64."""
 
 
 class EvalLoss:
@@ -47,7 +47,7 @@ class EvalLoss:
         return sum(all_gather_object(mine)) / context_ranks / max(1, targets)
 
     def _sum_of(self, micro_batches: Sequence[PackedMicroBatch]) -> float:
-        """Sum of the losses of this rank's targets; 0 but on the last pipeline stage."""
+        """Sum of the losses of this rank's targets; 0 except on the last pipeline stage."""
         functions: dict[int, LossFunction] = {}
 
         def forward(model: Any, batch: PackedMicroBatch) -> Tensor:
@@ -63,5 +63,5 @@ class EvalLoss:
 
 
 def loss_and_perplexity(loss: float) -> dict[str, float]:
-    """What is recorded of a loss in nats per token."""
+    """The metrics of a validation loss in nats per token."""
     return {"eval/loss": loss, "eval/perplexity": math.exp(loss) if loss < LARGEST_EXPONENT else math.inf}

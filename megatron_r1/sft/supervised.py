@@ -1,8 +1,8 @@
-"""Supervised fine-tuning on packed examples: the loss is on responses alone, and no example sees another.
+"""Supervised fine-tuning on packed examples: the loss is on responses alone, and no example attends to another.
 
-The loss of a step is the mean over the trained-on tokens of its sequences, over all ranks and micro-batches. Padding
-is routed like any token, but nothing comes of it: it is no target, no example attends to it, and post-training has
-neither a balance loss nor steps of the balancing bias (`FROZEN`), the only places where its routing could count.
+The loss of a step is the mean over the tokens in the loss of all its sequences, over all ranks and micro-batches.
+Routers route padding like any token, but without effect: it is no target, no example attends to it, and post-training
+has neither a balance loss nor updates of the balancing bias (`FROZEN`), the only places where its routing could count.
 
 Shapes: B sequences, L positions; position t predicts token t + 1.
 """
@@ -32,46 +32,46 @@ class SupervisedReader(PackedReader):
         """
         Args:
             packed: whether several examples share a sequence, so that attention must not cross from one to another.
-            extra_predictions: layers of multi-token prediction.
-            trimmed_to: micro-batches are cut after their longest sequence, at a multiple of this; 0 leaves them whole.
+            mtp_layers: number of multi-token prediction layers.
+            trimmed_to: micro-batches are cut after their longest sequence, at a multiple of this; 0 does not cut them.
         """
         # A sequence of one example needs no mask but the causal one: what comes after it is padding.
         super().__init__(True, mtp_layers, device)
         self._packed, self._trimmed_to = packed, trimmed_to
 
-    def forward(self, model: Any, rows: PackedMicroBatch) -> tuple[Tensor, LossFunction]:
-        """Cross-entropy of the trained-on tokens.
+    def forward(self, model: Any, batch: PackedMicroBatch) -> tuple[Tensor, LossFunction]:
+        """Cross-entropy of the tokens in the loss.
 
-        Where examples share sequences, those of all sequences of the micro-batch are laid end to end, and attention,
-        rotary positions and multi-token prediction know where each begins; and the logits of all tokens never exist at
+        Where examples share sequences, all sequences of the micro-batch are concatenated; attention, rotary positions
+        and multi-token prediction get the boundaries of the examples. The logits of all tokens are never in memory at
         once.
         """
         if not self._packed:
-            return super().forward(model, rows)
+            return super().forward(model, batch)
 
         def loss_function(output_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = (output_1T.float().view_as(rows.loss_mask_BL) * rows.loss_mask_BL).sum() * rows.weight
+            loss = (output_1T.float().view_as(batch.loss_mask_BL) * batch.loss_mask_BL).sum() * batch.weight
             return loss, {"train/loss": loss.detach()}
 
-        output = self.run(model, rows, partial(model_scores, targets=rows.tokens_BL[:, 1:].reshape(1, -1)))
+        output = self.run(model, batch, partial(model_scores, targets=batch.tokens_BL[:, 1:].reshape(1, -1)))
         return -output.log_probs if isinstance(output, TokenScores) else output, loss_function
 
-    def run(self, model: Any, rows: PackedMicroBatch, query: Callable[..., Any]) -> Any:
-        """Runs a function of `model.scores` on the examples end to end; multi-token prediction adds its own loss."""
-        inputs_1T, positions_1T, packed = end_to_end(rows)
-        with mtp_loss_weighted(model, rows.mtp_weight):
+    def run(self, model: Any, batch: PackedMicroBatch, query: Callable[..., Any]) -> Any:
+        """Runs a function of `model.scores` on the concatenated examples; multi-token prediction adds its own loss."""
+        inputs_1T, positions_1T, packed = end_to_end(batch)
+        with mtp_loss_weighted(model, batch.mtp_weight):
             return query(
                 model,
                 inputs_1T,
                 positions_1T,
-                labels=rows.tokens_BL[:, 1:].reshape(1, -1),
-                loss_mask=rows.mtp_loss_mask_BL.reshape(1, -1),
+                labels=batch.tokens_BL[:, 1:].reshape(1, -1),
+                loss_mask=batch.mtp_loss_mask_BL.reshape(1, -1),
                 packed_seq_params=packed,
             )
 
-    def shape(self, length: int, rows: int) -> tuple[int, int]:
-        """Length and number of what the model gets of a micro-batch of `rows` sequences."""
-        return (length * rows, 1) if self._packed else (length, rows)
+    def shape(self, length: int, sequences: int) -> tuple[int, int]:
+        """Length and number of the model's input sequences for a micro-batch of `sequences` sequences."""
+        return (length * sequences, 1) if self._packed else (length, sequences)
 
     def loss_mask(self, batch: ChatBatch) -> np.ndarray:
         document_ids_BL = batch.document_ids_BL
@@ -88,17 +88,17 @@ class SupervisedReader(PackedReader):
         return min(whole, -(-longest // self._trimmed_to) * self._trimmed_to)
 
 
-def end_to_end(rows: PackedMicroBatch) -> tuple[Tensor, Tensor, Any]:
-    """Tokens and positions of all sequences laid end to end, [1, T], and what keeps attention within each example."""
-    positions_BL = positions_in_documents(rows.document_ids_BL)
-    tokens_1T, positions_1T = rows.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
+def end_to_end(batch: PackedMicroBatch) -> tuple[Tensor, Tensor, Any]:
+    """Tokens and positions of all sequences concatenated, [1, T], and the boundaries of the examples for attention."""
+    positions_BL = positions_in_documents(batch.document_ids_BL)
+    tokens_1T, positions_1T = batch.tokens_BL[:, :-1].reshape(1, -1), positions_BL.reshape(1, -1)
     return tokens_1T, positions_1T, packed_seq_params(bounds(positions_BL))
 
 
 def bounds(positions_BL: Tensor) -> Tensor:
-    """Where examples begin when rows are laid end to end, and the end of the last: int32 [N + 1].
+    """First token of each example when sequences are concatenated, and the end of the last: int32 [N + 1].
 
-    Padding at the end of a row is a sequence of its own.
+    Padding at the end of a sequence counts as an example of its own.
     """
     flat_T = positions_BL.flatten()
     starts_N = (flat_T == 0).nonzero().flatten()
@@ -111,7 +111,7 @@ def tokens_of(batch: ChatBatch) -> np.ndarray:
 
 
 def packing_metrics(batch: ChatBatch, ranks: int) -> dict[str, float]:
-    """What a step's batch holds, the same on every rank."""
+    """Metrics of the contents of a step's batch, the same on every rank."""
     tokens_B = tokens_of(batch)
     tokens, slots = int(tokens_B.sum()), batch.document_ids_BL.shape[0] * batch.document_ids_BL.shape[1]
     of_ranks = [int(tokens_B[share].sum()) for share in divide_by_tokens(tokens_B.tolist(), ranks, equal_counts=True)]

@@ -1,9 +1,9 @@
-"""Distillation from a teacher: its K most likely tokens at every trained-on position, and the loss that reads them.
+"""Distillation from a teacher: its K most likely tokens at every position in the loss, and the loss that uses them.
 
 Before an update the teacher runs on all of the rank's micro-batches. The last pipeline stage, which computes the loss,
-holds its K log-probabilities of each trained-on position.
+stores its K log-probabilities at each position in the loss.
 
-Shapes: L positions of B sequences, T all of them end to end, N trained-on tokens of a micro-batch, K tokens of the
+Shapes: L positions of B sequences, T all of them concatenated, N tokens in the loss of a micro-batch, K tokens of the
 teacher.
 """
 

@@ -1,4 +1,4 @@
-"""The teacher of a fine-tuning run: found and refused before anything is built, then built beside the student."""
+"""The teacher of a fine-tuning run: found and checked before any model is built, then built beside the student."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_teacher(config: RunConfig, tokenizer: Tokenizer) -> Weights | None:
         tokenizer: the student's.
 
     Raises:
-        ConfigError: nothing there, or a model that cannot teach this student.
+        ConfigError: there is no model, or it cannot teach this student.
     """
     source = config.sft.teacher.from_
     if not source:
@@ -35,18 +35,22 @@ def find_teacher(config: RunConfig, tokenizer: Tokenizer) -> Weights | None:
 
 
 def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: ModelConfig, theirs: Tokenizer) -> None:
-    """Refuse a teacher that has other words, reads less than the student, or that the ranks cannot share.
+    """Refuse a teacher with another vocabulary or a shorter context, or that these ranks cannot divide.
 
     Raises:
         ConfigError: names what does not fit.
     """
-    source, words, length = config.sft.teacher.from_, tokenizer.vocab_size, config.train.sequence_length
+    source, vocab_size, length = config.sft.teacher.from_, tokenizer.vocab_size, config.train.sequence_length
     if not tokenizer.has_same_vocabulary(theirs):
-        raise ConfigError(KEY, source, "must be a model of the student's tokenizer: here ids stand for other words")
-    if teacher.vocab_size < words:
-        raise ConfigError(KEY, source, f"must have the {words} words of its tokenizer, but has {teacher.vocab_size}")
-    if config.sft.teacher.top_k > words:
-        raise ConfigError("sft.teacher.top_k", config.sft.teacher.top_k, f"must be at most the {words} words")
+        raise ConfigError(KEY, source, "must have the student's vocabulary: its ids stand for other tokens")
+    if teacher.vocab_size < vocab_size:
+        raise ConfigError(
+            KEY, source, f"must have the {vocab_size} tokens of its tokenizer, but has {teacher.vocab_size}"
+        )
+    if config.sft.teacher.top_k > vocab_size:
+        raise ConfigError(
+            "sft.teacher.top_k", config.sft.teacher.top_k, f"must be at most the vocabulary of {vocab_size}"
+        )
     if teacher.max_sequence_length < length:
         allowed = f"must read train.sequence_length={length} tokens, but reads {teacher.max_sequence_length}"
         raise ConfigError(KEY, source, allowed)
@@ -60,19 +64,19 @@ def check_teacher(config: RunConfig, tokenizer: Tokenizer, teacher: ModelConfig,
 
 
 def shared_as(degrees: ParallelConfig, student: ModelConfig, teacher: ModelConfig) -> ParallelConfig:
-    """How ranks share the teacher: as the student, but for what only one of the two has."""
+    """Degrees of parallelism of the teacher: the student's, adapted to what only one of the two models has."""
     if not teacher.moe.num_experts:
         degrees = replace(degrees, expert=1, expert_tensor=1)
     return degrees if teacher.num_layers == student.num_layers else replace(degrees, pipeline_layers=[])
 
 
 def distilling_reader(run: TrainingRun, found: Weights) -> DistillingReader:
-    """Collective: load the teacher beside the student; what reads the batches then has its words in them."""
-    config, words = run.config, run.tokenizer.vocab_size
+    """Collective: load the teacher beside the student; returns a reader that adds the teacher's tokens to batches."""
+    config, vocab_size = run.config, run.tokenizer.vocab_size
     settings, degrees = config.sft.teacher, shared_as(config.parallel, config.model, found.model)
     model = second_model(found.model, degrees, run.platform, found.tensors)
-    teacher = Teacher(model, settings.top_k, settings.temperature, words)
-    padded = words < config.model.vocab_size
+    teacher = Teacher(model, settings.top_k, settings.temperature, vocab_size)
+    padded = vocab_size < config.model.vocab_size
     return DistillingReader(
-        teacher, settings, words if padded else None, config.model.mtp.num_layers, run.platform.device
+        teacher, settings, vocab_size if padded else None, config.model.mtp.num_layers, run.platform.device
     )

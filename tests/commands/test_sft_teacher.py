@@ -39,7 +39,7 @@ def student(name: str = "tiny", top_k: int = 64, length: int = 64, **degrees: An
     return config
 
 
-def other_words() -> Tokenizer:
+def other_vocabulary() -> Tokenizer:
     backend = small_tokenizer().backend
     backend = type(backend).from_str(backend.to_str())
     backend.add_tokens([AddedToken("<again>")])
@@ -56,7 +56,7 @@ def other_words() -> Tokenizer:
         (student(pipeline=2, pipeline_layers=[3, 1]), model(num_layers=8)),
     ],
 )
-def test_teachers_that_serve(config, teacher):
+def test_teachers_that_are_accepted(config, teacher):
     settings = {**small_tokenizer().settings, "chat_template": "", "eos_token": "<|im_end|>"}
     check_teacher(config, small_tokenizer(), teacher, Tokenizer(small_tokenizer().backend, settings))
 
@@ -64,8 +64,8 @@ def test_teachers_that_serve(config, teacher):
 @pytest.mark.parametrize(
     ("config", "teacher", "message"),
     [
-        (student(), model(vocab_size=500), f"{SOURCE}must have the 514 words of its tokenizer, but has 500"),
-        (student(top_k=515), model(), "sft.teacher.top_k=515: must be at most the 514 words"),
+        (student(), model(vocab_size=500), f"{SOURCE}must have the 514 tokens of its tokenizer, but has 500"),
+        (student(top_k=515), model(), "sft.teacher.top_k=515: must be at most the vocabulary of 514"),
         (student(length=512), model(), f"{SOURCE}must read train.sequence_length=512 tokens, but reads 256"),
         (
             student(pipeline=2, pipeline_layers=[3, 1]),
@@ -79,18 +79,18 @@ def test_teachers_that_serve(config, teacher):
         ),
     ],
 )
-def test_teachers_that_do_not_are_refused_in_a_line(config, teacher, message):
+def test_teachers_that_do_not_fit_are_refused_in_a_line(config, teacher, message):
     with pytest.raises(ConfigError) as refused:
         check_teacher(config, small_tokenizer(), teacher, small_tokenizer())
     assert str(refused.value) == message
 
 
-def test_a_teacher_of_other_words_is_refused():
-    with pytest.raises(ConfigError, match=r"^sft\.teacher\.from=runs/teacher: must be a model of the student's token"):
-        check_teacher(student(), small_tokenizer(), model(), other_words())
+def test_a_teacher_with_another_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match=r"^sft\.teacher\.from=runs/teacher: must have the student's vocabulary"):
+        check_teacher(student(), small_tokenizer(), model(), other_vocabulary())
 
 
-def test_no_teacher_is_looked_for_where_none_is_named_and_one_that_is_not_there_is_refused(tmp_path):
+def test_no_teacher_is_none_and_a_missing_one_is_refused(tmp_path):
     config = student()
     config.sft.teacher.from_ = ""
     assert find_teacher(config, small_tokenizer()) is None
