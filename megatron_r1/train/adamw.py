@@ -1,4 +1,4 @@
-"""AdamW whose moments rest in another type, or in another memory, than the update is computed in."""
+"""AdamW that stores its moments in another type, or in other memory, than it computes updates in."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch.optim.adamw import adamw
 
 
 class OffloadedMomentsAdamW(torch.optim.AdamW):
-    """AdamW over fp32 weights whose moments are rounded to `dtype` and put on `device` after each update.
+    """AdamW over fp32 weights whose moments are rounded to `dtype` and moved to `device` after each update.
 
-    DeepSeek-V3 keeps both moments in bf16 beside fp32 weights and gradients (report, section 3.3.3). Parameters are
-    taken one after the other, so that no more than one has its moments in fp32 at a time.
+    DeepSeek-V3 stores both moments in bf16, and weights and gradients in fp32 (report, section 3.3.3). Parameters are
+    updated one after the other, so that at most one has its moments in fp32 at a time.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], dtype: torch.dtype, device: str | None = None):
         """
         Args:
-            groups: parameter groups of another Adam: learning rate, betas, epsilon and decay are taken from them.
-            dtype: of the moments at rest.
-            device: where they rest; None leaves them beside their parameter.
+            groups: parameter groups of another Adam, with their learning rate, betas, epsilon and decay.
+            dtype: of the moments between updates.
+            device: of the moments between updates; None is the device of their parameter.
         """
-        # The base class takes leaves only; the distributed optimizer steps views into buffers.
+        # The base class accepts leaf tensors only; the distributed optimizer updates views of buffers.
         super().__init__([torch.zeros(1)])
         self.param_groups = list(groups)
         self._dtype, self._device = dtype, device

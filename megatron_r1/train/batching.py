@@ -1,7 +1,7 @@
-"""How sequences and samples are divided: into mini-batches, among data-parallel ranks, into micro-batches.
+"""Divides sequences and samples into mini-batches, among data-parallel ranks, and into micro-batches.
 
-Promises that every sample is in exactly one mini-batch and exactly one micro-batch of it, and that equal arguments give
-equal batches.
+Every sample is in exactly one mini-batch and in exactly one micro-batch of that, and equal arguments give equal
+batches.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import numpy as np
 
 
 def divide_by_tokens(lengths: Sequence[int], ranks: int, equal_counts: bool = False) -> list[list[int]]:
-    """Sequences divided so that each rank has about as many tokens: the longest first, to the rank with the fewest.
+    """Indices of each rank's sequences, with about equally many tokens: greedy, the longest first.
 
-    A rank's sequences come from the longest to the shortest. Every rank gets one where there are enough.
+    Each sequence goes to the rank with the fewest tokens so far, so a rank's sequences are sorted from long to short.
+    Every rank gets at least one where there are enough.
 
     Args:
         lengths: tokens of each sequence.
-        equal_counts: whether no rank gets more sequences than its share, rounded up.
+        equal_counts: whether every rank gets at most len(lengths) / ranks sequences, rounded up.
     """
     most = -(-len(lengths) // ranks) if equal_counts else len(lengths)
     shares: list[list[int]] = [[] for _ in range(ranks)]
@@ -48,8 +49,8 @@ def shuffle_into_mini_batches(num_samples: int, mini_batches: int, seed: int | S
 def micro_batches_by_tokens(lengths: Sequence[int], tokens_per_micro_batch: int) -> list[list[int]]:
     """Indices grouped so that samples x longest sample, the padded tokens, stays within the budget.
 
-    From the longest to the shortest: little padding, and the pass that needs most memory comes first. A sample that
-    alone exceeds the budget gets a micro-batch of its own.
+    Samples are sorted from long to short: there is little padding, and the pass that needs most memory comes first. A
+    sample that alone exceeds the budget gets a micro-batch of its own.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):

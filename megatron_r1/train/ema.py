@@ -1,8 +1,8 @@
-"""An exponential moving average of the weights, kept in host memory (DeepSeek-V3 report, section 3.2.3).
+"""An exponential moving average of the weights in host memory (DeepSeek-V3 report, section 3.2.3).
 
-Every rank averages the shards that it speaks for, so each number is kept once in the whole job. On CUDA the weights
-are copied to pinned memory behind the step's own work on the device, and averaged by a thread while the next step
-runs; on a CPU they are averaged at once.
+Every rank averages the shards that it owns, so each number is stored once in the whole job. On CUDA the weights are
+copied to pinned memory after the step's own work on the device, and a thread averages them while the next step runs; on
+a CPU they are averaged at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class MovingAverage:
     def __init__(self, model: Model, decay: float):
         """
         Args:
-            model: its optimizer must exist: making one moves the weights to other memory.
+            model: its optimizer must exist already, because creating one moves the weights to other memory.
             decay: per update, in [0, 1).
         """
         self._model, self._weight = model, 1.0 - decay
@@ -38,12 +38,12 @@ class MovingAverage:
         self._pending: Future[None] | None = None
 
     def update(self) -> None:
-        """Take the weights as they stand into the average."""
+        """Add the current weights to the average."""
         if self._worker is None:
             self._add([shard.tensor for shard in self._shards])
             return
         self.settle()
-        # In the order of the device's stream: after this step's update, before the next one's.
+        # On the device's stream: after this step's update, before that of the next step.
         for copy, shard in zip(self._copies, self._shards, strict=True):
             copy.copy_(shard.tensor, non_blocking=True)
         copied = torch.cuda.Event()
@@ -54,29 +54,29 @@ class MovingAverage:
         """Wait until the last update is in the average.
 
         Raises:
-            Exception: whatever stopped it.
+            Exception: the error of the thread that averages.
         """
         if self._pending is not None:
             self._pending.result()
             self._pending = None
 
     def shards(self) -> Iterator[Shard]:
-        """What this rank speaks for, the average in place of the weight."""
+        """The shards that this rank owns, with the average in place of the weight."""
         self.settle()
         for shard, average in zip(self._shards, self._averages, strict=True):
             yield replace(shard, tensor=average)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from whole averages.
+        """Restore the average from whole tensors.
 
         Raises:
-            DataError: one is missing or has another shape.
+            DataError: a tensor is missing or has another shape.
         """
         for shard, average in zip(self._shards, self._averages, strict=True):
             average.copy_(part_of(tensors, shard))
 
     def close(self) -> None:
-        """Finish what is under way and end the thread."""
+        """Finish the last update and end the thread."""
         self.settle()
         if self._worker:
             self._worker.shutdown()

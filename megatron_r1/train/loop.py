@@ -1,4 +1,4 @@
-"""The training loop. Everything that is not the step itself is a hook."""
+"""The training loop. Everything beside the step itself is a hook."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepUnavailable(Exception):
 
 
 class Step(Protocol):
-    """One step of training: takes the state, gives the next one and the step's metrics."""
+    """One step of training: from the state to the next state and the step's metrics."""
 
     def __call__(self, state: TrainState) -> tuple[TrainState, dict[str, Any]]: ...
 
@@ -28,9 +28,9 @@ def train(state: TrainState, step: Step, hooks: Hook, steps: int) -> TrainState:
     """Run `step` until `steps` are done or a hook asks to stop; all ranks stop at the same step.
 
     Args:
-        state: where the run stands.
-        step: advances the state by one.
-        hooks: what happens around the steps.
+        state: state before the first step.
+        step: advances the state by one step.
+        hooks: called around the steps.
         steps: total steps of the run, those before a resume included.
 
     Raises:

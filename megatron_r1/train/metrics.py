@@ -12,7 +12,7 @@ from megatron_r1.train.update import UpdateResult
 
 
 def update_metrics(result: UpdateResult) -> dict[str, Any]:
-    """What every kind of training records of an update; collective, the same on every rank."""
+    """Metrics of an update that every kind of training records; collective, the same on every rank."""
     metrics: dict[str, Any] = {
         **logged_metrics(result),
         "train/gradient_norm": result.gradient_norm,
@@ -24,14 +24,14 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
 
 
 def logged_metrics(result: UpdateResult) -> dict[str, float]:
-    """All that the loss function logged, by name, reduced as the loss is; collective, the same on every rank."""
+    """All values that the loss function logged, by name, reduced like the loss; collective, the same on every rank."""
     [entries] = gather_logged([result])
     count = len(entries) if result.reduce == "mean" else 1
     return {name: sum(entry[name] for entry in entries) / count for name in entries[0]}
 
 
 def gather_logged(results: Sequence[UpdateResult]) -> list[list[dict[str, float]]]:
-    """Collective: what the loss functions logged in each update, one entry for each micro-batch of any rank."""
+    """Collective: values that the loss functions logged in each update, one entry for each micro-batch of any rank."""
     mine = [[{name: float(value) for name, value in entry.items()} for entry in r.passes.logged] for r in results]
     ranks = [updates for updates in all_gather_object(mine if is_metrics_rank() else None) if updates]
     return [[entry for updates in ranks for entry in updates[number]] for number in range(len(results))]

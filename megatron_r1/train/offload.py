@@ -1,12 +1,11 @@
-"""A trainer's memory given back for a while, so that an engine on the same devices can have it.
+"""Offloads a trainer's memory for a while, so that an engine on the same devices can use it.
 
-What is moved are storages, not tensors: each goes to host memory once, whatever views it has, and is emptied where it
-lay. All views stay what they are, and are valid again, with the same bits, when it is back: megatron-core's parameters
-are views of its buffers, and fp32 master weights are views of parameters. (megatron-core's buffers can do this for
-themselves; frozen weights, master weights and moments lie elsewhere.)
+Storages are moved, not tensors: each storage is copied to host memory once, however many views it has, and its device
+memory is freed. All views stay valid objects and have the same bits again after `onload`: megatron-core's parameters
+are views of its buffers, and fp32 master weights are views of parameters. (megatron-core can offload its own buffers;
+frozen weights, master weights and moments are elsewhere.)
 
-On a CPU storages are emptied and filled just the same, but nothing is saved: the host memory that they go to is the
-memory that they came from.
+On a CPU storages are emptied and filled in the same way, but that saves no memory: the copies are in host memory too.
 """
 
 from __future__ import annotations
@@ -23,37 +22,37 @@ Tensors = Callable[[], Iterable[Tensor]]
 
 
 class Offloaded:
-    """Tensors that can leave their device and come back; between the two nobody may read them.
+    """Tensors that can be moved off their device and back; in between they must not be read.
 
-    On a CPU none of them may ever have been seen by numpy: torch does not resize such a storage again.
+    On a CPU none of them may have been shared with numpy: torch cannot resize the storage of such a tensor again.
 
     Attributes:
-        nbytes: bytes that they do not take on the device at present.
+        nbytes: bytes of device memory that are freed at present.
     """
 
-    def __init__(self, device: torch.device, kept: Tensors, dropped: Tensors = tuple, staying: Tensors = tuple):
+    def __init__(self, device: torch.device, saved: Tensors, dropped: Tensors = tuple, staying: Tensors = tuple):
         """
         Args:
-            device: what lies elsewhere is left alone.
-            kept: the tensors, looked up anew each time: an optimizer makes its moments at the first update.
-            dropped: further ones that nobody needs the contents of; they come back as zeros.
-            staying: tensors whose storages are left alone, though others may be views of them.
+            device: tensors on other devices are ignored.
+            saved: returns the tensors; called every time, because an optimizer makes its moments at the first update.
+            dropped: returns further tensors whose contents are not needed; they come back as zeros.
+            staying: returns tensors whose storages stay on the device, though other tensors may be views of them.
         """
-        self._device, self._kept, self._dropped, self._staying = device, kept, dropped, staying
+        self._device, self._saved, self._dropped, self._staying = device, saved, dropped, staying
         self._away: list[tuple[UntypedStorage, int, UntypedStorage | None]] = []
         self._spare: list[UntypedStorage] = []
         self.nbytes = 0
 
     def offload(self) -> None:
-        """Move to host memory, pinned where the device is a GPU, and free the device's; does nothing when away."""
+        """Copy to host memory, pinned for a GPU, and free the device's memory; no effect when offloaded already."""
         if self._away:
             return
         staying = self._storages(self._staying())
-        kept = self._storages(self._kept(), staying)
-        dropped = self._storages(self._dropped(), staying | kept)
-        if stuck := sum(not storage.resizable() for storage in (kept | dropped).values()):
-            raise RuntimeError(f"{stuck} storages cannot be emptied: something else looks at their memory")
-        for storage in kept.values():
+        saved = self._storages(self._saved(), staying)
+        dropped = self._storages(self._dropped(), staying | saved)
+        if stuck := sum(not storage.resizable() for storage in (saved | dropped).values()):
+            raise RuntimeError(f"{stuck} storages cannot be emptied: other objects use their memory")
+        for storage in saved.values():
             host = self._host(storage.nbytes())
             host.copy_(storage, non_blocking=True)
             self._away.append((storage, storage.nbytes(), host))
@@ -63,10 +62,10 @@ class Offloaded:
             storage.resize_(0)
             self.nbytes += size
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # to the driver: the engine is another process
+            torch.cuda.empty_cache()  # returns the memory to the driver, because the engine is another process
 
     def onload(self) -> None:
-        """Take the device's memory again, and fill it with what was there; does nothing when not away."""
+        """Allocate the device's memory again and restore its contents; no effect when not offloaded."""
         for storage, size, host in self._away:
             storage.resize_(size)
             if host is None:
@@ -75,12 +74,12 @@ class Offloaded:
                 storage.copy_(host, non_blocking=True)
         self._synchronize()
         if self._device.type == "cuda":
-            # Pinning takes the system longer than copying.
+            # Pinned memory is reused: pinning takes longer than copying.
             self._spare = [host for _, _, host in self._away if host is not None]
         self._away, self.nbytes = [], 0
 
     def _storages(self, tensors: Iterable[Tensor], but: Container[int] = ()) -> dict[int, UntypedStorage]:
-        """Each storage of the device once, by what tells it from others."""
+        """Each storage on the device once, by its identity."""
         found: dict[int, UntypedStorage] = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
@@ -89,10 +88,10 @@ class Offloaded:
         return found
 
     def _host(self, size: int) -> UntypedStorage:
-        """Host memory of this size: that of last time where there is some."""
-        for place, spare in enumerate(self._spare):
+        """Host memory of this size, reused from an earlier offload where possible."""
+        for index, spare in enumerate(self._spare):
             if spare.nbytes() == size:
-                return self._spare.pop(place)
+                return self._spare.pop(index)
         pinned = self._device.type == "cuda"
         return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned).untyped_storage()
 
@@ -102,11 +101,11 @@ class Offloaded:
 
 
 class TrainerMemory:
-    """What a rank's trainer holds between steps, in the two parts in which it gives it back.
+    """Memory of a rank's trainer between steps, in the two parts in which it is offloaded.
 
     Attributes:
         weights: parameters and buffers of the model.
-        rest: master weights and moments; gradients, which the next update clears anyway, are dropped.
+        rest: master weights and moments; gradients are dropped, because the next update clears them anyway.
     """
 
     def __init__(self, model: Model, optimizer: Optimizer):

@@ -1,7 +1,7 @@
 """The optimizer: megatron-core's distributed one, over its gradient buffers.
 
-Data-parallel ranks share its state out (ZeRO stage 1): each sums up, steps and keeps one part of every buffer, and
-the new weights are gathered again. `optimizer_state` puts its state together again.
+Its state is divided among data-parallel ranks (ZeRO stage 1): each rank reduces, updates and stores one part of every
+buffer, and the new weights are gathered. `optimizer_state` saves and restores the state.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from megatron_r1.model.chunks import Model, chunks
 from megatron_r1.train.adamw import OffloadedMomentsAdamW
 
 BUCKET = 40_000_000
-"""Weights that are summed up at a time where that overlaps with the backward pass; megatron-core's own number."""
+"""Gradients that are reduced at a time where that overlaps with the backward pass; megatron-core's own number."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class ParamState:
-    """What a rank keeps of a parameter."""
+    """A rank's part of the optimizer state of one parameter."""
 
     parameter: Tensor
     weight_N: Tensor
-    """The numbers that are stepped: a view of fp32 weights, or an fp32 copy of bf16 ones."""
+    """The weights that are updated: a view of fp32 weights, or an fp32 copy of bf16 weights."""
     optimizer: torch.optim.Optimizer
-    """Holds their moments."""
+    """Optimizer with the moments of these weights."""
 
 
 class Optimizer:
     """AdamW over a model's gradient buffers.
 
     Attributes:
-        chunks: the rank's parts of the model, wrapped so that backward passes fill their gradient buffers.
-        moment_type: of both moments between updates.
-        moments_rest_on: device of the moments between updates; None is beside their parameter.
+        chunks: the rank's chunks of the model, wrapped so that backward passes fill their gradient buffers.
+        moments_dtype: type of both moments between updates.
+        moments_device: device of the moments between updates; None is the device of their parameter.
     """
 
     def __init__(self, model: Model, train: TrainConfig, performance: PerformanceConfig | None = None):
         """
         Args:
-            model: parameters that need no gradient are left alone.
+            model: parameters that need no gradient are not updated.
             train: optimizer and schedule settings.
-            performance: what is overlapped; None is nothing.
+            performance: settings of overlap; None overlaps nothing.
         """
         self.chunks = [_with_gradient_buffers(part, performance or PerformanceConfig()) for part in chunks(model)]
         if performance and performance.overlap_grad_reduce:
-            # Only the last micro-batch's backward pass finds gradients complete.
+            # Gradients are complete only after the backward pass of the last micro-batch.
             waiting = [chunk.no_sync for chunk in self.chunks]
             model.config.no_sync_func = waiting if len(waiting) > 1 else waiting[0]
         settings = train.optimizer
@@ -78,7 +78,7 @@ class Optimizer:
         )
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
         rounded = settings.moments_dtype == "bf16"
-        # Moments are as precise as the weights that they step, which are never less than fp32.
+        # Moments have the type of the weights that they update, which is at least fp32.
         weights_dtype = torch.promote_types(model.config.params_dtype, torch.float32)
         self.moments_dtype = torch.bfloat16 if rounded else weights_dtype
         self.moments_device = "cpu" if settings.offload else None
@@ -115,7 +115,7 @@ class Optimizer:
         return float(norm or 0.0)
 
     def param_states(self) -> Iterator[ParamState]:
-        """What this rank steps, parameter by parameter, and who holds the moments."""
+        """This rank's part of the state of each parameter."""
         for part in self._parts():
             for parameters, weights in (
                 (part.model_fp32_groups, part.shard_fp32_groups),
@@ -125,7 +125,7 @@ class Optimizer:
                     yield ParamState(parameter, weight_N, part.optimizer)
 
     def ranges(self) -> Iterator[tuple[Tensor, dist.ProcessGroup, list[tuple[int, int]]]]:
-        """Each parameter, the data-parallel ranks that share its state, and each one's range of it when flattened."""
+        """Each parameter, the ranks among which its state is divided, and each rank's range of the flat parameter."""
         for buffer in self.buffers():
             ranks = dist.get_world_size(buffer.data_parallel_group)
             for parameter, (start, end, bucket) in buffer.param_index_map.items():
@@ -139,12 +139,12 @@ class Optimizer:
 
 
 def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> DistributedDataParallel:
-    """The model wrapped so that backward passes fill buffers, of which data-parallel ranks sum up one part each."""
+    """The model wrapped so that backward passes fill gradient buffers; each data-parallel rank reduces a part of them."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=model.config.bf16,
         use_distributed_optimizer=True,
         overlap_grad_reduce=performance.overlap_grad_reduce,
-        # Weights are gathered before a step ends: hooks save and average them, and engines get them, right after it.
+        # Weights are gathered before a step ends, because hooks save and average them, and engines get them, after it.
         overlap_param_gather=False,
     )
     ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)

@@ -1,8 +1,8 @@
-"""The optimizer's state as shards of its parameters, so that any layout of ranks can go on from any other's.
+"""The optimizer's state as shards of its parameters, so that any layout of ranks can resume from any other's.
 
-megatron-core's distributed optimizer keeps its state as flat ranges of gradient buffers, which depend on how many
-data-parallel ranks there are and on what else lies in the buffer. Put together again, a parameter's moments are shaped
-and shared out like the parameter itself, and are saved and read back like weights.
+megatron-core's distributed optimizer stores its state as flat ranges of gradient buffers, which depend on the number of
+data-parallel ranks and on the other parameters in the buffer. Gathered, a parameter's moments have its shape and are
+divided among ranks like the parameter itself, so they are saved and restored like weights.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ MASTER = "master"
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the state of this rank's share of a parameter lies."""
+class _StateLocation:
+    """Location of the state of this rank's shard of a parameter."""
 
     group: dist.ProcessGroup
-    """The data-parallel ranks that keep it together."""
+    """The data-parallel ranks among which the state is divided."""
     ranges: list[tuple[int, int]]
-    """What each of them keeps of the flattened parameter, in order."""
+    """Range of the flat parameter that each of these ranks stores, in rank order."""
     param_state: ParamState | None
-    """The state that this rank holds; None where that is nothing."""
+    """The state that this rank stores; None where it stores none of this parameter."""
 
 
 class OptimizerState:
-    """Saves and restores what an optimizer has gathered; every method is collective over all ranks."""
+    """Saves and restores the state of an optimizer; every method is collective over all ranks."""
 
     def __init__(self, model: Model, optimizer: Optimizer):
         self._model = model
         self._moment_type = optimizer.moments_dtype
         self._rests_on = optimizer.moments_device
         states = {id(entry.parameter): entry for entry in optimizer.param_states()}
-        self._places = {
-            id(parameter): _Place(group, ranges, states.get(id(parameter)))
+        self._locations = {
+            id(parameter): _StateLocation(group, ranges, states.get(id(parameter)))
             for parameter, group, ranges in optimizer.ranges()
         }
 
     def shards(self) -> Iterator[tuple[str, Shard]]:
-        """Kind, and a shard of a parameter with the state in place of the weight; moments are zero before any update.
+        """Kind, and a shard of a parameter with the state in place of the weight; before any update moments are 0.
 
-        Only what this rank speaks for; all ranks must iterate to the end.
+        Yields only the shards that this rank owns; all ranks must iterate to the end.
         """
         for kind in (MASTER, *MOMENTS):
             for shard in shards(self._model, of=partial(self._put_together, kind)):
@@ -62,40 +62,40 @@ class OptimizerState:
         """Restore the state.
 
         Args:
-            read: gives the state in place of a shard of a parameter, whatever layout saved it.
-            updates: that the moments have seen.
+            read: kind and shard of a parameter -> the saved state of it, from any layout.
+            updates: number of updates in the moments.
         """
         for kind in (MASTER, *MOMENTS):
             room: dict[int, Tensor] = {}
             for shard in shards(self._model, of=partial(self._make_room, kind, room)):
                 shard.tensor.copy_(read(kind, shard))
             for key, whole in room.items():
-                place = self._places[key]
-                if place.param_state:
-                    start, end = place.ranges[dist.get_rank(place.group)]
-                    self._restore(kind, place.param_state, whole.flatten()[start:end], updates)
+                location = self._locations[key]
+                if location.param_state:
+                    start, end = location.ranges[dist.get_rank(location.group)]
+                    self._restore(kind, location.param_state, whole.flatten()[start:end], updates)
 
     def _has(self, kind: str, parameter: Tensor) -> bool:
-        return id(parameter) in self._places and (kind != MASTER or parameter.dtype == torch.bfloat16)
+        return id(parameter) in self._locations and (kind != MASTER or parameter.dtype == torch.bfloat16)
 
     def _type(self, kind: str) -> torch.dtype:
         return torch.float32 if kind == MASTER else self._moment_type
 
     def _put_together(self, kind: str, parameter: Tensor) -> Tensor | None:
-        """State of this rank's whole share of a parameter, from all who keep parts of it; None where there is none."""
+        """Gathered state of this rank's whole shard of a parameter; None where there is none."""
         if not self._has(kind, parameter):
             return None
-        place = self._places[id(parameter)]
-        sizes = [end - start for start, end in place.ranges]
+        location = self._locations[id(parameter)]
+        sizes = [end - start for start, end in location.ranges]
         mine_N = torch.zeros(max(sizes), dtype=self._type(kind), device=parameter.device)
-        if place.param_state:
-            weight_N = place.param_state.weight_N
-            state = place.param_state.optimizer.state.get(weight_N, {})
+        if location.param_state:
+            weight_N = location.param_state.weight_N
+            state = location.param_state.optimizer.state.get(weight_N, {})
             found = weight_N if kind == MASTER else state.get(kind)
             if found is not None:
                 mine_N[: len(found)] = found
         everyones = [torch.empty_like(mine_N) for _ in sizes]
-        dist.all_gather(everyones, mine_N, place.group)
+        dist.all_gather(everyones, mine_N, location.group)
         return torch.cat([each_N[:size] for each_N, size in zip(everyones, sizes, strict=True)]).view(parameter.shape)
 
     def _make_room(self, kind: str, room: dict[int, Tensor], parameter: Tensor) -> Tensor | None:

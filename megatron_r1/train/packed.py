@@ -1,7 +1,7 @@
-"""Next-token prediction on packed documents: which targets count, what attention sees, and how losses are weighted.
+"""Next-token prediction on packed documents: the loss mask, the attention mask, and the weights of losses.
 
-A loss is the mean over the counted targets of the whole global batch. Micro-batches and ranks hold different numbers
-of them, so each loss is a sum with the weight of a global mean.
+A loss is the mean over the targets in the loss mask of the whole global batch. Their number differs between
+micro-batches and ranks, so the loss of a micro-batch is a sum with the weight of the global mean.
 
 Shapes: B sequences, L positions; position t predicts token t + 1.
 """
@@ -30,15 +30,15 @@ class PackedMicroBatch:
     tokens_BL: Tensor
     """Inputs, and one more token, a target only: [B, L + 1]."""
     document_ids_BL: Tensor
-    """Document, or part of a cut one, that each input belongs to; 0 is padding."""
+    """Number of the document, or piece of one, that each input belongs to; 0 is padding."""
     loss_mask_BL: Tensor
-    """1 where the target counts, else 0."""
+    """1 where the target is in the loss, else 0."""
     mtp_loss_mask_BL: Tensor
-    """The same for multi-token prediction, as megatron-core reads it."""
+    """The loss mask of multi-token prediction, in megatron-core's form."""
     weight: float
-    """Of one target's loss; the mean over micro-batches and ranks is then the mean over all targets."""
+    """Weight of one target's loss: the mean over micro-batches and ranks is then the mean over all targets."""
     mtp_weight: float
-    """Of this micro-batch's mean multi-token prediction loss, to the same end."""
+    """Weight of this micro-batch's mean multi-token prediction loss, for the same purpose."""
 
 
 class PackedReader:
@@ -47,8 +47,8 @@ class PackedReader:
     def __init__(self, cross_document_attention: bool, mtp_layers: int, device: str):
         """
         Args:
-            cross_document_attention: whether a token sees the documents before its own in the sequence.
-            extra_predictions: layers of multi-token prediction.
+            cross_document_attention: whether a token attends to the documents before its own in the sequence.
+            mtp_layers: number of multi-token prediction layers.
         """
         self._cross, self._mtp_layers, self._device = cross_document_attention, mtp_layers, device
 
@@ -56,7 +56,7 @@ class PackedReader:
         """This data-parallel rank's share of a global batch.
 
         Args:
-            batch: of the kind that `loss_mask` reads.
+            batch: a batch that `loss_mask` accepts.
             size: sequences of a micro-batch.
         """
         loss_mask_BL = self.loss_mask(batch)
@@ -81,11 +81,11 @@ class PackedReader:
         return micro_batches
 
     def loss_mask(self, batch: Any) -> np.ndarray:
-        """Which positions' targets count: bool [B, L]."""
+        """Positions whose targets are in the loss: bool [B, L]."""
         return loss_mask_of(batch, self._cross)
 
     def shares(self, batch: Any, ranks: int) -> list[list[int]]:
-        """Indices of each data-parallel rank's sequences, equally many."""
+        """Indices of each data-parallel rank's sequences, the same number for each."""
         indices = list(range(len(batch.tokens_BL)))
         return [indices[rank::ranks] for rank in range(ranks)]
 
@@ -94,7 +94,7 @@ class PackedReader:
         return int(batch.tokens_BL.shape[1]) - 1
 
     def forward(self, model: Any, batch: PackedMicroBatch) -> tuple[Tensor, LossFunction]:
-        """Cross-entropy of the targets that count."""
+        """Cross-entropy of the targets in the loss."""
         inputs_BL, labels_BL = batch.tokens_BL[:, :-1].contiguous(), batch.tokens_BL[:, 1:].contiguous()
         index_BL = positions_of(inputs_BL)
         loss_mask_BL, mtp_loss_mask_BL = batch.loss_mask_BL, batch.mtp_loss_mask_BL
@@ -110,7 +110,7 @@ class PackedReader:
 
         def loss_function(output_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = (output_BL.float() * loss_mask_BL).sum() * batch.weight
-            # Context-parallel ranks each have a part of the sum, and the mean of what is logged is shown.
+            # Each context-parallel rank has a part of the sum, whereas logged values are averaged over ranks.
             return loss, {"train/loss": loss.detach() * context_ranks}
 
         with mtp_loss_weighted(model, batch.mtp_weight):
@@ -122,10 +122,11 @@ class PackedReader:
 
 
 def loss_mask_of(batch: PackedBatch, cross_document_attention: bool) -> np.ndarray:
-    """Which positions' targets count: bool [B, L].
+    """Positions whose targets are in the loss: bool [B, L].
 
-    A target counts when it follows its input in a document. Where documents see each other the first token of the next
-    one counts too; the first token of a cut document's later piece never does, as it counted in the piece before.
+    A target is in the loss if it follows its input in the same document. With cross-document attention the first token
+    of the next document is in the loss too. The first token of a later piece of a cut document never is, because it was
+    the last target of the piece before.
     """
     document_ids_BL = batch.document_ids_BL
     same_BL = document_ids_BL[:, 1:] == document_ids_BL[:, :-1]
@@ -136,8 +137,8 @@ def loss_mask_of(batch: PackedBatch, cross_document_attention: bool) -> np.ndarr
 def mtp_loss_mask_of(loss_mask_BL: np.ndarray, depth: int) -> np.ndarray:
     """The loss mask to hand to megatron-core for `depth` extra predictions: bool [B, L].
 
-    Prediction k at position t, of token t + 1 + k, reads the mask at t + k, and must not count unless all steps from t
-    to there do. The first `depth` entries are off, so that every prediction counts equally many.
+    Prediction k at position t, of token t + 1 + k, reads the mask at t + k. It counts only if all targets from t to
+    t + k are in the loss. The first `depth` entries are off, so that all depths have the same number of targets.
     """
     result_BL = loss_mask_BL.copy()
     for step in range(1, depth + 1):
@@ -147,7 +148,7 @@ def mtp_loss_mask_of(loss_mask_BL: np.ndarray, depth: int) -> np.ndarray:
 
 
 def positions_in_documents(document_ids_BL: Tensor) -> Tensor:
-    """Position of each token in its document's part of the sequence, from 0."""
+    """Position of each token within its document in the sequence, from 0."""
     index_BL = positions_of(document_ids_BL)
     first_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
     first_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
@@ -155,7 +156,7 @@ def positions_in_documents(document_ids_BL: Tensor) -> Tensor:
 
 
 def attention_mask_of(document_ids_BL: Tensor) -> Tensor:
-    """Attention mask [B, 1, L, L], true where a position must not be seen: later, or of another document."""
+    """Attention mask [B, 1, L, L], true where attention is forbidden: to later positions and to other documents."""
     length = document_ids_BL.shape[1]
     later_LL = torch.ones(length, length, dtype=torch.bool, device=document_ids_BL.device).triu(1)
     return (later_LL | (document_ids_BL[:, :, None] != document_ids_BL[:, None, :])).unsqueeze(1)

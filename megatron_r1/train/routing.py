@@ -1,7 +1,7 @@
-"""How a stage of training treats the routers: what balances the experts, if anything does.
+"""How a stage of training balances the experts.
 
-DeepSeek-V3 pre-trains with a balancing bias, whose step falls to 0 for the last tokens, and a small sequence-wise loss
-(sections 2.1.2 and 4.2). Post-training leaves the balance as pre-training made it.
+DeepSeek-V3 pre-trains with a balancing bias, whose step size falls to 0 for the last tokens, and a small sequence-wise
+loss (sections 2.1.2 and 4.2). Post-training does no balancing: the router's bias stays as pre-training left it.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from megatron_r1.train.schedule import value_at
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingPolicy:
-    """What is done for balance, by consumed tokens."""
+    """Settings of the balancing, by consumed tokens."""
 
     bias_rate: float
-    """Step of the balancing bias before the first phase; 0 leaves the bias alone."""
+    """Step size of the balancing bias before the first phase; 0 does not change the bias."""
     bias_rate_phases: Sequence[PhaseConfig] = ()
     sequence_loss: float
-    """Weight of the sequence-wise balance loss; 0 has none."""
+    """Weight of the sequence-wise balance loss; 0 turns it off."""
 
     def bias_rate_at(self, tokens: int) -> float:
-        """Step of the balancing bias after `tokens` consumed tokens."""
+        """Step size of the balancing bias after `tokens` consumed tokens."""
         return value_at(self.bias_rate, self.bias_rate_phases, tokens)
 
     def apply(self, model: Model, tokens: int) -> None:
-        """Make the model's next update follow the policy; megatron-core reads both values anew each time."""
+        """Set both values in the model for its next update; megatron-core reads them in every update."""
         for part in chunks(model):
             part.config.moe_router_bias_update_rate = self.bias_rate_at(tokens)
             part.config.moe_aux_loss_coeff = self.sequence_loss
 
 
 FROZEN = RoutingPolicy(bias_rate=0.0, sequence_loss=0.0)
-"""Post-training: no step of the bias, no balance loss."""
+"""For post-training: no change of the bias, no balance loss."""
 
 
 def pretraining_policy(config: RunConfig) -> RoutingPolicy:
-    """What the configuration says about balance in pre-training."""
+    """The policy of the configuration for pre-training."""
     moe = config.model.moe
     return RoutingPolicy(
         bias_rate=moe.bias_update_rate,
@@ -53,14 +53,14 @@ def pretraining_policy(config: RunConfig) -> RoutingPolicy:
 
 
 def check_none_dropped(expert_load: Mapping[str, Tensor], tokens: int, top_k: int) -> None:
-    """Every token must have visited `top_k` experts of every sparse layer (DeepSeek-V3 report, section 2.1.2).
+    """Check that every token visited `top_k` experts of every sparse layer (DeepSeek-V3 report, section 2.1.2).
 
     Args:
         expert_load: tokens per expert [E] by layer, of a whole batch.
-        tokens: of the batch.
+        tokens: number of tokens of the batch.
 
     Raises:
-        RuntimeError: tokens were dropped, which nothing in this package asks for.
+        RuntimeError: tokens were dropped, which no setting of this package allows.
     """
     for layer, load_E in expert_load.items():
         if (visits := int(load_E.double().sum())) != tokens * top_k:

@@ -10,12 +10,12 @@ from megatron_r1.config.train import TrainConfig
 
 
 def value_at(start: float, phases: Sequence[PhaseConfig], tokens: int) -> float:
-    """A value that follows consumed tokens.
+    """The value of a schedule by consumed tokens.
 
     Args:
-        start: value before the first phase; without phases it stays.
-        phases: one after the other; the first begins at 0 tokens.
-        tokens: consumed before the step that asks.
+        start: value before the first phase; constant without phases.
+        phases: consecutive phases; the first starts at 0 tokens.
+        tokens: consumed before the step.
     """
     since = 0
     for phase in phases:
@@ -31,7 +31,7 @@ def _within(phase: PhaseConfig, start: float, done: float) -> float:
 
 
 def _between(start: float, end: float, shape: str, done: float) -> float:
-    """On the way from `start` to `end`, a straight line or half a cosine, after the share `done` of it."""
+    """Interpolation from `start` to `end`, linear or half a cosine, after the share `done` of the phase."""
     if shape == "linear":
         return start + (end - start) * done
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))
@@ -40,7 +40,7 @@ def _between(start: float, end: float, shape: str, done: float) -> float:
 def learning_rate(schedule: ScheduleConfig, step: int, steps: int, tokens: int) -> float:
     """Learning rate of optimizer step `step` (the first is 1) out of `steps`, before which `tokens` were consumed.
 
-    Linear warm-up from 0, then the configured shape: by step down to the final rate at the last one, or by tokens.
+    Linear warm-up from 0, then the configured shape: by step down to the minimum at the last step, or by tokens.
     """
     peak, final = schedule.learning_rate, schedule.min_learning_rate
     warm = min(1.0, step / max(1, schedule.warmup_steps))
@@ -55,8 +55,8 @@ def learning_rate(schedule: ScheduleConfig, step: int, steps: int, tokens: int) 
 def batch_size(train: TrainConfig, tokens: int) -> int:
     """Sequences of the step before which `tokens` were consumed.
 
-    The ramp is divided into as many equal parts as there are increments, as megatron-core's is; whole numbers
-    throughout, so that no rounding decides at which step the batch grows.
+    As in megatron-core, the ramp has one part of equal length for each increment. The computation is in integers, so
+    that no rounding decides at which step the batch grows.
     """
     ramp, sizes = train.schedule.batch_ramp, train.batch_sizes()
     if tokens >= ramp.tokens:

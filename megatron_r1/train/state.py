@@ -1,4 +1,4 @@
-"""Where a run stands: a value that is saved with every checkpoint."""
+"""The progress of a run, which is saved with every checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class TrainState:
     consumed_tokens: int = 0
     """Tokens trained on."""
     data_position: int = 0
-    """Sequences (or prompts) taken from the data."""
+    """Sequences (or prompts) consumed from the data."""
     skipped_in_row: int = 0
-    """Updates skipped one after the other for non-finite gradients."""
+    """Consecutive updates skipped for non-finite gradients."""
 
     def advance(self, **changes: int) -> TrainState:
         """The state after one more step with these changes."""

@@ -1,4 +1,4 @@
-"""One training step of any kind but reinforcement learning: an update on the next batch, and what is recorded of it."""
+"""The training step of every verb except reinforcement learning: an update on the next batch, and its metrics."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from megatron_r1.train.update import UpdateResult, count_skips
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOutcome:
-    """What an update did with a global batch. Numbers are of the whole batch, the same on every rank."""
+    """Result of an update on a global batch. Numbers are of the whole batch, the same on every rank."""
 
     result: UpdateResult
     sequences: int
-    """Taken from the data."""
+    """Sequences consumed from the data."""
     tokens: int
-    """Trained on, without padding."""
+    """Tokens trained on, without padding."""
     routed_tokens: int
     """Tokens that went through each sparse layer, padding included."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    """What this kind of training records beside the others."""
+    """Further metrics of this verb."""
 
 
 LearnBatch = Callable[[TrainState, float], BatchOutcome]

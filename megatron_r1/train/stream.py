@@ -1,4 +1,4 @@
-"""Next-token prediction on plain sequences, in which every target counts."""
+"""Next-token prediction on plain sequences with a loss on every target."""
 
 from __future__ import annotations
 

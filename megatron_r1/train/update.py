@@ -17,18 +17,18 @@ from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.train.optimizer import Optimizer
 
 Reduce = Literal["mean", "sum"]
-"""How losses of micro-batches and data-parallel ranks, and what they log, become those of the whole batch."""
+"""How losses and logged values of micro-batches and data-parallel ranks are reduced to those of the whole batch."""
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one update did."""
+    """Result of one update."""
 
     passes: PassResults
     gradient_norm: float
     """Global norm before clipping; not a number when the update was skipped."""
     skipped: bool
-    """Whether a gradient was not finite, so that nothing changed."""
+    """Whether a gradient was not finite, so that no weight changed."""
     reduce: Reduce = "mean"
 
 
@@ -39,7 +39,7 @@ def update(
     forward: Forward,
     learning_rate: float,
     length: int,
-    rows: int = 1,
+    micro_batch_size: int = 1,
     reduce: Reduce = "mean",
 ) -> UpdateResult:
     """Run one optimizer update over `micro_batches`.
@@ -51,14 +51,15 @@ def update(
         micro_batches: what `forward` takes, one forward pass each.
         forward: runs the model on a micro-batch.
         learning_rate: of this update.
-        length: longest sequence of the micro-batches, in tokens; rows: sequences of each, see `forward_backward`.
+        length: longest sequence of the micro-batches, in tokens.
+        micro_batch_size: sequences of a micro-batch, see `forward_backward`.
         reduce: whether the batch's loss is the mean or the sum of its micro-batches' on all data-parallel ranks.
     """
     # megatron-core averages over micro-batches and data-parallel ranks.
     scale = len(micro_batches) * dist.get_world_size(data_parallel_group()) if reduce == "sum" else 1
     optimizer.zero_gradients()
     biases = [(router, router.expert_bias.clone()) for router in routers(model)]
-    passes = forward_backward(model, optimizer.chunks, micro_batches, _scaled(forward, scale), length, rows)
+    passes = forward_backward(model, optimizer.chunks, micro_batches, _scaled(forward, scale), length, micro_batch_size)
     if comm.all_ranks(optimizer.gradients_finite()):
         return UpdateResult(passes, optimizer.step(learning_rate), skipped=False, reduce=reduce)
     for router, bias in biases:
@@ -67,7 +68,7 @@ def update(
 
 
 def _scaled(forward: Forward, scale: int) -> Forward:
-    """The same passes with the loss multiplied, in a tensor of its own: megatron-core divides it in place."""
+    """The same forward with the loss multiplied, in a new tensor: megatron-core divides the loss in place."""
 
     def scaled(model: Any, micro_batch: Any) -> tuple[Any, LossFunction]:
         output, loss_function = forward(model, micro_batch)
@@ -82,7 +83,7 @@ def _scaled(forward: Forward, scale: int) -> Forward:
 
 
 def count_skips(skipped_in_row: int, skipped: bool, allowed: int, step: int) -> int:
-    """Skips in a row after this update.
+    """Number of consecutive skipped updates after this one.
 
     Raises:
         Diverged: more than `allowed` in a row.

@@ -102,7 +102,7 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     for step in range(STEPS):
         rows = torch.randint(5, 512, (8, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
-        result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2)
+        result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, micro_batch_size=2)
         losses.append(logged_metrics(result)["train/loss"])
         norms.append(result.gradient_norm)
         loads = {layer: load_E.tolist() for layer, load_E in result.passes.expert_load.items()}
@@ -125,7 +125,7 @@ def packed(config: Any, platform: Any, cross: bool) -> tuple[dict, dict]:
     optimizer = Optimizer(model, config.train, config.performance)
     reader, group = PackedReader(cross, config.model.mtp.num_layers, platform.device), data_parallel_group()
     rows = reader.micro_batches(packed_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
-    result = update(model, optimizer, rows, reader.forward, 1e-3, 32, rows=2)
+    result = update(model, optimizer, rows, reader.forward, 1e-3, 32, micro_batch_size=2)
     found = {"losses": [logged_metrics(result)["train/loss"]], "norms": [result.gradient_norm]}
     return found, whole_gradients(model, optimizer)
 

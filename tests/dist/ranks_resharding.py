@@ -49,7 +49,9 @@ def step(model: Any, optimizer: Any, number: int) -> float:
     group = data_parallel_group()
     rows = torch.randint(5, 512, (8, 33), generator=torch.Generator().manual_seed(number))
     mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
-    return logged_metrics(update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, rows=2))["train/loss"]
+    return logged_metrics(update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, micro_batch_size=2))[
+        "train/loss"
+    ]
 
 
 def save(config: Any, platform: Any, folder: Path) -> dict[str, Any]:

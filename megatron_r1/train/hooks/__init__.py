@@ -1,4 +1,4 @@
-"""What happens around the steps of a run, each concern a hook of its own."""
+"""Hooks around the steps of a run, one for each concern."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from megatron_r1.train.state import TrainState
 
 
 class Hook:
-    """Does nothing; a concern overrides what it needs."""
+    """A hook that does nothing; subclasses override what they need."""
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
-        """A step is done; `row` holds its metrics and may be added to by earlier hooks."""
+        """Called after a step; `row` has its metrics, and a hook may add metrics for later hooks."""
 
     def stop_requested(self) -> bool:
-        """Whether the run should end after this step; any rank's wish counts."""
+        """Whether the run should end after this step; it ends if any rank returns True."""
         return False
 
     def finish(self, state: TrainState) -> None:
-        """The loop is over, by its last step or by a stop."""
+        """Called after the loop, which ended by its last step or by a stop."""
 
 
 class Hooks(Hook):

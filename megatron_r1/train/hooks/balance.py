@@ -16,20 +16,20 @@ SAVED = "router_load_window"
 
 
 class BalanceHook(Hook):
-    """Adds to each row what is left of the imbalance over a window of steps, and each layer's busiest expert.
+    """Adds to each row the imbalance over a window of steps, and each layer's busiest expert.
 
-    A violation is (largest load - mean load) / mean load, MaxVio of Wang et al. 2024, "Auxiliary-Loss-Free Load
-    Balancing Strategy for Mixture-of-Experts": 0 where all are even. Over a window, what differs from step to step
-    evens out and what stays is the router's preference. The whole table of loads is recorded only every so many steps:
-    a large model's has tens of thousands of numbers.
+    The violation is (largest load - mean load) / mean load, MaxVio of Wang et al. 2024, "Auxiliary-Loss-Free Load
+    Balancing Strategy for Mixture-of-Experts": 0 where all loads are even. Over a window, differences from step to step
+    cancel out, and the router's preference remains. The whole table of loads is recorded only every `interval` steps:
+    for a large model it has tens of thousands of numbers.
     """
 
     def __init__(self, window: int, interval: int, saved: Mapping[str, Tensor]):
         """
         Args:
-            window: steps whose loads are added up.
-            interval: steps between rows that keep the whole table, `moe/load`.
-            saved: what `tensors` gave, for a run that goes on.
+            window: number of steps whose loads are summed up.
+            interval: steps between rows with the whole table, `moe/load`.
+            saved: result of `tensors` in the checkpoint of a run that resumes.
         """
         self._interval = interval
         self._loads: deque[Tensor] = deque(saved.get(SAVED, ()), maxlen=window)
@@ -58,7 +58,7 @@ def relative_loads(expert_load: Mapping[str, Tensor]) -> dict[str, list[float]]:
 
 
 def load_metrics(expert_load: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a step records of its loads: the busiest expert of the backbone, that of multi-token layers, the table."""
+    """Load metrics of a step: the busiest expert of the backbone, that of multi-token layers, the table."""
     if not expert_load:
         return {}
     loads = relative_loads(expert_load)
@@ -67,7 +67,7 @@ def load_metrics(expert_load: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def worst_of_each_kind(name: str, values: Mapping[str, float]) -> dict[str, float]:
-    """The largest value over the backbone's layers, and apart from it, as `moe/mtp_NAME`, over multi-token layers."""
+    """The largest value over the backbone's layers, and separately, as `moe/mtp_NAME`, over multi-token layers."""
     kinds: dict[str, list[float]] = {}
     for layer, value in values.items():
         kinds.setdefault(f"moe/mtp_{name}" if layer.startswith("mtp ") else f"moe/{name}", []).append(value)

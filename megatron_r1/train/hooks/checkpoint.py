@@ -1,4 +1,4 @@
-"""Save the run every so many steps and at its end."""
+"""Saves the run every few steps and at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(Hook):
-    """Commits checkpoints; a failed one is survived, except the last."""
+    """Commits checkpoints; training continues after a failed save, except after the last one."""
 
     def __init__(
         self,
@@ -29,11 +29,11 @@ class CheckpointHook(Hook):
         """
         Args:
             store: where checkpoints go.
-            snapshot: takes what this rank has to save; what it returns writes that into a folder.
-            metadata: goes into each manifest.
+            snapshot: copies this rank's state; returns a function that writes the copy into a folder.
+            metadata: for each manifest.
             interval: steps between checkpoints.
             resumed_at: step of the checkpoint that the run started from; it is not saved again.
-            background: write while training goes on; one save at a time, so the next waits for it.
+            background: write while training continues; there is one save at a time, so the next one waits for it.
         """
         self._store, self._snapshot, self._metadata = store, snapshot, metadata
         self._interval, self._background = interval, background
@@ -71,5 +71,5 @@ class CheckpointHook(Hook):
         try:
             yield
         except SaveFailed as error:
-            told = "step %d: %s; training goes on, the next try is at the next interval"
-            logger.error(told, self._saving, error)
+            message = "step %d: %s; training continues, the next save is at the next interval"
+            logger.error(message, self._saving, error)

@@ -10,7 +10,7 @@ from megatron_r1.train.state import TrainState
 
 
 class EmaHook(Hook):
-    """Takes every step's weights into the average; it must come before the hook that saves it."""
+    """Adds every step's weights to the average; it must precede the hook that saves the average."""
 
     def __init__(self, average: MovingAverage):
         self._average = average

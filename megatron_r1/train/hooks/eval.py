@@ -10,7 +10,7 @@ from megatron_r1.train.state import TrainState
 
 
 class EvalHook(Hook):
-    """Adds what is measured to the row of every so many steps and of the last one. Collective: every rank has one."""
+    """Adds evaluation metrics to the row every `interval` steps and after the last. Collective: every rank has one."""
 
     def __init__(
         self,
@@ -24,7 +24,7 @@ class EvalHook(Hook):
             measure: the same on every rank.
             interval: steps between measurements.
             steps: of the run.
-            before: what was measured before the first step; goes into the first row.
+            before: metrics measured before the first step, which go into the first row.
         """
         self._measure, self._interval, self._steps = measure, interval, steps
         self._before = before or {}

@@ -16,7 +16,7 @@ from megatron_r1.train.state import TrainState
 
 
 class LogHook(Hook):
-    """Every step goes to the tracker; every `interval` steps a line, or a bar on a terminal, goes to the person."""
+    """Records every step in the tracker, and every `interval` steps prints a line, or on a terminal updates a bar."""
 
     def __init__(self, tracker: Tracker, shown: Sequence[str], total: int, start: int, interval: int, title: str):
         """
@@ -49,9 +49,9 @@ class LogHook(Hook):
         self._progress.update(self._task, completed=state.step, metrics=metrics)
         last = state.step == self._total
         if not self._console.is_terminal and (last or state.step % self._interval == 0):
-            left = (time.monotonic() - self._started) / (state.step - self._start) * (self._total - state.step)
+            remaining_s = (time.monotonic() - self._started) / (state.step - self._start) * (self._total - state.step)
             self._console.print(
-                f"{self._title} {state.step}/{self._total}  {metrics}  {left:.0f} s left", soft_wrap=True
+                f"{self._title} {state.step}/{self._total}  {metrics}  {remaining_s:.0f} s left", soft_wrap=True
             )
 
     def finish(self, state: TrainState) -> None:

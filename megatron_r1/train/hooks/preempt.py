@@ -1,4 +1,4 @@
-"""Stop in time: the scheduler's signal ends the run after the current step, with a checkpoint."""
+"""Stops before a preemption: a signal of the scheduler ends the run after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class PreemptHook(Hook):
-    """Notes a signal; the loop asks every step. A second Ctrl-C interrupts at once."""
+    """Notes a signal, for which the loop checks after every step. A second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -19,7 +19,7 @@ class PreemptHook(Hook):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        # A handler that does more than set a flag can interrupt a write half way.
+        # A handler that does more than set a flag could interrupt a half-done write.
         self.received = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
