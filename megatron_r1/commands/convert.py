@@ -1,4 +1,4 @@
-"""convert: a run, a checkpoint or a Hugging Face folder in another form, whole or not at all, with proof."""
+"""convert: a run, a checkpoint or a Hugging Face folder to another format, complete or not at all, with an audit."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from megatron_r1.runs.initial_weights import find_checkpoint, hf_folder
 
 @dataclass(frozen=True)
 class Origin:
-    """What is converted."""
+    """The model to convert."""
 
     source: NativeSource | FolderSource
     format: str
-    """Of its weights: fp32, bf16 or fp8."""
+    """Number format of its weights: fp32, bf16 or fp8."""
     tokenizer_folder: Path
 
     @property
@@ -83,8 +83,8 @@ def find_origin(source: str, which: str, verified: bool) -> Origin:
     """
     Args:
         source: run directory, checkpoint directory, or ``hf:FOLDER``.
-        which: of a checkpoint's weights: ``model`` or ``ema``.
-        verified: hold a checkpoint against its manifest first; without, only headers are read.
+        which: weights to read from a checkpoint: ``model`` or ``ema``.
+        verified: verify a checkpoint by its manifest first; without, only headers are read.
 
     Raises:
         As `find_weights`.
@@ -136,7 +136,7 @@ def _publish_checkpoint(config: RunConfig, origin: Origin, conversion: Conversio
             write_json(folder / AUDIT_FILE, audit)
             (folder / "tokenizer").mkdir()
             copy_tokenizer(origin.tokenizer_folder, folder / "tokenizer")
-            # They were durable when they were recorded.
+            # The files were durable before they were recorded.
             return {name: FileRecord(**record) for name, record in audit["files"].items()}
 
         with CheckpointStore(run_folder / "checkpoints") as store:
@@ -151,7 +151,7 @@ def _convert(
     run_folder: Path,
     finish: Callable[[ConversionWorkspace, dict[str, Any]], Path],
 ) -> None:
-    """Write the files, publish them, and say what was done."""
+    """Write the files, publish them, and print a summary."""
     started, size = time.perf_counter(), totals(conversion.files()).nbytes
     with open_workspace(run_folder / f"{config.convert.to}.tmp", conversion.settings()) as work:
         with bytes_on_disk(work.written_bytes, size, f"convert {config.name}"):
@@ -166,7 +166,7 @@ def _convert(
 
 
 def _companions(origin: Origin, model: ModelConfig, format: str) -> tuple[dict[str, Any], dict[str, Any], Path | None]:
-    """What stands beside the weights: of a Hugging Face folder as it is there, else from the model."""
+    """The files beside the weights: copied from a Hugging Face folder, else made from the model."""
     if isinstance(origin.source, FolderSource):
         folder = origin.source.folder
         generation = folder / "generation_config.json"

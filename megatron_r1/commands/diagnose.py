@@ -1,4 +1,4 @@
-"""diagnose: why the engine of a run and its trainer disagree on log-probabilities."""
+"""diagnose: finds why the engine of a run and its trainer disagree on log-probabilities."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.initial_weights import Weights, find_weights
 
 SHOWN = 8
-"""Suspicions that the terminal shows."""
+"""Number of possible causes that the terminal shows."""
 
 
 def run(config: RunConfig) -> None:
-    """Hold a saved batch against the weights that it is said to come from, and say what explains the difference."""
+    """Compare a saved batch with the weights that it names, and report what explains the difference."""
     batch, checkpoint, samples = choose(config)
     found = find_weights(str(checkpoint))
     folder = open_run_folder(config)
@@ -60,7 +60,7 @@ def run(config: RunConfig) -> None:
 
 
 def choose(config: RunConfig) -> tuple[Path, Path, list[Sample]]:
-    """The batch, the checkpoint whose weights sampled it, and those answers that no other weights had a part in.
+    """The batch, the checkpoint whose weights sampled it, and the responses that these weights alone sampled.
 
     Raises:
         ConfigError: more than one rank, no run, no such batch, or no checkpoint of the weights that it names.
@@ -86,23 +86,23 @@ def choose(config: RunConfig) -> tuple[Path, Path, list[Sample]]:
             return batch, checkpoints[version], samples[: config.diagnose.max_samples or None]
     have = ", ".join(map(str, sorted(checkpoints)))
     key, value = ("diagnose.rollout_file", batches[0]) if config.diagnose.rollout_file else ("init.from", run_folder)
-    raise ConfigError(key, value, f"must hold answers sampled with the weights of a checkpoint: {have}")
+    raise ConfigError(key, value, f"must hold responses sampled with the weights of a checkpoint: {have}")
 
 
 def read(batch: Path) -> list[Sample]:
-    """The answers of a batch."""
+    """The responses of a batch."""
     return Journal(batch.parent).read(int(batch.stem.removeprefix("step-"))) or []
 
 
 def other_weights(checkpoint: Path, found: Weights) -> Mapping[str, Mapping[str, Tensor]]:
-    """Those of the run's other checkpoints, the nearest before this one first."""
+    """Weights of the run's other checkpoints; of the earlier ones, the latest comes first."""
     step = int(checkpoint.name.removeprefix("step-"))
     folders = sorted(step_folders(checkpoint.parent), key=lambda pair: (pair[0] > step, abs(pair[0] - step)))
     return {f"step {other}": WholeTensors(folder, "model") for other, folder in folders if other != step}
 
 
 def show(result: Diagnosis, console: Console, batch: Path, checkpoint: Path) -> None:
-    """The diagnosis on the terminal."""
+    """Print the diagnosis."""
     gap = result.gap
     sizes = f"mean {gap.mean:.3g} nats, largest {gap.largest:.3g}, k1 {gap.k1:.3g}, k3 {gap.k3:.3g}"
     table = Table(title=f"{batch.name} against {checkpoint.name}: difference {sizes}")
@@ -113,11 +113,13 @@ def show(result: Diagnosis, console: Console, batch: Path, checkpoint: Path) -> 
     console.print(table)
     started = [place for place in result.first_tokens if place is not None]
     if started:
-        said = f"{len(started)} of {len(result.first_tokens)} answers differ, from response token {min(started)} on"
+        said = f"{len(started)} of {len(result.first_tokens)} responses differ, from response token {min(started)} on"
         console.print(f"{said} (median {sorted(started)[len(started) // 2]})", highlight=False)
     for layer, share in result.routing_mismatch_by_layer.items():
-        console.print(f"layer {layer}: {share:.2%} of the engine's experts chosen otherwise", highlight=False)
+        console.print(
+            f"layer {layer}: {share:.2%} of the engine's expert choices differ from the trainer's", highlight=False
+        )
     if result.associations:
         named = ", ".join(f"{a.expert} of layer {a.layer} ({a.ratio:.2f} times)" for a in result.associations[:3])
-        console.print(f"differences go along with experts {named}", highlight=False)
+        console.print(f"differences are largest for tokens of experts {named}", highlight=False)
     console.print(result.verdict, soft_wrap=True, highlight=False)

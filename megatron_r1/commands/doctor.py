@@ -1,4 +1,4 @@
-"""doctor: what this machine can run, and what is missing for more."""
+"""doctor: reports what this machine can run, and what is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_r1.runs.folder import environment
 
 
 def run(config: RunConfig) -> None:
-    """Print a table of what was found; raises PlatformError when the chosen platform cannot be used."""
+    """Print a table of the machine's hardware and software; raises PlatformError if the platform cannot be used."""
     table = Table(title="megatron-r1 doctor")
     table.add_column("what")
     table.add_column("found")
@@ -27,7 +27,7 @@ def run(config: RunConfig) -> None:
     table.add_row("cores", str(os.cpu_count()))
     table.add_row("NVIDIA tools", shutil.which("nvidia-smi") or "none")
     table.add_row("NVIDIA Apex", _apex())
-    table.add_row("bubblewrap", shutil.which("bwrap") or "none: programs that a model wrote cannot be judged")
+    table.add_row("bubblewrap", shutil.which("bwrap") or "not installed: code rewards cannot run programs")
     failure = None
     try:
         platform = select(config.platform)
@@ -42,7 +42,7 @@ def run(config: RunConfig) -> None:
 
 
 def _apex() -> str:
-    """PyPI's `apex` is another project; NVIDIA's has `apex.optimizers`."""
+    """State of NVIDIA's apex. PyPI's `apex` is another project; NVIDIA's has `apex.optimizers`."""
     if importlib.util.find_spec("apex") is None:
         return "not installed; megatron-core runs without. It is built from NVIDIA's source with --cpp_ext --cuda_ext"
     if importlib.util.find_spec("apex.optimizers") is None:

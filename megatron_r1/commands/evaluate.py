@@ -1,4 +1,4 @@
-"""eval: held-out accuracy of one model or several, greedy and sampled, by one engine."""
+"""evaluate: accuracy of one or several models on held-out prompts, greedy and sampled, by one engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> None:
-    """Measure each model on the same held-out prompts."""
+    """Evaluate each model on the same held-out prompts."""
     sources = config.evaluate.models or ({"model": config.init.from_} if config.init.from_ else {})
     if not sources:
         raise ConfigError("evaluate.models", "{}", "needs a model: evaluate.models.NAME=RUN or init.from=RUN")
@@ -66,7 +66,7 @@ def measure(
     config: RunConfig,
     samples_file: Path,
 ) -> dict[str, Any]:
-    """Greedy and sampled measures of the engine's weights, with 95 % intervals; answers go to `samples_file`."""
+    """Metrics of the engine's weights, greedy and sampled, with 95 % intervals; writes responses to `samples_file`."""
     first = next(iter(metrics))
     samples_file.parent.mkdir(parents=True, exist_ok=True)
     settings = config.evaluate
@@ -114,7 +114,7 @@ def _answers(
     temperature: float,
     config: RunConfig,
 ) -> list[list[str]]:
-    """`count` answers per prompt, as text."""
+    """`count` responses per prompt, as text."""
     tokenizer = formatter.tokenizer
     tokens = [formatter.tokens(prompt.question) for prompt in prompts]
     requests = [Request(f"{place}-{i}", tokens[place]) for place in range(len(prompts)) for i in range(count)]
@@ -127,7 +127,7 @@ def _answers(
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """The results as a table on the terminal."""
+    """Print the results as a table."""
     table = Table(title=f"{results['prompts']} held-out prompts, {results['samples']} samples each, 95 % intervals")
     metrics = next(iter(results["models"].values()))["greedy"]
     for column in ("model", "mode", *metrics):

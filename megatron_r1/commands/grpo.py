@@ -51,7 +51,7 @@ SHOWN = (
 )
 """Metrics on the terminal."""
 JOURNAL = "rollouts"
-"""Folder of the run that keeps the rollouts of each step."""
+"""Folder of the run with the rollouts of each step."""
 
 
 def run(config: RunConfig) -> None:
@@ -98,16 +98,16 @@ def build_replay(run: TrainingRun) -> Replay:
 
 
 def build_placement(run: TrainingRun) -> Placement:
-    """Who holds the devices' memory when.
+    """How engine and trainer share the devices' memory.
 
     Raises:
-        ConfigError: colocated servers on a GPU would keep their memory.
+        ConfigError: colocated servers on a GPU could not release their memory.
     """
     rollout = run.config.rollout
     if rollout.placement != "colocated":
         return Separate()
     if run.platform.name == "cuda" and not rollout.sglang.server.memory_saver:
-        allowed = "must be true with rollout.placement=colocated on a GPU: without it servers keep their memory"
+        allowed = "must be true with rollout.placement=colocated on a GPU: without it servers cannot release memory"
         raise ConfigError("rollout.sglang.server.memory_saver", False, allowed)
     return Colocated(TrainerMemory(run.model, run.optimizer))
 

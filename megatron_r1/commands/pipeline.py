@@ -1,4 +1,4 @@
-"""pipeline: go through a recipe's stages; interrupted, it goes on where it was."""
+"""pipeline: runs the stages of a recipe; an interrupted recipe resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ console = Console(stderr=True, highlight=False)
 
 
 class StageFailed(UserError):
-    """A stage ended with an exit code of its own, which becomes the recipe's."""
+    """A stage failed; its exit code becomes the recipe's."""
 
 
 def run(config: RunConfig) -> None:
-    """Run every stage that is not done, each as a process of its own."""
+    """Run every stage that is not done, each in processes of its own."""
     stages = config.pipeline.stages
     if not stages:
         raise ConfigError("pipeline.stages", "{}", "needs at least one stage: choose a recipe with pipeline=NAME")
@@ -51,16 +51,16 @@ def run(config: RunConfig) -> None:
 
 
 def run_stage(name: str, arguments: list[str], ranks: int = 1) -> None:
-    """One stage in processes of its own; signals reach it, and its exit code comes back.
+    """Run one stage in processes of its own, to which signals are forwarded.
 
     Raises:
-        StageFailed: the stage did not end well.
-        KeyboardInterrupt: a person interrupted it.
+        StageFailed: the stage ended with an exit code that is not 0.
+        KeyboardInterrupt: the user interrupted it.
     """
     code = run_ranks([sys.executable, "-m", "megatron_r1", *arguments], ranks)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
-        failure = StageFailed(f"stage {name} ended with exit code {code}; the same command goes on from there")
+        failure = StageFailed(f"stage {name} ended with exit code {code}; the same command resumes there")
         failure.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.BUG
         raise failure

@@ -43,7 +43,7 @@ def run(config: RunConfig) -> None:
     weights = find_weights(config.init.from_, which=config.init.weights) if config.init.from_ else None
     corpus, tokenizer = open_corpus(config, weights)
     with training_run(config, tokenizer, weights) as run:
-        # Every rank has the loads of all experts; rank 0, which records them, measures their balance.
+        # Every rank knows the loads of all experts; rank 0, which records metrics, measures their balance.
         settings = config.train
         balance = BalanceHook(settings.balance_window, settings.log_interval, run.extra) if is_rank_zero() else None
         hooks = run.hooks(SHOWN, "pretrain", balance.tensors if balance else dict, first=[balance] if balance else [])
@@ -78,7 +78,7 @@ def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
     def learn(state: TrainState, rate: float) -> BatchOutcome:
         consumed, size = state.consumed_tokens, batch_size(settings, state.consumed_tokens)
         mtp_weight = value_at(config.model.mtp.loss_coefficient, settings.schedule.mtp_weight_phases, consumed)
-        # megatron-core reads the weight in every forward pass.
+        # megatron-core reads this weight in every forward pass.
         run.model.config.mtp_loss_scaling_factor = mtp_weight
         policy.apply(run.model, consumed)
         micro_batches = reader.micro_batches(
@@ -98,7 +98,7 @@ def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
 
 
 def reader_of(run: TrainingRun, corpus: Corpus | PackedCorpus) -> StreamReader | PackedReader:
-    """What reads the batches of this kind of corpus.
+    """The reader of the corpus's batches.
 
     Raises:
         ConfigError: the platform cannot keep documents separate.

@@ -1,4 +1,4 @@
-"""sample: a file of prompts in, scored responses out; what rejection sampling and evaluation start from."""
+"""sample: reads a file of prompts and writes scored responses, for rejection sampling and evaluation."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def run(config: RunConfig) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what this verb cannot do.
+    """Check the config for this verb.
 
     Raises:
         ConfigError: generated prompts are requested without a limit.
     """
     if not (config.data.prompts.path or config.sample.max_prompts):
-        raise ConfigError("sample.max_prompts", 0, "must be above 0 where the prompts are a world's, which has no end")
+        raise ConfigError("sample.max_prompts", 0, "must be above 0 with generated prompts, which are endless")
 
 
 def report(target: Path, totals: dict[str, Any], bad_rows: int) -> None:
@@ -64,5 +64,5 @@ def report(target: Path, totals: dict[str, Any], bad_rows: int) -> None:
     line = f"{totals['samples']} samples of {totals['prompts']} prompts, mean reward {totals['mean_reward']:.3f}, "
     line += f"correct {totals['correct']:.3f}, correct in any sample {totals['correct_in_any_sample']:.3f}"
     if bad_rows:
-        line += f"; {bad_rows} bad rows left out, see {BAD_ROWS}"
+        line += f"; {bad_rows} bad rows dropped, see {BAD_ROWS}"
     Console(stderr=True).print(f"{target}: {line}", soft_wrap=True, highlight=False)

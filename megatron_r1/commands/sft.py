@@ -67,10 +67,10 @@ def run(config: RunConfig) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what this verb cannot do.
+    """Check the config for this verb.
 
     Raises:
-        ConfigError: no dataset, or what contradicts the way that examples are packed.
+        ConfigError: there is no dataset, or a key contradicts the packing of examples.
     """
     if config.sft.source == "files" and not config.sft.datasets:
         raise ConfigError("sft.datasets", "{}", "must name a source: sft.datasets.NAME.path=FILE")
@@ -90,14 +90,14 @@ def batches_of(config: RunConfig, examples: Examples, pad: int) -> tuple[ChatBat
 
 
 def with_epoch_steps(config: RunConfig, sequences: int) -> RunConfig:
-    """The same run with the steps that its epochs take, or fewer where train.steps says so."""
+    """The config with the steps that its epochs take, or train.steps where that is fewer."""
     return limit_steps(config, -(-sequences // config.train.global_batch_size))
 
 
 def reader_of(run: TrainingRun) -> SupervisedReader:
-    """What reads the batches."""
+    """The reader of the run's batches."""
     config = run.config
     packed, degrees = config.sft.packing == "best_fit", config.parallel
-    # Interleaved pipeline stages expect all micro-batches to be alike.
+    # Interleaved pipeline stages need micro-batches of one length.
     trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else degrees.tensor * 2 * degrees.context
     return SupervisedReader(packed, config.model.mtp.num_layers, run.platform.device, trimmed_to)
