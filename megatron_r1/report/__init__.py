@@ -1,1 +1,1 @@
-"""What a recipe came to, on one page."""
+"""The report of a recipe's results, on one page."""

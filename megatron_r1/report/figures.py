@@ -18,14 +18,14 @@ LOAD_LEVELS = 21
 """Colours of a heat map; with many more, matplotlib would embed its scale as an image."""
 MAX_POINTS = 600
 INK = "#010203"
-"""Stands for the page's text colour until the figure is written; no curve has it."""
+"""Placeholder for the page's text colour until the figure is written; no curve has this colour."""
 
 Rows = Sequence[dict[str, Any]]
 Points = tuple[list[float], list[float]]
 
 
 def series(rows: Rows, key: str) -> Points:
-    """Steps and finite values of one metric; a list, such as the load of each expert, counts with its largest share."""
+    """Steps and finite values of one metric; a list, such as the load of each expert, gives its largest share."""
     steps, values = [], []
     for row in rows:
         value = row.get(key)
@@ -60,9 +60,9 @@ def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: b
 
     Args:
         name: of the figure; line ids are `curve-NAME-METRIC`.
-        metrics: metric -> its word in the legend.
-        ylabel: what the values are, with their unit.
-        log: logarithmic axis, where all values are above 0 and far apart.
+        metrics: metric -> its label in the legend.
+        ylabel: quantity and unit of the values.
+        log: use a logarithmic axis where all values are above 0 and far apart.
     """
     found = {key: thinned(points) for key in metrics if len((points := series(rows, key))[0])}
     if not found:
@@ -71,7 +71,7 @@ def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: b
 
 
 def by_minutes(rows: Rows) -> Rows:
-    """The rows of a stage of reinforcement learning, their steps replaced by the minutes spent until their end."""
+    """The rows of a stage of reinforcement learning, with steps replaced by the minutes since the start."""
     spent, timed = 0.0, []
     for row in rows:
         spent += (
@@ -88,7 +88,7 @@ def comparison(name: str, runs: Mapping[str, Rows], metric: str, ylabel: str, xl
     Args:
         name: of the figure; line ids are `curve-NAME-RUN`.
         runs: rows by name of the run.
-        xlabel: what the rows' steps are.
+        xlabel: label of the rows' steps.
     """
     found = {run: thinned(points) for run, rows in runs.items() if len((points := series(rows, metric))[0])}
     return _drawn(name, found, {run: run for run in found}, ylabel, False, xlabel) if len(found) > 1 else ""
@@ -112,7 +112,7 @@ def bars(name: str, shares: Mapping[str, float], xlabel: str) -> str:
 
 
 def written_alone(svg: str) -> str:
-    """A figure as a file of its own, black on white where a page would choose the colours."""
+    """A figure as a separate file, black on white, because there is no page with colours."""
     return svg.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" style="background: white" ', 1)
 
 
@@ -159,14 +159,14 @@ def _drawn(
 
 
 def time_shares(name: str, rows: Rows, parts: dict[str, str]) -> str:
-    """How each step's time divides among its parts, in per cent; empty unless all parts were recorded."""
+    """The shares of each step's time in per cent; empty unless all parts were recorded."""
     complete = [row for row in rows if all(isinstance(row.get(key), (int, float)) for key in parts)]
     totals = [sum(float(row[key]) for key in parts) for row in complete]
-    kept = [(row, total) for row, total in zip(complete, totals, strict=True) if math.isfinite(total) and total > 0]
-    if not kept:
+    timed = [(row, total) for row, total in zip(complete, totals, strict=True) if math.isfinite(total) and total > 0]
+    if not timed:
         return ""
     figure, axes = _axes("step", "share of a step's time")
-    layers = [thinned(([row["step"] for row, _ in kept], [row[key] / total for row, total in kept])) for key in parts]
+    layers = [thinned(([row["step"] for row, _ in timed], [row[key] / total for row, total in timed])) for key in parts]
     stacked = axes.stackplot(
         layers[0][0], *(values for _, values in layers), labels=list(parts.values()), colors=COLOURS, alpha=0.75
     )
@@ -196,7 +196,7 @@ def _svg(figure: Figure, axes: Axes, legend: bool) -> str:
     if legend:
         figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
     out = io.StringIO()
-    # Text stays text, in the page's font; a fixed salt and no date give equal figures for equal curves.
+    # Text is kept as text, in the page's font; a fixed salt and no date make equal figures for equal curves.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "megatron_r1"}):
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = out.getvalue()

@@ -1,7 +1,7 @@
-"""The report of a recipe: one HTML page that needs nothing but itself.
+"""The report of a recipe: one self-contained HTML page.
 
-Promises that text from models and files is shown, never interpreted: templates escape all but the drawings, which are
-made here. What is missing is said to be missing.
+Text from models and files is shown, never interpreted: templates escape everything except the figures, which are made
+here. Missing parts are named as missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_r1.report.read import Recipe, Stage, read_recipe
 from megatron_r1.report.results import accuracy_of, evaluation_of, responses_of
 from megatron_r1.report.stages import figures_beside, figures_of
 
-# Nothing is loaded and nothing runs, whatever a model may have written.
+# Browsers load and run nothing, whatever a model may have written.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 SECTIONS = {
     "pretrain": "Pre-training",
@@ -27,9 +27,9 @@ SECTIONS = {
     "rl": "Reinforcement learning",
 }
 ALWAYS = ("pretrain", "rl")
-"""Sections that a recipe without such stages has too."""
+"""Sections that the page has even without such stages."""
 JUDGES = {"reward_model": "reward model", "preference": "implicit reward"}
-"""What orders, or labels, the held-out examples of a stage."""
+"""Kind of stage -> name of what orders, or labels, its held-out examples."""
 
 
 def write_report(pipeline_folder: Path, out: Path) -> None:
@@ -90,7 +90,7 @@ def _percent(share: float) -> str:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested values by their dotted names."""
+    """Nested values by dotted names."""
     pairs = []
     for key, value in content.items():
         pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", str(value))]

@@ -1,7 +1,6 @@
-"""What the report reads from a recipe's folder.
+"""Reads a recipe's folder for the report, without changing it.
 
-Promises to change nothing there, and that a stage which did not run, or a file that a crash has torn, is missing from
-the page and never an error.
+A stage that did not run, or a file that a crash left torn, is missing from the page and never an error.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from megatron_r1.track.record import read_metrics
 
 @dataclass(frozen=True)
 class Stage:
-    """The run of one stage; anything of it may be missing."""
+    """The run of one stage, any part of which may be missing."""
 
     name: str
     config: str
     environment: dict[str, Any]
     rows: list[dict[str, Any]]
     accuracy: dict[str, Any] = field(default_factory=dict)
-    """Of a reward model, or implicit rewards, how right they are on held-out items, and how right length alone."""
+    """Accuracy of a reward model, or of implicit rewards, on held-out examples, and of the length baselines."""
 
     @property
     def kind(self) -> str:
-        """rl, reward_model, preference, sft, pretrain, or other: told by what the rows hold."""
+        """rl, reward_model, preference, sft, pretrain, or other; derived from the metrics in the rows."""
         keys = set().union(*self.rows[:1], *self.rows[-1:])
         known = {
             "train/score_loss": "reward_model",
@@ -42,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the page shows."""
+    """The contents of the page."""
 
     name: str
     stages: list[Stage]
@@ -56,8 +55,8 @@ class Recipe:
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """Reads every stage below a recipe's folder, in the order in which they were begun."""
-    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=_begun) if folder.is_dir() else []
+    """Reads every stage in a recipe's folder, in the order of their starts."""
+    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=_start_of) if folder.is_dir() else []
     evaluation = next((path for path in folders if (path / "results.json").is_file()), folder / "evaluate")
     results = _json(evaluation / "results.json")
     if not isinstance(results.get("models", {}), dict):
@@ -79,8 +78,8 @@ def _stage(path: Path) -> Stage:
     return Stage(path.name, _text(path / "config.yaml"), _json(path / "environment.json"), _steps(path), accuracy)
 
 
-def _begun(path: Path) -> tuple[float, str]:
-    """When a stage wrote its configuration, the first file of a run."""
+def _start_of(path: Path) -> tuple[float, str]:
+    """Start of a stage: the time of its configuration, the first file of a run; and its name."""
     first = path / "config.yaml"
     return (first if first.is_file() else path).stat().st_mtime, path.name
 
@@ -114,7 +113,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:
-    """Files of the recipe and of each stage; what lies deeper is summed up under the stage's subfolder."""
+    """Files of the recipe and of each stage; files in subfolders are summed up under the stage's subfolder."""
     sizes: dict[str, int] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_symlink():

@@ -1,6 +1,6 @@
-"""What the page shows of measured models: shares with their intervals, and responses to the same questions.
+"""Results of evaluated models for the page: shares with their intervals, and responses to the same questions.
 
-A share of which anything is missing is None.
+An incomplete share is None.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ SHOWN_QUESTIONS = 10
 WAYS = ("sampled", "greedy")
 MEASURES = tuple(metric.name.removeprefix("eval/") for metric in METRICS if metric.commands == ("evaluate",))
 LEADS = {"correct_any_format": "are correct", "helpful": "are as requested"}
-"""What the page's first sentence is about: the first of these that was measured."""
+"""Metrics for the page's first sentence, which has the first of them that was measured."""
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]
 Models = Mapping[str, Mapping[str, Any]]
 
 
 def interval_of(content: Any) -> Interval | None:
-    """A share with its bounds from {mean, low, high}; None if it is not one."""
+    """An interval from {mean, low, high}; None if the content is no interval."""
     if not isinstance(content, Mapping):
         return None
     mean, low, high = (content.get(key) for key in ("mean", "low", "high"))
@@ -34,7 +34,7 @@ def interval_of(content: Any) -> Interval | None:
 
 
 def evaluation_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The sentence that matters, the table of all models, and the table by task."""
+    """The main sentence, the table of all models, and the table by task."""
     models = {name: model for name, model in results.get("models", {}).items() if isinstance(model, Mapping)}
     ways = [way for way in WAYS if any(way in model for model in models.values())]
     measured = [name for name in MEASURES if any(name in _of(model, way) for model in models.values() for way in ways)]
@@ -64,7 +64,7 @@ def _of(model: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _lead(models: Models) -> dict[str, Any] | None:
-    """What the first model and the last came to; None where there are no two."""
+    """Results of the first model and the last; None with fewer than two models."""
     if len(models) < 2:
         return None
     (first, before), (last, after) = (list(models.items())[i] for i in (0, -1))
@@ -79,21 +79,21 @@ def _lead(models: Models) -> dict[str, Any] | None:
 
 
 def _task_share(content: Any) -> Any:
-    """The share of one task, which may be given alone or among ways and measures."""
+    """The share of one task, given directly or nested by sampling method and metric."""
     for key in ("sampled", next(iter(LEADS))):
         if isinstance(content, Mapping) and "mean" not in content and key in content:
             content = content[key]
     return content
 
 
-def accuracy_of(found: Mapping[str, Any], judge: str) -> dict[str, Any]:
-    """Accuracy on held-out examples beside length alone, and by task; no shares where nothing has been measured.
+def accuracy_of(found: Mapping[str, Any], scorer: str) -> dict[str, Any]:
+    """Accuracy on held-out examples, of the length baselines, and by task; no shares where nothing was measured.
 
     Args:
-        judge: what orders, or labels, the examples.
+        scorer: name of what orders, or labels, the examples.
     """
-    shares = {judge: found.get("accuracy")}
-    for group, title in (("length_baselines", "length alone, in {}"), ("by_task", f"{judge}, {{}}")):
+    shares = {scorer: found.get("accuracy")}
+    for group, title in (("length_baselines", "length alone, in {}"), ("by_task", f"{scorer}, {{}}")):
         shares |= {title.format(name): value for name, value in _of(found, group).items()}
     measured = [(name, [share]) for name, value in shares.items() if (share := interval_of(value))]
     return {"caption": f"{found.get('items', '?')} held-out examples, 95 % intervals", "shares": measured}
@@ -103,13 +103,13 @@ def responses_of(samples: Samples, order: Sequence[str]) -> dict[str, Any]:
     """The models' responses to the same questions.
 
     Args:
-        samples: model -> rows with prompt, question, truth, response and reward parts; of several responses to a prompt
-            the first is shown.
-        order: models in the order of the evaluation; others follow.
+        samples: model -> rows with prompt, question, truth, response and reward parts; the page shows the first of
+            several responses to a prompt.
+        order: models in the order of the evaluation; other models follow.
     """
     models = [name for name in order if name in samples] + [name for name in samples if name not in order]
     if not models:
-        return {"questions": [], "missing": "No responses have been kept."}
+        return {"questions": [], "missing": "No responses were saved."}
     first = {name: _first_by_prompt(samples[name]) for name in models}
     common = [key for key in first[models[0]] if all(key in rows for rows in first.values())]
     questions = [
@@ -120,7 +120,7 @@ def responses_of(samples: Samples, order: Sequence[str]) -> dict[str, Any]:
         }
         for key in common[:SHOWN_QUESTIONS]
     ]
-    return {"questions": questions, "missing": "The models have not answered the same questions."}
+    return {"questions": questions, "missing": "The models have no question in common."}
 
 
 def _first_by_prompt(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

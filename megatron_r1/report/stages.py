@@ -1,4 +1,4 @@
-"""The figures of a stage, by kind: which metrics each shows. Captions and units are the registry's."""
+"""The figures of a stage by kind, with their metrics. Captions and units come from the registry of metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_r1.track.metrics import find
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with what it shows."""
+    """A drawing with its caption."""
 
     svg: str
     caption: str
@@ -25,12 +25,12 @@ class Curves:
 
     name: str
     title: str
-    """What the values are; the unit follows it on the axis."""
+    """Quantity on the axis, without the unit."""
     metrics: Mapping[str, str]
-    """Metric -> its word in the legend."""
+    """Metric -> its label in the legend."""
     log: bool = False
     unit: str = ""
-    """Where it is more than the registry's."""
+    """Unit on the axis where the registry's is not enough."""
 
     def drawn(self, stage: Stage) -> Figure:
         unit = self.unit or find(next(iter(self.metrics))).unit
@@ -39,7 +39,7 @@ class Curves:
         return Figure(svg, self.caption(stage.rows))
 
     def caption(self, rows: Rows) -> str:
-        """The registry's meaning of each metric that the rows have, behind its word where there are several."""
+        """The registry's meaning of each recorded metric, with its label where there are several."""
         shown = [metric for metric in self.metrics if any(metric in row for row in rows)]
         meanings = {metric: find(metric).meaning for metric in shown}
         if len(meanings) == 1:
@@ -125,13 +125,13 @@ CURVES: Mapping[str, tuple[Curves, ...]] = {
 
 
 def figures_of(stage: Stage) -> list[Figure]:
-    """All figures that the stage's rows have something for."""
+    """All figures for which the stage's rows have metrics."""
     more: Callable[[Stage], Iterable[Figure]] = MORE.get(stage.kind, _nothing)
     return _shown([*(each.drawn(stage) for each in CURVES[stage.kind]), *more(stage)])
 
 
 def figures_beside(kind: str, stages: Iterable[Stage]) -> list[Figure]:
-    """What several stages of a kind have in common, a line per stage."""
+    """Figures that compare several stages of a kind, with a line per stage."""
     rows = {stage.name: stage.rows for stage in stages}
     beside: Callable[[Mapping[str, Rows]], Iterable[Figure]] = BESIDE.get(kind, _nothing)
     return _shown(beside(rows))

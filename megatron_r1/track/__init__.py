@@ -1,1 +1,1 @@
-"""Where a run's metrics go: a local record, always, and wandb."""
+"""Recording of metrics: always to a local file, and to wandb."""

@@ -1,7 +1,7 @@
-"""Where log lines go: a person's terminal, and a file per rank in the run's folder.
+"""Logging to the user's terminal, and to a file per rank in the run's folder.
 
-The terminal shows INFO of this package on rank 0 and WARNING on the others. The file has all of that, and the warnings
-of libraries, which a user can seldom mend: of those only errors reach the terminal.
+The terminal shows INFO of this package on rank 0 and WARNING on other ranks. The file has all of that and the warnings
+of libraries. Of libraries, only errors are shown on the terminal: a user can seldom fix their warnings.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ PACKAGE = "megatron_r1"
 FOLDER = "logs"
 MAX_WAITING = 1000
 FILE_ONLY = {"file_only": True}
-"""`extra` of a record that the terminal has in another form."""
+"""`extra` of a record that is shown on the terminal in another form."""
 
 
 @contextmanager
 def logging_to(run_folder: Path | None, rank: int) -> Iterator[None]:
-    """Set logging up for one command, and undo it.
+    """Set up logging for one command, and undo it at the end.
 
     Args:
-        run_folder: gets `logs/rank-NNNNN.log`, to which a resumed run appends; None writes no file.
+        run_folder: folder for `logs/rank-NNNNN.log`, to which a resumed run appends; None writes no file.
     """
     root, package = logging.getLogger(), logging.getLogger(PACKAGE)
     line = f"%(asctime)s %(levelname)s {socket.gethostname()} rank {rank}: %(message)s".replace("\n", " ")
@@ -54,7 +54,7 @@ def logging_to(run_folder: Path | None, rank: int) -> Iterator[None]:
 
 
 class _Terminal(logging.StreamHandler[TextIO]):
-    """Writes to whatever stderr is at the moment: a progress bar puts lines above itself by replacing it."""
+    """Writes to the current `sys.stderr`, which a progress bar replaces to show lines above itself."""
 
     def __init__(self, level: int):
         logging.Handler.__init__(self, level)
@@ -69,7 +69,7 @@ class _Terminal(logging.StreamHandler[TextIO]):
 
 
 class _RankFile(logging.FileHandler):
-    """Appends to a rank's file once the run's folder is there; a refused run has none, and gets none for its log."""
+    """Appends to a rank's file once the run's folder exists; a refused run has no folder and gets none for its log."""
 
     def __init__(self, run_folder: Path, rank: int):
         super().__init__(run_folder / FOLDER / f"rank-{rank:05}.log", encoding="utf-8", errors="replace", delay=True)
@@ -85,5 +85,5 @@ class _RankFile(logging.FileHandler):
             while self._waiting:
                 super().emit(self._waiting.popleft())
         except OSError:
-            # A full disk is told of by whoever saves the run: its log must not end it.
+            # A full disk must not end the run through its log; saving the run will report it.
             self.handleError(record)

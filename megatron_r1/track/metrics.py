@@ -31,10 +31,10 @@ RL = ("grpo",)
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of one metric, or of all whose names begin alike.
+    """Description of one metric, or of a family of metrics.
 
-    `name` may end in `/*`: any name in its place is of the family. A `table` holds a number, or a list of them, by
-    layer. `varies` marks what differs between two runs of one configuration, such as time.
+    A `name` that ends in `/*` describes all names that begin with the rest. A `table` has a number, or a list of them,
+    by layer. `varies` marks metrics that differ between two runs of one configuration, such as times.
     """
 
     name: str
@@ -258,7 +258,7 @@ _FAMILIES = tuple(metric for metric in METRICS if metric.name.endswith("/*"))
 
 
 def find(name: str) -> Metric:
-    """What is known of a metric.
+    """The description of a metric.
 
     Raises:
         ValueError: the registry has no such name.

@@ -1,7 +1,7 @@
-"""The local record of a run: one JSON object a line, one line a step.
+"""The local record of a run's metrics: one JSON object per line, one line per step.
 
-Promises that a row is handed to the operating system before `append` returns, that steps rise from row to row, also
-after a resume, and that a row torn by a crash is dropped, never read.
+A row is passed to the operating system before `append` returns. Steps increase from row to row, also after a resume. A
+row that a crash left torn is dropped, never read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Lines that end in a newline and parse, with what they hold."""
+    """Complete lines, which end in a newline and parse, with their content."""
     rows = []
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
@@ -30,7 +30,7 @@ def _whole_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except orjson.JSONDecodeError:
             continue
         if line.endswith(b"\n") and isinstance(parsed, dict) and isinstance(parsed.get("step"), int):
-            # JSON has no word for NaN and infinity: they are written as null.
+            # JSON has no NaN or infinity: they are written as null.
             rows.append((line, {key: math.nan if value is None else value for key, value in parsed.items()}))
     return rows
 
@@ -47,20 +47,20 @@ class Record:
 
     Args:
         path: the file; its folder exists.
-        resume_step: step that the run goes on from; later rows are removed. 0 starts the file afresh.
+        resume_step: step from which the run resumes; later rows are removed. 0 starts a new file.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        kept = [(line, row["step"]) for line, row in _whole_rows(path) if 0 < resume_step >= row["step"]]
-        self._last_step = kept[-1][1] if kept else -1
-        write_whole(path, b"".join(line for line, _ in kept))
+        earlier = [(line, row["step"]) for line, row in _whole_rows(path) if 0 < resume_step >= row["step"]]
+        self._last_step = earlier[-1][1] if earlier else -1
+        write_whole(path, b"".join(line for line, _ in earlier))
         self._file = path.open("ab")
 
     def append(self, step: int, row: Mapping[str, Any]) -> None:
         """Writes one row.
 
         Raises:
-            ValueError: `step` does not lie above the last one.
+            ValueError: `step` is not above the last one.
         """
         if step <= self._last_step:
             raise ValueError(f"step={step}: must be above {self._last_step}, the last step of the record")

@@ -1,4 +1,4 @@
-"""Metrics of one run: the same rows to `metrics.jsonl`, which is always there, and to wandb, which may fail."""
+"""Records the metrics of one run: the same rows in `metrics.jsonl`, always, and in wandb, which may fail."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Records rows; of all ranks only one may hold a tracker for a run folder.
+    """Records rows; only one rank may have a tracker for a run folder.
 
     Args:
-        run_folder: made if missing; gets `metrics.jsonl` and `wandb/`.
+        run_folder: created if missing; for `metrics.jsonl` and `wandb/`.
         config: resolved configuration, for wandb's page of the run.
         name: name of the run.
-        verb: of the command line; with the folder that holds the runs of a pipeline it says what belongs together.
-        resume_step: step of the checkpoint that the run goes on from; rows after it are removed and recorded anew.
+        verb: of the command line; wandb groups the runs of a pipeline by their folder and verb.
+        resume_step: step of the checkpoint from which the run resumes; later rows are removed and recorded again.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Tracker:
         self._wandb = WandbRun(run_folder, mode, config, identity, history=read_metrics(path))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Records the metrics of one step; steps rise.
+        """Records the metrics of one step; steps must increase.
 
         Raises:
-            ValueError: `step` does not lie above the last one, or the registry has no metric of a name.
+            ValueError: `step` is not above the last one, or a name is not in the registry of metrics.
         """
         metrics.check(row)
         self._record.append(step, row)

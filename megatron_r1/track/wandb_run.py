@@ -1,7 +1,7 @@
-"""A wandb run that training never depends on.
+"""A wandb run on which training never depends.
 
-Promises that nothing here raises: the first failure is one warning, and from then on wandb is left alone. Offline it
-opens no connection. wandb is imported when a run is opened, and its output stays off the terminal.
+Nothing here raises: the first failure is logged as one warning, and wandb is not used any more. Offline it opens no
+connection. wandb is imported when a run is opened, and its output does not appear on the terminal.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
-"""A network that hangs may hold up the first and the last moment of an online run for this long, not longer."""
+"""Most seconds for which a hanging network can delay the start and the end of an online run."""
 
 
 def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
-    """online, offline or disabled: the setting; for `auto`, WANDB_MODE, else online if there is a WANDB_API_KEY."""
+    """online, offline or disabled. For the setting `auto`: WANDB_MODE, else online if there is a WANDB_API_KEY."""
     if setting != "auto":
         return setting
-    if (asked := environment.get("WANDB_MODE", "")) in ("online", "offline", "disabled"):
-        return asked
+    if (mode := environment.get("WANDB_MODE", "")) in ("online", "offline", "disabled"):
+        return mode
     return "online" if environment.get("WANDB_API_KEY") else "offline"
 
 
 @dataclass(frozen=True)
 class Identity:
-    """How wandb lists a run: the runs of one pipeline are a group, each with its verb as job type."""
+    """Name, group and tags of a run in wandb: the runs of one pipeline are a group, each with its verb as job type."""
 
     name: str
     project: str
@@ -44,14 +44,14 @@ class Identity:
 
     @classmethod
     def of(cls, folder: Path, name: str, project: str, verb: str, environment: Mapping[str, str]) -> Identity:
-        """Of the run in `folder`; wandb's own variables name another group or further tags."""
+        """The identity of the run in `folder`; wandb's own environment variables may set another group or more tags."""
         group = environment.get("WANDB_RUN_GROUP") or folder.resolve().parent.name
         further = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
         return cls(name, project, group, verb, tuple(dict.fromkeys([verb, *further])))
 
 
 def define_metrics(run: Any) -> None:
-    """Tell wandb the x-axis of every registered metric, and what a run's summary shows: the last and the best."""
+    """Define in wandb the x-axis of every registered metric, and that the summary shows last and best values."""
     run.define_metric(STEP)
     for metric in METRICS:
         # wandb joins the keys of a table with a dot.
@@ -63,16 +63,16 @@ def define_metrics(run: Any) -> None:
 class WandbRun:
     """One wandb run, continued by its id.
 
-    What wandb had not yet written when a run was killed is lost to it, so a resumed run is completed from the local
-    record: online with the rows that the server lacks; offline as a whole, and when it is closed
-    the offline folders that it replaces are removed.
+    wandb loses rows that it had not yet written when a run was killed, so a resumed run is completed from the local
+    record. Online, the missing rows are sent; offline, all rows are written again, and the replaced offline folders are
+    removed when the run is closed.
 
     Args:
-        folder: run folder; wandb writes under `folder/wandb`, where the id is kept too.
+        folder: run folder; wandb writes to `folder/wandb`, where the id is stored too.
         mode: online, offline or disabled.
         config: resolved configuration of the run.
-        identity: how wandb lists the run.
-        history: rows of the local record that the run goes on from; without any, a new wandb run is opened.
+        identity: name, group and tags in wandb.
+        history: rows of the local record before the resume; without any, a new wandb run is opened.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class WandbRun:
         self._run: Any = None
         self._next_step = 0
         self._replaced: list[Path] = []
-        # Rows of an online run that cannot start are kept offline, for `wandb sync`.
+        # If an online run cannot start, its rows are written offline, for `wandb sync`.
         for attempt in {"online": ("online", "offline"), "offline": ("offline",)}.get(mode, ()):
             try:
                 run_id = self._run_id(folder / "wandb" / "run_id.txt", new=not history)
@@ -103,7 +103,7 @@ class WandbRun:
 
     @staticmethod
     def _run_id(path: Path, new: bool) -> str:
-        """The run's wandb id, kept from one start to the next."""
+        """The run's wandb id, stored in a file so that a resumed run has the same."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if new or not path.is_file():
             path.write_text(secrets.token_hex(4))
