@@ -1,6 +1,6 @@
-"""What can go wrong, as a person and as a scheduler sees it.
+"""Errors, with an exit code for each kind.
 
-Every failure that is not a bug ends the program with one line on stderr and one of the exit codes below.
+Every error that is not a bug ends the program with one line on stderr and one of the exit codes below.
 A traceback is printed only for a bug in this code.
 """
 
@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """A failure that the user can mend: shown as one line, ends with `exit_code`."""
+    """An error that the user can fix: printed as one line; the process ends with `exit_code`."""
 
     exit_code = ExitCode.BUG
 
@@ -33,8 +33,8 @@ class ConfigError(UserError):
 
     Args:
         key: dotted path of the key, e.g. ``train.optimizer.learning_rate``.
-        value: the refused value.
-        allowed: what is allowed, in words.
+        value: the invalid value.
+        allowed: description of valid values.
     """
 
     exit_code = ExitCode.BAD_CONFIG
@@ -75,6 +75,6 @@ class FolderInUse(UserError):
 
 
 class Requeue(UserError):
-    """A signal stopped the run in good order; the same command resumes it."""
+    """A signal stopped the run after a checkpoint; the same command resumes it."""
 
     exit_code = ExitCode.REQUEUE

@@ -1,4 +1,4 @@
-"""Files that a kill leaves old, new or absent but never half written; locks; hashes of what was written."""
+"""Atomic writes, which a kill never leaves half done; locks; hashes of files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from megatron_r1.errors import FolderInUse
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file beside `path` to write; it takes that name, durably, when the block ends well, else it is removed.
+    """Yields a temporary path beside `path`; without an error in the block it is renamed to `path`, else removed.
 
-    Readers, and a process that is killed in between, see the old file or the whole new one.
+    The rename is durable. Readers see the old file or the complete new one, also after a kill.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,7 +38,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 class Lock:
-    """An exclusive lock that is held until `close`, or until this process ends, however it ends."""
+    """An exclusive lock, which is held until `close` or until this process ends in any way."""
 
     def __init__(self, descriptor: int):
         self._descriptor: int | None = descriptor
@@ -50,21 +50,21 @@ class Lock:
         self.close()
 
     def close(self) -> None:
-        """Let go of it; calling it again changes nothing."""
+        """Release the lock; further calls have no effect."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
-def take_lock(path: Path, otherwise: str = "two jobs cannot write to one run", *, wait: bool = False) -> Lock:
-    """Lock a file, which is made where it is missing and says who holds it, or a folder, into which nothing is written.
+def take_lock(path: Path, reason: str = "two jobs cannot write to one run", *, wait: bool = False) -> Lock:
+    """Lock a folder, or a file, which is created if missing and into which this process writes its host and id.
 
     Args:
-        otherwise: why it must not be held twice.
-        wait: until another process lets go of it, instead of refusing.
+        reason: why two processes must not hold the lock, for the error.
+        wait: wait until another process releases the lock, instead of raising.
 
     Raises:
-        FolderInUse: another process holds it; says on which host and under which process id.
+        FolderInUse: another process holds the lock; names its host and process id.
     """
     is_folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
@@ -74,7 +74,7 @@ def take_lock(path: Path, otherwise: str = "two jobs cannot write to one run", *
         owner = "" if is_folder else os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
         os.close(descriptor)
         folder = path if is_folder else path.parent
-        raise FolderInUse(f"{folder} is in use by {owner or 'another process'}: {otherwise}") from error
+        raise FolderInUse(f"{folder} is in use by {owner or 'another process'}: {reason}") from error
     if not is_folder:
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"host {socket.gethostname()} pid {os.getpid()}\n".encode(), 0)
@@ -82,7 +82,7 @@ def take_lock(path: Path, otherwise: str = "two jobs cannot write to one run", *
 
 
 def sync(path: Path) -> None:
-    """Make what was written to a file, or renamed in a folder, durable."""
+    """fsync a file, or a folder after a rename in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,7 +91,7 @@ def sync(path: Path) -> None:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON text of a value."""
+    """The canonical JSON text of a value: sorted keys, no white space."""
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode("ascii")
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints that are whole or not there: manifest and commit protocol."""
+"""Checkpoints that are complete or do not exist: manifest and commit protocol."""

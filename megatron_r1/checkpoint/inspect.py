@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and how two of them differ, read one tensor at a time."""
+"""Lists the contents of a checkpoint and compares two checkpoints, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PARTS_FILE = re.compile(r"(?P<kind>.+)-\d{5}\.safetensors")
 
 
 def checkpoints_in(named: Path) -> list[Path]:
-    """The checkpoints that a person means by a folder, the newest first: a run's, or the folder itself.
+    """The checkpoints of a run's folder, the newest first; for a checkpoint's folder, that checkpoint.
 
     Raises:
-        DataError: it is neither.
+        DataError: the folder is neither of the two.
     """
     if (named / MANIFEST_NAME).is_file():
         return [named]
@@ -33,7 +33,7 @@ def checkpoints_in(named: Path) -> list[Path]:
 
 
 def kinds(folder: Path) -> list[str]:
-    """The kinds of tensors that ranks share in a checkpoint: ``model``, moments, ...; weights come first."""
+    """The kinds of sharded tensors in a checkpoint: ``model``, moments, ...; weights come first."""
     found = {
         match["kind"] for path in folder.iterdir() if (match := _PARTS_FILE.fullmatch(path.name)) and _shared(path)
     }
@@ -41,7 +41,7 @@ def kinds(folder: Path) -> list[str]:
 
 
 def _shared(path: Path) -> bool:
-    """Whether a file holds parts of whole tensors, rather than tensors of one rank alone."""
+    """Whether a file has parts of sharded tensors, not tensors of one rank alone."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return f'"{INDEX}"'.encode() in file.read(min(size, 1 << 16))
@@ -49,7 +49,7 @@ def _shared(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Of a listing: a whole tensor, and the parts in which it is stored."""
+    """An entry of a listing: a whole tensor, and the number of parts in which it is stored."""
 
     kind: str
     entry: Entry
@@ -57,10 +57,10 @@ class Line:
 
 
 def tensors(folder: Path) -> Iterator[Line]:
-    """Everything that ranks share in a checkpoint, by its headers alone.
+    """All sharded tensors of a checkpoint; reads headers only.
 
     Raises:
-        DataError: a file is not what a run wrote.
+        DataError: a file was not written by a run.
     """
     for kind in kinds(folder):
         with WholeTensors(folder, kind) as whole:
@@ -70,7 +70,7 @@ def tensors(folder: Path) -> Iterator[Line]:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """What the numbers of a tensor are like."""
+    """Statistics of a tensor."""
 
     smallest: float
     largest: float
@@ -99,7 +99,7 @@ class Difference:
 
 
 def differences(first: Path, second: Path) -> Iterator[Difference]:
-    """Where two checkpoints differ by a bit, whatever layouts wrote them."""
+    """The tensors in which two checkpoints differ by at least a bit, whatever layouts wrote them."""
     ours, theirs = kinds(first), kinds(second)
     for kind in sorted({*ours, *theirs}):
         if kind not in ours or kind not in theirs:

@@ -1,8 +1,8 @@
-"""What a checkpoint folder must hold: every file's size and SHA-256, and what the checkpoint was made with.
+"""The manifest of a checkpoint folder: every file's size and SHA-256, and the settings that made the checkpoint.
 
-No checkpoint format notices a flipped bit by itself: a damaged shard loads and trains on wrong numbers. The manifest
-notices: `verify` accepts a folder only if its files are exactly those that were listed, to the last bit, the manifest's
-own bytes included.
+Checkpoint formats do not detect a flipped bit: a damaged shard loads, and training continues with wrong numbers. The
+manifest detects it: `verify` accepts a folder only if its files are exactly the listed ones, to the last bit, the
+manifest's own bytes included.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Manifest:
 
     Args:
         files: path relative to the folder, with forward slashes -> record.
-        metadata: what the checkpoint was made with, as JSON values: step, config, data fingerprint, layout, versions.
+        metadata: settings that made the checkpoint, as JSON values: step, config, data fingerprint, layout, versions.
     """
 
     files: dict[str, FileRecord]
     metadata: dict[str, Any]
 
     def encode(self) -> bytes:
-        """The one byte string that stands for this manifest; it carries its own hash."""
+        """The canonical byte string of this manifest, which contains its own hash."""
         body = {
             "format": FORMAT,
             "files": {name: {"size": record.size, "sha256": record.sha256} for name, record in self.files.items()},
@@ -55,7 +55,7 @@ class Manifest:
 
     @staticmethod
     def decode(raw: bytes, folder: Path) -> Manifest:
-        """Read what `encode` wrote. Raises CheckpointDamaged unless `raw` is that, byte for byte."""
+        """The inverse of `encode`. Raises CheckpointDamaged unless `raw` is exactly the output of `encode`."""
         try:
             body = json.loads(raw)
             files = {name: FileRecord(record["size"], record["sha256"]) for name, record in body["files"].items()}
@@ -73,21 +73,21 @@ Records = Mapping[str, FileRecord]
 
 
 def write_manifest(folder: Path, metadata: dict[str, Any], records: Records | None = None) -> Manifest:
-    """Write and fsync the manifest of what is under `folder`.
+    """Write and fsync the manifest of all files under `folder`.
 
     Args:
-        metadata: values that JSON can hold; tuples become lists and keys become strings.
-        records: of the files that their writers hashed; the others are read and hashed here.
+        metadata: JSON values; tuples become lists and keys become strings.
+        records: of the files that their writers hashed; other files are read and hashed here.
 
     Raises:
-        TypeError, ValueError: `metadata` holds something that JSON cannot, a NaN for one.
-        OSError: a file is not there as its writer says or cannot be read, or the manifest cannot be written.
+        TypeError, ValueError: `metadata` contains a value that JSON does not support, for example NaN.
+        OSError: a file differs from its record or cannot be read, or the manifest cannot be written.
     """
     records, paths = records or {}, files_under(folder)
     for name, record in records.items():
         if name not in paths or (size := paths[name].stat().st_size) != record.size:
             found = f"{size} bytes" if name in paths else "nothing"
-            raise OSError(f"{folder / name}: {record.size} bytes were written and {found} is there")
+            raise OSError(f"{folder / name}: {record.size} bytes were written, but the file has {found}")
     others = [name for name in paths if name not in (MANIFEST_NAME, *records)]
     digests = _digests([paths[name] for name in others])
     hashed = {
@@ -103,7 +103,7 @@ def write_manifest(folder: Path, metadata: dict[str, Any], records: Records | No
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder`, itself verified, its files not. Raises CheckpointDamaged."""
+    """The manifest of `folder`, verified against its own hash; files are not verified. Raises CheckpointDamaged."""
     try:
         raw = (folder / MANIFEST_NAME).read_bytes()
     except FileNotFoundError as error:
@@ -114,14 +114,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path, share: int = 0, shares: int = 1, on_file: Callable[[int], None] = lambda _: None) -> Manifest:
-    """Read the manifest of `folder` and hold every file against it, before anything else reads them.
+    """Read the manifest of `folder` and compare every file with it, before anything else reads the files.
 
     Args:
-        share: of `shares` that readers divide the hashing into: this one hashes every so many-th file, by size.
+        share: index of this reader among `shares` readers, which divide the hashing among them by file size.
         on_file: called with the size of each file, in bytes, once it has been hashed.
 
     Raises:
-        CheckpointDamaged: names the first file that is wrong, and how: missing, not listed, of another size or content.
+        CheckpointDamaged: names the first wrong file and the reason: missing, not listed, other size or other content.
     """
     manifest = read_manifest(folder)
     try:
@@ -148,7 +148,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1, on_file: Callable[[int
 
 
 def files_under(folder: Path) -> dict[str, Path]:
-    """Everything under `folder` that is not a folder, by relative path; links are named, not followed."""
+    """All files under `folder` by relative path; links are listed, not followed."""
     return {
         path.relative_to(folder).as_posix(): path
         for parent, folders, files in folder.walk(on_error=_raise)
@@ -157,7 +157,7 @@ def files_under(folder: Path) -> dict[str, Path]:
 
 
 def _digests(paths: list[Path]) -> Iterator[str]:
-    # hashlib releases the GIL, so that threads use every core: about 2 GB/s each.
+    # hashlib releases the GIL, so threads use all cores: about 2 GB/s each.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(digest_of, paths)
 

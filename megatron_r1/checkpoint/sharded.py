@@ -1,8 +1,8 @@
-"""Tensors that many ranks hold in parts, on disk: each rank writes its parts, any layout of ranks reads what it needs.
+"""Sharded tensors on disk: each rank writes its parts, and any layout of ranks reads the parts that it needs.
 
-A kind of tensors (``model``, ``optimizer``, ...) is one safetensors file per rank that has parts of it. A part's key is
-its number; the file's metadata says which part of which whole tensor it is. There is nothing in it to be executed, and
-nothing is read but the numbers that are asked for.
+A kind of tensors (``model``, ``optimizer``, ...) has one safetensors file per rank with parts of it. The key of a part
+is its number; the file's metadata says which part of which whole tensor it is. The files contain nothing executable,
+and only the requested numbers are read.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ INDEX = "parts"
 
 @dataclass(frozen=True)
 class TensorPart:
-    """A box of numbers out of a whole tensor."""
+    """A box-shaped part of a whole tensor."""
 
     name: str
-    """Of the whole tensor."""
+    """Name of the whole tensor."""
     whole_shape: tuple[int, ...]
     offset: tuple[int, ...]
-    """Where the box begins."""
+    """Index of the box's first element."""
     tensor: Tensor
 
 
@@ -56,13 +56,13 @@ def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[TensorPart])
 
 @dataclass(frozen=True)
 class _Box:
-    """Some of a whole tensor's numbers."""
+    """A box of elements of a whole tensor."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
     def common(self, other: _Box) -> _Box | None:
-        """What both hold; None where that is nothing."""
+        """The intersection; None where it is empty."""
         low = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
         ends = zip(self.offset, self.shape, other.offset, other.shape, strict=True)
         size = [min(a + n, b + m) - start for (a, n, b, m), start in zip(ends, low, strict=True)]
@@ -76,7 +76,7 @@ class _Box:
 
 @dataclass(frozen=True)
 class _StoredPart:
-    """Where a part lies on disk."""
+    """Location of a part on disk."""
 
     file: int
     key: str
@@ -84,12 +84,12 @@ class _StoredPart:
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """The whole tensors of one kind in a verified checkpoint, read one at a time when asked for."""
+    """The whole tensors of one kind in a verified checkpoint; each is read when it is accessed."""
 
     def __init__(self, folder: Path, kind: str):
         """
         Raises:
-            DataError: a file is not what `write_parts` wrote.
+            DataError: a file was not written by `write_parts`.
         """
         self._open, self._folder, self._kind = ExitStack(), folder, kind
         self._files: list[Any] = []
@@ -132,14 +132,14 @@ class WholeTensors(Mapping[str, Tensor]):
         return self.part(name, shape, (0,) * len(shape), shape)
 
     def parts(self, name: str) -> int:
-        """How many parts of a tensor there are."""
+        """Number of parts of a tensor."""
         return len(self._parts[name])
 
     def part(self, name: str, whole_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The box of `shape` at `offset`, whoever wrote its numbers: for reading, as it may be the mapped file itself.
+        """The box of `shape` at `offset`, from any ranks' files; read-only, because it may be the mapped file itself.
 
         Raises:
-            DataError: no such tensor, another shape, or some of its numbers were never written, or twice.
+            DataError: there is no such tensor, it has another shape, or some of its numbers are missing or duplicated.
         """
         if name not in self._shapes:
             raise DataError(f"{name}: missing from {self._folder}/{self._kind}-*.safetensors")
@@ -150,15 +150,15 @@ class WholeTensors(Mapping[str, Tensor]):
         for number, (_, box) in enumerate(found):
             if any(box.common(other) for _, other in found[:number]):
                 raise DataError(f"{name}: some of its numbers are twice in {self._folder}")
-        # Boxes that lie in the wanted one and not in one another fill it if they are as much as it is.
+        # Disjoint boxes inside the requested one cover it if their sizes add up to its size.
         if missing := prod(shape) - sum(prod(box.shape) for _, box in found):
             raise DataError(f"{name}: {missing} of {prod(shape)} numbers are missing from {self._folder}")
         pieces = [(box.within(wanted), self._read(stored, box)) for stored, box in found]
         if len(pieces) == 1:
             return pieces[0][1]
         result = torch.empty(shape, dtype=pieces[0][1].dtype)
-        for place, numbers in pieces:
-            result[place] = numbers
+        for box_in_request, numbers in pieces:
+            result[box_in_request] = numbers
         return result
 
     def _read(self, stored: _StoredPart, box: _Box) -> Tensor:
@@ -171,15 +171,15 @@ class WholeTensors(Mapping[str, Tensor]):
 
 
 def _index(path: Path, file: Any) -> list[tuple[str, list[int], list[int]]]:
-    """Name and shape of the whole tensor and offset in it, of each part in a file."""
+    """For each part in a file: name and shape of the whole tensor, and offset in it."""
     try:
         index = [(str(name), list(shape), list(offset)) for name, shape, offset in json.loads(file.metadata()[INDEX])]
     except (TypeError, KeyError, ValueError, RecursionError):
-        raise DataError(f"{path}: does not say which parts of which tensors it holds") from None
+        raise DataError(f"{path}: has no list of the parts that it contains") from None
     if sorted(file.keys()) != sorted(map(str, range(len(index)))):
-        raise DataError(f"{path}: holds other parts than it says")
+        raise DataError(f"{path}: contains other parts than it lists")
     for key, (name, shape, offset) in enumerate(index):
         extents = zip(offset, file.get_slice(str(key)).get_shape(), shape, strict=False)
         if len(offset) != len(shape) or any(start < 0 or start + size > end for start, size, end in extents):
-            raise DataError(f"{path}: a part of {name} does not lie in its whole")
+            raise DataError(f"{path}: a part of {name} exceeds the whole tensor")
     return index

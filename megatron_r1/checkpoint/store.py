@@ -1,10 +1,10 @@
-"""A folder of checkpoints, each of which is whole or not there.
+"""A folder of checkpoints, each of which is complete or does not exist.
 
     step-00000200.tmp/      being written; removed at the next start
     step-00000200/          committed: files and manifest were on disk before the rename
     .trash-step-00000100/   being removed
     .replaced-step-...      moved aside while a step is saved a second time
-    .lock                   held by the job that owns the folder, with its host and process id
+    .lock                   locked by the job that owns the folder; contains its host and process id
 
 A commit is: write -> fsync every file -> manifest -> fsync -> rename -> fsync the parent. A process killed at any time
 leaves the earlier checkpoints as they were. A save that fails removes what it wrote and raises `SaveFailed`, which
@@ -30,25 +30,25 @@ from megatron_r1.files import Lock, sync, take_lock
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 Write = Callable[[Path], Records | None]
-"""Writes a rank's files into a folder; returns the records of those that are durable and hashed already."""
+"""Writes a rank's files into a folder; returns the records of files that are already durable and hashed."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY, _TRASH, _REPLACED = ".tmp", ".trash-", ".replaced-"
 
 
 class SaveFailed(UserError):
-    """A checkpoint could not be saved; the earlier ones are untouched, and training may continue."""
+    """A checkpoint could not be saved; earlier ones are unchanged, and training may continue."""
 
 
 class Ranks(Protocol):
-    """The ranks that save together. Rank 0 prepares, seals and publishes; all of them write."""
+    """The ranks that save together. All of them write; rank 0 makes the folder, writes the manifest and renames."""
 
     @property
     def rank(self) -> int: ...
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
         ...
 
     def gather(self, value: Value) -> list[Value]:
@@ -74,12 +74,12 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_verified(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint whose manifest verifies, for readers: takes no lock and changes nothing.
+    """The newest checkpoint whose manifest verifies; for readers, without a lock or any change.
 
-    A damaged one is logged with the reason and the next older one tried. None when there is no checkpoint at all.
+    A damaged one is logged with the reason, and the next older one is tried. None when there is no checkpoint at all.
 
     Raises:
-        CheckpointDamaged: there are checkpoints, and none of them verifies.
+        CheckpointDamaged: there are checkpoints, but none of them verifies.
     """
     return _newest(folder, [path for _, path in step_folders(folder)], verify)
 
@@ -111,19 +111,19 @@ class _Save:
     temporary: Path
     metadata: dict[str, Any]
     written: Future[Records | None]
-    """Of this rank."""
+    """Result of this rank's writer."""
 
 
 class CheckpointStore:
     """The checkpoints of one run; owns `folder` until closed.
 
     Args:
-        folder: made when missing. What an interrupted job left half done in it is removed.
-        keep: verified checkpoints that `prune` leaves, at least 2.
+        folder: created if missing. Incomplete folders of an interrupted job are removed from it.
+        keep: number of verified checkpoints that `prune` keeps, at least 2.
         ranks: the ranks that save together; every method is collective over them.
 
     Raises:
-        FolderInUse: another job holds the folder. A dead job's lock is no obstacle: the kernel let go of it.
+        FolderInUse: another job has locked the folder. The kernel releases the lock of a dead job.
     """
 
     def __init__(self, folder: Path, keep: int = 2, ranks: Ranks | None = None):
@@ -143,41 +143,42 @@ class CheckpointStore:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder. A save that was not settled is waited for and never becomes a checkpoint."""
+        """Release the folder. Waits for a save that was not settled, which then does not become a checkpoint."""
         self._writer.shutdown()
         if self._lock:
             self._lock.close()
             self._lock = None
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` is, once committed."""
+        """Path of the checkpoint of `step` once it is committed."""
         return self.folder / f"step-{step:08d}"
 
     def commit(self, step: int, write: Write, metadata: dict[str, Any]) -> Path:
         """Save one checkpoint: all of it, or nothing.
 
         Args:
-            write: called on every rank with the same empty folder; a rank that fails must not leave the others waiting.
-            metadata: goes into the manifest, with `step` added; rank 0's counts.
+            write: called on every rank with the same empty folder; must not be collective, so that no rank waits for
+                one that failed.
+            metadata: of the manifest, to which `step` is added; rank 0's value is used.
 
         Raises:
-            SaveFailed: on every rank, when any rank failed, a full disk for one. What was written has been removed.
+            SaveFailed: on every rank, when any rank failed, for example because of a full disk; its files are removed.
         """
         self.begin(step, write, metadata)
         self.settle()
         return self.path(step)
 
     def begin(self, step: int, write: Write, metadata: dict[str, Any], *, background: bool = False) -> None:
-        """Begin to save a checkpoint, which `settle` brings to its end; as `commit` otherwise.
+        """Start to save a checkpoint, which `settle` completes; otherwise as `commit`.
 
-        At most one is under way: an earlier one must have been settled.
+        There is at most one save at a time: an earlier one must have been settled.
 
         Args:
-            background: whether `write` runs in a thread while the caller continues. It must not share what it writes
-                with anyone who changes it, and it must not talk to other ranks.
+            background: whether `write` runs in a thread while the caller continues. Its data must not be changed
+                meanwhile, and it must not communicate with other ranks.
 
         Raises:
-            SaveFailed: on every rank, when there is no room even for a folder.
+            SaveFailed: on every rank, when the folder cannot be created.
         """
         if self._save:
             raise ValueError(f"step {self._save.step} is still being saved")
@@ -188,16 +189,16 @@ class CheckpointStore:
 
     @property
     def saving(self) -> bool:
-        """Whether a save has begun and was not settled; the same on every rank."""
+        """Whether a save was started and not settled; the same on every rank."""
         return self._save is not None
 
     def written(self) -> bool:
-        """Whether every rank has done writing, well or not, so that `settle` is quick."""
+        """Whether every rank has finished writing, with or without an error, so that `settle` does not wait."""
         assert self._save
         return all(self.ranks.gather(self._save.written.done()))
 
     def settle(self) -> None:
-        """Wait for the save that has begun, if one has, and make it a checkpoint.
+        """Wait for the save that was started, if there is one, and make it a checkpoint.
 
         Raises:
             SaveFailed: as `commit`.
@@ -218,7 +219,7 @@ class CheckpointStore:
         self._known_good.add(self.path(save.step).name)
 
     def newest_verified(self) -> tuple[Path, Manifest] | None:
-        """As the function of this name; every rank hashes its share of the files, all receive the same result."""
+        """As the function of this name; ranks divide the hashing of the files, and all get the same result."""
         folders = self.ranks.gather([path for _, path in step_folders(self.folder)])[0]
         found = _newest(self.folder, folders, self._verify_together)
         if found:
@@ -226,7 +227,7 @@ class CheckpointStore:
         return found
 
     def prune(self) -> None:
-        """Remove what is older than the `keep` newest verified checkpoints. What cannot be removed is logged."""
+        """Remove checkpoints older than the `keep` newest verified ones; a failed removal is logged."""
         if self.ranks.rank != 0:
             return
         verified = 0
@@ -248,7 +249,7 @@ class CheckpointStore:
         return manifest
 
     def _verifies(self, path: Path) -> bool:
-        # Hashing again what this process itself committed or loaded would cost a full read at every save.
+        # Verifying checkpoints that this process committed or loaded would cost a full read at every save.
         if path.name not in self._known_good:
             try:
                 verify(path)
@@ -294,7 +295,7 @@ class CheckpointStore:
         _remove(replaced)
 
     def _discard(self, path: Path) -> None:
-        # Renamed first: a removal that is cut short leaves no folder that could pass for a checkpoint.
+        # Renamed first, so that an interrupted removal does not leave a folder that looks like a checkpoint.
         trash = path.with_name(_TRASH + path.name)
         try:
             path.rename(trash)
@@ -306,7 +307,7 @@ class CheckpointStore:
         _remove(trash)
 
     def _together(self, action: Callable[[], Value], leader_only: bool = False) -> list[Value | None]:
-        """Run `action`, then let every rank know whether any failed; all ranks raise or all continue.
+        """Run `action` on every rank; if it fails on any, all ranks raise.
 
         Returns:
             every rank's result.
@@ -331,7 +332,7 @@ class CheckpointStore:
 
 
 def _done(write: Write, folder: Path) -> Future[Records | None]:
-    """What the writer's thread would give, done here and now."""
+    """The result of `write`, called in this thread, as a completed future."""
     future: Future[Records | None] = Future()
     try:
         future.set_result(write(folder))
@@ -343,7 +344,7 @@ def _done(write: Write, folder: Path) -> Future[Records | None]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, a file or a link (never what a link points to); what cannot be removed is logged."""
+    """Remove a folder, a file or a link (never its target); a failed removal is logged."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

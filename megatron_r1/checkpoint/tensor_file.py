@@ -1,7 +1,7 @@
-"""Safetensors files that are written one tensor at a time and hashed on the way.
+"""Safetensors files that are written one tensor at a time and hashed meanwhile.
 
-safetensors' own `save_file` wants every tensor in memory at once, and a hash would have to read the file again. Here
-the header comes first, because names, types and shapes are known beforehand; then each tensor is written and let go.
+safetensors' own `save_file` needs all tensors in memory at once, and a hash would have to read the file again. Here the
+header is written first, because names, types and shapes are known beforehand; then each tensor is written and freed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CHUNK = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor that a file holds."""
+    """Name, type and shape of a tensor in a file."""
 
     name: str
     dtype: torch.dtype
@@ -55,34 +55,34 @@ class Entry:
 
 
 class TensorFile:
-    """A safetensors file in the making; durable once `close` has returned.
+    """Writer of a safetensors file, which is durable once `close` has returned.
 
     Args:
-        path: of the file; it must not exist.
-        entries: what it will hold, in the order in which `write` will be called.
+        path: of the file, which must not exist.
+        entries: its tensors, in the order of the calls of `write`.
         metadata: for the header.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None):
         self._waiting, self._hash, self._size = list(reversed(entries)), hashlib.sha256(), 0
-        # Both let go of the GIL: a chunk is hashed while it is written.
+        # Writing and hashing both release the GIL: a chunk is hashed while it is written.
         self._hasher = ThreadPoolExecutor(1)
         self._file = path.open("xb", buffering=0)
         self._put(_header(entries, metadata or {}))
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor, from whatever device.
+        """Write the next tensor, from any device.
 
         Raises:
-            ValueError: it is not the one that was announced.
+            ValueError: the tensor is not the next entry.
         """
         entry = self._waiting.pop() if self._waiting else None
         if entry != Entry(name, tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{self._file.name}: {name} {tensor.dtype} {tuple(tensor.shape)}: must be {entry}")
-        # After `Tensor.numpy` torch would never again free a tensor's memory and take it back (train/offload.py).
+        # `Tensor.numpy` would make the tensor's storage unresizable, and train/offload.py resizes storages.
         flat = np.from_dlpack(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8))
         for start in range(0, flat.size, _CHUNK):
             self._put(flat[start : start + _CHUNK].data)
@@ -91,11 +91,11 @@ class TensorFile:
         """Make the file durable; returns its size and hash.
 
         Raises:
-            ValueError: a tensor was announced and never written.
+            ValueError: an entry was never written.
         """
         with self._file:
             if self._waiting:
-                raise ValueError(f"{self._file.name}: {self._waiting[-1].name} was announced and never written")
+                raise ValueError(f"{self._file.name}: {self._waiting[-1].name} was never written")
             os.fsync(self._file.fileno())
         return FileRecord(self._size, self._hash.hexdigest())
 
@@ -118,7 +118,7 @@ class TensorFile:
 def write_tensor_file(
     path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """Write a file of tensors that are all at hand; returns its size and hash."""
+    """Write a file of tensors that are all in memory; returns its size and hash."""
     tensors = list(tensors)
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     with TensorFile(path, entries, metadata) as file:

@@ -28,7 +28,7 @@ def read_tensors(folder: Path, kind: str, rank: int) -> dict[str, Tensor]:
     """This rank's tensors of one kind, on the CPU; the checkpoint must have been verified before.
 
     Raises:
-        DataError: the file is not what `write_tensors` wrote.
+        DataError: the file was not written by `write_tensors`.
     """
     path = tensor_path(folder, kind, rank)
     try:
@@ -38,7 +38,7 @@ def read_tensors(folder: Path, kind: str, rank: int) -> dict[str, Tensor]:
 
 
 def has_tensors(folder: Path, kind: str, rank: int) -> bool:
-    """Whether the checkpoint holds tensors of this kind."""
+    """Whether the checkpoint has tensors of this kind."""
     return tensor_path(folder, kind, rank).is_file()
 
 
@@ -51,7 +51,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The plain values of a verified checkpoint.
 
     Raises:
-        DataError: the file is not what `write_state` wrote.
+        DataError: the file was not written by `write_state`.
     """
     path = folder / STATE_FILE
     try:
@@ -64,5 +64,5 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def tensor_path(folder: Path, kind: str, rank: int) -> Path:
-    """Where a rank's tensors of one kind are."""
+    """Path of a rank's tensors of one kind."""
     return folder / f"{kind}-{rank:05d}.safetensors"

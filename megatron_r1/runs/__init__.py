@@ -1,1 +1,1 @@
-"""What every run has: folder, set-up, resume, initial weights, prompts."""
+"""Common parts of all runs: folder, set-up, resume, initial weights, prompts."""

@@ -1,4 +1,4 @@
-"""The folder of a run: its configuration, its environment, and the mark that it is done."""
+"""The folder of a run: its configuration, its environment, and the marker that it is done."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ _FREE_TO_CHANGE = (
     "rollout.sglang.",
     "convert.workers",
 )
-"""Keys that say how, not what: a resumed run may change them."""
+"""Keys that do not change results: a resumed run may change them."""
 _PACKAGES = ("megatron_r1", "torch", "megatron-core", "transformer-engine", "sglang", "transformers", "tokenizers")
 DONE = "done.json"
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Where the run of this configuration lives."""
+    """Folder of the run with this configuration."""
     return Path(config.root) / config.name
 
 
 def open_run_folder(config: RunConfig) -> Path:
-    """Make or find the run's folder and, on rank 0, pin its configuration.
+    """Create or open the run's folder; on rank 0, write its configuration or compare it with the folder's.
 
     Raises:
         ConfigError: the folder holds a run with another configuration; the message shows each difference.
@@ -100,7 +100,7 @@ def _git_revision() -> str | None:
 
 
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:
-    """Leave the mark by which a recipe knows that the run needs no more work."""
+    """Write the marker that tells a recipe that the run is complete."""
     write_whole(folder / DONE, json.dumps(facts, indent=1, default=str).encode())
 
 

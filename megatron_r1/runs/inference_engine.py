@@ -1,4 +1,4 @@
-"""The engine of verbs that sample from a model and do not train it."""
+"""The engine of verbs that sample from a model without training it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_r1.runs.initial_weights import Weights
 def inference_engine(
     config: RunConfig, first: Weights, current: dict[str, Tensor], folder: Path
 ) -> Iterator[RolloutEngine]:
-    """The configured engine; `update_weights` makes it generate with the tensors that `current` then holds."""
+    """The configured engine; `update_weights` loads the tensors that are in `current` at that time."""
     platform = select(config.platform)
     if config.rollout.engine == "sglang":
         with sglang_engine(

@@ -1,4 +1,4 @@
-"""Where weights come from: a run, one of its checkpoints, or a Hugging Face folder."""
+"""Finds initial weights: of a run, one of its checkpoints, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.hf.load import NativeTensors, model_config_from_hf
 
 _SHAPELESS = ("init_std", "mtp.loss_coefficient", "moe.bias_update_rate", "moe.sequence_loss_coefficient")
-"""Fields that say how a model is trained, not what it computes."""
+"""Fields that affect how a model is trained, not what it computes."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model that was found."""
+    """Weights of a model, with its config and tokenizer."""
 
     model: ModelConfig
     tensors: Mapping[str, Tensor]
@@ -42,12 +42,12 @@ def find_weights(source: str, key: str = "init.from", which: str = "model") -> W
     Args:
         source: run directory, checkpoint directory, or ``hf:FOLDER``.
         key: configuration key to name in an error.
-        which: of a checkpoint's weights: ``model``, or ``ema``, their moving average.
+        which: weights to read from a checkpoint: ``model``, or ``ema``, the moving average.
 
     Raises:
-        ConfigError: nothing there, or no moving average.
-        CheckpointDamaged: a checkpoint is there, but neither it nor an older one verifies.
-        DataError: a Hugging Face folder is not what its config says.
+        ConfigError: there is no model, or no moving average.
+        CheckpointDamaged: there are checkpoints, but none of them verifies.
+        DataError: the weights of a Hugging Face folder do not fit its config.
     """
     if folder := hf_folder(source, key):
         if which != "model":
@@ -81,7 +81,7 @@ def hf_folder(source: str, key: str = "init.from") -> Path | None:
     """The folder that ``hf:FOLDER`` names; None where `source` names something else.
 
     Raises:
-        ConfigError: it has no config.json.
+        ConfigError: the folder has no config.json.
     """
     if not source.startswith("hf:"):
         return None
@@ -95,8 +95,8 @@ def find_checkpoint(source: str, key: str, which: str, verified: bool = True) ->
     """The checkpoint that a run directory or checkpoint directory names, and its model; raises as `find_weights`.
 
     Args:
-        verified: hold all of it against its manifest and fall back to an older one; without, only the newest one's
-            manifest is read.
+        verified: verify the checkpoint by its manifest and fall back to an older one; without, only the manifest of the
+            newest one is read.
     """
     folder = Path(source)
     if (folder / "manifest.json").is_file():
@@ -117,15 +117,16 @@ def _newest(folder: Path) -> tuple[Path, Manifest] | None:
 def check_same_model(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
     """Refuse weights of another shape, naming the first field that differs.
 
-    Positions have no weights: a run may be shorter than the model it starts from, or extend its rotary positions.
+    Positions have no weights: a run may have a shorter context than the model it starts from, or extend its rotary
+    positions.
 
     Raises:
-        ConfigError: a shape differs, or positions are extended in a way that the weights were not made for.
+        ConfigError: a shape differs, or rotary positions are extended in another way than in the weights' training.
     """
     dense = not (wanted.moe.num_experts or found.moe.num_experts)
     for name, (mine, theirs) in _fields(wanted, found):
         if dense and name.startswith("moe."):
-            continue  # without experts it says nothing, and a config.json of a dense model does not say it
+            continue  # has no effect without experts, and the config.json of a dense model does not have it
         positions = name == "max_sequence_length" or name.startswith("rope.")
         if mine != theirs and name not in _SHAPELESS and not positions:
             raise ConfigError(f"model.{name}", mine, f"must be {theirs}, as in {source}")
@@ -133,11 +134,11 @@ def check_same_model(wanted: ModelConfig, found: ModelConfig, source: str) -> No
 
 
 def _check_positions(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
-    """Rotary positions are those of the weights, or extend them."""
+    """Refuse rotary positions that neither are those of the weights nor extend them."""
     rope, before = wanted.rope, found.rope
     if rope.factor < before.factor:
         raise ConfigError("model.rope.factor", rope.factor, f"must be at least {before.factor}, as in {source}")
-    # Until a factor extends positions, nothing but the base says anything; then the rest is fixed but the factor.
+    # Without an extension only the base has an effect; with one, all other settings but the factor are fixed.
     names = ["base"] if before.factor == 1 else [field.name for field in fields(before) if field.name != "factor"]
     for name in names:
         mine, theirs = getattr(rope, name), getattr(before, name)

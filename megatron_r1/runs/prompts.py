@@ -1,4 +1,4 @@
-"""The prompts of a run: their template, and the prompt file that they are pinned to."""
+"""The prompts of a run: their template, and the check that the prompt file stays the same."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prompt_formatter(config: RunConfig, tokenizer: Tokenizer) -> PromptFormatter
 
 
 def pin_prompts(file: PromptFile | None, folder: Path) -> None:
-    """List bad records of the prompt file in the run's folder, and refuse to resume a run with other prompts.
+    """List bad rows of the prompt file in the run's folder, and refuse to resume the run with other prompts.
 
     Args:
         file: None where the prompts are synthetic.
@@ -48,10 +48,10 @@ def pin_prompts(file: PromptFile | None, folder: Path) -> None:
 
 
 def list_bad_records(file: PromptFile, folder: Path) -> None:
-    """Write the records that were left out, and why, to the run's folder."""
+    """Write the dropped rows with their reasons to the run's folder."""
     if file.bad_rows:
         write_whole(folder / BAD_ROWS, "".join(f"{line}\n" for line in file.bad_rows).encode())
-        logger.warning("%d records of the prompt file left out; see %s", len(file.bad_rows), folder / BAD_ROWS)
+        logger.warning("%d rows of the prompt file dropped; see %s", len(file.bad_rows), folder / BAD_ROWS)
 
 
 def digest_of_prompts(prompts: Sequence[Prompt]) -> str:

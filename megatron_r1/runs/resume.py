@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint gave beside weights and optimizer."""
+    """Contents of the checkpoint beside weights and optimizer state."""
 
     folder: Path
     """The checkpoint."""
     state: TrainState
     extra: dict[str, Tensor]
-    """Tensors beside model and optimizer; on rank 0."""
+    """Further tensors, on rank 0 only."""
 
 
 def resume(
@@ -75,5 +75,5 @@ def read_train_state(folder: Path) -> TrainState:
 
 
 def layout(config: RunConfig) -> dict[str, int]:
-    """How the ranks share the work. A resume may have another: then random states, which are by rank, start anew."""
+    """Degrees of parallelism. With other degrees than before, a resume starts with new random states, as they are by rank."""
     return {"ranks": dist.get_world_size(), **asdict(config.parallel)}

@@ -30,12 +30,12 @@ def second_model(
     performance: PerformanceConfig | None = None,
     precision: Fp8Config | None = None,
 ) -> Model:
-    """Collective: build a model and load its weights; random numbers of the run stay those of a run without it.
+    """Collective: build a model and load its weights; does not change the run's random state.
 
     Args:
-        parallel: degrees by which the ranks share it.
+        parallel: its degrees of parallelism.
         tensors: whole weights; None where the caller restores them from a checkpoint.
-        prepare: adds to the model what is no part of a language model, before weights are read.
+        prepare: adds modules that a language model does not have, before weights are loaded.
         performance, precision: as of `build_model`.
     """
     with torch.random.fork_rng():
@@ -47,7 +47,7 @@ def second_model(
 
 
 def find_reward_model(source: str, key: str) -> Weights:
-    """The weights of a reward model, its head among them; raises as `find_weights`.
+    """The weights of a reward model with its head; raises as `find_weights`.
 
     Raises:
         ConfigError: `source` names another kind of model.
@@ -62,12 +62,13 @@ def check_shareable(parallel: ParallelConfig, model: ModelConfig, source: str, k
     """Refuse a model that these degrees of parallelism do not divide.
 
     Args:
-        source: where the model is from; key: configuration key to name in an error.
+        source: where the model is from.
+        key: configuration key to name in an error.
 
     Raises:
-        ConfigError: names what does not divide.
+        ConfigError: names the degree that does not divide the model.
     """
     try:
         check_division(parallel, model)
     except ConfigError as error:
-        raise ConfigError(key, source, f"must be a model that the ranks can share, but for it {error}") from None
+        raise ConfigError(key, source, f"must be a model that these degrees divide: {error}") from None

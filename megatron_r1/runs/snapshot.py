@@ -1,4 +1,4 @@
-"""What a rank saves in a checkpoint, copied at one moment, so that it can be written while training continues."""
+"""A copy of a rank's state for a checkpoint, so that the state can be written while training continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_r1.train.state import TrainState
 
 @dataclass
 class Snapshot:
-    """One rank's share of a checkpoint."""
+    """One rank's part of a checkpoint."""
 
     rank: int
     parts: dict[str, list[TensorPart]] = field(default_factory=dict)
@@ -28,10 +28,10 @@ class Snapshot:
     """Tensors of this rank alone, by kind."""
 
     def add(self, shards: Iterable[tuple[str, Shard]], copy: bool) -> None:
-        """Add shards, by kind, in the host's memory.
+        """Add shards by kind, in host memory.
 
         Args:
-            copy: also what is in the host's memory already, so that later changes to it do not matter.
+            copy: copy tensors even if they are in host memory already, so that later changes do not affect them.
         """
         for kind, shard in shards:
             tensor = shard.tensor.detach()
@@ -39,7 +39,7 @@ class Snapshot:
             self.parts.setdefault(kind, []).append(TensorPart(shard.name, shard.whole_shape, shard.offset, tensor))
 
     def write(self, folder: Path) -> dict[str, FileRecord]:
-        """Write all of it; returns the files with their hashes."""
+        """Write all tensors; returns the files with their hashes."""
         records: dict[str, FileRecord] = {}
         for kind, parts in self.parts.items():
             records |= write_parts(folder, kind, self.rank, parts)
@@ -50,7 +50,7 @@ class Snapshot:
 
 @dataclass
 class RankZeroSnapshot(Snapshot):
-    """Rank 0's, which also holds what all ranks have in common."""
+    """The snapshot of rank 0, which also contains the state common to all ranks."""
 
     state: TrainState = field(default_factory=TrainState)
     tokenizer: Tokenizer | None = None
@@ -64,5 +64,5 @@ class RankZeroSnapshot(Snapshot):
 
 
 def random_state() -> dict[str, Tensor]:
-    """Of this rank's generator."""
+    """State of this rank's random generator."""
     return {"cpu": torch.get_rng_state()}

@@ -1,4 +1,4 @@
-"""Sets up training in one way for every verb that trains: process groups, model, optimizer, checkpoints, hooks."""
+"""Sets up training for every verb that trains: process groups, model, optimizer, checkpoints, hooks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ExtraShards = Callable[[], Iterable[tuple[str, Shard]]]
 
 @dataclass
 class TrainingRun:
-    """A model in training and where it stands."""
+    """A model in training, with its optimizer and progress."""
 
     config: RunConfig
     platform: Platform
@@ -65,11 +65,11 @@ class TrainingRun:
     store: CheckpointStore
     preempt: PreemptHook
     extra: dict[str, torch.Tensor]
-    """Tensors beside model and optimizer that the resumed checkpoint holds; on rank 0."""
+    """Further tensors of the resumed checkpoint, beside model and optimizer; on rank 0."""
     resumed: Path | None = None
-    """The checkpoint that the run was resumed from."""
+    """The checkpoint from which the run was resumed."""
     ema: MovingAverage | None = None
-    """Moving average of the weights, if the run keeps one."""
+    """Moving average of the weights, if configured."""
 
     def hooks(
         self,
@@ -79,18 +79,18 @@ class TrainingRun:
         extra_shards: ExtraShards = tuple,
         first: Sequence[Hook] = (),
     ) -> Hooks:
-        """Log, save, and stop in time.
+        """The hooks that log, save and stop at a signal.
 
         Args:
             shown: metrics on the terminal.
             verb: of the command line; wandb's job type.
-            extra_tensors: what a checkpoint holds beside model and optimizer; rank 0's counts.
-            extra_shards: the same, of what ranks share like weights: kind and shard.
-            first: come before the others, to add to a row or to what is saved.
+            extra_tensors: returns further tensors for checkpoints, beside model and optimizer; rank 0's are saved.
+            extra_shards: returns further sharded tensors: kind and shard.
+            first: hooks that precede the others, to add metrics or state.
         """
         train = self.config.train
-        # A row is recorded before its step is saved: killed in between, the run records the row anew; the other way
-        # round it would be missing for good.
+        # A row is recorded before its step is saved: a run that is killed in between records the row again. In the
+        # other order the row would be lost.
         hooks: list[Hook] = [
             CheckpointHook(
                 self.store,
@@ -110,12 +110,12 @@ class TrainingRun:
         return Hooks([*first, *hooks, self.preempt])
 
     def saved(self, kind: str) -> WholeTensors | None:
-        """Tensors of a kind in the checkpoint that the run was resumed from; None when it has none."""
+        """Tensors of a kind in the resumed checkpoint; None when it has none."""
         tensors = WholeTensors(self.resumed, kind) if self.resumed else None
         return tensors or None
 
     def _shards(self, extra: ExtraShards) -> Iterator[tuple[str, Shard]]:
-        """Collective: kind and shard of all that this rank saves."""
+        """Collective: kind and shard of all sharded tensors that this rank saves."""
         yield from (("model", shard) for shard in shards(self.model) if shard.owned)
         yield from OptimizerState(self.model, self.optimizer).shards()
         if self.ema:
@@ -123,9 +123,9 @@ class TrainingRun:
         yield from extra()
 
     def snapshot(self, state: TrainState, extra_tensors: ExtraTensors, extra_shards: ExtraShards) -> Snapshot:
-        """Collective: this rank's share of a checkpoint.
+        """Collective: this rank's part of a checkpoint.
 
-        All of it is gathered before any is written: a rank whose disk fails must not leave the others waiting.
+        All collectives are done before anything is written, so that no rank waits for one whose disk failed.
         """
         rank = dist.get_rank()
         snapshot = RankZeroSnapshot(0, state=state, tokenizer=self.tokenizer) if rank == 0 else Snapshot(rank)
@@ -149,23 +149,23 @@ def training_run(
     Args:
         config: of the run.
         tokenizer: saved with every checkpoint.
-        weights: initial weights; None draws them.
+        weights: initial weights; None initialises at random.
         trainable: parameter name -> whether the optimizer changes it.
-        prepare: adds to the model what is no part of a language model, before weights are read.
+        prepare: adds modules that a language model does not have, before weights are loaded.
     """
     folder = open_run_folder(config)
     platform = select(config.platform)
     if platform.name == "cpu":
         refuse_on_cpu(config.performance)
         if config.train.optimizer.offload:
-            raise ConfigError("train.optimizer.offload", True, "must be false on a CPU: moments are there already")
+            raise ConfigError("train.optimizer.offload", True, "must be false on a CPU, where moments are in host memory anyway")
     with (
         process_groups(
             platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes
         ),
         CheckpointStore(folder / "checkpoints", config.train.save_total_limit, AllRanks()) as store,
     ):
-        # Until here a signal ends the process at once: a rank that waits for a dead one would never check the flag.
+        # Up to here a signal ends the process at once: a rank that waits for a dead rank would never check a flag.
         preempt = PreemptHook()
         model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.fp8)
         prepare(model)
@@ -186,7 +186,7 @@ def training_run(
 
 
 def log_start(run: TrainingRun) -> None:
-    """Log what starts, and where its files are."""
+    """Log the start of the run, and where its files are."""
     logger.info(
         "%s: step %d of %d, ranks: %d (%s), metrics in %s",
         run.folder,
@@ -199,7 +199,7 @@ def log_start(run: TrainingRun) -> None:
 
 
 def log_precision(model: Any, folder: Path) -> None:
-    """Collective: log which linear layers multiply in FP8 and how, where any do; `precision.json` names each."""
+    """Collective: log which linear layers use FP8, if any; writes their formats to `precision.json`."""
     plan: Fp8Plan | None = getattr(model, "fp8_plan", None)
     if plan is None:
         return
@@ -210,10 +210,10 @@ def log_precision(model: Any, folder: Path) -> None:
 
 
 def limit_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The same run with at most this many steps.
+    """The config with at most this number of steps.
 
     Raises:
-        ConfigError: they are too few for its schedule.
+        ConfigError: the steps are too few for the schedule.
     """
     if steps >= config.train.steps:
         return config
@@ -224,7 +224,7 @@ def limit_steps(config: RunConfig, steps: int) -> RunConfig:
 
 
 def finish_run(run: TrainingRun, state: TrainState) -> None:
-    """Mark the run done, or leave it to be resumed when a signal stopped it.
+    """Mark the run as done, or raise Requeue when a signal stopped it.
 
     Raises:
         Requeue: a signal stopped the run before its last step.
