@@ -1,7 +1,7 @@
 """The command line: `megatron-r1 VERB key=value ...`.
 
-Promise: a verb's code, and torch with it, is imported only once its configuration is known to be valid. A failure
-that a person can mend is one line on stderr and the exit code of its kind; a traceback is a bug.
+A verb's code, and torch with it, is imported only after its configuration has been checked. An error that the user can
+fix is one line on stderr and an exit code by kind; a traceback is a bug.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("megatron_r1.main")
 
 SILENT_S = 5.0
-"""Seconds by which a rank that refuses in silence outstays the one that speaks."""
+"""Seconds that other ranks wait before they exit with an error, so that rank 0 prints it first."""
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
 OPTIONS = """\
 options:
@@ -43,7 +43,7 @@ options:
 
 @dataclass(slots=True)
 class Command:
-    """What the arguments ask for."""
+    """The parsed command line."""
 
     verb: str = ""
     config_name: str | None = None
@@ -89,7 +89,7 @@ def parse(arguments: list[str]) -> Command:
 
 
 def help_text(verb: str = "") -> str:
-    """What can be written on the command line, for one verb or for all."""
+    """The help text, of one verb or of all."""
     lines = [f"usage: megatron-r1 {verb or 'VERB'} [--config-name NAME] [--cfg job] [key=value ...]", ""]
     if verb:
         lines += [f"{verb}: {VERBS[verb].summary}", f"recipe: {VERBS[verb].recipe}", ""]
@@ -116,7 +116,7 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def prepare(command: Command) -> RunConfig | None:
-    """The configuration to run with; None when all that was asked for is printed text."""
+    """The configuration to run with; None after --help, --version or --cfg, which only print."""
     if command.version:
         print(__version__)
     elif command.help:
@@ -144,7 +144,7 @@ def prepare(command: Command) -> RunConfig | None:
 
 
 def run_verb(verb: Verb, config: RunConfig) -> None:
-    """Run a verb with its log lines set up; a failure is in the rank's log file too."""
+    """Set up logging and run a verb; an error is also written to the rank's log file."""
     from megatron_r1.runs.folder import run_folder
     from megatron_r1.track.logs import FILE_ONLY, logging_to
 
@@ -160,14 +160,14 @@ def run_verb(verb: Verb, config: RunConfig) -> None:
 
 
 def exit_code(arguments: list[str]) -> int:
-    """Do what the arguments ask for, tell the person what went wrong, and give the process's exit status."""
+    """Run the command line, print an error if there is one, and return the process's exit status."""
     try:
         command = parse(arguments or ["--help"])
         config = prepare(command)
         if config is not None:
             run_verb(VERBS[command.verb], config)
     except UserError as error:
-        # All ranks refuse the same configuration and obey the same signal: one of them says so.
+        # All ranks have the same error or got the same signal: only rank 0 prints it.
         if is_rank_zero() or not isinstance(error, ConfigError | Requeue):
             print(f"megatron-r1: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)
@@ -182,11 +182,11 @@ def exit_code(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the `megatron-r1` command."""
     die_with_parent()
-    # Read by OpenMP when torch is imported: threads that spin while they wait starve an engine on the same cores.
+    # OpenMP reads this when torch is imported. Threads that spin while they wait would starve an engine on their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = exit_code(sys.argv[1:])
     if code == ExitCode.BAD_CONFIG and not is_rank_zero() and "WORLD_SIZE" in os.environ:
-        # A launcher ends all ranks as soon as one has ended: the one that says why must not be ended first.
+        # A launcher kills all ranks as soon as one has exited: rank 0, which prints the error, must exit first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENT_S)
     sys.exit(code)

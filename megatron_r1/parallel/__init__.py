@@ -1,1 +1,1 @@
-"""Process groups, and what ranks say to each other."""
+"""Process groups, and communication between ranks."""

@@ -14,7 +14,7 @@ def _device() -> torch.device:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank; the same answer everywhere."""
+    """Collective: whether the flag is set on at least one rank; the same result on every rank."""
     if dist.get_world_size() == 1:
         return flag
     value = torch.tensor([float(flag)], device=_device())
@@ -23,12 +23,12 @@ def any_rank(flag: bool) -> bool:
 
 
 def all_ranks(flag: bool) -> bool:
-    """Whether the flag is set on every rank; the same answer everywhere."""
+    """Collective: whether the flag is set on every rank; the same result on every rank."""
     return not any_rank(not flag)
 
 
 def broadcast(value: Any, source: int = 0) -> Any:
-    """`source`'s value, on every rank."""
+    """Collective: the value of rank `source`, on every rank."""
     if dist.get_world_size() == 1:
         return value
     box = [value]
@@ -37,12 +37,12 @@ def broadcast(value: Any, source: int = 0) -> Any:
 
 
 def receive_broadcast() -> Any:
-    """What rank 0 broadcasts, on the other ranks."""
+    """The value that rank 0 broadcasts, on the other ranks."""
     return broadcast(None)
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if dist.get_world_size() > 1:
         dist.barrier()
 
@@ -69,12 +69,12 @@ def all_gather_object[Value](value: Value) -> list[Value]:
 
 
 def merge_by_key[Key, Value](mine: Mapping[Key, Value]) -> dict[Key, Value]:
-    """Collective: all ranks' entries in one dictionary; of a key that several have, the highest rank's."""
+    """Collective: all ranks' entries in one dictionary; for a key of several ranks, the highest rank's value."""
     return {key: value for entries in all_gather_object(dict(mine)) for key, value in entries.items()}
 
 
 class AllRanks:
-    """All ranks of the job, as `checkpoint.store` wants the ranks that save together."""
+    """All ranks of the job, as the `Ranks` of `checkpoint.store`."""
 
     @property
     def rank(self) -> int:

@@ -1,7 +1,7 @@
-"""How context-parallel ranks share a sequence.
+"""How a sequence is divided among context-parallel ranks.
 
-It is cut into twice as many pieces as there are ranks, and rank r takes pieces r and 2N-1-r: under a causal mask each
-rank then has the same work. megatron-core and Transformer Engine divide rotary positions and attention in this way.
+It is cut into 2N pieces for N ranks, and rank r gets pieces r and 2N-1-r, so that under a causal mask all ranks have
+the same work. megatron-core and Transformer Engine divide rotary positions and attention in this way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def context_parallel_group() -> dist.ProcessGroup:
-    """The ranks that share each sequence with this one."""
+    """The ranks among which each of this rank's sequences is divided."""
     from megatron.core import parallel_state
 
     group: dist.ProcessGroup = parallel_state.get_context_parallel_group()
@@ -33,6 +33,6 @@ def share_of_sequence(x_BL: Tensor) -> Tensor:
 
 
 def positions_of_rank(length: int, rank: int, ranks: int) -> Tensor:
-    """The positions that a rank holds, int64 [length / ranks], ascending."""
+    """The positions of a rank, int64 [length / ranks], ascending."""
     pieces = torch.arange(length).chunk(2 * ranks)
     return torch.cat([pieces[rank], pieces[2 * ranks - 1 - rank]])

@@ -1,4 +1,4 @@
-"""What the launcher (torchrun, srun) told this process in environment variables: rank and world size, without torch."""
+"""Rank and world size from the launcher's (torchrun's or srun's) environment variables, without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """Ranks on this machine; without a launcher that says so, all of them."""
+    """Ranks on this machine; all ranks where the launcher does not set the number."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 

@@ -1,4 +1,4 @@
-"""From degrees of parallelism to process groups."""
+"""Process groups by degrees of parallelism."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def process_groups(
     ranks = world_size()
     check_degrees(degrees, ranks)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_world_size()))
-    # A lone process needs no network rendezvous, so that any number of them can run side by side.
+    # A single process needs no network rendezvous, so that any number of them can run on one machine.
     store = dist.HashStore() if ranks == 1 else None
     timeout = datetime.timedelta(minutes=timeout_minutes)
     dist.init_process_group(platform.backend, store=store, rank=rank(), world_size=ranks, timeout=timeout)
@@ -59,7 +59,7 @@ def process_groups(
 
 
 def tensor_parallel_group() -> dist.ProcessGroup:
-    """The ranks that share each layer's matrices with this one."""
+    """The ranks among which each layer's matrices are divided."""
     from megatron.core import parallel_state
 
     group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
@@ -67,7 +67,7 @@ def tensor_parallel_group() -> dist.ProcessGroup:
 
 
 def data_parallel_group() -> dist.ProcessGroup:
-    """The ranks that hold the same weights as this one and see other data."""
+    """The ranks with the same weights as this one and other data."""
     from megatron.core import parallel_state
 
     group: dist.ProcessGroup = parallel_state.get_data_parallel_group()
@@ -75,14 +75,14 @@ def data_parallel_group() -> dist.ProcessGroup:
 
 
 def pipeline_stage() -> int:
-    """Which share of the layers this rank holds."""
+    """Index of this rank's pipeline stage."""
     from megatron.core import parallel_state
 
     return int(parallel_state.get_pipeline_model_parallel_rank())
 
 
 def is_last_stage() -> bool:
-    """Whether this rank holds the last layers, hence the logits."""
+    """Whether this rank has the last layers, and therefore the logits."""
     from megatron.core import parallel_state
 
     return bool(parallel_state.is_pipeline_last_stage())
@@ -110,5 +110,5 @@ def all_gather_data_parallel[Value](value: Value) -> list[Value]:
 
 
 def is_metrics_rank() -> bool:
-    """Whether, of the ranks that work on the same data, this is the one whose loss and metrics count."""
+    """Whether this is the one rank, of those that work on the same data, whose loss and metrics are used."""
     return is_last_stage() and dist.get_rank(tensor_parallel_group()) == 0

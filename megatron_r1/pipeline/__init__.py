@@ -1,1 +1,1 @@
-"""Recipes: stages that need one another, each a run of its own, gone through in order and resumable."""
+"""Recipes: stages with dependencies, each a run of its own, which run in order and resume."""

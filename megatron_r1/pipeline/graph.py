@@ -1,4 +1,4 @@
-"""Stages as a graph: in which order they run, and what each is called with."""
+"""Stages as a graph: their order, and the command line of each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_r1.errors import ConfigError
 
 
 def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
-    """Names of the stages, each after those that it needs; otherwise as they are written.
+    """Names of the stages, each after those that it needs; otherwise in the order of the recipe.
 
     Raises:
-        ConfigError: the stages need one another in a circle.
+        ConfigError: the needs of the stages form a circle.
     """
     sorter = TopologicalSorter({name: stage.needs for name, stage in stages.items()})
     try:
@@ -28,13 +28,13 @@ def in_order(stages: Mapping[str, StageConfig]) -> list[str]:
 def stage_command(name: str, stage: StageConfig, folder: Path, common: list[str]) -> list[str]:
     """Arguments of the command line that runs one stage.
 
-    ``{NAME}`` in an override stands for the run directory of stage NAME. What the user gave for all stages comes last,
-    so that it wins.
+    ``{NAME}`` in an override stands for the run directory of stage NAME. The user's overrides for all stages come last
+    and therefore take precedence.
 
     Args:
         name: of the stage, and of its run.
-        folder: of the recipe; holds the stages' runs.
-        common: overrides for every stage; each gets those that its verb reads.
+        folder: of the recipe, with the stages' runs.
+        common: overrides for every stage; each stage gets those that its verb reads.
     """
     config = ["--config-name", stage.config] if stage.config else []
     places = [f"root='{folder}'", f"name={name}"]

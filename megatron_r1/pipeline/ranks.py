@@ -1,7 +1,7 @@
-"""Start the ranks of one job on this machine and bring back how it ended.
+"""Starts the ranks of one job on this machine and returns its exit code.
 
-torchrun starts ranks too, but ends with status 1 whatever theirs was; recipes act on the ranks' own exit codes (85
-requests a restart), so they are started here.
+torchrun starts ranks too, but exits with status 1 whatever the ranks' exit codes are; recipes act on these codes (85
+requests a restart), so the ranks are started here.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ GRACE_S = 10.0
 
 
 def run_ranks(command: Sequence[str], ranks: int) -> int:
-    """Run `command` as `ranks` processes that find one another, until all have ended.
+    """Run `command` as the `ranks` processes of one job, until all have ended.
 
-    Signals for this process go to all of them. When one fails, the others are ended; when this process dies, they die.
+    Signals to this process are forwarded to all of them. When one fails, the others are ended; when this process dies,
+    they die too.
 
     Returns:
         Exit code of the first rank that failed, or 0.
@@ -40,7 +41,7 @@ def run_ranks(command: Sequence[str], ranks: int) -> int:
         for process in processes:
             process.send_signal(number)
 
-    # A terminal sends Ctrl-C to the ranks as well, which save and end; a scheduler's signal is forwarded.
+    # A terminal sends Ctrl-C to the ranks too, which save and exit; a scheduler's signal must be forwarded.
     handlers = {signal.SIGTERM: forward, signal.SIGUSR1: forward, signal.SIGINT: lambda *_: None}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

@@ -1,7 +1,7 @@
-"""What the machine is: CUDA with NCCL, or a CPU with gloo.
+"""The platform of a run: CUDA with NCCL, or a CPU with gloo.
 
-`select` decides once, before megatron.core is imported. A GPU whose driver does not answer is an error: a run that
-was meant for a GPU must never continue quietly on the CPU.
+`select` decides once, before megatron.core is imported. A GPU with a broken driver is an error: a run that was meant
+for a GPU must never continue silently on the CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_r1.errors import PlatformError
 
 @dataclass(frozen=True)
 class Platform:
-    """The machine as the rest of the package sees it.
+    """The chosen platform.
 
     Attributes:
         name: ``cuda`` or ``cpu``.
@@ -40,7 +40,7 @@ def select(requested: str) -> Platform:
         requested: ``cuda``, ``cpu`` or ``auto``.
 
     Raises:
-        PlatformError: the requested platform is not there, or a GPU is but cannot be used.
+        PlatformError: the requested platform is not available, or the machine has a GPU that cannot be used.
     """
     if requested == "auto":
         if "SLURM_JOB_ID" in os.environ:

@@ -1,8 +1,8 @@
-"""The one adapter that lets megatron-core run on a machine without CUDA.
+"""Adapter that lets megatron-core run on a machine without CUDA.
 
 megatron-core 0.19 asks `torch.cuda` for devices, streams, events and random state, creates tensors on "cuda" and
-compares CUDA type names. `prepare` answers those questions for the CPU, once, before megatron.core is imported; it
-is never called where CUDA is used.
+compares CUDA type names. `prepare` replaces these functions by versions for the CPU, once, before megatron.core is
+imported; it is never called where CUDA is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _prepared = False
 
 
 class _Stream:
-    """A stream on a machine that runs everything in order."""
+    """A stream on a CPU, where all operations run in order."""
 
     cuda_stream = 0
 
@@ -54,7 +54,7 @@ class _Stream:
 
 
 class _Event:
-    """An event that has always happened."""
+    """An event that is always complete."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -76,22 +76,22 @@ class _Event:
 
 
 def prepare() -> None:
-    """Answer megatron-core's CUDA questions with the CPU. Calling it again changes nothing."""
+    """Replace the CUDA functions that megatron-core uses by versions for the CPU. Further calls have no effect."""
     global _prepared
     if _prepared:
         return
     _prepared = True
     _silence_what_is_known()
     _hide_gpu_kernels()
-    _answer_for_devices_and_streams()
-    _answer_for_random_state()
+    _replace_devices_and_streams()
+    _replace_random_state()
     _create_tensors_on_cpu()
     _name_types_as_cuda()
     _split_by_lists()
 
 
 def _silence_what_is_known() -> None:
-    """megatron-core and torch say at import, many times over, that there is no GPU and what it would need there."""
+    """Silence the many warnings of megatron-core and torch, at import, that there is no GPU."""
     for message in (
         ".*(Apex|Transformer Engine|absl.logging).*",
         ".*(full scope is deprecated|MimoModelConfig).*",
@@ -104,13 +104,13 @@ def _silence_what_is_known() -> None:
 
 
 def _hide_gpu_kernels() -> None:
-    """megatron-core uses these packages where they import; where they are installed and no driver is, they fail."""
+    """Make GPU packages unimportable: megatron-core uses them if they import, and they fail without a driver."""
     modules: dict[str, Any] = sys.modules
     for name in _GPU_KERNELS:
         modules.setdefault(name, None)  # importing it is an ImportError, as if it were not installed
 
 
-def _answer_for_devices_and_streams() -> None:
+def _replace_devices_and_streams() -> None:
     cuda: Any = torch.cuda
     here = torch.device("cpu")
     cuda.current_device = lambda: here
@@ -128,7 +128,7 @@ def _answer_for_devices_and_streams() -> None:
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
 
 
-def _answer_for_random_state() -> None:
+def _replace_random_state() -> None:
     cuda: Any = torch.cuda
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -138,7 +138,7 @@ def _answer_for_random_state() -> None:
 
 
 def _create_tensors_on_cpu() -> None:
-    """megatron-core's optimizers and dispatchers name "cuda" where they create tensors."""
+    """megatron-core's optimizers and dispatchers create tensors on "cuda"; redirect them to the CPU."""
 
     def is_cuda(device: object) -> bool:
         return isinstance(device, str | torch.device) and str(device).startswith("cuda")
@@ -148,12 +148,12 @@ def _create_tensors_on_cpu() -> None:
         def on_cpu(*args: Any, **kwargs: Any) -> Any:
             if "device" in kwargs and is_cuda(kwargs["device"]):
                 kwargs["device"] = "cpu"
-            kwargs.pop("pin_memory", None)  # memory that a GPU reads faster; there is no driver to pin it
+            kwargs.pop("pin_memory", None)  # pinning memory needs a GPU driver
             return create(*args, **kwargs)
 
         return on_cpu
 
-    # `with torch.device(...)` looks up the factories by identity, once: it must remember those that are being wrapped.
+    # `with torch.device(...)` caches the factory functions by identity; fill its cache before they are wrapped.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, redirected(getattr(torch, name)))
@@ -171,7 +171,7 @@ def _create_tensors_on_cpu() -> None:
 
 
 def _name_types_as_cuda() -> None:
-    """DistributedOptimizer and Float16Optimizer compare `tensor.type()` with CUDA type names."""
+    """DistributedOptimizer and Float16Optimizer compare `tensor.type()` with CUDA type names; return those."""
     for name in ("FloatTensor", "BFloat16Tensor", "HalfTensor", "DoubleTensor", "LongTensor", "IntTensor"):
         setattr(torch.cuda, name, getattr(torch, name))
     type_of = torch.Tensor.type
@@ -186,7 +186,7 @@ def _name_types_as_cuda() -> None:
 
 
 def _split_by_lists() -> None:
-    """The all-to-all dispatcher passes split sizes as tensors where a GPU run has already copied them to lists."""
+    """The all-to-all dispatcher passes split sizes as tensors, which a GPU run has already copied to lists; convert."""
     exchange = torch.distributed.all_to_all_single
 
     def as_list(sizes: Any) -> Any:
