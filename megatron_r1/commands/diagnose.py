@@ -111,10 +111,12 @@ def show(result: Diagnosis, console: Console, batch: Path, checkpoint: Path) -> 
     for one in result.tried[:SHOWN]:
         table.add_row(one.cause.what, f"{one.explained:.1%}", f"{one.gap.mean:.3g}", f"{one.gap.largest:.3g}")
     console.print(table)
-    started = [place for place in result.first_tokens if place is not None]
+    started = [token for token in result.first_tokens if token is not None]
     if started:
-        said = f"{len(started)} of {len(result.first_tokens)} responses differ, from response token {min(started)} on"
-        console.print(f"{said} (median {sorted(started)[len(started) // 2]})", highlight=False)
+        summary = (
+            f"{len(started)} of {len(result.first_tokens)} responses differ, from response token {min(started)} on"
+        )
+        console.print(f"{summary} (median {sorted(started)[len(started) // 2]})", highlight=False)
     for layer, share in result.routing_mismatch_by_layer.items():
         console.print(
             f"layer {layer}: {share:.2%} of the engine's expert choices differ from the trainer's", highlight=False

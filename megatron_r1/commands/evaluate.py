@@ -76,13 +76,15 @@ def measure(
             ("greedy", 1, 0.0),
             ("sampled", settings.samples_per_prompt, settings.temperature),
         ):
-            answers = _answers(engine, formatter, prompts, count, temperature, config)
-            marks = {
-                name: [[judge(prompt, text) for text in texts] for prompt, texts in zip(prompts, answers, strict=True)]
-                for name, judge in metrics.items()
+            responses = _responses(engine, formatter, prompts, count, temperature, config)
+            scores = {
+                name: [
+                    [metric(prompt, text) for text in texts] for prompt, texts in zip(prompts, responses, strict=True)
+                ]
+                for name, metric in metrics.items()
             }
-            for index, (prompt, texts) in enumerate(zip(prompts, answers, strict=True)):
-                parts = {"accuracy": marks[first][index][0], "format": marks["format"][index][0]}
+            for index, (prompt, texts) in enumerate(zip(prompts, responses, strict=True)):
+                parts = {"accuracy": scores[first][index][0], "format": scores["format"][index][0]}
                 row = {
                     "prompt": prompt.id,
                     "question": prompt.question,
@@ -93,10 +95,10 @@ def measure(
                     "reward_parts": parts,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            result[mode] = {name: _interval(values) for name, values in marks.items()}
+            result[mode] = {name: _interval(values) for name, values in scores.items()}
             if mode == "sampled":
                 result["by_task"] = {
-                    task: _interval([v for p, v in zip(prompts, marks[first], strict=True) if p.task == task])
+                    task: _interval([v for p, v in zip(prompts, scores[first], strict=True) if p.task == task])
                     for task in sorted({prompt.task for prompt in prompts})
                 }
     return result
@@ -106,7 +108,7 @@ def _interval(values: Sequence[Sequence[float]]) -> dict[str, float]:
     return clustered([sum(row) / len(row) for row in values])._asdict()
 
 
-def _answers(
+def _responses(
     engine: RolloutEngine,
     formatter: PromptFormatter,
     prompts: Sequence[Prompt],
@@ -117,7 +119,7 @@ def _answers(
     """`count` responses per prompt, as text."""
     tokenizer = formatter.tokenizer
     tokens = [formatter.tokens(prompt.question) for prompt in prompts]
-    requests = [Request(f"{place}-{i}", tokens[place]) for place in range(len(prompts)) for i in range(count)]
+    requests = [Request(f"{index}-{i}", tokens[index]) for index in range(len(prompts)) for i in range(count)]
     sampling = Sampling(
         temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed
     )

@@ -139,7 +139,7 @@ class Optimizer:
 
 
 def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> DistributedDataParallel:
-    """The model wrapped so that backward passes fill gradient buffers; each data-parallel rank reduces a part of them."""
+    """The model wrapped so that backward passes fill gradient buffers; each data-parallel rank reduces part of them."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=model.config.bf16,
         use_distributed_optimizer=True,
