@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What one update is trained on."""
+    """The samples of one update."""
 
     totals: BatchTotals
     """Over all micro-batches and ranks."""
@@ -77,7 +77,7 @@ class Learner:
         """
         Args:
             reference: of the KL penalty; without a penalty it is not used.
-            replay: makes the model's routers take the experts that the engine recorded; None lets them choose.
+            replay: makes the model's routers use the experts that the engine recorded; None lets them choose.
             critic: for rl.advantage_estimator=critic.
         """
         self._config, self._model, self._optimizer = config, model, optimizer
@@ -92,13 +92,13 @@ class Learner:
         FROZEN.apply(model, 0)
 
     def saved(self) -> Iterator[tuple[str, Shard]]:
-        """Collective: kind and shard of what a checkpoint holds beside the policy."""
+        """Collective: kind and shard of the state that a checkpoint has beside the policy."""
         if self._reference:
             yield from self._reference.saved()
         yield from self._critic.saved()
 
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Train on a rollout; `state` counts one more rollout and its updates. Its prompts are the caller's to count.
+        """Train on a rollout; returns the state after its updates, in which the caller still counts its prompts.
 
         Args:
             samples: whole groups, one after the other; the same on every rank.

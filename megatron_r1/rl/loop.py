@@ -1,4 +1,4 @@
-"""One step of reinforcement learning: send the weights to the engine, take a rollout, learn from it."""
+"""One step of reinforcement learning: send the weights to the engine, get a rollout, train on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEALTH = {
     "resent": "rollout/requests_resent",
     "restarts": "rollout/server_restarts",
 }
-"""What an engine counts, and the metric of it."""
+"""Counter of an engine -> its metric."""
 
 
 def reinforcement_step(
@@ -43,16 +43,16 @@ def reinforcement_step(
 ) -> Step:
     """The step for the training loop.
 
-    Everything that can fail because the engine is gone comes first, while weights and state still agree.
+    Everything that fails without an engine comes first, so that an error leaves weights and state consistent.
 
     Args:
         rollouts: gives each step's samples, on rank 0; None on the other ranks, which receive them.
         learner: trains on them.
         publish: sends the weights to the engine under a version.
         prompts_per_rollout: prompts of the data that one rollout uses.
-        placement: who holds the devices' memory; None is `Separate`.
+        placement: how engine and trainer share the devices' memory; None is `Separate`.
         service: the reward models, which all ranks serve while rank 0 takes a rollout; None is `NoRewardModels`.
-        health: what the engine counts since its start; asked where there are `rollouts`.
+        health: the engine's counters since its start; called on rank 0.
     """
     engine_counts = EngineCounts(health if rollouts else dict)
     placed, rewards, idle = placement or Separate(), service or NoRewardModels(), IdleShares(rollouts)
@@ -145,14 +145,14 @@ def tokens_by_version(sample: Sample) -> list[tuple[str, int]]:
 
 
 class EngineCounts:
-    """What the engine counted, step by step."""
+    """The engine's counters, by step."""
 
     def __init__(self, health: Callable[[], Mapping[str, int]]):
         self._health = health
         self._before: Mapping[str, int] = {}
 
     def since_last_time(self) -> dict[str, int]:
-        """Requests and restarts since the last call, by metric; nothing of an engine that sends no requests."""
+        """Requests and restarts since the last call, by metric; empty for an engine that sends no requests."""
         now, before = self._health(), self._before
         self._before = now
         return {metric: now[name] - before.get(name, 0) for name, metric in HEALTH.items() if name in now}

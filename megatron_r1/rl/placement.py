@@ -1,15 +1,15 @@
-"""Where the engine runs, and so who holds the devices' memory when.
+"""Where the engine runs, and therefore who uses the devices' memory in which phase of a step.
 
-| phase of a step | `Separate` | `Colocated`: the devices hold |
+| phase of a step | `Separate` | `Colocated`: in the devices' memory |
 |---|---|---|
 | `engine_phase`: the engine receives weights | | the trainer's weights, the engine's weights, one bucket |
 | `generating`: the engine samples responses | | the engine's weights and cache |
-| after both: the trainer learns, until the next step | | the trainer's weights, gradients and optimizer state |
+| after both: the trainer trains, until the next step | | the trainer's weights, gradients and optimizer state |
 | `starting_servers` | | the engine |
 
 All ranks enter a phase; `generating` is nested in `engine_phase`. When a step cannot start because the engine is gone
-(StepUnavailable, on all ranks), the trainer gets its memory back, to save its state. After any other failure memory is
-left as it is: the run ends, and ranks may have failed alone.
+(StepUnavailable, on all ranks), the trainer's memory is restored, so that it can save its state. After any other error
+memory is not restored: the run ends, and some ranks may have failed alone.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Placement(Protocol):
     """Gives the devices' memory to the trainer or the engine."""
 
     def starting_servers(self) -> AbstractContextManager[None]:
-        """Around the start of servers, which have no memory at the end of it."""
+        """Around the start of servers; at its end they have released their memory."""
         ...
 
     def attach(self, engine: OffloadableEngine) -> None:
@@ -121,7 +121,7 @@ class Colocated:
         self._rest.onload()
 
     def _start_missing(self) -> None:
-        """Restart servers that died while the trainer held its memory: starting takes as much memory as sampling."""
+        """Restart servers that died while the trainer trained: a start needs as much memory as sampling."""
         if not comm.any_rank(bool(self._engine and self._engine.has_dead_server)):
             return
         self._weights.offload()

@@ -27,7 +27,7 @@ from megatron_r1.rollout.sample import Sample
 
 
 class CriticAdvantages:
-    """A token's reward to come against the critic's value of it."""
+    """The return from a token on, compared with the critic's value."""
 
     def __init__(self, critic: Critic, settings: CriticConfig):
         self._critic, self._settings = critic, settings

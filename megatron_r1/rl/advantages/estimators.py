@@ -90,7 +90,7 @@ class PerToken:
 
 
 class GroupAdvantages:
-    """A response against the others to the same prompt (DeepSeekMath, section 4.1.2)."""
+    """A response compared with the other responses to the same prompt (DeepSeekMath, section 4.1.2)."""
 
     def __init__(self, std: str):
         """
@@ -100,16 +100,16 @@ class GroupAdvantages:
         self._std = std
 
     def estimate(self, inputs: AdvantageInputs) -> PerResponse:
-        # On whole groups, though their responses are divided among mini-batches.
+        # Computed on whole groups, although their responses are divided among mini-batches.
         sizes = [len(group) for group in _groups(inputs)]
         return PerResponse(ragged_group_advantages(_rewards(inputs), sizes, self._std))
 
 
 class ProcessAdvantages:
-    """Process supervision: a step against all steps of the responses to the same prompt (DeepSeekMath, section 4.1.3).
+    """Process supervision: a step compared with all steps of the responses to a prompt (DeepSeekMath, section 4.1.3).
 
-    A response's own reward is that of one more step, which ends with the response; without any other steps, every token
-    has the advantage that `GroupAdvantages` gives to the response.
+    The reward of the whole response counts as one more step, which ends with the response. Without other steps, every
+    token has the advantage that `GroupAdvantages` gives to the response.
     """
 
     def __init__(self, std: str):

@@ -1,7 +1,7 @@
 """Generalized advantage estimation: rewards of tokens, advantages and returns, the critic's clipped loss.
 
-Pure. The policy's loss is the objective `grpo` with advantages of tokens and the aggregation `token` (PPO, Schulman et
-al. 2017, equation 7). Legend: B responses, L token positions.
+Pure. The policy's loss is the objective `grpo` with advantages of tokens and the aggregation `token_mean` (PPO,
+Schulman et al. 2017, equation 7). Legend: B responses, L token positions.
 """
 
 # ruff: noqa: F722 - shapes stand in annotations as text
@@ -76,7 +76,7 @@ class Spread(NamedTuple):
 
 
 Total = Callable[[Tensor], Tensor]
-"""Adds up over the ranks that hold other responses."""
+"""Sums over the ranks that have other responses."""
 
 
 def spread(values_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], total: Total = lambda mine: mine) -> Spread:

@@ -1,7 +1,7 @@
-"""Group-relative advantages: a response's reward relative to the others to the same prompt.
+"""Group-relative advantages: a response's reward relative to those of the other responses to the same prompt.
 
-Pure. Promises that a group whose rewards are all equal gets advantages of exactly 0, and that nothing is ever
-divided by 0. Legend: N groups (prompts), G responses per group.
+Pure. A group whose rewards are all equal has advantages of exactly 0, and there is no division by 0. Legend: N groups
+(prompts), G responses per group.
 """
 
 # ruff: noqa: F722 - shapes stand in annotations as text

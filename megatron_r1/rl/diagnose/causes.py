@@ -1,8 +1,8 @@
-"""Known causes of a mismatch between engine and trainer, each with the log-probabilities that it would give.
+"""Known causes of a mismatch between engine and trainer, each with the log-probabilities that would result from it.
 
-Causes come in order of preference, for the case that two explain a batch equally well. Each is tried on the trainer's
-side: if the engine may lack a bias, the trainer computes without it, and the cause whose log-probabilities match the
-saved ones is the right one.
+Causes are in order of preference, for the case that two explain a batch equally well. Each is simulated in the trainer:
+if the engine may lack a bias, the trainer computes without it. The cause whose log-probabilities match the saved ones
+is the right one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Cause:
     kind: str
     """temperature, template, stale weights, routing, precision, bias or experts."""
     what: str
-    """What the engine does differently, in a few words."""
+    """Short description of what the engine does differently."""
     log_probs: Callable[[Trial], LogProbs]
     """Those that the trainer computes under this cause."""
 

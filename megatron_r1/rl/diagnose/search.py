@@ -1,4 +1,4 @@
-"""From a trial to a diagnosis: where the difference begins, and which cause explains it best.
+"""From a trial to a diagnosis: the first token that differs, and the cause that explains the difference best.
 
 Shapes: T input tokens of one response, N sparse layers, E experts, K experts of a token.
 """
@@ -59,7 +59,7 @@ class Diagnosis:
     first_tokens: list[int | None]
     """Of each response the first token that differs by more than ten floors; None where none does."""
     routing_mismatch_by_layer: dict[int, float]
-    """Share of the engine's recorded choices of experts that the trainer makes differently, by layer from 1."""
+    """Share of the engine's recorded expert choices that differ from the trainer's, by layer from 1."""
     associations: list[Association]
     """The experts whose tokens differ most."""
 
@@ -76,7 +76,7 @@ class Diagnosis:
         return f"{cause} {word} the difference ({best.explained:.1%} of {self.gap.mean:.3g} nats)"
 
     def as_dict(self) -> dict[str, Any]:
-        """For a file."""
+        """The diagnosis as JSON values."""
         return {
             "verdict": self.verdict,
             "gap": self.gap._asdict(),

@@ -52,7 +52,7 @@ class Trial:
             model: the trainer's, on one rank.
             samples: saved responses, with the engine's log-probabilities.
             temperature: the configured sampling temperature.
-            replay: of the model's routers; None where it has none.
+            replay: routing replay of the model's routers; None for a model without routers.
         """
         self.model, self.samples, self.temperature, self.replay = model, list(samples), temperature, replay
         self._pad, self._tokens = pad_token, tokens_per_micro_batch
@@ -68,8 +68,8 @@ class Trial:
         """Log-probabilities of each response's tokens under the current weights.
 
         Args:
-            change: makes another sample of each, with the same response.
-            replayed: routers take the engine's experts, where they were recorded.
+            change: replaces each sample by another one with the same response.
+            replayed: whether routers use the engine's experts where they were recorded.
         """
         policy = Policy(self.model, temperature or self.temperature, self.replay if replayed else None)
         samples = [change(sample) for sample in self.samples] if change else self.samples
@@ -107,7 +107,7 @@ class Trial:
 
 
 def with_prompt(sample: Sample, prompt: tuple[int, ...]) -> Sample:
-    """The same response after another prompt; its recorded experts are of other tokens, and dropped."""
+    """The same response after another prompt, without the recorded experts, which are of other tokens."""
     return replace(sample, prompt_tokens=prompt, routed_experts=None)
 
 

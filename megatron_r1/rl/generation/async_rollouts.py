@@ -1,16 +1,16 @@
-"""Asynchronous rollouts with bounded staleness: the engine samples while the trainer learns.
+"""Asynchronous rollouts with bounded staleness: the engine samples while the trainer trains.
 
-While a step learns from its rollout, the engine works on those of the next steps, at most `max_staleness` of them, the
-earliest first. A rollout is started when at most `max_staleness` updates of the weights lie between the engine's
-weights and the step that will learn from it, so no token is ever staler than that. Rollouts are learned from in the
-order of their prompts, so short responses do not overtake long ones. What happens to running requests when new weights
-arrive is the engine's choice (rollout.weight_sync.pause_mode): they finish under the old weights, or continue under the
-new ones. Either way each token's log-probability is of the weights that sampled it, and the objective's ratio corrects
-for the difference.
+While the trainer trains on one rollout, the engine samples those of the next steps, at most `max_staleness` of them,
+the earliest first. A rollout is started when at most `max_staleness` updates of the weights lie between the engine's
+weights and the step that will train on it, so no token is ever staler than that. The trainer trains on rollouts in the
+order of their prompts, so short responses do not overtake long ones. `rollout.weight_sync.pause_mode` decides about
+requests that run when new weights arrive: they finish with the old weights, or continue with the new ones. In both
+cases a token's log-probability is by the weights that sampled it, and the objective's ratio corrects for the
+difference.
 
 Trained reward models score in the trainer's thread alone, while it waits for a rollout. A rollout that still needs
-their scores waits until the trainer has finished its step; others do not wait, and no token gets staler by it: how many
-updates lie between is settled when a rollout is started.
+their scores waits until the trainer has finished its step; other rollouts do not wait. No token gets staler by that,
+because the start of a rollout fixes the number of updates in between.
 
 Bounding staleness at admission is AReaL's way (Fu et al., 2025, section 5.1).
 """
@@ -27,7 +27,7 @@ from megatron_r1.rl.generation.rollouts import Rollout
 
 
 class RolloutSource(Protocol):
-    """Gives each step its rollout."""
+    """Provides the rollout of each step."""
 
     @property
     def busy_seconds(self) -> float:

@@ -27,7 +27,7 @@ ZERO_STD = "zero_std_groups"
 
 
 def drop_duplicates(group: Group) -> list[Sample]:
-    """The first of responses that are the same token for token: a copy would count its advantage twice."""
+    """Keeps the first of responses with the same tokens: a copy would count its advantage twice."""
     first: dict[tuple[int, ...], Sample] = {}
     for sample in group:
         first.setdefault(sample.response_tokens, sample)
@@ -35,17 +35,17 @@ def drop_duplicates(group: Group) -> list[Sample]:
 
 
 def drop_truncated(group: Group) -> list[Sample]:
-    """Without the responses that reached the length limit."""
+    """Removes the responses that reached the length limit."""
     return [sample for sample in group if sample.finish_reason != "length"]
 
 
 def mask_truncated(group: Group) -> list[Sample]:
-    """Responses that reached the length limit stay in the group's baseline and are not trained on (DAPO, 3.4)."""
+    """Masks the loss of responses that reached the length limit; they stay in the group's baseline (DAPO, 3.4)."""
     return [replace(sample, in_loss=False) if sample.finish_reason == "length" else sample for sample in group]
 
 
 def drop_zero_std(group: Group) -> list[Sample]:
-    """Nothing, when all rewards of the group are equal, those of steps too (DAPO, 3.2: 0 < correct responses < G)."""
+    """Removes the group when all its rewards are equal, those of steps too (DAPO, 3.2: 0 < correct responses < G)."""
     rewards = {reward for sample in group for reward in (sample.reward, *(value for _, value in sample.steps))}
     return [] if len(rewards) == 1 else list(group)
 
@@ -63,22 +63,22 @@ def build_filters(config: FilterConfig) -> dict[str, Filter]:
 
 
 def apply_filters(group: Group, filters: dict[str, Filter]) -> tuple[list[Sample], Counter[str]]:
-    """What remains of a group, nothing where it is dropped; and what was removed.
+    """The remaining responses of a group, none where it is dropped; and counts of what was removed.
 
     Counts, by metric: for each filter the responses that it removed or masked, for `ZERO_STD` the groups;
     `rollout/filtered_small_groups` are groups that were dropped because too few responses remained or none to train on.
     """
     counts: Counter[str] = Counter()
-    left = list(group)
+    remaining = list(group)
     for name, apply in filters.items():
-        before, left = left, apply(left)
+        before, remaining = remaining, apply(remaining)
         if name == ZERO_STD:
-            counts[counted_as(name)] += not left
+            counts[counted_as(name)] += not remaining
             continue
-        counts[counted_as(name)] += len(before) - len(left) + _masked(left) - _masked(before)
-        if len(left) < MIN_GROUP_SIZE or _masked(left) == len(left):
+        counts[counted_as(name)] += len(before) - len(remaining) + _masked(remaining) - _masked(before)
+        if len(remaining) < MIN_GROUP_SIZE or _masked(remaining) == len(remaining):
             return [], counts + Counter({"rollout/filtered_small_groups": 1})
-    return left, +counts
+    return remaining, +counts
 
 
 def counted_as(name: str) -> str:

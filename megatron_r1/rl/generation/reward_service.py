@@ -37,7 +37,7 @@ class RewardService(Protocol):
 
     @property
     def rewards(self) -> Sequence[Weighted]:
-        """On rank 0: the models as rewards that any thread may ask."""
+        """On rank 0: the models as rewards, which any thread may call."""
         ...
 
     def wait[Found](self, future: Future[Found]) -> Found:
@@ -54,7 +54,7 @@ class RewardService(Protocol):
 
 
 class NoRewardModels:
-    """Rewards are rules alone."""
+    """The service of a run without trained reward models."""
 
     rewards: Sequence[Weighted] = ()
 
@@ -70,7 +70,7 @@ class NoRewardModels:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """What all ranks are to score."""
+    """Responses that all ranks are to score."""
 
     model: int
     """Index of the reward model."""
@@ -117,8 +117,8 @@ class CollectiveRewardService:
     def wait[Found](self, future: Future[Found]) -> Found:
         """As of `RewardService`.
 
-        Requests that came first are served even when the result is there: rollouts of later steps can then continue
-        while the trainer learns from this one.
+        Waiting requests are served even when the result is there, so that rollouts of later steps can continue while
+        the trainer trains on this one.
         """
         future.add_done_callback(self._wake)
         while waiting := self._next(future):

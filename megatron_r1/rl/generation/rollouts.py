@@ -108,7 +108,7 @@ class Rollouts:
         return self._engine.busy_seconds
 
     def _count_names(self) -> list[str]:
-        """Under which names groups and responses are counted that are not trained on."""
+        """Names of the metrics that count groups and responses that are not trained on."""
         responses = [counted_as(name) for name in self._filters if name != ZERO_STD]
         names = ["rollout/lost_groups", "rollout/unscored_groups"]
         names += ["rollout/filtered_small_groups", *responses] if responses else []
@@ -118,14 +118,14 @@ class Rollouts:
     def _sample(self, step: int, first_prompt: int) -> Rollout:
         """Rounds of prompts until there are enough groups, or no further round is allowed.
 
-        When filters drop every group, the dropped ones are kept: a step needs samples.
+        When filters drop every group, the dropped groups are used after all: a step needs samples.
         """
         counts = Counter(dict.fromkeys(self._count_names(), 0))
-        kept: list[list[Sample]] = []
+        used: list[list[Sample]] = []
         dropped: list[list[Sample]] = []
         index = first_prompt
         for number in range(1 + self._rl.filters.max_resample_rounds):
-            if not (missing := self._rl.prompts_per_rollout - len(kept)):
+            if not (missing := self._rl.prompts_per_rollout - len(used)):
                 break
             if number == 1:
                 index = REFILLS + first_prompt * self._rl.filters.max_resample_rounds
@@ -137,16 +137,16 @@ class Rollouts:
                 if isinstance(group, str):
                     counts[group] += 1
                     continue
-                left, removed = apply_filters(group, self._filters)
+                remaining, removed = apply_filters(group, self._filters)
                 counts.update(removed)
-                (kept if left else dropped).append(left or group)
-        if not (kept or dropped):
+                (used if remaining else dropped).append(remaining or group)
+        if not (used or dropped):
             raise NoRolloutCapacity(f"step {step}: all its prompts were lost; the last one: {self._lost_reason}")
-        samples = [replace(sample, group=number) for number, group in enumerate(kept or dropped) for sample in group]
+        samples = [replace(sample, group=number) for number, group in enumerate(used or dropped) for sample in group]
         return Rollout(samples, dict(counts))
 
     def _round(self, step: int, number: int, first_prompt: int, count: int) -> list[list[Sample] | str]:
-        """The scored responses to `count` prompts; a group that cannot be used is the name under which it counts."""
+        """The scored responses to `count` prompts; for a group that cannot be used, the metric that counts it."""
         prompts = [self._prompts.at(first_prompt + i) for i in range(count)]
         requested = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(self._rl.group_size)]
         tokens = [self._formatter.tokens(prompt.question) for prompt in prompts]
@@ -162,10 +162,8 @@ class Rollouts:
         )
         outcomes = self._engine.generate(requests, sampling)
         groups: list[list[Sample] | str] = [[] for _ in prompts]
-        answered = [(*request, outcome) for request, outcome in zip(requested, outcomes, strict=True)]
-        completions = [
-            (group, prompt, outcome) for group, prompt, outcome in answered if isinstance(outcome, Completion)
-        ]
+        paired = [(*request, outcome) for request, outcome in zip(requested, outcomes, strict=True)]
+        completions = [(group, prompt, outcome) for group, prompt, outcome in paired if isinstance(outcome, Completion)]
         texts = [self._text(completion.response_tokens) for _, _, completion in completions]
         scores = self._scorer([prompt for _, prompt, _ in completions], texts)
         for (group, prompt, completion), text, score in zip(completions, texts, scores, strict=True):
@@ -174,7 +172,7 @@ class Rollouts:
                 self._lost_reason, groups[group] = score.reason, "rollout/unscored_groups"
             elif isinstance(members, list):
                 members.append(scored_sample(group, prompt, completion, text, score, self._text))
-        for group, _, outcome in answered:
+        for group, _, outcome in paired:
             if isinstance(outcome, FailedRequest):
                 self._lost_reason, groups[group] = outcome.reason, "rollout/lost_groups"
         return groups
@@ -230,7 +228,7 @@ def steps_at_tokens(
 
 
 def shuffle_rewards(samples: list[Sample], seed: str) -> list[Sample]:
-    """The same samples with each other's rewards, for a control experiment."""
+    """The same samples with shuffled rewards, for a control experiment."""
     rewards = [(sample.reward, sample.reward_parts) for sample in samples]
     random.Random(seed).shuffle(rewards)
     return [

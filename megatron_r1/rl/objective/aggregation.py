@@ -1,6 +1,6 @@
-"""How values of tokens become one loss: the aggregations that papers differ in, by name.
+"""Aggregations of the values of tokens to one loss, in which papers differ, by name.
 
-Pure. Each gives a number per response and a divisor of the whole mini-batch, so that micro-batches add up.
+Pure. Each has a number per response and a divisor of the whole mini-batch, so that micro-batches add up.
 Legend: B responses, L token positions, U is L, or 1 for values of whole responses.
 """
 
@@ -48,7 +48,7 @@ def sequence_sum(values_BU: Float[Tensor, "B U"], mask_BL: Bool[Tensor, "B L"]) 
 
 
 LOSS_AGGREGATIONS: dict[str, LossAggregation] = {
-    # 1/G sum_i 1/|o_i| sum_t (DeepSeekMath, equation 3): a long answer's tokens count less.
+    # 1/G sum_i 1/|o_i| sum_t (DeepSeekMath, equation 3): tokens of a long response count less.
     "sequence_mean": LossAggregation(sequence_mean, lambda totals: totals.responses),
     # 1/sum_i |o_i| sum_i sum_t (DAPO, equation 8): every token counts the same.
     "token_mean": LossAggregation(sequence_sum, lambda totals: max(totals.tokens, 1)),

@@ -1,4 +1,4 @@
-"""How far the policy is from the reference: estimates of KL(policy || reference) by name.
+"""Estimators of KL(policy || reference), by name.
 
 Pure. All are estimates from sampled tokens, in nats (Schulman 2020, "Approximating KL Divergence"). As a loss, k1's
 gradient is zero on average: it is meant for the reward. `exact` sums over the whole vocabulary at each token

@@ -1,8 +1,8 @@
 """The loss of reinforcement learning on padded responses: policy term, aggregation, KL term, importance weights.
 
-Pure. Promises that the losses and metrics of micro-batches add up to those of their mini-batch, that padding never
-reaches a value or a gradient, and that no probability ratio overflows. The parts are in `policy_terms`, `aggregation`,
-`kl` and `importance_weights`; configs/rl/ composes the papers' objectives of them.
+Pure. The losses and metrics of micro-batches add up to those of their mini-batch, padding never affects a value or a
+gradient, and no probability ratio overflows. The parts are in `policy_terms`, `aggregation`, `kl` and
+`importance_weights`; configs/rl/ composes the papers' objectives from them.
 
 Legend: B responses, L token positions, U positions at which the ratio is taken: L at token level, 1 at sequence level.
 """
@@ -58,7 +58,7 @@ class ImportanceSampling:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: -(weight x term) + kl_coefficient x KL - entropy_coefficient x entropy, aggregated.
+    """The loss: -(weight x term) + kl_coefficient x KL - entropy_coefficient x entropy, aggregated.
 
     Raises ValueError for a name that does not exist.
     """

@@ -1,4 +1,4 @@
-"""Samples as padded tensors: one row per response, padded on the right; and values of samples kept between passes.
+"""Samples as padded tensors: one row per response, padded on the right; and values of samples between passes.
 
 Shapes: B responses, L positions, D width, N sparse layers, K experts of a token. Position t of log-probabilities, mask
 and targets belongs to token t + 1 of the row.

@@ -23,7 +23,7 @@ from megatron_r1.rl.policy.reference import ReferencePolicy
 
 @dataclass(frozen=True)
 class FrozenLogProbs:
-    """What is not needed is None. Only the last pipeline stage holds samples."""
+    """Log-probabilities of a rollout's samples; None where they are not needed. Empty except on the last stage."""
 
     old: PerSample | None
     """Log-probabilities by the trainer's weights at the start of the rollout."""

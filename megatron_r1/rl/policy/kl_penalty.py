@@ -22,7 +22,7 @@ from megatron_r1.rollout.sample import Sample
 
 @dataclass(frozen=True)
 class RewardPenalties:
-    """What a KL penalty takes from the rewards of a rollout."""
+    """The KL penalties in the rewards of a rollout."""
 
     per_token: PerSample
     """[R] of each of this rank's samples, whether it is trained on or not; empty except on the last pipeline stage."""
@@ -45,7 +45,7 @@ class KLPenalty(Protocol):
     def reward_penalties(
         self, samples: Sequence[Sample], policy: Policy, frozen: FrozenLogProbs, micro_batches: Sequence[ResponseBatch]
     ) -> RewardPenalties | None:
-        """Collective, before the first update: what rewards lose; None where they lose nothing."""
+        """Collective, before the first update: the penalties in the rewards; None without any."""
         ...
 
 

@@ -29,7 +29,7 @@ class Policy:
         """
         Args:
             temperature: the engine's sampling temperature.
-            replay: makes routers take the experts that the engine recorded; None lets them choose.
+            replay: makes routers use the experts that the engine recorded; None lets them choose.
         """
         self._model, self.temperature, self._replay = model, temperature, replay or NoReplay()
 
@@ -39,7 +39,7 @@ class Policy:
         """Scores [B, L] of the batch's targets on the last pipeline stage; the stage's hidden states on others.
 
         Args:
-            model: the model in whatever wrapping the schedule has it.
+            model: the model, wrapped as the schedule passes it.
             reference: another model's hidden states [L, B, D] and head, for the exact divergence to it.
         """
         with (
@@ -92,7 +92,7 @@ class Policy:
 def outputs_by_sample(
     model: Model, micro_batches: Sequence[ResponseBatch], forward: Callable[[Any, ResponseBatch], Tensor]
 ) -> PerSample:
-    """Each sample's row of what `forward` gives, [B, L] or [B, L, D]; empty except on the last pipeline stage."""
+    """Each sample's row of the output of `forward`, [B, L] or [B, L, D]; empty except on the last pipeline stage."""
     outputs = forward_only(model, micro_batches, forward, longest_input(micro_batches))
     result: PerSample = {}
     for batch, output_BL in zip(micro_batches, outputs, strict=False):
@@ -101,5 +101,5 @@ def outputs_by_sample(
 
 
 def inputs_of(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-    """Tokens and positions, [B, L], as a model takes them."""
+    """Tokens and positions, [B, L], the inputs of a model."""
     return batch.inputs_BL.contiguous(), positions_of(batch.inputs_BL)

@@ -16,7 +16,7 @@ SAVED = "reference"
 
 
 class ReferencePolicy:
-    """A copy of the weights at some step, balancing bias included: kept on the host, swapped in when needed."""
+    """A copy of the weights at some step, balancing bias included, in host memory; swapped in when needed."""
 
     def __init__(self, model: Model, weights: Mapping[str, Tensor] | None = None):
         """
@@ -30,7 +30,7 @@ class ReferencePolicy:
                 copy.copy_(part_of(weights, shard))
 
     def reset(self) -> None:
-        """Take the model's current weights."""
+        """Copy the model's current weights."""
         self.copies = [shard.tensor.cpu().clone() for shard in shards(self._model)]
 
     def _pairs(self) -> Iterator[tuple[Tensor, Shard]]:
