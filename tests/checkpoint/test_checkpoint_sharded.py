@@ -53,7 +53,7 @@ def test_a_rank_without_parts_writes_no_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"),
+    ("parts", "message"),
     [
         (QUARTERS[:3], "6 of 24 numbers are missing"),
         # As many numbers as there should be: one quarter twice, one not at all.
@@ -61,8 +61,8 @@ def test_a_rank_without_parts_writes_no_file(tmp_path):
     ],
     ids=["a part is missing", "a part is there twice and another missing"],
 )
-def test_a_tensor_that_is_not_whole_is_refused(tmp_path, parts, said):
-    with pytest.raises(DataError, match=said):
+def test_a_tensor_that_is_not_whole_is_refused(tmp_path, parts, message):
+    with pytest.raises(DataError, match=message):
         write(tmp_path, parts)["weight"]
 
 
@@ -81,21 +81,21 @@ def test_ranks_that_disagree_about_a_shape_are_refused(tmp_path):
 
 def test_a_file_of_another_program_is_refused(tmp_path):
     save_file({"weight": WHOLE}, tmp_path / "model-00000.safetensors")
-    with pytest.raises(DataError, match="does not say which parts"):
+    with pytest.raises(DataError, match="has no list of the parts"):
         WholeTensors(tmp_path, "model")
 
 
 @pytest.mark.parametrize(
-    ("index", "said"),
+    ("index", "message"),
     [
-        ([["weight", [4, 6], [1, 0]]], "a part of weight does not lie in its whole"),
-        ([["weight", [4, 6], [-1, 0]]], "a part of weight does not lie in its whole"),
-        ([["weight", [4, 6], [0]]], "a part of weight does not lie in its whole"),
-        ([["weight", [4, 6], [0, 0]], ["bias", [6], [0]]], "holds other parts than it says"),
-        ([], "holds other parts than it says"),
+        ([["weight", [4, 6], [1, 0]]], "a part of weight exceeds the whole tensor"),
+        ([["weight", [4, 6], [-1, 0]]], "a part of weight exceeds the whole tensor"),
+        ([["weight", [4, 6], [0]]], "a part of weight exceeds the whole tensor"),
+        ([["weight", [4, 6], [0, 0]], ["bias", [6], [0]]], "contains other parts than it lists"),
+        ([], "contains other parts than it lists"),
     ],
 )
-def test_an_index_that_does_not_fit_the_file_is_refused(tmp_path, index, said):
+def test_an_index_that_does_not_fit_the_file_is_refused(tmp_path, index, message):
     save_file({"0": WHOLE}, tmp_path / "model-00000.safetensors", {"parts": json.dumps(index)})
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         WholeTensors(tmp_path, "model")

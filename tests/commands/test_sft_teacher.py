@@ -20,7 +20,7 @@ from megatron_r1.sft.teacher_setup import check_teacher, find_teacher, shared_as
 from tests.support.chats import small_tokenizer
 
 SOURCE = "sft.teacher.from=runs/teacher: "
-SHARED = SOURCE + "must be a model that the ranks can share, but for it "
+SHARED = SOURCE + "must be a model that these degrees divide: "
 
 
 @cache

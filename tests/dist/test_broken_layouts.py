@@ -58,10 +58,10 @@ BROKEN = [
         "grpo",
         2,
         "parallel.expert=2 performance.moe_token_dispatcher_type=allgather",
-        "needs as many tokens on every rank",
+        "needs equally many tokens on every rank",
     ),
     ("pretrain", 2, "parallel.context=2 train.sequence_length=62", "must divide train.sequence_length=62"),
-    ("grpo", 2, "rollout=local parallel.tensor=2 init.from=base", "needs the whole model on a rank"),
+    ("grpo", 2, "rollout=local parallel.tensor=2 init.from=base", "needs the whole model on every rank"),
     ("pretrain", 2, "train.global_batch_size=5 train.micro_batch_size=5", "a multiple of the 2 data-parallel ranks"),
     ("pretrain", 2, "train.global_batch_size=12 train.micro_batch_size=4", "must divide the 6 sequences of a rank"),
     (
@@ -76,7 +76,7 @@ BROKEN = [
         "sft",
         2,
         "parallel.expert=2 sft.packing=none performance.moe_token_dispatcher_type=allgather",
-        "needs as many tokens on every rank: with sft.packing=none",
+        "needs equally many tokens on every rank: with sft.packing=none",
     ),
     # What is no degree.
     ("pretrain", 2, "parallel.tensor=0", "must be at least 1"),

@@ -1,4 +1,4 @@
-"""A disk that fills up while a run saves: training goes on, older checkpoints stay, and nothing is half there."""
+"""A disk that fills up while a run saves: training continues, older checkpoints stay, and nothing is half there."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_training_goes_on_while_the_disk_is_full(background, root, pretrained):
             wait_until(lambda: job.saved >= 4, launcher)
             fill(ballast)
             saved = {step for step, _ in step_folders(checkpoints)}
-            wait_until(lambda: job.log.count("training goes on") >= 2, launcher)
+            wait_until(lambda: job.log.count("training continues") >= 2, launcher)
             for step, checkpoint in step_folders(checkpoints):
                 verify(checkpoint)
                 assert step in saved or step == max(saved) + 2  # the one that was under way
@@ -71,7 +71,7 @@ def test_training_goes_on_while_the_disk_is_full(background, root, pretrained):
         assert comparable(job.rows) == pretrained[0]
         assert [step for step, _ in step_folders(checkpoints)] == [40, 38]
         assert {path.name for path in checkpoints.iterdir()} == {".lock", "step-00000040", "step-00000038"}
-    failures = [line for line in job.log.splitlines() if "training goes on" in line]
+    failures = [line for line in job.log.splitlines() if "training continues" in line]
     assert all("No space left on device" in line for line in failures)
     print(f"background={background}: {len(failures)} failed saves, then checkpoints 38 and 40")
 

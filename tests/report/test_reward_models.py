@@ -47,4 +47,4 @@ def test_a_run_without_accuracy_has_curves_alone(tmp_path):
     (tmp_path / "safety" / "accuracy.json").write_text('{"accuracy": 3')
     html = render(read_recipe(tmp_path))
     assert "curve-safety-loss-train/score_loss" in html
-    assert "held-out items, 95" not in html
+    assert "held-out examples, 95" not in html
