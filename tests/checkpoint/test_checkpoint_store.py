@@ -402,7 +402,10 @@ def test_a_file_that_is_not_as_its_writer_says_fails_the_save(tmp_path: Path, co
             (folder / "file").write_bytes(content)
         return {"file": FileRecord(100, "0" * 64)}
 
-    with CheckpointStore(tmp_path) as store, pytest.raises(SaveFailed, match="100 bytes were written and"):
+    with (
+        CheckpointStore(tmp_path) as store,
+        pytest.raises(SaveFailed, match="step-00000001.tmp/file: 100 bytes were written"),
+    ):
         store.commit(1, torn, {})
 
 

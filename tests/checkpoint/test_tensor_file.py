@@ -61,7 +61,7 @@ def test_what_was_not_announced_is_refused(tmp_path, name, tensor):
 
 
 def test_unwritten_and_doubled_tensors_are_refused(tmp_path):
-    one, unwritten = [Entry("one", torch.float32, (2,))], "one was announced and never written"
+    one, unwritten = [Entry("one", torch.float32, (2,))], "one was never written"
     with TensorFile(tmp_path / "f.safetensors", one) as file, pytest.raises(ValueError, match=unwritten):
         file.close()
     with pytest.raises(ValueError, match="announced twice"):
