@@ -11,8 +11,10 @@ import contextlib
 import functools
 import logging
 import sys
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -83,6 +85,7 @@ def prepare() -> None:
     _prepared = True
     _silence_what_is_known()
     _hide_gpu_kernels()
+    _leave_out_what_is_slow_to_import()
     _replace_devices_and_streams()
     _replace_random_state()
     _create_tensors_on_cpu()
@@ -108,6 +111,39 @@ def _hide_gpu_kernels() -> None:
     modules: dict[str, Any] = sys.modules
     for name in _GPU_KERNELS:
         modules.setdefault(name, None)  # importing it is an ImportError, as if it were not installed
+
+
+def _leave_out_what_is_slow_to_import() -> None:
+    """megatron-core compiles functions that a CPU run does not call, or that count tokens; its timers know wandb.
+
+    Importing torch's compiler takes as long as the rest of megatron-core, and its first call much longer.
+    """
+    sys.meta_path.insert(0, _QuickImports())
+
+
+class _QuickImports:
+    """Executes the modules of megatron-core that ask for the compiler or for wandb as if there were neither."""
+
+    _MODULES = ("megatron.core.jit", "megatron.core.timers", "megatron.core.transformer.moe.router")
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> Any:
+        spec: Any = PathFinder.find_spec(name, path, target) if name in self._MODULES else None
+        if spec is not None:
+            spec.loader.exec_module = functools.partial(self._execute, spec.loader.exec_module)
+        return spec
+
+    @staticmethod
+    def _execute(execute: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
+        modules: dict[str, Any] = sys.modules
+        compiler, wandb = torch.compile, modules.get("wandb")
+        torch.compile, modules["wandb"] = lambda function: function, None  # type: ignore[assignment]
+        try:
+            execute(module)
+        finally:
+            torch.compile = compiler
+            del modules["wandb"]
+            if wandb is not None:
+                modules["wandb"] = wandb
 
 
 def _replace_devices_and_streams() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,3 +88,16 @@ def test_kernels_for_gpus_are_hidden_where_there_is_none(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError):
         importlib.import_module("flash_mla")
+
+
+def test_training_starts_without_the_compiler_and_wandb():
+    """Importing them takes as long as the rest; whoever wants them later has the real ones."""
+    statement = (
+        "import json, sys; from megatron_r1.platform import select; select('cpu'); import megatron_r1.commands.grpo; "
+        "slow = [name for name in ('torch._inductor', 'wandb', 'reasoning_gym', 'matplotlib') if name in sys.modules]; "
+        "import torch, wandb; "
+        "doubled = torch.compile(lambda x: 2 * x, backend='eager')(torch.ones(2)); "
+        "print(json.dumps([slow, hasattr(wandb, 'init'), doubled.tolist()]))"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", statement], capture_output=True, text=True, timeout=100)
+    assert json.loads(run.stdout.splitlines()[-1]) == [[], True, [2.0, 2.0]], run.stderr

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 from functools import cache
-
-from reasoning_gym.arithmetic.basic_arithmetic import BasicArithmeticDataset, BasicArithmeticDatasetConfig
-from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
-from reasoning_gym.dataset import ProceduralDataset
+from typing import TYPE_CHECKING
 
 from megatron_r1.data.synthetic.arithmetic import Problem
 from megatron_r1.data.synthetic.expressions import in_eval_split, normalise, value, world
 from megatron_r1.errors import DataError
+
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
 
 TASKS = ("chain_sum", "basic_arithmetic")
 MOST_ATTEMPTS = 1_000_000
@@ -26,6 +26,10 @@ MOST_ATTEMPTS = 1_000_000
 @cache
 def dataset(task: str) -> ProceduralDataset:
     """The library's task; its item `i` depends on `i` alone."""
+    # The library imports all of its tasks, and with them sympy and matplotlib: seconds, for runs that ask for an item.
+    from reasoning_gym.arithmetic.basic_arithmetic import BasicArithmeticDataset, BasicArithmeticDatasetConfig
+    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset
+
     if task == "chain_sum":
         return ChainSumDataset(ChainSumConfig(min_terms=3, max_terms=3, min_digits=1, max_digits=1, seed=0))
     if task == "basic_arithmetic":

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import pytest
+from reasoning_gym.arithmetic.basic_arithmetic import BasicArithmeticDataset, BasicArithmeticDatasetConfig
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts, eval_prompts
@@ -77,10 +78,10 @@ def test_library_scorer_agrees_with_the_accuracy_reward():
 
 
 def test_items_that_the_library_evaluates_left_to_right_are_skipped(monkeypatch):
-    settings = gym.BasicArithmeticDatasetConfig(
+    settings = BasicArithmeticDatasetConfig(
         min_terms=3, max_terms=3, min_digits=1, max_digits=1, operators=["+", "*"], allow_parentheses=False, seed=0
     )
-    items = gym.BasicArithmeticDataset(settings)
+    items = BasicArithmeticDataset(settings)
     monkeypatch.setattr(gym, "dataset", lambda task: items)
     found = [gym.item("basic_arithmetic", index) for index in range(300)]
     known = [items[index]["metadata"]["expression"] in gym.world() for index in range(300)]
