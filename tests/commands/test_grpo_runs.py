@@ -22,6 +22,7 @@ from megatron_r1.runs.prompts import pin_prompts
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
 from tests.support.launching import run_to_the_end
+from tests.support.recorded import unregistered
 
 pytestmark = pytest.mark.timeout(240)
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -61,6 +62,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, found):
         assert one and one.keys() == other.keys(), kind
         assert all(torch.equal(one[name], other[name]) for name in one), kind
     assert tensors(folder, "whole", "critic_progress")["updates"].tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("run", "command"),
+    [
+        ("base", "pretrain"), ("speaker", "pretrain"), ("judge", "reward_model"), ("whole", "grpo"), ("asked", "grpo"),
+        ("preferring", "dpo"),
+    ],
+)  # fmt: skip
+def test_the_registry_lists_what_each_command_records(folder, run, command):
+    assert unregistered(read_metrics(folder / run / "metrics.jsonl"), command) == []
 
 
 def test_a_critic_starts_from_the_policy_and_learns_apart_from_it(folder):

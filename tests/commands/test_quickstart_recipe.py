@@ -16,6 +16,7 @@ import pytest
 from megatron_r1.runs.folder import is_done
 from tests.support.jobs import comparable
 from tests.support.recipes import DIES_WITHIN_S, SGLANG, Recipe
+from tests.support.recorded import unregistered
 
 INTERRUPTED_BY_SIGTERM = 85
 
@@ -40,6 +41,9 @@ def test_the_recipe_survives_a_signal_and_ends_with_a_report(finished: Recipe) -
     runs = finished.folder
     assert [row["step"] for row in finished.rows("pretrain")] == list(range(1, 7))
     assert [row["step"] for row in finished.rows("r1_zero")] == [1, 2, 3]
+    assert not unregistered(finished.rows("pretrain"), "pretrain") and not unregistered(
+        finished.rows("r1_zero"), "grpo"
+    )
     assert list(finished.results["models"]) == ["base", "r1_zero"] and finished.results["prompts"] == 16
     assert "<html" in (runs / "report.html").read_text()
     assert (runs / "r1_zero" / "rollouts" / "step-00000003.jsonl").exists()

@@ -16,6 +16,7 @@ from megatron_r1.rollout.journal import Journal
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
 from tests.support.launching import run_to_the_end
+from tests.support.recorded import unregistered
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -58,6 +59,11 @@ def test_one_epoch_is_trained_and_validation_examples_are_evaluated(folder):
     assert results["items"] == 12
     assert results["accuracy"]["mean"] == whole[-1]["eval/accuracy"]
     assert results["length_baselines"]["tokens"]["mean"] == 0.5
+
+
+def test_the_registry_lists_what_is_recorded(folder):
+    for run, command in (("whole", "reward_model"), ("safety", "reward_model"), ("policy", "grpo")):
+        assert unregistered(read_metrics(folder / run / "metrics.jsonl"), command) == []
 
 
 def test_a_stopped_run_resumes_bit_for_bit(folder, found):

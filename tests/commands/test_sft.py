@@ -23,6 +23,7 @@ from megatron_r1.runs.initial_weights import find_weights
 from tests.support.chats import QWEN_MARKED, small_tokenizer
 from tests.support.conversions import convert, same_bits
 from tests.support.launching import run_to_the_end
+from tests.support.recorded import unregistered
 
 SHAPE = ["model=tiny_dense", "model.num_layers=2", "model.vocab_size=516", "model.hidden_size=64"]
 KINDS = {
@@ -149,6 +150,7 @@ def test_metrics_count_the_tokens_trained_on(trained):
     rows, done = rows_of(run), json.loads((run / "done.json").read_text())
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and done["step"] == len(rows)
     assert rows[-1]["train/epoch"] == 2 and rows[0]["train/epoch"] < 0.5
+    assert unregistered(rows, "sft") == []
     for row in rows:
         assert 0 < row["train/loss_tokens"] < row["train/tokens"] and row["train/token_imbalance"] == 0
         assert 0 < row["train/packing_efficiency"] <= 1
@@ -182,6 +184,7 @@ def taught(trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
 @pytest.mark.timeout(240)
 def test_a_smaller_model_learns_from_a_teacher(taught):
     rows = rows_of(taught[0])
+    assert unregistered(rows, "sft") == []
     for row in rows:
         assert row["train/loss"] == pytest.approx(
             0.25 * row["train/cross_entropy"] + 0.75 * row["train/distillation_loss"], rel=1e-5

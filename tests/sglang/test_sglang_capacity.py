@@ -15,6 +15,7 @@ from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.config.keys import only_read
 from megatron_r1.errors import ExitCode
 from megatron_r1.track.record import read_metrics
+from tests.support.recorded import unregistered
 
 pytestmark = [pytest.mark.sglang]
 COMMON = [
@@ -79,6 +80,7 @@ def test_all_servers_dead_is_status_87_with_a_checkpoint(base, tmp_path, placeme
             process.wait()
     assert "ended with status -9" in log.read_text().splitlines()[-1]
     rows = read_metrics(run / "metrics.jsonl")
+    assert unregistered(rows, "grpo") == []
     (step, folder), *others = step_folders(run / "checkpoints")
     state = json.loads((folder / "state.json").read_text())
     assert not others and step == state["step"] == rows[-1]["step"] >= 2
