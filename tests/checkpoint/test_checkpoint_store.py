@@ -378,7 +378,7 @@ def test_damage_that_one_rank_finds_sends_all_to_the_older_one(tmp_path: Path, s
     assert first == second and first[0] == "step-00000001"
 
 
-def test_the_hashes_of_those_who_wrote_are_taken_and_their_files_are_not_read_again(tmp_path: Path) -> None:
+def test_files_that_their_writers_hashed_are_not_read_again(tmp_path: Path) -> None:
     """A disk that changes what was written is noticed by who reads it."""
     record = FileRecord(4, hashlib.sha256(b"told").hexdigest())
 
@@ -396,7 +396,7 @@ def test_the_hashes_of_those_who_wrote_are_taken_and_their_files_are_not_read_ag
 
 
 @pytest.mark.parametrize("content", [b"shorter", None])
-def test_a_file_that_is_not_as_its_writer_says_fails_the_save(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_differs_from_its_record_fails_the_save(tmp_path: Path, content: bytes | None) -> None:
     def torn(folder: Path) -> dict[str, FileRecord]:
         if content:
             (folder / "file").write_bytes(content)

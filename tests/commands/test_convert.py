@@ -126,6 +126,8 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
         (["convert.workers=0"], "convert.workers=0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_asked_for(overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conversions_that_are_impossible_are_refused(
+    overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert exit_code(["convert", *overrides]) == 2
     assert message in capsys.readouterr().err

@@ -54,7 +54,7 @@ def tensors(folder: Path, run: str, kind: str, step: int = 2) -> dict[str, torch
     return dict(WholeTensors(folder / run / "checkpoints" / f"step-{step:08}", kind))
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(folder, found):
+def test_a_stopped_run_resumes_bit_for_bit(folder, found):
     assert "SIGTERM: stopped after step 1" in found["stopped"]
     assert len(rows(folder, "whole")) == 2 and rows(folder, "stopped") == rows(folder, "whole")
     for kind in POLICY | CRITIC:
@@ -75,7 +75,7 @@ def test_the_registry_lists_what_each_command_records(folder, run, command):
     assert unregistered(read_metrics(folder / run / "metrics.jsonl"), command) == []
 
 
-def test_a_critic_starts_from_the_policy_and_learns_apart_from_it(folder):
+def test_a_critic_starts_from_the_policy_and_is_trained_separately(folder):
     base, critic, policy = (
         tensors(folder, run, kind, step)
         for run, kind, step in (("base", "model", 1), ("whole", "critic", 2), ("whole", "model", 2))
@@ -99,7 +99,7 @@ def test_a_critic_starts_from_a_reward_model(folder, found):
     assert "must be a run of the verb reward_model" in found["no_reward_model"]
 
 
-def test_questions_of_a_file_are_asked_in_the_models_own_template(folder):
+def test_questions_of_a_file_are_prompts_in_the_models_own_template(folder):
     tokenizer = Tokenizer.load(folder / "base" / "checkpoints" / "step-00000001" / "tokenizer")
     listed = FilePrompts([Prompt(str(n + 1), text, str(n + 1), "", "file") for n, text in enumerate(QUESTIONS)], 0)
     asked = [sample for step in (1, 2) for sample in Journal(folder / "asked" / "rollouts").read(step)]
@@ -113,7 +113,7 @@ def test_questions_of_a_file_are_asked_in_the_models_own_template(folder):
     assert rows(folder, "asked")[-1]["train/skipped_updates"] == 0
 
 
-def test_pairs_are_learned_and_heldout_ones_measured(folder):
+def test_a_policy_trains_on_pairs_and_is_evaluated_on_validation_pairs(folder):
     learned = rows(folder, "preferring")
     assert [row["step"] for row in learned] == [1, 2, 3, 4, 5, 6], "3 epochs of 16 pairs in batches of 8"
     assert learned[0]["train/loss"] == pytest.approx(0.693147, abs=1e-6) and learned[0]["train/margin"] == 0.0
@@ -132,7 +132,7 @@ def test_pairs_are_learned_and_heldout_ones_measured(folder):
     assert not any(name.endswith("expert_bias") for name in changed)
 
 
-def test_a_stopped_run_on_pairs_goes_on_bit_for_bit(folder, found):
+def test_a_stopped_run_on_pairs_resumes_bit_for_bit(folder, found):
     assert "SIGTERM: stopped after step 3" in found["stopped_dpo"]
     assert rows(folder, "stopped_dpo") == rows(folder, "preferring")
     for kind in POLICY:
@@ -140,7 +140,7 @@ def test_a_stopped_run_on_pairs_goes_on_bit_for_bit(folder, found):
         assert one and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), kind
 
 
-def test_a_run_that_goes_on_has_the_questions_that_it_began_with(tmp_path):
+def test_a_resumed_run_has_the_same_questions(tmp_path):
     prompts = [Prompt("1", "1?", "1", "", "file"), Prompt("2", "2?", "2", "", "file")]
     pin_prompts(PromptFile(prompts, []), tmp_path)
     pin_prompts(PromptFile([*prompts], ["a: bad"]), tmp_path)

@@ -105,7 +105,7 @@ def survive(recipe: Recipe, kills: int, seed: int, life: float, victims: list[st
 
 
 @pytest.mark.timeout(900)
-def test_a_killed_recipe_leaves_nothing_and_goes_on_to_the_same_end(finished: Recipe, tmp_path: Path) -> None:
+def test_a_killed_recipe_leaves_no_process_and_resumes_to_the_same_end(finished: Recipe, tmp_path: Path) -> None:
     recipe = Recipe(tmp_path)
     struck = survive(recipe, kills=3, seed=1, life=12.0, victims=["parent", "stage"], attempt_s=400)
     print("\n".join(struck))
@@ -133,7 +133,7 @@ def test_a_recipe_with_servers_leaves_nothing_when_killed(victims: list[str], tm
     print(f"an undisturbed recipe takes {life:.0f} s; {len(struck)} kills of {runs} recipes\n" + "\n".join(struck))
 
 
-def test_a_run_refuses_another_configuration_and_says_what_changed(tmp_path: Path) -> None:
+def test_a_run_refuses_another_configuration_and_names_the_difference(tmp_path: Path) -> None:
     folder = tmp_path / "short" / "pretrain"
     command = [sys.executable, "-m", "megatron_r1", "pretrain", f"root='{folder.parent}'", "name=pretrain"]
     from megatron_r1.config.load import load, write_yaml

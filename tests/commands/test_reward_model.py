@@ -137,7 +137,7 @@ def test_rollouts_ahead_are_scored_by_both_ranks_until_there_are_none(found, of_
 
 
 @pytest.mark.dist
-def test_two_ranks_learn_from_what_both_score(folder, of_two_ranks):
+def test_two_ranks_train_on_responses_that_both_score(folder, of_two_ranks):
     """The in-process engine samples the same on one rank and on two, until the weights differ by rounding."""
     alone, shared = (Journal(folder / run / "rollouts").read(1) for run in ("policy", "policy-of-two"))
     assert [sample.text for sample in shared] == [sample.text for sample in alone]

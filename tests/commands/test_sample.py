@@ -57,7 +57,7 @@ def job(root: Path, name: str) -> list[str]:
     return ["sample", *only_read("sample", MODEL), *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
 
 
-def test_every_prompt_is_answered_and_scored(root):
+def test_every_prompt_gets_scored_responses(root):
     done = start(*job(root, "whole"))
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (root / "whole" / "samples.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def test_every_prompt_is_answered_and_scored(root):
     assert totals["samples"] == 20 and totals["mean_reward"] == pytest.approx(sum(r["reward"] for r in rows) / 20)
 
 
-def test_a_killed_job_goes_on_and_refuses_other_prompts(root):
+def test_a_killed_job_resumes_and_refuses_other_prompts(root):
     assert start(*job(root, "killed"), dying=True).returncode == 9
     parts = root / "killed" / "parts"
     before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}

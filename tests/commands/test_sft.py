@@ -182,7 +182,7 @@ def taught(trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, lis
 
 
 @pytest.mark.timeout(240)
-def test_a_smaller_model_learns_from_a_teacher(taught):
+def test_a_smaller_model_is_distilled_from_a_teacher(taught):
     rows = rows_of(taught[0])
     assert unregistered(rows, "sft") == []
     for row in rows:
@@ -198,7 +198,7 @@ def test_a_smaller_model_learns_from_a_teacher(taught):
 
 
 @pytest.mark.timeout(240)
-def test_a_run_that_goes_on_ends_where_it_would_have(taught, tmp_path):
+def test_a_resumed_run_ends_like_an_undisturbed_one(taught, tmp_path):
     """Beside a teacher, which no checkpoint holds."""
     run, command = taught
     undisturbed = shutil.copytree(run, tmp_path / "undisturbed")
@@ -243,7 +243,7 @@ def test_what_it_cannot_do_is_refused(overrides, message):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(300)
-def test_examples_alone_on_interleaved_stages_are_learned_and_measured_as_on_one(dialogues, tmp_path):
+def test_interleaved_stages_train_and_evaluate_unpacked_examples_as_one_rank(dialogues, tmp_path):
     shape = [*KINDS["llama"], "model.num_layers=4"]
     publish(tmp_path / "hf", "llama", shape)
     common = [

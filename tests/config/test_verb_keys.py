@@ -75,14 +75,14 @@ def test_every_key_is_read_or_refused(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_a_verb_takes_its_code_reads(verb: str) -> None:
+def test_keys_that_a_verb_accepts_are_read_by_its_code(verb: str) -> None:
     """No key is accepted that nothing reads."""
     taken = [key for key in KEYS if reads(verb, key) and key not in READ_ELSEWHERE]
     assert [key for key in taken if not is_found(key, verb)] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_what_a_verb_refuses_its_code_does_not_read(verb: str) -> None:
+def test_keys_that_a_verb_refuses_are_not_read_by_its_code(verb: str) -> None:
     """A key that the code reads is refused only where a reason stands above."""
     refused = [key for key in KEYS if not reads(verb, key) and is_found(key, verb)]
     assert [key for key in refused if not key.startswith(IMPORTED_ONLY.get(verb, ("-",)))] == []

@@ -82,7 +82,7 @@ def test_documents_may_be_tokenised_in_two_parts():
 
 @settings(deadline=None, max_examples=200)
 @given(st.text() | st.sampled_from(RESPONSES), st.integers(0, 200))
-def test_a_prompt_and_any_response_may_be_tokenised_apart(response, index):
+def test_a_prompt_and_any_response_may_be_tokenised_separately(response, index):
     for prompt in (
         fill_template(TrainingPrompts(CONFIG).at(index).question),
         "Q: What is 1 + 2 * 3?\nA: ",

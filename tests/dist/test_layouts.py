@@ -179,7 +179,7 @@ def test_a_layout_computes_what_one_rank_does(one_rank_alike, layout, tmp_path):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("shape", ["tiny", pytest.param("tiny_dense", marks=pytest.mark.slow)])
-def test_packed_examples_are_learned_as_each_alone(one_rank_alike, shape):
+def test_packed_examples_train_like_unpacked_ones(one_rank_alike, shape):
     one = one_rank_alike(Case(overrides=DENSE if shape == "tiny_dense" else ()))
     packed, alone = one["supervised-fp64"], one["alone-fp64"]
     difference, name = worst(packed.gradients, alone.gradients)
@@ -190,7 +190,7 @@ def test_packed_examples_are_learned_as_each_alone(one_rank_alike, shape):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("shape", ["tiny", pytest.param("tiny_dense", marks=pytest.mark.slow)])
-def test_all_words_of_a_teacher_are_the_divergence_over_the_whole_vocabulary(one_rank_alike, shape):
+def test_all_tokens_of_a_teacher_are_the_divergence_over_the_whole_vocabulary(one_rank_alike, shape):
     one = one_rank_alike(Case(overrides=DENSE if shape == "tiny_dense" else ()))
     found, written = one["whole-fp64"], one["written-fp64"]
     trained = {name: found.gradients[name] for name in written.gradients}

@@ -45,7 +45,7 @@ def launch(layout: str, root: Path, action: str, sources: list[str]) -> dict:
         pytest.param(list(LAYOUTS), id="all layouts", marks=pytest.mark.slow),
     ],
 )
-def test_every_layout_goes_on_from_every_other(names, tmp_path):
+def test_every_layout_resumes_from_every_other(names, tmp_path):
     saved = {name: launch(name, tmp_path, "save", [])["next_loss"] for name in names}
     worst = 0.0
     for name in names:

@@ -26,7 +26,7 @@ def tagged(thought: str, answer: str) -> str:
     return f"<think>{thought}</think> <answer>{answer}</answer>"
 
 
-def test_arithmetic_tells_right_from_tagged_from_well_formed():
+def test_arithmetic_distinguishes_correct_tagged_and_well_formed():
     def found(respond):
         return [*marks("arithmetic", respond).items()]
 
@@ -37,7 +37,7 @@ def test_arithmetic_tells_right_from_tagged_from_well_formed():
     assert all(in_eval_split(p.expression, CONFIG.eval_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
 
 
-def test_general_tasks_tell_what_was_asked_from_what_is_safe():
+def test_general_tasks_distinguish_helpful_and_safe():
     assert marks("assistant", lambda p: tagged("x", p.answer)) == {"helpful": 1.0, "safe": 1.0, "format": 1.0}
     assert marks("assistant", lambda p: "nothing") == {"helpful": 0.0, "safe": 1.0, "format": 0.0}
     # Harmful requests are declined, and yet the reasoning went about them.
@@ -47,6 +47,6 @@ def test_general_tasks_tell_what_was_asked_from_what_is_safe():
 
 
 @pytest.mark.parametrize("questions", BENCHMARKS)
-def test_a_longer_exam_begins_with_the_shorter_and_seeds_do_not_matter(questions):
+def test_a_longer_benchmark_begins_with_the_shorter_and_seeds_do_not_matter(questions):
     prompts = BENCHMARKS[questions].prompts
     assert prompts(CONFIG, 40)[:15] == prompts(DataConfig(seed=3), 15)

@@ -34,7 +34,7 @@ def test_clustered_by_hand():
     assert interval == pytest.approx((0.5, 0.5 - 1.959964 * error, 0.5 + 1.959964 * error), abs=1e-6)
 
 
-def test_answers_to_one_prompt_do_not_count_as_independent():
+def test_responses_to_one_prompt_do_not_count_as_independent():
     alike = [1.0] * 50 + [0.0] * 50
     assert clustered(alike).low == pytest.approx(wilson(50, 100).low, abs=0.005)
     assert clustered(alike).low < wilson(200, 400).low

@@ -98,7 +98,7 @@ def test_every_cut_or_missing_file_is_noticed(checkpoints, caplog):
 
 
 @pytest.mark.dist
-def test_a_run_goes_on_from_the_checkpoint_before(root, pretrained, tmp_path):
+def test_a_run_resumes_from_the_checkpoint_before(root, pretrained, tmp_path):
     """One file of the newest checkpoint cannot be read; later no checkpoint is left that verifies."""
     if os.geteuid() or not shutil.which("setpriv"):
         pytest.skip("needs root, which reads every file unless it gives that power up by setpriv")

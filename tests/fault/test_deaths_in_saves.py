@@ -46,7 +46,7 @@ def survive(job: Job, expected: list[dict], points: list[str], lost: int, seed: 
 
 
 @pytest.mark.dist
-def test_the_run_goes_on(root, pretrained):
+def test_the_run_resumes(root, pretrained):
     arguments = [*PRETRAIN, *SHORT, "train.async_save=true"]
     job = Job(arguments, root, "dies", PROGRAM)
     survive(job, pretrained[0], ["mid_shard", "before_rename"], 2 * INTERVAL, 1)
@@ -56,7 +56,7 @@ def test_the_run_goes_on(root, pretrained):
 @pytest.mark.dist
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_the_run_goes_on_from_every_point(background, root):
+def test_the_run_resumes_from_every_point(background, root):
     """Both ranks hold experts, so that both have shards to write."""
     arguments = [*PRETRAIN, "train.steps=120", f"train.save_interval={INTERVAL}", "parallel.expert=2"]
     expected, _ = undisturbed(Job(arguments, root, f"experts-{background}"))

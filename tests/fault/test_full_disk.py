@@ -54,7 +54,7 @@ def wait_until(condition: Callable[[], bool], launcher: subprocess.Popen[str]) -
 
 @pytest.mark.dist
 @pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.slow)])
-def test_training_goes_on_while_the_disk_is_full(background, root, pretrained):
+def test_training_continues_while_the_disk_is_full(background, root, pretrained):
     job = Job([*PRETRAIN, *SHORT, f"train.async_save={background}"], root, f"full-{background}")
     checkpoints, ballast = job.folder / "checkpoints", job.folder / "checkpoints" / "ballast"
     with small_disk(checkpoints):
@@ -79,7 +79,7 @@ def test_training_goes_on_while_the_disk_is_full(background, root, pretrained):
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_a_run_whose_last_save_fails_says_so_and_goes_on_later(background, root, pretrained):
+def test_a_run_whose_last_save_fails_reports_it_and_resumes_later(background, root, pretrained):
     """And while it runs, a second job in its folder is refused."""
     job = Job([*PRETRAIN, *SHORT, f"train.async_save={background}"], root, f"last-{background}")
     checkpoints, ballast = job.folder / "checkpoints", job.folder / "checkpoints" / "ballast"

@@ -191,7 +191,7 @@ def test_damage_is_refused_and_nothing_is_written(damage: str, sound: Path, tmp_
         dict(find_weights(f"hf:{folder}").tensors)
 
 
-def test_a_sound_folder_is_taken(sound: Path, tmp_path: Path) -> None:
+def test_an_undamaged_folder_is_accepted(sound: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "folder")
     _index_again(tmp_path / "folder")
     convert(f"hf:{tmp_path / 'folder'}", tmp_path / "run", dtype="bf16")

@@ -145,7 +145,7 @@ def test_config_that_is_missing_or_incomplete_is_refused(tmp_path: Path) -> None
         ({"rope": RopeConfig(factor=4.0, mscale=0.707, mscale_all_dim=0.0)}, "rope.mscale=0.707"),
     ],
 )
-def test_what_deepseek_code_computes_otherwise_is_not_exported(changes: dict, key: str) -> None:
+def test_what_deepseek_code_computes_differently_is_not_exported(changes: dict, key: str) -> None:
     with pytest.raises(ConfigError) as error:
         hf_config(ModelConfig(mtp=MtpConfig(num_layers=0), **changes))
     assert str(error.value).startswith(f"model.{key}: ") and "\n" not in str(error.value)

@@ -128,7 +128,7 @@ def test_export_in_bfloat16_keeps_the_bias_in_float32(
             assert torch.equal(tensor, native[name].bfloat16())
 
 
-def test_old_multi_token_names_and_parameters_are_taken(
+def test_old_multi_token_names_and_parameters_are_accepted(
     one_model: ModelConfig, random_tensors: RandomTensors, tmp_path: Path
 ) -> None:
     native = random_tensors(one_model)
@@ -136,7 +136,7 @@ def test_old_multi_token_names_and_parameters_are_taken(
     assert same(dict(load_tensors(export(old.items(), one_model, tmp_path / "hf"), one_model)), native)
 
 
-def test_multi_token_layers_are_left_out_when_told(
+def test_multi_token_layers_are_dropped_when_requested(
     one_model: ModelConfig, random_tensors: RandomTensors, tmp_path: Path
 ) -> None:
     folder = export(random_tensors(one_model).items(), one_model, tmp_path / "hf", include_mtp=False)

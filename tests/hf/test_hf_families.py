@@ -143,7 +143,9 @@ def test_a_model_has_one_family() -> None:
         ("moonlight_16b", "norm_topk_prob", False),
     ],
 )
-def test_config_that_would_be_computed_otherwise_is_refused(name: str, key: str, value: object, tmp_path: Path) -> None:
+def test_config_that_would_be_computed_differently_is_refused(
+    name: str, key: str, value: object, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(_COMMON | PUBLISHED[name] | {key: value}))
     with pytest.raises(DataError, match=r"config\.json: ") as error:
         model_config_from_hf(tmp_path / "config.json")

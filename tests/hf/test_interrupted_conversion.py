@@ -62,7 +62,7 @@ def failing_after(files: int, error: BaseException, monkeypatch: pytest.MonkeyPa
     return begun
 
 
-def test_it_goes_on_with_what_is_finished(
+def test_it_resumes_with_the_finished_files(
     checkpoint: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -117,7 +117,7 @@ def test_two_conversions_do_not_share_a_folder(checkpoint: Path, tmp_path: Path)
         convert(checkpoint, tmp_path / "run", **SETTINGS)
 
 
-def test_checkpoints_go_on_too(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_checkpoints_resume_too(checkpoint: Path, undisturbed: Path, tmp_path: Path) -> None:
     settings = {"to": "native", "dtype": "fp32", "max_shard_gb": 1e-4}
     with pytest.MonkeyPatch.context() as patch:
         failing_after(4, KeyboardInterrupt(), patch)
@@ -149,7 +149,7 @@ def started(checkpoint: Path, run: Path) -> tuple[subprocess.Popen[str], list[ps
 
 
 @pytest.mark.parametrize("kill", ["a process", "the first", "Ctrl-C"])
-def test_a_kill_leaves_no_process_and_the_next_call_goes_on(
+def test_a_kill_leaves_no_process_and_the_next_call_resumes(
     kill: str, checkpoint: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"

@@ -52,7 +52,7 @@ def test_multi_token_layers_are_left_alone(model, replay):
     assert not RouterReplay.global_router_replay_instances
 
 
-def test_told_its_own_choice_a_model_computes_the_same(model, replay):
+def test_a_replay_of_its_own_choice_computes_the_same(model, replay):
     expected = logits_of(model)
     expected.sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -69,7 +69,7 @@ def test_told_its_own_choice_a_model_computes_the_same(model, replay):
     assert replay.count() == (own_BLNK.numel(), 0) and replay.count() == (0, 0)
 
 
-def test_told_otherwise_it_obeys_and_weighs_by_its_own_scores(model, replay):
+def test_a_replay_of_another_choice_is_obeyed_and_weighted_by_own_scores(model, replay):
     """Router and experts of the first sparse layer, written out."""
     own_BLNK = choices(model, replay)
     replayed_BLNK = (own_BLNK + 3) % 8
@@ -127,7 +127,7 @@ def test_several_passes_before_their_backward_passes_recompute_their_own(one_ran
 
 
 @pytest.mark.parametrize("shape", ["tiny", "direct_query"])
-def test_the_local_engine_tells_what_it_took(new_model, shape):
+def test_the_local_engine_records_its_choice(new_model, shape):
     """The same experts as when prompt and answer are read at once."""
     config = model_of(shape)
     model = unsettled(new_model(config))

@@ -71,7 +71,7 @@ def test_one_target_drops_its_dimension_and_predictions_beyond_the_next_can_be_l
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_chosen_positions_alone_are_asked_several_questions(new_model, tied):
+def test_several_queries_at_chosen_positions_alone(new_model, tied):
     shape = model_of("tiny_dense")
     shape.tied_embeddings = tied
     model = new_model(shape)

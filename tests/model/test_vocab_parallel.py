@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(one_rank):
             topk_logprobs(hidden_TD, Head(weight_VD, group, 40), k)
 
 
-def test_equal_words_are_taken_in_order_and_no_tokens_have_none(one_rank):
+def test_equal_tokens_are_in_order_of_their_ids_and_no_positions_have_none(one_rank):
     hidden_TD, weight_VD, _ = drawn(6, 8, 50)
     head = Head(torch.ones_like(weight_VD), tensor_parallel_group(), 40)
     found = topk_logprobs(hidden_TD, head, 7, chunk_logits=100)
@@ -159,14 +159,14 @@ def test_equal_words_are_taken_in_order_and_no_tokens_have_none(one_rank):
     assert empty.ids.shape == empty.log_probs.shape == (0, 7) and empty.ids.dtype == torch.int64
 
 
-def test_the_most_likely_words_are_scored_as_targets_are_to_the_last_bit(one_rank):
+def test_the_most_likely_tokens_are_scored_as_targets_are_to_the_last_bit(one_rank):
     hidden_TD, weight_VD, _ = drawn(30, 8, 50)
     head, settings = Head(weight_VD, tensor_parallel_group(), 45), {"temperature": 0.7, "chunk_logits": 350}
     found = topk_logprobs(hidden_TD, head, 5, **settings)
     assert torch.equal(score_tokens(hidden_TD, found.ids, head, **settings).log_probs, found.log_probs)
 
 
-def test_the_most_likely_words_take_the_memory_of_a_few_chunks(one_rank):
+def test_the_most_likely_tokens_take_the_memory_of_a_few_chunks(one_rank):
     tokens, rows = 512, 4096
     hidden_TD, weight_VD, _ = drawn(tokens, 32, rows)
     with LiveBytes([hidden_TD, weight_VD]) as live:

@@ -67,7 +67,7 @@ def test_a_timeout_of_no_minutes_is_refused():
         RunConfig(distributed_timeout_minutes=0)
 
 
-def test_two_ranks_give_the_same_answers(two_ranks):
+def test_two_ranks_get_the_same_results(two_ranks):
     for found in two_ranks:
         assert found["comm"] == {
             "any": [True, False],

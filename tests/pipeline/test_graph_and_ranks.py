@@ -29,7 +29,7 @@ def test_a_circle_is_refused():
         in_order({"a": stage("b"), "b": stage("a")})
 
 
-def test_a_stage_finds_the_runs_of_others_and_the_users_word_is_last():
+def test_a_stage_finds_the_runs_of_others_and_the_users_overrides_come_last():
     settings = stage("base", config="r1_zero", overrides=["init.from='{base}'", "seed=1"])
     command = stage_command("rl", settings, Path("runs/x"), ["seed=2"])
     assert command == [

@@ -34,7 +34,7 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch, tmp_path):
 
 
 @needs_no_gpu
-def test_a_gpu_whose_driver_does_not_answer_is_an_error_and_no_cpu_run(monkeypatch, tmp_path):
+def test_a_gpu_with_a_broken_driver_is_an_error_and_no_cpu_run(monkeypatch, tmp_path):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\nexit 9\n")

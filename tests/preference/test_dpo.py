@@ -84,7 +84,7 @@ def test_micro_batches_add_up(alone, one_rank, monkeypatch):
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "ep2"])
-def test_two_ranks_learn_what_one_does(layout, alone, tmp_path):
+def test_two_ranks_update_as_one_does(layout, alone, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run_to_the_end([*launcher, str(SUPPORT / "ranks_dpo.py"), str(tmp_path), layout], seconds=100)
     metrics, gradients, margins = alone

@@ -244,7 +244,7 @@ def test_model_text_is_shown_and_not_interpreted(html, page):
     assert "&lt;think&gt;" in html and "<think>" not in html and "<script" not in html
 
 
-def test_answers_to_the_same_question_stand_side_by_side(page):
+def test_responses_to_the_same_question_are_side_by_side(page):
     blocks = [attributes for tag, attributes in page.elements if attributes.get("class") == "answer"]
     assert len(blocks) == 2 * 10
     at = [page.text.index(f"{name} says") for name in ("base", "r1_zero")]
@@ -272,7 +272,7 @@ def test_torn_files_are_no_error(recipe):
     assert "No model has been evaluated." in written(recipe).text
 
 
-def test_stages_are_told_apart_by_their_rows(recipe):
+def test_the_kind_of_a_stage_follows_from_its_metrics(recipe):
     assert {stage.name: stage.kind for stage in read_recipe(recipe).stages} == {
         "pretrain": "pretrain",
         "cold_start": "sft",

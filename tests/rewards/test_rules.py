@@ -53,7 +53,7 @@ def test_overlong_falls_in_a_straight_line():
     assert [overlong(n, 20480, 4096) for n in lengths] == [0.0, 0.0, -1 / 4096, -0.5, -1.0, -1.0, -1.0]
 
 
-def test_repetition_is_the_share_of_runs_seen_before():
+def test_repetition_is_the_share_of_repeated_ngrams():
     assert repetition("a b c d e", 3) == 0.0 == repetition("", 3) == repetition("a a", 3)
     assert repetition("a b a b a b", 2) == pytest.approx(2 / 5 - 1)  # ab ba ab ba ab
     assert repetition("so it is " * 1000, 3) == pytest.approx(3 / 2998 - 1)

@@ -71,7 +71,7 @@ def test_only_reasoning_in_its_tags_is_read_though_they_need_not_be_closed():
     assert steps_of("1 + 2", "<think></think> 1 + 2 = 3") == []
 
 
-def test_what_is_accepted_leaves_the_value_of_what_is_left_and_nothing_else_does():
+def test_accepted_equations_leave_the_value_unchanged_and_no_others_do():
     """Against Python's own value, for every operation that could be tried at every moment."""
     rng = random.Random(1)
     for _ in range(200):

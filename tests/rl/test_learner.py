@@ -113,7 +113,7 @@ def test_the_trainers_own_log_probs_are_those_of_a_rollout_that_it_sampled(new_m
         torch.testing.assert_close(updates[1][name], gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_the_reference_is_put_in_place_and_taken_out_again(new_model):
+def test_the_reference_is_swapped_in_and_out_again(new_model):
     model = new_model(model_of("tiny"))
     before = {name: tensor.clone() for name, tensor in native_tensors(model)}
     weights = shifted_reference(model)

@@ -14,7 +14,7 @@ def pair(words: int = 30):
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_all_words_give_the_whole_divergence(tail):
+def test_all_tokens_give_the_whole_divergence(tail):
     student, teacher = pair()
     exact = (teacher.exp() * (teacher - student)).sum(-1)
     torch.testing.assert_close(distillation_loss(student, teacher, tail), exact, rtol=1e-9, atol=1e-9)

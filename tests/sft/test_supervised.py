@@ -35,7 +35,7 @@ def test_packed_is_unpacked(model):
     assert packed_loss == pytest.approx(alone_loss, rel=1e-6) and worst(packed, alone) < 5e-6
 
 
-def test_loss_is_the_mean_over_learned_tokens_written_out(model):
+def test_loss_is_the_mean_over_tokens_in_the_loss_written_out(model):
     total, count = torch.zeros(()), 0
     rows = one_example_a_row(BATCH)
     model.zero_grad()
@@ -115,7 +115,7 @@ def test_prompts_and_padding_teach_nothing(model):
     assert alone[1] == pytest.approx(loss, rel=1e-6)
 
 
-def test_rows_of_one_example_end_with_the_longest():
+def test_unpacked_micro_batches_end_with_the_longest_example():
     rows = one_example_a_row(BATCH)
     reader = SupervisedReader(False, 1, "cpu", trimmed_to=4)
     widths = [part.tokens_BL.shape[1] for part in reader.micro_batches(rows, 0, 1, 5)]

@@ -79,7 +79,7 @@ def whole_divergence(student, teacher, rows, words, temperature):
 
 @pytest.mark.parametrize(("temperature", "words"), [(1.0, WORDS), (2.0, WORDS), (1.0, 500)])
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_all_words_give_the_divergence_over_the_whole_vocabulary(students, teachers, kind, temperature, words):
+def test_all_tokens_give_the_divergence_over_the_whole_vocabulary(students, teachers, kind, temperature, words):
     student, teacher = students[kind], teachers[kind]
     batch = ChatBatch(BATCH.tokens_BL % words, BATCH.document_ids_BL, BATCH.loss_mask_BL)
     reader = reader_of(teacher, words, top_k=words, temperature=temperature, weight=1.0)
@@ -129,7 +129,7 @@ def test_ranks_and_micro_batches_do_not_change_the_gradient(students, teachers, 
     assert worst(mean, whole) < 5e-6 and (shares[0][1] + shares[1][1]) / 2 == pytest.approx(loss, rel=1e-6)
 
 
-def test_words_of_learned_tokens_alone_are_kept_and_the_teacher_stays_as_it_is(students, teachers):
+def test_only_tokens_in_the_loss_get_topk_and_the_teacher_stays_unchanged(students, teachers):
     teacher = teachers["sparse"]
     before = [parameter.clone() for parameter in teacher.parameters()]
     reader = reader_of(teacher, words=500, top_k=9)

@@ -101,7 +101,7 @@ def test_every_token_is_of_the_weights_that_its_version_names(engine, models, pa
         assert max(gap(models, one) for one in whole[:12] + continued[:12]) < 1e-4
 
 
-def test_answers_that_a_failed_update_leaves_in_doubt_are_asked_for_again(engine, models, pause):
+def test_responses_that_a_failed_update_leaves_in_doubt_are_retried(engine, models, pause):
     pause("retract")
 
     def fails_then_succeeds() -> None:
@@ -116,7 +116,7 @@ def test_answers_that_a_failed_update_leaves_in_doubt_are_asked_for_again(engine
     assert max(gap(models, one) for one in answers[:4] + answers[-4:]) < 1e-4
 
 
-def test_abandoned_answers_end_at_once_and_the_server_goes_on(engine, pause):
+def test_abandoned_requests_end_at_once_and_the_server_continues(engine, pause):
     pause("retract")
     stop = threading.Timer(0.3, engine.abandon)
     stop.start()

@@ -113,7 +113,7 @@ def test_group_and_disk_bring_the_same_weights(engine, sender, disk, model, chan
     assert answers(engine) == {"disk"}
 
 
-def test_joined_weights_that_come_apart_are_lost_by_the_server(engine, sender, model, change):
+def test_a_server_loses_weights_that_are_no_longer_joined(engine, sender, model, change):
     """What fused.py says of SGLang: half of a pair is dropped in silence, other joined weights find their places."""
     before = engine.checksums()
     change()
@@ -141,7 +141,7 @@ def test_servers_without_drafts_let_multi_token_layers_pass(engine, sender, mode
 
 
 @pytest.mark.parametrize("name", sorted(PAUSES))
-def test_answers_under_way_when_weights_change(engine, sender, model, change, name, monkeypatch):
+def test_running_requests_when_weights_change(engine, sender, model, change, name, monkeypatch):
     """A long answer at each server, asked for past the engine."""
     monkeypatch.setattr(engine, "pause", PAUSES[name])
     change()
@@ -189,7 +189,7 @@ def test_a_session_without_a_stamp_is_refused(engine, sender, model):
     assert answers(engine) == {"stamped"}
 
 
-def test_wrong_shape_is_told_in_time_and_mended_by_the_next_update(engine, sender, model):
+def test_wrong_shape_is_reported_in_time_and_fixed_by_the_next_update(engine, sender, model):
     version, began = engine.version, time.monotonic()
     wrong = [
         NamedTensor(one.name, one.tensor[:-1] if one.name == "lm_head.weight" else one.tensor) for one in weights(model)

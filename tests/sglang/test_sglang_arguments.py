@@ -70,7 +70,7 @@ def test_servers_take_gpus_of_their_own_where_there_are_any(placement, servers, 
         first_gpu(rollout, gpus, trainers)
 
 
-def test_each_server_is_told_its_first_gpu(tmp_path, monkeypatch):
+def test_each_server_gets_its_first_gpu(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(starts, "Server", lambda arguments, *_: started.append(arguments.get("base_gpu_id")))
     for device in ("cuda", "cpu"):
@@ -83,7 +83,7 @@ def test_each_server_is_told_its_first_gpu(tmp_path, monkeypatch):
     assert started == [4, 6, None, None]
 
 
-def test_options_are_in_sglangs_words():
+def test_options_have_sglangs_names():
     chosen = options(EVERYTHING)
     expected = {
         "tp_size": 8, "ep_size": 8, "dp_size": 4, "enable_dp_attention": True, "mem_fraction_static": 0.8,

@@ -64,7 +64,7 @@ def test_good_reply():
     assert (one.weight_version, one.version_changes) == ("v1", ())
 
 
-def test_a_reply_may_come_from_weights_given_since_it_was_asked_for_but_not_from_older_ones():
+def test_a_reply_may_come_from_weights_sent_after_its_request_but_not_from_older_ones():
     versions = Versions("v0")
     before = versions.from_now_on()
     versions.add("v1")
@@ -109,7 +109,7 @@ def test_bad_reply_is_named(path, value, told):
     assert "request r" in str(error.value)
 
 
-def test_stop_token_in_the_last_place_is_a_stop():
+def test_stop_token_in_the_last_position_is_a_stop():
     reply = changed("meta_info.finish_reason", {"type": "length"})
     one = completion(reply, REQUEST, Sampling(1.0, 1.0, 2, (9,), 0), V1)
     assert one.finish_reason == "stop"
@@ -182,7 +182,7 @@ def test_shared_prompt_is_read_once_before():
         (b" " * (4 << 20), 200, "longer than"),
     ],
 )
-def test_useless_answers_are_named(body, status, told):
+def test_useless_replies_are_named(body, status, told):
     async def handler(request: web.Request) -> web.Response:
         return web.Response(body=body, status=status, content_type="application/json")
 
@@ -224,7 +224,7 @@ def test_cut_connections_are_tried_again_a_few_times_where_nothing_is_done_twice
         assert calls == ["/update_weights_from_disk"] * 3 + ["/generate"]
 
 
-def test_answer_to_another_request_is_one_that_is_wrong():
+def test_reply_to_another_request_is_an_error():
     async def handler(request: web.Request) -> web.Response:
         return web.json_response([changed("meta_info.id", "another")])
 

@@ -75,7 +75,7 @@ def healthy(four):
     return four
 
 
-def test_fourteen_kinds_of_bad_answer(healthy):
+def test_fourteen_kinds_of_bad_reply(healthy):
     asked = requests(2000)
     outcomes, fault_free_s, _ = ask(healthy, asked)
     assert check(asked, outcomes) == 0
@@ -149,7 +149,7 @@ def test_breaker_closes_again_when_its_server_is_well(healthy):
     assert check(*asyncio.run(run())) == 0
 
 
-def test_only_the_bad_answer_of_a_call_is_asked_for_again(healthy):
+def test_only_the_bad_reply_of_a_call_is_retried(healthy):
     healthy[0].behave(fault="wrong_version")
     asked = requests(16, each=4)
     outcomes, _, pool = ask(healthy[:2], asked, requests_per_call=16)
@@ -219,7 +219,7 @@ def test_evicted_calls_go_elsewhere_and_drained_ones_end(healthy):
     assert time.monotonic() - began < 10
 
 
-def test_answers_of_other_weights_are_asked_for_elsewhere(healthy):
+def test_replies_of_other_weights_are_retried_elsewhere(healthy):
     healthy[0].behave(version="old")
     asked = requests(100)
     assert check(asked, ask(healthy, asked)[0]) == 0
@@ -244,7 +244,7 @@ def test_an_interrupted_rollout_leaves_nothing_under_way(healthy):
     assert (member.in_flight, member._calls) == (0, set())
 
 
-def test_who_asked_first_is_answered_first(healthy):
+def test_requests_are_served_in_order(healthy):
     healthy[0].behave(seconds=0.05)
 
     async def run():
@@ -262,7 +262,7 @@ def test_who_asked_first_is_answered_first(healthy):
     assert asyncio.run(run()) == ["a", "b", "c"]
 
 
-def test_abandoned_callers_are_told(healthy):
+def test_abandoned_callers_get_an_error(healthy):
     healthy[0].behave(fault="hang")
 
     async def run():

@@ -105,7 +105,7 @@ def scheduler_of(engine: SGLangEngine, place: int) -> psutil.Process:
     return found
 
 
-def test_stopped_scheduler_is_seen_behind_a_front_end_that_answers(engine, models, caplog):
+def test_a_stopped_scheduler_is_detected_behind_a_front_end_that_answers(engine, models, caplog):
     engine.load_weights(models[0][2], "two")
     restarts = engine.restarts
     scheduler_of(engine, 0).suspend()

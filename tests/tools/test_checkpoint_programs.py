@@ -124,7 +124,7 @@ def test_inspect_compares_to_the_last_bit_whatever_the_layout(run, call):
     assert out.splitlines()[-1].split(None, 2)[:2] == ["decoder.weight", "model"] and "at most 0.5" in out
 
 
-def test_inspect_tells_what_only_one_has(run, call, tmp_path):
+def test_inspect_lists_what_only_one_has(run, call, tmp_path):
     other = Path(shutil.copytree(step(run, 6), tmp_path / "other"))
     (other / "exp_avg-00000.safetensors").unlink()
     write_parts(other, "model", 1, [TensorPart("extra", (2,), (0,), torch.zeros(2))])

@@ -37,7 +37,7 @@ def test_a_layer_of_few_experts_comes_back_bitwise(
     assert not (tmp_path / "layer").exists()
 
 
-def test_a_difference_is_seen() -> None:
+def test_a_difference_is_found() -> None:
     bench = program("convert_layer")
     first = {"files": {"a": {"sha256": "1"}}, "written": {"x": {"sha256": "2"}, "y": {"sha256": "3"}}}
     assert bench.differences(first, first) == []

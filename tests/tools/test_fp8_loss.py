@@ -59,7 +59,7 @@ def test_fp8_is_near_bf16_and_something_else(bench, runs):
         assert 0 <= error(bench, run, baseline) < 0.01
 
 
-def test_a_scale_of_the_neighbouring_tile_is_seen_in_the_loss(bench, runs, options, one_rank, monkeypatch):
+def test_a_scale_of_the_neighbouring_tile_shows_in_the_loss(bench, runs, options, one_rank, monkeypatch):
     proper = quantise.quantise
 
     def shifted(*arguments):

@@ -34,7 +34,7 @@ def test_row_is_readable_before_the_record_is_closed(tmp_path):
     record.close()
 
 
-def test_resume_removes_later_rows_and_goes_on(tmp_path):
+def test_resume_removes_later_rows_and_continues(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, range(1, 11))
     write(path, range(7, 13), resume_step=6, again=1)

@@ -88,7 +88,7 @@ def track(folder, steps, resume_step=0, setting="auto"):
             tracker.log(step, row_of(step))
 
 
-def test_offline_run_holds_the_rows_of_the_record(tmp_path, capfd):
+def test_offline_run_has_the_rows_of_the_record(tmp_path, capfd):
     track(tmp_path / "run", range(1, 31))
     rows, ids = wandb_rows(tmp_path / "run", 30)
     assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl") == [{"step": s} | row_of(s) for s in range(1, 31)]
@@ -110,7 +110,7 @@ def test_resume_continues_the_wandb_run_without_duplicates(tmp_path):
     assert len(wandb_rows(folder, 13)[1]) == 2, "a start from zero is another wandb run"
 
 
-def test_rows_that_a_killed_run_kept_from_wandb_are_sent_on_resume(tmp_path):
+def test_rows_that_a_killed_run_did_not_send_are_sent_on_resume(tmp_path):
     folder = tmp_path / "run"
     code = (
         "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_tracker as t; from pathlib import Path\n"
@@ -160,7 +160,7 @@ def test_online_without_a_network_warns_and_records_offline(tmp_path, monkeypatc
     assert [row["step"] for row in rows] == [1, 2]
 
 
-def test_failure_while_logging_warns_once_and_the_record_goes_on(tmp_path, caplog, monkeypatch):
+def test_failure_while_logging_warns_once_and_the_record_continues(tmp_path, caplog, monkeypatch):
     import wandb
 
     def refuse(*_, **__):

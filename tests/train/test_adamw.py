@@ -50,7 +50,7 @@ def test_moments_in_bf16_are_rounded_between_updates_and_only_there():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_with_resting_moments_goes_on_from_its_state(precision, new_model):
+def test_a_run_with_offloaded_moments_resumes_from_its_state(precision, new_model):
     from megatron_r1.config.train import OptimizerConfig, TrainConfig
     from megatron_r1.model.build import native_tensors
     from megatron_r1.train.optimizer import Optimizer

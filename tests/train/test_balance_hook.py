@@ -24,7 +24,7 @@ def rows_of(hook: BalanceHook, steps: range) -> list[dict]:
     return rows
 
 
-def test_loads_are_multiples_of_an_even_share_and_multi_token_layers_stay_apart():
+def test_loads_are_multiples_of_an_even_share_with_multi_token_layers_separate():
     row = load_metrics({layer: torch.tensor(load) for layer, load in LOADS[0].items()})
     assert row["moe/load"] == {
         "layer 2": [2.0, 0.6667, 0.6667, 0.6667],
@@ -43,7 +43,7 @@ def test_violations_are_those_of_the_window():
     assert ["moe/load" in row for row in rows] == [False, True, False]
 
 
-def test_a_resumed_window_goes_on_as_if_it_had_not_stopped():
+def test_a_resumed_window_continues_as_if_it_had_not_stopped():
     whole = rows_of(BalanceHook(3, 1, {}), range(3))
     first = BalanceHook(3, 1, {})
     rows = rows_of(first, range(2))

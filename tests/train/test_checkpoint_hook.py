@@ -63,7 +63,7 @@ def after(hook: CheckpointHook, *steps: int) -> None:
         hook.after_step(TrainState(step=step), {})
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(store, disk):
+def test_training_continues_while_a_checkpoint_is_written(store, disk):
     this = hook(store, disk)
     disk.ready.clear()
     after(this, 1, 2, 3)
@@ -90,7 +90,7 @@ def test_the_next_save_waits_for_the_one_before(store, disk):
     assert not store.saving
 
 
-def test_a_failed_save_is_survived_and_told_with_its_step(store, disk, caplog):
+def test_a_failed_save_is_survived_and_logged_with_its_step(store, disk, caplog):
     this = hook(store, disk)
     after(this, 2)
     store._save.written.result(timeout=20)

@@ -55,7 +55,7 @@ def test_it_is_the_sum_over_all_steps_with_fading_weights(averaged):
     assert any(name.endswith("expert_bias") and tensor.any() for name, tensor in found.items())
 
 
-def test_it_goes_on_from_what_it_was(averaged):
+def test_it_resumes_from_its_saved_average(averaged):
     model, average, _ = averaged
     saved = {name: tensor.clone() for name, tensor in whole(average).items()}
     other = MovingAverage(model, DECAY)

@@ -39,7 +39,7 @@ def test_what_is_dropped_comes_back_as_zeros_and_what_stays_does_not_move():
 
 
 @pytest.mark.parametrize(("precision", "moments"), [("fp32", "fp32"), ("bf16", "bf16")])
-def test_training_goes_on_as_if_nothing_had_left(new_model, precision, moments):
+def test_training_continues_bitwise_after_an_offload(new_model, precision, moments):
     from dataclasses import replace
 
     from megatron_r1.config.train import OptimizerConfig, TrainConfig

@@ -122,7 +122,7 @@ def test_the_moving_average_is_a_model_of_its_own(root):
     assert 0 < distance < 0.1
 
 
-def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(root):
+def test_a_run_that_a_signal_stops_resumes_as_if_undisturbed(root):
     """And as if every step's checkpoint had not been written beside the next steps."""
     assert pretrain("stopped", root, *IN_BACKGROUND, stop_at=6) == 85
     assert curve(root / "stopped") == curve(root / "first")[:6]

@@ -105,7 +105,7 @@ def test_skips_are_recorded_and_too_many_in_a_row_end_the_run(trained, one_rank)
         step(state)
 
 
-def test_an_optimizer_goes_on_from_its_tensors_bitwise(trained, new_model):
+def test_an_optimizer_resumes_from_its_tensors_bitwise(trained, new_model):
     model, optimizer = trained
     other = new_model(model_of("tiny"), seed=1)
     for (_, mine), (_, theirs) in zip(native_tensors(model), native_tensors(other), strict=True):

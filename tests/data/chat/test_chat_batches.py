@@ -57,7 +57,7 @@ def test_every_epoch_has_every_example_once_and_whole(packed):
         assert len(orders[0]) < len(visited) / 1.5
 
 
-def test_a_position_says_what_comes_next():
+def test_a_position_determines_the_next_batch():
     examples = some_examples()
     whole = contents(batches(True, examples).batch(0, 60))
     for start, size in ((0, 7), (7, 20), (27, 33)):

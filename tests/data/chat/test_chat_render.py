@@ -80,7 +80,7 @@ def test_a_template_that_is_none_is_refused_with_its_line():
         ChatTemplate("\n{% for %}", {}, "broken")
 
 
-def test_r1_zero_asks_what_reinforcement_learning_asks():
+def test_r1_zero_has_the_prompts_of_reinforcement_learning():
     template = chat_template(small_tokenizer(), R1_ZERO, "r1_zero")
     rendered = template.render(SINGLE)
     assert rendered.text == "<|bos|>" + fill_template("What is 2 + 3?") + "5, I think.<|eos|>"

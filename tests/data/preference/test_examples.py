@@ -40,19 +40,19 @@ def encoder(tokenizer: Tokenizer, reasoning: bool) -> RewardModelEncoder:
     return RewardModelEncoder(tokenizer, lambda q: f"Q: {q}\nA: ", lambda r: r.split("</think>")[1], reasoning)
 
 
-def test_a_row_is_prompt_part_and_end(tokenizer):
+def test_a_sequence_is_prompt_scored_part_and_end_token(tokenizer):
     row = encoder(tokenizer, False).sequence(PAIR.chosen)
     assert row.tokens == [tokenizer.bos, *tokenizer.encode("Q: 2 + 3\nA: 5"), tokenizer.eos]
     assert row.loss_start == len(row.tokens), "nothing is learned"
 
 
-def test_reasoning_stands_before_the_end_and_is_learned_with_it(tokenizer):
+def test_the_critique_precedes_the_end_token_and_is_in_the_loss(tokenizer):
     plain, row = encoder(tokenizer, False).sequence(PAIR.chosen), encoder(tokenizer, True).sequence(PAIR.chosen)
     assert row.tokens == [*plain.tokens[:-1], *tokenizer.encode("\nright"), tokenizer.eos]
     assert row.tokens[row.loss_start :] == [*tokenizer.encode("\nright"), tokenizer.eos]
 
 
-def test_long_items_are_left_out_and_counted(tokenizer):
+def test_long_examples_are_dropped_and_counted(tokenizer):
     long = PreferenceExample("t", LabelledResponse("2 + 3", "</think>" + "1, " * 50), PAIR.rejected)
     examples, dropped = encode_preferences([PAIR, long, PAIR], encoder(tokenizer, False), 40)
     assert (len(examples), dropped) == (2, 1)
@@ -143,7 +143,7 @@ def pairs(*lengths: tuple[int, int]) -> list[PreferenceExample]:
     ]
 
 
-def test_the_length_baseline_sees_length_where_it_tells():
+def test_the_length_baseline_uses_length_where_it_is_informative():
     assert length_baseline(pairs((5, 2), (4, 3), (1, 2)), pairs((3, 1), (1, 3), (2, 2)), len) == [1.0, 0.0, 0.5]
     assert length_baseline(pairs((2, 5), (3, 4)), pairs((3, 1), (1, 3)), len) == [0.0, 1.0]
     labelled = [PreferenceExample("t", LabelledResponse("q", "x" * size), safe=size < 4) for size in (1, 2, 3, 4, 5, 6)]

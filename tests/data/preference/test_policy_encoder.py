@@ -21,7 +21,7 @@ def pair(better: str, worse: str, question: str = "2 + 3") -> PreferenceExample:
 
 
 @pytest.mark.parametrize("template", ["r1_zero", "none", "tokenizer"])
-def test_a_row_is_the_prompt_and_the_whole_response_to_its_end(template):
+def test_a_sequence_is_the_prompt_and_the_whole_response_with_its_end_token(template):
     formatter = PromptFormatter(TOKENIZER, template)
     responses = "<think> x </think> <answer>5</answer>", "6"
     example = PolicyPairEncoder(formatter).example(pair(*responses))
@@ -30,14 +30,14 @@ def test_a_row_is_the_prompt_and_the_whole_response_to_its_end(template):
         assert row.tokens[row.loss_start :] == [*TOKENIZER.encode(response), TOKENIZER.eos]
 
 
-def test_the_system_prompt_is_said():
+def test_the_system_prompt_is_in_the_prompt():
     rows = PolicyPairEncoder(PromptFormatter(TOKENIZER, "tokenizer", "Be brief.")).example(pair("5", "6")).sequences
     assert (
         TOKENIZER.decode(rows[0].tokens[: rows[0].loss_start]) == "<|bos|><|system|>Be brief.<|user|>2 + 3<|assistant|>"
     )
 
 
-def test_longer_pairs_are_left_out_and_counted():
+def test_longer_pairs_are_dropped_and_counted():
     encoder = PolicyPairEncoder(PromptFormatter(TOKENIZER, "none"))
     longest = encoder.example(pair("5", "6, 7")).length
     examples, dropped = encode_preferences([pair("5", "6, 7"), pair("5", "6, 7, 8")], encoder, longest)

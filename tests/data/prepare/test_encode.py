@@ -69,13 +69,13 @@ def test_infilling_reorders_and_loses_nothing(tokenizer):
     assert empty < 100
 
 
-def test_cuts_reach_every_place():
+def test_cuts_reach_every_position():
     assert {cut("abc", a / 8, b / 8) for a in range(8) for b in range(8)} == {
         ("abc"[:a], "abc"[a:b], "abc"[b:]) for a in range(4) for b in range(a, 4)
     }
 
 
-def test_the_infilling_rate_is_kept_and_decided_by_place_alone(tokenizer):
+def test_the_infilling_rate_is_met_and_depends_on_file_and_row_alone(tokenizer):
     texts = ["a b c"] * 10_000
     result = encoded(tokenizer, texts, fim_rate=0.1)
     assert result.reordered / 10_000 == pytest.approx(0.1, abs=0.01)
@@ -116,7 +116,7 @@ def test_control_tokens_in_a_text_end_no_document(tokenizer):
     assert tokenizer.decode(last[1:-1]) == "fine"
 
 
-def test_bad_and_contaminated_rows_are_left_out_and_told(tokenizer):
+def test_bad_and_contaminated_rows_are_dropped_and_listed(tokenizer):
     ten = "one two three four five six seven eight nine ten"
     encoder = DocumentEncoder(tokenizer, TokeniseOptions(inputs=("a",)), NgramIndex([Evaluation("test:1", ten)], 10))
     rows = [RawRecord(0, 1, "", "is empty"), RawRecord(0, 2, f"x {ten} y", ""), RawRecord(0, 3, "fine", "")]

@@ -133,7 +133,7 @@ def test_two_programs_do_not_share_a_folder(inputs, options, tmp_path):
     os.close(descriptor)
 
 
-def test_left_out_rows_are_listed_and_limited(inputs, tmp_path):
+def test_dropped_rows_are_listed_and_limited(inputs, tmp_path):
     lines = [json.dumps({"text": f"good {n}"}) for n in range(300)]
     lines[7], lines[250] = '{"text": 1}', "{"
     lines[100] = json.dumps({"text": f"so {TEN}."})
@@ -217,7 +217,7 @@ def test_options_out_of_range_are_refused(change, message):
         (lambda folder: (folder / "manifest.json").unlink(), r"holds no manifest\.json: must be the finished output"),
     ],
 )
-def test_damage_is_seen_on_opening(whole, tmp_path, damage, message):
+def test_damage_is_detected_on_opening(whole, tmp_path, damage, message):
     for name, content in whole.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)

@@ -47,6 +47,6 @@ def test_shares_are_whole_and_nearest(weights, total):
     assert (np.abs(found - np.array(weights) / sum(weights) * total) < 1).all()
 
 
-def test_a_share_without_a_place_is_refused():
+def test_a_share_too_small_for_a_slot_is_refused():
     with pytest.raises(ConfigError, match=r"weight=1e-05: must be at least 0\.0001 of the sum"):
         Blend([1.0, 1e-5], 0)

@@ -19,7 +19,7 @@ def counting(sequences=37, length=8, seed=0, extra=3):
     return Corpus(np.arange(sequences * length + 1 + extra, dtype=np.int32), length, seed)
 
 
-def test_rows_are_neighbouring_tokens():
+def test_sequences_are_neighbouring_tokens():
     rows = counting().batch(0, 5)
     assert rows.shape == (5, 9) and rows.dtype == np.int64
     assert (np.diff(rows, axis=1) == 1).all() and not (rows[:, 0] % 8).any()

@@ -91,7 +91,7 @@ def test_quality_and_format_are_independent(written):
         assert abs(pairs[quality, style] - qualities[quality] * styles[style] / total) < 0.01 * total
 
 
-def test_documents_are_as_the_share_tables_say(written):
+def test_documents_follow_the_share_tables(written):
     texts = [d.prompt + d.response for d in written]
     share = {
         "chinese": sum(bool(re.search(r"[\u4e00-\u9fff]", d.prompt)) for d in written),

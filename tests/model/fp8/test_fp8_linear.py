@@ -144,7 +144,7 @@ def test_no_tokens_give_no_output_and_a_zero_gradient():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_seen_in_output_and_gradient(bad):
+def test_what_is_not_finite_shows_in_output_and_gradient(bad):
     x, w, dy = operands()
     x[3, 7] = bad
     y, dx, dw = three(x, w, dy, DEEPSEEK)

@@ -130,7 +130,7 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     assert row["critic/return"] == pytest.approx(float(flat.mean()), rel=1e-4)
 
 
-def test_the_critic_learns_what_answers_are_worth_while_the_policy_waits(new_model):
+def test_the_critic_learns_values_during_the_policys_warmup(new_model):
     config = ppo_config(kl_coefficient=0.0)
     config.rl.critic.warmup_rollouts, config.rl.critic.gamma, config.rl.critic.gae_lambda = 12, 1.0, 1.0
     config.rl.critic.learning_rate, config.rl.critic.value_clip = 1e-4, 10.0

@@ -92,6 +92,6 @@ def test_step_rewards_are_normalised_over_the_group_and_summed_from_the_token_on
 
 
 @pytest.mark.parametrize("ends", [[1, 0], [0, 5], [0], [-1, 1]])
-def test_steps_that_do_not_fit_their_answer_are_refused(ends):
+def test_steps_that_do_not_fit_their_response_are_refused(ends):
     with pytest.raises(ValueError, match="step_ends="):
         process_advantages([[1.0, 0.0]], [ends], 5)

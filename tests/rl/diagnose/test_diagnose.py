@@ -177,7 +177,7 @@ def test_a_cause_that_nobody_thought_of_is_not_made_up(trainer, wrong):
     assert result.as_dict()["gap"]["mean"] > FLOOR and 0 in result.first_tokens
 
 
-def test_where_an_answer_begins_to_differ(trainer):
+def test_the_first_token_of_a_difference_is_found(trainer):
     samples = saved(sampled(trainer[0], PROMPTS))
     spoilt = tuple(value - 0.5 * (place >= 4) for place, value in enumerate(samples[2].logprobs))
     samples[2] = replace(samples[2], logprobs=spoilt)

@@ -95,13 +95,13 @@ def test_a_failure_shows_at_the_step_that_it_is_of(source):
             rollouts.take(2, 10)
 
 
-def test_what_was_begun_for_other_prompts_is_not_taken(source):
+def test_a_rollout_started_for_other_prompts_is_not_used(source):
     with ahead_of(source, 1) as rollouts:
         rollouts.take(1, 0)
         assert rollouts.take(2, 500).samples[0].prompt_id == "500"
 
 
-def test_the_end_does_not_wait_for_what_has_begun(source):
+def test_the_end_does_not_wait_for_started_rollouts(source):
     began = time.monotonic()
     with ahead_of(source, 3) as rollouts:
         rollouts.take(1, 0)

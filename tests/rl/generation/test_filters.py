@@ -43,7 +43,7 @@ RIGHT, WRONG, AGAIN = sample([5, 9], 1.0), sample([6, 9], 0.0), sample([5, 9], 1
 CUT, CUT_RIGHT = sample([7, 7, 7], 0.0, "length"), sample([8, 8, 8], 1.0, "length")
 
 
-def test_each_filter_takes_out_its_own():
+def test_each_filter_removes_its_own():
     group = [RIGHT, WRONG, AGAIN, CUT]
     assert drop_duplicates(group) == [RIGHT, WRONG, CUT]
     assert drop_truncated(group) == [RIGHT, WRONG, AGAIN]
@@ -120,7 +120,7 @@ def test_ragged_groups_have_the_advantages_of_each_alone(groups):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-6, atol=1e-6)
 
 
-def test_masked_answers_have_no_position_to_learn_from():
+def test_masked_responses_have_no_position_in_the_loss():
     rows = make_batch([RIGHT, replace(CUT, in_loss=False)], [0, 1], 0, "cpu")
     assert rows.mask_BL.sum(dim=1).tolist() == [2, 0]
 
@@ -213,7 +213,7 @@ def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts,
     assert again.take(step=4, first_prompt=99) == rollout and silent.asked == []
 
 
-def test_rounds_are_bounded_and_a_short_rollout_is_what_is_left(rollouts, two_kinds):
+def test_rounds_are_bounded_and_a_short_rollout_remains(rollouts, two_kinds):
     zero, one = two_kinds
     taker, engine = rollouts([[zero, one], [one, one], [one, one], [one, one], [one, one]],
                              zero_std_groups="drop", max_resample_rounds=1)  # fmt: skip
@@ -221,14 +221,14 @@ def test_rounds_are_bounded_and_a_short_rollout_is_what_is_left(rollouts, two_ki
     assert (len(rollout.samples), rollout.counts["rollout/resampled_prompts"], len(engine.asked)) == (2, 2, 2)
 
 
-def test_where_nothing_teaches_anything_the_groups_are_kept(rollouts, two_kinds):
+def test_groups_are_used_where_filters_would_drop_all(rollouts, two_kinds):
     _, one = two_kinds
     taker, _ = rollouts([[one, one]] * 3, zero_std_groups="drop")
     rollout = taker.take(step=1, first_prompt=0)
     assert (len(rollout.samples), rollout.counts["rollout/filtered_zero_std_groups"]) == (6, 3)
 
 
-def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
+def test_failed_requests_cost_their_group_and_are_counted(rollouts, two_kinds):
     zero, one = two_kinds
     taker, _ = rollouts([[zero, one], [None, one], [one, zero]])
     rollout = taker.take(step=1, first_prompt=0)
@@ -239,7 +239,7 @@ def test_lost_answers_cost_their_group_and_are_counted(rollouts, two_kinds):
         taker.take(step=2, first_prompt=0)
 
 
-def test_unscored_answers_cost_their_group_and_are_counted_apart(rollouts, two_kinds):
+def test_unscored_responses_cost_their_group_and_are_counted_separately(rollouts, two_kinds):
     """A judge that is down is not a wrong answer: nothing is learned from the group."""
     zero, one = two_kinds
 

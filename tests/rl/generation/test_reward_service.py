@@ -101,7 +101,7 @@ def test_who_waits_is_served_though_the_trainer_has_what_it_wants(service):
         assert later.result().samples[0].reward == 3.5
 
 
-def test_what_could_not_be_judged_is_asked_again_in_the_same_way(service, models, monkeypatch):
+def test_unscored_responses_are_retried_in_the_same_way(service, models, monkeypatch):
     monkeypatch.setattr(score_module, "FIRST_PAUSE_S", 0.001)
     source = Source(Rubric(service.rewards, retries=1), {2: "later ab"})
     with ahead_of(source, service) as rollouts:

@@ -55,7 +55,7 @@ def rollouts(tiny, config, tokenizer, formatter, tmp_path):
     return make
 
 
-def test_whole_groups_answer_consecutive_prompts(rollouts, config, tokenizer, formatter):
+def test_whole_groups_respond_to_consecutive_prompts(rollouts, config, tokenizer, formatter):
     samples = rollouts().take(step=0, first_prompt=5).samples
     prompts = TrainingPrompts(config.data)
     assert [sample.group for sample in samples] == [0] * 4 + [1] * 4 + [2] * 4
@@ -131,7 +131,7 @@ def thoughts(expression: str) -> tuple[str, str]:
     return ", ".join(steps), f"1 + 1 = 3, {steps[0]}"
 
 
-def test_steps_of_an_answer_come_with_the_token_that_ends_each(config, tokenizer, formatter, tmp_path):
+def test_steps_of_a_response_come_with_the_token_that_ends_each(config, tokenizer, formatter, tmp_path):
     prompts = TrainingPrompts(config.data)
     engine = Worked([prompts.at(index) for index in range(3)], formatter)
     config.reward.steps, config.reward.step_rewards = 0.5, "arithmetic"

@@ -47,7 +47,7 @@ def test_a_character_of_several_tokens_belongs_to_its_last(tokenizer):
     assert at_tokens(steps, tokens, tokenizer) == ((0, 1.0), (3, 2.0), (4, 3.0))
 
 
-def test_an_answer_of_one_token_and_one_without_steps(tokenizer):
+def test_a_response_of_one_token_and_one_without_steps(tokenizer):
     token = tokenizer.encode("7")
     assert at_tokens([RewardedStep(1, 0.5)], token, tokenizer) == ((0, 0.5),)
     assert at_tokens([], tokenizer.encode("7 + 1"), tokenizer) == ()

@@ -173,7 +173,7 @@ def test_on_policy_value_is_the_advantage_and_gradient_is_policy_gradient(level)
     torch.testing.assert_close(new.grad, -(advantages * share)[:, None] * mask / 5)
 
 
-def test_epsilon_of_ten_holds_back_only_large_ratios_of_good_answers():
+def test_epsilon_of_ten_clips_only_large_ratios_of_good_responses():
     ratios, advantages = [0.01, 10.9, 12.0, 12.0], [-1.0, 1.0, 1.0, -1.0]
     new = torch.tensor(ratios, dtype=torch.float64).log()[:, None].requires_grad_()
     mask = torch.ones(4, 1, dtype=torch.bool)
@@ -202,7 +202,7 @@ def test_micro_batches_add_up(level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_padding_and_empty_answers_leave_no_trace(level):
+def test_padding_and_empty_responses_have_no_effect(level):
     new, old, reference, advantages, mask = random_case(9)
     clean = [torch.where(mask, tensor, 0.0) for tensor in (new, old, reference)]
     spoilt = [torch.where(mask, tensor, torch.nan) for tensor in (new, old, reference)]

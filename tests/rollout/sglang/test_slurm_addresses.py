@@ -110,7 +110,7 @@ def test_servers_are_at_the_ports_of_the_chosen_nodes():
         ({"nodes": "job", "skip_nodes": 3}, PLAIN, "slurm.skip_nodes=3: must be below the 3 nodes that there are"),
     ],
 )
-def test_a_job_without_such_nodes_is_told_of_in_one_line(config, environment, told):
+def test_a_job_without_such_nodes_is_an_error_of_one_line(config, environment, told):
     with pytest.raises(ConfigError, match=told) as error:
         addresses(SlurmConfig(**config), environment)
     assert "\n" not in str(error.value)

@@ -78,7 +78,7 @@ def test_small_tensors_share_a_bucket_and_large_memory_is_given_back():
     assert held == [120, 2000, 120]
 
 
-def test_weights_may_change_once_the_next_is_asked_for():
+def test_weights_may_change_once_the_next_is_requested():
     memory = torch.zeros(4)
 
     def one_memory():
