@@ -49,16 +49,16 @@ def test_files_are_on_disk_before_the_rename_and_the_rename_before_the_end(tmp_p
     events = []
     fsync, rename = os.fsync, Path.rename
 
-    def seen_fsync(descriptor: int) -> None:
+    def recorded_fsync(descriptor: int) -> None:
         events.append(("fsync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
         fsync(descriptor)
 
-    def seen_rename(path: Path, target: Path) -> Path:
+    def recorded_rename(path: Path, target: Path) -> Path:
         events.append(("rename", Path(target).name))
         return rename(path, target)
 
-    monkeypatch.setattr(os, "fsync", seen_fsync)
-    monkeypatch.setattr(Path, "rename", seen_rename)
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
     with CheckpointStore(tmp_path) as store:
         store.commit(1, write("a"), {})
     assert sorted(events[:2]) == [("fsync", "shard-0"), ("fsync", "shard-1")]

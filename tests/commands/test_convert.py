@@ -97,13 +97,13 @@ def test_a_dry_run_reads_headers_and_writes_nothing(
 ) -> None:
     arguments = ["convert", f"root='{tmp_path / 'runs'}'", "convert.dry_run=true", "convert.dtype=bf16"]
     assert exit_code([*arguments, f"init.from='hf:{folder}'"]) == 0
-    said = capsys.readouterr()
-    assert "bytes in BF16" in said.err and "F8_E4M3" not in said.err and not said.out
+    output = capsys.readouterr()
+    assert "bytes in BF16" in output.err and "F8_E4M3" not in output.err and not output.out
     subprocess.run(["cp", "-r", folder, tmp_path / "hf"], check=True)
     lose_an_expert(tmp_path / "hf")
     assert exit_code([*arguments, f"init.from='hf:{tmp_path / 'hf'}'"]) == 3
-    said = capsys.readouterr()
-    assert said.err.count(f"{LOST}: missing") == 2 and not (tmp_path / "runs").exists()
+    output = capsys.readouterr()
+    assert output.err.count(f"{LOST}: missing") == 2 and not (tmp_path / "runs").exists()
     # A checkpoint whose numbers are damaged still has headers; only a conversion holds it against its manifest.
     source = native_run(tmp_path / "native", in_precision(MODEL, "bf16"), native_weights(MODEL))
     weights = source / "checkpoints" / "step-00000007" / "model-00000.safetensors"

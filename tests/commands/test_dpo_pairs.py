@@ -49,9 +49,9 @@ def test_validation_pairs_longer_than_a_sequence_are_dropped_and_counted(caplog)
     items = eval_items(DpoConfig(eval_examples=8), DataConfig(source="assistant"))
     lengths = [encoder.example(item).length for item in items]
     longest = sorted(lengths)[3]
-    kept, examples = encode_eval_pairs(items, encoder, longest)
-    assert kept == [item for item, length in zip(items, lengths, strict=True) if length <= longest]
-    assert examples == [encoder.example(item) for item in kept]
-    assert f"{len(kept)} validation pairs kept, {8 - len(kept)} dropped" in caplog.text
+    used, examples = encode_eval_pairs(items, encoder, longest)
+    assert used == [item for item, length in zip(items, lengths, strict=True) if length <= longest]
+    assert examples == [encoder.example(item) for item in used]
+    assert f"{len(used)} validation pairs kept, {8 - len(used)} dropped" in caplog.text
     with pytest.raises(DataError, match=f"train.sequence_length={min(lengths) - 1}: holds none of the 8 validation"):
         encode_eval_pairs(items, encoder, min(lengths) - 1)

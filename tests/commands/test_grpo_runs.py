@@ -102,9 +102,9 @@ def test_a_critic_starts_from_a_reward_model(folder, found):
 def test_questions_of_a_file_are_prompts_in_the_models_own_template(folder):
     tokenizer = Tokenizer.load(folder / "base" / "checkpoints" / "step-00000001" / "tokenizer")
     listed = FilePrompts([Prompt(str(n + 1), text, str(n + 1), "", "file") for n, text in enumerate(QUESTIONS)], 0)
-    asked = [sample for step in (1, 2) for sample in Journal(folder / "asked" / "rollouts").read(step)]
-    assert [sample.prompt_id for sample in asked] == [listed.at(index // 2).id for index in range(16)]
-    for sample in asked:
+    samples = [sample for step in (1, 2) for sample in Journal(folder / "asked" / "rollouts").read(step)]
+    assert [sample.prompt_id for sample in samples] == [listed.at(index // 2).id for index in range(16)]
+    for sample in samples:
         expected = f"<|bos|><|user|>{QUESTIONS[int(sample.prompt_id) - 1]}<|assistant|>"
         assert sample.prompt_tokens == tuple(tokenizer.encode(expected))
     assert (folder / "asked" / "bad_rows.txt").read_text() == (
@@ -114,13 +114,13 @@ def test_questions_of_a_file_are_prompts_in_the_models_own_template(folder):
 
 
 def test_a_policy_trains_on_pairs_and_is_evaluated_on_validation_pairs(folder):
-    learned = rows(folder, "preferring")
-    assert [row["step"] for row in learned] == [1, 2, 3, 4, 5, 6], "3 epochs of 16 pairs in batches of 8"
-    assert learned[0]["train/loss"] == pytest.approx(0.693147, abs=1e-6) and learned[0]["train/margin"] == 0.0
-    assert learned[-1]["train/loss"] < 0.65 and learned[-1]["train/accuracy"] > 0.5
-    assert [row["step"] for row in learned if "eval/margin" in row] == [4, 6]
+    recorded = rows(folder, "preferring")
+    assert [row["step"] for row in recorded] == [1, 2, 3, 4, 5, 6], "3 epochs of 16 pairs in batches of 8"
+    assert recorded[0]["train/loss"] == pytest.approx(0.693147, abs=1e-6) and recorded[0]["train/margin"] == 0.0
+    assert recorded[-1]["train/loss"] < 0.65 and recorded[-1]["train/accuracy"] > 0.5
+    assert [row["step"] for row in recorded if "eval/margin" in row] == [4, 6]
     results = json.loads((folder / "preferring" / "accuracy.json").read_text())
-    assert results["items"] == 6 and results["accuracy"]["mean"] == learned[-1]["eval/accuracy"]
+    assert results["items"] == 6 and results["accuracy"]["mean"] == recorded[-1]["eval/accuracy"]
     base, reference, policy = (
         tensors(folder, run, kind, step)
         for run, kind, step in (("speaker", "model", 2), ("preferring", "reference", 6), ("preferring", "model", 6))

@@ -33,5 +33,5 @@ def test_text_becomes_a_trained_model(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] and rows[-1]["train/mtp_loss"] < rows[0]["train/mtp_loss"]
     (checkpoint,) = (tmp_path / "run/checkpoints").glob("step-*")
-    kept = Tokenizer.load(checkpoint / "tokenizer").fingerprint()
-    assert kept == Tokenizer.load(tmp_path / "tokenizer").fingerprint()
+    saved = Tokenizer.load(checkpoint / "tokenizer").fingerprint()
+    assert saved == Tokenizer.load(tmp_path / "tokenizer").fingerprint()

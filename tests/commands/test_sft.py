@@ -111,8 +111,8 @@ def test_a_fine_tuned_model_has_the_same_loss_in_transformers(trained, dialogues
     for source, expected in ((run.parent / "hf", rows[0]["eval/loss_before"]), (folder, rows[-1]["eval/loss"])):
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         total, count = 0.0, 0
-        for place in measured:
-            tokens, targets = torch.tensor(ids[place]), np.flatnonzero(masks[place])
+        for row in measured:
+            tokens, targets = torch.tensor(ids[row]), np.flatnonzero(masks[row])
             with torch.no_grad():
                 log_probs_LV = model(tokens[None]).logits[0].log_softmax(-1)
             total -= float(log_probs_LV[targets - 1, tokens[targets]].sum())
@@ -123,7 +123,7 @@ def test_a_fine_tuned_model_has_the_same_loss_in_transformers(trained, dialogues
 
 
 def encoded_by_transformers(tokenizer: Any, dialogues: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids and masks of the answers' tokens of every good row, up to the last answer's end."""
+    """Ids and loss masks of every good row, up to the end of the last response."""
     ids, masks = [], []
     for line in dialogues.read_text().splitlines():
         if messages := json.loads(line).get("messages"):
@@ -162,13 +162,13 @@ def test_metrics_count_the_tokens_trained_on(trained):
     assert sum(row["train/tokens"] for row in rows) == done["consumed_tokens"] == 2 * lengths[~evaluation].sum()
     assert sum(row["train/examples"] for row in rows) == 2 * (~evaluation).sum()
     assert len((run / "bad_rows.txt").read_text().splitlines()) == BAD
-    kept = Tokenizer.load(next((run / "checkpoints").iterdir()) / "tokenizer")
-    assert kept.settings["chat_template"] == QWEN_MARKED
+    saved = Tokenizer.load(next((run / "checkpoints").iterdir()) / "tokenizer")
+    assert saved.settings["chat_template"] == QWEN_MARKED
 
 
 @pytest.fixture(scope="module")
 def taught(trained, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A smaller model that learned from the trained one beside the conversations; and the command that did it."""
+    """A smaller model, distilled from the trained one beside the conversations; and the command that did it."""
     teacher, command = trained
     if "model.tied_embeddings=true" not in command:
         pytest.skip("once is enough")

@@ -31,9 +31,11 @@ def text(run_command, request) -> str:
 @pytest.mark.parametrize("text", ["--help", "-h"], indirect=True)
 def test_help_lists_verbs_groups_and_recipes_at_once(text):
     assert [verb for verb, entry in VERBS.items() if verb not in text or entry.summary not in text] == []
-    said = " ".join(text.split())  # long lists are wrapped
-    assert [group for group, options in groups().items() if f"{group} {', '.join(options)}" not in said] == []
-    assert ", ".join(recipes()) in said
+    text_on_one_line = " ".join(text.split())  # long lists are wrapped
+    assert [
+        group for group, options in groups().items() if f"{group} {', '.join(options)}" not in text_on_one_line
+    ] == []
+    assert ", ".join(recipes()) in text_on_one_line
     assert max(map(len, text.splitlines())) <= 120
 
 
@@ -79,7 +81,7 @@ def test_configuration_imports_nothing_heavy(statement):
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "said"),
+    ("body", "status", "text_on_one_line"),
     [
         ("print(config.seed)", 0, ""),
         (
@@ -96,7 +98,7 @@ def test_configuration_imports_nothing_heavy(statement):
         ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
     ],
 )
-def test_stage_ends_with_the_exit_code_of_its_failure(body, status, said, tmp_path, monkeypatch, capsys):
+def test_stage_ends_with_the_exit_code_of_its_failure(body, status, text_on_one_line, tmp_path, monkeypatch, capsys):
     name = f"stage_ending_{status}"
     (tmp_path / f"{name}.py").write_text(f"def run(config):\n    {body}\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -104,7 +106,7 @@ def test_stage_ends_with_the_exit_code_of_its_failure(body, status, said, tmp_pa
     monkeypatch.setenv("RANK", "0" if status == 2 else "1")  # of a refusal, the first rank alone speaks
     assert exit_code(["doctor", "seed=5"]) == status
     written = capsys.readouterr()
-    assert written.err.endswith(said) and ("Traceback" in written.err) == (status == 1)
+    assert written.err.endswith(text_on_one_line) and ("Traceback" in written.err) == (status == 1)
     assert written.out == ("5\n" if status == 0 else "")
 
 

@@ -138,12 +138,12 @@ def test_chat_template(tmp_path):
     TOKENIZER.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
-    asked = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert asked == "<|bos|><|system|>s<|user|>q<|assistant|>"
-    told = theirs.apply_chat_template([*chat, {"role": "assistant", "content": "a"}], tokenize=False)
-    assert told == asked + "a<|eos|>"
+    prompt = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert prompt == "<|bos|><|system|>s<|user|>q<|assistant|>"
+    with_response = theirs.apply_chat_template([*chat, {"role": "assistant", "content": "a"}], tokenize=False)
+    assert with_response == prompt + "a<|eos|>"
     ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert ids == TOKENIZER.encode(asked)
+    assert ids == TOKENIZER.encode(prompt)
 
 
 def test_missing_damaged_and_foreign_files_are_named(tmp_path):

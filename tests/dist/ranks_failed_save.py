@@ -25,9 +25,9 @@ def main(folder: Path) -> None:
     with training_run(config, train_tokenizer(config.data), None) as run:
         found = {}
         for step, broken_rank in ((1, 0), (2, None)):
-            taken, broken = run.snapshot(run.state, dict, tuple), dist.get_rank() == broken_rank
+            snapshot, broken = run.snapshot(run.state, dict, tuple), dist.get_rank() == broken_rank
             try:
-                run.store.commit(step, lambda to, t=taken, b=broken: t.write(to / "absent" if b else to), {})
+                run.store.commit(step, lambda to, t=snapshot, b=broken: t.write(to / "absent" if b else to), {})
                 found[step] = "saved"
             except SaveFailed as error:
                 found[step] = str(error)

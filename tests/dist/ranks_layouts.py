@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
                 found["plain"] = reinforce_plainly(post_training(config), platform)
                 if precision == "fp64":
                     found["alone"] = supervised(post_training(config), platform, alone=True)
-                    found["whole"], found["written"] = taught_all_words(
+                    found["whole"], found["written"] = distilled_all_tokens(
                         post_training(config), platform, job["teachers"]["dense"]
                     )
             if dist.get_rank() == 0:
@@ -194,15 +194,15 @@ def update_beside(teacher: Any, settings: Any, config: Any, platform: Any, model
     from megatron_r1.train.update import update
     from tests.support.packing_cases import chat_batch
 
-    group, words = data_parallel_group(), config.model.vocab_size
-    speaks = Teacher(teacher, settings.top_k, settings.temperature, words)
+    group, vocab_size = data_parallel_group(), config.model.vocab_size
+    speaks = Teacher(teacher, settings.top_k, settings.temperature, vocab_size)
     reader = DistillingReader(speaks, settings, None, config.model.mtp.num_layers, platform.device)
     rows = reader.micro_batches(chat_batch(8, 32), dist.get_rank(group), dist.get_world_size(group), 2)
     return logged_metrics(update(model, optimizer, rows, reader.forward, 0.0, *reader.shape(32, 2)))["train/loss"]
 
 
-def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, dict]]:
-    """Loss and gradients beside a teacher that says all of its words; and by the divergence written out."""
+def distilled_all_tokens(config: Any, platform: Any, tree: Any) -> list[tuple[dict, dict]]:
+    """Loss and gradients with a teacher that gives its whole vocabulary; and by the divergence written out."""
     from megatron_r1.config.sft import TeacherConfig
     from megatron_r1.sft.supervised import SupervisedReader, end_to_end
     from megatron_r1.train.optimizer import Optimizer
@@ -210,12 +210,12 @@ def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, 
 
     config = copy.deepcopy(config)
     config.model.mtp.num_layers = 0
-    words = config.model.vocab_size
+    vocab_size = config.model.vocab_size
     model, teacher = build(config, platform), build_teacher(tree, config, platform)
     [rows] = SupervisedReader(True, 0, platform.device).micro_batches(chat_batch(8, 32), 0, 1, 8)
     tokens_1T, positions_1T, apart = end_to_end(rows)
     log_p_TV, log_q_TV = (
-        one(tokens_1T, positions_1T, None, packed_seq_params=apart)[0, :, :words].log_softmax(-1)
+        one(tokens_1T, positions_1T, None, packed_seq_params=apart)[0, :, :vocab_size].log_softmax(-1)
         for one in (model, teacher)
     )
     log_q_TV = log_q_TV.detach()
@@ -224,7 +224,7 @@ def taught_all_words(config: Any, platform: Any, tree: Any) -> list[tuple[dict, 
     loss.backward()
     written = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer = Optimizer(model, config.train, config.performance)
-    settings = TeacherConfig(top_k=words, weight=1.0)
+    settings = TeacherConfig(top_k=vocab_size, weight=1.0)
     losses = [update_beside(teacher, settings, config, platform, model, optimizer)]
     return [({"losses": losses}, whole_gradients(model, optimizer)), ({"losses": [float(loss.detach())]}, written)]
 
@@ -240,7 +240,7 @@ def post_training(config: Any) -> Any:
 
 
 def with_critic(config: Any) -> Any:
-    """The same by PPO, every answer twice, so that among several ranks some change theirs."""
+    """The same by PPO, every response twice, so that among several ranks some change theirs."""
     rl = config.rl
     rl.advantage_estimator, rl.loss_aggregation, rl.kl_placement, rl.kl_estimator, rl.epochs_per_rollout = (
         "critic",
@@ -327,7 +327,7 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
 
 
 def samples(model: Any) -> Iterator[Any]:
-    """Answers of many lengths to prompts of many lengths, off-policy; every second one with experts it took."""
+    """Responses of many lengths to prompts of many lengths, off-policy; every second one with recorded experts."""
     from megatron_r1.rollout.routed_experts import RoutedExperts
     from tests.support.samples import make_sample
 

@@ -93,13 +93,13 @@ def never(module: str) -> None:
 def test_a_broken_layout_is_refused_in_one_line(verb, ranks, overrides, allowed, monkeypatch, capsys):
     monkeypatch.setattr(__main__, "import_module", never)
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    said = []
+    errors = []
     for rank in range(ranks):
         monkeypatch.setenv("RANK", str(rank))
         assert exit_code([verb, *overrides.split()]) == 2
-        said.append(capsys.readouterr().err)
-    assert re.fullmatch(r"megatron-r1: [a-z_.]+=(\S+|\[.*\]): .*\n", said[0]) and allowed in said[0]
-    assert not any(said[1:])
+        errors.append(capsys.readouterr().err)
+    assert re.fullmatch(r"megatron-r1: [a-z_.]+=(\S+|\[.*\]): .*\n", errors[0]) and allowed in errors[0]
+    assert not any(errors[1:])
 
 
 def test_there_are_twenty_of_them():

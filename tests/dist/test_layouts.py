@@ -129,12 +129,12 @@ def numbers_of(case: Case, folder: Path) -> dict[str, Numbers]:
 @pytest.fixture(scope="module")
 def one_rank_alike(tmp_path_factory) -> Callable[[Case], dict[str, Numbers]]:
     """What one rank computes with a case's model and optimizer; each such pair is started once."""
-    seen: dict[tuple, dict[str, Numbers]] = {}
+    records: dict[tuple, dict[str, Numbers]] = {}
 
     def numbers(case: Case) -> dict[str, Numbers]:
-        if case.alike not in seen:
-            seen[case.alike] = numbers_of(Case(1, case.alike), tmp_path_factory.mktemp("one"))
-        return seen[case.alike]
+        if case.alike not in records:
+            records[case.alike] = numbers_of(Case(1, case.alike), tmp_path_factory.mktemp("one"))
+        return records[case.alike]
 
     return numbers
 

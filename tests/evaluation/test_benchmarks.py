@@ -1,4 +1,4 @@
-"""What models are measured on: held-out questions, and measures that tell good answers from bad ones."""
+"""Benchmarks: held-out prompts, and metrics that distinguish good responses from bad ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONFIG = DataConfig()
 
 
 def marks(questions: str, answer_of, count: int = 100) -> dict[str, float]:
-    """Mean of each measure over answers to held-out questions."""
+    """Mean of each metric over responses to held-out prompts."""
     benchmark = BENCHMARKS[questions]
     prompts = benchmark.prompts(CONFIG, count)
     return {

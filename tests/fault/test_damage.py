@@ -1,4 +1,4 @@
-"""Bits that flip, files that end early or are gone: no damage goes unnoticed, and the checkpoint before it is taken."""
+"""Bits that flip, files that end early or are gone: all damage is detected, and the checkpoint before it is used."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def cut(part_left: float) -> Callable[[Path], None]:
 
 
 def falls_back(checkpoints: Path, caplog: pytest.LogCaptureFixture) -> bool:
-    """Whether the older checkpoint is taken, and the log says why and which."""
+    """Whether the older checkpoint is used, and the log names it and the reason."""
     (_, newest), (_, older) = step_folders(checkpoints)
     caplog.clear()
     found = newest_verified(checkpoints)
-    said = f"checkpoint {newest}: " in caplog.text and f"falling back to {older}" in caplog.text
-    return found is not None and found[0] == older and said
+    fell_back = f"checkpoint {newest}: " in caplog.text and f"falling back to {older}" in caplog.text
+    return found is not None and found[0] == older and fell_back
 
 
 @pytest.mark.dist

@@ -143,7 +143,7 @@ def test_reinforcement_survives_kills(kills, seed, root, reinforced):
     survive([*GRPO, f"init.from='{root}/base'"], root, expected, life, kills, seed)
 
 
-def asked(journal: Journal) -> dict[int, list[tuple]]:
+def pairs(journal: Journal) -> dict[int, list[tuple]]:
     """Of each rollout what does not depend on the engine: prompts, groups, and the weights that answered."""
     return {
         step: [(s.prompt_id, s.group, s.prompt_tokens, s.weight_version) for s in journal.read(step) or ()]
@@ -171,7 +171,7 @@ def test_reinforcement_with_servers_survives_kills(root, pretrained):
         kept.check_and_renew(job)
         seen.runs, compared = seen.runs + 1, compared + kept.compared
         assert [row["step"] for row in job.rows] == list(range(1, len(expected) + 1))
-        assert asked(Journal(rollouts_of(job))) == asked(Journal(rollouts_of(calm)))
+        assert pairs(Journal(rollouts_of(job))) == pairs(Journal(rollouts_of(calm)))
     print(f"sglang: 5 kills of {seen.runs} runs; {compared} rows compared\n  " + "\n  ".join(seen.moments))
     assert compared
 

@@ -87,8 +87,8 @@ def test_multi_token_loss_follows_the_report(new_model):
     config.moe.bias_update_rate = 0.0  # the passes must leave the model as it was
     model = unsettled(new_model(config))
     rows_BL = rows_of(config)
-    layer, seen = model.mtp.layers[0], {}
-    hook = model.decoder.register_forward_hook(lambda *arguments: seen.update(hidden_LBD=arguments[-1].detach()))
+    layer, recorded = model.mtp.layers[0], {}
+    hook = model.decoder.register_forward_hook(lambda *arguments: recorded.update(hidden_LBD=arguments[-1].detach()))
     found = loss_of_extra_predictions(model, forward_backward, next_token_forward, rows_BL)
     hook.remove()
 
@@ -99,7 +99,7 @@ def test_multi_token_loss_follows_the_report(new_model):
     embedded_LBD = F.embedding(rows_BL[:, 1:-1], weights["embedding.word_embeddings.weight"]).transpose(0, 1)
     joined = [
         normed(embedded_LBD, weights["mtp.layers.0.enorm.weight"]),
-        normed(seen["hidden_LBD"][:-1], weights["mtp.layers.0.hnorm.weight"]),
+        normed(recorded["hidden_LBD"][:-1], weights["mtp.layers.0.hnorm.weight"]),
     ]
     with torch.no_grad():
         projected_LBD = torch.cat(joined, -1) @ weights["mtp.layers.0.eh_proj.weight"].T

@@ -48,13 +48,13 @@ def test_shards_say_where_they_belong_in_the_whole(shape, two_ranks):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_main_shards_make_up_each_tensor_exactly_once(shape, two_ranks):
     filled: dict[str, int] = {}
-    places, wholes = set(), {}
+    keys, wholes = set(), {}
     for rank in two_ranks:
         for shard in (shard for found in rank["layouts"][shape].values() for shard in found["shards"]):
             wholes[shard["key"]] = math.prod(shard["global_shape"])
             if shard["main"]:
-                place = shard["key"], *shard["offset"]
-                assert place not in places
-                places.add(place)
+                key = shard["key"], *shard["offset"]
+                assert key not in keys
+                keys.add(key)
                 filled[shard["key"]] = filled.get(shard["key"], 0) + math.prod(shard["local_shape"])
     assert filled == wholes

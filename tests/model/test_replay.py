@@ -1,4 +1,4 @@
-"""Told routers take what they are told, with gradient; the engine in this process tells what it took."""
+"""Routers under replay use the recorded experts, with gradient; the in-process engine records its experts."""
 
 from __future__ import annotations
 
@@ -75,19 +75,19 @@ def test_a_replay_of_another_choice_is_obeyed_and_weighted_by_own_scores(model, 
     replayed_BLNK = (own_BLNK + 3) % 8
     replayed_BLNK[0] = NOT_RECORDED
     layer = next(module for name, module in model.named_modules() if name.endswith("layers.1.mlp"))
-    seen = {}
-    layer.router.register_forward_hook(lambda _, inputs, output: seen.update(hidden=inputs[0], output=output))
+    recorded = {}
+    layer.router.register_forward_hook(lambda _, inputs, output: recorded.update(hidden=inputs[0], output=output))
     with replay.replaying(replayed_BLNK, backward=False):
         logits_of(model)
-    probs_TE, map_TE = seen["output"]
-    taken_BLK = torch.where(replayed_BLNK == NOT_RECORDED, own_BLNK, replayed_BLNK)[:, :, 0]
-    taken_TK = taken_BLK.transpose(0, 1).flatten(0, 1)
-    # Only what the layers before do not change is known of rows that are not told.
-    assert torch.equal(map_TE.nonzero()[:, 1].view(-1, 2), taken_TK.sort(-1).values)
-    scores_TE = torch.sigmoid(seen["hidden"].flatten(0, 1).float() @ layer.router.weight.float().T)
-    gates_TK = scores_TE.gather(1, taken_TK)
+    probs_TE, map_TE = recorded["output"]
+    expected_BLK = torch.where(replayed_BLNK == NOT_RECORDED, own_BLNK, replayed_BLNK)[:, :, 0]
+    expected_TK = expected_BLK.transpose(0, 1).flatten(0, 1)
+    # Of tokens without recorded experts only what does not depend on earlier layers is known.
+    assert torch.equal(map_TE.nonzero()[:, 1].view(-1, 2), expected_TK.sort(-1).values)
+    scores_TE = torch.sigmoid(recorded["hidden"].flatten(0, 1).float() @ layer.router.weight.float().T)
+    gates_TK = scores_TE.gather(1, expected_TK)
     gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True) * model_of("tiny").moe.scaling_factor
-    torch.testing.assert_close(probs_TE.gather(1, taken_TK), gates_TK, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(probs_TE.gather(1, expected_TK), gates_TK, rtol=1e-5, atol=1e-6)
     replayed, mismatches = replay.count()
     assert replayed == replayed_BLNK[1:].numel() and 0 < mismatches <= replayed
 
@@ -105,7 +105,7 @@ def test_the_gates_have_gradients(model, replay):
 
 
 def test_several_passes_before_their_backward_passes_recompute_their_own(one_rank):
-    """With everything recomputed, two micro-batches in flight, told differently."""
+    """With everything recomputed, and two micro-batches with different recorded experts in flight."""
     from megatron_r1.config.parallel import ParallelConfig
 
     grads = {}
@@ -128,7 +128,7 @@ def test_several_passes_before_their_backward_passes_recompute_their_own(one_ran
 
 @pytest.mark.parametrize("shape", ["tiny", "direct_query"])
 def test_the_local_engine_records_its_choice(new_model, shape):
-    """The same experts as when prompt and answer are read at once."""
+    """The same experts as when prompt and response are read at once."""
     config = model_of(shape)
     model = unsettled(new_model(config))
     replay = RoutingReplay(model, config.moe.first_dense_layers)

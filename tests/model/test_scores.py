@@ -1,4 +1,4 @@
-"""A model's scores against the softmax of its logits: several targets, tied embeddings, rows that are no words."""
+"""A model's scores against the softmax of its logits: several targets, tied embeddings, rows that are no tokens."""
 
 from __future__ import annotations
 
@@ -86,18 +86,18 @@ def test_several_queries_at_chosen_positions_alone(new_model, tied):
         [LogProbQuery(targets_NK[:, 0]), LogProbQuery(targets_NK, 0.7, 500)],
     )
     logits_NV = model(tokens_BL, positions_BL, None)[selected_BL]
-    all_NV, words_NV = logits_NV.log_softmax(-1), (logits_NV[:, :500] / 0.7).log_softmax(-1)
+    all_NV, log_probs_NV = logits_NV.log_softmax(-1), (logits_NV[:, :500] / 0.7).log_softmax(-1)
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(one.log_probs, all_NV.gather(-1, targets_NK[:, :1])[:, 0], **close)
-    torch.testing.assert_close(several.log_probs, words_NV.gather(-1, targets_NK), **close)
+    torch.testing.assert_close(several.log_probs, log_probs_NV.gather(-1, targets_NK), **close)
     with torch.no_grad():
         top = model_topk_logprobs(model, tokens_BL, positions_BL, selected_BL, 6, temperature=0.7, vocab_size=500)
-    expected = words_NV.topk(6)
+    expected = log_probs_NV.topk(6)
     assert torch.equal(top.ids, expected.indices)
     torch.testing.assert_close(top.log_probs, expected.values.detach(), **close)
     parameters = [*model.parameters()]
     found = torch.autograd.grad(one.log_probs.sum() + several.log_probs.sum(), parameters)
     wanted = torch.autograd.grad(
-        all_NV.gather(-1, targets_NK[:, :1]).sum() + words_NV.gather(-1, targets_NK).sum(), parameters
+        all_NV.gather(-1, targets_NK[:, :1]).sum() + log_probs_NV.gather(-1, targets_NK).sum(), parameters
     )
     assert max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)) < 1e-4

@@ -53,10 +53,10 @@ def loss_of(bare, pairwise: bool, weight: float, examples, micro_batches: int = 
 def plain_parts(bare, tokens: list[int]) -> tuple[float, torch.Tensor]:
     """Score of the last token, and log-probabilities of every next token, of a sequence on its own."""
     inputs_BL = torch.tensor([tokens])
-    kept = {}
+    hidden = {}
 
     def keep(*, hidden_states, output_layer, **_):
-        kept["hidden"] = hidden_states[:, 0]
+        hidden["hidden"] = hidden_states[:, 0]
         return output_layer(hidden_states)[0]
 
     from megatron_r1.model.build import without_multi_token_prediction
@@ -64,7 +64,7 @@ def plain_parts(bare, tokens: list[int]) -> tuple[float, torch.Tensor]:
     with torch.no_grad(), without_multi_token_prediction(bare):
         logits_LBV = bare(inputs_BL, torch.arange(len(tokens))[None], None, output_processor=keep)
     head = head_of(bare)
-    score = float(kept["hidden"][-1] @ head.weight[0] + head.bias[0])
+    score = float(hidden["hidden"][-1] @ head.weight[0] + head.bias[0])
     return score, logits_LBV[:, 0].log_softmax(-1)
 
 

@@ -1,4 +1,4 @@
-"""What the page shows of a run on pairs of answers."""
+"""What the page shows of a run on pairs of responses."""
 
 from __future__ import annotations
 

@@ -33,17 +33,17 @@ def own(tmp_path):
     return write
 
 
-def ask(place: str, texts: tuple[str, ...] = ("a", "bb")) -> list[float | Unscored]:
-    return CustomReward(place).score([RewardPrompt()] * len(texts), texts)
+def ask(location: str, texts: tuple[str, ...] = ("a", "bb")) -> list[float | Unscored]:
+    return CustomReward(location).score([RewardPrompt()] * len(texts), texts)
 
 
 def test_the_function_gets_everything_by_name(own):
-    place = own("""
+    location = own("""
 def score(prompts, responses, answers, tasks):
     assert (prompts, answers, tasks) == (["2 + 12?"] * 2, ["14"] * 2, ["number"] * 2)
     return [len(response) for response in responses]
 """)
-    assert ask(place) == [1.0, 2.0] and CustomReward(place).name == "custom"
+    assert ask(location) == [1.0, 2.0] and CustomReward(location).name == "custom"
 
 
 def test_the_example_works():
@@ -63,9 +63,9 @@ def test_the_example_works():
     ],
 )
 def test_a_file_that_cannot_be_loaded_is_a_config_error(own, tmp_path, text, message):
-    place = f"{tmp_path / 'absent.py'}:score" if text is None else own(text)
+    location = f"{tmp_path / 'absent.py'}:score" if text is None else own(text)
     with pytest.raises(ConfigError, match=message) as refused:
-        CustomReward(place)
+        CustomReward(location)
     assert refused.value.key == "reward.custom_function" and "\n" not in str(refused.value)
 
 

@@ -116,10 +116,10 @@ class Flaky:
     name = "judge"
 
     def __init__(self, failures: dict[str, int]):
-        self.failures, self.asked = failures, list[list[str]]()
+        self.failures, self.requests = failures, list[list[str]]()
 
     def score(self, prompts, texts):
-        self.asked.append(list(texts))
+        self.requests.append(list(texts))
         values = []
         for text in texts:
             self.failures[text] = self.failures.get(text, 0) - 1
@@ -135,4 +135,4 @@ def test_unscored_responses_are_retried_and_are_not_zero(monkeypatch):
     found = rubric([prompt("", "number")] * 4, ["a", "b", "c", "d"])
     well = Score(2.5, {"judge": 0.5, "other": 2.0})
     assert found == [well, well, Unscored("no reply about c"), well]
-    assert flaky.asked == [["a", "b", "c", "d"], ["b", "c", "d"], ["c", "d"]] and pauses == [0.5, 1.0]
+    assert flaky.requests == [["a", "b", "c", "d"], ["b", "c", "d"], ["c", "d"]] and pauses == [0.5, 1.0]

@@ -80,8 +80,8 @@ def test_workers_killed_from_outside_cost_nothing(pool, pids):
 
 def test_many_threads_get_their_own_replies(pool):
     with ThreadPoolExecutor(8) as threads:
-        said = ["right" if n % 3 else "wrong" for n in range(300)]
-        assert list(threads.map(pool.ask, said)) == [word == "right" for word in said]
+        expected = ["right" if n % 3 else "wrong" for n in range(300)]
+        assert list(threads.map(pool.ask, expected)) == [word == "right" for word in expected]
 
 
 def test_a_closed_pool_leaves_no_process(pool, pids):
@@ -143,15 +143,15 @@ def test_workers_that_cannot_start_are_no_verdict(monkeypatch):
 
 
 def rate(verifier: MathVerifier, count: int) -> float:
-    """Answers a second, all right, that need a worker."""
+    """Correct answers per second that need a worker."""
     started = time.monotonic()
     answers = [f"\\frac{{{2 * n}}}{{2}}" for n in range(count)]
     assert all(right is True for right in verifier.verdicts(answers, [str(n) for n in range(count)]))
     return count / (time.monotonic() - started)
 
 
-def judge_all(answers: list[str], config: MathConfig, most_s: float) -> tuple[MathVerifier, float, float]:
-    """Every answer is wrong, and says so in time; then the pool's speed before and 2 s after."""
+def verify_all(answers: list[str], config: MathConfig, most_s: float) -> tuple[MathVerifier, float, float]:
+    """Every answer is found wrong in time; returns the pool's speed before and 2 s after."""
     verifier = MathVerifier(config)
 
     def one(answer: str) -> float:
@@ -173,7 +173,7 @@ def judge_all(answers: list[str], config: MathConfig, most_s: float) -> tuple[Ma
 
 def test_hostile_answers_are_wrong_in_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    verifier, before, after = judge_all(hostile_answers()[::4], MathConfig(timeout_s=1.0), most_s=6.0)
+    verifier, before, after = verify_all(hostile_answers()[::4], MathConfig(timeout_s=1.0), most_s=6.0)
     verifier.close()
     assert after > before / 4 and list(tmp_path.iterdir()) == []
 
@@ -184,6 +184,6 @@ def test_all_hostile_answers_with_the_usual_deadline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answers = hostile_answers()
     assert len(answers) == 200
-    verifier, before, after = judge_all(answers, MathConfig(), most_s=6.0)
+    verifier, before, after = verify_all(answers, MathConfig(), most_s=6.0)
     verifier.close()
     assert after > 0.8 * before and list(tmp_path.iterdir()) == []

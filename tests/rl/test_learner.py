@@ -46,7 +46,7 @@ def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:
 
 
 def written_out(new_model: Callable, shape: str) -> tuple[dict, float]:
-    """Gradients and value of the loss, answer by answer and token by token."""
+    """Gradients and value of the loss, response by response and token by token."""
     config = config_of(shape)
     model, other = trainable(new_model(config.model)), new_model(config.model)
     samples = make_samples(model, 0.3)
@@ -75,7 +75,7 @@ def test_process_supervision_is_the_loss_with_an_advantage_for_each_token(new_mo
     config = config_of(advantage_estimator="process")
     model = trainable(new_model(config.model))
     samples, reference = make_samples(model, 0.3), ReferencePolicy(model, shifted_reference(model))
-    # Steps that end at one token, with the answer, and in one group only.
+    # Steps that end at one token, with the response, and in one group only.
     samples[0] = replace(samples[0], steps=((1, 0.5), (4, -0.25), (4, 0.5)))
     samples[1] = replace(samples[1], steps=((2, 1.0),))
     Learner(config, model, Optimizer(model, config.train), reference, 0, "cpu").learn(samples, TrainState())
@@ -86,8 +86,8 @@ def test_process_supervision_is_the_loss_with_an_advantage_for_each_token(new_mo
 
 
 def test_without_steps_process_supervision_is_group_relative_to_the_bit(new_model):
-    (by_answer, *_), (by_step, *_) = (learnt(new_model, advantage_estimator=how) for how in ("group", "process"))
-    assert all(torch.equal(by_answer[name], by_step[name]) for name in by_answer)
+    (by_response, *_), (by_step, *_) = (learnt(new_model, advantage_estimator=how) for how in ("group", "process"))
+    assert all(torch.equal(by_response[name], by_step[name]) for name in by_response)
 
 
 def test_multi_token_layers_and_balancing_biases_are_carried_through_untouched(new_model):
@@ -123,14 +123,14 @@ def test_the_reference_is_swapped_in_and_out_again(new_model):
         raise InterruptedError
     assert all(torch.equal(tensor, before[name]) for name, tensor in native_tensors(model))
     reference.reset()
-    kept = {shard.name: shard.tensor for _, shard in reference.saved()}
+    saved = {shard.name: shard.tensor for _, shard in reference.saved()}
     with reference.in_place():
         assert all(torch.equal(tensor, before[name]) for name, tensor in native_tensors(model))
-    assert any(name.endswith("expert_bias") for name in kept)
+    assert any(name.endswith("expert_bias") for name in saved)
 
 
 def exact_divergence(model, reference, sample) -> torch.Tensor:
-    """KL(policy || reference) over the whole vocabulary at each token of an answer, at the rollout's temperature."""
+    """KL(policy || reference) over the whole vocabulary at each token of an response, at the rollout's temperature."""
     tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
     positions = torch.arange(tokens.shape[1])[None]
     with without_multi_token_prediction(model), without_multi_token_prediction(reference):
@@ -163,8 +163,8 @@ def test_a_penalty_in_the_reward_changes_advantages_alone(new_model, estimator):
             if estimator == "exact":
                 penalties.append(0.05 * float(exact_divergence(model, other, sample).sum()))
                 continue
-            told = sample.prompt_tokens, sample.response_tokens, 0.7
-            penalties.append(0.05 * float((torch.tensor(sample.logprobs) - response_log_probs(other, *told)).sum()))
+            inputs = sample.prompt_tokens, sample.response_tokens, 0.7
+            penalties.append(0.05 * float((torch.tensor(sample.logprobs) - response_log_probs(other, *inputs)).sum()))
     assert row["policy/kl_in_reward"] == pytest.approx(sum(penalties) / 4, rel=1e-4) and row["policy/kl_loss"] == 0
     changed = [replace(s, reward=s.reward - penalty) for s, penalty in zip(samples, penalties, strict=True)]
     plain_loss(model, other, changed, temperature=0.7, epsilon=0.2, kl_coefficient=0.0).backward()

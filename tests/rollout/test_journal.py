@@ -38,11 +38,11 @@ def samples(draw) -> Sample:
         reward=draw(st.floats(allow_nan=False, allow_infinity=False)),
         in_loss=draw(st.booleans()),
         version_changes=tuple(
-            (place, draw(st.text("ab"))) for place in sorted(draw(st.sets(st.integers(0, count - 1)))) if place
+            (index, draw(st.text("ab"))) for index in sorted(draw(st.sets(st.integers(0, count - 1)))) if index
         ),
         steps=tuple(
-            (place, draw(st.floats(allow_nan=False, allow_infinity=False)))
-            for place in sorted(draw(st.lists(st.integers(0, count - 1), max_size=3)))
+            (index, draw(st.floats(allow_nan=False, allow_infinity=False)))
+            for index in sorted(draw(st.lists(st.integers(0, count - 1), max_size=3)))
         ),
         reward_parts=draw(st.dictionaries(st.text("abc"), st.floats(allow_nan=False, allow_infinity=False))),
     )

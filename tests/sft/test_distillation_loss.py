@@ -1,4 +1,4 @@
-"""A teacher's most likely words: against the divergence over the whole vocabulary, its gradients and its ends."""
+"""Distillation from the most likely tokens: against the divergence over the whole vocabulary, and its gradients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from megatron_r1.sft.distillation_loss import TAILS, distillation_loss
 
 
-def pair(words: int = 30):
+def pair(tokens: int = 30):
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(5, words, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    return (torch.randn(5, tokens, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
 
 
 @pytest.mark.parametrize("tail", TAILS)

@@ -61,12 +61,12 @@ def test_a_change_in_one_example_changes_no_other_by_a_bit(new_model, shape):
     document_ids_BL = BATCH.document_ids_BL[:, :-1]
     for row, number in ((0, 1), (1, 2), (2, int(document_ids_BL[2].max()))):
         changed = ChatBatch(BATCH.tokens_BL.copy(), BATCH.document_ids_BL, BATCH.loss_mask_BL)
-        places = np.flatnonzero(document_ids_BL[row] == number)
-        changed.tokens_BL[row, places] = (changed.tokens_BL[row, places] + 7) % config.vocab_size
+        positions = np.flatnonzero(document_ids_BL[row] == number)
+        changed.tokens_BL[row, positions] = (changed.tokens_BL[row, positions] + 7) % config.vocab_size
         after = logits(model, changed, config.vocab_size)
         others = torch.from_numpy(document_ids_BL != 0)
-        others[row, places] = False
-        assert not torch.equal(before[row, places], after[row, places])
+        others[row, positions] = False
+        assert not torch.equal(before[row, positions], after[row, positions])
         assert torch.equal(before[others], after[others])
 
 
@@ -101,7 +101,7 @@ def test_ranks_and_micro_batches_do_not_change_the_gradient(model):
 
 
 def test_prompts_and_padding_teach_nothing(model):
-    """Another token where nothing is learned, and nothing learned sees it: the same gradient to the last bit."""
+    """Another token outside of the loss, to which no token in the loss attends: the same gradient to the last bit."""
     batch = chat_batch(4, LENGTH, seed=3)
     batch.loss_mask_BL[batch.document_ids_BL == 1] = False
     other = ChatBatch(batch.tokens_BL.copy(), batch.document_ids_BL, batch.loss_mask_BL)

@@ -19,7 +19,7 @@ from tests.support.gradients import gradients_of, worst
 from tests.support.layouts import model_of
 from tests.support.packing_cases import chat_batch
 
-LENGTH, WORDS = 32, 512
+LENGTH, VOCAB_SIZE = 32, 512
 BATCH = chat_batch(6, LENGTH)
 
 
@@ -40,33 +40,33 @@ def students(new_model, shapes):
 
 @pytest.fixture(scope="module")
 def teachers(new_model, shapes):
-    """By the kind of student that they teach: of another family, width and depth, with rows that are no words."""
+    """By the kind of the student: of another family, width and depth, with head rows beyond the vocabulary."""
     sparse = replace(shapes["sparse"], hidden_size=96, num_layers=2, vocab_size=544)
     dense = replace(shapes["dense"], hidden_size=96, num_layers=2, vocab_size=544)
     return {"sparse": new_model(dense, seed=1), "dense": new_model(sparse, seed=1)}
 
 
-def reader_of(teacher, words=WORDS, extra=0, **settings):
+def reader_of(teacher, vocab_size=VOCAB_SIZE, extra=0, **settings):
     config = TeacherConfig(**settings)
-    student_words = words if words < WORDS else None
+    student_vocab_size = vocab_size if vocab_size < VOCAB_SIZE else None
     return DistillingReader(
-        Teacher(teacher, config.top_k, config.temperature, words), config, student_words, extra, "cpu"
+        Teacher(teacher, config.top_k, config.temperature, vocab_size), config, student_vocab_size, extra, "cpu"
     )
 
 
-def logits(model, rows, words):
-    """Of the learned tokens [N, V], over words alone, in float64."""
+def logits(model, rows, vocab_size):
+    """Logits at the tokens in the loss [N, V], of the vocabulary alone, in float64."""
     inputs_1T, positions_1T, apart = end_to_end(rows)
     with without_multi_token_prediction(model):
         logits_1TV = model(inputs_1T, positions_1T, None, packed_seq_params=apart)
-    return logits_1TV[trained_on(rows)][:, :words].double()
+    return logits_1TV[trained_on(rows)][:, :vocab_size].double()
 
 
-def whole_divergence(student, teacher, rows, words, temperature):
-    """Its mean over the learned tokens, and gradients, by the loss over the whole vocabulary in float64."""
-    log_p_NV = (logits(student, rows, words) / temperature).log_softmax(-1)
+def whole_divergence(student, teacher, rows, vocab_size, temperature):
+    """The mean divergence over the tokens in the loss, and gradients, over the whole vocabulary in float64."""
+    log_p_NV = (logits(student, rows, vocab_size) / temperature).log_softmax(-1)
     with torch.no_grad():
-        log_q_NV = (logits(teacher, rows, words) / temperature).log_softmax(-1)
+        log_q_NV = (logits(teacher, rows, vocab_size) / temperature).log_softmax(-1)
     loss = temperature**2 * (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(-1).mean()
     named = dict(student.named_parameters())
     gradients = torch.autograd.grad(loss, [*named.values()], allow_unused=True)
@@ -77,16 +77,16 @@ def whole_divergence(student, teacher, rows, words, temperature):
     }, float(loss.detach())
 
 
-@pytest.mark.parametrize(("temperature", "words"), [(1.0, WORDS), (2.0, WORDS), (1.0, 500)])
+@pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, VOCAB_SIZE), (2.0, VOCAB_SIZE), (1.0, 500)])
 @pytest.mark.parametrize("kind", ["sparse", "dense"])
-def test_all_tokens_give_the_divergence_over_the_whole_vocabulary(students, teachers, kind, temperature, words):
+def test_all_tokens_give_the_divergence_over_the_whole_vocabulary(students, teachers, kind, temperature, vocab_size):
     student, teacher = students[kind], teachers[kind]
-    batch = ChatBatch(BATCH.tokens_BL % words, BATCH.document_ids_BL, BATCH.loss_mask_BL)
-    reader = reader_of(teacher, words, top_k=words, temperature=temperature, weight=1.0)
+    batch = ChatBatch(BATCH.tokens_BL % vocab_size, BATCH.document_ids_BL, BATCH.loss_mask_BL)
+    reader = reader_of(teacher, vocab_size, top_k=vocab_size, temperature=temperature, weight=1.0)
     micro_batches = reader.micro_batches(batch, 0, 1, 6)
-    exact, exact_loss = whole_divergence(student, teacher, micro_batches[0], words, temperature)
+    exact, exact_loss = whole_divergence(student, teacher, micro_batches[0], vocab_size, temperature)
     found, loss = gradients_of(student, micro_batches, reader)
-    print(f"{kind} {temperature} {words}: loss {loss / exact_loss - 1:.1e}, gradients {worst(found, exact):.1e}")
+    print(f"{kind} {temperature} {vocab_size}: loss {loss / exact_loss - 1:.1e}, gradients {worst(found, exact):.1e}")
     assert loss == pytest.approx(exact_loss, rel=1e-6) and exact_loss > 0.1 and worst(found, exact) < 3e-6
 
 
@@ -132,7 +132,7 @@ def test_ranks_and_micro_batches_do_not_change_the_gradient(students, teachers, 
 def test_only_tokens_in_the_loss_get_topk_and_the_teacher_stays_unchanged(students, teachers):
     teacher = teachers["sparse"]
     before = [parameter.clone() for parameter in teacher.parameters()]
-    reader = reader_of(teacher, words=500, top_k=9)
+    reader = reader_of(teacher, vocab_size=500, top_k=9)
     batch = ChatBatch(BATCH.tokens_BL, BATCH.document_ids_BL, BATCH.loss_mask_BL.copy())
     batch.loss_mask_BL[reader.shares(batch, 1)[0][:2]] = False  # nothing to learn in the first micro-batch
     micro_batches = reader.micro_batches(batch, 0, 1, 2)

@@ -44,14 +44,14 @@ def ask(folder: Path, port: int) -> None:
     slurm = SlurmConfig(nodes="component", component=1, ports=[port])
     config = SGLangConfig(slurm=slurm, start_timeout_s=60)
     with SGLangEngine(folder / "model", config, folder, "cpu", "float32", context_length=LENGTH) as engine:
-        answers = require_completions(engine.generate([Request("a", (5, 6, 7))], Sampling(0.0, 1.0, 4, (), 0)))
-        seen = {
+        completions = require_completions(engine.generate([Request("a", (5, 6, 7))], Sampling(0.0, 1.0, 4, (), 0)))
+        result = {
             "urls": [endpoint.url for endpoint in engine.endpoints],
             "started": len(engine.servers),
-            "versions": [answer.weight_version for answer in answers],
-            "tokens": [answer.response_tokens for answer in answers],
+            "versions": [completion.weight_version for completion in completions],
+            "tokens": [completion.response_tokens for completion in completions],
         }
-    (folder / "answers.tmp").write_text(json.dumps(seen))
+    (folder / "answers.tmp").write_text(json.dumps(result))
     (folder / "answers.tmp").rename(folder / "answers.json")
 
 

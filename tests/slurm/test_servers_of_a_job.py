@@ -37,7 +37,7 @@ def test_a_trainer_finds_the_server_that_another_component_of_its_job_starts(new
             command = ["salloc", *trainer, ":", *servers, "bash", "-c", job]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads((tmp_path / "answers.json").read_text())
-    assert seen["urls"] == [f"http://{NODES[1]}:{port}"] and seen["started"] == 0
-    assert seen["versions"] == ["initial"], "the server was not given the trainer's weights"
-    assert [len(tokens) for tokens in seen["tokens"]] == [4]
+    result = json.loads((tmp_path / "answers.json").read_text())
+    assert result["urls"] == [f"http://{NODES[1]}:{port}"] and result["started"] == 0
+    assert result["versions"] == ["initial"], "the server was not given the trainer's weights"
+    assert [len(tokens) for tokens in result["tokens"]] == [4]

@@ -79,9 +79,9 @@ class Attached:
         return self.all(client.checksums() for client in self._clients)
 
     def generate(self, requests: Any, sampling: Any) -> list[Any]:
-        """Every server's answers to all requests, one server after the other."""
-        answers = self.all(client.generate(requests, sampling, (self._version,)) for client in self._clients)
-        return [one for answered in answers for one in answered]
+        """Every server's completions of all requests, one server after the other."""
+        completions = self.all(client.generate(requests, sampling, (self._version,)) for client in self._clients)
+        return [one for answered in completions for one in answered]
 
     def all(self, calls: Any) -> list[Any]:
         async def together() -> list[Any]:

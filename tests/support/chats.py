@@ -37,7 +37,7 @@ REASONING = (
     "{% else %}{{ raise_exception('no system here') }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|><think>\\n' }}{% endif %}"
 )
-"""As DeepSeek-R1's: no answer keeps its reasoning, and what is asked ends inside the tag that opens it."""
+"""As DeepSeek-R1's: no response keeps its reasoning, and the prompt ends inside the tag that opens it."""
 
 SINGLE = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5, I think."}]
 SEVERAL = [

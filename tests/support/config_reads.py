@@ -87,14 +87,14 @@ def imports_of(module: str) -> frozenset[str]:
 @cache
 def closure_of(module: str) -> frozenset[str]:
     """A module and all that it imports, without the configuration itself."""
-    seen: set[str] = set()
+    visited: set[str] = set()
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name not in seen and not name.startswith("megatron_r1.config"):
-            seen.add(name)
+        if name not in visited and not name.startswith("megatron_r1.config"):
+            visited.add(name)
             waiting += imports_of(name)
-    return frozenset(seen)
+    return frozenset(visited)
 
 
 @cache

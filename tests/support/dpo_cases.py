@@ -1,4 +1,4 @@
-"""Pairs of answers of random tokens, one update of direct preference optimization on them, and its loss written out."""
+"""Preference pairs of random tokens, one update of direct preference optimization on them, and its loss written out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REFERENCE_SCALE = 1.02
 
 
 def pairs(count: int = 8) -> list[TokenizedPreference]:
-    """Two answers of many lengths to each prompt."""
+    """Two responses of many lengths to each prompt."""
     generator = torch.Generator().manual_seed(5)
 
     def drawn(low: int, high: int) -> list[int]:
@@ -37,7 +37,7 @@ def pairs(count: int = 8) -> list[TokenizedPreference]:
 
 
 def plain_gaps(model: Any, examples: Sequence[TokenizedPreference]) -> torch.Tensor:
-    """log p(better answer) - log p(the other) of each pair, token by token over the whole vocabulary."""
+    """log p(better response) - log p(the other) of each pair, token by token over the whole vocabulary."""
     gaps = []
     for example in examples:
         chosen, rejected = (

@@ -16,7 +16,7 @@ Reply = tuple[int, Any]
 
 
 class FakeJudge:
-    """What was asked, and how it is answered."""
+    """The requests so far, and the function that replies."""
 
     def __init__(self, reply: Callable[[dict[str, Any], int], Reply]):
         """

@@ -33,9 +33,9 @@ KEY, ADMIN_KEY = "user-key", "admin-key"
 
 def toy_answer(prompt: Sequence[int], longest: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Tokens and log-probs of the answer to a prompt."""
-    draw = sum((place + 1) * token for place, token in enumerate(prompt))
+    draw = sum((index + 1) * token for index, token in enumerate(prompt))
     length = 1 + draw % longest
-    tokens = tuple(3 + (draw + 7 * place) % 997 for place in range(length))
+    tokens = tuple(3 + (draw + 7 * index) % 997 for index in range(length))
     return tokens, tuple(-(1 + token * 31 % 97) / 100 for token in tokens)
 
 
@@ -89,7 +89,7 @@ class Fake:
         if self.seconds:
             await asyncio.sleep(self.seconds)
         longest = body["sampling_params"]["max_new_tokens"]
-        names = [f"{body.get('rid')}_{place}" for place in range(len(body["input_ids"]))]
+        names = [f"{body.get('rid')}_{index}" for index in range(len(body["input_ids"]))]
         if longest == 0:
             return json_reply([{"output_ids": [], "meta_info": {"id": name}} for name in names])
         replies = [
@@ -98,8 +98,8 @@ class Fake:
         return await self._misbehave(fault, request, replies) if fault else json_reply(replies)
 
     def _drawn(self) -> str:
-        place = self._draw.random()
-        return FAULTS[int(place / self.share)] if place < self.share * len(FAULTS) else ""
+        index = self._draw.random()
+        return FAULTS[int(index / self.share)] if index < self.share * len(FAULTS) else ""
 
     async def _misbehave(self, fault: str, request: web.Request, replies: list[dict]) -> web.StreamResponse:
         first = replies[0]["meta_info"]

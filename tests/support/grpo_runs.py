@@ -2,7 +2,7 @@
 
 python grpo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
 and once stopped by a signal and gone on with; starts a critic from the reward model; asks FOLDER/questions.jsonl with
-rewards of steps; measures the base on general tasks; learns from pairs of answers, with and without a stop too; and
+rewards of steps; measures the base on general tasks; learns from pairs of responses, with and without a stop too; and
 writes FOLDER/found.json.
 """
 
@@ -35,7 +35,7 @@ PPO = (
     "rl.updates_per_rollout=2",
     "rl.reference_sync_interval=0",
 )
-ASKED = (
+PROMPT_FILE = (
     "init.from={}/base",
     "data.prompts.path={}/questions.jsonl",
     "data.prompts.max_bad_rows=1",
@@ -105,7 +105,7 @@ def main(folder: Path) -> None:
     run(grpo, "grpo", "name=whole", *PPO, "train.steps=2")
 
     def stopped(hook: Any, step: int, stage: Any, verb: str, *overrides: str) -> str:
-        """Stopped by a signal after a step, by way of a hook of the stage; then gone on with. Returns what was said."""
+        """Stopped by a signal after a step, through a hook; then resumed. Returns the message."""
         plain = hook.after_step
 
         def stopping(self: Any, state: Any, row: dict) -> None:
@@ -117,18 +117,18 @@ def main(folder: Path) -> None:
         try:
             run(stage, verb, *overrides)
             raise AssertionError("was not stopped")
-        except Requeue as said:
-            told = str(said)
+        except Requeue as stop:
+            message = str(stop)
         finally:
             hook.after_step = plain
         run(stage, verb, *overrides)
-        return told
+        return message
 
     found = {"stopped": stopped(grpo.PruneJournal, 1, grpo, "grpo", "name=stopped", *PPO, "train.steps=2")}
     run(reward_model, "reward_model", "name=judge", *REWARD)
     still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
-    run(grpo, "grpo", "name=asked", *ASKED)
+    run(grpo, "grpo", "name=asked", *PROMPT_FILE)
     run(evaluate, "evaluate", "name=general", *EXAM)
     run(pretrain, "pretrain", "name=speaker", *SPEAKER, "train.steps=2")
     run(dpo, "dpo", "name=preferring", *DPO)

@@ -117,5 +117,5 @@ def hostile_answers() -> list[str]:
     guesses += ["13} \\boxed{14", "\\boxed{13} \\boxed{14}", "14 \\pm 1", "14\\ldots 15", "14; 15", "14 15", "1 4"]
     guesses += ["14 to 15", "13 < 14", "14?15", "14 and 15", "15 - 1 = 13", "14e1"]
     answers = [*towers, *factorials, *endless, *deep, *long, *odd, *code, *guesses]
-    mixed = [answers[(place * 61) % len(answers)] for place in range(len(answers))]
+    mixed = [answers[(index * 61) % len(answers)] for index in range(len(answers))]
     return mixed[:200]

@@ -36,7 +36,7 @@ def trainable(model):
 
 
 def make_samples(model, noise: float) -> list[Sample]:
-    """Two groups of two answers whose log-probabilities are the model's own, plus noise."""
+    """Two groups of two responses whose log-probabilities are the model's own, plus noise."""
     generator = torch.Generator().manual_seed(2)
     samples = []
     for index, ((prompt_length, length), reward) in enumerate(zip(LENGTHS, REWARDS, strict=True)):

@@ -27,14 +27,14 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not size or place in self._known:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if not size or address in self._known:
             return
-        self._known.add(place)
+        self._known.add(address)
         self.now += size
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._forget, place, size)
+        weakref.finalize(storage, self._forget, address, size)
 
-    def _forget(self, place: int, size: int) -> None:
-        self._known.discard(place)
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
         self.now -= size

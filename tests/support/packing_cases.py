@@ -46,14 +46,14 @@ def one_piece_a_row(batch: PackedBatch) -> PackedBatch:
 
 
 def chat_batch(rows: int, length: int, seed: int = 0, longest: int = 12) -> ChatBatch:
-    """Random examples, each a prompt and then answers with prompts between them; most rows end in padding."""
+    """Random examples, each a prompt and then responses with prompts between them; most rows end in padding."""
     packed, chance = packed_batch(rows, length, seed, longest), np.random.default_rng([seed, 1])
     loss_mask_BL = np.zeros(packed.document_ids_BL.shape, bool)
     for row, document_ids_L in enumerate(packed.document_ids_BL):
         for number in range(1, document_ids_L.max() + 1):
-            places = np.flatnonzero(document_ids_L == number)
-            loss_mask_BL[row, places] = (chance.random(len(places)) < 0.3).cumsum() % 2
-            loss_mask_BL[row, places[-1]], loss_mask_BL[row, places[0]] = True, False
+            positions = np.flatnonzero(document_ids_L == number)
+            loss_mask_BL[row, positions] = (chance.random(len(positions)) < 0.3).cumsum() % 2
+            loss_mask_BL[row, positions[-1]], loss_mask_BL[row, positions[0]] = True, False
     return ChatBatch(packed.tokens_BL, packed.document_ids_BL, loss_mask_BL)
 
 
@@ -67,9 +67,9 @@ def one_example_a_row(batch: ChatBatch) -> ChatBatch:
     shape = (len(examples), batch.tokens_BL.shape[1])
     result = ChatBatch(np.full(shape, PAD), np.zeros(shape, np.int64), np.zeros(shape, bool))
     for at, (row, number) in enumerate(examples):
-        places = batch.document_ids_BL[row] == number
-        count = places.sum()
-        result.tokens_BL[at, :count] = batch.tokens_BL[row, places]
-        result.loss_mask_BL[at, :count] = batch.loss_mask_BL[row, places]
+        positions = batch.document_ids_BL[row] == number
+        count = positions.sum()
+        result.tokens_BL[at, :count] = batch.tokens_BL[row, positions]
+        result.loss_mask_BL[at, :count] = batch.loss_mask_BL[row, positions]
         result.document_ids_BL[at, :count] = 1
     return result

@@ -1,4 +1,4 @@
-"""GRPO's loss written out answer by answer and token by token (DeepSeekMath, equation 3), over the whole vocabulary."""
+"""GRPO's loss written out token by token (DeepSeekMath, equation 3), over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def response_log_probs(model: Any, prompt: tuple[int, ...], response: tuple[int, ...], temperature: float):
-    """Log-probability of each response token, [L], by a forward pass of one rank over this answer alone."""
+    """Log-probability of each response token, [L], by a forward pass of one rank over this response alone."""
     from megatron_r1.model.build import without_multi_token_prediction
 
     tokens = torch.tensor([prompt + response])
@@ -30,7 +30,7 @@ def plain_loss(
     kl_coefficient: float,
     replaying: Callable[[Any], AbstractContextManager] = nullcontext,
 ) -> torch.Tensor:
-    """The loss of one mini-batch: means over each answer's tokens, then over answers; population deviation.
+    """The loss of one mini-batch: means over each response's tokens, then over responses; population deviation.
 
     `telling` gives what must hold while the model, not the reference, reads a sample.
     """
@@ -52,9 +52,9 @@ def plain_loss(
 
 
 def plain_advantages(sample: Any, group: Sequence[Any]) -> list[float]:
-    """Of each token of an answer: that of the answer, or with steps the sum over those that end at it or later.
+    """Of each token of an response: that of the response, or with steps the sum over those that end at it or later.
 
-    The answer's reward is that of a step that ends with it.
+    The response's reward is that of a step that ends with it.
     """
     rewards = [reward for member in group for reward in (*(value for _, value in member.steps), member.reward)]
     mean = sum(rewards) / len(rewards)

@@ -1,7 +1,7 @@
-"""What two ranks say of answers that one rank has scored; started by tests/commands/test_reward_model.py.
+"""Scores by two ranks of responses that one rank has scored; started by tests/commands/test_reward_model.py.
 
 torchrun ... ranks_scorers.py FOLDER PORT, where reward_runs.py has been: reinforces the same policy on two ranks, each
-with other data; scores some of its answers by the same reward models in several layouts, and in steps whose rollouts
+with other data; scores some of its responses by the same reward models in several layouts, and in steps whose rollouts
 are taken ahead; and writes FOLDER/rank-N.json. PORT is free: process groups that are made anew need their own store.
 """
 
@@ -19,8 +19,8 @@ from typing import Any
 
 LAYOUTS = {"tp2": {"tensor": 2}, "pp2": {"pipeline": 2}, "ep2": {"expert": 2}}
 RUNS = ("whole", "safety")
-ANSWERS, ROWS = 9, 4
-"""Answers to score, and rows of a pass: of data-parallel ranks the first then needs two, the second one."""
+RESPONSES, ROWS = 9, 4
+"""Responses to score, and sequences of a pass: the first data-parallel rank then needs two passes, the second one."""
 STEPS, OF_A_STEP, WEIGHTS = 3, 3, (0.5, 2.0)
 
 
@@ -41,7 +41,7 @@ def main(folder: Path, port: str) -> None:
     # The launcher's store still holds the addresses of the first groups.
     os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
     measure.BATCH_SIZE = ROWS
-    samples, asked = (part[:ANSWERS] for part in of_the_policy(folder))
+    samples, prompts = (part[:RESPONSES] for part in of_the_policy(folder))
     texts = [sample.text for sample in samples]
     with process_groups(platform, ParallelConfig(), seed=0, threads=1):
         found: dict[str, Any] = {}
@@ -49,10 +49,10 @@ def main(folder: Path, port: str) -> None:
             share_out(degrees)
             models = [RewardModelScorer(str(folder / run), ParallelConfig(**degrees), platform) for run in RUNS]
             found[name] = {
-                run: {"all": model.score(asked, texts), "one": model.score(asked[:1], texts[:1])}
+                run: {"all": model.score(prompts, texts), "one": model.score(prompts[:1], texts[:1])}
                 for run, model in zip(RUNS, models, strict=True)
             }
-        found["ahead"], found["ended"] = taken_ahead(models, samples, asked)
+        found["ahead"], found["ended"] = scored_ahead(models, samples, prompts)
         rank = dist.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
@@ -66,21 +66,21 @@ def share_out(degrees: dict[str, int]) -> None:
 
 
 class Hesitant:
-    """A reward model that cannot judge an answer when it is first asked about one; the same on every rank."""
+    """A reward model that cannot score the first response of its first call; the same on every rank."""
 
     def __init__(self, model: Any):
-        self._model, self.name, self._asked = model, model.name, False
+        self._model, self.name, self._called = model, model.name, False
 
     def score(self, prompts: Sequence[Any], texts: Sequence[str]) -> list[Any]:
         from megatron_r1.rewards.reward import Unscored
 
         values = self._model.score(prompts, texts)
-        first, self._asked = not self._asked, True
+        first, self._called = not self._called, True
         return [Unscored("not yet"), *values[1:]] if first else values
 
 
-def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[Any]) -> tuple[list[Any], str]:
-    """Rewards that this rank is given step by step, by rollouts that rank 0 takes ahead, and why there are no more."""
+def scored_ahead(models: Sequence[Any], samples: Sequence[Any], prompts: Sequence[Any]) -> tuple[list[Any], str]:
+    """Rewards that this rank gets in each step, by rollouts ahead on rank 0, and why there are no more."""
     from megatron_r1.parallel.launcher import is_rank_zero
     from megatron_r1.rewards.score import Rubric, Weighted
     from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
@@ -96,7 +96,7 @@ def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[A
     with ExitStack() as stack:
         rollouts = None
         if is_rank_zero():
-            source = Answered(Rubric(service.rewards, retries=1), samples, asked)
+            source = Answered(Rubric(service.rewards, retries=1), samples, prompts)
             begun = AsyncRollouts(source, 1, OF_A_STEP, STEPS + 1, service=service)
             rollouts = stack.enter_context(begun)
         try:
@@ -108,12 +108,12 @@ def taken_ahead(models: Sequence[Any], samples: Sequence[Any], asked: Sequence[A
 
 
 class Answered:
-    """Rollouts of answers that are there already; after some steps there are no more."""
+    """Rollouts of given responses; after some steps there are no more."""
 
     busy_seconds = 0.0
 
-    def __init__(self, rubric: Any, samples: Sequence[Any], asked: Sequence[Any]):
-        self._rubric, self._samples, self._asked = rubric, samples, asked
+    def __init__(self, rubric: Any, samples: Sequence[Any], prompts: Sequence[Any]):
+        self._rubric, self._samples, self._prompts = rubric, samples, prompts
 
     def take(self, step: int, first_prompt: int) -> Any:
         from megatron_r1.errors import NoRolloutCapacity
@@ -123,7 +123,7 @@ class Answered:
             raise NoRolloutCapacity("nobody is there")
         here = slice(first_prompt, first_prompt + OF_A_STEP)
         samples = self._samples[here]
-        scores = self._rubric(self._asked[here], [sample.text for sample in samples])
+        scores = self._rubric(self._prompts[here], [sample.text for sample in samples])
         rewarded = [replace(sample, reward=score.total) for sample, score in zip(samples, scores, strict=True)]
         return Rollout(rewarded, {})
 

@@ -1,7 +1,7 @@
-"""Starts four gloo ranks: scores and most likely words by heads shared out over 1, 2 and 4 ranks, against float64 over
+"""Starts four gloo ranks: scores and most likely tokens by heads shared out over 1, 2 and 4 ranks, against float64 over
 the whole vocabulary.
 
-ranks_vocabulary.py FOLDER: each rank writes FOLDER/rank-N.json: of `scores` and of `top words`, case -> quantity ->
+ranks_vocabulary.py FOLDER: each rank writes FOLDER/rank-N.json: of `scores` and of `top tokens`, case -> quantity ->
 relative difference. The ranks are forked once torch is imported, which takes longer than all that they do.
 """
 
@@ -23,10 +23,10 @@ from megatron_r1.model.vocab_parallel_topk import topk_logprobs
 
 RANKS = 4
 WIDTH, OTHER_WIDTH, ROWS, TOKENS = 24, 16, 48, (3, 7)
-WORDS = {"whole": None, "padded": 43, "ranks without words": 10}
+VOCAB_SIZES = {"whole": None, "padded": 43, "ranks without words": 10}
 TARGETS = {"one target": (), "four targets": (4,)}
 MANY = 20
-"""Most likely words: more than the rows of one of four ranks."""
+"""Most likely tokens: more than the rows of one of four ranks."""
 
 
 def exact_scores(
@@ -49,7 +49,9 @@ def difference(found: Tensor, exact: Tensor) -> float:
     )
 
 
-def compare(group: dist.ProcessGroup, words: int | None, more: tuple[int, ...], kind: torch.dtype) -> dict[str, float]:
+def compare(
+    group: dist.ProcessGroup, vocab_size: int | None, more: tuple[int, ...], kind: torch.dtype
+) -> dict[str, float]:
     """Relative differences of values, and of the gradients of their weighted sum."""
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     generator = torch.Generator().manual_seed(7)
@@ -58,7 +60,7 @@ def compare(group: dist.ProcessGroup, words: int | None, more: tuple[int, ...], 
     weight, other_weight = (
         torch.randn(ROWS, width, generator=generator) / width**0.5 for width in (WIDTH, OTHER_WIDTH)
     )
-    count = words or ROWS
+    count = vocab_size or ROWS
     targets = torch.randint(0, count, (*TOKENS, *more), generator=generator)
     exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     wanted = exact_scores(exact[0], exact[1][:count], targets, ReferenceHidden(other_hidden, other_weight[:count]), 0.7)
@@ -66,7 +68,7 @@ def compare(group: dist.ProcessGroup, words: int | None, more: tuple[int, ...], 
     found = score_tokens(
         mine[0],
         targets,
-        Head(mine[1], group, words),
+        Head(mine[1], group, vocab_size),
         temperature=0.7,
         reference=ReferenceHidden(other_hidden.to(kind), other_weight.chunk(ranks)[rank].to(kind)),
         chunk_logits=5 * ROWS // ranks,
@@ -83,8 +85,10 @@ def compare(group: dist.ProcessGroup, words: int | None, more: tuple[int, ...], 
     return {name: difference(x.detach(), y.detach()) for name, (x, y) in pairs.items()}
 
 
-def compare_top(group: dist.ProcessGroup, words: int | None, k: int, ties: bool, kind: torch.dtype) -> dict[str, float]:
-    """How many of the K most likely words are others than those of a stable sort, and how far probabilities are off.
+def compare_top(
+    group: dist.ProcessGroup, vocab_size: int | None, k: int, ties: bool, kind: torch.dtype
+) -> dict[str, float]:
+    """How many of the K most likely tokens differ from those of a stable sort, and the largest error of probabilities.
 
     With `ties` logits are whole numbers, so that many are equal in any precision.
     """
@@ -97,10 +101,10 @@ def compare_top(group: dist.ProcessGroup, words: int | None, k: int, ties: bool,
     else:
         hidden = torch.randn(*TOKENS, WIDTH, generator=generator)
         weight = torch.randn(ROWS, WIDTH, generator=generator) / WIDTH**0.5
-    exact = (hidden.double() @ weight[: words or ROWS].double().t() / 0.7).log_softmax(-1)
+    exact = (hidden.double() @ weight[: vocab_size or ROWS].double().t() / 0.7).log_softmax(-1)
     values, ids = (x[..., :k] for x in exact.sort(dim=-1, descending=True, stable=True))
     assert torch.equal(values, exact.topk(k).values) and (values.diff() == 0).any() == ties
-    head = Head(weight.chunk(ranks)[rank].to(kind), group, words)
+    head = Head(weight.chunk(ranks)[rank].to(kind), group, vocab_size)
     found = topk_logprobs(hidden.to(kind), head, k, temperature=0.7, chunk_logits=5 * ROWS // ranks)
     assert found.log_probs.dtype == kind
     return {"ids": float((found.ids != ids).sum()), "log-probs": difference(found.log_probs, values)}
@@ -113,16 +117,16 @@ def one_rank(rank: int, folder: Path) -> None:
     found: dict[str, dict[str, dict[str, float]]] = {"scores": {}, "top words": {}}
     for ranks in (1, 2, 4):
         group, _ = dist.new_subgroups(ranks)
-        for name, words in WORDS.items():
+        for name, vocab_size in VOCAB_SIZES.items():
             for kind in (torch.float32, torch.float64):
                 precision = str(kind).removeprefix("torch.")
                 for targets, more in TARGETS.items():
                     case = f"TP{ranks}, {name}, {targets}, {precision}"
-                    found["scores"][case] = compare(group, words, more, kind)
-                for k in (3, min(MANY, words or ROWS)):
+                    found["scores"][case] = compare(group, vocab_size, more, kind)
+                for k in (3, min(MANY, vocab_size or ROWS)):
                     for ties in (False, True):
                         case = f"TP{ranks}, {name}, {k} words{', ties' * ties}, {precision}"
-                        found["top words"][case] = compare_top(group, words, k, ties, kind)
+                        found["top words"][case] = compare_top(group, vocab_size, k, ties, kind)
     dist.destroy_process_group()
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 

@@ -50,8 +50,8 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
         show = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
 
         def idle() -> bool:
-            told = subprocess.run(show, env=environment, capture_output=True, text=True)
-            return told.stdout.strip() == str(len(NODES))
+            result = subprocess.run(show, env=environment, capture_output=True, text=True)
+            return result.stdout.strip() == str(len(NODES))
 
         wait_until(idle, folder)
         yield environment

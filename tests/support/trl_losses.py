@@ -81,11 +81,11 @@ def trl_policy_loss(
 
 
 def trl_dpo_loss(chosen_PL: Tensor, rejected_PL: Tensor, reference: tuple[Tensor, Tensor], beta: float) -> Tensor:
-    """DPOTrainer's sigmoid loss of pairs whose log-probabilities of tokens are given, 0 outside of the answer."""
+    """DPOTrainer's sigmoid loss of pairs whose log-probabilities of tokens are given, 0 outside of the response."""
     from trl import DPOTrainer
 
     both = torch.cat([chosen_PL, rejected_PL])
-    told = SimpleNamespace(
+    options = SimpleNamespace(
         log_probs=both, entropy=torch.zeros_like(both), mean_logits=torch.zeros_like(both), is_top1=both == 0
     )
     trainer = SimpleNamespace(
@@ -112,4 +112,4 @@ def trl_dpo_loss(chosen_PL: Tensor, rejected_PL: Tensor, reference: tuple[Tensor
         "ref_chosen_logps": reference[0].sum(1),
         "ref_rejected_logps": reference[1].sum(1),
     }
-    return DPOTrainer._compute_loss(trainer, lambda **_: told, inputs, False)
+    return DPOTrainer._compute_loss(trainer, lambda **_: options, inputs, False)

@@ -32,8 +32,8 @@ def test_a_layer_of_few_experts_comes_back_bitwise(
     options = [*size, f"--folder={tmp_path / 'layer'}"]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert bench.main(options) == 0
-    said = capsys.readouterr().out
-    assert "49 tensors and 3 files bitwise the same" in said and "GB/s" in said
+    output = capsys.readouterr().out
+    assert "49 tensors and 3 files bitwise the same" in output and "GB/s" in output
     assert not (tmp_path / "layer").exists()
 
 

@@ -193,8 +193,8 @@ def test_gsm8k_with_deepseeks_tokenizer_comes_back_token_by_token(tmp_path, one_
     for number, (text, whole, document) in enumerate(zip(texts, expected, theirs, strict=True)):
         ids = document.tolist()
         assert shards.tokens(number, 0, len(ids)).tolist() == ids
-        told, runs = unfolded(ids, tokenizer)
-        assert told == text
+        rebuilt, runs = unfolded(ids, tokenizer)
+        assert rebuilt == text
         if len(runs) == 1:
             assert merged(runs[0], parts) == whole or runs[0] == whole
             split += runs[0] != whole

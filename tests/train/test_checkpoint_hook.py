@@ -15,7 +15,7 @@ from megatron_r1.train.state import TrainState
 
 
 class Disk:
-    """Writes one file a checkpoint, as fast and as well as it is told."""
+    """Writes one file per checkpoint, with a configurable delay and errors."""
 
     def __init__(self) -> None:
         self.ready = threading.Event()

@@ -53,9 +53,9 @@ def test_attention_and_positions_stay_inside_a_piece():
     unseen_B1LL, positions_BL = attention_mask_of(document_ids_BL), positions_in_documents(document_ids_BL)
     for row, document_ids_L in enumerate(document_ids_BL.tolist()):
         for at, piece in enumerate(document_ids_L):
-            seen = [other for other in range(at + 1) if document_ids_L[other] == piece]
-            assert (~unseen_B1LL[row, 0, at]).nonzero().flatten().tolist() == seen
-            assert positions_BL[row, at] == len(seen) - 1
+            attended = [other for other in range(at + 1) if document_ids_L[other] == piece]
+            assert (~unseen_B1LL[row, 0, at]).nonzero().flatten().tolist() == attended
+            assert positions_BL[row, at] == len(attended) - 1
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Judged responses as rows of tokens, from files, and in the order of epochs."""
+"""Labelled responses as sequences of tokens, from files, and in the order of epochs."""
 
 from __future__ import annotations
 

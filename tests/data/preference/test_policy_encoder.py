@@ -1,4 +1,4 @@
-"""Pairs of answers as tokens: asked as the policy is asked, learned to the end token."""
+"""Preference pairs as tokens: with the policy's prompts, and in the loss up to the end token."""
 
 from __future__ import annotations
 

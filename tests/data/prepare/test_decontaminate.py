@@ -30,10 +30,10 @@ def test_agrees_with_comparing_every_ngram():
         evaluations, texts = [text() for _ in range(20)], [text() for _ in range(300)]
         known = set().union(*(ngrams(evaluation, n) for evaluation in evaluations))
         found = index_of(*evaluations, n=n).matches(texts)
-        assert set(found) == {place for place, one in enumerate(texts) if ngrams(one, n) & known}
-        for place, reason in found.items():
+        assert set(found) == {index for index, one in enumerate(texts) if ngrams(one, n) & known}
+        for index, reason in found.items():
             owner = int(reason.rpartition(":")[2])
-            assert ngrams(texts[place], n) & ngrams(evaluations[owner - 1], n)
+            assert ngrams(texts[index], n) & ngrams(evaluations[owner - 1], n)
         matched += len(found)
     assert 100 < matched < 890
 

@@ -62,10 +62,10 @@ def test_infilling_reorders_and_loses_nothing(tokenizer):
         assert (ids[0], ids[1], ids[-1]) == (0, begin, 1) and ids.count(begin) == ids.count(hole) == ids.count(end) == 1
         prefix, suffix = ids[2 : ids.index(hole)], ids[ids.index(hole) + 1 : ids.index(end)]
         middle = ids[ids.index(end) + 1 : -1]
-        told = [tokenizer.decode(part) for part in (prefix, middle, suffix)]
-        assert "".join(told) == text
-        assert [tokenizer.encode(part) for part in told] == [prefix, middle, suffix]
-        empty += not all(told)
+        parts = [tokenizer.decode(part) for part in (prefix, middle, suffix)]
+        assert "".join(parts) == text
+        assert [tokenizer.encode(part) for part in parts] == [prefix, middle, suffix]
+        empty += not all(parts)
     assert empty < 100
 
 

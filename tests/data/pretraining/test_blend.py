@@ -15,12 +15,12 @@ from megatron_r1.errors import ConfigError
 
 def test_each_source_is_read_in_turn_and_in_its_share():
     blend = Blend([3.0, 1.0, 0.5], 0)
-    seen = [blend.at(position) for position in range(2 * BLOCK)]
-    counts = Counter(source for source, _ in seen)
+    sources = [blend.at(position) for position in range(2 * BLOCK)]
+    counts = Counter(source for source, _ in sources)
     assert [counts[source] for source in range(3)] == (2 * shares([3.0, 1.0, 0.5], BLOCK)).tolist()
     for source in range(3):
-        assert [place for found, place in seen if found == source] == list(range(counts[source]))
-    early = Counter(source for source, _ in seen[: BLOCK // 10])
+        assert [position for found, position in sources if found == source] == list(range(counts[source]))
+    early = Counter(source for source, _ in sources[: BLOCK // 10])
     assert early[0] / (BLOCK // 10) == pytest.approx(2 / 3, abs=0.05)
 
 

@@ -71,10 +71,10 @@ def products(name: str) -> tuple[Tensor, Tensor, Tensor]:
     inputs, gradients = recipe.power_of_two_inputs, recipe.power_of_two_gradients
     weight = reference(w, whole(w) if tensor else blocks(w), "E4M3", False)
     by_feature = reference(x, whole(x) if tensor else along(x, 1), "E4M3", inputs)
-    kept = by_feature
+    saved_for_backward = by_feature
     if name == "after attention":
-        kept = reference(x, along(x, 1), "E5M6", inputs)
-    by_token = reference(kept, whole(x) if tensor else along(x, 0), "E4M3", inputs)
+        saved_for_backward = reference(x, along(x, 1), "E5M6", inputs)
+    by_token = reference(saved_for_backward, whole(x) if tensor else along(x, 0), "E4M3", inputs)
     special = whole(dy) if tensor else blocks(dy) if gradients_in_blocks else None
     dy_by_feature = reference(dy, special or along(dy, 1), "E4M3", gradients)
     dy_by_token = reference(dy, special or along(dy, 0), "E4M3", gradients)

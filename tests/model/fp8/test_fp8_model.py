@@ -60,12 +60,12 @@ def test_every_linear_layer_but_the_named_ones_is_quantised(build):
 
 def watched(model) -> dict[str, list]:
     """Inputs and output of each module with a matrix in one forward pass."""
-    seen: dict[str, list] = {}
+    recorded: dict[str, list] = {}
 
     def watch(name):
         def note(module, inputs, output):
             # Cross-entropy works in the logits' memory.
-            seen[name] = [module, inputs, output[0].clone()]
+            recorded[name] = [module, inputs, output[0].clone()]
 
         return note
 
@@ -80,7 +80,7 @@ def watched(model) -> dict[str, list]:
         model(ROWS_BL[:, :-1], positions_BL, None, labels=ROWS_BL[:, 1:])
     for hook in hooks:
         hook.remove()
-    return seen
+    return recorded
 
 
 def product_of(module, inputs, product) -> torch.Tensor:
@@ -95,16 +95,16 @@ def product_of(module, inputs, product) -> torch.Tensor:
 
 def test_each_module_multiplies_as_its_recipe_says(build):
     model = build()
-    seen = watched(model)
-    assert seen.keys() >= model.fp8_plan.quantised.keys()
+    recorded = watched(model)
+    assert recorded.keys() >= model.fp8_plan.quantised.keys()
     with torch.no_grad():
         for name in model.fp8_plan.quantised:
-            module, inputs, output = seen[name]
+            module, inputs, output = recorded[name]
             recipe = recipe_of(kind_of(name), FP8)
             assert torch.equal(output, product_of(module, inputs, lambda x, w, r=recipe: multiply(x, w, r))), name
             assert not torch.equal(output, product_of(module, inputs, F.linear)), name
         for name in ("mtp.layers.0.eh_proj", "output_layer"):
-            module, inputs, output = seen[name]
+            module, inputs, output = recorded[name]
             assert torch.equal(output, product_of(module, inputs, F.linear)), name
 
 

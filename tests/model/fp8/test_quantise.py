@@ -51,18 +51,18 @@ def by_loops(x_MN: np.ndarray, tiling: Tiling, name: str, power_of_two: bool) ->
     values = np.empty((M, N))
     scales = np.empty((math.ceil(M / rows), math.ceil(N / columns)))
     for i, j in itertools.product(*map(range, scales.shape)):
-        places = [
+        positions = [
             (r, c)
             for r in range(i * rows, min((i + 1) * rows, M))
             for c in range(j * columns, min((j + 1) * columns, N))
         ]
-        largest = max((abs(float(x_MN[at])) for at in places if math.isfinite(x_MN[at])), default=0.0)
+        largest = max((abs(float(x_MN[at])) for at in positions if math.isfinite(x_MN[at])), default=0.0)
         scale = max(single(largest / BITS[name][2]), 2.0**-126)
         if power_of_two:
             mantissa, exponent = math.frexp(scale)
             scale = 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)
         scales[i, j] = scale = 1.0 if largest == 0 else scale
-        for at in places:
+        for at in positions:
             x = float(x_MN[at])
             values[at] = nearest(single(x / scale), name) if math.isfinite(x) else math.nan
     return values, scales

@@ -50,17 +50,17 @@ def critic_beside(model: Any, config: RunConfig) -> Critic:
 
 
 def values_of(model: Any, sample: Any) -> torch.Tensor:
-    """The value of each state from which a token of the answer was drawn, [R], by a pass over this answer alone."""
+    """The value of each state from which a token of the response was drawn, [R], by a pass over this response alone."""
     tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
-    kept = []
+    outputs = []
 
     def read(*, hidden_states, **_):
-        kept.append(hidden_states[:, 0] @ model.reward_head.weight[0] + model.reward_head.bias)
+        outputs.append(hidden_states[:, 0] @ model.reward_head.weight[0] + model.reward_head.bias)
         return hidden_states
 
     with without_multi_token_prediction(model):
         model(tokens, torch.arange(tokens.shape[1])[None], None, output_processor=read)
-    return kept[0][len(sample.prompt_tokens) - 1 : -1]
+    return outputs[0][len(sample.prompt_tokens) - 1 : -1]
 
 
 def by_hand(config: RunConfig, samples: list, values: list[list[float]], gaps: list[list[float]]):
@@ -99,17 +99,17 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
 
     plain, other = two_models(new_model, config)
     plain_values = value_model(new_model, config)
-    learned = [sample for sample in samples if sample.in_loss]
+    in_loss = [sample for sample in samples if sample.in_loss]
     with torch.no_grad():
-        told = [values_of(plain_values, sample).tolist() for sample in samples]
+        values = [values_of(plain_values, sample).tolist() for sample in samples]
         anchors = [response_log_probs(other, s.prompt_tokens, s.response_tokens, 0.7).tolist() for s in samples]
     gaps = [
         [own - anchor for own, anchor in zip(s.logprobs, each, strict=True)]
         for s, each in zip(samples, anchors, strict=True)
     ]
-    expected, returns = by_hand(config, samples, told, gaps)
+    expected, returns = by_hand(config, samples, values, gaps)
     tokens, policy_loss, value_loss = sum(map(len, expected)), torch.zeros(()), torch.zeros(())
-    for sample, own, target in zip(learned, expected, returns, strict=True):
+    for sample, own, target in zip(in_loss, expected, returns, strict=True):
         log_probs = response_log_probs(plain, sample.prompt_tokens, sample.response_tokens, 0.7)
         for t, old in enumerate(sample.logprobs):
             ratio = (log_probs[t] - old).exp()
@@ -124,8 +124,8 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     assert row["critic/loss"] == pytest.approx(float(value_loss.detach()), rel=1e-4)
     assert row["policy/kl_in_reward"] == pytest.approx(config.rl.kl_coefficient * sum(map(sum, gaps)) / 4, rel=1e-4)
     flat = torch.tensor([r for each in returns for r in each])
-    kept = torch.tensor([v for s, each in zip(samples, told, strict=True) for v in each if s.in_loss])
-    explained = 1 - (flat - kept).var(unbiased=False) / flat.var(unbiased=False)
+    values_in_loss = torch.tensor([v for s, each in zip(samples, values, strict=True) for v in each if s.in_loss])
+    explained = 1 - (flat - values_in_loss).var(unbiased=False) / flat.var(unbiased=False)
     assert row["critic/explained_variance"] == pytest.approx(float(explained), rel=1e-3)
     assert row["critic/return"] == pytest.approx(float(flat.mean()), rel=1e-4)
 

@@ -10,12 +10,12 @@ import torch
 from megatron_r1.rl.advantages.gae import critic_loss, generalized_advantages, token_rewards, whitened
 
 
-def drawn(seed: int, answers: int = 4, length: int = 6):
+def drawn(seed: int, responses: int = 4, length: int = 6):
     generator = torch.Generator().manual_seed(seed)
     rewards, values, old, returns = (
-        torch.randn(answers, length, dtype=torch.float64, generator=generator) for _ in range(4)
+        torch.randn(responses, length, dtype=torch.float64, generator=generator) for _ in range(4)
     )
-    mask = torch.rand(answers, length, generator=generator) < 0.6
+    mask = torch.rand(responses, length, generator=generator) < 0.6
     mask[0] = False
     mask[1] = torch.tensor([True] + [False] * (length - 1))
     return rewards, values, old, returns, mask

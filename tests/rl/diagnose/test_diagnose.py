@@ -12,7 +12,7 @@ from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
 from tests.support.samples import sample_of
 
 TEMPERATURE, FLOOR = 1.0, 1e-5
-PROMPTS = [(2, *(3 + (7 * row + 5 * place) % 400 for place in range(8 + row % 5))) for row in range(12)]
+PROMPTS = [(2, *(3 + (7 * row + 5 * index) % 400 for index in range(8 + row % 5))) for row in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def sampled(model, prompts: Sequence[tuple[int, ...]], temperature: float = TEMP
     from megatron_r1.rollout.routed_experts import RoutedLayers
 
     engine = LocalEngine(model, 32, 0, RoutingReplay(model, 1))
-    requests = [Request(str(place), prompt) for place, prompt in enumerate(prompts)]
+    requests = [Request(str(index), prompt) for index, prompt in enumerate(prompts)]
     return engine.generate(requests, Sampling(temperature, 1.0, 24, (1,), 11, RoutedLayers(4, 1, 2)))
 
 
@@ -148,9 +148,9 @@ def test_permuted_experts(trainer, wrong, layer, pair):
         experts = engine.decoder.layers[layer].mlp.experts
         for matrix in (experts.linear_fc1, experts.linear_fc2):
             one, other = (getattr(matrix, f"weight{expert}") for expert in pair)
-            kept = one.clone()
+            before = one.clone()
             one.copy_(other)
-            other.copy_(kept)
+            other.copy_(before)
     result = diagnosis(trainer, saved(sampled(engine, PROMPTS)))
     what = f"had experts {pair[0]} and {pair[1]} of layer {layer + 1} in each other's place"
     assert result.verdict.startswith(f"experts: that the engine {what} explains")
@@ -161,8 +161,8 @@ def test_permuted_experts(trainer, wrong, layer, pair):
 def test_missing_bias(trainer, wrong, layer):
     engine = wrong
     with torch.no_grad():
-        for place in (1, 2, 3) if layer is None else (layer,):
-            engine.decoder.layers[place].mlp.router.expert_bias.zero_()
+        for index in (1, 2, 3) if layer is None else (layer,):
+            engine.decoder.layers[index].mlp.router.expert_bias.zero_()
     result = diagnosis(trainer, saved(sampled(engine, PROMPTS)))
     where = "" if layer is None else f" in layer {layer + 1}"
     assert result.verdict.startswith(f"bias: that the engine had no mlp.router.expert_bias{where} explains")
@@ -179,6 +179,6 @@ def test_a_cause_that_nobody_thought_of_is_not_made_up(trainer, wrong):
 
 def test_the_first_token_of_a_difference_is_found(trainer):
     samples = saved(sampled(trainer[0], PROMPTS))
-    spoilt = tuple(value - 0.5 * (place >= 4) for place, value in enumerate(samples[2].logprobs))
+    spoilt = tuple(value - 0.5 * (index >= 4) for index, value in enumerate(samples[2].logprobs))
     samples[2] = replace(samples[2], logprobs=spoilt)
     assert diagnosis(trainer, samples).first_tokens[:4] == [None, None, 4, None]

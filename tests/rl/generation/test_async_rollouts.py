@@ -23,14 +23,14 @@ class Source:
     """Samples when it is allowed to, with whatever weights there are."""
 
     def __init__(self) -> None:
-        self.version, self.asked = "0", []
+        self.version, self.prompts = "0", []
         self.may, self.abandoned = threading.Event(), threading.Event()
         self.may.set()
         self.fails_at, self.busy_seconds = 0, 0.0
 
     def take(self, step: int, first_prompt: int) -> Rollout:
         version = self.version
-        self.asked.append((step, first_prompt))
+        self.prompts.append((step, first_prompt))
         while not self.may.wait(timeout=0.02):
             if self.abandoned.is_set():
                 raise NoRolloutCapacity("abandoned")
@@ -54,13 +54,13 @@ def ahead_of(source: Source, ahead: int) -> AsyncRollouts:
 
 def train(rollouts, source: Source) -> list[tuple[str, int]]:
     """Prompt of each step's sample, and how stale it was."""
-    seen = []
+    trained = []
     for step in range(1, LAST + 1):
         source.version = str(step - 1)
         rollout = rollouts.take(step, (step - 1) * PROMPTS)
-        seen.append((rollout.samples[0].prompt_id, staleness(rollout.samples, step - 1)["rollout/staleness_max"]))
+        trained.append((rollout.samples[0].prompt_id, staleness(rollout.samples, step - 1)["rollout/staleness_max"]))
         time.sleep(0.01)  # the others are begun meanwhile
-    return seen
+    return trained
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
@@ -69,10 +69,12 @@ def test_steps_get_their_prompts_and_no_sample_is_staler_than_allowed(source, ah
     assert in_turns == [(str(PROMPTS * step), 0) for step in range(LAST)]
     other = Source()
     with ahead_of(other, ahead) as rollouts:
-        seen = train(rollouts, other)
-    assert [prompt for prompt, _ in seen] == [prompt for prompt, _ in in_turns]
-    assert sorted(other.asked) == source.asked
-    assert all(stale <= min(step, ahead) for step, (_, stale) in enumerate(seen)) and any(stale for _, stale in seen)
+        trained = train(rollouts, other)
+    assert [prompt for prompt, _ in trained] == [prompt for prompt, _ in in_turns]
+    assert sorted(other.prompts) == source.prompts
+    assert all(stale <= min(step, ahead) for step, (_, stale) in enumerate(trained)) and any(
+        stale for _, stale in trained
+    )
 
 
 def test_later_rollouts_are_sampled_meanwhile_and_no_more_than_allowed(source):
@@ -80,11 +82,11 @@ def test_later_rollouts_are_sampled_meanwhile_and_no_more_than_allowed(source):
         rollouts.take(1, 0)
         source.may.clear()
         time.sleep(0.1)
-        assert sorted(source.asked) == [(1, 0), (2, 10), (3, 20)]
+        assert sorted(source.prompts) == [(1, 0), (2, 10), (3, 20)]
         source.may.set()
         rollouts.take(2, 10)
         time.sleep(0.1)
-    assert sorted(source.asked)[3:] == [(4, 30)]
+    assert sorted(source.prompts)[3:] == [(4, 30)]
 
 
 def test_a_failure_shows_at_the_step_that_it_is_of(source):
@@ -115,8 +117,12 @@ def test_staleness_counts_tokens():
     samples = [sample("a", "3", (1, "4"), (3, "6")), sample("b", "6")]
     assert tokens_by_version(samples[0]) == [("3", 1), ("4", 2), ("6", 1)]
     assert tokens_by_version(samples[1]) == [("6", 4)]
-    told = staleness(samples, 6)
-    assert told == {"rollout/staleness_max": 3, "rollout/staleness_mean": (3 + 2 * 2) / 8, "rollout/multi_version": 0.5}
+    metrics = staleness(samples, 6)
+    assert metrics == {
+        "rollout/staleness_max": 3,
+        "rollout/staleness_mean": (3 + 2 * 2) / 8,
+        "rollout/multi_version": 0.5,
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which answers are learned from: each filter alone, and rollouts that are refilled, short, lost, and resumed."""
+"""Responses that train the policy: each filter alone, and rollouts that are refilled, short, lost, and resumed."""
 
 from __future__ import annotations
 
@@ -50,9 +50,11 @@ def test_each_filter_removes_its_own():
     assert mask_truncated(group) == [RIGHT, WRONG, AGAIN, replace(CUT, in_loss=False)]
     assert drop_zero_std(group) == group
     assert drop_zero_std([RIGHT, AGAIN]) == [] == drop_zero_std([WRONG, CUT])
-    # Steps are held against each other too, within one answer and against the answers' own rewards.
-    told = [replace(one, steps=((0, 1.0),)) for one in (RIGHT, AGAIN)]
-    assert drop_zero_std(told) == [] and drop_zero_std([replace(told[0], steps=((0, 1.0), (1, 0.0))), told[1]])
+    # Rewards of steps are compared too, within one response and with the rewards of responses.
+    with_steps = [replace(one, steps=((0, 1.0),)) for one in (RIGHT, AGAIN)]
+    assert drop_zero_std(with_steps) == [] and drop_zero_std(
+        [replace(with_steps[0], steps=((0, 1.0), (1, 0.0))), with_steps[1]]
+    )
 
 
 def test_nothing_is_configured_by_default():
@@ -86,7 +88,7 @@ def test_nothing_is_configured_by_default():
         ),
         ({"zero_std_groups": "drop"}, [WRONG, CUT], [], {"rollout/filtered_zero_std_groups": 1}),
         ({"zero_std_groups": "drop"}, [WRONG, RIGHT], [True, True], {}),
-        # Without the wrong answer, which was cut off, the group is equal.
+        # Without the wrong response, which is truncated, all rewards of the group are equal.
         (
             {"zero_std_groups": "drop", "truncated": "drop"},
             [RIGHT, AGAIN, CUT],
@@ -126,17 +128,17 @@ def test_masked_responses_have_no_position_in_the_loss():
 
 
 class Scripted:
-    """An engine that says what it is told to, prompt by prompt; None loses the answer."""
+    """An engine with scripted responses, prompt by prompt; None is a failed request."""
 
-    def __init__(self, answers: Sequence[Sequence[int | None]]):
-        self.answers, self.asked = list(answers), []
+    def __init__(self, completions: Sequence[Sequence[int | None]]):
+        self.completions, self.requests = list(completions), []
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
-        self.asked.append((requests, sampling))
+        self.requests.append((requests, sampling))
         prompts = list(dict.fromkeys(request.id.rpartition("-")[0] for request in requests))
         assert len(prompts) == 1
-        script = [token for group in self.answers[: len(requests) // 2] for token in group]
-        del self.answers[: len(requests) // 2]
+        script = [token for group in self.completions[: len(requests) // 2] for token in group]
+        del self.completions[: len(requests) // 2]
         return [
             FailedRequest(request.id, "no reply")
             if token is None
@@ -172,9 +174,9 @@ def odd_length(_, texts: Sequence[str]) -> list[Score | Unscored]:
 
 @pytest.fixture
 def rollouts(config, tokenizer, tmp_path):
-    def make(answers, scorer=odd_length, **filters) -> tuple[Rollouts, Scripted]:
+    def make(completions, scorer=odd_length, **filters) -> tuple[Rollouts, Scripted]:
         config.rl.filters = FilterConfig(**filters)
-        engine = Scripted(answers)
+        engine = Scripted(completions)
         journal = Journal(tmp_path / "rollouts")
         formatter = PromptFormatter(tokenizer, "r1_zero")
         prompts = TrainingPrompts(config.data)
@@ -195,7 +197,7 @@ def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts,
     script = [[zero, one], [one, one], [zero, zero], [one, one], [one, zero], [zero, one]]
     taker, engine = rollouts(script, zero_std_groups="drop", max_resample_rounds=5)
     rollout = taker.take(step=4, first_prompt=10)
-    assert [len(requests) for requests, _ in engine.asked] == [6, 4, 2]
+    assert [len(requests) for requests, _ in engine.requests] == [6, 4, 2]
     assert rollout.counts == {
         "rollout/lost_groups": 0,
         "rollout/unscored_groups": 0,
@@ -203,14 +205,14 @@ def test_dropped_groups_are_refilled_by_prompts_that_no_other_step_has(rollouts,
         "rollout/resampled_prompts": 3,
     }
     prompts, refills = TrainingPrompts(config.data), REFILLS + 10 * 5
-    places = [10, refills + 1, refills + 2]
-    assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(place).id for place in places]
+    indices = [10, refills + 1, refills + 2]
+    assert [sample.prompt_id for sample in rollout.samples[::2]] == [prompts.at(index).id for index in indices]
     assert [sample.group for sample in rollout.samples] == [0, 0, 1, 1, 2, 2]
-    assert len({sampling.seed for _, sampling in engine.asked}) == 3
-    names = [request.id for requests, _ in engine.asked for request in requests]
+    assert len({sampling.seed for _, sampling in engine.requests}) == 3
+    names = [request.id for requests, _ in engine.requests for request in requests]
     assert len(set(names)) == len(names)
     again, silent = rollouts([], zero_std_groups="drop", max_resample_rounds=5)
-    assert again.take(step=4, first_prompt=99) == rollout and silent.asked == []
+    assert again.take(step=4, first_prompt=99) == rollout and silent.requests == []
 
 
 def test_rounds_are_bounded_and_a_short_rollout_remains(rollouts, two_kinds):
@@ -218,7 +220,7 @@ def test_rounds_are_bounded_and_a_short_rollout_remains(rollouts, two_kinds):
     taker, engine = rollouts([[zero, one], [one, one], [one, one], [one, one], [one, one]],
                              zero_std_groups="drop", max_resample_rounds=1)  # fmt: skip
     rollout = taker.take(step=1, first_prompt=0)
-    assert (len(rollout.samples), rollout.counts["rollout/resampled_prompts"], len(engine.asked)) == (2, 2, 2)
+    assert (len(rollout.samples), rollout.counts["rollout/resampled_prompts"], len(engine.requests)) == (2, 2, 2)
 
 
 def test_groups_are_used_where_filters_would_drop_all(rollouts, two_kinds):
@@ -240,7 +242,7 @@ def test_failed_requests_cost_their_group_and_are_counted(rollouts, two_kinds):
 
 
 def test_unscored_responses_cost_their_group_and_are_counted_separately(rollouts, two_kinds):
-    """A judge that is down is not a wrong answer: nothing is learned from the group."""
+    """A judge that is down does not make a response wrong: the group is not trained on."""
     zero, one = two_kinds
 
     def third_unscored(prompts, texts):

@@ -24,11 +24,11 @@ LAST = 6
 
 
 class Letters:
-    """Counts a letter; remembers the threads that it was asked by, fails at some texts, hesitates once at others."""
+    """Counts a letter; records the threads that call it, fails at some texts, leaves others unscored once."""
 
     def __init__(self, letter: str):
         self.name = self.letter = letter
-        self.threads, self.asked = set[int](), list[str]()
+        self.threads, self.scored = set[int](), list[str]()
 
     def score(self, prompts, texts):
         self.threads.add(threading.get_ident())
@@ -36,15 +36,15 @@ class Letters:
         if "broken" in texts:
             raise RuntimeError("cannot read this")
         values = [float(text.count(self.letter)) if self.knows(text) else Unscored("not yet") for text in texts]
-        self.asked += texts
+        self.scored += texts
         return values
 
     def knows(self, text: str) -> bool:
-        return not text.startswith("later") or text in self.asked
+        return not text.startswith("later") or text in self.scored
 
 
 class Source:
-    """Takes rollouts of one answer each, scored by a rubric; by step it has another text, or something to do first."""
+    """Takes rollouts of one response each, scored by a rubric; a step may have another text, or something to do first."""
 
     def __init__(self, rubric: Rubric, texts: dict[int, str] | None = None, first: dict | None = None):
         self.rubric, self.texts, self.first = rubric, texts or {}, first or {}
@@ -83,7 +83,7 @@ def test_only_the_trainers_thread_scores_and_every_rollout_gets_its_own(service,
     for step, sample in enumerate(samples, start=1):
         assert sample.reward_parts == {"a": step, "b": 0.5, "rule": 2 * (step + 1)}
     for model in models:
-        assert model.threads == {threading.get_ident()} and len(model.asked) == LAST
+        assert model.threads == {threading.get_ident()} and len(model.scored) == LAST
 
 
 def test_the_trainers_thread_does_not_wait_for_itself(service):
@@ -107,7 +107,7 @@ def test_unscored_responses_are_retried_in_the_same_way(service, models, monkeyp
     with ahead_of(source, service) as rollouts:
         assert rollouts.take(1, 0).samples[0].reward == 1.5
         assert rollouts.take(2, 1).samples[0].reward == 2 + 0.5
-    assert models[0].asked.count("later ab") == 2 and models[0].threads == {threading.get_ident()}
+    assert models[0].scored.count("later ab") == 2 and models[0].threads == {threading.get_ident()}
 
 
 def test_a_thread_that_dies_does_not_keep_the_trainer(service):
@@ -142,6 +142,6 @@ def test_the_end_of_a_run_releases_who_waits_for_scores(service, models):
         rollouts.take(1, 0)
         learning.set()
         time.sleep(0.1)
-    assert isinstance(source.ended[3], NoRolloutCapacity) and "a" * 3 + "b" not in models[0].asked
+    assert isinstance(source.ended[3], NoRolloutCapacity) and "a" * 3 + "b" not in models[0].scored
     with ThreadPoolExecutor(1) as threads, pytest.raises(NoRolloutCapacity, match="the run ends"):
         threads.submit(source.take, 4, 0).result(5)

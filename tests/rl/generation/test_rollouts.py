@@ -94,8 +94,8 @@ def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
     samples = rollouts().take(step=0, first_prompt=0).samples
     rows = make_batch(samples, [7, 0, 11], pad_token=3, device="cpu")
     assert rows.indices_B.tolist() == [7, 0, 11]
-    for row, place in enumerate([7, 0, 11]):
-        sample, mask_L = samples[place], rows.mask_BL[row]
+    for row, sample_index in enumerate([7, 0, 11]):
+        sample, mask_L = samples[sample_index], rows.mask_BL[row]
         assert tuple(rows.targets_BL[row][mask_L].tolist()) == sample.response_tokens
         assert rows.rollout_logprobs_BL[row][mask_L].tolist() == pytest.approx(sample.logprobs)
         start = len(sample.prompt_tokens)
@@ -109,7 +109,7 @@ def fields(sample) -> dict:
 
 
 class Worked:
-    """Answers every prompt with its right working, or a wrong one every other time."""
+    """Responds to every prompt with correct working, or every other time with wrong working."""
 
     busy_seconds = 0.0
 
@@ -138,9 +138,9 @@ def test_steps_of_a_response_come_with_the_token_that_ends_each(config, tokenize
     scorer = build_rubric(config.reward)
     config.reward.steps, config.reward.step_rewards = 0.0, ""
     journal = Journal(tmp_path / "rollouts")
-    taken = Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
-    assert journal.read(0) == taken.samples and len(taken.samples) == 12
-    for number, sample in enumerate(taken.samples):
+    rollout = Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed).take(0, 0)
+    assert journal.read(0) == rollout.samples and len(rollout.samples) == 12
+    for number, sample in enumerate(rollout.samples):
         (first, one), (second, other) = sample.steps
         assert (one, other) == ((0.0, 0.5) if number % 2 else (0.5, 0.5))
         for end in (first, second):
@@ -148,5 +148,5 @@ def test_steps_of_a_response_come_with_the_token_that_ends_each(config, tokenize
             assert read[-1].isdigit() and "=" in read
         assert tokenizer.decode(sample.response_tokens[: second + 2]).endswith("</think>")
         assert set(sample.reward_parts) == {"accuracy", "format"} and sample.reward == sum(sample.reward_parts.values())
-    assert step_metrics(taken.samples) == {"rollout/rewarded_steps": 2.0, "rollout/step_reward": 0.375}
-    assert step_metrics([replace(sample, steps=()) for sample in taken.samples]) == {}
+    assert step_metrics(rollout.samples) == {"rollout/rewarded_steps": 2.0, "rollout/step_reward": 0.375}
+    assert step_metrics([replace(sample, steps=()) for sample in rollout.samples]) == {}

@@ -31,8 +31,8 @@ def test_the_token_is_the_first_by_which_the_step_is_complete(tokenizer, cut):
     for _ in range(100):
         problem = draw_problem(rng, CONFIG)
         text, _ = write_response(problem, "careful", "think", rng.choice(["en", "zh"]), rng)
-        place = rng.randrange(len(text)) if cut == "anywhere" else 0
-        tokens = (*tokenizer.encode(text[:place]), *tokenizer.encode(text[place:]), tokenizer.eos)
+        cut_at = rng.randrange(len(text)) if cut == "anywhere" else 0
+        tokens = (*tokenizer.encode(text[:cut_at]), *tokenizer.encode(text[cut_at:]), tokenizer.eos)
         steps = steps_of(problem.question, text)
         assert len(steps) == 2
         for step, (end, value) in zip(steps, at_tokens(steps, tokens, tokenizer), strict=True):

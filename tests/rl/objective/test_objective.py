@@ -26,7 +26,7 @@ def grpo_loss(new, old, reference, advantages, mask, *, num_responses, epsilon, 
 
 
 def clipped_objective(new, old, advantages, mask, epsilon, level="token"):
-    """Of each answer."""
+    """Of each response."""
     return sequence_mean(LEVELS[level][0](new, old, advantages, mask, Clip(epsilon, epsilon)).objective, mask)
 
 
@@ -34,12 +34,14 @@ def logs(*probabilities):
     return torch.tensor(probabilities, dtype=torch.float64).log()
 
 
-def random_case(seed, answers=5, length=7):
+def random_case(seed, responses=5, length=7):
     generator = torch.Generator().manual_seed(seed)
-    logprobs, noise, drift = (torch.randn(answers, length, dtype=torch.float64, generator=generator) for _ in range(3))
-    mask = torch.rand(answers, length, generator=generator) < 0.6
+    logprobs, noise, drift = (
+        torch.randn(responses, length, dtype=torch.float64, generator=generator) for _ in range(3)
+    )
+    mask = torch.rand(responses, length, generator=generator) < 0.6
     mask[0] = False
-    advantages = torch.randn(answers, dtype=torch.float64, generator=generator)
+    advantages = torch.randn(responses, dtype=torch.float64, generator=generator)
     return logprobs - 3, logprobs - 3 + 0.3 * noise, logprobs - 3 + 0.4 * drift, advantages, mask
 
 
@@ -79,9 +81,9 @@ def test_k3_is_never_negative_and_keeps_its_digits():
 
 
 def test_token_level_by_hand():
-    # Answer 0, A = +2, two tokens, ratios 1.5 and 0.5, epsilon 0.2: min(3, 2.4) = 2.4 and min(1, 1.6) = 1; mean 1.7.
-    # Answer 1, A = -1, one token, ratio 1.5: min(-1.5, -1.2) = -1.5.
-    # Answer 2, A = -1, one token, ratio 0.5: min(-0.5, -0.8) = -0.8.
+    # Response 0, A = +2, two tokens, ratios 1.5 and 0.5, epsilon 0.2: min(3, 2.4) = 2.4 and min(1, 1.6) = 1; mean 1.7.
+    # Response 1, A = -1, one token, ratio 1.5: min(-1.5, -1.2) = -1.5.
+    # Response 2, A = -1, one token, ratio 0.5: min(-0.5, -0.8) = -0.8.
     old = torch.stack([logs(0.4, 0.4), logs(0.4, 1.0), logs(0.4, 1.0)])
     new = torch.stack([logs(0.6, 0.2), logs(0.6, 1.0), logs(0.2, 1.0)])
     mask = torch.tensor([[True, True], [True, False], [True, False]])
@@ -97,13 +99,13 @@ def test_token_level_by_hand():
 
 
 def test_sequence_level_by_hand():
-    # Whole-answer ratio 1.5 * 0.5 = 0.75, epsilon 0.2: A = +2 gives min(1.5, 1.6) = 1.5; A = -2 gives -1.6.
+    # Whole-response ratio 1.5 * 0.5 = 0.75, epsilon 0.2: A = +2 gives min(1.5, 1.6) = 1.5; A = -2 gives -1.6.
     old = logs(0.4, 0.4).expand(2, 2)
     new = logs(0.6, 0.2).expand(2, 2)
     mask = torch.ones(2, 2, dtype=torch.bool)
     advantages = torch.tensor([2.0, -2.0], dtype=torch.float64)
     assert clipped_objective(new, old, advantages, mask, 0.2, "sequence").tolist() == pytest.approx([1.5, -1.6])
-    # k3 of the whole answer with reference = old: 1/0.75 - log(1/0.75) - 1.
+    # k3 of the whole response with reference = old: 1/0.75 - log(1/0.75) - 1.
     kl = 1 / 0.75 - math.log(1 / 0.75) - 1
     loss, metrics = grpo_loss(
         new, old, old, advantages, mask, num_responses=2, epsilon=0.2, kl_coefficient=0.5, level="sequence"
@@ -129,7 +131,7 @@ def test_loss_equals_a_loop_over_tokens(level, epsilon, seed):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("epsilon", [0.2, 10.0])
 def test_gradient_equals_numerical_gradient(level, epsilon):
-    new, old, reference, advantages, mask = random_case(11, answers=4, length=3)
+    new, old, reference, advantages, mask = random_case(11, responses=4, length=3)
 
     def loss(logprobs):
         return grpo_loss(
@@ -185,7 +187,7 @@ def test_epsilon_of_ten_clips_only_large_ratios_of_good_responses():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_micro_batches_add_up(level):
-    *tensors, advantages, mask = random_case(7, answers=6)
+    *tensors, advantages, mask = random_case(7, responses=6)
     tensors[0].requires_grad_()
     options = {"num_responses": 6, "epsilon": 0.2, "kl_coefficient": 0.04, "level": level}
     whole, metrics = grpo_loss(*tensors, advantages, mask, **options)

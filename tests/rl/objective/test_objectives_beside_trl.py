@@ -1,4 +1,4 @@
-"""Each objective against TRL's own in float64: values and gradients over masks, empty answers, extreme ratios."""
+"""Each objective against TRL's own in float64: values and gradients over masks, empty responses, extreme ratios."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ CLOSE = 1e-6
 SEEDS = range(6)
 
 
-def drawn(seed: int, answers: int = 8) -> tuple[ObjectiveInputs, BatchTotals]:
-    """Random answers: one empty, one of a token, one of extreme ratios, one of advantage 0, as in an equal group."""
+def drawn(seed: int, responses: int = 8) -> tuple[ObjectiveInputs, BatchTotals]:
+    """Random responses: one empty, one of a token, one of extreme ratios, one of advantage 0, as in an equal group."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
-    old_BL = -normal(answers, LONGEST).abs() - 0.1
-    lengths_B1 = torch.randint(2, LONGEST + 1, (answers, 1), generator=generator)
+    old_BL = -normal(responses, LONGEST).abs() - 0.1
+    lengths_B1 = torch.randint(2, LONGEST + 1, (responses, 1), generator=generator)
     lengths_B1[:2, 0] = torch.tensor([0, 1])
     mask_BL = torch.arange(LONGEST) < lengths_B1
-    mask_BL &= torch.rand(answers, LONGEST, generator=generator) < 0.9
-    spread_B1 = torch.full((answers, 1), 0.3)
+    mask_BL &= torch.rand(responses, LONGEST, generator=generator) < 0.9
+    spread_B1 = torch.full((responses, 1), 0.3)
     spread_B1[2] = 6.0
-    advantages_B = normal(answers)
+    advantages_B = normal(responses)
     advantages_B[3] = 0.0
     found = ObjectiveInputs(
-        old_BL + spread_B1 * normal(answers, LONGEST),
+        old_BL + spread_B1 * normal(responses, LONGEST),
         old_BL,
         advantages_B,
         mask_BL,
-        old_BL + 0.4 * normal(answers, LONGEST),
+        old_BL + 0.4 * normal(responses, LONGEST),
         None,
-        normal(answers, LONGEST).abs(),
-        old_BL + 0.5 * normal(answers, LONGEST),
+        normal(responses, LONGEST).abs(),
+        old_BL + 0.5 * normal(responses, LONGEST),
     )
     found.logprobs_BL.requires_grad_()
     assert found.entropy_BL is not None
     found.entropy_BL.requires_grad_()
-    return found, BatchTotals(answers, int(mask_BL.sum()), LONGEST)
+    return found, BatchTotals(responses, int(mask_BL.sum()), LONGEST)
 
 
 def assert_alike(mine: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
@@ -83,20 +83,20 @@ OBJECTIVES = {
 def test_loss_and_gradient_are_trls(name, kl_coefficient):
     objective, settings = OBJECTIVES[name]
     for seed in SEEDS:
-        answers, totals = drawn(seed)
-        mine, _ = replace(objective, kl_coefficient=kl_coefficient).loss(answers, totals)
+        responses, totals = drawn(seed)
+        mine, _ = replace(objective, kl_coefficient=kl_coefficient).loss(responses, totals)
         theirs = trl_policy_loss(
-            answers.logprobs_BL,
-            None if objective.term == "on_policy" else answers.old_logprobs_BL,
-            answers.advantages,
-            answers.mask_BL,
+            responses.logprobs_BL,
+            None if objective.term == "on_policy" else responses.old_logprobs_BL,
+            responses.advantages,
+            responses.mask_BL,
             low=objective.clip.low,
             high=objective.clip.high,
-            reference_logprobs_BL=answers.reference_logprobs_BL,
+            reference_logprobs_BL=responses.reference_logprobs_BL,
             beta=kl_coefficient,
             **settings,
         )
-        assert_alike(mine, theirs, [answers.logprobs_BL])
+        assert_alike(mine, theirs, [responses.logprobs_BL])
 
 
 @pytest.mark.parametrize("kind", ["truncated", "masked"])
@@ -104,8 +104,8 @@ def test_loss_and_gradient_are_trls(name, kl_coefficient):
 def test_corrections_are_trls(kind, level):
     """TRL takes the weights in a method that samples too, so that they are written out here."""
     for seed in SEEDS:
-        answers, totals = drawn(seed)
-        gap_BU = (answers.old_logprobs_BL - answers.rollout_logprobs_BL) * answers.mask_BL
+        responses, totals = drawn(seed)
+        gap_BU = (responses.old_logprobs_BL - responses.rollout_logprobs_BL) * responses.mask_BL
         ratio_BU = (gap_BU.sum(-1, keepdim=True) if level == "sequence" else gap_BU).exp()
         if kind == "truncated":
             weights_BU = ratio_BU.clamp(max=1.5)
@@ -115,51 +115,51 @@ def test_corrections_are_trls(kind, level):
         objective = Objective(
             Clip(0.2, 0.2), kl_coefficient=0.04, importance_sampling=ImportanceSampling(kind, level, clip_range)
         )
-        mine, metrics = objective.loss(answers, totals)
+        mine, metrics = objective.loss(responses, totals)
         theirs = trl_policy_loss(
-            answers.logprobs_BL,
-            answers.old_logprobs_BL,
-            answers.advantages,
-            answers.mask_BL,
+            responses.logprobs_BL,
+            responses.old_logprobs_BL,
+            responses.advantages,
+            responses.mask_BL,
             loss_type="grpo",
             low=0.2,
             high=0.2,
-            reference_logprobs_BL=answers.reference_logprobs_BL,
+            reference_logprobs_BL=responses.reference_logprobs_BL,
             beta=0.04,
             correction_BU=weights_BU,
         )
-        assert_alike(mine, theirs, [answers.logprobs_BL])
+        assert_alike(mine, theirs, [responses.logprobs_BL])
         assert 0 < metrics["mismatch/importance_weight_clipped"] < 1
 
 
 def test_the_entropy_bonus_is_trls_where_tokens_count_alike():
     for seed in SEEDS:
-        answers, totals = drawn(seed)
+        responses, totals = drawn(seed)
         objective = Objective(Clip(0.2, 0.28), aggregation="token_mean", entropy_coefficient=0.1)
-        mine, _ = objective.loss(answers, totals)
+        mine, _ = objective.loss(responses, totals)
         theirs = trl_policy_loss(
-            answers.logprobs_BL,
-            answers.old_logprobs_BL,
-            answers.advantages,
-            answers.mask_BL,
+            responses.logprobs_BL,
+            responses.old_logprobs_BL,
+            responses.advantages,
+            responses.mask_BL,
             loss_type="dapo",
             low=0.2,
             high=0.28,
-            entropy_BL=answers.entropy_BL,
+            entropy_BL=responses.entropy_BL,
             entropy_coefficient=0.1,
         )
-        assert_alike(mine, theirs, [answers.logprobs_BL, answers.entropy_BL])
+        assert_alike(mine, theirs, [responses.logprobs_BL, responses.entropy_BL])
 
 
 def test_advantages_of_tokens_are_trls():
-    answers, totals = drawn(0)
-    answers = replace(answers, advantages=torch.randn(8, LONGEST, dtype=torch.float64))
-    mine, _ = Objective(Clip(0.2, 0.2)).loss(answers, totals)
+    responses, totals = drawn(0)
+    responses = replace(responses, advantages=torch.randn(8, LONGEST, dtype=torch.float64))
+    mine, _ = Objective(Clip(0.2, 0.2)).loss(responses, totals)
     theirs = trl_policy_loss(
-        answers.logprobs_BL, answers.old_logprobs_BL, answers.advantages, answers.mask_BL,
+        responses.logprobs_BL, responses.old_logprobs_BL, responses.advantages, responses.mask_BL,
         loss_type="grpo", low=0.2, high=0.2,
     )  # fmt: skip
-    assert_alike(mine, theirs, [answers.logprobs_BL])
+    assert_alike(mine, theirs, [responses.logprobs_BL])
 
 
 @pytest.mark.parametrize("beta", [0.1, 5.0])
