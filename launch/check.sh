@@ -32,4 +32,4 @@ if ((${#failed[@]})); then
     printf 'check: failed: %s\n' "${failed[*]}" >&2
     exit 1
 fi
-echo 'check: all is well'
+echo 'check: passed'

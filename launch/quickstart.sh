@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The main job, from random weights to a report: launch/quickstart.sh [key=value ...]
-# Interrupted, the same command goes on where it was.
+# After an interruption the same command resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 
-# Where there is a GPU, `auto` takes it or says what is wrong with it; it never falls back to the CPU in silence.
+# Where there is a GPU, `auto` uses it or fails with the reason; it never falls back to the CPU silently.
 platform=cpu
 if [[ "${MEGATRON_R1_LOCK:-gpu}" == gpu ]] && { [[ -e /dev/nvidia0 ]] || command -v nvidia-smi >/dev/null; }; then
     platform=auto

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv with everything that megatron_r1 needs. Run again, it takes about a second when nothing has changed.
-# MEGATRON_R1_LOCK=cpu|gpu chooses the set of versions; without it, a GPU that answers chooses gpu.
+# Makes .venv with all dependencies of megatron_r1. A second run takes about a second when nothing has changed.
+# MEGATRON_R1_LOCK=cpu|gpu chooses the set of versions; without it, a working GPU chooses gpu.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -45,7 +45,7 @@ lock="${MEGATRON_R1_LOCK:-}"
 if [[ -z "$lock" ]]; then
     lock=cpu
     if command -v nvidia-smi >/dev/null; then
-        if nvidia-smi -L >/dev/null 2>&1; then lock=gpu; else say "nvidia-smi fails: taking the CPU versions"; fi
+        if nvidia-smi -L >/dev/null 2>&1; then lock=gpu; else say "nvidia-smi fails: installing the CPU versions"; fi
     fi
 fi
 [[ "$lock" == cpu || "$lock" == gpu ]] || stop "MEGATRON_R1_LOCK=$lock: must be cpu or gpu"
@@ -67,7 +67,7 @@ say "installing the packages of launch/lock/$lock.txt: some minutes and 7 GB of 
 if [[ "$lock" == gpu ]]; then
     say "building Transformer Engine"
     .venv/bin/python -m pip install --quiet --quiet --no-deps --no-build-isolation -r launch/lock/gpu-build.txt ||
-        say "Transformer Engine cannot be built here (it needs the CUDA toolkit): torch's own parts will be used"
+        say "Transformer Engine cannot be built here (it needs the CUDA toolkit): torch's own modules will be used"
 fi
 say "installing megatron_r1 from this checkout"
 .venv/bin/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .

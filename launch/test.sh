@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 
-# Debian packages that tests use. Installed where that is possible; elsewhere those tests skip and say why.
+# Debian packages that tests use. Installed where that is possible; elsewhere those tests are skipped with the reason.
 debian_packages=(bubblewrap chromium g++ munge slurm-wlm)
 if ((${#debian_packages[@]})) && [[ -f /etc/debian_version && "$(id -u)" == 0 ]]; then
     if ! dpkg --status "${debian_packages[@]}" >/dev/null 2>&1; then

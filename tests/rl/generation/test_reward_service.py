@@ -44,7 +44,7 @@ class Letters:
 
 
 class Source:
-    """Takes rollouts of one response each, scored by a rubric; a step may have another text, or something to do first."""
+    """Takes rollouts of one response each, scored by a rubric; a step may have another text or an action first."""
 
     def __init__(self, rubric: Rubric, texts: dict[int, str] | None = None, first: dict | None = None):
         self.rubric, self.texts, self.first = rubric, texts or {}, first or {}
