@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,74 +59,80 @@ def hook(store: CheckpointStore, disk: Disk, background: bool = True) -> Checkpo
     return CheckpointHook(store, disk.snapshot, {}, 2, 0, background)
 
 
+def wait_until_written(store: CheckpointStore) -> None:
+    deadline = time.monotonic() + 20
+    while not store.written():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def after(hook: CheckpointHook, *steps: int) -> None:
     for step in steps:
         hook.after_step(TrainState(step=step), {})
 
 
 def test_training_continues_while_a_checkpoint_is_written(store, disk):
-    this = hook(store, disk)
+    checkpoints = hook(store, disk)
     disk.ready.clear()
-    after(this, 1, 2, 3)
+    after(checkpoints, 1, 2, 3)
     assert store.saving and steps(store.folder) == []
     disk.ready.set()
-    while not store.written():
-        pass
-    after(this, 5)
+    wait_until_written(store)
+    after(checkpoints, 5)
     assert not store.saving and steps(store.folder) == [2]
     assert (store.path(2) / "file").read_text() == "step 2"
     assert verify(store.path(2)).metadata == {"step": 2}
 
 
 def test_the_next_save_waits_for_the_one_before(store, disk):
-    this = hook(store, disk)
+    checkpoints = hook(store, disk)
     disk.ready.clear()
-    after(this, 2, 3)
+    after(checkpoints, 2, 3)
     timer = threading.Timer(0.2, disk.ready.set)
     timer.start()
-    after(this, 4, 5, 6, 7)
-    this.finish(TrainState(step=7))
+    after(checkpoints, 4, 5, 6, 7)
+    checkpoints.finish(TrainState(step=7))
     timer.join()
     assert disk.most_at_once == 1 and steps(store.folder) == [7, 6]
     assert not store.saving
 
 
 def test_a_failed_save_is_survived_and_logged_with_its_step(store, disk, caplog):
-    this = hook(store, disk)
-    after(this, 2)
-    store._save.written.result(timeout=20)
-    after(this, 3)
+    checkpoints = hook(store, disk)
+    after(checkpoints, 2)
+    wait_until_written(store)
+    after(checkpoints, 3)
     disk.broken = True
-    after(this, 4)
-    store._save.written.exception(timeout=20)
-    after(this, 5)
+    after(checkpoints, 4)
+    wait_until_written(store)
+    after(checkpoints, 5)
     assert "step 4: " in caplog.text and "No space left on device" in caplog.text
     assert steps(store.folder) == [2] and not list(store.folder.glob("*.tmp"))
     disk.broken = False
-    after(this, 6)
-    this.finish(TrainState(step=6))
+    after(checkpoints, 6)
+    checkpoints.finish(TrainState(step=6))
     assert steps(store.folder) == [6, 2]
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_the_last_save_must_not_fail(store, disk, background):
-    this = hook(store, disk, background)
-    after(this, 2)
+    checkpoints = hook(store, disk, background)
+    after(checkpoints, 2)
     if background:
-        store._save.written.result(timeout=20)
+        wait_until_written(store)
     disk.broken = True
     with pytest.raises(SaveFailed):
-        this.finish(TrainState(step=3))
+        checkpoints.finish(TrainState(step=3))
     assert steps(store.folder) == [2]
 
 
 def test_a_failed_background_save_of_the_last_step_is_tried_again(store, disk):
-    this = hook(store, disk)
+    checkpoints = hook(store, disk)
     disk.broken = True
-    after(this, 2)
-    store._save.written.exception(timeout=20)
+    after(checkpoints, 2)
+    wait_until_written(store)
     disk.broken = False
-    this.finish(TrainState(step=2))
+    checkpoints.finish(TrainState(step=2))
     assert steps(store.folder) == [2]
 
 

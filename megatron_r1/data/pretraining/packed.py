@@ -80,7 +80,7 @@ class PackedCorpus:
     """
 
     def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[float], sequence_length: int, seed: int):
-        self._datasets, self._width = datasets, sequence_length + 1
+        self.datasets, self._width = datasets, sequence_length + 1
         self._blend = Blend(weights, seed)
 
     def batch(self, position: int, size: int) -> PackedBatch:
@@ -89,7 +89,7 @@ class PackedCorpus:
         batch = PackedBatch(np.empty(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool))
         for row in range(size):
             dataset, index = self._blend.at(position + row)
-            self._datasets[dataset].fill(index, batch.tokens_BL[row], batch.document_ids_BL[row], batch.begins_BL[row])
+            self.datasets[dataset].fill(index, batch.tokens_BL[row], batch.document_ids_BL[row], batch.begins_BL[row])
         return batch
 
 

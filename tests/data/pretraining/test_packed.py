@@ -48,7 +48,7 @@ def pieces_of(batch):
 
 def test_an_epoch_holds_every_document_once(folders):
     corpus = packed_corpus(config_of(folders, a=1.0), TOKENIZER, LENGTH, 0)
-    sequences = len(corpus._datasets[0].packing)
+    sequences = len(corpus.datasets[0].packing)
     for epoch in (0, 3):
         batch = corpus.batch(epoch * sequences, sequences)
         assert batch.tokens_BL.shape == (sequences, LENGTH + 1) and batch.tokens_BL.dtype == np.int64

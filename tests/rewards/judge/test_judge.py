@@ -85,10 +85,10 @@ def test_correctness_is_the_share_of_votes():
 def test_the_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv(client.KEY, "secret")
     with running(honest) as fake:
-        reward = JudgeReward(config(fake.url))
-        reward.score([JudgedPrompt()], ["5"])
+        settings = config(fake.url)
+        JudgeReward(settings).score([JudgedPrompt()], ["5"])
     assert fake.keys == ["Bearer secret"] * 2
-    assert "secret" not in repr(reward._config)
+    assert "secret" not in repr(settings)
 
 
 @pytest.mark.parametrize(
