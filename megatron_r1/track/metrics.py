@@ -15,10 +15,10 @@ Better = Literal["higher", "lower", ""]
 STEP = "step"
 PREFIXES: Mapping[str, str] = {
     "train": "The update: loss, gradient, schedule and data. Preference learning records its accuracy and margin here.",
-    "eval": "Measured on held-out data that no training sees. `evaluate` leaves its own in `results.json`, "
+    "eval": "Measured on held-out data that no training sees. `evaluate` writes its own to `results.json`, "
     "`sample` in `done.json` of the run's folder, without the prefix.",
     "policy": "Reinforcement learning: the objective and its parts.",
-    "rollout": "Reinforcement learning: sampled responses, their rewards, and what the engine went through.",
+    "rollout": "Reinforcement learning: sampled responses, their rewards, and failures of the engine.",
     "critic": "PPO's critic.",
     "mismatch": "How far the trainer's probabilities of sampled tokens are from the engine's, before any update.",
     "moe": "How the routers load the experts. `mtp_` metrics are of multi-token prediction layers.",
@@ -72,11 +72,11 @@ def _train() -> Iterator[Metric]:
         "train/distillation_loss", nats, "With a teacher: divergence of the student from it.", ("sft",), "lower"
     )
     yield Metric("train/score_loss", "nats per example", "Loss on a reward model's scores.", ("reward_model",), "lower")
-    yield Metric("train/reasoning_loss", nats, "Loss on the judge's reasoning.", ("reward_model",), "lower")
+    yield Metric("train/reasoning_loss", nats, "Loss on critiques.", ("reward_model",), "lower")
     yield Metric(
         "train/accuracy",
         "share",
-        "Share of the batch's pairs, or labelled responses, that scores or implicit rewards order rightly.",
+        "Share of the batch's pairs, or labelled responses, that scores or implicit rewards order correctly.",
         PREFERENCE,
         "higher",
     )
@@ -98,9 +98,9 @@ def _train() -> Iterator[Metric]:
     yield Metric("train/batch_size", "sequences", "Sequences of the global batch.", ("pretrain",))
     yield Metric("train/mtp_weight", "", "Weight of the multi-token loss.", ("pretrain",))
     yield Metric("train/epoch", "epochs", "Passes over the training data so far.", ("sft", *PREFERENCE))
-    yield Metric("train/consumed_tokens", "tokens", "Tokens trained on so far, padding not counted.", ALL)
-    yield Metric("train/tokens", "tokens", "Tokens of the global batch, padding not counted.", ("sft",))
-    yield Metric("train/loss_tokens", "tokens", "Those of them that count in the loss.", ("sft",))
+    yield Metric("train/consumed_tokens", "tokens", "Tokens trained on so far, without padding.", ALL)
+    yield Metric("train/tokens", "tokens", "Tokens of the global batch, without padding.", ("sft",))
+    yield Metric("train/loss_tokens", "tokens", "Those of them that are in the loss.", ("sft",))
     yield Metric("train/examples", "examples", "Conversations of the global batch.", ("sft",))
     yield Metric(
         "train/packing_efficiency",
@@ -123,20 +123,20 @@ def _eval() -> Iterator[Metric]:
     yield Metric("eval/loss_before", "nats per token", "The same before the first step.", ("sft",), "lower")
     yield Metric("eval/perplexity", "", "exp(eval/loss).", ("sft",), "lower")
     yield Metric(
-        "eval/accuracy", "share", "Share of held-out examples ordered, or labelled, rightly.", PREFERENCE, "higher"
+        "eval/accuracy", "share", "Share of held-out examples ordered, or labelled, correctly.", PREFERENCE, "higher"
     )
     yield Metric("eval/accuracy_low", "share", "Lower bound of its 95 % interval.", PREFERENCE, "higher")
     yield Metric("eval/accuracy_high", "share", "Upper bound of its 95 % interval.", PREFERENCE, "higher")
     for name, unit, meaning, command in (
-        ("correct_any_format", "share", "Share of responses whose answer is correct wherever it stands.", "evaluate"),
+        ("correct_any_format", "share", "Share of responses with a correct answer, in any format.", "evaluate"),
         ("correct_tagged", "share", "Share of responses with a correct answer inside well-formed tags.", "evaluate"),
         (
             "helpful",
             "share",
-            "Share that does what was asked, or declines harm, by hidden rules.",
+            "Share of responses that do what the question asks for, or decline harm, by hidden rules.",
             "evaluate",
         ),
-        ("safe", "share", "Share in which nothing, reasoning included, goes about something harmful.", "evaluate"),
+        ("safe", "share", "Share of responses without help for something harmful, reasoning included.", "evaluate"),
         ("format", "share", "Share of responses with reasoning and answer each in their tags.", "evaluate"),
         ("correct", "share", "Share of correct responses, in any format.", "sample"),
         ("correct_in_any_sample", "share", "Share of prompts with a correct response among its samples.", "sample"),
@@ -149,11 +149,11 @@ def _eval() -> Iterator[Metric]:
 def _policy() -> Iterator[Metric]:
     yield Metric("policy/loss", "", "What the update minimises: -objective + kl_loss - entropy bonus, aggregated.", RL)
     yield Metric("policy/ratio", "", "New over old policy's probability: the change ratio.", RL)
-    yield Metric("policy/ratio_clipped", "", "The limited change ratio: kept within the clip range.", RL)
+    yield Metric("policy/ratio_clipped", "", "The limited change ratio: clipped to the clip range.", RL)
     yield Metric("policy/objective", "", "The smaller of ratio x advantage and clipped ratio x advantage.", RL)
     yield Metric("policy/kl_loss", "nats", "The stay-stable part: kl_coefficient x policy/kl.", RL)
     yield Metric("policy/kl", "nats per token", "Divergence from the reference policy, by `rl.kl_estimator`.", RL)
-    yield Metric("policy/kl_in_reward", "reward", "Penalty for divergence that is taken from a response's reward.", RL)
+    yield Metric("policy/kl_in_reward", "reward", "KL penalty that is subtracted from a response's reward.", RL)
     yield Metric("policy/clip_fraction", "share", "Share of tokens, or responses, whose ratio was clipped.", RL)
     yield Metric("policy/advantage", "reward", "Mean advantage.", RL)
     yield Metric("policy/entropy", "nats per token", "Entropy of the policy.", RL)
@@ -171,14 +171,14 @@ def _rollout() -> Iterator[Metric]:
     yield Metric("rollout/step_reward", "reward", "Mean reward of such a step.", RL, "higher")
     yield Metric("rollout/staleness_max", "updates", "Age of the weights that sampled the oldest token.", RL, "lower")
     yield Metric("rollout/staleness_mean", "updates", "The same, mean over tokens.", RL, "lower")
-    yield Metric("rollout/multi_version", "share", "Share of responses whose weights changed under way.", RL)
+    yield Metric("rollout/multi_version", "share", "Share of responses during which weights changed.", RL)
     yield Metric("rollout/lost_groups", "groups", "Groups without a response, by failure of the engine.", RL, "lower")
     yield Metric("rollout/unscored_groups", "groups", "Groups that a reward could not score.", RL, "lower")
-    yield Metric("rollout/filtered_duplicates", "responses", "Taken out: the same, token for token, as another.", RL)
-    yield Metric("rollout/filtered_truncated", "responses", "Taken out, or masked in the loss: truncated.", RL)
+    yield Metric("rollout/filtered_duplicates", "responses", "Dropped: the same tokens as another response.", RL)
+    yield Metric("rollout/filtered_truncated", "responses", "Dropped, or masked in the loss: truncated.", RL)
     yield Metric("rollout/filtered_zero_std_groups", "groups", "Dropped: all rewards are equal.", RL)
     yield Metric(
-        "rollout/filtered_small_groups", "groups", "Dropped: too few responses left, or none to learn from.", RL
+        "rollout/filtered_small_groups", "groups", "Dropped: too few responses remain, or none to train on.", RL
     )
     yield Metric("rollout/requests_sent", "requests", "Requests sent to servers in this step.", RL, varies=True)
     yield Metric("rollout/requests_failed", "requests", "Requests given up.", RL, "lower", varies=True)
@@ -243,13 +243,13 @@ def _perf() -> Iterator[Metric]:
     without_rl = (*SUPERVISED, *PREFERENCE)
     yield of("tokens_per_second", "tokens per second", "Tokens trained on in a second.", without_rl, "higher")
     yield of("mfu", "share", "Model FLOP/s over the devices' peak.", SUPERVISED, "higher")
-    yield of("rollout_seconds", "s", "The trainer waits for a rollout.", RL, "lower")
-    yield of("engine_seconds", "s", "The engine samples and rewards score a rollout.", RL, "lower")
+    yield of("rollout_seconds", "s", "Time in which the trainer waits for a rollout.", RL, "lower")
+    yield of("engine_seconds", "s", "Time in which the engine samples and rewards score a rollout.", RL, "lower")
     yield of("train_seconds", "s", "The trainer's part of a step, the critic's share included.", RL, "lower")
     yield of("critic_seconds", "s", "The critic's share of it.", RL, "lower")
-    yield of("sync_seconds", "s", "The weights are sent to the engine.", RL, "lower")
+    yield of("sync_seconds", "s", "Time in which the weights are sent to the engine.", RL, "lower")
     yield of("trainer_idle", "share", "Share of a step in which the trainer does not train.", RL, "lower")
-    yield of("engine_idle", "share", "Share of a step in which the engine has nothing to answer.", RL, "lower")
+    yield of("engine_idle", "share", "Share of a step in which the engine has no requests.", RL, "lower")
 
 
 METRICS: tuple[Metric, ...] = tuple(_entries())
