@@ -50,7 +50,7 @@ def variables() -> dict[str, str]:
 
 
 def die_with_parent() -> None:
-    """Tie this process to the one that started it, if that one asked for it or is torchrun; called before all else."""
+    """Tie this process to its parent, if the parent requests it or is torchrun; must be called before all else."""
     address = os.environ.pop(VARIABLE, "")  # it is for this process, not for its children
     if address:
         tie_to(address)

@@ -31,7 +31,7 @@ def key_of(field: Field[Any]) -> str:
 
 
 def convert[T](section: type[T], tree: object, path: str = "") -> T:
-    """The dataclass `section` from a plain dict; keys that are left out take their defaults.
+    """The dataclass `section` from a plain dict; missing keys take their defaults.
 
     Args:
         section: a configuration dataclass, e.g. RunConfig.

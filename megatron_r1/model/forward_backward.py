@@ -112,7 +112,7 @@ def routers(model: Model) -> list[Any]:
 
 
 def layer_name(router: Any) -> str:
-    """The layer of a router; multi-token layers count on their own, and are never taken for the backbone's."""
+    """The layer of a router; multi-token layers are numbered separately from the backbone's."""
     return f"{'mtp' if router.is_mtp_layer else 'layer'} {router.layer_number}"
 
 

@@ -1,4 +1,4 @@
-"""Every place where megatron-core 0.19 computes something else than the released models, and what is done about it.
+"""Corrections of megatron-core 0.19 where it computes something else than the released models.
 
 The file to open when megatron-core is upgraded:
 

@@ -5,7 +5,7 @@ moves its log-probability by far more than rounding does. Given the engine's cho
 gates of those experts itself, with gradient ("Stabilizing MoE Reinforcement Learning by Aligning Training and Inference
 Routers", 2025). megatron-core asks a `RouterReplay` in each router which experts to take; this is one.
 
-Multi-token layers are left out by name: megatron-core numbers them from 1 again, like the backbone's.
+Multi-token layers are excluded by name: megatron-core numbers them from 1 again, like the backbone's.
 
 Shapes: B rows, L positions, T = L x B tokens, N sparse layers of the backbone, K experts of a token, E experts.
 """
@@ -26,7 +26,7 @@ from megatron_r1.model.chunks import Model, chunks, in_multi_token_layer
 from megatron_r1.parallel.comm import all_gather_object
 
 NOT_RECORDED = -1
-"""In place of an expert: the router chooses for itself, as for padding."""
+"""Instead of an expert's index: the router makes its own choice, as for padding."""
 
 Choose = Callable[..., tuple[Tensor, Tensor]]
 Routes = Callable[[], Tensor]
@@ -50,11 +50,11 @@ class Replay(Protocol):
         ...
 
     def metrics(self) -> dict[str, float]:
-        """Collective: share of the replayed choices that the routers would have made differently, since last asked."""
+        """Collective: share of the replayed choices that the routers would make differently, since the last call."""
         ...
 
     def recording(self) -> AbstractContextManager[Routes | None]:
-        """Forward passes whose choices can be read; None where nobody reads them."""
+        """Forward passes whose choices can be read; None where they are not read."""
         ...
 
 

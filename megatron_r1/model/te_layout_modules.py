@@ -164,9 +164,9 @@ class CoreAttention(torch.nn.Module):
     """Scaled dot-product attention whose query-key and value widths may differ, as latent attention needs.
 
     Takes query [L, B, H, D_qk], key [L, B, G, D_qk] and value [L, B, G, D_v]; returns [L, B, H * D_v]. G is H, or
-    divides it where several query heads share a key-value head. A boolean mask [B, 1, L_query, L_key], true where a
-    position must not be seen, replaces the causal one. Packed sequences come end to end, without a batch dimension, and
-    each sees itself alone.
+    divides it where several query heads share a key-value head. A boolean mask [B, 1, L_query, L_key], true where
+    attention is forbidden, replaces the causal one. Packed sequences are concatenated, without a batch dimension, and
+    each attends to itself alone.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Log-probabilities, entropy and divergence of tokens from their hidden states, without the logits of all tokens.
 
-The head's rows are shared out over tensor-parallel ranks. Tokens go through it in chunks, forward and once more
+The head's rows are divided among tensor-parallel ranks. Tokens go through it in chunks, forward and once more
 backward, so that of [T, V] logits only a chunk's exist at any time; ranks exchange a few numbers per token. One
 function serves supervised training, distillation, reinforcement learning and perplexity.
 
@@ -121,7 +121,7 @@ class _Scores(torch.autograd.Function):
             empty = hidden_TD.new_zeros(0, dtype=torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32)
             parts = [(empty.view(0, targets_TK.shape[1]), *[empty] * (3 if reference_TD is None else 6))]
         log_probs_TK, entropy_T, *rest = (torch.cat(part) for part in zip(*parts, strict=True))
-        # Kept per token: the peak and the sum for each model, so that backward asks no other rank.
+        # Saved per token: maximum and sum for each model, so that the backward pass needs no other rank.
         context.plan = plan
         context.save_for_backward(hidden_TD, weight_VD, targets_TK, reference_TD, reference_VD, entropy_T, *rest)
         context.set_materialize_grads(False)

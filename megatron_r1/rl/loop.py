@@ -107,7 +107,7 @@ def send_weights(publish: Callable[[str], None], version: str) -> None:
 
 
 def broadcast_rollout(rollouts: RolloutSource | None, state: TrainState, service: RewardService) -> Rollout:
-    """Collective: the rollout of the next step, taken on rank 0.
+    """Collective: the rollout of the next step, from rank 0.
 
     Raises:
         StepUnavailable: there is none; on all ranks.

@@ -1,4 +1,4 @@
-"""Which linear layers of a model multiply in FP8; the one place that decides it, for either backend.
+"""Decides which linear layers of a model multiply in FP8, for both backends.
 
 Every module that holds a matrix is looked at by name: it is a linear layer that `config.fp8` knows, or one that
 always stays high, or an error. So nothing new in a model is quantised, or left out, unnoticed.
@@ -49,7 +49,7 @@ class Fp8Plan:
     """Quantised modules whose weight's blocks are not those of the whole weight, because a shard ends within one."""
 
     def lines(self) -> list[str]:
-        """The plan for a person, layers of a kind together."""
+        """The plan as text for the user, with layers of a kind together."""
         kinds: dict[str, str] = {kind_of(name): recipe for name, recipe in self.quantised.items()}
         counts = Counter(map(kind_of, self.quantised))
         result = [f"fp8: {kind} x {counts[kind]}: {recipe}" for kind, recipe in kinds.items()]

@@ -87,7 +87,7 @@ def power_of_two_above(scales: Tensor) -> Tensor:
 def quantise(x_MN: Tensor, tiling: Tiling, format: Format = E4M3, power_of_two: bool = False) -> Quantised:
     """A matrix in a small format, with the scale of each tile chosen from its largest magnitude.
 
-    scale = largest magnitude / largest number of the format, in fp32, rounded up to a power of two where asked;
+    scale = largest magnitude / largest number of the format, in fp32, rounded up to a power of two where requested;
     value = round(x / scale), the quotient in fp32 first.
 
     Args:

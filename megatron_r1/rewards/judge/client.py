@@ -88,7 +88,7 @@ class Judge:
                     task.cancel()
 
     async def _ask(self, session: aiohttp.ClientSession, query: Ask) -> Any:
-        last: Exception = JudgeFailed("was not asked")
+        last: Exception = JudgeFailed("no call was made")
         for attempt in range(self._config.attempts):
             if attempt and isinstance(last, JudgeFailed):
                 await asyncio.sleep(FIRST_PAUSE_S * 4 ** (attempt - 1))

@@ -1,4 +1,4 @@
-"""What a program and all that it started use, seen from outside."""
+"""Resources that a program and its child processes use, measured from outside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def held(pid: int, most: int) -> tuple[int, int]:
 
 
 def files_made(folder: str, size: int) -> int:
-    """Files and folders in the file system at `folder`; 0 where it cannot be seen, or is not one of `size` bytes.
+    """Files and folders in the file system at `folder`; 0 where it cannot be read, or is not one of `size` bytes.
 
     (Before the sandbox is complete, its first process still sees the machine's own file system there.)
     """

@@ -74,7 +74,7 @@ class AsyncRollouts:
         """The rollout of `step`; those after it are started.
 
         Raises:
-            NoRolloutCapacity: no server could answer.
+            NoRolloutCapacity: no server is available.
         """
         for distance in range(min(self._max_staleness, self._last_step - step) + 1):
             key = step + distance, first_prompt + distance * self._prompts_per_rollout

@@ -88,7 +88,7 @@ class Rollouts:
         again, and continues with the same prompts after it.
 
         Raises:
-            NoRolloutCapacity: no server could answer, or every prompt was lost.
+            NoRolloutCapacity: no server is available, or every group failed.
         """
         no_counts = dict.fromkeys(self._count_names(), 0)
         if (found := self._journal.read_all(step)) is not None:
