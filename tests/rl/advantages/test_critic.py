@@ -101,13 +101,13 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     plain_values = value_model(new_model, config)
     in_loss = [sample for sample in samples if sample.in_loss]
     with torch.no_grad():
-        values = [values_of(plain_values, sample).tolist() for sample in samples]
+        sample_values = [values_of(plain_values, sample).tolist() for sample in samples]
         anchors = [response_log_probs(other, s.prompt_tokens, s.response_tokens, 0.7).tolist() for s in samples]
     gaps = [
         [own - anchor for own, anchor in zip(s.logprobs, each, strict=True)]
         for s, each in zip(samples, anchors, strict=True)
     ]
-    expected, returns = by_hand(config, samples, values, gaps)
+    expected, returns = by_hand(config, samples, sample_values, gaps)
     tokens, policy_loss, value_loss = sum(map(len, expected)), torch.zeros(()), torch.zeros(())
     for sample, own, target in zip(in_loss, expected, returns, strict=True):
         log_probs = response_log_probs(plain, sample.prompt_tokens, sample.response_tokens, 0.7)
@@ -124,7 +124,9 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     assert row["critic/loss"] == pytest.approx(float(value_loss.detach()), rel=1e-4)
     assert row["policy/kl_in_reward"] == pytest.approx(config.rl.kl_coefficient * sum(map(sum, gaps)) / 4, rel=1e-4)
     flat = torch.tensor([r for each in returns for r in each])
-    values_in_loss = torch.tensor([v for s, each in zip(samples, values, strict=True) for v in each if s.in_loss])
+    values_in_loss = torch.tensor(
+        [v for s, each in zip(samples, sample_values, strict=True) for v in each if s.in_loss]
+    )
     explained = 1 - (flat - values_in_loss).var(unbiased=False) / flat.var(unbiased=False)
     assert row["critic/explained_variance"] == pytest.approx(float(explained), rel=1e-3)
     assert row["critic/return"] == pytest.approx(float(flat.mean()), rel=1e-4)
