@@ -13,12 +13,14 @@ import copy
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.support.float64 import DTYPE, float64
 
 STEPS = 5
 PROMPTS, GROUP = 4, 4
@@ -35,10 +37,10 @@ def main(folder: Path) -> None:
     config.train.optimizer.max_grad_norm = 0.0
     from megatron_r1.parallel.mesh import process_groups
 
-    with process_groups(platform, config.parallel, seed=0, threads=1):
-        for precision in ("fp32", "fp64"):
-            if precision == "fp64":
-                compute_in_float64()
+    with process_groups(platform, config.parallel, seed=0, threads=1), ExitStack() as stack:
+        for precision in ("fp32", DTYPE):
+            if precision == DTYPE:
+                stack.enter_context(float64())
             config.model.dtype = precision
             found = {"pretrain": pretrain(config, platform)}
             if precision == "fp64":
@@ -64,26 +66,10 @@ def main(folder: Path) -> None:
                     torch.save(gradients, folder / f"{name}-{precision}.pt")
 
 
-def compute_in_float64() -> None:
-    """From here on weights are made in float64, and whatever asks for fp32 on the way gets float64 too."""
-    from megatron_r1.model import spec
-
-    spec.DTYPES["fp64"] = torch.float64
-    torch.Tensor.float = torch.Tensor.double
-    torch.set_default_dtype(torch.float64)
-    type_of = torch.Tensor.type
-    # The distributed optimizer knows no float64.
-    torch.Tensor.type = lambda self, *a: type_of(self, *a) if a else type_of(self).replace("Double", "Float")
-
-
 def build(config: Any, platform: Any) -> Any:
     from megatron_r1.model.build import build_model
-    from megatron_r1.model.chunks import chunks
 
-    model = build_model(config.model, config.parallel, platform, 0, config.performance)
-    for part in chunks(model):
-        part.config.moe_router_dtype = config.model.dtype
-    return model
+    return build_model(config.model, config.parallel, platform, 0, config.performance)
 
 
 def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:

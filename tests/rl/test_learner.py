@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,7 +16,7 @@ from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
-from tests.support.layouts import model_of
+from tests.support.float64 import float64
 from tests.support.learner_cases import (
     LENGTHS,
     REWARDS,
@@ -28,6 +28,12 @@ from tests.support.learner_cases import (
     two_models,
 )
 from tests.support.plain_grpo import plain_loss, response_log_probs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_float64(one_rank) -> Iterator[None]:
+    with float64():
+        yield
 
 
 def learnt(new_model: Callable, **rl) -> tuple[dict, dict, dict]:
@@ -114,7 +120,7 @@ def test_the_trainers_own_log_probs_are_those_of_a_rollout_that_it_sampled(new_m
 
 
 def test_the_reference_is_swapped_in_and_out_again(new_model):
-    model = new_model(model_of("tiny"))
+    model = new_model(config_of().model)
     before = {name: tensor.clone() for name, tensor in native_tensors(model)}
     weights = shifted_reference(model)
     reference = ReferencePolicy(model, weights)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.data.preference.examples import TokenizedPreference, TokenizedSequence
+from tests.support.float64 import DTYPE
 from tests.support.layouts import model_of
 from tests.support.plain_grpo import response_log_probs
 
@@ -17,6 +19,13 @@ PAD, END = 0, 2
 BETA, SMOOTHING = 0.3, 0.1
 REFERENCE_SCALE = 1.02
 """Of the reference's weights to the policy's, so that no margin is 0."""
+
+
+def tiny() -> ModelConfig:
+    """The tiny shape in float64; for use inside `float64()`."""
+    config = model_of("tiny")
+    config.dtype = DTYPE
+    return config
 
 
 def pairs(count: int = 8) -> list[TokenizedPreference]:
@@ -73,7 +82,7 @@ def one_update(
     from megatron_r1.train.routing import FROZEN
     from tests.dist.ranks_layouts import whole_gradients
 
-    model = build_model(model_of("tiny"), parallel, platform, 0)
+    model = build_model(tiny(), parallel, platform, 0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith("mtp."))
     FROZEN.apply(model, 0)

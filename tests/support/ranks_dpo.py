@@ -21,9 +21,10 @@ def main(folder: Path, layout: str) -> None:
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
     from tests.support.dpo_cases import one_update
+    from tests.support.float64 import float64
 
     platform, parallel = select("cpu"), ParallelConfig(**LAYOUTS[layout])
-    with process_groups(platform, parallel, seed=0, threads=1):
+    with process_groups(platform, parallel, seed=0, threads=1), float64():
         metrics, gradients, margins = one_update(platform, parallel)
         if dist.get_rank() == 0:
             (folder / "found.json").write_text(json.dumps({"metrics": metrics, "margins": margins}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
+from tests.support.float64 import float64
 from tests.support.learner_cases import assert_close, config_of, make_samples, shifted_reference, trainable, two_models
 from tests.support.plain_grpo import response_log_probs
 
@@ -25,6 +26,12 @@ SETTINGS: dict[str, Any] = {
     "group_size": 1, "prompts_per_rollout": 4,
 }  # fmt: skip
 DISCOUNT, DECAY, CLIP = 0.95, 0.9, 0.05
+
+
+@pytest.fixture(autouse=True, scope="module")
+def in_float64(one_rank) -> Iterator[None]:
+    with float64():
+        yield
 
 
 def ppo_config(shape: str = "tiny_dense", **rl) -> RunConfig:
@@ -81,7 +88,7 @@ def by_hand(config: RunConfig, samples: list, values: list[list[float]], gaps: l
     flat = [a for own in advantages for a in own]
     mean = sum(flat) / len(flat)
     deviation = (sum((a - mean) ** 2 for a in flat) / len(flat)) ** 0.5
-    return [[(a - mean) / deviation for a in own] for own in advantages], returns
+    return [[(a - mean) / (deviation + 1e-8) for a in own] for own in advantages], returns
 
 
 @pytest.mark.parametrize(("shape", "tokens_per_micro_batch"), [("tiny_dense", 1000), ("tiny", 20)])
