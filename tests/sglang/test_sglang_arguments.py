@@ -15,7 +15,6 @@ from megatron_r1.rollout.sglang.servers import startup as starts
 from megatron_r1.rollout.sglang.servers.arguments import options, refuse_on_cpu, server_arguments
 from megatron_r1.rollout.sglang.servers.startup import first_gpu
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
-from megatron_r1.rollout.sglang.versions import Versions
 
 EVERYTHING = ServerConfig(
     tensor_parallel=8, expert_parallel=8, data_parallel_attention=4, memory_fraction=0.8, chunked_prefill_tokens=4096,
@@ -78,7 +77,7 @@ def test_each_server_gets_its_first_gpu(tmp_path, monkeypatch):
         dtype = "bfloat16" if device == "cuda" else "float32"
         several = starts.ServerFactory(tmp_path, config, tmp_path, device, dtype, 64, first_gpu=4)
         for place, folder in ((0, tmp_path), (1, None)):
-            several.launch(place, Endpoint("http://a:1", "", ""), CurrentWeights(Versions("0"), folder))
+            several.launch(place, Endpoint("http://a:1", "", ""), CurrentWeights(["0"], folder))
         several.close()
     assert started == [4, 6, None, None]
 

@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client
-from megatron_r1.rollout.sglang.pool.pool import choose, key_of, split_into_calls
+from megatron_r1.rollout.sglang.pool.pool import VersionsFromNowOn, choose, key_of, split_into_calls
 from megatron_r1.rollout.sglang.replies import BadReply, parse_completions
 from megatron_r1.rollout.sglang.servers.process import LAUNCHER
-from megatron_r1.rollout.sglang.versions import Versions
 
 REQUEST = Request("r", (5, 6, 7))
 SAMPLING = Sampling(1.0, 1.0, 3, (9,), 0)
-V1 = Versions("v1").from_now_on()
+V1 = VersionsFromNowOn(["v1"])
 SPAN = {"version": "v1", "start": 0, "end": 2}
 REPLY = {
     "output_ids": [8, 9],
@@ -65,20 +64,20 @@ def test_good_reply():
 
 
 def test_a_reply_may_come_from_weights_sent_after_its_request_but_not_from_older_ones():
-    versions = Versions("v0")
-    before = versions.from_now_on()
-    versions.add("v1")
-    allowed = versions.from_now_on()
+    versions = ["v0"]
+    before = VersionsFromNowOn(versions)
+    versions.append("v1")
+    allowed = VersionsFromNowOn(versions)
     spans = [{"version": "v1", "start": 0, "end": 1}, {"version": "v2", "start": 1, "end": 2}]
     reply = changed("meta_info", REPLY["meta_info"] | {"weight_versions": spans, "weight_version": "v2"})
     with pytest.raises(BadReply, match="'v2' where 'v1' was expected"):
         completion(reply, REQUEST, SAMPLING, allowed)
-    versions.add("v2")
+    versions.append("v2")
     for asked in (before, allowed):
         one = completion(reply, REQUEST, SAMPLING, asked)
         assert (one.weight_version, one.version_changes) == ("v1", ((1, "v2"),))
     with pytest.raises(BadReply, match="'v1' where 'v2' was expected"):
-        completion(reply, REQUEST, SAMPLING, versions.from_now_on())
+        completion(reply, REQUEST, SAMPLING, VersionsFromNowOn(versions))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from megatron_r1.rollout.sample import Completion, FailedRequest, Request, Sampl
 from megatron_r1.rollout.sglang.client import Client, new_session
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.pool.server import PoolServer
-from megatron_r1.rollout.sglang.versions import Versions
 from tests.support.fake_sglang import FAULTS, KEY, fakes, toy_answer
 
 SAMPLING = Sampling(1.0, 1.0, 16, (), 0)
@@ -38,7 +37,7 @@ async def pool_of(running, timeout_s=5.0, hopeless=str, version="v", **config):
         members = [PoolServer(Client(one.url, KEY, "", timeout_s, session), config, "v") for one in running]
         for member in members:
             member.open()
-        yield Pool(members, config, timeout_s, Versions(version), hopeless)
+        yield Pool(members, config, timeout_s, [version], hopeless)
 
 
 def ask(running, asked, version="v", **options):

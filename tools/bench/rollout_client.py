@@ -24,7 +24,6 @@ from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.pool.server import PoolServer
-from megatron_r1.rollout.sglang.versions import Versions
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = Sampling(1.0, 1.0, 32, (), 0)
@@ -49,7 +48,7 @@ async def pool_at(urls: list[str], in_flight: int, key: str) -> AsyncIterator[Po
         members = [PoolServer(Client(url, key, "", 60.0, session), config, "v") for url in urls]
         for member in members:
             member.open()
-        yield Pool(members, config, 60.0, Versions("v"))
+        yield Pool(members, config, 60.0, ["v"])
 
 
 def requests(count: int, prompt_tokens: int = 32) -> list[Request]:

@@ -31,7 +31,6 @@ from megatron_r1.rollout.sglang.servers.memory import IN_TRAINER_PHASE
 from megatron_r1.rollout.sglang.servers.process import Server, new_endpoints
 from megatron_r1.rollout.sglang.servers.startup import ServerFactory
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights, SupervisedServer, supervised
-from megatron_r1.rollout.sglang.versions import Versions
 from megatron_r1.rollout.sglang.weight_session import WeightSession
 
 
@@ -77,7 +76,7 @@ class SGLangEngine:
         self._factory = ServerFactory(model_folder, config, log_folder, device, dtype, context_length, first_gpu)
         self.endpoints = external_endpoints(config) if config.started_elsewhere else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a restarted server keeps its own."""
-        self._weights = CurrentWeights(Versions(version), Path(model_folder))
+        self._weights = CurrentWeights([version], Path(model_folder))
         self._background = Background("sglang-pool")
         self._stack: AsyncExitStack | None = None
         self._servers: list[SupervisedServer] = []

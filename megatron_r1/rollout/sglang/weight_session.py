@@ -161,7 +161,7 @@ class WeightSession:
 
     def _record(self, version: str, folder: Path | None) -> None:
         """All servers that answer have these weights."""
-        self._weights.versions.add(version)
+        self._weights.versions.append(version)
         self._weights.source, self._weights.inconsistent_reason = folder, ""
 
     def _evict(self, reason: str) -> None:

@@ -33,7 +33,6 @@ from megatron_r1.rollout.sample import FailedRequest, Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.pool.breaker import RetryBudget, StateChanged, backoff_s
 from megatron_r1.rollout.sglang.pool.server import Evicted, PoolServer, current_task_is_cancelled
 from megatron_r1.rollout.sglang.replies import BadReply, Refused
-from megatron_r1.rollout.sglang.versions import Versions
 
 HELD_POLL_S = 60.0
 REFUSALS = 3
@@ -69,7 +68,8 @@ class Pool:
         servers: the servers, or a router in their place.
         config: limits, retries and deadlines.
         request_timeout_s: seconds that one call may take.
-        versions: of the weights; completions come from the one that is current when they are requested, or newer ones.
+        versions: of the weights, all so far; it grows. Completions come from the one that is last when they are requested,
+            or from newer ones.
         hopeless: says why no server will ever be there again; empty as long as one may.
     """
 
@@ -78,7 +78,7 @@ class Pool:
         servers: Sequence[PoolServer],
         config: PoolConfig,
         request_timeout_s: float,
-        versions: Versions,
+        versions: list[str],
         hopeless: Callable[[], str] = str,
     ):
         self.servers, self.config, self.request_timeout_s = list(servers), config, request_timeout_s
@@ -160,7 +160,7 @@ class Pool:
             if self.held:
                 await self.released()
                 self._none_since = None
-            version = self._versions.current
+            version = self._versions[-1]
             ready = [server for server in self.servers if server.ready(version)]
             now = time.monotonic()
             if any(server.breaker.closed for server in ready):
@@ -200,10 +200,26 @@ class Pool:
         return "; ".join(f"{server.name}: {server.closed_because or 'its calls fail'}" for server in self.servers)
 
 
+class VersionsFromNowOn:
+    """The weight versions that a completion may have: the last one of a list when this is made, and all added later.
+
+    A response that is generated while weights change has several.
+    """
+
+    def __init__(self, versions: list[str]):
+        self._versions, self._start = versions, len(versions) - 1
+
+    def __contains__(self, version: object) -> bool:
+        return version in self._versions[self._start :]
+
+    def __str__(self) -> str:
+        return repr(self._versions[self._start])
+
+
 class _Call:
     """The requests of one call, until each has an outcome."""
 
-    def __init__(self, pool: Pool, requests: list[Request], sampling: Sampling, versions: Versions):
+    def __init__(self, pool: Pool, requests: list[Request], sampling: Sampling, versions: list[str]):
         self._pool, self._requests, self._sampling, self._versions = pool, requests, sampling, versions
         self._key = key_of(requests[0].prompt_tokens)
         self._waiting = dict(enumerate(requests))
@@ -241,8 +257,7 @@ class _Call:
         pool.counts["calls"] += 1
         requests = [self._waiting[index] for index in indices]
         try:
-            versions = self._versions.from_now_on()
-            call = server.client.generate(requests, self._sampling, versions, left)
+            call = server.client.generate(requests, self._sampling, VersionsFromNowOn(self._versions), left)
             for index, reply in zip(indices, await server.call(call, len(requests)), strict=True):
                 if isinstance(reply, BadReply):
                     self._reason = str(reply)

@@ -21,7 +21,6 @@ from megatron_r1.rollout.sglang.pool.breaker import StateChanged, backoff_s
 from megatron_r1.rollout.sglang.pool.server import PoolServer
 from megatron_r1.rollout.sglang.servers.memory import IN_TRAINER_PHASE, ServerMemory
 from megatron_r1.rollout.sglang.servers.process import Server
-from megatron_r1.rollout.sglang.versions import Versions
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,8 @@ RESTART_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 class CurrentWeights:
     """The weights that all servers must serve."""
 
-    versions: Versions
+    versions: list[str]
+    """All that the servers have had, in order."""
     source: Path | None
     """Folder that holds them; None where only the servers' and the trainer's memory does."""
     inconsistent_reason: str = ""
@@ -46,7 +46,7 @@ class CurrentWeights:
     @property
     def version(self) -> str:
         """The version that all servers must have."""
-        return self.versions.current
+        return self.versions[-1]
 
     @property
     def folder(self) -> Path | None:
