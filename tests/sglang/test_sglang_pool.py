@@ -203,13 +203,12 @@ def test_evicted_calls_go_elsewhere_and_drained_ones_end(healthy):
             more = asyncio.ensure_future(pool.generate(asked, SAMPLING))
             await asyncio.sleep(0.1)
             under_way = sum(member.in_flight for member in pool.servers)
-            pool.hold("update")
-            await pool.drained()
-            assert under_way > 0 == sum(member.in_flight for member in pool.servers)
-            await asyncio.sleep(pool.config.capacity_timeout_s)  # no want of servers, however long it lasts
-            for member in pool.servers:
-                member.open()
-            pool.release()
+            with pool.hold("update"):
+                await pool.drained()
+                assert under_way > 0 == sum(member.in_flight for member in pool.servers)
+                await asyncio.sleep(pool.config.capacity_timeout_s)  # no want of servers, however long it lasts
+                for member in pool.servers:
+                    member.open()
             return asked, outcomes, await more
 
     began = time.monotonic()

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import itertools
 import secrets
-from collections.abc import Container, Sequence
+from collections.abc import Container, Coroutine, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -260,6 +260,16 @@ class Client:
             kind = Refused if response.status in REFUSALS else BadReply
             raise kind(f"{self.url}{path}: status {response.status}: {str(reply)[:300]}")
         return reply
+
+
+async def run_all[Result](calls: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """Run calls at the same time; the first failure cancels the others."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def new_session() -> aiohttp.ClientSession:

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.sample import Outcome, Request, Sampling
-from megatron_r1.rollout.sglang.background import Background, run_all
-from megatron_r1.rollout.sglang.client import Client, Endpoint, new_session
+from megatron_r1.rollout.sglang.client import Client, Endpoint, new_session, run_all
 from megatron_r1.rollout.sglang.pause import FINISH, Pause
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.pool.router import Router
@@ -177,19 +177,14 @@ class SGLangEngine:
         server fails, some weights may be new and others old: `version` stays what it was and `generate` refuses, until
         another update succeeds. Waits for servers that are restarting.
         """
-        run, session = self._background.run, self._session
-        run(session.begin(version))
+        run, session = self._background.run, self._session.receiving(version)
+        run(session.__aenter__())
         try:
-            run(session.open_servers())
-            yield
-            run(session.confirm(version))
+            yield  # the loop serves replies and health checks meanwhile
         except BaseException as error:
-            run(session.abort())
-            if isinstance(error, NoRolloutCapacity):
-                self.check()
+            run(session.__aexit__(type(error), error, error.__traceback__))
             raise
-        finally:
-            run(session.end())
+        run(session.__aexit__(None, None, None))
 
     @property
     def has_dead_server(self) -> bool:
@@ -232,10 +227,7 @@ class SGLangEngine:
     def check(self) -> None:
         """Raise NoRolloutCapacity, with the reason, when a server is down."""
         for one in self._servers:
-            if one.trouble:
-                raise NoRolloutCapacity(one.trouble)
-            if one.process:
-                one.process.check()
+            one.check()
 
     def close(self) -> None:
         """Kill all servers with everything that they spawned; may be called twice."""
@@ -319,3 +311,40 @@ class SGLangEngine:
         if self._weights.inconsistent_reason:
             raise NoRolloutCapacity(self._weights.inconsistent_reason)
         return await self._pool.generate(requests, sampling)
+
+
+class Background:
+    """An asyncio loop in a thread of its own, so that servers are supervised while the program does something else.
+
+    Ends with `close` or with the program.
+    """
+
+    def __init__(self, name: str):
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def run[Result](self, call: Coroutine[Any, Any, Result]) -> Result:
+        """Run `call` in the loop and wait for it; an interruption of the waiting thread ends the call too."""
+        future = asyncio.run_coroutine_threadsafe(call, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs and end the thread; may be called twice."""
+        if self.loop.is_closed():
+            return
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+        left = asyncio.all_tasks(self.loop)
+        for task in left:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))

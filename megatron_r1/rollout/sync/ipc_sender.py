@@ -22,7 +22,7 @@ import torch
 from torch import multiprocessing  # it teaches ForkingPickler tensors
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sglang.client import Client, Endpoint
+from megatron_r1.rollout.sglang.client import Client, Endpoint, run_all
 from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets
 from megatron_r1.rollout.sync.send_order import SendOrder, SingleSender
 
@@ -92,19 +92,11 @@ class IpcSender:
         """
         if self._device != "cpu":
             torch.cuda.synchronize()  # the bucket is filled
-        calls = [
-            asyncio.ensure_future(
-                client.receive_shared(
-                    [bucket_handle(bucket) for _ in range(self._tensor_parallel)], flush_cache, version
-                )
-            )
-            for client in self._clients
-        ]
-        try:
-            await asyncio.gather(*calls)
-        finally:
-            for call in calls:
-                call.cancel()
+        calls = []
+        for client in self._clients:
+            handles = [bucket_handle(bucket) for _ in range(self._tensor_parallel)]
+            calls.append(client.receive_shared(handles, flush_cache, version))
+        await run_all(calls)
 
 
 def bucket_handle(bucket: Bucket) -> bytes:

@@ -22,7 +22,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from hashlib import blake2b
 from itertools import groupby
 from typing import Protocol
@@ -68,8 +68,8 @@ class Pool:
         servers: the servers, or a router in their place.
         config: limits, retries and deadlines.
         request_timeout_s: seconds that one call may take.
-        versions: of the weights, all so far; it grows. Completions come from the one that is last when they are requested,
-            or from newer ones.
+        versions: of the weights, all so far; the list grows. Completions come from the one that is the last when they are
+            requested, or from newer ones.
         hopeless: says why no server will ever be there again; empty as long as one may.
     """
 
@@ -126,10 +126,16 @@ class Pool:
         for task in self._tasks:
             task.cancel()
 
-    def hold(self, reason: str) -> None:
-        """Have requests wait, however long; those in flight may end."""
+    @contextmanager
+    def hold(self, reason: str) -> Iterator[None]:
+        """Have requests wait inside the block, however long; those in flight may end."""
         self.held = True
         self._close(reason)
+        try:
+            yield
+        finally:
+            self.held = False
+            self.changed.notify()
 
     async def drain(self, reason: str) -> None:
         """Send no more requests, and return when those in flight have ended."""
@@ -144,11 +150,6 @@ class Pool:
         """Return when no update of the weights holds requests back."""
         while self.held:
             await self.changed.wait(HELD_POLL_S)
-
-    def release(self) -> None:
-        """Requests are sent again."""
-        self.held = False
-        self.changed.notify()
 
     async def acquire(self, key: bytes, avoid: set[PoolServer]) -> PoolServer:
         """The server for a prompt, one outside `avoid` if possible; waits for one.

@@ -201,6 +201,13 @@ class SupervisedServer:
         if self.process:
             await asyncio.to_thread(self.process.close)
 
+    def check(self) -> None:
+        """Raise NoRolloutCapacity, with the reason, when the server is down."""
+        if self.trouble:
+            raise NoRolloutCapacity(self.trouble)
+        if self.process:
+            self.process.check()
+
     def gone(self) -> bool:
         """Whether its process has ended, as far as this program can see."""
         return self.process is not None and self.process.ended
