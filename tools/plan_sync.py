@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from megatron_r1.config.cross_checks import check_degrees
 from megatron_r1.config.load import load
 from megatron_r1.errors import UserError
-from megatron_r1.hf.gather import ShardDirectory
+from megatron_r1.model.shards import ShardDirectory
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.cost import GB, Cluster, Prediction, predict
 from megatron_r1.rollout.sync.plan.layout import predicted

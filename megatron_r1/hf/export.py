@@ -22,7 +22,6 @@ from megatron_r1.hf.config import (
     write_json,
 )
 from megatron_r1.hf.families import canonical_name, param_mappings
-from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_file_name
 from megatron_r1.hf.publish import published
 
@@ -77,15 +76,6 @@ def hf_tensors(
         DataError: a tensor is unknown, missing, doubled or has the wrong shape. What is missing shows at the end.
     """
     dtype = dtype or FORMATS[model.dtype]
-    for mapping, tensor in _matched(tensors, model, include_mtp, complete):
-        yield from _parts(mapping, tensor.detach(), torch.float32 if mapping.float32 else dtype)
-        del tensor  # not held while the next is put together
-
-
-def _matched(
-    tensors: Iterable[tuple[str, Tensor]], model: ModelConfig, include_mtp: bool, complete: bool
-) -> Iterator[tuple[ParamMapping, Tensor]]:
-    """Pair each tensor with its mapping, each mapping once; with `complete` every mapping must be met."""
     table = {mapping.native: mapping for mapping in param_mappings(model)}
     written = {mapping.native: mapping for mapping in param_mappings(model, include_mtp)}
     met: set[str] = set()
@@ -98,18 +88,14 @@ def _matched(
         if tuple(tensor.shape) != (shape := table[native].native_shape):
             raise DataError(f"{name}: has shape {tuple(tensor.shape)}, must have {shape}")
         met.add(native)
-        if native in written:
-            yield written[native], tensor
+        if mapping := written.get(native):
+            tensor = tensor.detach().to(torch.float32 if mapping.float32 else dtype)
+            yield from zip(mapping.hf, mapping.split(tensor), strict=True)
+            for copy in mapping.copies:
+                yield copy, tensor.clone()  # safetensors refuses two names for one memory
         del tensor  # not held while the next is put together
     if complete and (missing := written.keys() - met):
         raise DataError(f"{min(missing)}: missing; tensors missing in all: {len(missing)}")
-
-
-def _parts(mapping: ParamMapping, tensor: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    tensor = tensor.to(dtype)
-    yield from zip(mapping.hf, mapping.split(tensor), strict=True)
-    for name in mapping.copies:
-        yield name, tensor.clone()  # safetensors refuses two names for one memory
 
 
 class _ShardWriter:

@@ -11,7 +11,7 @@ import torch
 
 from megatron_r1.config.model import DTYPE_NAMES, ModelConfig
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.hf.gather import stage_leaders, whole_tensors
+from megatron_r1.model.shards import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
 from megatron_r1.parallel.launcher import is_rank_zero, local_world_size, rank
 from megatron_r1.rollout.sglang.client import Endpoint

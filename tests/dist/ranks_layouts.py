@@ -348,7 +348,7 @@ def samples(model: Any) -> Iterator[Any]:
 
 def whole_gradients(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
     """Gradient buffers, gathered like weights; what has no gradient shows itself and must be equal too."""
-    from megatron_r1.hf.gather import whole_tensors
+    from megatron_r1.model.shards import whole_tensors
 
     for buffer in optimizer.buffers():
         # Data-parallel ranks have summed up one part each.

@@ -29,9 +29,8 @@ def main(folder: Path) -> None:
     platform, job = select("cpu"), json.loads((folder / "job.json").read_text())
     degrees = ParallelConfig(**job["parallel"])
     with process_groups(platform, degrees, seed=0, threads=1):
-        from megatron_r1.hf.gather import stage_leaders
         from megatron_r1.model.build import build_model
-        from megatron_r1.model.shards import shards
+        from megatron_r1.model.shards import shards, stage_leaders
         from megatron_r1.parallel.comm import all_gather_object
         from megatron_r1.rollout.sync.group_sender import GroupSender
         from megatron_r1.rollout.sync.payload import WeightPayload
@@ -88,10 +87,10 @@ class CountedSends:
     """Counts the bytes of every send that gathers weights, by receiver, and of every broadcast to servers."""
 
     def __enter__(self) -> Counter[str]:
-        from megatron_r1.hf import gather
+        from megatron_r1.model import shards
 
         counts: Counter[str] = Counter()
-        self._gather, self._send, self._broadcast = gather, gather.dist, dist.ProcessGroup.broadcast
+        self._shards, self._send, self._broadcast = shards, shards.dist, dist.ProcessGroup.broadcast
 
         class Counting:
             def __getattr__(self, name: str) -> Any:
@@ -108,11 +107,11 @@ class CountedSends:
                 counts["receivers"] = group.size() - 1
             return self._broadcast(group, what, *others)
 
-        gather.dist, dist.ProcessGroup.broadcast = Counting(), broadcast
+        shards.dist, dist.ProcessGroup.broadcast = Counting(), broadcast
         return counts
 
     def __exit__(self, *_: object) -> None:
-        self._gather.dist, dist.ProcessGroup.broadcast = self._send, self._broadcast
+        self._shards.dist, dist.ProcessGroup.broadcast = self._send, self._broadcast
 
 
 def disturb(model: Any, version: int) -> None:

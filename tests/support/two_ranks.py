@@ -28,8 +28,8 @@ PLATFORM = select("cpu")
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # noqa: E402
 
-from megatron_r1.hf.gather import gather_whole  # noqa: E402
 from megatron_r1.model.build import build_model, native_tensors  # noqa: E402
+from megatron_r1.model.shards import gather_whole  # noqa: E402
 from megatron_r1.parallel import comm  # noqa: E402
 from megatron_r1.train.ema import MovingAverage  # noqa: E402
 from megatron_r1.train.optimizer import Optimizer  # noqa: E402

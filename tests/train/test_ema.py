@@ -7,8 +7,8 @@ import torch
 
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import DataError
-from megatron_r1.hf.gather import gather_whole
 from megatron_r1.model.build import native_tensors
+from megatron_r1.model.shards import gather_whole
 from megatron_r1.train.ema import MovingAverage
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.stream import next_token_forward

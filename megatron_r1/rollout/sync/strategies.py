@@ -23,7 +23,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import NoRolloutCapacity, UserError
 from megatron_r1.hf.config import generation_config, serving_view, special_tokens
 from megatron_r1.hf.export import write_folder
-from megatron_r1.hf.gather import ShardDirectory, assemble, shard_directory, whole_tensors
+from megatron_r1.model.shards import ShardDirectory, assemble, shard_directory, whole_tensors
 from megatron_r1.model.shards import shards
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import rank

@@ -15,8 +15,8 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.families import param_mappings
-from megatron_r1.hf.gather import ShardDirectory, ShardLocation
 from megatron_r1.hf.param_mapping import ParamMapping, Shape
+from megatron_r1.model.shards import ShardDirectory, ShardLocation
 from megatron_r1.model.spec import DTYPES
 
 ROWS = re.compile(

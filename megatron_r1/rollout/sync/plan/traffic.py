@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from megatron_r1.hf.gather import ShardDirectory
+from megatron_r1.model.shards import ShardDirectory
 from megatron_r1.rollout.sync.buckets import plan_buckets
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.layout import expert_number, tensor_split
