@@ -45,11 +45,11 @@ def run(config: RunConfig) -> None:
     prompts = benchmark.prompts(config.data, config.evaluate.num_prompts)
     results: dict[str, Any] = {"prompts": len(prompts), "samples": config.evaluate.samples_per_prompt, "models": {}}
     current = dict(first.tensors)
-    with inference_engine(config, first, current, folder) as engine:
+    with inference_engine(config, first, current, folder) as (engine, sync):
         for name, found in models.items():
             logger.info("evaluating %s (%s)", name, found.folder)
             current.update(found.tensors)
-            engine.update_weights(name)
+            sync.push(name)
             file = folder / "samples" / f"{name}.jsonl"
             results["models"][name] = measure(engine, formatter, prompts, benchmark.metrics, config, file)
     write_whole(folder / "results.json", json.dumps(results, indent=1).encode())

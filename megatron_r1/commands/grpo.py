@@ -26,7 +26,7 @@ from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Placement, Separate
 from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
-from megatron_r1.rollout.engine import RolloutEngine
+from megatron_r1.rollout.engine import RolloutEngine, WeightSync
 from megatron_r1.rollout.factory import training_sglang_engine
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.journal import Journal
@@ -68,13 +68,12 @@ def run(config: RunConfig) -> None:
         scorer = build_rubric(config.reward, lambda text: len(tokenizer.encode(text)), service.rewards)
         learner = build_learner(run, weights, replay)
         with (
-            rollout_engine(run, weights, replay, placement) as engine,
+            rollout_engine(run, weights, replay, placement) as (engine, sync),
             rollout_source(run, engine, file, formatter, scorer, service) as rollouts,
         ):
             prompts = config.rl.prompts_per_rollout
-            step = reinforcement_step(
-                rollouts, learner, engine.update_weights, prompts, placement, service, engine.health
-            )
+            health = engine.health if engine else dict
+            step = reinforcement_step(rollouts, learner, sync.push, prompts, placement, service, health)
             state = train(run.state, step, build_hooks(run, learner), config.train.steps)
         finish_run(run, state)
 
@@ -122,12 +121,15 @@ def build_learner(run: TrainingRun, weights: Weights, replay: Replay) -> Learner
 
 
 @contextmanager
-def rollout_engine(run: TrainingRun, weights: Weights, replay: Replay, placement: Placement) -> Iterator[RolloutEngine]:
-    """Collective: the configured engine; each step sends it the trainer's weights before it samples."""
+def rollout_engine(
+    run: TrainingRun, weights: Weights, replay: Replay, placement: Placement
+) -> Iterator[tuple[RolloutEngine | None, WeightSync]]:
+    """Collective: the configured engine, and the sync by which each step sends it the trainer's weights."""
     rollout = run.config.rollout
     if rollout.engine == "local":
         # Every rank has the whole model; only rank 0 samples from it.
-        yield LocalEngine(run.model, rollout.local_batch_size, run.tokenizer.pad, replay)
+        local = LocalEngine(run.model, rollout.local_batch_size, run.tokenizer.pad, replay)
+        yield local, local
         return
     with training_sglang_engine(
         rollout,
@@ -137,14 +139,14 @@ def rollout_engine(run: TrainingRun, weights: Weights, replay: Replay, placement
         run.folder / "logs",
         run.platform.name,
         placement,
-    ) as engine:
-        yield engine
+    ) as engine_and_sync:
+        yield engine_and_sync
 
 
 @contextmanager
 def rollout_source(
     run: TrainingRun,
-    engine: RolloutEngine,
+    engine: RolloutEngine | None,
     file: PromptFile | None,
     formatter: PromptFormatter,
     scorer: Scorer,
@@ -155,7 +157,7 @@ def rollout_source(
     Args:
         file: the prompts; None takes synthetic ones.
     """
-    if not is_rank_zero():
+    if engine is None or not is_rank_zero():
         yield None
         return
     pin_prompts(file, run.folder)

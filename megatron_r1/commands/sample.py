@@ -41,8 +41,8 @@ def run(config: RunConfig) -> None:
             allowed = "must be 0 here: reward models work beside a trainer, in grpo"
             raise ConfigError(f"reward.{min(models)}", getattr(config.reward, min(models)), allowed)
         scorer = build_rubric(config.reward, lambda text: len(tokenizer.encode(text)))
-        with inference_engine(config, found, dict(found.tensors), folder) as engine:
-            engine.update_weights(found.folder.name)
+        with inference_engine(config, found, dict(found.tensors), folder) as (engine, sync):
+            sync.push(found.folder.name)
             job.sample(todo, engine, tokenizer, scorer)
     target, totals = publish(job, folder, config.sample.format)
     report(target, totals, len(file.bad_rows) if file else 0)

@@ -1,4 +1,4 @@
-"""The protocol of a rollout engine: which one samples is a choice of configuration, what it promises is not."""
+"""What a rollout engine and its weight sync promise; which ones do it is a choice of configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_r1.rollout.sample import Completion, FailedRequest, Outcome, Reque
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the trainer's weights. Every rank has one; ranks other than 0 call only `update_weights`."""
+    """Samples from the trainer's weights, on rank 0."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Sequence[Outcome]:
         """The outcome of each request, in the order of the requests.
@@ -22,10 +22,6 @@ class RolloutEngine(Protocol):
         Raises:
             NoRolloutCapacity: no server is left to respond.
         """
-        ...
-
-    def update_weights(self, version: str) -> None:
-        """Collective: sample from now on with the trainer's current weights; later completions carry `version`."""
         ...
 
     @property
@@ -39,6 +35,14 @@ class RolloutEngine(Protocol):
 
     def health(self) -> Mapping[str, int]:
         """Requests sent, answered, failed and resent, and restarts of servers, all since the start."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Brings the trainer's weights to an engine; every rank has one."""
+
+    def push(self, version: str) -> None:
+        """Collective: the engine samples from now on with the current weights; later completions carry `version`."""
         ...
 
 

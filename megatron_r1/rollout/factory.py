@@ -14,6 +14,7 @@ from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.model.shards import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
 from megatron_r1.parallel.launcher import is_rank_zero, local_world_size, rank
+from megatron_r1.rollout.engine import WeightSync
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
@@ -27,7 +28,6 @@ from megatron_r1.rollout.sync.strategies import (
     GroupSync,
     ReadWeights,
     StageSync,
-    SyncedEngine,
     WeightSender,
 )
 
@@ -35,8 +35,8 @@ from megatron_r1.rollout.sync.strategies import (
 @contextmanager
 def sglang_engine(
     rollout: RolloutConfig, model: ModelConfig, weights: ReadWeights, tokenizer_folder: Path, logs: Path, device: str
-) -> Iterator[SyncedEngine]:
-    """SGLang servers on weights that one process can read; stopped at the end.
+) -> Iterator[tuple[SGLangEngine, WeightSync]]:
+    """SGLang servers on weights that one process can read, and their weight sync; stopped at the end.
 
     Args:
         rollout: sampling, servers, and how weights reach them.
@@ -52,13 +52,11 @@ def sglang_engine(
         engine = stack.enter_context(_start_servers(disk.write(), rollout, model, logs, device))
         if rollout.weight_sync.method == "disk":
             disk.engine = engine
-            yield SyncedEngine(engine, disk)
+            yield engine, disk
             return
         disk.close()  # the servers have read the weights that they start with
         sender = stack.enter_context(_sender(rollout, engine.endpoints, "trainer", engine.tensor_parallel, device))
-        yield SyncedEngine(
-            engine, GroupSync(engine, sender, weights, payload, rollout.weight_sync.bucket_mb << 20, flush)
-        )
+        yield engine, GroupSync(engine, sender, weights, payload, rollout.weight_sync.bucket_mb << 20, flush)
 
 
 class ServerPlacement(Protocol):
@@ -82,8 +80,8 @@ def training_sglang_engine(
     logs: Path,
     device: str,
     placement: ServerPlacement,
-) -> Iterator[SyncedEngine]:
-    """Collective: SGLang servers of rank 0 on the weights of a model that all ranks share.
+) -> Iterator[tuple[SGLangEngine | None, WeightSync]]:
+    """Collective: SGLang servers of rank 0, None on other ranks, and the weight sync of a model that all ranks share.
 
     Arguments as of `sglang_engine`, but
 
@@ -106,7 +104,7 @@ def training_sglang_engine(
                 placement.attach(engine)
         if rollout.weight_sync.method == "disk":
             disk.engine = engine
-            yield SyncedEngine(engine, disk if is_rank_zero() else others)
+            yield engine, disk if is_rank_zero() else others
             return
         disk.close()  # the servers have read the weights that they start with
         # The keys are broadcast in memory, to ranks of this job alone.
@@ -114,9 +112,7 @@ def training_sglang_engine(
         sender = None
         if (own_rank := rank()) in stage_leaders():
             sender = stack.enter_context(_sender(rollout, endpoints, f"trainer-{own_rank}", width, device))
-        yield SyncedEngine(
-            engine, StageSync(engine, sender, module, payload, rollout.weight_sync.bucket_mb << 20, flush)
-        )
+        yield engine, StageSync(engine, sender, module, payload, rollout.weight_sync.bucket_mb << 20, flush)
 
 
 def _start_servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, logs: Path, device: str) -> SGLangEngine:

@@ -28,7 +28,7 @@ Routes = Callable[[], Tensor]
 
 
 class LocalEngine:
-    """Samples from a megatron-core model of this process; see `RolloutEngine` for the protocol."""
+    """Samples from a megatron-core model of this process: a `RolloutEngine`, and its own `WeightSync`."""
 
     def __init__(self, model: GPTModel, batch_size: int, pad_token: int, routing: Replay | None = None):
         """
@@ -42,7 +42,7 @@ class LocalEngine:
         self._version = "0"
         self.busy_seconds = 0.0
 
-    def update_weights(self, version: str) -> None:
+    def push(self, version: str) -> None:
         """Note the version: the engine reads the trainer's own weights."""
         self._version = version
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.platform import select
-from megatron_r1.rollout.engine import RolloutEngine
+from megatron_r1.rollout.engine import RolloutEngine, WeightSync
 from megatron_r1.rollout.factory import sglang_engine
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.runs.initial_weights import Weights
@@ -20,14 +20,14 @@ from megatron_r1.runs.initial_weights import Weights
 @contextmanager
 def inference_engine(
     config: RunConfig, first: Weights, current: dict[str, Tensor], folder: Path
-) -> Iterator[RolloutEngine]:
-    """The configured engine; `update_weights` loads the tensors that are in `current` at that time."""
+) -> Iterator[tuple[RolloutEngine, WeightSync]]:
+    """The configured engine, and the sync that loads the tensors that are in `current` at that time."""
     platform = select(config.platform)
     if config.rollout.engine == "sglang":
         with sglang_engine(
             config.rollout, first.model, lambda: current.items(), first.tokenizer_folder, folder / "logs", platform.name
-        ) as engine:
-            yield engine
+        ) as engine_and_sync:
+            yield engine_and_sync
         return
     from megatron_r1.model.build import build_model
     from megatron_r1.model.shards import load_whole_tensors
@@ -39,8 +39,9 @@ def inference_engine(
         model = build_model(first.model, config.parallel, platform, config.seed)
 
         class LoadingEngine(LocalEngine):
-            def update_weights(self, version: str) -> None:
+            def push(self, version: str) -> None:
                 load_whole_tensors(model, current)
-                super().update_weights(version)
+                super().push(version)
 
-        yield LoadingEngine(model, config.rollout.local_batch_size, Tokenizer.load(first.tokenizer_folder).pad)
+        engine = LoadingEngine(model, config.rollout.local_batch_size, Tokenizer.load(first.tokenizer_folder).pad)
+        yield engine, engine

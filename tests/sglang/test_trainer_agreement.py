@@ -44,15 +44,15 @@ def test_log_probs_agree_before_and_after_ten_updates(new_model, tmp_path):
     gaps = []
     with sglang_engine(
         rollout, shape, lambda: native_tensors(model), tmp_path / "tokenizer", tmp_path / "logs", "cpu"
-    ) as engine:
-        engine.update_weights("0")
+    ) as (engine, sync):
+        sync.push("0")
         gaps.append(worst_gap(model, engine, "0"))
         for version in range(1, 11):
             with torch.no_grad():
                 for name, tensor in native_tensors(model):
                     scale = 0.05 if name.endswith("expert_bias") else 0.02
                     tensor.add_(torch.randn(tensor.shape, generator=noise) * scale)
-            engine.update_weights(str(version))
+            sync.push(str(version))
             gaps.append(worst_gap(model, engine, str(version)))
     print("largest log-prob difference per version:", [f"{gap:.1e}" for gap in gaps])
     assert max(gaps) < 1e-4
@@ -81,9 +81,9 @@ def test_log_probs_of_every_family_agree(new_model, tmp_path, family):
     noise = torch.Generator().manual_seed(0)
     with sglang_engine(
         rollout, shape, lambda: native_tensors(model), tmp_path / "tokenizer", tmp_path / "logs", "cpu"
-    ) as engine:
+    ) as (engine, sync):
         for version in ("0", "1"):
-            engine.update_weights(version)
+            sync.push(version)
             gap = worst_gap(model, engine, version)
             print(f"{family}: largest log-prob difference of version {version} {gap:.1e}")
             assert gap < 1e-4

@@ -57,8 +57,8 @@ def engine_of(kind: str, model: torch.nn.Module, shape: ModelConfig, replay: Rou
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(DataConfig(num_documents=2000)).save(Path(folder) / "tokenizer")
         place = (Path(folder) / "tokenizer", Path(folder) / "logs", "cpu")
-        with sglang_engine(rollout, shape, lambda: native_tensors(model), *place) as engine:
-            engine.update_weights("0")
+        with sglang_engine(rollout, shape, lambda: native_tensors(model), *place) as (engine, sync):
+            sync.push("0")
             yield engine
 
 

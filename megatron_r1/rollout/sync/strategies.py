@@ -1,9 +1,9 @@
 """How the trainer's new weights reach the engine, stamped with a version: from memory to memory, or through a folder.
 
-Strategies of one protocol: `GroupSync` sends from a process that can read all weights, `StageSync` from a model that
-many ranks share, `DiskSync` through a folder (`GatherOnlySync` on the other ranks). The first two send over a process
-group (`GroupSender`) or through memory that trainer and servers share (`IpcSender`). None of them makes a second copy
-of the model: beside the weights themselves a sending rank holds one bucket and the tensors of the next one.
+Strategies of one protocol, `WeightSync`: `GroupSync` sends from a process that can read all weights, `StageSync` from a
+model that many ranks share, `DiskSync` through a folder (`GatherOnlySync` on the other ranks). The first two send over
+a process group (`GroupSender`) or through memory that trainer and servers share (`IpcSender`). None of them makes a
+second copy of the model: beside the weights themselves a sending rank holds one bucket and the tensors of the next one.
 """
 
 from __future__ import annotations
@@ -23,61 +23,18 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import NoRolloutCapacity, UserError
 from megatron_r1.hf.config import generation_config, serving_view, special_tokens
 from megatron_r1.hf.export import write_folder
-from megatron_r1.model.shards import ShardDirectory, assemble, shard_directory, whole_tensors
-from megatron_r1.model.shards import shards
+from megatron_r1.model.shards import ShardDirectory, assemble, shard_directory, shards, whole_tensors
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import rank
 from megatron_r1.parallel.mesh import pipeline_stage
-from megatron_r1.rollout.sample import Outcome, Request, Sampling
-from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sync.buckets import NamedTensor, plan_buckets
-from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.send_order import RoundRobin, SendOrder
+from megatron_r1.rollout.sync.payload import WeightPayload
 
 _MEMORY = Path("/dev/shm")
 
 ReadWeights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives the current weights, whole, by megatron-core name."""
-
-
-class WeightSync(Protocol):
-    """Brings weights to an engine."""
-
-    def push(self, version: str) -> None:
-        """Make the engine sample from now on with the current weights, under the name `version`."""
-        ...
-
-
-class SyncedEngine:
-    """SGLang servers of rank 0, and the weight sync that every rank takes part in; see `RolloutEngine`.
-
-    Attributes:
-        sglang: None on the other ranks, which only give their part of the weights.
-    """
-
-    def __init__(self, sglang: SGLangEngine | None, sync: WeightSync):
-        self.sglang, self._sync = sglang, sync
-
-    def update_weights(self, version: str) -> None:
-        self._sync.push(version)
-
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Outcome]:
-        return self._on_rank_zero.generate(requests, sampling)
-
-    @property
-    def busy_seconds(self) -> float:
-        return self._on_rank_zero.busy_seconds
-
-    def abandon(self) -> None:
-        self._on_rank_zero.abandon()
-
-    def health(self) -> dict[str, int]:
-        return self._on_rank_zero.health()
-
-    @property
-    def _on_rank_zero(self) -> SGLangEngine:
-        assert self.sglang is not None, "only rank 0 generates"
-        return self.sglang
 
 
 class WeightReceiver(Protocol):

@@ -148,7 +148,6 @@ class Scripted:
 
     busy_seconds = 0.0
 
-    def update_weights(self, version: str) -> None: ...
     def abandon(self) -> None: ...
     def health(self) -> dict[str, int]:
         return {}

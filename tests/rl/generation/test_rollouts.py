@@ -43,7 +43,7 @@ def rollouts(tiny, config, tokenizer, formatter, tmp_path):
     from megatron_r1.rollout.in_process import LocalEngine
 
     engine = LocalEngine(tiny, 12, tokenizer.pad)
-    engine.update_weights("0")
+    engine.push("0")
 
     def make(**rl) -> Rollouts:
         for name, value in {"shuffle_rewards": False, **rl}.items():

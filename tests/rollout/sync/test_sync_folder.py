@@ -97,10 +97,10 @@ def test_servers_start_from_and_sync_by_what_the_configuration_chooses(native, t
         rollout = RolloutConfig(
             weight_sync=WeightSyncConfig(method="disk", include_mtp=True), sglang=SGLangConfig(addresses=[fake.url])
         )
-        with sglang_engine(rollout, SHAPE, native.items, tokenizer, tmp_path / "logs", "cpu") as engine:
-            started = engine.sglang.weights_folder
-            engine.update_weights("new")
-            synced = engine.sglang.weights_folder
+        with sglang_engine(rollout, SHAPE, native.items, tokenizer, tmp_path / "logs", "cpu") as (engine, sync):
+            started = engine.weights_folder
+            sync.push("new")
+            synced = engine.weights_folder
             for folder in (started, synced):
                 assert load_file(folder / "model.safetensors").keys() == expected_shapes(SHAPE).keys()
     assert started != synced

@@ -68,8 +68,8 @@ class Pool:
         servers: the servers, or a router in their place.
         config: limits, retries and deadlines.
         request_timeout_s: seconds that one call may take.
-        versions: of the weights, all so far; the list grows. Completions come from the one that is the last when they are
-            requested, or from newer ones.
+        versions: of the weights, all so far; the list grows. Completions come from the one that is the last when they
+            are requested, or from newer ones.
         hopeless: says why no server will ever be there again; empty as long as one may.
     """
 
