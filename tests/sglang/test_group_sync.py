@@ -18,9 +18,8 @@ from megatron_r1.rollout.sample import Request, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sync.buckets import NamedTensor
-from megatron_r1.rollout.sync.group_sender import GroupSender
+from megatron_r1.rollout.sync.group_sender import GroupSender, SingleSender
 from megatron_r1.rollout.sync.payload import FusedGroups, WeightPayload
-from megatron_r1.rollout.sync.send_order import SingleSender
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 from tests.support.attached import generate_raw
 

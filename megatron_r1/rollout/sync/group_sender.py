@@ -1,23 +1,28 @@
 """Sends weights to SGLang servers over a process group of its own: rank 0 sends, the servers' ranks receive.
 
-Several senders, in one process or in several, may send to the same servers one after the other (send_order.py): rank 0
-of the trainer opens the session (`SGLangEngine.receiving`) and each sender sends its part. The group is made at the
-first send, used for all later ones, and made again after a failure.
+Several senders, in one process or in several, may send to the same servers: rank 0 of the trainer opens the session
+(`SGLangEngine.receiving`) and each sender sends its part. The group is made at the first send, used for all later ones,
+and made again after a failure.
+
+An SGLang server takes one bucket at a time, in the order in which it hears of them. Two senders that broadcast to the
+same servers at will could be heard in one order by one server and in another by the next, and then each server would
+wait for a broadcast that the other has not joined. So senders alternate, bucket by bucket (`SendOrder`); what runs in
+parallel is the gathering and packing of the next bucket.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
@@ -25,9 +30,9 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed import distributed_c10d as c10d
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.parallel import comm
 from megatron_r1.rollout.sglang.client import Client, Endpoint
 from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets
-from megatron_r1.rollout.sync.send_order import SendOrder, SingleSender
 
 POLL_S = 0.001
 MOST_ANNOUNCED = 2
@@ -35,6 +40,101 @@ MOST_ANNOUNCED = 2
 FAILURE_REASON_S = 2.0
 """Seconds that a server may take to say why it left a broadcast."""
 LEAVE_S = 10.0
+
+
+class SendOrder(Protocol):
+    """When one sender may send; its buckets are numbered from 0."""
+
+    exclusive: bool
+    """Whether no other sender waits for this one, so that it may pack while a server still loads."""
+
+    def turn(self, bucket: int) -> AbstractContextManager[bool]:
+        """Waits for the block in which the bucket is sent, at whose end the servers must have loaded it.
+
+        Gives False when another sender has failed, and nobody may send.
+        """
+        ...
+
+    def is_last(self, bucket: int, last_of_sender: bool) -> bool:
+        """Whether the bucket is the last of all senders."""
+        ...
+
+
+def round_robin(buckets: Sequence[int]) -> list[tuple[int, int]]:
+    """The order of all buckets: (number of the bucket, index of the sender), given how many each sender has."""
+    return sorted((bucket, sender) for sender, count in enumerate(buckets) for bucket in range(count))
+
+
+class SingleSender:
+    """The order of a sender that shares the servers with no other at the time.
+
+    Args:
+        ends_session: whether its last bucket is the last of the session.
+    """
+
+    exclusive = True
+
+    def __init__(self, ends_session: bool = True):
+        self._ends_session = ends_session
+
+    def turn(self, bucket: int) -> AbstractContextManager[bool]:
+        return nullcontext(True)
+
+    def is_last(self, bucket: int, last_of_sender: bool) -> bool:
+        return last_of_sender and self._ends_session
+
+
+class RoundRobin:
+    """The order of one of several ranks: each sends its next bucket, then the next rank does.
+
+    Args:
+        senders: the ranks.
+        buckets: how many each of them has.
+        rank: this one.
+        send_flag: sends a flag to a rank.
+        recv_flag: waits for the flag of a rank.
+    """
+
+    def __init__(
+        self,
+        senders: Sequence[int],
+        buckets: Sequence[int],
+        rank: int,
+        send_flag: Callable[[int, bool], None] = comm.send_flag,
+        recv_flag: Callable[[int], bool] = comm.recv_flag,
+    ):
+        self._order = [senders[sender] for _, sender in round_robin(buckets)]
+        self._mine = [position for position, sender in enumerate(self._order) if sender == rank]
+        self._rank, self._send_flag, self._recv_flag = rank, send_flag, recv_flag
+        self._begun = self._ended = 0
+        self._ok = True
+        self.exclusive = len(set(self._order)) == 1
+
+    @property
+    def buckets(self) -> int:
+        """How many this rank has."""
+        return len(self._mine)
+
+    @contextmanager
+    def turn(self, bucket: int) -> Iterator[bool]:
+        before, after = self._mine[bucket] - 1, self._mine[bucket] + 1
+        if bucket == self._begun:
+            if before >= 0 and self._order[before] != self._rank:
+                self._ok = self._recv_flag(self._order[before]) and self._ok
+            self._begun += 1
+        yield self._ok
+        if after < len(self._order) and self._order[after] != self._rank:
+            self._send_flag(self._order[after], self._ok)
+        self._ended += 1
+
+    def abandon(self) -> None:
+        """Tell the other senders, in this sender's turns, that it has failed; no effect when all is sent."""
+        for bucket in range(self._ended, len(self._mine)):
+            with self.turn(bucket):
+                self._ok = False
+
+    def is_last(self, bucket: int, last_of_sender: bool) -> bool:
+        return self._mine[bucket] == len(self._order) - 1
 
 
 @dataclass(frozen=True)
@@ -112,18 +212,18 @@ class GroupSender:
         try:
             for bucket, last in fill_buckets(self._empty_bucket(bucket_bytes), groups):
                 self._wait_loaded(but=MOST_ANNOUNCED - 1)
-                if not order.acquire(sent):
-                    raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
-                if self._group is None:
-                    self._join()
-                is_last = order.is_last(sent, last)
-                sent += 1
-                held = f"{bucket.entries[0].name} .. {bucket.entries[-1].name}"
-                label = f"sender {self.name}, bucket {sent} ({held})"
-                self._broadcast(label, bucket, flush_cache and is_last, version if is_last else None)
-                if not order.exclusive:
-                    self._wait_loaded()
-                    order.release(sent - 1, True)
+                with order.turn(sent) as may_send:
+                    if not may_send:
+                        raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
+                    if self._group is None:
+                        self._join()
+                    is_last = order.is_last(sent, last)
+                    sent += 1
+                    held = f"{bucket.entries[0].name} .. {bucket.entries[-1].name}"
+                    label = f"sender {self.name}, bucket {sent} ({held})"
+                    self._broadcast(label, bucket, flush_cache and is_last, version if is_last else None)
+                    if not order.exclusive:
+                        self._wait_loaded()
             self._wait_loaded()
         except BaseException:
             self.leave()
@@ -222,7 +322,7 @@ class GroupSender:
             return
         posts = self._post((client.leave_group(group.name) for client in self._leaving_clients), tolerant=True)
         if work is not None:
-            with contextlib.suppress(RuntimeError):
+            with suppress(RuntimeError):
                 work.wait(timedelta(seconds=LEAVE_S))
         dist.destroy_process_group(group.process_group)
         del group, work

@@ -24,7 +24,7 @@ from torch import multiprocessing  # it teaches ForkingPickler tensors
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Client, Endpoint, run_all
 from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets
-from megatron_r1.rollout.sync.send_order import SendOrder, SingleSender
+from megatron_r1.rollout.sync.group_sender import SendOrder, SingleSender
 
 
 class IpcSender:
@@ -57,17 +57,17 @@ class IpcSender:
         """Arguments, return value and failures as of `GroupSender.send`."""
         order, sent = order or SingleSender(), 0
         for bucket, last in fill_buckets(Bucket(bucket_bytes, self._device), groups):
-            if not order.acquire(sent):
-                raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
-            is_last = order.is_last(sent, last)
-            sent += 1
-            try:
-                asyncio.run(self._load(bucket, flush_cache and is_last, version if is_last else None))
-            except NoRolloutCapacity as error:
-                held = f"{bucket.entries[0].name} .. {bucket.entries[-1].name}"
-                message = str(error).splitlines()[0][:300]
-                raise NoRolloutCapacity(f"sender {self.name}, bucket {sent} ({held}): {message}") from error
-            order.release(sent - 1, True)
+            with order.turn(sent) as may_send:
+                if not may_send:
+                    raise NoRolloutCapacity(f"sender {self.name}: another sender of the same weights has failed")
+                is_last = order.is_last(sent, last)
+                sent += 1
+                try:
+                    asyncio.run(self._load(bucket, flush_cache and is_last, version if is_last else None))
+                except NoRolloutCapacity as error:
+                    held = f"{bucket.entries[0].name} .. {bucket.entries[-1].name}"
+                    message = str(error).splitlines()[0][:300]
+                    raise NoRolloutCapacity(f"sender {self.name}, bucket {sent} ({held}): {message}") from error
         if self._device != "cpu":
             del bucket
             torch.cuda.ipc_collect()  # what was shared is freed once nobody maps it

@@ -28,7 +28,7 @@ from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.launcher import rank
 from megatron_r1.parallel.mesh import pipeline_stage
 from megatron_r1.rollout.sync.buckets import NamedTensor, plan_buckets
-from megatron_r1.rollout.sync.send_order import RoundRobin, SendOrder
+from megatron_r1.rollout.sync.group_sender import RoundRobin, SendOrder
 from megatron_r1.rollout.sync.payload import WeightPayload
 
 _MEMORY = Path("/dev/shm")

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_r1.rollout.sync.group_sender import round_robin
 from megatron_r1.rollout.sync.plan.traffic import StageTraffic
-from megatron_r1.rollout.sync.send_order import round_robin
 
 GB = 1e9
 

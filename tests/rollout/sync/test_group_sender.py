@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from megatron_r1.rollout.sync.send_order import RoundRobin, SingleSender
+from megatron_r1.rollout.sync.group_sender import RoundRobin, SingleSender
 
 SENDERS = (0, 3, 5)
 
@@ -25,13 +25,13 @@ def run(buckets, failing=None, senders=SENDERS):
         )
         try:
             for number in range(order.buckets):
-                if not order.acquire(number):
-                    raise RuntimeError("another failed")
-                if (rank, number) == failing:
-                    raise RuntimeError("failed")
-                sent.append((rank, number))
-                ends[rank, number] = order.is_last(number, number == order.buckets - 1)
-                order.release(number, True)
+                with order.turn(number) as may_send:
+                    if not may_send:
+                        raise RuntimeError("another failed")
+                    if (rank, number) == failing:
+                        raise RuntimeError("failed")
+                    sent.append((rank, number))
+                    ends[rank, number] = order.is_last(number, number == order.buckets - 1)
         except RuntimeError as error:
             failed[rank] = str(error)
         finally:
