@@ -5,7 +5,7 @@ than the others. Preference is by rendezvous hashing (Thaler and Ravishankar, 19
 its server while the set of servers changes around it. The bound on load is that of consistent hashing with bounded
 loads (Mirrokni, Thorup and Zadimoghaddam, 2018) at its tightest: no server above the mean gets more. A call that
 fails, or a reply that is not what was requested, is a failure of that server: its requests go to another server, after
-a backoff, as far as the retry budget allows (breaker.py), until `give_up_s` is spent.
+a backoff, as far as the retry budget allows (retries.py), until `give_up_s` is spent.
 
 Several threads may call `generate`: servers get the requests in the order of the calls.
 
@@ -30,7 +30,7 @@ from typing import Protocol
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sample import FailedRequest, Outcome, Request, Sampling
-from megatron_r1.rollout.sglang.pool.breaker import RetryBudget, StateChanged, backoff_s
+from megatron_r1.rollout.sglang.pool.retries import RetryBudget, StateChanged, backoff_s
 from megatron_r1.rollout.sglang.pool.server import Evicted, PoolServer, current_task_is_cancelled
 from megatron_r1.rollout.sglang.replies import BadReply, Refused
 
@@ -254,11 +254,12 @@ class _Call:
         """Send what is missing to a server; whether what is then still missing may be resent outside the budget."""
         pool, indices = self._pool, list(self._waiting)
         left = min(pool.request_timeout_s, pool.config.give_up_s - self._spent)
+        versions = VersionsFromNowOn(self._versions)
         started, is_trial, free = time.monotonic(), server.breaker.start(), False
         pool.counts["calls"] += 1
         requests = [self._waiting[index] for index in indices]
         try:
-            call = server.client.generate(requests, self._sampling, VersionsFromNowOn(self._versions), left)
+            call = server.client.generate(requests, self._sampling, versions, left)
             for index, reply in zip(indices, await server.call(call, len(requests)), strict=True):
                 if isinstance(reply, BadReply):
                     self._reason = str(reply)

@@ -15,7 +15,7 @@ import aiohttp
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sglang.pool.breaker import StateChanged
+from megatron_r1.rollout.sglang.pool.retries import StateChanged
 
 logger = logging.getLogger(__name__)
 

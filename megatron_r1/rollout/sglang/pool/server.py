@@ -1,4 +1,7 @@
-"""A server as the pool sees it: whether it takes requests, how many it has in flight, and how it has done so far."""
+"""A server as the pool sees it: whether it takes requests, how many it has in flight, and how it has done so far.
+
+A server whose calls fail is left alone for a while by its circuit breaker.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from typing import Any
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.client import Client
-from megatron_r1.rollout.sglang.pool.breaker import Breaker
+
+LONGEST_COOLDOWN = 32
+"""Most that repeated failures lengthen a breaker's cooldown, as a factor."""
 
 
 class Evicted(NoRolloutCapacity):
@@ -103,6 +108,65 @@ class PoolServer:
             self.in_flight -= requests
             if not self.in_flight:
                 self.busy.stop()
+
+
+class Breaker:
+    """A circuit breaker (Nygard, Release It!, chapter 5): closed, open, and half open for one trial call.
+
+    Args:
+        failures: failures in a row that open it.
+        cooldown_s: seconds that it stays open; doubled by every trial that fails.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, failures: int, cooldown_s: float, clock: Callable[[], float] = time.monotonic):
+        self._limit, self._cooldown, self._clock = failures, cooldown_s, clock
+        self._failed, self._factor = 0, 1
+        self._closed_again_at: float | None = None
+        self._trying = False
+
+    @property
+    def closed(self) -> bool:
+        return self._closed_again_at is None
+
+    @property
+    def opens_in(self) -> float:
+        """Seconds until a trial call may go out; 0 where one may already, or is out."""
+        return 0.0 if self._closed_again_at is None else max(0.0, self._closed_again_at - self._clock())
+
+    def allows(self) -> bool:
+        """Whether a call may go out."""
+        return self.closed or (self.opens_in == 0.0 and not self._trying)
+
+    def start(self) -> bool:
+        """A call goes out; whether it is the trial of a half-open breaker."""
+        self._trying = self._trying or not self.closed
+        return not self.closed
+
+    def succeed(self) -> None:
+        """A call succeeded."""
+        self._failed, self._factor, self._closed_again_at, self._trying = 0, 1, None, False
+
+    def fail(self, tried: bool = False) -> None:
+        """A call failed.
+
+        Args:
+            tried: it was the trial; calls that were in flight when the breaker opened change nothing.
+        """
+        if self.closed:
+            self._failed += 1
+            if self._failed < self._limit:
+                return
+        elif not tried:
+            return
+        else:
+            self._factor = min(2 * self._factor, LONGEST_COOLDOWN)
+        self._trying = False
+        self._closed_again_at = self._clock() + self._cooldown * self._factor
+
+    def release(self, tried: bool) -> None:
+        """A call ended and says nothing about the server."""
+        self._trying = self._trying and not tried
 
 
 class Stopwatch:

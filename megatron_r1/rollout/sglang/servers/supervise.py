@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sglang.pool.breaker import StateChanged, backoff_s
+from megatron_r1.rollout.sglang.pool.retries import StateChanged, backoff_s
 from megatron_r1.rollout.sglang.pool.server import PoolServer
 from megatron_r1.rollout.sglang.servers.memory import IN_TRAINER_PHASE, ServerMemory
 from megatron_r1.rollout.sglang.servers.process import Server
