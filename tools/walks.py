@@ -195,7 +195,7 @@ PROMPT = [
     "rl.advantages.estimators:PerResponse.for_batch",
     "rl.objective.objective:Objective.loss",
     "rl.objective.policy_terms:grpo via TERMS",
-    "rl.objective.ratios:at_level",
+    "rl.objective.policy_terms:at_level",
     "rl.objective.policy_terms:surrogate",
     "rl.objective.aggregation:sequence_mean via sequence_mean",
     "rl.objective.objective:Objective._kl",

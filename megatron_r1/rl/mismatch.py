@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_r1.config.rl import MismatchConfig
 from megatron_r1.rl.objective.kl import k3
-from megatron_r1.rl.objective.ratios import ratio_of
+from megatron_r1.rl.objective.policy_terms import ratio_of
 
 KEYS = ("mismatch/logprob_max_abs", "mismatch/k1", "mismatch/k3", "mismatch/outside_range", "mismatch/tokens")
 

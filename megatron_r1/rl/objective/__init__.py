@@ -1,1 +1,1 @@
-"""The policy loss: ratios, policy terms, aggregation, KL penalty, importance weights."""
+"""The policy loss: policy terms, aggregation, KL penalty, importance weights."""

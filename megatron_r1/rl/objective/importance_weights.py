@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_r1.rl.objective.ratios import at_level, ratio_of
+from megatron_r1.rl.objective.policy_terms import at_level, ratio_of
 
 
 class ClipRange(NamedTuple):

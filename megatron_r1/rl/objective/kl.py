@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_r1.rl.objective.ratios import MAX_LOG_RATIO, at_level, ratio_of
+from megatron_r1.rl.objective.policy_terms import MAX_LOG_RATIO, at_level, ratio_of
 
 EXACT = "exact"
 

@@ -21,8 +21,7 @@ from megatron_r1.config.rl import RLConfig
 from megatron_r1.rl.objective.aggregation import LOSS_AGGREGATIONS, BatchTotals, sequence_mean
 from megatron_r1.rl.objective.importance_weights import ClipRange, ImportanceWeights, importance_weights
 from megatron_r1.rl.objective.kl import ESTIMATORS, EXACT, estimate_kl
-from megatron_r1.rl.objective.policy_terms import KL_LEVELS, TERMS, Clip
-from megatron_r1.rl.objective.ratios import at_level
+from megatron_r1.rl.objective.policy_terms import KL_LEVELS, TERMS, Clip, at_level
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The policy terms of the papers (surrogate objectives), by name, each to be maximised.
+"""The policy terms of the papers (surrogate objectives), by name, each to be maximised; and their probability ratios.
 
 Pure. All take log-probabilities under the trained policy and under the old one, advantages, mask and clip range. None
 lets padding reach a value or a gradient, and no ratio overflows.
@@ -17,7 +17,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from megatron_r1.rl.objective.ratios import at_level, ratio_of
+LEVELS = ("token", "sequence")
+
+MAX_LOG_RATIO = 20.0
+"""Above this the exponential is continued by its tangent: values and squared gradients stay finite in float32."""
 
 Advantages = Float[Tensor, " B"] | Float[Tensor, "B L"]
 """One per response, or one per token."""
@@ -43,6 +46,23 @@ class Surrogate(NamedTuple):
 
 Term = Callable[[Tensor, Tensor, Tensor, Tensor, Clip], Surrogate]
 """Log-probabilities [B, L], those of the old policy [B, L], advantages [B] or [B, L], mask [B, L], clip range."""
+
+
+def ratio_of(log_ratio: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """exp(log_ratio), continued by its tangent above `MAX_LOG_RATIO`, so that the gradient keeps its sign."""
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp() * (1 + (log_ratio - MAX_LOG_RATIO).relu())
+
+
+def at_level(values_BL: Float[Tensor, "B L"], mask_BL: Bool[Tensor, "B L"], level: str) -> Float[Tensor, "B U"]:
+    """Log-probabilities at the level of the ratio: of each token, or of the whole response; 0 outside the mask.
+
+    Raises:
+        ValueError: unknown level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level={level}: must be one of {', '.join(LEVELS)}")
+    values_BL = torch.where(mask_BL, values_BL, 0.0)
+    return values_BL if level == "token" else values_BL.sum(dim=1, keepdim=True)
 
 
 def per_position(advantages: Advantages, level: str) -> Float[Tensor, "B 1"] | Float[Tensor, "B L"]:

@@ -7,14 +7,14 @@ import torch
 from beartype import beartype
 from jaxtyping import TypeCheckError, jaxtyped
 
-from megatron_r1.rl.objective import kl, policy_terms, ratios
+from megatron_r1.rl.objective import kl, policy_terms
 from megatron_r1.rl.objective.aggregation import BatchTotals, sequence_mean
 from megatron_r1.rl.objective.objective import Objective, ObjectiveInputs
 from megatron_r1.rl.objective.policy_terms import Clip
 
 k3, ratio_of, grpo, grpo_sequence = (
     jaxtyped(typechecker=beartype)(function)
-    for function in (kl.k3, ratios.ratio_of, policy_terms.grpo, policy_terms.grpo_sequence)
+    for function in (kl.k3, policy_terms.ratio_of, policy_terms.grpo, policy_terms.grpo_sequence)
 )
 LEVELS = {"token": (grpo, "grpo"), "sequence": (grpo_sequence, "grpo_sequence")}
 
@@ -244,7 +244,7 @@ def test_wrong_level_missing_reference_and_wrong_shapes_are_refused():
         with pytest.raises(ValueError, match="=word: must be one of"):
             Objective(Clip(0.2, 0.2), **wrong)
     with pytest.raises(ValueError, match="level=word"):
-        ratios.at_level(new, mask, "word")
+        policy_terms.at_level(new, mask, "word")
     with pytest.raises(ValueError, match="kl_coefficient=0.1"):
         grpo_loss(new, old, None, advantages, mask, num_responses=5, epsilon=0.2, kl_coefficient=0.1)
     with pytest.raises(TypeCheckError):
