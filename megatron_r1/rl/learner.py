@@ -23,13 +23,8 @@ from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group, tensor_parallel_group
 from megatron_r1.rl.advantages.critic import AuxiliaryModel, Critic, NoCritic
 from megatron_r1.rl.advantages.critic_estimator import CriticAdvantages
-from megatron_r1.rl.advantages.estimators import (
-    AdvantageEstimator,
-    AdvantageInputs,
-    GroupAdvantages,
-    ProcessAdvantages,
-    RolloutAdvantages,
-)
+from megatron_r1.rl.advantages.estimators import AdvantageEstimator, AdvantageInputs, RolloutAdvantages
+from megatron_r1.rl.advantages.group_relative import GroupAdvantages, ProcessAdvantages
 from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.objective import ObjectiveInputs, build_objective
@@ -39,7 +34,7 @@ from megatron_r1.rl.policy.kl_penalty import build_kl_penalty
 from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
-from megatron_r1.train.batching import divide_by_tokens, micro_batches_by_tokens, shuffle_into_mini_batches
+from megatron_r1.train.batching import micro_batches_of_ranks, shuffle_into_mini_batches
 from megatron_r1.train.metrics import gather_logged
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN
@@ -105,13 +100,7 @@ class Learner:
         """
         rl, train = self._config.rl, self._config.train
         updates_per_epoch = min(rl.updates_per_rollout, len(samples))
-        mini_batches = [
-            self._mini_batch(samples, indices.tolist())
-            for epoch in range(rl.epochs_per_rollout)
-            for indices in shuffle_into_mini_batches(
-                len(samples), updates_per_epoch, (self._config.seed, state.step, epoch)
-            )
-        ]
+        mini_batches = self._mini_batches(samples, updates_per_epoch, state.step)
         first_epoch = [batch for mini_batch in mini_batches[:updates_per_epoch] for batch in mini_batch.micro_batches]
         # Later epochs divide the same samples differently: among several ranks, some are new to their rank.
         single_data_parallel_rank = dist.get_world_size(data_parallel_group()) == 1
@@ -145,27 +134,30 @@ class Learner:
             logger.warning("step %d: %s", state.step, alarm)
         return state, metrics
 
-    def _mini_batch(self, samples: Sequence[Sample], indices: Sequence[int]) -> MiniBatch:
-        """This rank's part of a mini-batch; every data-parallel rank gets the same number of micro-batches."""
-        group, budget = data_parallel_group(), self._config.rl.tokens_per_micro_batch
-        lengths = [num_tokens(samples[index]) for index in indices]
-        shares = [
-            [
-                [indices[share[i]] for i in batch]
-                for batch in micro_batches_by_tokens([lengths[i] for i in share], budget)
-            ]
-            for share in divide_by_tokens(lengths, dist.get_world_size(group))
-        ]
-        mine = shares[dist.get_rank(group)]
-        # Ranks may share experts with ranks that have more micro-batches, and exchange tokens in every pass.
-        idle = max(map(len, shares)) - len(mine)
+    def _mini_batches(self, samples: Sequence[Sample], updates_per_epoch: int, step: int) -> list[MiniBatch]:
+        """This rank's part of every epoch's mini-batches.
+
+        Every data-parallel rank gets the same number of micro-batches: ranks may share experts with ranks that have
+        more of them, and exchange tokens in every pass.
+        """
+        config, rl, group = self._config, self._config.rl, data_parallel_group()
         # Sequence parallelism divides each row's positions.
         settings = self._pad, self._device, dist.get_world_size(tensor_parallel_group())
-        micro_batches = [make_batch(samples, batch, *settings) for batch in mine]
-        micro_batches += [make_batch(samples, indices[:1], *settings).without_loss() for _ in range(idle)]
-        tokens = sum(len(samples[index].response_tokens) for index in indices if samples[index].in_loss)
-        totals = BatchTotals(len(indices), tokens, self._config.rollout.max_response_tokens)
-        return MiniBatch(totals, micro_batches)
+        result = []
+        for epoch in range(rl.epochs_per_rollout):
+            seed = config.seed, step, epoch
+            for shuffled in shuffle_into_mini_batches(len(samples), updates_per_epoch, seed):
+                indices: list[int] = shuffled.tolist()
+                lengths = [num_tokens(samples[index]) for index in indices]
+                shares = micro_batches_of_ranks(lengths, dist.get_world_size(group), rl.tokens_per_micro_batch)
+                mine = shares[dist.get_rank(group)]
+                micro_batches = [make_batch(samples, [indices[i] for i in batch], *settings) for batch in mine]
+                for _ in range(max(map(len, shares)) - len(mine)):
+                    micro_batches.append(make_batch(samples, indices[:1], *settings).without_loss())
+                tokens = sum(len(samples[index].response_tokens) for index in indices if samples[index].in_loss)
+                totals = BatchTotals(len(indices), tokens, config.rollout.max_response_tokens)
+                result.append(MiniBatch(totals, micro_batches))
+        return result
 
     def _update(
         self, mini_batch: MiniBatch, frozen: FrozenLogProbs, advantages: RolloutAdvantages, rate: float
@@ -176,10 +168,10 @@ class Learner:
             def loss_function(scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
                 inputs = ObjectiveInputs(
                     scores.log_probs,
-                    frozen.old_logprobs(batch),
-                    advantages.for_batch(batch),
+                    batch.rollout_logprobs_BL if frozen.old is None else batch.gather(frozen.old),
+                    batch.gather(advantages.by_sample),
                     batch.mask_BL,
-                    frozen.reference_logprobs(batch),
+                    None if frozen.reference is None else batch.gather(frozen.reference),
                     scores.divergence,
                     scores.entropy,
                     batch.rollout_logprobs_BL,

@@ -46,6 +46,17 @@ def shuffle_into_mini_batches(num_samples: int, mini_batches: int, seed: int | S
     return np.array_split(np.random.default_rng(seed).permutation(num_samples), mini_batches)
 
 
+def micro_batches_of_ranks(lengths: Sequence[int], ranks: int, tokens_per_micro_batch: int) -> list[list[list[int]]]:
+    """Each rank's micro-batches, as indices of samples: divided by tokens among the ranks, then within each rank."""
+    return [
+        [
+            [share[index] for index in batch]
+            for batch in micro_batches_by_tokens([lengths[index] for index in share], tokens_per_micro_batch)
+        ]
+        for share in divide_by_tokens(lengths, ranks)
+    ]
+
+
 def micro_batches_by_tokens(lengths: Sequence[int], tokens_per_micro_batch: int) -> list[list[int]]:
     """Indices grouped so that samples x longest sample, the padded tokens, stays within the budget.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_r1.config.rl import CriticConfig
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.rl.advantages.critic import Critic
-from megatron_r1.rl.advantages.estimators import AdvantageInputs, PerToken, ValueTargets
+from megatron_r1.rl.advantages.estimators import AdvantageInputs, RolloutAdvantages, ValueTargets
 from megatron_r1.rl.advantages.gae import (
     explained_variance,
     generalized_advantages,
@@ -32,11 +32,11 @@ class CriticAdvantages:
     def __init__(self, critic: Critic, settings: CriticConfig):
         self._critic, self._settings = critic, settings
 
-    def estimate(self, inputs: AdvantageInputs) -> PerToken:
+    def estimate(self, inputs: AdvantageInputs) -> RolloutAdvantages:
         old_values = self._critic.values_by_sample(inputs.micro_batches)
-        return self._from_values(inputs, old_values) if old_values else PerToken({})
+        return self._from_values(inputs, old_values) if old_values else RolloutAdvantages({})
 
-    def _from_values(self, inputs: AdvantageInputs, old_values: PerSample) -> PerToken:
+    def _from_values(self, inputs: AdvantageInputs, old_values: PerSample) -> RolloutAdvantages:
         """Collective over data-parallel ranks, on the last pipeline stage."""
         settings, indices = self._settings, sorted(old_values)
         samples = [inputs.samples[index] for index in indices]
@@ -61,7 +61,7 @@ class CriticAdvantages:
             {index: at_positions(sample, row_R) for index, sample, row_R in zip(indices, samples, rows_SR, strict=True)}
             for rows_SR in (advantages_SR, found.returns_BL)
         )
-        return PerToken(advantages, ValueTargets(old_values, returns, statistics))
+        return RolloutAdvantages(advantages, ValueTargets(old_values, returns, statistics))
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

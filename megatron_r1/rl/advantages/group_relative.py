@@ -1,7 +1,7 @@
 """Group-relative advantages: a response's reward relative to those of the other responses to the same prompt.
 
 Pure. A group whose rewards are all equal has advantages of exactly 0, and there is no division by 0. Legend: N groups
-(prompts), G responses per group.
+(prompts), G responses per group, L positions, R tokens of a response.
 """
 
 # ruff: noqa: F722 - shapes stand in annotations as text
@@ -9,10 +9,14 @@ Pure. A group whose rewards are all equal has advantages of exactly 0, and there
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from megatron_r1.rl.advantages.estimators import AdvantageInputs, RolloutAdvantages
+from megatron_r1.rl.policy.batch import PerSample, at_positions
 
 STD_KINDS = ("population", "sample", "none")
 
@@ -86,3 +90,60 @@ def ragged_group_advantages(
     if len(set(sizes)) <= 1:
         return group_advantages(rewards.view(len(sizes), -1), std).flatten()
     return torch.cat([group_advantages(group[None], std).flatten() for group in rewards.split(list(sizes))])
+
+
+class GroupAdvantages:
+    """A response compared with the other responses to the same prompt (DeepSeekMath, section 4.1.2)."""
+
+    def __init__(self, std: str):
+        """
+        Args:
+            std: of `group_advantages`.
+        """
+        self._std = std
+
+    def estimate(self, inputs: AdvantageInputs) -> RolloutAdvantages:
+        # Computed on whole groups, although their responses are divided among mini-batches.
+        sizes = [len(group) for group in _groups(inputs)]
+        return RolloutAdvantages(dict(enumerate(ragged_group_advantages(_rewards(inputs), sizes, self._std))))
+
+
+class ProcessAdvantages:
+    """Process supervision: a step compared with all steps of the responses to a prompt (DeepSeekMath, section 4.1.3).
+
+    The reward of the whole response counts as one more step, which ends with the response. Without other steps, every
+    token has the advantage that `GroupAdvantages` gives to the response.
+    """
+
+    def __init__(self, std: str):
+        """
+        Args:
+            std: of `process_advantages`.
+        """
+        self._std = std
+
+    def estimate(self, inputs: AdvantageInputs) -> RolloutAdvantages:
+        outcomes = _rewards(inputs).tolist()
+        by_sample: PerSample = {}
+        for group in _groups(inputs):
+            samples = [inputs.samples[index] for index in group]
+            ends = [[*(end for end, _ in s.steps), len(s.response_tokens) - 1] for s in samples]
+            values = [[*(v for _, v in inputs.samples[index].steps), outcomes[index]] for index in group]
+            longest = max(len(sample.response_tokens) for sample in samples)
+            advantages_GR = process_advantages(values, ends, longest, self._std)
+            by_sample |= {
+                index: at_positions(s, row_R) for index, s, row_R in zip(group, samples, advantages_GR, strict=True)
+            }
+        return RolloutAdvantages(by_sample)
+
+
+def _rewards(inputs: AdvantageInputs) -> Tensor:
+    """Of responses, [samples], less the penalties."""
+    rewards = torch.tensor([sample.reward for sample in inputs.samples])
+    return rewards if inputs.penalties is None else rewards - inputs.penalties.per_sample
+
+
+def _groups(inputs: AdvantageInputs) -> list[list[int]]:
+    """Indices of each group's samples."""
+    indices = range(len(inputs.samples))
+    return [list(group) for _, group in groupby(indices, key=lambda index: inputs.samples[index].group)]

@@ -16,7 +16,7 @@ from megatron_r1.model.replay import NOT_RECORDED
 from megatron_r1.rollout.sample import Sample
 
 PerSample = dict[int, Tensor]
-"""Values of this rank's samples, by a sample's index in the rollout: [L] or [L, D] by position of its row."""
+"""Values of this rank's samples, by a sample's index in the rollout: a number; [L] or [L, D] by position of its row."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,10 @@ class ResponseBatch:
         return replace(self, mask_BL=torch.zeros_like(self.mask_BL))
 
     def gather(self, values: PerSample) -> Tensor:
-        """Values of this batch's samples, [B, L] or [B, L, D]; 0 beyond a sample's end."""
-        found = [values[index] for index in self.indices_B.tolist()]
+        """Values of this batch's samples, [B], [B, L] or [B, L, D]; 0 beyond a sample's end."""
+        found = [values[index].to(self.tokens_BL.device) for index in self.indices_B.tolist()]
+        if not found[0].dim():
+            return torch.stack(found)
         length = self.inputs_BL.shape[1]
         result = found[0].new_zeros(len(found), length, *found[0].shape[1:])
         for row, value in enumerate(found):

@@ -26,19 +26,12 @@ class FrozenLogProbs:
     """Log-probabilities of a rollout's samples; None where they are not needed. Empty except on the last stage."""
 
     old: PerSample | None
-    """Log-probabilities by the trainer's weights at the start of the rollout."""
+    """Log-probabilities by the trainer's weights at the start of the rollout; without them the engine's are used."""
     reference: PerSample | None = None
     """Log-probabilities by the reference policy."""
     reference_hidden: PerSample | None = None
     """The reference's last hidden states [L, D], where its whole distribution is needed."""
     reference_head_VD: Tensor | None = None
-
-    def old_logprobs(self, batch: ResponseBatch) -> Tensor:
-        """The denominator of the ratio: the trainer's own log-probabilities, else the engine's."""
-        return batch.rollout_logprobs_BL if self.old is None else batch.gather(self.old)
-
-    def reference_logprobs(self, batch: ResponseBatch) -> Tensor | None:
-        return None if self.reference is None else batch.gather(self.reference)
 
     def reference_distribution(self, batch: ResponseBatch) -> ReferenceHidden | None:
         """The reference's distribution over the whole vocabulary for this batch."""
