@@ -121,7 +121,7 @@ PROMPT = [
     "rollout.journal:Journal.read_all",
     "rl.generation.rollouts:Rollouts._sample",
     "rl.generation.rollouts:Rollouts._round",
-    "data.prompts.files:FilePrompts.at",
+    "data.prompts.prompts:FilePrompts.at",
     "data.chat.prompt_format:PromptFormatter.tokens",
     "data.chat.prompt_format:PromptFormatter.text",
     "data.chat.render:ChatTemplate.render",

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
-from megatron_r1.data.prompts.files import FilePrompts, PromptFile, read_prompts
-from megatron_r1.data.prompts.prompts import TrainingPrompts
+from megatron_r1.data.prompts.files import PromptFile, read_prompts
+from megatron_r1.data.prompts.prompts import FilePrompts, TrainingPrompts
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import NoReplay, Replay, RoutingReplay

@@ -11,12 +11,11 @@ import orjson
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
-from megatron_r1.data.prompts.files import FilePrompts, PromptFile, read_prompts
-from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts
+from megatron_r1.data.prompts.files import PromptFile, read_prompts
+from megatron_r1.data.prompts.prompts import FilePrompts, Prompt, Prompts, TrainingPrompts
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 from megatron_r1.files import write_whole
-from megatron_r1.data.prompts.prompts import Prompts
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_r1.checkpoint.sharded import WholeTensors
-from megatron_r1.data.prompts.files import FilePrompts, PromptFile
-from megatron_r1.data.prompts.prompts import Prompt
+from megatron_r1.data.prompts.files import PromptFile
+from megatron_r1.data.prompts.prompts import FilePrompts, Prompt
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 from megatron_r1.model.chunks import in_multi_token_layer

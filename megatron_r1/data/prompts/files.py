@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,25 +77,3 @@ def _prompt(row: Any, number: int, config: PromptsConfig) -> Prompt:
         raise ValueError(f"{config.task_field} is not text")
     name = row.get(config.id_field, number) if config.id_field else number
     return Prompt(str(name), question, "" if answer is None else str(answer), "", task)
-
-
-class FilePrompts:
-    """The prompts of a file as an endless list: every epoch has all of them, in a random order of its own."""
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int):
-        """
-        Args:
-            seed: of the orders.
-        """
-        self._prompts, self._seed = tuple(prompts), seed
-        self._order = lru_cache(4)(self._draw)
-
-    def at(self, index: int) -> Prompt:
-        """Prompt `index`; the same prompt at every call."""
-        epoch, index = divmod(index, len(self._prompts))
-        return self._prompts[self._order(epoch)[index]]
-
-    def _draw(self, epoch: int) -> list[int]:
-        order = list(range(len(self._prompts)))
-        random.Random(f"prompt file {self._seed} {epoch}").shuffle(order)
-        return order

@@ -7,7 +7,9 @@ The list contains no held-out expression, and no two evaluation prompts share an
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from megatron_r1.config.data import DataConfig
@@ -50,6 +52,28 @@ class TrainingPrompts:
         else:
             problem = family_problem(draw_expression(rng, FAMILY_FORMS.draw(rng), config), rng, config)
         return as_prompt(problem, f"train-{index}")
+
+
+class FilePrompts:
+    """The prompts of a file as an endless list: every epoch has all of them, in a random order of its own."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int):
+        """
+        Args:
+            seed: of the orders.
+        """
+        self._prompts, self._seed = tuple(prompts), seed
+        self._order = lru_cache(4)(self._draw)
+
+    def at(self, index: int) -> Prompt:
+        """Prompt `index`; the same prompt at every call."""
+        epoch, index = divmod(index, len(self._prompts))
+        return self._prompts[self._order(epoch)[index]]
+
+    def _draw(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"prompt file {self._seed} {epoch}").shuffle(order)
+        return order
 
 
 def eval_prompts(config: DataConfig, count: int) -> list[Prompt]:

@@ -9,8 +9,7 @@ import pytest
 
 from megatron_r1.config.data import PromptsConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
-from megatron_r1.data.prompts.files import FilePrompts, PromptFile, read_prompts
-from megatron_r1.data.prompts.prompts import Prompt
+from megatron_r1.data.prompts.files import PromptFile, read_prompts
 from megatron_r1.errors import ConfigError, DataError
 from tests.support.chats import small_tokenizer
 
@@ -104,14 +103,3 @@ def test_a_question_with_a_control_token_is_a_bad_row(tmp_path):
     found = read_prompts(config_of(path, max_bad_rows=1), formatter.check)
     assert [prompt.question for prompt in found.prompts] == ["1?"]
     assert found.bad_rows == ["prompts.jsonl:2: the question holds the control token <|eos|>"]
-
-
-def test_an_endless_list_has_every_prompt_once_before_any_again():
-    prompts = [Prompt(str(number), f"{number}?", "", "", "file") for number in range(50)]
-    listed, other = FilePrompts(prompts, seed=0), FilePrompts(prompts, seed=1)
-    epochs = [[listed.at(50 * epoch + index).id for index in range(50)] for epoch in range(3)]
-    assert all(sorted(epoch, key=int) == [prompt.id for prompt in prompts] for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3 and [other.at(index).id for index in range(50)] != epochs[0]
-    again = FilePrompts(prompts, seed=0)
-    for index in (149, 3, 77, (1 << 40) + 5):
-        assert again.at(index) == listed.at(index)

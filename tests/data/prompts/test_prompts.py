@@ -7,7 +7,7 @@ import pytest
 from reasoning_gym.arithmetic.basic_arithmetic import BasicArithmeticDataset, BasicArithmeticDatasetConfig
 
 from megatron_r1.config.data import DataConfig
-from megatron_r1.data.prompts.prompts import Prompt, TrainingPrompts, eval_prompts
+from megatron_r1.data.prompts.prompts import FilePrompts, Prompt, TrainingPrompts, eval_prompts
 from megatron_r1.data.synthetic import gym
 from megatron_r1.data.synthetic.expressions import in_eval_split, value
 from megatron_r1.data.template import R1_ZERO_TEMPLATE, fill_template
@@ -92,3 +92,14 @@ def test_items_that_the_library_evaluates_left_to_right_are_skipped(monkeypatch)
 def test_unknown_task_is_refused():
     with pytest.raises(DataError, match="chain_sum"):
         gym.item("poetry", 0)
+
+
+def test_an_endless_list_has_every_prompt_once_before_any_again():
+    prompts = [Prompt(str(number), f"{number}?", "", "", "file") for number in range(50)]
+    listed, other = FilePrompts(prompts, seed=0), FilePrompts(prompts, seed=1)
+    epochs = [[listed.at(50 * epoch + index).id for index in range(50)] for epoch in range(3)]
+    assert all(sorted(epoch, key=int) == [prompt.id for prompt in prompts] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and [other.at(index).id for index in range(50)] != epochs[0]
+    again = FilePrompts(prompts, seed=0)
+    for index in (149, 3, 77, (1 << 40) + 5):
+        assert again.at(index) == listed.at(index)
