@@ -174,7 +174,7 @@ PROMPT = [
     "train.batching:micro_batches_by_tokens",
     "rl.policy.batch:make_batch",
     "rl.policy.batch:num_tokens",
-    "rl.policy.frozen_logprobs:compute_frozen_logprobs",
+    "rl.policy.policy:compute_frozen_logprobs",
     "rl.policy.policy:Policy.logprobs_by_sample",
     "rl.policy.policy:outputs_by_sample",
     "model.forward_backward:forward_only",

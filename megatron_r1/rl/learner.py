@@ -29,9 +29,8 @@ from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.objective import ObjectiveInputs, build_objective
 from megatron_r1.rl.policy.batch import ResponseBatch, longest_input, make_batch, num_tokens
-from megatron_r1.rl.policy.frozen_logprobs import FrozenLogProbs, compute_frozen_logprobs
 from megatron_r1.rl.policy.kl_penalty import build_kl_penalty
-from megatron_r1.rl.policy.policy import Policy
+from megatron_r1.rl.policy.policy import FrozenLogProbs, Policy, compute_frozen_logprobs
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.batching import micro_batches_of_ranks, shuffle_into_mini_batches

@@ -15,8 +15,7 @@ from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import is_last_stage, is_metrics_rank
 from megatron_r1.rl.objective.kl import EXACT, estimate_kl
 from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, response_part
-from megatron_r1.rl.policy.frozen_logprobs import FrozenLogProbs
-from megatron_r1.rl.policy.policy import Policy
+from megatron_r1.rl.policy.policy import FrozenLogProbs, Policy
 from megatron_r1.rollout.sample import Sample
 
 

@@ -1,25 +1,29 @@
-"""Log-probabilities of responses under a model, on any layout of ranks.
+"""Log-probabilities of responses under a model, on any layout of ranks; and those that a rollout's updates leave alone.
 
-Shapes: B responses of a micro-batch, L positions, D width.
+Shapes: B responses of a micro-batch, L positions, D width, V this rank's part of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_r1.config.rl import RLConfig
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import forward_only
 from megatron_r1.model.replay import NoReplay, Replay
-from megatron_r1.model.scores import last_hidden_states, model_scores
+from megatron_r1.model.scores import head_weight, last_hidden_states, model_scores
 from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores
 from megatron_r1.parallel.context import positions_of
 from megatron_r1.parallel.mesh import is_last_stage
+from megatron_r1.rl.objective.kl import EXACT
 from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, longest_input
+from megatron_r1.rl.policy.reference import ReferencePolicy
 
 
 class Policy:
@@ -103,3 +107,49 @@ def outputs_by_sample(
 def inputs_of(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
     """Tokens and positions, [B, L], the inputs of a model."""
     return batch.inputs_BL.contiguous(), positions_of(batch.inputs_BL)
+
+
+@dataclass(frozen=True)
+class FrozenLogProbs:
+    """Log-probabilities of a rollout's samples from before its first update: of the old policy and of the reference.
+
+    None where they are not needed; empty except on the last pipeline stage.
+    """
+
+    old: PerSample | None
+    """Log-probabilities by the trainer's weights at the start of the rollout; without them the engine's are used."""
+    reference: PerSample | None = None
+    """Log-probabilities by the reference policy."""
+    reference_hidden: PerSample | None = None
+    """The reference's last hidden states [L, D], where its whole distribution is needed."""
+    reference_head_VD: Tensor | None = None
+
+    def reference_distribution(self, batch: ResponseBatch) -> ReferenceHidden | None:
+        """The reference's distribution over the whole vocabulary for this batch."""
+        if self.reference_hidden is None or self.reference_head_VD is None:
+            return None
+        return ReferenceHidden(batch.gather(self.reference_hidden).transpose(0, 1), self.reference_head_VD)
+
+
+def compute_frozen_logprobs(
+    config: RLConfig,
+    model: Model,
+    policy: Policy,
+    reference: ReferencePolicy | None,
+    micro_batches: Sequence[ResponseBatch],
+) -> FrozenLogProbs:
+    """Collective: the forward passes that the configuration needs.
+
+    Args:
+        reference: None where no KL penalty is configured.
+    """
+    old = policy.logprobs_by_sample(micro_batches) if config.old_logprobs_from == "trainer" else None
+    if reference is None:
+        return FrozenLogProbs(old)
+    # The reference is another model: its routers choose for themselves.
+    reference_policy = Policy(model, policy.temperature)
+    with reference.in_place():
+        if config.kl_estimator != EXACT:
+            return FrozenLogProbs(old, reference_policy.logprobs_by_sample(micro_batches))
+        hidden = reference_policy.hidden_by_sample(micro_batches)
+        return FrozenLogProbs(old, None, hidden, head_weight(model).detach().clone() if is_last_stage() else None)
