@@ -2,9 +2,10 @@
 
     python tools/walks.py
 
-Each walk is a list of functions in the order of a run, `module:Qualified.name`. The program reads the sources and
-counts what a reader opens: files, functions, their lines, and how often code calls back into a file that the walk had
-left. Every function must exist and be mentioned by one before it: a list that no longer describes the code fails.
+Each walk is a list of functions in the order of a run, `module:Qualified.name`; what a `with` statement enters is read
+to its end there. The program reads the sources and counts what a reader opens: files, functions, their lines, and how
+often code calls back into a file that the walk had left. Every function must exist and be mentioned by one before it: a
+list that no longer describes the code fails.
 """
 
 from __future__ import annotations
@@ -126,8 +127,8 @@ PROMPT = [
     "data.chat.prompt_format:PromptFormatter.text",
     "data.chat.render:ChatTemplate.render",
     "data.tokenizer:Tokenizer.encode",
-    "rollout.sample:Request.__post_init__",
-    "rollout.sample:Sampling.__post_init__",
+    "rollout.engine:Request.__post_init__",
+    "rollout.engine:Sampling.__post_init__",
     "rollout.sglang.engine:SGLangEngine.generate",
     "rollout.sglang.engine:Background.run",
     "rollout.sglang.engine:SGLangEngine._generate",
@@ -148,8 +149,8 @@ PROMPT = [
     "rollout.sglang.replies:parse_completions",
     "rollout.sglang.replies:parse_completion",
     "rollout.sglang.replies:parse_versions",
-    "rollout.sample:Completion.__post_init__",
-    "rollout.sample:check_response",
+    "rollout.engine:Completion.__post_init__",
+    "rollout.engine:check_response",
     "rl.generation.rollouts:Rollouts._text",
     "data.tokenizer:response_text",
     "data.tokenizer:Tokenizer.decode",

@@ -19,8 +19,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.evaluation.benchmarks import BENCHMARKS, Metric
 from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.files import write_whole
-from megatron_r1.rollout.engine import RolloutEngine, require_completions
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.engine import Request, RolloutEngine, Sampling, require_completions
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.inference_engine import inference_engine
 from megatron_r1.runs.initial_weights import check_same_model, find_weights

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.replay import Replay
+from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.routed_experts import RoutedExperts
-from megatron_r1.rollout.sample import Completion, Request, Sampling
 
 Routes = Callable[[], Tensor]
 """Gives the experts [T, N, K] of the last forward pass."""

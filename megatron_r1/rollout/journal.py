@@ -18,8 +18,9 @@ import orjson
 
 from megatron_r1.errors import DataError
 from megatron_r1.files import sync, write_whole
+from megatron_r1.rollout.engine import check_logprobs
 from megatron_r1.rollout.routed_experts import RoutedExperts
-from megatron_r1.rollout.sample import Sample, check_logprobs
+from megatron_r1.rollout.sample import Sample
 
 FORMAT = 1
 SUFFIX = ".jsonl"

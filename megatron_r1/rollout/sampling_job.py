@@ -26,8 +26,7 @@ from megatron_r1.rewards.extract import any_answer
 from megatron_r1.rewards.gym import PREFIX as GYM
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score, Scorer
-from megatron_r1.rollout.engine import RolloutEngine, require_completions
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.engine import Request, RolloutEngine, Sampling, require_completions
 
 logger = logging.getLogger(__name__)
 

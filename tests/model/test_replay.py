@@ -10,9 +10,9 @@ from megatron.core.transformer.moe.router_replay import RouterReplay
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.model.build import build_model, without_multi_token_prediction
 from megatron_r1.model.replay import NOT_RECORDED, RoutingReplay
+from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.routed_experts import RoutedLayers
-from megatron_r1.rollout.sample import Request, Sampling
 from tests.support.layouts import model_of
 from tests.support.unsettle import unsettled
 

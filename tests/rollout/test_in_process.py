@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.engine import Request, Sampling
 from tests.support.layouts import model_of
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_r1.rollout.engine import Completion
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedExperts, RoutedLayers
-from megatron_r1.rollout.sample import Completion
 from tests.support.samples import make_sample
 
 LAYERS = RoutedLayers(layers=3, first_dense=1, top_k=2)

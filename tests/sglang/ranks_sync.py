@@ -130,7 +130,7 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     from megatron_r1.parallel.mesh import tensor_parallel_group
     from megatron_r1.rl.policy.batch import make_batch
     from megatron_r1.rl.policy.policy import Policy
-    from megatron_r1.rollout.sample import Request, Sampling
+    from megatron_r1.rollout.engine import Request, Sampling
     from tests.support.samples import sample_of
 
     generator = torch.Generator().manual_seed(5)

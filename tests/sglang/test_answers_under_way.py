@@ -13,7 +13,7 @@ import torch
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
 

@@ -23,7 +23,8 @@ from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Separate
-from megatron_r1.rollout.sample import Request, Sample, Sampling
+from megatron_r1.rollout.engine import Request, Sampling
+from megatron_r1.rollout.sample import Sample
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.servers.memory import CACHE, WEIGHTS
 from megatron_r1.rollout.sync.group_sender import GroupSender

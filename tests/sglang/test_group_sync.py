@@ -14,7 +14,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import DataError, NoRolloutCapacity
 from megatron_r1.model.build import native_tensors
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sync.buckets import NamedTensor

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.pool.pool import VersionsFromNowOn, choose, key_of, split_into_calls
 from megatron_r1.rollout.sglang.replies import BadReply, parse_completions

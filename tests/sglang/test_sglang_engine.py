@@ -17,8 +17,7 @@ import torch
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
-from megatron_r1.rollout.engine import RolloutEngine
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.engine import Request, RolloutEngine, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 
 pytestmark = [pytest.mark.sglang]

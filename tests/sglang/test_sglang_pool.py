@@ -12,7 +12,7 @@ import pytest
 
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, FailedRequest, Request, Sampling
+from megatron_r1.rollout.engine import Completion, FailedRequest, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, new_session
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.pool.server import PoolServer

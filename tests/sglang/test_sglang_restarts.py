@@ -15,8 +15,7 @@ import pytest
 
 from megatron_r1.config.sglang import PoolConfig, SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.engine import require_completions
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.engine import Request, Sampling, require_completions
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
 from megatron_r1.rollout.sglang.servers.launch import shared_memory

@@ -9,8 +9,8 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.rollout import RolloutConfig, SGLangConfig
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
+from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.factory import sglang_engine
-from megatron_r1.rollout.sample import Request, Sampling
 
 
 def worst_gap(model, engine, version: str) -> float:

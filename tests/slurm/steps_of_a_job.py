@@ -37,8 +37,7 @@ def serve(folder: Path, port: int) -> None:
 
 
 def ask(folder: Path, port: int) -> None:
-    from megatron_r1.rollout.engine import require_completions
-    from megatron_r1.rollout.sample import Request, Sampling
+    from megatron_r1.rollout.engine import Request, Sampling, require_completions
     from megatron_r1.rollout.sglang.engine import SGLangEngine
 
     slurm = SlurmConfig(nodes="component", component=1, ports=[port])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_r1.rollout.sample import Completion, Sample
+from megatron_r1.rollout.engine import Completion
+from megatron_r1.rollout.sample import Sample
 
 
 def make_sample(**changes: Any) -> Sample:

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import psutil
 
 from megatron_r1.config.sglang import PoolConfig
-from megatron_r1.rollout.engine import require_completions
-from megatron_r1.rollout.sample import Request, Sampling
+from megatron_r1.rollout.engine import Request, Sampling, require_completions
 from megatron_r1.rollout.sglang.client import Client, new_session
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.pool.server import PoolServer

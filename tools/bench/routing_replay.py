@@ -32,11 +32,11 @@ from megatron_r1.model.replay import RoutingReplay  # noqa: E402
 from megatron_r1.parallel.mesh import process_groups  # noqa: E402
 from megatron_r1.rl.policy.batch import make_batch  # noqa: E402
 from megatron_r1.rl.policy.policy import Policy  # noqa: E402
-from megatron_r1.rollout.engine import RolloutEngine, require_completions  # noqa: E402
+from megatron_r1.rollout.engine import Completion, Request, RolloutEngine, Sampling, require_completions  # noqa: E402  # noqa: E402
 from megatron_r1.rollout.factory import sglang_engine  # noqa: E402
 from megatron_r1.rollout.in_process import LocalEngine  # noqa: E402
 from megatron_r1.rollout.routed_experts import RoutedLayers  # noqa: E402
-from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling  # noqa: E402
+from megatron_r1.rollout.sample import Sample  # noqa: E402
 
 PROMPTS, PROMPT_TOKENS = 64, 12
 

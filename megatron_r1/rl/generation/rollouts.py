@@ -23,10 +23,10 @@ from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score, Scorer
 from megatron_r1.rewards.steps import RewardedStep
 from megatron_r1.rl.generation.filters import ZERO_STD, apply_filters, build_filters, counted_as
-from megatron_r1.rollout.engine import RolloutEngine
+from megatron_r1.rollout.engine import Completion, FailedRequest, Request, RolloutEngine, Sampling
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedLayers
-from megatron_r1.rollout.sample import Completion, FailedRequest, Request, Sample, Sampling, StepRewards
+from megatron_r1.rollout.sample import Sample, StepRewards
 
 
 @dataclass(frozen=True)

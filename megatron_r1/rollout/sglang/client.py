@@ -15,7 +15,7 @@ import aiohttp
 import orjson
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import Completion, Request, Sampling
+from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.pool.retries import backoff_s
 from megatron_r1.rollout.sglang.replies import BadReply, Refused, parse_checksums, parse_completions, parse_load
 

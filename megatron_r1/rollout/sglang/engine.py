@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
-from megatron_r1.rollout.sample import Outcome, Request, Sampling
+from megatron_r1.rollout.engine import Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client, Endpoint, new_session, run_all
 from megatron_r1.rollout.sglang.pause import FINISH, Pause
 from megatron_r1.rollout.sglang.pool.pool import Pool

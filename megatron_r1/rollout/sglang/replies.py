@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.routed_experts import RoutedExperts
-from megatron_r1.rollout.sample import Completion, Request, Sampling
 
 
 class BadReply(NoRolloutCapacity):

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_r1.rollout.sample import Completion, Request, Sample, Sampling
+from megatron_r1.rollout.engine import Completion, Request, Sampling
+from megatron_r1.rollout.sample import Sample
 from tests.support.samples import sample_of
 
 TEMPERATURE, FLOOR = 1.0, 1e-5

@@ -29,8 +29,9 @@ from megatron_r1.rl.generation.filters import (
 )
 from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
 from megatron_r1.rl.policy.batch import make_batch
+from megatron_r1.rollout.engine import Completion, FailedRequest, Outcome, Request, Sampling
 from megatron_r1.rollout.journal import Journal
-from megatron_r1.rollout.sample import Completion, FailedRequest, Outcome, Request, Sample, Sampling
+from megatron_r1.rollout.sample import Sample
 from tests.support.samples import make_sample
 
 

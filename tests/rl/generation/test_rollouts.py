@@ -16,8 +16,8 @@ from megatron_r1.rewards.rubric_builder import build_rubric
 from megatron_r1.rl.generation.rollouts import Rollouts, shuffle_rewards
 from megatron_r1.rl.loop import step_metrics
 from megatron_r1.rl.policy.batch import make_batch
+from megatron_r1.rollout.engine import Completion
 from megatron_r1.rollout.journal import Journal
-from megatron_r1.rollout.sample import Completion
 
 
 @pytest.fixture(scope="module")

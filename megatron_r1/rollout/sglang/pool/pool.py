@@ -29,7 +29,7 @@ from typing import Protocol
 
 from megatron_r1.config.sglang import PoolConfig
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.sample import FailedRequest, Outcome, Request, Sampling
+from megatron_r1.rollout.engine import FailedRequest, Outcome, Request, Sampling
 from megatron_r1.rollout.sglang.pool.retries import RetryBudget, StateChanged, backoff_s
 from megatron_r1.rollout.sglang.pool.server import Evicted, PoolServer, current_task_is_cancelled
 from megatron_r1.rollout.sglang.replies import BadReply, Refused
