@@ -1,7 +1,7 @@
-"""Prompts for reinforcement learning, and held-out prompts for evaluation.
+"""Prompts for reinforcement learning, generated or of a file, and held-out prompts for evaluation.
 
 Training prompts form an endless list that is addressed by index, so a run that resumes at prompt n needs no replay.
-The list contains no held-out expression, and no two evaluation prompts share an expression.
+The generated list contains no held-out expression, and no two evaluation prompts share an expression.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Retry budgets and backoff: what prevents retries from overloading servers that recover. And waiting for a change."""
+"""Retry budgets, backoff and waiting for a change: what prevents retries from overloading servers that recover."""
 
 from __future__ import annotations
 
