@@ -67,7 +67,7 @@ def test_every_prompt_gets_scored_responses(root):
         assert row["reward"] == pytest.approx(sum(row["reward_parts"].values()))
         assert 1 <= row["response_tokens"] <= 12 and row["logprob"] < 0 and row["finish_reason"] in ("stop", "length")
     assert (root / "whole" / "bad_rows.txt").read_text().startswith("prompts.jsonl:11: is not JSON")
-    assert "20 samples of 10 prompts" in done.stderr and "1 bad rows left out" in done.stderr
+    assert "20 samples of 10 prompts" in done.stderr and "1 bad rows dropped" in done.stderr
     totals = json.loads((root / "whole" / "done.json").read_text())
     assert totals["samples"] == 20 and totals["mean_reward"] == pytest.approx(sum(r["reward"] for r in rows) / 20)
 
