@@ -157,9 +157,14 @@ def docstrings(section: Any) -> dict[str, str]:
 
 
 def _body(section: Any) -> list[ast.stmt]:
-    definition = ast.parse(textwrap.dedent(getsource(section))).body[0]
-    assert isinstance(definition, ast.ClassDef)
-    return definition.body
+    return _classes(section.__module__)[section.__name__].body
+
+
+@cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """The classes of a module as they are written."""
+    statements = ast.parse(getsource(sys.modules[module])).body
+    return {statement.name: statement for statement in statements if isinstance(statement, ast.ClassDef)}
 
 
 @cache

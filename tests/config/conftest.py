@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,19 @@ def _run_command(*arguments: str, cwd: Path = REPOSITORY, **environment: str) ->
         process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - start
     return CommandResult(process.returncode, out, err, seconds, usage.ru_utime + usage.ru_stime)
+
+
+@pytest.fixture(scope="session")
+def hydra_seconds() -> float:
+    """Seconds that this machine takes to import Hydra, as busy as it is: what a command without torch is measured by.
+
+    Processes that share a core, or a slow one, lengthen both alike.
+    """
+    statement = "import resource, hydra; print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))"
+    command = [sys.executable, "-c", statement]
+    with ThreadPoolExecutor(2) as pool:
+        printed = [pool.submit(subprocess.check_output, command, text=True) for _ in range(6)]
+        return statistics.median(float(one.result()) for one in printed)
 
 
 @pytest.fixture(scope="session")

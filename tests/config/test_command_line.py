@@ -16,15 +16,16 @@ from megatron_r1.config.schema import resolved
 from megatron_r1.config.verbs import VERBS, Verb
 
 HEAVY = ("torch", "megatron", "transformers", "sglang", "wandb", "numpy")
-LIMIT_S = 1.0
+LIMIT = 5.0
+"""Times the import of Hydra; with torch imported it would be 8 or more."""
 
 
 @pytest.fixture
-def text(run_command, request) -> str:
-    """Standard output of a command that succeeds in silence and in under a second."""
+def text(run_command, hydra_seconds, request) -> str:
+    """Standard output of a command that succeeds in silence and at once."""
     result = run_command(*request.param.split())
     assert (result.status, result.stderr) == (0, "")
-    assert result.processor_seconds < LIMIT_S
+    assert result.processor_seconds < LIMIT * hydra_seconds
     return result.stdout
 
 
@@ -51,9 +52,9 @@ def test_help_of_a_key(text):
     assert "read by: grpo" in text
 
 
-def test_help_imports_nothing_heavy_and_is_quick(run_command):
+def test_help_imports_nothing_heavy_and_is_quick(run_command, hydra_seconds):
     result = run_command("grpo", "--help", "rl")
-    assert result.status == 0 and result.processor_seconds < 0.5
+    assert result.status == 0 and result.processor_seconds < LIMIT / 2 * hydra_seconds
 
 
 CFG_JOB = "grpo --cfg job --config-name r1_zero.yaml rl.group_size=8 seed=3"

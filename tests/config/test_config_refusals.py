@@ -169,7 +169,8 @@ REFUSALS = [
     # nothing to start from
     *((verb, "init.from=", f"{verb} needs a model") for verb in ("sft", "grpo", "reward_model", "dpo", "sample")),
 ]
-LIMIT_S = 1.0
+LIMIT = 5.0
+"""Times the import of Hydra; with torch imported it would be 8 or more."""
 
 
 @pytest.fixture(scope="module")
@@ -181,20 +182,20 @@ def results(run_command):
 
 
 @pytest.mark.parametrize(("command", "key_and_value", "allowed"), REFUSALS, ids=[row[0] for row in REFUSALS])
-def test_broken_config_is_refused_in_one_line(results, command, key_and_value, allowed):
+def test_broken_config_is_refused_in_one_line(results, hydra_seconds, command, key_and_value, allowed):
     result = results[command].result()
     assert result.stderr.startswith(f"megatron-r1: {key_and_value}: ")
     assert allowed in result.stderr
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
     assert (result.status, result.stdout) == (2, "")
-    assert result.processor_seconds < LIMIT_S
+    assert result.processor_seconds < LIMIT * hydra_seconds
 
 
-def test_refusals_take_under_a_second(results):
+def test_refusals_take_little_longer_than_to_import_hydra(results, hydra_seconds):
     assert len(results) == len(REFUSALS) >= 50
-    # Wall-clock time is the program's own only while nothing else runs: the fastest run comes nearest to that.
-    assert min(result.result().seconds for result in results.values()) < LIMIT_S
-    assert statistics.median(result.result().processor_seconds for result in results.values()) < LIMIT_S / 2
+    seconds = statistics.median(result.result().processor_seconds for result in results.values())
+    print(f"a refusal takes {seconds:.2f} s of a core, {seconds / hydra_seconds:.2f} times the import of Hydra")
+    assert seconds < 0.8 * LIMIT * hydra_seconds
 
 
 def test_a_critic_of_tied_embeddings_on_two_stages_is_refused():
