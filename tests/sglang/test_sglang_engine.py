@@ -206,7 +206,7 @@ def test_weights_that_cannot_be_loaded_are_one_line(engine, tmp_path):
     assert engine.version == "back"
 
 
-def test_idle_server_uses_less_than_a_twentieth_of_a_core(engine):
+def test_idle_server_sleeps(engine):
     process = psutil.Process(engine.servers[0].process.pid)
 
     def seconds() -> float:
@@ -217,7 +217,7 @@ def test_idle_server_uses_less_than_a_twentieth_of_a_core(engine):
     time.sleep(6.0)  # its watch looks at it meanwhile
     share = (seconds() - before) / (time.monotonic() - began)
     print(f"idle server: {share:.1%} of a core")
-    assert share < 0.05
+    assert share < 0.15  # one that polls takes a whole core; the watch's calls 3 to 9 %, as fast as the core is
 
 
 def test_close_leaves_no_process_and_no_folder(engine):
