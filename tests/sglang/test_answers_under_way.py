@@ -48,12 +48,11 @@ def requests(count: int) -> list[Request]:
 
 
 def under_way(engine, asked: list[Request], change: Callable[[], None]) -> list[Completion]:
-    """The answers, while `change` happens in this thread once some are under way."""
+    """The answers, while `change` happens in this thread once the first are there and others are under way."""
     with ThreadPoolExecutor(1) as threads:
         answers = threads.submit(engine.generate, asked, LONG)
-        while not any(in_flight for _, in_flight in engine.progress()):
+        while not any(answered for answered, _ in engine.progress()):
             time.sleep(0.001)
-        time.sleep(0.15)
         change()
         return answers.result(timeout=60)
 
