@@ -43,10 +43,11 @@ IMPORTED_ONLY = {
     "reward_model": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "dpo.", "sft."),
     "dpo": (
         "model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "reward_model.", "rollout.", "sft.",
+        "rl.kl_estimator", "rl.old_logprobs_from",
     ),
     "evaluate": ("model.", "fp8.", "parallel.", "performance.", "data.", "reward.", "sft.", "rollout.temperature"),
     "sample": ("model.", "fp8.", "parallel.", "performance.", "data.", "sft."),
-    "diagnose": ("model.", "fp8.", "performance.", "init.weights"),
+    "diagnose": ("model.", "fp8.", "performance.", "init.weights", "rl.kl_estimator", "rl.old_logprobs_from"),
     "convert": ("parallel.",),
 }  # fmt: skip
 """Verb -> keys that modules in its import closure read, and the verb does not: it takes the model's shape from the

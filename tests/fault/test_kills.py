@@ -136,6 +136,7 @@ def test_a_long_run_survives_many_kills(background, root):
     survive(arguments, root, expected, life, 20, 5, interval * (1 + background))
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.dist
 @pytest.mark.parametrize(("kills", "seed"), CAMPAIGNS)
 def test_reinforcement_survives_kills(kills, seed, root, reinforced):
