@@ -62,7 +62,7 @@ def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: b
         name: of the figure; line ids are `curve-NAME-METRIC`.
         metrics: metric -> its label in the legend.
         ylabel: quantity and unit of the values.
-        log: use a logarithmic axis where all values are above 0 and far apart.
+        log: use a logarithmic axis where all values are above 0 and their range is wide.
     """
     found = {key: thinned(points) for key in metrics if len((points := series(rows, key))[0])}
     if not found:

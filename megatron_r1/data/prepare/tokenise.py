@@ -158,7 +158,7 @@ _maker: ShardMaker
 def _start_worker(folder: Path, options: TokeniseOptions, done_bytes: Any) -> None:
     global _maker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # There are as many workers as wanted cores: further threads in each would only compete for them.
+    # One worker process runs on each core that the user gives: threads inside a worker would compete for these cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.load(folder / TOKENIZER)
     encoder = DocumentEncoder(tokenizer, options, NgramIndex(evaluations(options), options.ngram))

@@ -92,18 +92,18 @@ def eval_problems(config: DataConfig, count: int) -> list[Problem]:
     """
     rng = random.Random("heldout prompts")
     pool = list(eval_expressions(config.eval_fraction))
-    seen: set[str] = set()
+    drawn: set[str] = set()
     problems: list[Problem] = []
     for _ in range(count):
         if rng.random() < config.reasoning_gym_share:
-            problem = draw_new_eval_problem(rng, config.eval_fraction, seen)
+            problem = draw_new_eval_problem(rng, config.eval_fraction, drawn)
         else:
-            while pool and pool[0] in seen:
+            while pool and pool[0] in drawn:
                 pool.pop(0)
             if not pool:
                 raise DataError(f"prompts={count}: eval_fraction={config.eval_fraction} holds out only {len(problems)}")
             problem = family_problem(pool.pop(0), rng, config)
-        seen.add(problem.expression)
+        drawn.add(problem.expression)
         problems.append(problem)
     return problems
 
@@ -122,13 +122,13 @@ def assistant_prompt(generated: SyntheticPrompt, id: str) -> Prompt:
     return Prompt(id, generated.question, generated.answer, generated.question, generated.task)
 
 
-def draw_new_eval_problem(rng: random.Random, eval_fraction: float, seen: set[str]) -> Problem:
-    """A held-out reasoning-gym problem whose expression is not in `seen`."""
+def draw_new_eval_problem(rng: random.Random, eval_fraction: float, drawn: set[str]) -> Problem:
+    """A held-out reasoning-gym problem whose expression is not among `drawn`, those of earlier problems."""
     for _ in range(1000):
         problem = draw_item(rng, eval_fraction, evaluation=True)
-        if problem.expression not in seen:
+        if problem.expression not in drawn:
             return problem
-    raise DataError(f"eval_fraction={eval_fraction}: holds out only {len(seen)} expressions")
+    raise DataError(f"eval_fraction={eval_fraction}: holds out only {len(drawn)} expressions")
 
 
 def as_prompt(problem: Problem, id: str) -> Prompt:

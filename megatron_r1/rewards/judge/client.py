@@ -2,7 +2,7 @@
 
 There are two kinds of failure, after each of which the call is retried. `JudgeFailed`: the endpoint failed (no
 connection, no reply in time, a server error, a body that is no chat completion). `NoVerdict`: the judge replied, but
-without a verdict. Neither says anything about the judged response.
+without a verdict. After either, the response is still unscored, not scored 0.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Several senders, in one process or in several, may send to the same servers: ran
 (`SGLangEngine.receiving`) and each sender sends its part. The group is made at the first send, used for all later ones,
 and made again after a failure.
 
-An SGLang server takes one bucket at a time, in the order in which it hears of them. Two senders that broadcast to the
-same servers at will could be heard in one order by one server and in another by the next, and then each server would
-wait for a broadcast that the other has not joined. So senders alternate, bucket by bucket (`SendOrder`); what runs in
+An SGLang server receives one bucket at a time, in the order in which requests reach it. Requests of two senders may
+reach one server in one order and the next server in the other order; then each server would wait for a broadcast that
+the other one has not joined: a deadlock. So senders alternate, bucket by bucket (`SendOrder`); what runs in
 parallel is the gathering and packing of the next bucket.
 """
 
