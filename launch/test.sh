@@ -16,4 +16,7 @@ if ((${#debian_packages[@]})) && [[ -f /etc/debian_version && "$(id -u)" == 0 ]]
     fi
 fi
 
+# Two workers, since most minutes go to tests that wait for processes; a file's tests share ranks and servers, so they
+# go to one worker. What is named on the command line runs in this process: its output comes at once.
+(($#)) || set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 exec .venv/bin/python -m pytest --durations=10 "$@"

@@ -30,8 +30,14 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # torch.compile's cache does not know of it: code for wider vectors would be found there and not compile.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{capability}")
 SUPPORT = Path(__file__).resolve().parent / "support"
+LONG_FIRST = ("tests/dist/", "tests/sglang/", "tests/commands/", "tests/fault/")
 # Programs that tests start as ranks import `tests.support` too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH"))))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start ranks, servers and whole runs come first, so that no worker ends minutes after the other."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FIRST))
 
 
 @pytest.fixture(scope="session")
