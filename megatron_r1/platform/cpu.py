@@ -13,7 +13,7 @@ import logging
 import sys
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -85,7 +85,7 @@ def prepare() -> None:
     _prepared = True
     _silence_what_is_known()
     _hide_gpu_kernels()
-    _leave_out_what_is_slow_to_import()
+    _change_modules_at_import()
     _replace_devices_and_streams()
     _replace_random_state()
     _create_tensors_on_cpu()
@@ -113,37 +113,62 @@ def _hide_gpu_kernels() -> None:
         modules.setdefault(name, None)  # importing it is an ImportError, as if it were not installed
 
 
-def _leave_out_what_is_slow_to_import() -> None:
+def _change_modules_at_import() -> None:
     """megatron-core compiles functions that a CPU run does not call, or that count tokens; its timers know wandb.
 
-    Importing torch's compiler takes as long as the rest of megatron-core, and its first call much longer.
+    Importing torch's compiler takes as long as the rest of megatron-core, and its first call much longer. And for
+    recomputed activations it compiles C++, which needs a compiler and most of a minute; a process that is killed
+    meanwhile leaves a lock for which all later ones wait.
     """
-    sys.meta_path.insert(0, _QuickImports())
+    slow = ("megatron.core.jit", "megatron.core.timers", "megatron.core.transformer.moe.router")
+    changes = dict.fromkeys(slow, _without_compiler_and_wandb)
+    changes["megatron.core.tensor_parallel.random"] = _with_copied_storage
+    sys.meta_path.insert(0, _ChangedModules(changes))
 
 
-class _QuickImports:
-    """Executes the modules of megatron-core that ask for the compiler or for wandb as if there were neither."""
+_Execute = Callable[[types.ModuleType], None]
 
-    _MODULES = ("megatron.core.jit", "megatron.core.timers", "megatron.core.transformer.moe.router")
+
+class _ChangedModules:
+    """Has some modules executed by functions that get the module's own execution and the module."""
+
+    def __init__(self, changes: Mapping[str, Callable[[_Execute, types.ModuleType], None]]):
+        self._changes = changes
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None) -> Any:
-        spec: Any = PathFinder.find_spec(name, path, target) if name in self._MODULES else None
+        spec: Any = PathFinder.find_spec(name, path, target) if name in self._changes else None
         if spec is not None:
-            spec.loader.exec_module = functools.partial(self._execute, spec.loader.exec_module)
+            spec.loader.exec_module = functools.partial(self._changes[name], spec.loader.exec_module)
         return spec
 
-    @staticmethod
-    def _execute(execute: Callable[[types.ModuleType], None], module: types.ModuleType) -> None:
-        modules: dict[str, Any] = sys.modules
-        compiler, wandb = torch.compile, modules.get("wandb")
-        torch.compile, modules["wandb"] = lambda function: function, None  # type: ignore[assignment]
-        try:
-            execute(module)
-        finally:
-            torch.compile = compiler
-            del modules["wandb"]
-            if wandb is not None:
-                modules["wandb"] = wandb
+
+def _without_compiler_and_wandb(execute: _Execute, module: types.ModuleType) -> None:
+    """Execute a module that asks for the compiler or for wandb as if there were neither."""
+    modules: dict[str, Any] = sys.modules
+    compiler, wandb = torch.compile, modules.get("wandb")
+    torch.compile, modules["wandb"] = lambda function: function, None  # type: ignore[assignment]
+    try:
+        execute(module)
+    finally:
+        torch.compile = compiler
+        del modules["wandb"]
+        if wandb is not None:
+            modules["wandb"] = wandb
+
+
+def _with_copied_storage(execute: _Execute, module: Any) -> None:
+    execute(module)
+    module._get_share_storage = lambda: _copy_storage
+
+
+def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Fill the storage of `target`, which was emptied, and so every view of it, with the bytes of `source`'s.
+
+    Below autograd, as megatron-core's own function, which points to the bytes instead.
+    """
+    theirs, ours = source.untyped_storage(), target.untyped_storage()
+    ours.resize_(theirs.nbytes())
+    ours.copy_(theirs)
 
 
 def _replace_devices_and_streams() -> None:

@@ -119,9 +119,7 @@ def numbers_of(case: Case, folder: Path) -> dict[str, Numbers]:
     job = {"config": config, "reinforce": case.reinforce, "teachers": teachers()}
     (folder / "job.json").write_text(json.dumps(job))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    run_to_the_end(
-        [*launcher, str(Path(__file__).with_name("ranks_layouts.py")), str(folder)], seconds=220
-    )  # where an extension of megatron-core is compiled first
+    run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_layouts.py")), str(folder)], seconds=220)
     return {
         path.stem: Numbers(json.loads(path.read_text()), torch.load(path.with_suffix(".pt"), weights_only=True))
         for path in folder.glob("*-fp*.json")

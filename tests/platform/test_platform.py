@@ -101,3 +101,22 @@ def test_training_starts_without_the_compiler_and_wandb():
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", statement], capture_output=True, text=True, timeout=100)
     assert json.loads(run.stdout.splitlines()[-1]) == [[], True, [2.0, 2.0]], run.stderr
+
+
+def test_recomputed_activations_need_no_compiler(one_rank, monkeypatch):
+    """megatron-core frees an output, and fills its storage again for the views that the backward pass reads."""
+    from megatron.core.tensor_parallel import random
+
+    def compiled(**_):
+        raise AssertionError("megatron-core compiles C++")
+
+    monkeypatch.setattr(random, "load_inline", compiled)
+    x_TD = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    recomputed = random.CheckpointWithoutOutput(fp8=None)
+    tanh_TD = recomputed.checkpoint(torch.tanh, x_TD)
+    squares_N = tanh_TD.view(-1).square()
+    recomputed.discard_output_and_register_recompute(squares_N)
+    assert tanh_TD.untyped_storage().nbytes() == 0
+    squares_N.sum().backward()
+    tanh = x_TD.detach().tanh()
+    torch.testing.assert_close(x_TD.grad, 2 * tanh * (1 - tanh**2), rtol=1e-14, atol=1e-15)
