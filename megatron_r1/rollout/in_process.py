@@ -1,9 +1,9 @@
-"""The engine in the trainer's process: megatron-core's model and key-value cache, a static batch with early ends.
+"""The engine in the trainer's process: static batches with early ends, decoded by `megatron_r1.model.decode`.
 
 It samples from the trainer's own weights, so no sync is needed, and its samples depend only on the seed. It is for unit
 tests and machines without SGLang.
 
-Shapes: B sequences of the batch, L positions, V vocabulary.
+Shapes: B sequences of a batch, R of them still decoded, U unlike prompts, L positions, T response tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_r1.model.build import without_multi_token_prediction
+from megatron_r1.model.decode import Cache, Decoder
 from megatron_r1.model.replay import Replay
 from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.routed_experts import RoutedExperts
 
 Routes = Callable[[], Tensor]
-"""Gives the experts [T, N, K] of the last forward pass."""
+"""Gives the experts [tokens, N, K] of the last forward pass."""
+OPEN_SHARE = 0.75
+"""Ended sequences leave the batch, which copies its cache, when at most this share of it is still open."""
 
 
 class LocalEngine:
@@ -60,141 +61,134 @@ class LocalEngine:
         # Prompts of similar length share a batch; equal prompts stay together and are prefilled once.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_tokens), requests[i].prompt_tokens))
         completions: dict[int, Completion] = {}
-        training = self._model.training
-        self._model.eval()
-        with torch.inference_mode(), without_multi_token_prediction(self._model):
+        with torch.inference_mode():
+            decoder = Decoder(self._model)
             for start in range(0, len(order), self._batch_size):
                 rows = order[start : start + self._batch_size]
-                batch = [requests[i] for i in rows]
+                batch = _Batch([requests[i] for i in rows], sampling, generator, self._pad, self._device)
                 with self._routing.recording() if self._routing and sampling.routed else nullcontext() as routes:
-                    responses = list(self._generate_batch(batch, sampling, generator, routes))
-                completions.update(zip(rows, responses, strict=True))
-        self._model.train(training)
+                    batch.decode(decoder, routes)
+                completions.update(zip(rows, batch.completions(self._version), strict=True))
         self.busy_seconds += time.monotonic() - began
         return [completions[i] for i in range(len(requests))]
 
-    def _generate_batch(
-        self, requests: list[Request], sampling: Sampling, generator: torch.Generator, routes: Routes | None
-    ) -> Iterator[Completion]:
-        tokens: list[list[int]] = [[] for _ in requests]
-        log_probs: list[list[float]] = [[] for _ in requests]
-        reasons = ["length"] * len(requests)
-        prompts = [request.prompt_tokens for request in requests]
-        batch = _Batch(self._model, prompts, self._pad, sampling.max_tokens, routes)
-        for _ in range(sampling.max_tokens):
-            chosen_B, log_probs_B = _draw(batch.logits_BV, sampling, generator)
-            unfinished = []
-            for index, (token, log_prob) in enumerate(zip(chosen_B.tolist(), log_probs_B.tolist(), strict=True)):
-                row = batch.rows[index]
-                tokens[row].append(token)
-                log_probs[row].append(log_prob)
-                if token in sampling.stop_tokens:
-                    reasons[row] = "stop"
-                else:
-                    unfinished.append(index)
-            if not unfinished:
-                break
-            batch.select(unfinished)
-            batch.append(chosen_B[unfinished])
-        for row, request in enumerate(requests):
-            yield Completion(
-                request_id=request.id,
-                prompt_tokens=request.prompt_tokens,
-                response_tokens=tuple(tokens[row]),
-                logprobs=tuple(log_probs[row]),
-                finish_reason=reasons[row],
-                weight_version=self._version,
-                routed_experts=batch.routed(row, len(request.prompt_tokens) + len(tokens[row]) - 1) if routes else None,
-            )
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
 
 class _Batch:
-    """Sequences that are decoded together, with their cache.
+    """Responses that are decoded together.
 
     Prompts are padded on the left, so that the next token of every sequence has the same position; rotary positions
     are relative, so the shift changes nothing, and padded positions are masked.
     """
 
-    def __init__(self, model: GPTModel, prompts: list[tuple[int, ...]], pad: int, room: int, routes: Routes | None):
-        unique = list(dict.fromkeys(prompts))
-        index_of = {prompt: index for index, prompt in enumerate(unique)}
-        self._model = model
-        self._device = next(model.parameters()).device
-        longest = max(map(len, unique))
-        self._capacity = longest + room
-        tokens_BL = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in unique], device=self._device)
-        self._padding_BL = torch.zeros(len(unique), self._capacity, dtype=torch.bool, device=self._device)
-        for index, prompt in enumerate(unique):
-            self._padding_BL[index, : longest - len(prompt)] = True
-        self.rows = list(range(len(unique)))
-        self.logits_BV = torch.empty(0)
-        self.experts: list[list[np.ndarray]] = [[] for _ in unique]
-        """Of each sequence the experts [T, N, K] of its input tokens, by forward pass."""
-        self._routes = routes
-        self._context = StaticInferenceContext(len(unique), self._capacity)
-        self._forward(tokens_BL)
-        # Equal prompts were prefilled once; from here on each request has a sequence of its own.
-        self.select([index_of[prompt] for prompt in prompts])
-        self.rows = list(range(len(prompts)))
-        self.experts = [[*self.experts[index_of[prompt]]] for prompt in prompts]
+    def __init__(
+        self, requests: list[Request], sampling: Sampling, generator: torch.Generator, pad: int, device: torch.device
+    ):
+        self._requests, self._sampling, self._pad, self._device = requests, sampling, pad, device
+        self._unlike = list(dict.fromkeys(request.prompt_tokens for request in requests))
+        shape = len(requests), sampling.max_tokens
+        # One number for each token that may be drawn: how the batch shrinks does not change what is drawn.
+        self._draws_BT = torch.rand(shape, generator=generator, dtype=torch.float64).to(device)
+        self._tokens_BT = torch.zeros(shape, dtype=torch.long, device=device)
+        self._logprobs_BT = torch.zeros(shape, device=device)
+        self._length_B = torch.full(shape[:1], sampling.max_tokens, device=device)
+        self._stopped_B = torch.zeros(shape[:1], dtype=torch.bool, device=device)
+        self._prompt_experts: list[np.ndarray] = []
+        """Of each unlike prompt the experts [tokens, N, K] of its tokens."""
+        self._experts: list[list[np.ndarray]] = [[] for _ in requests]
+        """Of each response the experts [N, K] of its tokens that were read."""
 
-    def select(self, indices: list[int]) -> None:
-        """Continue with these sequences only."""
-        if indices == list(range(len(self.rows))):
-            return
-        index = torch.tensor(indices, device=self._device)
-        self.rows = [self.rows[position] for position in indices]
-        self.logits_BV = self.logits_BV[index]
-        self._padding_BL = self._padding_BL[index]
-        cache = self._context.key_value_memory_dict
-        for layer, (key, value) in cache.items():
-            cache[layer] = (key[:, index], value[:, index])
-        self._context.max_batch_size = len(indices)
+    def decode(self, decoder: Decoder, routes: Routes | None) -> None:
+        """Draw tokens until every response has ended."""
+        sampling = self._sampling
+        stops = torch.tensor(sampling.stop_tokens, device=self._device)
+        logits_RV, cache = self._prefill(decoder, routes)
+        row_R = torch.arange(len(self._requests), device=self._device)
+        for step in range(sampling.max_tokens):
+            token_R, logprob_R = draw(logits_RV, sampling, self._draws_BT[row_R, step])
+            self._tokens_BT[row_R, step], self._logprobs_BT[row_R, step] = token_R, logprob_R
+            ended_R = torch.isin(token_R, stops) & ~self._stopped_B[row_R]
+            self._length_B[row_R[ended_R]] = step + 1
+            self._stopped_B[row_R[ended_R]] = True
+            (open_R,) = (~self._stopped_B[row_R]).nonzero(as_tuple=True)
+            if not len(open_R) or step + 1 == sampling.max_tokens:
+                break
+            if len(open_R) <= OPEN_SHARE * len(row_R):
+                cache, row_R, token_R = cache.select(open_R), row_R[open_R], token_R[open_R]
+            logits_RV = decoder.logits(token_R[:, None], cache)
+            if routes:
+                for row, experts in zip(row_R.tolist(), routes().cpu().numpy(), strict=True):
+                    self._experts[row].append(experts)
 
-    def routed(self, row: int, inputs: int) -> RoutedExperts:
-        """The experts of a request's input tokens; the last token of a response is no input of it."""
-        return RoutedExperts.of(np.concatenate(self.experts[row])[:inputs])
+    def _prefill(self, decoder: Decoder, routes: Routes | None) -> tuple[Tensor, Cache]:
+        """Logits after each prompt and the cache; equal prompts are read once."""
+        longest = max(map(len, self._unlike))
+        padding = [longest - len(prompt) for prompt in self._unlike]
+        tokens = [[self._pad] * count + list(prompt) for count, prompt in zip(padding, self._unlike, strict=True)]
+        cache = Cache(longest + self._sampling.max_tokens, torch.tensor(padding, device=self._device))
+        logits_UV = decoder.logits(torch.tensor(tokens, device=self._device), cache)
+        if routes:
+            read = routes().unflatten(0, (len(tokens), longest)).cpu().numpy()
+            self._prompt_experts = [experts[count:] for count, experts in zip(padding, read, strict=True)]
+        unlike_B = torch.tensor(self._unlike_of_requests(), device=self._device)
+        return logits_UV[unlike_B], cache.select(unlike_B)
 
-    def append(self, tokens_B: Tensor) -> None:
-        """Append one token to every sequence."""
-        self._context.enable_decode_mode()
-        self._forward(tokens_B[:, None])
+    def _unlike_of_requests(self) -> list[int]:
+        """Index of each request's prompt among the unlike ones."""
+        index_of = {prompt: index for index, prompt in enumerate(self._unlike)}
+        return [index_of[request.prompt_tokens] for request in self._requests]
 
-    def _forward(self, tokens_BL: Tensor) -> None:
-        start = self._context.sequence_len_offset
-        end = start + tokens_BL.shape[1]
-        positions_BL = torch.arange(start, end, device=self._device).expand(len(tokens_BL), -1)
-        visible_LL = torch.arange(end, device=self._device)[None] <= positions_BL[0, :, None]
-        masked_BLL = ~visible_LL[None] | self._padding_BL[:, None, :end]
-        # A padded position attends to nothing; let it attend to itself, so that no row of the softmax is empty.
-        masked_BLL &= torch.arange(end, device=self._device)[None] != positions_BL[0, :, None]
-        logits_BLV = self._model(
-            tokens_BL, positions_BL, masked_BLL[:, None], inference_context=self._context, runtime_gather_output=True
-        )
-        self._context.sequence_len_offset = end
-        self.logits_BV = logits_BLV[:, -1].float()
-        if self._routes:
-            experts_LBNK = torch.unflatten(self._routes(), 0, (tokens_BL.shape[1], len(tokens_BL))).cpu().numpy()
-            real_BL = (~self._padding_BL[:, start:end]).cpu().numpy()
-            for index, row in enumerate(self.rows):
-                self.experts[row].append(experts_LBNK[real_BL[index], index])
+    def completions(self, version: str) -> Iterator[Completion]:
+        """The responses, in the order of the requests."""
+        lengths, stopped = self._length_B.tolist(), self._stopped_B.tolist()
+        tokens, logprobs = self._tokens_BT.tolist(), self._logprobs_BT.tolist()
+        prompts = self._unlike_of_requests()
+        for row, request in enumerate(self._requests):
+            length, routed = lengths[row], None
+            if self._prompt_experts:
+                # The last token of a response was not read.
+                read = [*self._prompt_experts[prompts[row]], *self._experts[row][: length - 1]]
+                routed = RoutedExperts.of(np.stack(read))
+            yield Completion(
+                request_id=request.id,
+                prompt_tokens=request.prompt_tokens,
+                response_tokens=tuple(tokens[row][:length]),
+                logprobs=tuple(logprobs[row][:length]),
+                finish_reason="stop" if stopped[row] else "length",
+                weight_version=version,
+                routed_experts=routed,
+            )
 
 
-def _draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a token per sequence.
+def draw(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token per sequence, by the inverse of the cumulative distribution.
+
+    Args:
+        draws_B: uniform in [0, 1).
 
     Returns:
         Tokens [B] and their log-probabilities [B] under the tempered distribution, before the nucleus is cut; under
         the plain distribution when the draw is greedy.
     """
     if sampling.temperature == 0:
-        chosen_B = logits_BV.argmax(-1)
-        return chosen_B, logits_BV.log_softmax(-1).gather(-1, chosen_B[:, None])[:, 0]
-    log_probs_BV = (logits_BV / sampling.temperature).log_softmax(-1)
-    probs_BV = log_probs_BV.exp()
+        token_B = logits_BV.argmax(-1)
+        return token_B, _logprobs(logits_BV, token_B)
+    if sampling.temperature != 1:
+        logits_BV = logits_BV / sampling.temperature
+    probs_BV = logits_BV.softmax(-1)
     if sampling.top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
         outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
-    chosen_B = torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
-    return chosen_B, log_probs_BV.gather(-1, chosen_B[:, None])[:, 0]
+    below_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    # The first token whose cumulative probability is above the draw; one without probability is never the first.
+    token_B = torch.searchsorted(below_BV, draws_B[:, None] * below_BV[:, -1:], right=True)[:, 0]
+    token_B.clamp_(max=logits_BV.shape[1] - 1)
+    return token_B, _logprobs(logits_BV, token_B)
+
+
+def _logprobs(logits_BV: Tensor, token_B: Tensor) -> Tensor:
+    return logits_BV.gather(-1, token_B[:, None])[:, 0] - logits_BV.logsumexp(-1)

@@ -74,3 +74,33 @@ def test_greedy_takes_the_most_likely_token_and_a_tiny_nucleus_does_too(model):
     for completion in greedy:
         log_probs = full_log_probs(model, completion, 1.0)
         assert (torch.tensor(completion.logprobs) - log_probs).abs().max() < 1e-5
+
+
+def test_samples_do_not_depend_on_how_many_are_decoded_at_once(model):
+    from megatron_r1.rollout.in_process import LocalEngine
+
+    requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts(4) * 4)]
+    sampling = Sampling(1.0, 0.95, 24, tuple(range(30)), 5)
+    all_at_once, few = (LocalEngine(model, size, 0).generate(requests, sampling) for size in (16, 3))
+    assert [c.response_tokens for c in all_at_once] == [c.response_tokens for c in few]
+    assert len({len(c.response_tokens) for c in few}) > 5  # ends of all kinds
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+def test_tokens_are_drawn_by_their_probability(temperature, top_p):
+    """Evenly spaced draws give each token its share of them, to one draw."""
+    from megatron_r1.rollout.in_process import draw
+
+    probs_V = torch.tensor([0.0, 0.3, 0.05, 0.4, 0.0, 0.25, 0.0], dtype=torch.float64)
+    count = 10_000
+    logits_BV = probs_V.log().float().expand(count, -1)
+    draws_B = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    draws_B[[0, -1]] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    token_B, logprob_B = draw(logits_BV, Sampling(temperature, top_p, 1, (), 0), draws_B)
+    tempered_V = probs_V ** (1 / temperature)
+    tempered_V /= tempered_V.sum()
+    kept_V = tempered_V.where(tempered_V >= 0.3, 0.0) if top_p < 1 else tempered_V
+    expected_V = kept_V / kept_V.sum()
+    assert (token_B.bincount(minlength=7) / count - expected_V).abs().max() < 1.5 / count
+    assert not expected_V[token_B].eq(0).any()
+    torch.testing.assert_close(logprob_B.double(), tempered_V.log()[token_B], rtol=0, atol=1e-6)
