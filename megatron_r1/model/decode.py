@@ -188,11 +188,13 @@ class GroupedAttention:
     def project(self, x_BLD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor, Tensor]:
         module = self.module
         # Of each key-value head: its query heads, its key, its value.
-        mixed_BLGX = module.linear_qkv(x_BLD)[0].unflatten(-1, (self._groups, -1, self._width))
-        query, key, value = mixed_BLGX[..., :-2, :].flatten(2, 3), mixed_BLGX[..., -2, :], mixed_BLGX[..., -1, :]
+        mixed_BLGXC = module.linear_qkv(x_BLD)[0].unflatten(-1, (self._groups, -1, self._width))
+        turned_BLGXC, value_BLGC = mixed_BLGXC[..., :-1, :], mixed_BLGXC[..., -1, :]
         if module.q_layernorm is not None:
-            query, key = module.q_layernorm(query), module.k_layernorm(key)
-        return rotate(query), rotate(key), value
+            query, key = turned_BLGXC[..., :-1, :], turned_BLGXC[..., -1:, :]
+            turned_BLGXC = torch.cat([module.q_layernorm(query), module.k_layernorm(key)], 3)
+        turned_BLGXC = rotate(turned_BLGXC.flatten(2, 3)).unflatten(2, (self._groups, -1))
+        return turned_BLGXC[..., :-1, :].flatten(2, 3), turned_BLGXC[..., -1, :], value_BLGC
 
     def output(self, attended_BLHW: Tensor) -> Tensor:
         projected: Tensor = self.module.linear_proj(attended_BLHW.flatten(2))[0]
@@ -211,26 +213,24 @@ class WholeLatentAttention:
 
     def project(self, x_BLD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries, keys and values [B, L, H, N + P or W]."""
-        query_BLHC = self._query(x_BLD, rotate)
-        latent_BLR, position_BL1P = self._latents(x_BLD, rotate)
+        plain_BLHN, position_BLHP, latent_BLR, shared_BL1P = self._down(x_BLD, rotate)
         up_BLHX = self.module.linear_kv_up_proj(latent_BLR)[0].unflatten(-1, (self._heads, -1))
-        plain_BLHN, value_BLHW = up_BLHX.split([self._plain, self._value], -1)
-        key_BLHC = torch.cat([plain_BLHN, position_BL1P.expand(-1, -1, self._heads, -1)], -1)
-        return query_BLHC, key_BLHC, value_BLHW
+        key_BLHN, value_BLHW = up_BLHX.split([self._plain, self._value], -1)
+        key_BLHC = torch.cat([key_BLHN, shared_BL1P.expand(-1, -1, self._heads, -1)], -1)
+        return torch.cat([plain_BLHN, position_BLHP], -1), key_BLHC, value_BLHW
 
-    def _query(self, x_BLD: Tensor, rotate: Rotate) -> Tensor:
+    def _down(self, x_BLD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries without [B, L, H, N] and with position [B, L, H, P], the latents [B, L, R] before the norm that is in
+        their up-projection, and the key with position that all heads share [B, L, 1, P]."""
         module = self.module
         if module.config.q_lora_rank is None:
             query, _ = module.linear_q_proj(x_BLD)
         else:
             query, _ = module.linear_q_up_proj(module.q_layernorm(module.linear_q_down_proj(x_BLD)[0]))
         plain_BLHN, position_BLHP = query.unflatten(-1, (self._heads, -1)).split([self._plain, self._rotary], -1)
-        return torch.cat([plain_BLHN, rotate(position_BLHP)], -1)
-
-    def _latents(self, x_BLD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
-        """The latents [B, L, R] before their norm, and the key [B, L, 1, P] with position that all heads share."""
-        latent_BLR, position_BLP = self.module.linear_kv_down_proj(x_BLD)[0].split([self._latent, self._rotary], -1)
-        return self.module.kv_layernorm(latent_BLR), rotate(position_BLP[:, :, None])
+        latent_BLR, shared_BLP = module.linear_kv_down_proj(x_BLD)[0].split([self._latent, self._rotary], -1)
+        turned = rotate(torch.cat([position_BLHP, shared_BLP[:, :, None]], 2))
+        return plain_BLHN, turned[:, :, :-1], module.kv_layernorm(latent_BLR), turned[:, :, -1:]
 
     def output(self, attended_BLHW: Tensor) -> Tensor:
         projected: Tensor = self.module.linear_proj(attended_BLHW.flatten(2))[0]
@@ -247,16 +247,12 @@ class LatentAttention(WholeLatentAttention):
 
     def project(self, x_BLD: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor, None]:
         """Queries [B, L, H, R + P] and keys [B, L, 1, R + P]."""
-        plain_BLHN, position_BLHP = self._query(x_BLD, rotate).split([self._plain, self._rotary], -1)
+        plain_BLHN, position_BLHP, latent_BLR, shared_BL1P = self._down(x_BLD, rotate)
         query_BLHR = torch.einsum("blhn,hnr->blhr", plain_BLHN, self._up_key_HNR)
-        latent_BLR, position_BL1P = self._latents(x_BLD, rotate)
-        up = self.module.linear_kv_up_proj  # its norm is in it
+        up = self.module.linear_kv_up_proj
         normed_BLR = F.rms_norm(latent_BLR, (self._latent,), up.layer_norm_weight, up.eps)
-        return (
-            torch.cat([query_BLHR, position_BLHP], -1),
-            torch.cat([normed_BLR[:, :, None], position_BL1P], -1),
-            None,
-        )
+        key_BL1C = torch.cat([normed_BLR[:, :, None], shared_BL1P], -1)
+        return torch.cat([query_BLHR, position_BLHP], -1), key_BL1C, None
 
     def output(self, attended_BLHC: Tensor) -> Tensor:
         latent_BLHR = attended_BLHC[..., : self._latent]

@@ -74,7 +74,8 @@ class LocalEngine:
 
     @property
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        device: torch.device = next(self._model.parameters()).device
+        return device
 
 
 class _Batch:
