@@ -138,7 +138,7 @@ class Decoder:
         self._model = model
         latent = model.config.multi_latent_attention
         quantised = bool(model.config.fp8) or getattr(model, "fp8_plan", None) is not None
-        attention = (WholeLatentAttention if quantised else LatentAttention) if latent else GroupedAttention
+        attention = (WholeLatentAttention if quantised else AbsorbedAttention) if latent else GroupedAttention
         self._layers = [(layer, attention(layer.self_attention)) for layer in model.decoder.layers]
         self._sparse = _megatron_experts if quantised else _experts
         self._rotary = Rotary(self._layers[0][1].module.rotary_pos_emb if latent else model.rotary_pos_emb, latent)
@@ -237,7 +237,7 @@ class WholeLatentAttention:
         return projected
 
 
-class LatentAttention(WholeLatentAttention):
+class AbsorbedAttention(WholeLatentAttention):
     """Latent attention whose keys and values are the latents, of one key-value head; queries are mapped into them."""
 
     def __init__(self, module: MLASelfAttention):
