@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.router_replay import RouterReplay, RouterRepl
 from torch import Tensor
 
 from megatron_r1.model.chunks import Model, chunks, in_multi_token_layer
-from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.comm import sum_over_ranks
 
 NOT_RECORDED = -1
 """Instead of an expert's index: the router makes its own choice, as for padding."""
@@ -169,8 +169,9 @@ class RoutingReplay:
         return replayed, mismatches
 
     def metrics(self) -> dict[str, float]:
-        replayed, mismatches = map(sum, zip(*all_gather_object(self.count()), strict=True))
-        return {"mismatch/routing": mismatches / max(1, replayed)}
+        replayed, mismatches = self.count()
+        found = sum_over_ranks("replay", {"replayed": replayed, "mismatches": mismatches})
+        return {"mismatch/routing": found["mismatches"] / max(1, found["replayed"])}
 
     @contextmanager
     def recording(self) -> Iterator[Routes]:

@@ -1,7 +1,8 @@
-"""Collectives over all ranks of the job: flags, objects, barriers."""
+"""Collectives over all ranks of the job: flags, numbers, objects, barriers."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,6 +72,54 @@ def all_gather_object[Value](value: Value) -> list[Value]:
 def merge_by_key[Key, Value](mine: Mapping[Key, Value]) -> dict[Key, Value]:
     """Collective: all ranks' entries in one dictionary; for a key of several ranks, the highest rank's value."""
     return {key: value for entries in all_gather_object(dict(mine)) for key, value in entries.items()}
+
+
+_names: dict[str, list[str]] = {}
+"""Names of each kind of numbers in the order in which they are packed, alike on every rank."""
+
+
+def sum_over_ranks(kind: str, mine: Mapping[str, float]) -> dict[str, float]:
+    """Collective: sums by name, in float64, the same on every rank.
+
+    The numbers travel as one tensor. Names travel only when they are new: a rank that has others than those known of
+    this kind says so in the tensor's first number.
+
+    Args:
+        kind: what the numbers are of; calls of one kind mostly have the same names.
+        mine: the same names on every rank that has any; a rank with nothing to add has none.
+
+    Raises:
+        ValueError: ranks have different names.
+    """
+    return _reduced(kind, mine, dist.ReduceOp.SUM, absent=0.0)
+
+
+def max_over_ranks(kind: str, mine: Mapping[str, float]) -> dict[str, float]:
+    """Collective: largest number by name, NaN where any is NaN; otherwise as `sum_over_ranks`."""
+    # A maximum passes over NaN, or not, as the backend likes: it is sent as infinity, and that it was NaN beside it.
+    numbers = {name: math.inf if math.isnan(value) else value for name, value in mine.items()}
+    odd = {f"{name} is NaN": float(math.isnan(value)) for name, value in mine.items()}
+    found = _reduced(f"{kind} max", numbers | odd, dist.ReduceOp.MAX, absent=-math.inf)
+    names = [name for name in found if f"{name} is NaN" in found]
+    return {name: math.nan if found[f"{name} is NaN"] > 0 else found[name] for name in names}
+
+
+def _reduced(kind: str, mine: Mapping[str, float], operation: Any, absent: float) -> dict[str, float]:
+    if dist.get_world_size() == 1:
+        return dict(mine)
+    names = _names.get(kind, [])
+    new = bool(mine) and mine.keys() != {*names}
+    values = [absent] * len(names) if new or not mine else [mine[name] for name in names]
+    packed = torch.tensor([float(new), *values], dtype=torch.float64, device=_device())
+    dist.all_reduce(packed, operation)
+    some_new, *found = packed.tolist()
+    if not some_new:
+        return dict(zip(names, found, strict=True))
+    of_ranks = [names for names in all_gather_object(sorted(mine)) if names]
+    if any(names != of_ranks[0] for names in of_ranks):
+        raise ValueError(f"{kind}: ranks have different names: {of_ranks}")
+    _names[kind] = of_ranks[0]
+    return _reduced(kind, mine, operation, absent)
 
 
 class AllRanks:

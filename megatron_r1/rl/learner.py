@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,13 +20,14 @@ from megatron_r1.model.forward_backward import LossFunction
 from megatron_r1.model.replay import NoReplay, Replay
 from megatron_r1.model.shards import Shard
 from megatron_r1.model.vocab_parallel import TokenScores
+from megatron_r1.parallel.comm import max_over_ranks, sum_over_ranks
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group, tensor_parallel_group
 from megatron_r1.rl.advantages.critic import AuxiliaryModel, Critic, NoCritic
 from megatron_r1.rl.advantages.critic_estimator import CriticAdvantages
 from megatron_r1.rl.advantages.estimators import AdvantageEstimator, AdvantageInputs, RolloutAdvantages
 from megatron_r1.rl.advantages.group_relative import GroupAdvantages, ProcessAdvantages
-from megatron_r1.rl.mismatch import KEYS, alarms, mismatch_sums, summary
+from megatron_r1.rl.mismatch import KEYS, LARGEST, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.objective import ObjectiveInputs, build_objective
 from megatron_r1.rl.policy.batch import ResponseBatch, longest_input, make_batch, num_tokens
@@ -34,7 +36,7 @@ from megatron_r1.rl.policy.policy import FrozenLogProbs, Policy, compute_frozen_
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.batching import micro_batches_of_ranks, shuffle_into_mini_batches
-from megatron_r1.train.metrics import gather_logged
+from megatron_r1.train.metrics import logged_sums
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.schedule import learning_rate
@@ -215,11 +217,13 @@ def combined_metrics(results: Sequence[UpdateResult]) -> dict[str, Any]:
 
     The mismatch of trainer and engine is that of the first update, before weights moved.
     """
-    updates = gather_logged(results)
-    keys = updates[0][0].keys() - {*KEYS}
-    metrics = {key: sum(entry[key] for update in updates for entry in update) / len(results) for key in sorted(keys)}
+    sums, first = logged_sums(results), logged_sums(results[:1])
+    found = sum_over_ranks("policy", sums | {key: first[key] for key in KEYS if key in first})
+    metrics = {key: found[key] / len(results) for key in sorted(found.keys() - {*KEYS})}
     metrics["policy/entropy"] /= metrics.pop("tokens") or 1.0
-    metrics |= summary(updates[0])
+    gaps = [float(entry[LARGEST]) for entry in results[0].passes.logged] if first else []
+    largest = max_over_ranks("policy", {LARGEST: float(torch.tensor(gaps).max())} if gaps else {})
+    metrics |= summary([found | largest])
     norms = [result.gradient_norm for result in results if not result.skipped]
     metrics["train/gradient_norm"] = sum(norms) / len(norms) if norms else float("nan")
     metrics["train/skipped_updates"] = sum(result.skipped for result in results)

@@ -19,7 +19,8 @@ from megatron_r1.config.rl import MismatchConfig
 from megatron_r1.rl.objective.kl import k3
 from megatron_r1.rl.objective.policy_terms import ratio_of
 
-KEYS = ("mismatch/logprob_max_abs", "mismatch/k1", "mismatch/k3", "mismatch/outside_range", "mismatch/tokens")
+LARGEST = "mismatch/logprob_max_abs"
+KEYS = (LARGEST, "mismatch/k1", "mismatch/k3", "mismatch/outside_range", "mismatch/tokens")
 
 
 def mismatch_sums(

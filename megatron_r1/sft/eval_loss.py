@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_r1.data.chat.batches import ChatBatches
 from megatron_r1.model.forward_backward import LossFunction, forward_only
-from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.comm import sum_over_ranks
 from megatron_r1.parallel.context import context_parallel_group
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.runs.training_run import TrainingRun
@@ -42,9 +42,8 @@ class EvalLoss:
             micro_batches = self._reader.micro_batches(batch, rank, ranks, settings.micro_batch_size)
             total += self._sum_of(micro_batches)
             targets += int(self._reader.loss_mask(batch).sum())
-        mine = total if is_metrics_rank() else 0.0
-        context_ranks = dist.get_world_size(context_parallel_group())
-        return sum(all_gather_object(mine)) / context_ranks / max(1, targets)
+        sums = sum_over_ranks("eval", {"loss": total} if is_metrics_rank() else {})
+        return sums["loss"] / dist.get_world_size(context_parallel_group()) / max(1, targets)
 
     def _sum_of(self, micro_batches: Sequence[PackedMicroBatch]) -> float:
         """Sum of the losses of this rank's targets; 0 except on the last pipeline stage."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.comm import sum_over_ranks
 from megatron_r1.parallel.mesh import is_metrics_rank
 from megatron_r1.train.hooks.balance import load_metrics
 from megatron_r1.train.update import UpdateResult
+
+ENTRIES = "entries"
+"""Micro-batches of all metrics ranks."""
 
 
 def update_metrics(result: UpdateResult) -> dict[str, Any]:
@@ -25,13 +28,21 @@ def update_metrics(result: UpdateResult) -> dict[str, Any]:
 
 def logged_metrics(result: UpdateResult) -> dict[str, float]:
     """All values that the loss function logged, by name, reduced like the loss; collective, the same on every rank."""
-    [entries] = gather_logged([result])
-    count = len(entries) if result.reduce == "mean" else 1
-    return {name: sum(entry[name] for entry in entries) / count for name in entries[0]}
+    sums = sum_over_ranks("logged", _with_entries(result))
+    entries = sums.pop(ENTRIES)
+    return {name: value / (entries if result.reduce == "mean" else 1) for name, value in sums.items()}
 
 
-def gather_logged(results: Sequence[UpdateResult]) -> list[list[dict[str, float]]]:
-    """Collective: values that the loss functions logged in each update, one entry for each micro-batch of any rank."""
-    mine = [[{name: float(value) for name, value in entry.items()} for entry in r.passes.logged] for r in results]
-    ranks = [updates for updates in all_gather_object(mine if is_metrics_rank() else None) if updates]
-    return [[entry for updates in ranks for entry in updates[number]] for number in range(len(results))]
+def logged_sums(results: Sequence[UpdateResult]) -> dict[str, float]:
+    """By name what the loss functions logged, summed over updates and micro-batches; nothing but on metrics ranks."""
+    sums: dict[str, float] = {}
+    if is_metrics_rank():
+        for entry in (entry for result in results for entry in result.passes.logged):
+            for name, value in entry.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+    return sums
+
+
+def _with_entries(result: UpdateResult) -> dict[str, float]:
+    sums = logged_sums([result])
+    return {**sums, ENTRIES: float(len(result.passes.logged))} if sums else {}

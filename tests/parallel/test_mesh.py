@@ -12,7 +12,15 @@ from megatron_r1.config.cross_checks import check_degrees, check_layout
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.parallel.comm import AllRanks, all_gather_object, all_ranks, any_rank, broadcast
+from megatron_r1.parallel.comm import (
+    AllRanks,
+    all_gather_object,
+    all_ranks,
+    any_rank,
+    broadcast,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from megatron_r1.parallel.mesh import data_parallel_group, tensor_parallel_group
 
 
@@ -54,6 +62,8 @@ def test_degrees_that_divide_the_ranks_pass():
 def test_one_rank_agrees_with_itself(one_rank):
     assert [any_rank(True), any_rank(False), all_ranks(True), all_ranks(False)] == [True, False, True, False]
     assert broadcast("value") == "value" and all_gather_object(3) == [3] and AllRanks().rank == 0
+    assert sum_over_ranks("test", {"a": 0.1}) == max_over_ranks("test", {"a": 0.1}) == {"a": 0.1}
+    assert str(max_over_ranks("test", {"a": float("nan")})) == "{'a': nan}"
 
 
 def test_every_process_group_has_the_configured_timeout(one_rank):
@@ -74,5 +84,7 @@ def test_two_ranks_get_the_same_results(two_ranks):
             "all": [False, True],
             "broadcast": {"from": 1},
             "gather": ["rank 0", "rank 1"],
+            "numbers": [{"a": 3.0, "b": 0.2}, {"c": 2.0}, {"c": 3.0}, {"a": 1.0, "b": -0.5}],
+            "nan": "{'a': nan, 'b': inf}",
         }
         assert found["tensor_parallel"] == 2 and found["threads"] == 1

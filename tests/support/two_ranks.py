@@ -62,6 +62,13 @@ def what_ranks_say() -> dict[str, Any]:
         "all": [comm.all_ranks(rank == 1), comm.all_ranks(True)],
         "broadcast": comm.broadcast({"from": rank}, source=1),
         "gather": comm.all_gather_object(f"rank {rank}"),
+        "numbers": [
+            comm.sum_over_ranks("test", {"b": 0.1, "a": 1.0 + rank}),
+            comm.sum_over_ranks("test", {"c": 2.0} if rank else {}),  # other names, which rank 0 learns
+            comm.sum_over_ranks("test", {"c": 3.0} if rank else {}),
+            comm.max_over_ranks("test", {"a": float(rank), "b": -0.5}),
+        ],
+        "nan": str(comm.max_over_ranks("test", {"a": float("nan") if rank else 7.0, "b": float("inf")})),
     }
 
 

@@ -20,13 +20,14 @@ from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import LossFunction
 from megatron_r1.model.reward_head import head_of
 from megatron_r1.model.shards import Shard, part_of, shards
-from megatron_r1.parallel.comm import all_gather_object
+from megatron_r1.parallel.comm import max_over_ranks, sum_over_ranks
 from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import is_metrics_rank
 from megatron_r1.rl.advantages.estimators import RolloutAdvantages
 from megatron_r1.rl.advantages.gae import critic_loss
 from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, longest_input
 from megatron_r1.rl.policy.policy import inputs_of, outputs_by_sample
+from megatron_r1.train.metrics import logged_sums
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.optimizer_state import OptimizerState
 from megatron_r1.train.routing import FROZEN
@@ -136,15 +137,12 @@ class Critic:
     def metrics(self, advantages: RolloutAdvantages) -> dict[str, Any]:
         results, seconds = self._results, self._seconds
         self._results, self._seconds = [], 0.0
-        mine = [[{k: float(v) for k, v in entry.items()} for entry in r.passes.logged] for r in results]
-        statistics = advantages.value_targets.statistics
-        gathered = all_gather_object((mine, statistics) if is_metrics_rank() else None)
-        reported = [found for found in gathered if found]
-        entries = [entry for updates, _ in reported for update in updates for entry in update]
+        sums = sum_over_ranks("critic", logged_sums(results))
+        statistics = advantages.value_targets.statistics if is_metrics_rank() else {}
         norms = [result.gradient_norm for result in results if not result.skipped]
         return {
-            **{key: sum(entry[key] for entry in entries) / len(results) for key in sorted(entries[0])},
-            **reported[0][1],
+            **{key: sums[key] / len(results) for key in sorted(sums)},
+            **max_over_ranks("critic", statistics),  # the same on all ranks that have them
             "critic/gradient_norm": sum(norms) / len(norms) if norms else float("nan"),
             "perf/critic_seconds": seconds,
         }
