@@ -18,6 +18,10 @@ class WeightSyncConfig:
     that the servers read)."""
     bucket_mb: int = 64
     """Megabytes (2^20 bytes) of weights that method=group or ipc sends at a time."""
+    delta: bool = False
+    """Whether method=group sends only the numbers that changed since the last sync, where they are fewer bytes. Pays
+    with bf16 weights and small learning rates; holds a copy of the sent weights in host memory. Needs
+    placement=separate, servers that this run starts, and weights that are not quantised."""
     include_mtp: bool = False
     """Whether the servers get the multi-token prediction layers too, at the start and with every sync. Servers with
     speculative decoding by these layers need them; others ignore them."""
@@ -93,10 +97,24 @@ class RolloutConfig:
             method = self.weight_sync.method
             allowed = f"must be 1 with weight_sync.method={method}: SGLang takes weights from memory only without it"
             raise ConfigError("sglang.server.data_parallel_attention", groups, allowed)
+        if self.weight_sync.delta:
+            self._check_delta()
         if self.placement == "colocated":
             self._check_colocated()
         elif self.weight_sync.method == "ipc":
             raise ConfigError("weight_sync.method", "ipc", "must be group or disk with placement=separate")
+
+    def _check_delta(self) -> None:
+        """A delta needs servers that take it, and whose parameters hold what the last sync sent."""
+        for key, value, allowed in (
+            ("weight_sync.method", self.weight_sync.method, "group"),
+            ("placement", self.placement, "separate"),
+            ("sglang.server.quantization", self.sglang.server.quantization, "none"),
+        ):
+            if value != allowed:
+                raise ConfigError(key, value, f"must be {allowed} with weight_sync.delta=true")
+        if self.sglang.started_elsewhere:
+            raise ConfigError("weight_sync.delta", True, "must be false with servers that are started elsewhere")
 
     def _check_colocated(self) -> None:
         """Colocated servers release their memory while the trainer trains, so they must belong to this run alone."""

@@ -125,6 +125,7 @@ def _start_servers(folder: Path, rollout: RolloutConfig, model: ModelConfig, log
         context_length=model.max_sequence_length,
         pause=PAUSES[rollout.weight_sync.pause_mode],
         first_gpu=servers_first_gpu(rollout, device),
+        delta=rollout.weight_sync.delta,
     )
 
 
@@ -148,7 +149,8 @@ def _sender(
     timeout_s = rollout.sglang.request_timeout_s
     if rollout.weight_sync.method == "ipc":
         return IpcSender(endpoints, name, tensor_parallel, device, timeout_s)
-    return GroupSender(endpoints, name, tensor_parallel, group_backend(rollout, device), timeout_s)
+    backend, delta = group_backend(rollout, device), rollout.weight_sync.delta
+    return GroupSender(endpoints, name, tensor_parallel, backend, timeout_s, delta=delta)
 
 
 def group_backend(rollout: RolloutConfig, device: str) -> str:

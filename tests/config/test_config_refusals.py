@@ -128,6 +128,26 @@ REFUSALS = [
     ),
     ("grpo rollout.placement=apart", "rollout.placement=apart", "must be one of separate, colocated"),
     (
+        "grpo rollout.weight_sync.delta=true rollout.weight_sync.method=disk",
+        "rollout.weight_sync.method=disk",
+        "must be group with weight_sync.delta=true",
+    ),
+    (
+        "grpo rollout.weight_sync.delta=true rollout.placement=colocated",
+        "rollout.placement=colocated",
+        "must be separate with weight_sync.delta=true",
+    ),
+    (
+        "grpo rollout.weight_sync.delta=true rollout.sglang.server.quantization=fp8",
+        "rollout.sglang.server.quantization=fp8",
+        "must be none with weight_sync.delta=true",
+    ),
+    (
+        "grpo rollout.weight_sync.delta=true rollout.sglang.addresses=[http://a:1]",
+        "rollout.weight_sync.delta=true",
+        "must be false with servers that are started elsewhere",
+    ),
+    (
         "grpo rollout.placement=colocated rollout.max_staleness=1",
         "rollout.max_staleness=1",
         "must be 0 with placement=colocated",

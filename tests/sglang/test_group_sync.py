@@ -52,7 +52,7 @@ def disk(model, tmp_path_factory):
 def engine(disk, tmp_path_factory):
     config = SGLangConfig(servers=2, max_running_requests=16, max_total_tokens=4096, request_timeout_s=TIMEOUT_S)
     logs = tmp_path_factory.mktemp("logs")
-    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=256) as engine:
+    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=256, delta=True) as engine:
         disk.engine = engine
         yield engine
 
@@ -76,6 +76,15 @@ def change(model):
     return change
 
 
+@torch.no_grad()
+def change_some(model, seed: int) -> None:
+    """Gives one number in fifty of every other weight a new value."""
+    draw = torch.Generator().manual_seed(seed)
+    for number, (_, tensor) in enumerate(native_tensors(model)):
+        if number % 2 == seed % 2:
+            tensor[torch.rand(tensor.shape, generator=draw) < 0.02] += 0.125
+
+
 def weights(model) -> list[NamedTensor]:
     return list(WeightPayload(SHAPE).tensors(native_tensors(model), complete=True))
 
@@ -94,6 +103,13 @@ def group_sync(engine, sender, model, bucket_bytes=64 * MIB, flush_cache=True, i
     return GroupSync(engine, sender, lambda: native_tensors(model), payload, bucket_bytes, flush_cache)
 
 
+def sent_by(sender: GroupSender, sync: GroupSync, version: str) -> int:
+    """Bytes that a push sends to each server."""
+    before = sender.sent_bytes
+    sync.push(version)
+    return sender.sent_bytes - before
+
+
 def answers(engine) -> set[str]:
     return {one.weight_version for one in engine.generate(ASKED, SAMPLING)}
 
@@ -110,6 +126,44 @@ def test_group_and_disk_bring_the_same_weights(engine, sender, disk, model, chan
     disk.push("disk")
     assert engine.checksums() == by_group
     assert answers(engine) == {"disk"}
+
+
+@pytest.mark.parametrize("bucket_bytes", [100_000, 64 * MIB])
+def test_deltas_bring_what_a_full_sync_brings(engine, sender, model, change, bucket_bytes):
+    with GroupSender(engine.endpoints, "deltas", timeout_s=TIMEOUT_S, delta=True) as deltas:
+        sync = group_sync(engine, deltas, model, bucket_bytes)
+        change()
+        whole = sent_by(deltas, sync, "whole")
+        assert whole == sum(one.nbytes for one in weights(model))
+        for seed in range(4):
+            change_some(model, seed)
+            assert 0 < sent_by(deltas, sync, f"delta-{seed}") < whole / 10
+            assert answers(engine) == {f"delta-{seed}"}
+        by_deltas = engine.checksums()
+        group_sync(engine, sender, model, bucket_bytes).push("full")
+        assert engine.checksums() == by_deltas
+        assert sent_by(deltas, sync, "nothing") < whole / 1000
+        assert engine.checksums() == by_deltas and answers(engine) == {"nothing"}
+
+
+def test_a_failed_delta_is_followed_by_a_full_sync(engine, sender, model):
+    with GroupSender(engine.endpoints, "failing", timeout_s=TIMEOUT_S, delta=True) as deltas:
+        sync = group_sync(engine, deltas, model, 100_000)
+        size = sent_by(deltas, sync, "whole")
+        change_some(model, 1)
+
+        def interrupted():
+            yield from whole(weights(model))[:9]
+            raise DataError("the weights ended")
+
+        with pytest.raises(DataError, match="ended"), engine.receiving("interrupted"):
+            deltas.send(interrupted(), 100_000, version="interrupted")
+        assert sent_by(deltas, sync, "again") == size
+        change_some(model, 2)
+        assert sent_by(deltas, sync, "delta") < size / 10
+        by_deltas = engine.checksums()
+    group_sync(engine, sender, model).push("full")
+    assert engine.checksums() == by_deltas
 
 
 def test_a_server_loses_weights_that_are_no_longer_joined(engine, sender, model, change):
@@ -258,6 +312,22 @@ def test_a_server_killed_in_the_middle_is_named_in_time_and_back_with_the_next_u
     sync.push("next")
     assert answers(engine) == {"next"} and engine.restarts == 1
     engine.checksums()  # are the same on both
+
+
+def test_a_restarted_server_gets_a_full_sync_where_others_would_get_a_delta(engine, model, change):
+    with GroupSender(engine.endpoints, "restarted", timeout_s=TIMEOUT_S, delta=True) as deltas:
+        sync = group_sync(engine, deltas, model)
+        change()
+        whole = sent_by(deltas, sync, "whole")
+        restarts = engine.restarts
+        os.killpg(engine.servers[1].process.pid, signal.SIGKILL)
+        assert wait_for(lambda: engine.restarts > restarts and "waits for the next update" in engine.states()[1])
+        change_some(model, 3)
+        assert sent_by(deltas, sync, "restarted") == whole
+        change_some(model, 4)
+        assert sent_by(deltas, sync, "delta") < whole / 10
+        engine.checksums()  # are the same on both
+        assert answers(engine) == {"delta"}
 
 
 def test_a_server_that_lost_its_weights_is_left_out_until_the_next_update(engine, sender, model, change):

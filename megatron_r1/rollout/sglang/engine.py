@@ -50,6 +50,7 @@ class SGLangEngine:
         version: weight version of the model in `model_folder`.
         pause: what happens to responses in flight when weights change.
         first_gpu: of the first server; without effect on a CPU.
+        delta: whether servers must take deltas of their weights (rollout/sync/delta.py).
 
     Raises:
         NoRolloutCapacity: a server did not start, ended, or did not answer correctly.
@@ -68,12 +69,13 @@ class SGLangEngine:
         version: str = "initial",
         pause: Pause = FINISH,
         first_gpu: int = 0,
+        delta: bool = False,
     ):
         self.config, self.context_length = config, context_length
         self.tensor_parallel = config.server.tensor_parallel
         if not (Path(model_folder) / "config.json").is_file():
             raise NoRolloutCapacity(f"{model_folder}: no model to serve: the folder has no config.json")
-        self._factory = ServerFactory(model_folder, config, log_folder, device, dtype, context_length, first_gpu)
+        self._factory = ServerFactory(model_folder, config, log_folder, device, dtype, context_length, first_gpu, delta)
         self.endpoints = external_endpoints(config) if config.started_elsewhere else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a restarted server keeps its own."""
         self._weights = CurrentWeights([version], Path(model_folder))

@@ -33,6 +33,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
 from megatron_r1.rollout.sglang.client import Client, Endpoint
 from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets
+from megatron_r1.rollout.sync.delta import SentBuckets
 
 POLL_S = 0.001
 MOST_ANNOUNCED = 2
@@ -143,6 +144,8 @@ class _Group:
     process_group: dist.ProcessGroup
     store: Store
     """Held: ranks meet in it again when a backend connects late."""
+    sent: SentBuckets | None
+    """For deltas, what its servers have: a server that restarts, and any failure, ends the group and this with it."""
 
 
 class GroupSender:
@@ -155,6 +158,8 @@ class GroupSender:
         backend: ``gloo`` (any devices) or ``nccl`` (sender and servers on GPUs of their own).
         timeout_s: seconds that the group may take to form, and one bucket to arrive and be loaded.
         host: address of this machine for the servers; by default that of the interface which routes to them.
+        delta: whether a bucket goes as what changed in it since it was last sent (delta.py), where that is smaller; the
+            servers must take deltas, and get these weights from nobody else.
     """
 
     def __init__(
@@ -165,18 +170,21 @@ class GroupSender:
         backend: str = "gloo",
         timeout_s: float = 300.0,
         host: str | None = None,
+        delta: bool = False,
     ):
         self.name, self.backend = name, backend
         self._clients = [Client.at(endpoint, timeout_s) for endpoint in endpoints]
         self._leaving_clients = [Client.at(endpoint, LEAVE_S) for endpoint in endpoints]
         self._tensor_parallel, self._host = tensor_parallel, host or address_towards(endpoints[0].url)
-        self._timeout = timedelta(seconds=timeout_s)
+        self._timeout, self._delta = timedelta(seconds=timeout_s), delta
         self._group: _Group | None = None
         self._work: dist.Work | None = None
         self._replies: deque[tuple[str, Future[list[Any]]]] = deque()
         """Of buckets that servers may not have loaded yet: the label of each, and the servers' replies."""
         self._bucket: Bucket | None = None
         self._groups_made = 0
+        self.sent_bytes = 0
+        """To each server since the start."""
         self._threads = ThreadPoolExecutor(MOST_ANNOUNCED + 1, thread_name_prefix=f"send-{name}")
 
     def send(
@@ -190,9 +198,10 @@ class GroupSender:
     ) -> int:
         """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
 
-        Beside the tensors themselves one bucket of memory is held: here as long as the sender lives, and in each server
-        while it receives. Where no other sender waits for the servers, it is refilled as soon as it has been broadcast,
-        while they still load, and announced then: the servers go from one bucket to the next without a pause.
+        Beside the tensors themselves one bucket of memory is held: here as long as the sender lives (and what was sent,
+        for deltas), and in each server while it receives. Where no other sender waits for the servers, it is refilled
+        as soon as it has been broadcast, while they still load, and announced then: the servers go from one bucket to
+        the next without a pause.
 
         Args:
             groups: of tensors that must be loaded together (payload.py), read one group at a time and copied
@@ -221,7 +230,7 @@ class GroupSender:
                     sent += 1
                     held = f"{bucket.entries[0].name} .. {bucket.entries[-1].name}"
                     label = f"sender {self.name}, bucket {sent} ({held})"
-                    self._broadcast(label, bucket, flush_cache and is_last, version if is_last else None)
+                    self._broadcast(label, sent, bucket, flush_cache and is_last, version if is_last else None)
                     if not order.exclusive:
                         self._wait_loaded()
             self._wait_loaded()
@@ -272,18 +281,20 @@ class GroupSender:
                 posts.result()  # raises the server's own reason, which says more
             reason = str(error).splitlines()[0][:300]
             raise NoRolloutCapacity(f"sender {self.name}: the servers did not join its group: {reason}") from error
-        self._group = _Group(name, process_group, store)
+        self._group = _Group(name, process_group, store, SentBuckets() if self._delta else None)
         del process_group  # see `leave`
         posts.result()
 
-    def _broadcast(self, label: str, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
+    def _broadcast(self, label: str, number: int, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
         """Send a bucket's bytes; returns when they are sent, before the servers reply (`_wait_loaded`)."""
         assert self._group is not None
-        name, description = self._group.name, bucket.description()
-        calls = [client.receive(name, description, flush_cache, version) for client in self._clients]
+        name, sent = self._group.name, self._group.sent
+        described, content = sent.message(number, bucket) if sent else (bucket.description(), bucket.content)
+        self.sent_bytes += content.nbytes
+        calls = [client.receive(name, described, flush_cache, version) for client in self._clients]
         self._replies.append((label, replies := self._post(calls)))
         try:
-            self._work = self._group.process_group.broadcast(bucket.content, 0)
+            self._work = self._group.process_group.broadcast(content, 0)
             while not self._work.is_completed():
                 self._raise_failures()
                 if replies.done():

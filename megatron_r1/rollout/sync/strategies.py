@@ -4,6 +4,7 @@ Strategies of one protocol, `WeightSync`: `GroupSync` sends from a process that 
 model that many ranks share, `DiskSync` through a folder (`GatherOnlySync` on the other ranks). The first two send over
 a process group (`GroupSender`) or through memory that trainer and servers share (`IpcSender`). None of them makes a
 second copy of the model: beside the weights themselves a sending rank holds one bucket and the tensors of the next one.
+Deltas alone do (delta.py): a sender holds what it sent.
 """
 
 from __future__ import annotations

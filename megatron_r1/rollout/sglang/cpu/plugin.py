@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 lacks to serve DeepSeek-V3 on a machine without a GPU, as an SGLang plugin.
 
 Announced in the entry point group ``sglang.srt.plugins``, so every SGLang process calls `register`; it acts only in
-servers that this package starts on the CPU (`environment` marks them).
+servers that this package starts on the CPU (`environment` marks them), and in those that must take deltas of weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import PlatformError
+from megatron_r1.rollout.sglang import delta as deltas
 
 GROUP, NAME = "sglang.srt.plugins", "megatron_r1_cpu"
 MARK = "SGLANG_USE_CPU_ENGINE"
@@ -52,9 +53,10 @@ def environment(tensor_parallel: int) -> dict[str, str]:
 
 def register() -> None:
     """Called by SGLang in each of its processes. A failure ends the process: SGLang itself would only log it."""
-    if os.environ.get(MARK) != "1":
-        return
     try:
+        deltas.register()
+        if os.environ.get(MARK) != "1":
+            return
         _absorbed_latent_attention()
         _plain_host_memory()
         _batched_attention()
@@ -62,7 +64,7 @@ def register() -> None:
         _loading_in_one_thread()
         _the_device_is_the_cpu()
     except Exception as error:
-        raise SystemExit(f"megatron_r1's CPU plugin does not fit this SGLang: {error!r}") from error
+        raise SystemExit(f"megatron_r1's plugin does not fit this SGLang: {error!r}") from error
 
 
 def _absorbed_latent_attention() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_r1.config.sglang import AUTO, ServerConfig, SGLangConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.rollout.sglang import delta as deltas
 from megatron_r1.rollout.sglang.cpu import plugin as cpu
 
 SPARE_TOKENS = 8
@@ -115,8 +116,8 @@ def refuse_on_cpu(server: ServerConfig) -> None:
         raise ConfigError("rollout.sglang.server.attention_backend", value, "must be auto or torch_native on a CPU")
 
 
-def server_environment(device: str, tensor_parallel: int) -> dict[str, str]:
-    """Environment variables of the servers, beside those of this process."""
+def server_environment(device: str, tensor_parallel: int, delta: bool = False) -> dict[str, str]:
+    """Environment variables of the servers, beside those of this process; with `delta` they take deltas of weights."""
     variables = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -125,4 +126,4 @@ def server_environment(device: str, tensor_parallel: int) -> dict[str, str]:
     }
     if device == "cpu":
         variables |= cpu.environment(tensor_parallel)
-    return variables
+    return variables | (deltas.ENVIRONMENT if delta else {})

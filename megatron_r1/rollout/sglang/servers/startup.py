@@ -37,6 +37,7 @@ class ServerFactory:
         dtype: str,
         context_length: int,
         first_gpu: int = 0,
+        delta: bool = False,
     ):
         self._logs, self._first_gpu, self._gpus_each = Path(logs), first_gpu, config.server.tensor_parallel
         self._arguments = partial(
@@ -44,7 +45,7 @@ class ServerFactory:
         )
         self._arguments(model_folder, version=NO_WEIGHTS)  # refuses before anything is started
         self._environment = (
-            {} if config.started_elsewhere else server_environment(device, config.server.tensor_parallel)
+            {} if config.started_elsewhere else server_environment(device, config.server.tensor_parallel, delta)
         )
         self._shape = Path(tempfile.mkdtemp(prefix="megatron_r1-shape-"))
         for name in SHAPE:
