@@ -150,7 +150,7 @@ def _sender(
     if rollout.weight_sync.method == "ipc":
         return IpcSender(endpoints, name, tensor_parallel, device, timeout_s)
     backend, delta = group_backend(rollout, device), rollout.weight_sync.delta
-    return GroupSender(endpoints, name, tensor_parallel, backend, timeout_s, delta=delta)
+    return GroupSender(endpoints, name, tensor_parallel, backend, timeout_s, delta=delta, packed=device != "cpu")
 
 
 def group_backend(rollout: RolloutConfig, device: str) -> str:

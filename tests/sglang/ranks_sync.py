@@ -84,13 +84,15 @@ def refused(model: Any, shape: Any, leads: bool) -> str:
 
 
 class CountedSends:
-    """Counts the bytes of every send that gathers weights, by receiver, and of every broadcast to servers."""
+    """Counts the buckets, the bytes of every send that gathers weights, by receiver, and of every broadcast."""
 
     def __enter__(self) -> Counter[str]:
         from megatron_r1.model import shards
+        from megatron_r1.rollout.sync.group_sender import GroupSender
 
         counts: Counter[str] = Counter()
         self._shards, self._send, self._broadcast = shards, shards.dist, dist.ProcessGroup.broadcast
+        self._sender, self._bucket = GroupSender, GroupSender._broadcast
 
         class Counting:
             def __getattr__(self, name: str) -> Any:
@@ -102,16 +104,20 @@ class CountedSends:
 
         def broadcast(group: dist.ProcessGroup, what: Any, *others: Any) -> Any:
             if isinstance(what, torch.Tensor):  # torch's own calls give a list
-                counts["buckets"] += 1
                 counts["broadcast"] += what.nbytes
                 counts["receivers"] = group.size() - 1
             return self._broadcast(group, what, *others)
 
-        shards.dist, dist.ProcessGroup.broadcast = Counting(), broadcast
+        def bucket(sender: GroupSender, *what: Any) -> None:
+            counts["buckets"] += 1
+            self._bucket(sender, *what)
+
+        shards.dist, dist.ProcessGroup.broadcast, GroupSender._broadcast = Counting(), broadcast, bucket
         return counts
 
     def __exit__(self, *_: object) -> None:
         self._shards.dist, dist.ProcessGroup.broadcast = self._send, self._broadcast
+        self._sender._broadcast = self._bucket
 
 
 def disturb(model: Any, version: int) -> None:

@@ -109,7 +109,7 @@ def test_every_layout_fills_the_servers_alike_and_sends_what_was_planned(one_lay
     assert seen["sent"] == planned_sends(name, SERVERS)
     largest = max(size for stage in plan_of(name) for size in stage.buckets)
     print(f"{name}: new tensors of {max(seen['live'])} bytes, {max(seen['live']) / largest:.2f} of the largest bucket")
-    assert largest < max(seen["live"]) <= 2 * largest + FLAG
+    assert max(seen["live"]) <= 2 * largest + FLAG
     if name == "pp2":
         own, other = seen["refused"]
         assert re.search("Cannot connect|did not join its group", own) and "another sender" in other

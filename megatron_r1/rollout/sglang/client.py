@@ -151,10 +151,10 @@ class Client:
 
         Args:
             group: name of the process group.
-            tensors: ``names``, ``dtypes`` and ``shapes`` of the bucket's tensors, in order.
+            tensors: the bucket's ``load_format``, and ``names``, ``dtypes`` and ``shapes`` of its tensors, in order.
             flush_cache: drop the cache of the old weights, and stamp `version`.
         """
-        body = {"load_format": "flattened_bucket", "group_name": group, "flush_cache": flush_cache, **tensors}
+        body = {"group_name": group, "flush_cache": flush_cache, **tensors}
         await self._call("/update_weights_from_distributed", body | {"weight_version": version}, control=True)
 
     async def receive_shared(self, handles: Sequence[bytes], flush_cache: bool, version: str | None) -> None:

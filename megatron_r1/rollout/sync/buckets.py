@@ -1,4 +1,4 @@
-"""Packs weights into buckets: many tensors end to end in one stretch of bytes.
+"""Packs weights into buckets: many tensors end to end in one stretch of bytes, or side by side where they are.
 
 How tensors are divided among buckets depends on names, types and shapes alone: `BucketLayout` and `fill_buckets` decide
 it for tensors that are sent, and for the plan of a sync (`plan_buckets`).
@@ -48,9 +48,13 @@ class BucketLayout[AnyEntry: (Entry, NamedTensor)]:
         self.capacity, self.nbytes = capacity, 0
         self.entries: list[Entry] = []
 
+    load_format: str | None = "flattened_bucket"
+    """How SGLang receives it: one tensor of bytes, or (None) its tensors one by one."""
+
     def description(self) -> dict[str, Any]:
-        """Names, types and shapes as SGLang reads them."""
+        """Format, names, types and shapes as SGLang reads them."""
         return {
+            "load_format": self.load_format,
             "names": [entry.name for entry in self.entries],
             "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in self.entries],
             "shapes": [list(entry.shape) for entry in self.entries],
@@ -94,6 +98,11 @@ class Bucket(BucketLayout[NamedTensor]):
         """Shape (bytes used,), uint8."""
         return self._buffer[: self.nbytes]
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What is sent, one after the other."""
+        return [self.content]
+
     def add(self, group: Sequence[NamedTensor]) -> None:
         """Copy a group in; one that is larger than the bucket gets a buffer of its own."""
         size, start = sum(tensor.nbytes for tensor in group), self.nbytes
@@ -114,6 +123,24 @@ class Bucket(BucketLayout[NamedTensor]):
 
     def _empty(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+
+class LooseBucket(BucketLayout[NamedTensor]):
+    """A bucket that copies nothing: it holds the tensors where they are, which must not change until they are sent."""
+
+    load_format = None
+
+    def __init__(self, capacity: int):
+        super().__init__(capacity)
+        self.parts: list[Tensor] = []
+
+    def add(self, group: Sequence[NamedTensor]) -> None:
+        super().add(group)
+        self.parts += [named.tensor.detach().contiguous() for named in group]
+
+    def clear(self) -> None:
+        super().clear()
+        self.parts = []
 
 
 def fill_buckets[Filled: BucketLayout[Any]](

@@ -84,8 +84,8 @@ class SentBuckets:
     def __init__(self) -> None:
         self._sent: dict[int, tuple[list[Entry], Tensor]] = {}
 
-    def message(self, number: int, bucket: Bucket) -> tuple[dict[str, Any], Tensor]:
-        """Description and bytes that bring servers from what they have to this bucket, which they have then.
+    def message(self, number: int, bucket: Bucket) -> tuple[dict[str, Any], list[Tensor]]:
+        """Description and parts that bring servers from what they have to this bucket, which they have then.
 
         Args:
             number: of the bucket in its sync.
@@ -94,16 +94,16 @@ class SentBuckets:
         entries, before = self._sent.get(number, ([], content))
         if entries != bucket.entries:
             self._sent[number] = (list(bucket.entries), content.cpu().clone())
-            return described, content
+            return described, bucket.parts
         found = encode(entries, content, before.to(content.device))
         before.copy_(content)
         if found is None:
-            return described, content
+            return described, bucket.parts
         counts, delta = found
         described["names"].append(MARK)
         described["dtypes"].append(MARK)
         described["shapes"].append([delta.numel(), *counts])
-        return described, delta
+        return described, [delta]
 
 
 def _packed(changed_N: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
 from megatron_r1.rollout.sglang.client import Client, Endpoint
-from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets
+from megatron_r1.rollout.sync.buckets import Bucket, LooseBucket, NamedTensor, fill_buckets
 from megatron_r1.rollout.sync.delta import SentBuckets
 
 POLL_S = 0.001
@@ -160,6 +160,8 @@ class GroupSender:
         host: address of this machine for the servers; by default that of the interface which routes to them.
         delta: whether a bucket goes as what changed in it since it was last sent (delta.py), where that is smaller; the
             servers must take deltas, and get these weights from nobody else.
+        packed: whether a bucket's tensors are copied into one that goes in a single broadcast, as deltas do too: what a
+            GPU is faster with. Without, each goes from where it is, which must be host memory.
     """
 
     def __init__(
@@ -171,14 +173,17 @@ class GroupSender:
         timeout_s: float = 300.0,
         host: str | None = None,
         delta: bool = False,
+        packed: bool = False,
     ):
         self.name, self.backend = name, backend
         self._clients = [Client.at(endpoint, timeout_s) for endpoint in endpoints]
         self._leaving_clients = [Client.at(endpoint, LEAVE_S) for endpoint in endpoints]
         self._tensor_parallel, self._host = tensor_parallel, host or address_towards(endpoints[0].url)
         self._timeout, self._delta = timedelta(seconds=timeout_s), delta
+        self._packed = packed or delta
         self._group: _Group | None = None
-        self._work: dist.Work | None = None
+        self._works: deque[dist.Work] = deque()
+        """Broadcasts under way."""
         self._replies: deque[tuple[str, Future[list[Any]]]] = deque()
         """Of buckets that servers may not have loaded yet: the label of each, and the servers' replies."""
         self._bucket: Bucket | None = None
@@ -198,14 +203,14 @@ class GroupSender:
     ) -> int:
         """Send tensors by their Hugging Face names; the servers must be in a session. Returns the number of buckets.
 
-        Beside the tensors themselves one bucket of memory is held: here as long as the sender lives (and what was sent,
-        for deltas), and in each server while it receives. Where no other sender waits for the servers, it is refilled
-        as soon as it has been broadcast, while they still load, and announced then: the servers go from one bucket to
-        the next without a pause.
+        Beside the tensors themselves one bucket of memory is held in each server while it receives and, where buckets
+        are packed, here as long as the sender lives (and what was sent, for deltas). Where no other sender waits for
+        the servers, it is refilled as soon as it has been broadcast, while they still load, and announced then: the
+        servers go from one bucket to the next without a pause.
 
         Args:
-            groups: of tensors that must be loaded together (payload.py), read one group at a time and copied
-                before the next one is requested.
+            groups: of tensors that must be loaded together (payload.py), read one group at a time; packed, they are
+                copied before the next one is requested, else they must stay as they are until this returns.
             bucket_bytes: most bytes of one bucket; a group that is larger makes one of its own.
             version: that the last bucket of all stamps.
             order: when this sender may send; None is a `SingleSender`.
@@ -251,8 +256,10 @@ class GroupSender:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _empty_bucket(self, capacity: int) -> Bucket:
+    def _empty_bucket(self, capacity: int) -> Bucket | LooseBucket:
         """The bucket of the last send, whose memory was written before: new memory fills at half the speed."""
+        if not self._packed:
+            return LooseBucket(capacity)
         if self._bucket is None or self._bucket.capacity != capacity:
             self._bucket = None
             self._bucket = Bucket(capacity, "cuda" if self.backend == "nccl" else "cpu")
@@ -285,23 +292,29 @@ class GroupSender:
         del process_group  # see `leave`
         posts.result()
 
-    def _broadcast(self, label: str, number: int, bucket: Bucket, flush_cache: bool, version: str | None) -> None:
+    def _broadcast(
+        self, label: str, number: int, bucket: Bucket | LooseBucket, flush_cache: bool, version: str | None
+    ) -> None:
         """Send a bucket's bytes; returns when they are sent, before the servers reply (`_wait_loaded`)."""
         assert self._group is not None
         name, sent = self._group.name, self._group.sent
-        described, content = sent.message(number, bucket) if sent else (bucket.description(), bucket.content)
-        self.sent_bytes += content.nbytes
+        described, parts = bucket.description(), bucket.parts
+        if sent:
+            assert isinstance(bucket, Bucket)
+            described, parts = sent.message(number, bucket)
+        self.sent_bytes += sum(part.nbytes for part in parts)
         calls = [client.receive(name, described, flush_cache, version) for client in self._clients]
         self._replies.append((label, replies := self._post(calls)))
         try:
-            self._work = self._group.process_group.broadcast(content, 0)
-            while not self._work.is_completed():
-                self._raise_failures()
-                if replies.done():
-                    time.sleep(POLL_S)
-                wait([replies], timeout=POLL_S)
-            self._work.wait()
-            self._work = None
+            self._works.extend(self._group.process_group.broadcast(part, 0) for part in parts)
+            while self._works:
+                while not self._works[0].is_completed():
+                    self._raise_failures()
+                    if replies.done():
+                        time.sleep(POLL_S)
+                    wait([replies], timeout=POLL_S)
+                self._works[0].wait()
+                self._works.popleft()
         except RuntimeError as error:
             wait([replies], timeout=FAILURE_REASON_S)
             self._raise_failures()
@@ -327,16 +340,17 @@ class GroupSender:
         alone holds it, no frames that a traceback holds.
         """
         group, self._group = self._group, None
-        work, self._work = self._work, None
+        works, self._works = self._works, deque()
         self._replies.clear()
         if group is None:
             return
         posts = self._post((client.leave_group(group.name) for client in self._leaving_clients), tolerant=True)
-        if work is not None:
-            with suppress(RuntimeError):
-                work.wait(timedelta(seconds=LEAVE_S))
+        with suppress(RuntimeError):  # the first that fails; the others do then
+            while works:
+                works[0].wait(timedelta(seconds=LEAVE_S))
+                works.popleft()
         dist.destroy_process_group(group.process_group)
-        del group, work
+        del group, works
         posts.result()
 
     def _post(self, calls: Iterable[Coroutine[Any, Any, None]], tolerant: bool = False) -> Future[list[Any]]:

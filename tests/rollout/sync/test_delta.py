@@ -95,7 +95,7 @@ def test_a_bucket_is_whole_at_first_and_when_it_holds_other_tensors() -> None:
     sent, weights = SentBuckets(), [torch.ones(64), torch.ones(64)]
 
     def mark(number: int, tensors: list[torch.Tensor]) -> tuple[bool, int]:
-        described, content = sent.message(number, bucket_of(tensors))
+        described, (content,) = sent.message(number, bucket_of(tensors))
         assert len(described["names"]) == len(described["dtypes"]) == len(described["shapes"])
         return described["dtypes"][-1] == MARK, content.nbytes
 
@@ -106,4 +106,4 @@ def test_a_bucket_is_whole_at_first_and_when_it_holds_other_tensors() -> None:
     assert mark(1, weights) == (True, 0)
     assert mark(2, weights) == (False, 512)
     assert mark(2, weights) == (True, 0)
-    assert SentBuckets().message(1, bucket_of(weights))[1].nbytes == 512
+    assert SentBuckets().message(1, bucket_of(weights))[1][0].nbytes == 512

@@ -13,7 +13,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sync.buckets import Bucket, NamedTensor, fill_buckets, plan_buckets
+from megatron_r1.rollout.sync.buckets import Bucket, LooseBucket, NamedTensor, fill_buckets, plan_buckets
 from megatron_r1.rollout.sync.payload import FusedGroups, WeightPayload, fused_name
 from tests.support.layouts import model_of
 from tests.support.whole_models import expected_shapes, native_shapes
@@ -61,6 +61,23 @@ def test_every_tensor_arrives_once_in_order_and_as_planned(sizes, capacity):
     assert all(torch.equal(left, right) for (_, left), (_, right) in zip(arrived, tensors, strict=True))
     items = [[Entry(name, tensor.dtype, tuple(tensor.shape))] for name, tensor in tensors]
     assert plan_buckets(items, capacity) == entries
+    loose = [
+        (bucket.description(), bucket.parts) for bucket, _ in fill_buckets(LooseBucket(capacity), one_by_one(tensors))
+    ]
+    assert [told["names"] for told, _ in loose] == [[entry.name for entry in bucket] for bucket in entries]
+    sent = [part for _, parts in loose for part in parts]
+    assert all(torch.equal(part, tensor) for part, (_, tensor) in zip(sent, tensors, strict=True))
+    assert all(part.is_contiguous() for part in sent)
+
+
+def test_a_loose_bucket_copies_nothing_and_holds_nothing_once_it_is_sent():
+    tensors = one_by_one([(str(number), torch.zeros(10)) for number in range(5)])
+    own = [group[0].tensor.data_ptr() for group in tensors]
+    bucket = LooseBucket(80)
+    sent = [[part.data_ptr() for part in filled.parts] for filled, _ in fill_buckets(bucket, tensors)]
+    assert sent == [own[:2], own[2:4], own[4:]]
+    bucket.clear()
+    assert not bucket.parts
 
 
 def test_units_of_several_number_formats_lie_at_multiples_of_their_elements():
