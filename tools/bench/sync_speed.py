@@ -1,9 +1,10 @@
-"""A weight sync beside a raw broadcast of as many bytes: `tools/bench/sync_speed.py [--servers 2] [--rounds 7]`.
+"""A weight sync beside a raw broadcast and beside files: `tools/bench/sync_speed.py [--servers 2] [--rounds 7]`.
 
 Real SGLang servers on the CPU take a model's weights over gloo (GroupSync: pause, session, buckets, load, cache flush,
 version, confirmation), and as many plain processes take the same bytes in pieces of the same size into memory that is
-there already, and do nothing with them. The two take turns. Also told: where a sync's time goes, and how much this
-process's resident memory grows at most while it sends, in buckets.
+there already, and do nothing with them. The third way is that of a trainer without a sync: transformers' model of the
+same weights writes them with `save_pretrained`, in memory, and the servers load the folder. They take turns. Also told:
+where a sync's time goes, and how much this process's resident memory grows at most while it first sends, in buckets.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import statistics
 import tempfile
 import time
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig
@@ -32,6 +35,7 @@ from megatron_r1.rollout.sync.buckets import plan_buckets
 from megatron_r1.rollout.sync.group_sender import GroupSender
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
+from tools.bench.comparison import alternate, describe, seconds_of, speed_ratios
 
 MIB = 1 << 20
 
@@ -121,8 +125,11 @@ def measure(given: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
     pieces = [sum(entry.nbytes for entry in entries) for entries in buckets]
     size = sum(pieces)
     with DiskSync(lambda: native_tensors(model), shape, folder / "tokenizer") as disk:
+        written = disk.write()
+        # Transformers converts experts to tensors of its own, and back as it saves.
+        peer = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
         config = SGLangConfig(servers=given.servers, max_running_requests=16, max_total_tokens=4096)
-        engine = SGLangEngine(disk.write(), config, folder / "logs", "cpu", "float32", context_length=64)
+        engine = SGLangEngine(written, config, folder / "logs", "cpu", "float32", context_length=64)
         stack.enter_context(engine)
     sender = stack.enter_context(TimedSender(engine.endpoints, "bench"))
     sync = GroupSync(engine, sender, lambda: native_tensors(model), payload, bucket)
@@ -136,34 +143,41 @@ def measure(given: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
         receiver.start()
         stack.callback(receiver.kill)
     group, buffer = raw_group(store.port, 0, ranks), torch.ones(max(pieces), dtype=torch.uint8)
-    raw_seconds(group, buffer, pieces)
+    saved = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+    versions = count()
+
+    def through_files() -> None:
+        peer.save_pretrained(saved)
+        engine.load_weights(saved, str(next(versions)))
+
     forget_peak()
     before = resident("VmRSS")
-    sync.push("warm")
-    taken: dict[str, list[float]] = {"raw broadcast": [], "sync": []}
+    sync.push("first")
+    grown, by_sync = resident("VmHWM") - before, engine.checksums()
+    through_files()
+    assert engine.checksums() == by_sync, "the two ways bring different weights"
     spent: dict[str, list[float]] = {}
-    for number in range(given.rounds):
-        taken["raw broadcast"].append(raw_seconds(group, buffer, pieces))
-        began = time.perf_counter()
-        sync.push(str(number))
-        taken["sync"].append(time.perf_counter() - began)
-        spent["session and confirmation"] = spent.get("session and confirmation", [])
-        spent["session and confirmation"].append(taken["sync"][-1] - sum(sender.spent.values()))
-        for part, seconds in sender.spent.items():
-            spent.setdefault(part, []).append(seconds)
-    grown = resident("VmHWM") - before
+
+    def timed_sync() -> float:
+        seconds = seconds_of(lambda: sync.push(str(next(versions))))()
+        for part, spent_s in {**sender.spent, "session, confirmation": seconds - sum(sender.spent.values())}.items():
+            spent.setdefault(part, []).append(spent_s)
+        return seconds
+
+    ways = {
+        "raw broadcast": lambda: raw_seconds(group, buffer, pieces),
+        "sync": timed_sync,
+        "save_pretrained + reload": seconds_of(through_files),
+    }
+    found = alternate(ways, given.rounds)
     print(
-        f"{size / 1e6:.1f} MB in {len(pieces)} buckets of at most {max(pieces) / MIB:.0f} MiB, {given.servers} servers"
+        f"{size / 1e6:.1f} MB in {len(pieces)} buckets of at most {max(pieces) / MIB:.0f} MiB, servers: {given.servers}"
     )
-    for name, found in taken.items():
-        ratios = [raw / mine for raw, mine in zip(taken["raw broadcast"], found, strict=True)]
-        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        speed = size / 1e9 / statistics.median(found)
-        print(f"{name:<14} {speed:5.2f} GB/s  {statistics.median(ratios):.2f} of the raw broadcast ({spread})")
-    fastest = min(taken["raw broadcast"]) / min(taken["sync"])
-    print(f"the fastest sync: {fastest:.2f} of the fastest raw broadcast ({min(taken['raw broadcast']):.3f} s)")
-    for part, found in spent.items():
-        print(f"  {part:<28} {statistics.median(found):.3f} s ({min(found):.3f}-{max(found):.3f})")
+    print(describe(found, "raw broadcast", size / 1e9, "GB"))
+    ratios = speed_ratios(found, "sync", "save_pretrained + reload")
+    print(f"sync: {statistics.median(ratios):.1f} times save_pretrained + reload ({min(ratios):.1f}-{max(ratios):.1f})")
+    for part, seconds in spent.items():
+        print(f"  {part:<28} {statistics.median(seconds):.3f} s ({min(seconds):.3f}-{max(seconds):.3f})")
     print(f"memory grows by {grown / MIB:.1f} MiB, {grown / max(bucket, max(pieces)):.2f} buckets")
 
 
