@@ -16,9 +16,11 @@ from megatron_r1.data.prepare.fim import FIM_TOKENS, FillInMiddle
 from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.punctuation import PunctuationSplitter
 from megatron_r1.data.prepare.sources import RawRecord
+from megatron_r1.data.prepare.words import WordEncoder, as_bytes
 from megatron_r1.data.tokenizer import Tokenizer
 
-IdLists = tuple[list[int], ...]
+Pieces = tuple[bytes, ...]
+"""Of a document: the bytes of int32 token ids."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class DocumentEncoder:
             if tokenizer.encode(token) == [tokenizer.backend.token_to_id(token)]
         ]
         self._middle = FillInMiddle(tokenizer, options.fim_rate, options.seed)
+        self._words = WordEncoder(tokenizer.backend)
+        self._begin, self._end = as_bytes(tokenizer.begin), as_bytes([tokenizer.eos])
         self._splitter = PunctuationSplitter(tokenizer, options.punctuation_split_rate, options.seed)
 
     def encode(self, rows: Sequence[RawRecord]) -> Encoded:
@@ -70,18 +74,20 @@ class DocumentEncoder:
         keys_N2 = np.array([(row.source, row.number) for row in good], dtype=np.int64)
         parts = self._middle.parts([row.text for row in good], keys_N2)
         documents = self._documents(parts)
-        lengths_N = np.fromiter((sum(map(len, lists)) for lists in documents), np.int64, len(documents))
-        flat = chain.from_iterable(chain.from_iterable(documents))
-        tokens_T = np.fromiter(flat, np.int32, int(lengths_N.sum()))
+        sizes_N = np.fromiter((sum(map(len, pieces)) for pieces in documents), np.int64, len(documents))
+        tokens_T = np.frombuffer(b"".join(chain.from_iterable(documents)), np.int32)
+        lengths_N = sizes_N // tokens_T.itemsize
         tokens_T, lengths_N = self._splitter.split(tokens_T, lengths_N, keys_N2)
         return Encoded(tokens_T, lengths_N, sum(len(part) > 1 for part in parts), bad, contaminated)
 
-    def _documents(self, parts: Sequence[tuple[str, ...]]) -> list[IdLists]:
-        """For each document the lists of token ids whose concatenation it is."""
-        ids = iter(self._tokenizer.encode_batch([text for part in parts for text in part]))
-        begin, end = [*self._tokenizer.begin], [self._tokenizer.eos]
+    def _documents(self, parts: Sequence[tuple[str, ...]]) -> list[Pieces]:
+        """For each document the pieces whose concatenation it is."""
+        found = iter(self._words.encode([text for part in parts for text in part]))
+        begin, end = self._begin, self._end
         return [
-            (begin, *((next(ids),) if len(part) == 1 else self._middle.arrange(next(ids), next(ids), next(ids))), end)
+            (begin, next(found), end)
+            if len(part) == 1
+            else (begin, *self._middle.arrange(next(found), next(found), next(found)), end)
             for part in parts
         ]
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_r1.data.counter_rng import uniforms
+from megatron_r1.data.prepare.words import as_bytes
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 
@@ -34,7 +35,8 @@ class FillInMiddle:
         if rate and missing:
             raise ConfigError("fim_rate", rate, f"must be 0 for a tokenizer without {missing[0]}")
         self._rate, self._seed = rate, seed
-        self.begin, self.hole, self.end = (0, 0, 0) if missing else map(tokenizer.id, FIM_TOKENS)
+        marks = (0, 0, 0) if missing else map(tokenizer.id, FIM_TOKENS)
+        self.begin, self.hole, self.end = (as_bytes([mark]) for mark in marks)
 
     def parts(self, texts: Sequence[str], keys_N2: np.ndarray) -> list[tuple[str, ...]]:
         """Each text, either whole as one part, or cut into prefix, middle and suffix.
@@ -51,9 +53,9 @@ class FillInMiddle:
             for text, draws_3 in zip(texts, draws_N3.tolist(), strict=True)
         ]
 
-    def arrange(self, prefix: list[int], middle: list[int], suffix: list[int]) -> tuple[list[int], ...]:
-        """The three parts with their marker tokens, in stored order; without the end token."""
-        return [self.begin], prefix, [self.hole], suffix, [self.end], middle
+    def arrange(self, prefix: bytes, middle: bytes, suffix: bytes) -> tuple[bytes, ...]:
+        """The bytes of the three parts' ids with their marker tokens, in stored order; without the end token."""
+        return self.begin, prefix, self.hole, suffix, self.end, middle
 
 
 def cut(text: str, first: float, second: float) -> tuple[str, str, str]:
