@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint folder: every file's size and SHA-256, and the settings that made the checkpoint.
+"""The manifest of a checkpoint folder: every file's size and digest, and the settings that made the checkpoint.
 
 Checkpoint formats do not detect a flipped bit: a damaged shard loads, and training continues with wrong numbers. The
 manifest detects it: `verify` accepts a folder only if its files are exactly the listed ones, to the last bit, the
@@ -10,25 +10,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.checkpoint.digest import digests
 from megatron_r1.errors import CheckpointDamaged
-from megatron_r1.files import canonical_json, digest_of
+from megatron_r1.files import canonical_json
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+"""In format 1, each file's digest was the SHA-256 of its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file's size in bytes and SHA-256 in hex."""
+    """One file's size in bytes, and its digest as checkpoint/digest.py describes it."""
 
     size: int
-    sha256: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Manifest:
         """The canonical byte string of this manifest, which contains its own hash."""
         body = {
             "format": FORMAT,
-            "files": {name: {"size": record.size, "sha256": record.sha256} for name, record in self.files.items()},
+            "files": {name: asdict(record) for name, record in self.files.items()},
             "metadata": self.metadata,
         }
         digest = hashlib.sha256(canonical_json(body)).hexdigest()
@@ -58,7 +59,7 @@ class Manifest:
         """The inverse of `encode`. Raises CheckpointDamaged unless `raw` is exactly the output of `encode`."""
         try:
             body = json.loads(raw)
-            files = {name: FileRecord(record["size"], record["sha256"]) for name, record in body["files"].items()}
+            files = {name: FileRecord(record["size"], record["digest"]) for name, record in body["files"].items()}
             manifest = Manifest(files, body["metadata"])
             unchanged = body["format"] == FORMAT and manifest.encode() == raw
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -89,10 +90,8 @@ def write_manifest(folder: Path, metadata: dict[str, Any], records: Records | No
             found = f"{size} bytes" if name in paths else "nothing"
             raise OSError(f"{folder / name}: {record.size} bytes were written, but the file has {found}")
     others = [name for name in paths if name not in (MANIFEST_NAME, *records)]
-    digests = _digests([paths[name] for name in others])
-    hashed = {
-        name: FileRecord(paths[name].stat().st_size, digest) for name, digest in zip(others, digests, strict=True)
-    }
+    others_digests = zip(others, digests([paths[name] for name in others]), strict=True)
+    hashed = {name: FileRecord(paths[name].stat().st_size, digest) for name, digest in others_digests}
     files = dict(sorted({**records, **hashed}.items()))
     manifest = Manifest(files, json.loads(json.dumps(metadata, allow_nan=False)))
     with (folder / MANIFEST_NAME).open("wb") as file:
@@ -138,9 +137,9 @@ def verify(folder: Path, share: int = 0, shares: int = 1, on_file: Callable[[int
             if (size := path.stat().st_size) != record.size:
                 raise _damaged(folder, name, f"has {size} bytes instead of {record.size}")
         mine = sorted(manifest.files, key=lambda name: -manifest.files[name].size)[share::shares]
-        for name, digest in zip(mine, _digests([present[name] for name in mine]), strict=True):
-            if digest != (wanted := manifest.files[name]).sha256:
-                raise _damaged(folder, name, f"has SHA-256 {digest[:12]}... instead of {wanted.sha256[:12]}...")
+        for name, digest in zip(mine, digests([present[name] for name in mine]), strict=True):
+            if digest != (wanted := manifest.files[name]).digest:
+                raise _damaged(folder, name, f"has digest {digest[:12]}... instead of {wanted.digest[:12]}...")
             on_file(wanted.size)
     except OSError as error:
         raise _damaged(folder, Path(error.filename or "?").name, f"cannot be read ({error.strerror})") from error
@@ -154,12 +153,6 @@ def files_under(folder: Path) -> dict[str, Path]:
         for parent, folders, files in folder.walk(on_error=_raise)
         for path in (parent / name for name in [*files, *(name for name in folders if (parent / name).is_symlink())])
     }
-
-
-def _digests(paths: list[Path]) -> Iterator[str]:
-    # hashlib releases the GIL, so threads use all cores: about 2 GB/s each.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        yield from pool.map(digest_of, paths)
 
 
 def _damaged(folder: Path, name: str, what: str) -> CheckpointDamaged:

@@ -1,7 +1,9 @@
-"""Safetensors files that are written one tensor at a time and hashed meanwhile.
+"""Safetensors files that are written one tensor at a time, hashed and brought to disk meanwhile.
 
 safetensors' own `save_file` needs all tensors in memory at once, and a hash would have to read the file again. Here the
-header is written first, because names, types and shapes are known beforehand; then each tensor is written and freed.
+header is written first, because names, types and shapes are known beforehand; then each tensor is written from where
+it lies, without a copy. Other threads follow the writer: some hash what was written, one asks the disk for it, so that
+the last fsync has little left to wait for.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_r1.checkpoint.digest import THREADS, digest_of_parts
 from megatron_r1.checkpoint.manifest import FileRecord
 
 TYPE_NAMES = {
@@ -38,7 +42,10 @@ TYPE_NAMES = {
 """Spelling of types in a safetensors header."""
 TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _ALIGNMENT = 8
-_CHUNK = 1 << 26
+_BEHIND = 1 << 28
+"""Bytes that hashing may be behind writing, in memory that written tensors keep; one tensor may be larger."""
+_FLUSHED = 1 << 28
+"""Bytes after which the disk is asked for what was written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +74,21 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None):
-        self._waiting, self._hash, self._size = list(reversed(entries)), hashlib.sha256(), 0
-        # Writing and hashing both release the GIL: a chunk is hashed while it is written.
-        self._hasher = ThreadPoolExecutor(1)
+        self._waiting = list(reversed(entries))
+        # Writing, hashing and flushing release the GIL.
+        self._hashers, self._flusher = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(1)
+        self._parts: list[bytes] = []
+        self._unhashed: deque[tuple[int, Future[bytes]]] = deque()
+        self._flushed: Future[None] | None = None
+        self._size = self._behind = self._unflushed = 0
         self._file = path.open("xb", buffering=0)
-        self._put(_header(entries, metadata or {}))
+        self._put(memoryview(_header(entries, metadata or {})), None)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor, from any device.
+    def write(self, name: str, tensor: Tensor, sha256: str | None = None) -> None:
+        """Write the next tensor, from any device; its numbers must stay until `close`.
+
+        Args:
+            sha256: of its bytes in hex, where the caller knows it.
 
         Raises:
             ValueError: the tensor is not the next entry.
@@ -82,13 +96,13 @@ class TensorFile:
         entry = self._waiting.pop() if self._waiting else None
         if entry != Entry(name, tensor.dtype, tuple(tensor.shape)):
             raise ValueError(f"{self._file.name}: {name} {tensor.dtype} {tuple(tensor.shape)}: must be {entry}")
-        # `Tensor.numpy` would make the tensor's storage unresizable, and train/offload.py resizes storages.
-        flat = np.from_dlpack(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8))
-        for start in range(0, flat.size, _CHUNK):
-            self._put(flat[start : start + _CHUNK].data)
+        if tensor.numel():
+            # `Tensor.numpy` would make the tensor's storage unresizable, and train/offload.py resizes storages.
+            flat = np.from_dlpack(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8))
+            self._put(flat.data, sha256)
 
     def close(self) -> FileRecord:
-        """Make the file durable; returns its size and hash.
+        """Make the file durable; returns its size and digest.
 
         Raises:
             ValueError: an entry was never written.
@@ -96,29 +110,61 @@ class TensorFile:
         with self._file:
             if self._waiting:
                 raise ValueError(f"{self._file.name}: {self._waiting[-1].name} was never written")
+            if self._flushed:
+                self._flushed.result()
             os.fsync(self._file.fileno())
-        return FileRecord(self._size, self._hash.hexdigest())
+        self._wait_for_hashes(0)
+        return FileRecord(self._size, digest_of_parts(self._parts))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hasher.shutdown()
+        self._hashers.shutdown(cancel_futures=True)
+        self._flusher.shutdown(cancel_futures=True)
         self._file.close()
 
-    def _put(self, content: bytes | memoryview) -> None:
-        hashed = self._hasher.submit(self._hash.update, content)
-        view = memoryview(content)
+    def _put(self, content: memoryview, sha256: str | None) -> None:
+        part = self._hashers.submit(_sha256, content) if sha256 is None else _known(bytes.fromhex(sha256))
+        self._unhashed.append((len(content), part))
+        self._behind += len(content)
+        view = content
         while view:  # an unbuffered write may take only a part
-            written = self._file.write(view)
-            view, self._size = view[written:], self._size + written
-        hashed.result()
+            written = self._file.write(view[:_FLUSHED])
+            view, self._size, self._unflushed = view[written:], self._size + written, self._unflushed + written
+            if self._unflushed >= _FLUSHED:
+                self._flush()
+        self._wait_for_hashes(_BEHIND)
+
+    def _flush(self) -> None:
+        """Let the disk begin with what was written, unless it still does so; an error of the last time shows here."""
+        if self._flushed and not self._flushed.done():
+            return
+        if self._flushed:
+            self._flushed.result()
+        self._flushed, self._unflushed = self._flusher.submit(os.fdatasync, self._file.fileno()), 0
+
+    def _wait_for_hashes(self, behind: int) -> None:
+        while self._unhashed and (self._behind > behind or self._unhashed[0][1].done()):
+            size, part = self._unhashed.popleft()
+            self._parts.append(part.result())
+            self._behind -= size
+
+
+def _sha256(content: memoryview) -> bytes:
+    return hashlib.sha256(content).digest()
+
+
+def _known(part: bytes) -> Future[bytes]:
+    future: Future[bytes] = Future()
+    future.set_result(part)
+    return future
 
 
 def write_tensor_file(
     path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """Write a file of tensors that are all in memory; returns its size and hash."""
+    """Write a file of tensors that are all in memory; returns its size and digest."""
     tensors = list(tensors)
     entries = [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors]
     with TensorFile(path, entries, metadata) as file:

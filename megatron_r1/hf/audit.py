@@ -5,7 +5,7 @@
 `audit.json` of what was converted:
 
     source, target   what was converted, and into what
-    files            file -> size, sha256
+    files            file -> size, digest (checkpoint/digest.py)
     read             the source's tensor -> dtype, shape, sha256 of its bytes, and `to`: the tensors it became
     written          tensor -> file, dtype, shape, sha256 of its bytes
 """
@@ -29,10 +29,36 @@ AUDIT_FILE = "audit.json"
 Audit = dict[str, Any]
 
 
-def described(tensor: Tensor) -> dict[str, Any]:
+class TensorHashes:
+    """SHA-256 of tensors that share memory: what begins where another one began is hashed from there on only.
+
+    So a tensor that is passed on is hashed once, and so is the first part of one that is divided. The tensors must stay
+    as long as this object.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[int, list[tuple[int, Any]]] = {}
+
+    def of(self, tensor: Tensor) -> str:
+        """SHA-256 of the tensor's numbers in hex."""
+        bytes_N = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        begun = self._begun.setdefault(bytes_N.ctypes.data, []) if tensor.is_cpu and tensor.is_contiguous() else []
+        done, known = max((each for each in begun if each[0] <= bytes_N.size), default=(0, hashlib.sha256()), key=_size)
+        if done < bytes_N.size or not begun:
+            known = known.copy()
+            known.update(bytes_N[done:].data)
+            begun.append((bytes_N.size, known))
+        digest: str = known.hexdigest()
+        return digest
+
+
+def _size(begun: tuple[int, Any]) -> int:
+    return begun[0]
+
+
+def described(tensor: Tensor, hashes: TensorHashes | None = None) -> dict[str, Any]:
     """A tensor's type, shape and SHA-256 as JSON has them."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.sha256(flat.data).hexdigest()
+    digest = (hashes or TensorHashes()).of(tensor)
     return {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": digest}
 
 
@@ -44,17 +70,12 @@ def audit_of_mapping(read: Mapping[str, Tensor], written: Mapping[str, Tensor], 
         written: all tensors that they became.
         here: those of `written` that are in this file.
     """
-    known: dict[int, dict[str, Any]] = {}  # by identity: what is only passed on, or repeated, is hashed once
-
-    def describe_once(tensor: Tensor) -> dict[str, Any]:
-        if id(tensor) not in known:
-            known[id(tensor)] = described(tensor)
-        return dict(known[id(tensor)])
-
+    hashes = TensorHashes()
+    written_here = {name: described(tensor, hashes) for name, tensor in here.items()}  # first: parts of what was read
     written_to = {name: [to for to in written_names(name, written) if to in here] for name in read}
     return {
-        "read": {name: describe_once(read[name]) | {"to": to} for name, to in written_to.items() if to},
-        "written": {name: describe_once(tensor) for name, tensor in here.items()},
+        "read": {name: described(read[name], hashes) | {"to": to} for name, to in written_to.items() if to},
+        "written": written_here,
     }
 
 

@@ -1,4 +1,7 @@
-"""From a source to files, one tensor in memory at a time, by several processes; an interrupted conversion resumes."""
+"""From a source to files, a few tensors in memory at a time, by threads and processes; an interrupted one resumes.
+
+In each process, threads read, convert and hash the next tensors while the last ones are written.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,34 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, TensorFile
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import UserError
-from megatron_r1.hf.audit import audit_of_mapping
+from megatron_r1.hf.ahead import ahead
+from megatron_r1.hf.audit import Audit, audit_of_mapping
 from megatron_r1.hf.families import param_mappings
-from megatron_r1.hf.param_mapping import ParamMapping
-from megatron_r1.hf.plan import PlannedFile, plan_files
-from megatron_r1.hf.source import Source, TensorRead, digest_of_value
+from megatron_r1.hf.plan import FileSegment, PlannedFile, plan_files
+from megatron_r1.hf.source import Source, digest_of_value
 from megatron_r1.hf.target import Target
 from megatron_r1.hf.workspace import ConversionWorkspace
+
+
+class Converted(NamedTuple):
+    """A segment of a file, ready to be written."""
+
+    tensors: dict[str, Tensor]
+    audit: Audit
 
 
 class ConversionStopped(UserError):
@@ -64,7 +75,7 @@ def convert_files(
         workers: processes that divide the files among themselves; with 1 this process writes them.
 
     Returns:
-        Record of each file by name: size, sha256 and audit.
+        Record of each file by name: size, digest and audit.
 
     Raises:
         DataError: a tensor is not what it must be.
@@ -86,44 +97,46 @@ def convert_files(
 
 def write_files(conversion: Conversion, workspace: ConversionWorkspace, numbers: Sequence[int]) -> None:
     """Write files of the plan, one after the other, each recorded when it is durable."""
-    if not numbers:
-        return
-    files = conversion.files()
+    all_files = conversion.files()
+    files = [all_files[number] for number in numbers]
     source_mappings = {mapping.native: mapping for mapping in param_mappings(conversion.source.model)}
     with conversion.source.open() as reader:
 
-        def read_tensors(mapping: ParamMapping) -> TensorRead:
+        def convert(segment: FileSegment) -> Converted:
+            mapping = segment.mapping
             found = reader.read(source_mappings[mapping.native])
             fitted = [part.with_rows(shape[0]) for part, shape in zip(found.parts, mapping.part_shapes, strict=True)]
-            return TensorRead(fitted, found.source)
+            encoded = conversion.target.encode(mapping, fitted)
+            here = {entry.name: encoded[entry.name] for entry in segment.entries}
+            return Converted(here, audit_of_mapping(found.source, encoded, here))
 
-        for number in numbers:
-            file, audit = write_file(files[number], read_tensors, conversion.target, workspace.files)
-            workspace.record(files[number].name, file, audit)
+        with ahead(convert, [segment for file in files for segment in file.segments]) as converted:
+            for planned in files:
+                file, audit = write_file(planned, converted, conversion.target, workspace.files)
+                workspace.record(planned.name, file, audit)
 
 
 def write_file(
-    planned: PlannedFile, read_tensors: Callable[[ParamMapping], TensorRead], target: Target, folder: Path
-) -> tuple[FileRecord, dict[str, Any]]:
-    """Write one file; returns its record and the audit of its tensors."""
+    planned: PlannedFile, converted: Iterator[Converted], target: Target, folder: Path
+) -> tuple[FileRecord, Audit]:
+    """Write one file.
+
+    Args:
+        converted: gives its segments, in order.
+
+    Returns:
+        Its record, and the audit of its tensors.
+    """
     entries, metadata = target.header(planned.entries)
     names_in_file = iter(entries)
-    read: dict[str, Any] = {}
-    written: dict[str, Any] = {}
-    # Its hashes are taken while the same tensors are written: both leave Python's lock to others.
-    with TensorFile(folder / planned.name, entries, metadata) as file, ThreadPoolExecutor(1) as hashing:
-        for segment in planned.segments:
-            found = read_tensors(segment.mapping)
-            encoded = target.encode(segment.mapping, found.parts)
-            here = {entry.name: encoded[entry.name] for entry in segment.entries}
-            hashes = hashing.submit(audit_of_mapping, found.source, encoded, here)
-            for tensor in here.values():
-                file.write(next(names_in_file).name, tensor)
-            audit = hashes.result()
-            read.update(audit["read"])
-            written.update(audit["written"])
-        record = file.close()
-    return record, {"read": read, "written": written}
+    audit: Audit = {"read": {}, "written": {}}
+    with TensorFile(folder / planned.name, entries, metadata) as file:
+        for segment in islice(converted, len(planned.segments)):
+            for name, tensor in segment.tensors.items():
+                file.write(next(names_in_file).name, tensor, segment.audit["written"][name]["sha256"])
+            for kind, described in segment.audit.items():
+                audit[kind].update(described)
+        return file.close(), audit
 
 
 def _divide(conversion: Conversion, workspace: ConversionWorkspace, shares: list[list[int]]) -> None:

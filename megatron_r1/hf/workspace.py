@@ -1,7 +1,7 @@
 """Where a conversion keeps the files that it has finished, so that the next call resumes from there.
 
 NAME.tmp/files/      what is to be published
-NAME.tmp/records/    for each finished file: its size and SHA-256, and the audit of its tensors
+NAME.tmp/records/    for each finished file: its size and digest, and the audit of its tensors
 NAME.tmp/settings    hash of what is converted and how; another conversion starts anew
 NAME.tmp/lock        held while a call is at work here
 """
@@ -13,13 +13,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.checkpoint.digest import digest_of_file
 from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.errors import DataError
-from megatron_r1.files import canonical_json, digest_of, take_lock, write_whole
+from megatron_r1.files import canonical_json, take_lock, write_whole
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ConversionWorkspace:
 
     def record(self, file_name: str, file: FileRecord, audit: dict[str, Any]) -> None:
         """Note that a file is finished; it must be durable already."""
-        content = {"size": file.size, "sha256": file.sha256, "audit": audit}
+        content = {**asdict(file), "audit": audit}
         write_whole(self._record_path(file_name), canonical_json(content))
 
     def finished(self, file_names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -59,7 +60,7 @@ class ConversionWorkspace:
         try:
             record: dict[str, Any] = json.loads(self._record_path(file_name).read_bytes())
             path = self.files / file_name
-            right = path.stat().st_size == record["size"] and digest_of(path) == record["sha256"]
+            right = path.stat().st_size == record["size"] and digest_of_file(path) == record["digest"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record if right else None

@@ -128,7 +128,7 @@ def test_links_and_folders_do_not_pass_for_files(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "null", "{", '{"format": 1}', '{"format": 1, "files": {"a": 3}, "metadata": {}}', "[" * 100_000],
+    ["", "{}", "[]", "null", "{", '{"format": 1}', '{"format": 2, "files": {"a": 3}, "metadata": {}}', "[" * 100_000],
 )
 def test_text_that_is_no_manifest_is_refused(checkpoint: Path, text: str) -> None:
     (checkpoint / MANIFEST_NAME).write_text(text)
@@ -138,8 +138,8 @@ def test_text_that_is_no_manifest_is_refused(checkpoint: Path, text: str) -> Non
 
 def test_manifest_of_another_format_is_refused(checkpoint: Path) -> None:
     raw = (checkpoint / MANIFEST_NAME).read_text()
-    (checkpoint / MANIFEST_NAME).write_text(raw.replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointDamaged, match="not of format 1"):
+    (checkpoint / MANIFEST_NAME).write_text(raw.replace('"format": 2', '"format": 1'))
+    with pytest.raises(CheckpointDamaged, match="not of format 2"):
         verify(checkpoint)
 
 

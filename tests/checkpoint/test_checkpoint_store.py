@@ -77,7 +77,7 @@ def test_fallback_to_an_older_one_is_logged(tmp_path: Path, caplog) -> None:
         damage(bad)
         found = store.newest_verified()
     assert found is not None and found[0] == good
-    assert "step-00000002: shard-0 has SHA-256" in caplog.text
+    assert "step-00000002: shard-0 has digest" in caplog.text
     assert f"falling back to {good}" in caplog.text
 
 
@@ -372,7 +372,7 @@ def test_damage_that_one_rank_finds_sends_all_to_the_older_one(tmp_path: Path, s
         with CheckpointStore(tmp_path, ranks=ranks) as store:
             found = store.newest_verified()
         assert found
-        return found[0].name, found[1].files[f"shard-{shard}"].sha256
+        return found[0].name, found[1].files[f"shard-{shard}"].digest
 
     first, second = on_two_ranks(job)
     assert first == second and first[0] == "step-00000001"

@@ -1,14 +1,17 @@
-"""Files written tensor by tensor are safetensors files, and their hash is that of their bytes."""
+"""Files written tensor by tensor are safetensors files, and their digest is that of what is on disk."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megatron_r1.checkpoint.digest import digest_of_file
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, Entry, TensorFile, write_tensor_file
 
 
@@ -37,18 +40,54 @@ def test_safetensors_reads_back_every_type_and_shape(tmp_path):
         assert file.metadata() == {"what": "these"}
 
 
-def test_record_is_of_the_bytes_on_disk(tmp_path):
+def by_hand(path: Path) -> str:
+    """The digest by its definition, from what safetensors reads."""
+    raw = path.read_bytes()
+    header = raw[: 8 + int.from_bytes(raw[:8], "little")]
+    places = {name: each["data_offsets"] for name, each in json.loads(header[8:]).items() if name != "__metadata__"}
+    stored = load_file(path)
+    tensors = [stored[name] for name in sorted(places, key=lambda name: places[name]) if stored[name].numel()]
+    parts = [header, *(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def test_record_is_of_what_is_on_disk(tmp_path):
     path = tmp_path / "some.safetensors"
     record = write_tensor_file(path, some_tensors().items())
-    assert (record.size, record.sha256) == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+    assert (record.size, record.digest) == (path.stat().st_size, by_hand(path)) and digest_of_file(path) == by_hand(
+        path
+    )
 
 
-def test_tensor_larger_than_a_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_r1.checkpoint.tensor_file._CHUNK", 64)
-    whole = torch.arange(1000)
-    record = write_tensor_file(tmp_path / "large.safetensors", [("whole", whole)])
-    assert torch.equal(load_file(tmp_path / "large.safetensors")["whole"], whole)
-    assert record.sha256 == hashlib.sha256((tmp_path / "large.safetensors").read_bytes()).hexdigest()
+def test_hashing_that_is_behind_and_a_disk_that_is_asked_often(tmp_path, monkeypatch):
+    for limit in ("_BEHIND", "_FLUSHED"):
+        monkeypatch.setattr(f"megatron_r1.checkpoint.tensor_file.{limit}", 1000)
+    path, tensors = tmp_path / "large.safetensors", {str(n): torch.arange(n * 100) for n in range(20)}
+    record = write_tensor_file(path, tensors.items())
+    assert all(torch.equal(load_file(path)[name], tensor) for name, tensor in tensors.items())
+    assert record.digest == by_hand(path)
+
+
+def test_a_known_hash_is_taken_as_it_is(tmp_path):
+    tensor, entry = torch.arange(9), Entry("one", torch.int64, (9,))
+    right = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    found = []
+    for number, known in enumerate((None, right, "0" * 64)):
+        with TensorFile(tmp_path / f"{number}.safetensors", [entry]) as file:
+            file.write("one", tensor, known)
+            found.append(file.close().digest)
+    assert found[0] == found[1] == by_hand(tmp_path / "0.safetensors") != found[2]
+
+
+@pytest.mark.parametrize("flushed", [1, 1 << 28])
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch, flushed):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_r1.checkpoint.tensor_file._FLUSHED", flushed)
+    monkeypatch.setattr("os.fdatasync" if flushed == 1 else "os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensor_file(tmp_path / "f.safetensors", [(str(n), torch.zeros(1000)) for n in range(5)])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_beside_a_checkpoints_files(run, mark, tmp_path):
     for name in (".metadata", "common.pt", "model-00001.pt", "pytorch_model.bin", "metadata.json"):
         (checkpoint / name).write_bytes(pickled(Payload(mark)))
     attack_tokenizer(checkpoint / "tokenizer", mark)
-    with pytest.raises(UserError, match="is not in the manifest|has SHA-256|bytes instead"):
+    with pytest.raises(UserError, match="is not in the manifest|has digest|bytes instead"):
         newest_verified(run / "checkpoints")
     make_consistent(checkpoint)
     read_all(run)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch import Tensor
 
 from megatron_r1.checkpoint.tensor_file import TensorFile
 from megatron_r1.config.load import load
@@ -53,10 +54,10 @@ def failing_after(files: int, error: BaseException, monkeypatch: pytest.MonkeyPa
             begun.append(path.name)
             super().__init__(path, *rest)
 
-        def write(self, name: str, tensor: object) -> None:
+        def write(self, name: str, tensor: Tensor, sha256: str | None = None) -> None:
             if len(begun) > files and len(self._waiting) < 3:
                 raise error
-            proper(self, name, tensor)
+            proper(self, name, tensor, sha256)
 
     monkeypatch.setattr(conversion_module, "TensorFile", Failing)
     return begun

@@ -90,7 +90,7 @@ def test_verify_names_the_damaged_file_and_reads_on(run, call):
     code, out, _ = call("verify_checkpoint", step(run, 7), step(run, 6))
     assert code == ExitCode.CHECKPOINT_DAMAGED
     first, second = out.splitlines()
-    assert first.startswith("damaged: ") and "model-00001.safetensors has SHA-256" in first
+    assert first.startswith("damaged: ") and "model-00001.safetensors has digest" in first
     assert "step 6" in second
 
 
