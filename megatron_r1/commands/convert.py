@@ -134,7 +134,6 @@ def _publish_checkpoint(config: RunConfig, origin: Origin, conversion: Conversio
             for name in audit["files"]:
                 os.link(work.files / name, folder / name)
             write_json(folder / AUDIT_FILE, audit)
-            (folder / "tokenizer").mkdir()
             copy_tokenizer(origin.tokenizer_folder, folder / "tokenizer")
             # The files were durable before they were recorded.
             return {name: FileRecord(**record) for name, record in audit["files"].items()}

@@ -146,7 +146,8 @@ def write_companions(
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy those of the tokenizer's files, chat template included, that are there."""
+    """Copy those of the tokenizer's files, chat template included, that are there; with none, `target` is not made."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
+            target.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_r1.model.fp8.quantise import BLOCK, Quantised, dequantise, quantise
+from megatron_r1.model.fp8.quantise import BLOCK, Quantised, dequantise, scales_of, tiled, untiled
 
 SCALE_SUFFIX = "_scale_inv"
 FP8 = torch.float8_e4m3fn
@@ -28,8 +28,9 @@ QUANTIZATION_CONFIG: dict[str, Any] = {
     "weight_block_size": list(BLOCK),
 }
 """`quantization_config` of the release's config.json."""
-_SLAB = 1 << 20
+_SLAB = 1 << 18
 """Elements taken at a time: intermediate results stay in a core's cache, which is five times as fast."""
+_BITS = {2: torch.int16, 4: torch.int32}
 
 
 class StoredTensor(NamedTuple):
@@ -65,12 +66,24 @@ def quantise_blocks(weight_MN: Tensor) -> StoredTensor:
     """
     values_MN = torch.empty(weight_MN.shape, dtype=FP8, device=weight_MN.device)
     scales_mn = torch.empty(scale_shape(tuple(weight_MN.shape)), dtype=torch.float32, device=weight_MN.device)
+    work = scales_mn.new_empty(0)
     for rows, blocks in _slabs(weight_MN):
-        quantised = quantise(weight_MN[rows], BLOCK)
-        values_MN[rows], scales_mn[blocks] = quantised.values_MN.to(FP8), quantised.scales_mn
-    if _holds_nan(values_MN):
-        raise ValueError("holds an infinity or a NaN, which FP8 has no place for")
+        tiles = tiled(weight_MN[rows], BLOCK)
+        if not bool((largest := _largest(tiles).float()).isfinite().all()):
+            raise ValueError("holds an infinity or a NaN, which FP8 has no place for")
+        scales_mn[blocks] = scales = scales_of(largest)
+        work = work if len(work) == len(tiles) else scales.new_empty(tiles.shape)
+        torch.div(tiles, scales[:, None, :, None], out=work)
+        # The cast rounds as training does, to nearest with ties to even: nothing lies far enough beyond 448 for a NaN.
+        values_MN[rows] = untiled(work, weight_MN[rows])
     return StoredTensor(values_MN, scales_mn)
+
+
+def _largest(tiles: Tensor) -> Tensor:
+    """The largest magnitude of each tile [m, rows, n, columns], or an infinity or a NaN of it, in the tiles' type."""
+    # Without their signs, numbers are in the order of their bits, and whole numbers are several times as fast.
+    bits = tiles.view(_BITS[tiles.itemsize])
+    return (bits & torch.iinfo(bits.dtype).max).amax(3).amax(1).view(tiles.dtype)
 
 
 def dequantise_blocks(stored: StoredTensor, dtype: torch.dtype) -> Tensor:

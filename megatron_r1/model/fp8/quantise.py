@@ -96,24 +96,29 @@ def quantise(x_MN: Tensor, tiling: Tiling, format: Format = E4M3, power_of_two: 
         format: number format of the values.
         power_of_two: whether scales are powers of two, so that dividing by them is exact.
     """
-    tiles = _tiles(x_MN.float(), tiling)
+    tiles = tiled(x_MN.float(), tiling)
     largest = tiles.abs().amax((1, 3)) if tiles.numel() else tiles.new_ones(tiles.shape[0], tiles.shape[2])
     if not bool(largest.isfinite().all()):
         tiles = tiles.masked_fill(tiles.isinf(), float("nan"))
         largest = tiles.abs().nan_to_num(0.0).amax((1, 3))
-    # A tensor divisor: by a plain number some devices multiply by the rounded inverse instead.
-    scales_mn = (largest / torch.full_like(largest, format.largest)).clamp_(min=SMALLEST_SCALE)
-    scales_mn.masked_fill_(largest == 0, 1.0)
+    scales_mn = scales_of(largest, format)
     if power_of_two:
         scales_mn = power_of_two_above(scales_mn)
     values = rounded(tiles / scales_mn[:, None, :, None], format)
-    return Quantised(_whole(values, x_MN), scales_mn, tiling)
+    return Quantised(untiled(values, x_MN), scales_mn, tiling)
+
+
+def scales_of(largest_mn: Tensor, format: Format = E4M3) -> Tensor:
+    """The scale of each tile from its largest magnitude, in fp32."""
+    # A tensor divisor: by a plain number some devices multiply by the rounded inverse instead.
+    scales_mn = (largest_mn / torch.full_like(largest_mn, format.largest)).clamp_(min=SMALLEST_SCALE)
+    return scales_mn.masked_fill_(largest_mn == 0, 1.0)
 
 
 def dequantise(quantised: Quantised) -> Tensor:
     """The matrix that a quantised one stands for: fp32 [M, N]."""
-    tiles = _tiles(quantised.values_MN, quantised.tiling) * quantised.scales_mn[:, None, :, None]
-    return _whole(tiles, quantised.values_MN)
+    tiles = tiled(quantised.values_MN, quantised.tiling) * quantised.scales_mn[:, None, :, None]
+    return untiled(tiles, quantised.values_MN)
 
 
 def through(x_MN: Tensor, tiling: Tiling, format: Format = E4M3, power_of_two: bool = False) -> Tensor:
@@ -121,7 +126,7 @@ def through(x_MN: Tensor, tiling: Tiling, format: Format = E4M3, power_of_two: b
     return dequantise(quantise(x_MN, tiling, format, power_of_two))
 
 
-def _tiles(x_MN: Tensor, tiling: Tiling) -> Tensor:
+def tiled(x_MN: Tensor, tiling: Tiling) -> Tensor:
     """[m, rows of a tile, n, columns of a tile], edges filled with zeros, which no largest magnitude notices."""
     rows, columns = (size or max(whole, 1) for size, whole in zip(tiling, x_MN.shape, strict=True))
     below, beside = -x_MN.shape[0] % rows, -x_MN.shape[1] % columns
@@ -130,6 +135,7 @@ def _tiles(x_MN: Tensor, tiling: Tiling) -> Tensor:
     return x_MN.reshape(x_MN.shape[0] // rows, rows, x_MN.shape[1] // columns, columns)
 
 
-def _whole(tiles: Tensor, like_MN: Tensor) -> Tensor:
+def untiled(tiles: Tensor, like_MN: Tensor) -> Tensor:
+    """The matrix of these tiles, without what filled the edges."""
     m, rows, n, columns = tiles.shape
     return tiles.reshape(m * rows, n * columns)[: like_MN.shape[0], : like_MN.shape[1]]
