@@ -1,61 +1,123 @@
-"""Saving and verifying a checkpoint beside `cp` of as much: `tools/bench/checkpoint_speed.py [--megabytes 1000]`.
+"""Saving and verifying a checkpoint beside `cp` of the same bytes.
 
-The three take turns on the same disk. Saving writes, hashes and makes durable; `cp` is followed by `sync` of what it
-wrote; verifying reads what has just been written, as does `cp`, so mostly from memory.
+`tools/bench/checkpoint_speed.py [--megabytes 1000] [--rounds 7] [--folder FOLDER]`
+
+The checkpoint is that of one rank: weights and the optimizer's two moments, of tensors whose sizes are drawn. The ways
+take turns on one disk, each with nothing left to write by others. Saving hashes, writes and makes durable; `cp` does
+not wait for the disk, `cp, sync` does; `save, no fsync` says what share waiting has. Verifying reads what was written
+just before, as `cp` does: from memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import hashlib
+import os
+import random
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
-from megatron_r1.checkpoint.manifest import verify
-from megatron_r1.checkpoint.sharded import TensorPart, write_parts
-from megatron_r1.checkpoint.store import CheckpointStore
+from megatron_r1.checkpoint.manifest import FileRecord, verify
+from megatron_r1.checkpoint.sharded import TensorPart, WholeTensors, write_parts
+from megatron_r1.checkpoint.store import CheckpointStore, step_folders
+from tools.bench.comparison import Way, alternate, describe, seconds_of
 
-TENSORS = 64
+KINDS = ("model", "exp_avg", "exp_avg_sq")
+LARGEST = 16_000_000
+"""Elements of a tensor."""
 
 
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
+    return parser.parse_args()
+
+
+def drawn_sizes(elements: int, seed: int) -> list[int]:
+    """Numbers of elements, from a thousand to LARGEST, evenly over their logarithm."""
+    chance, sizes = random.Random(seed), []
+    while elements:
+        sizes.append(min(elements, int(1000 * (LARGEST / 1000) ** chance.random())))
+        elements -= sizes[-1]
+    return sizes
+
+
+def hash_speed(seconds: float = 1.0) -> float:
+    """Bytes of SHA-256 per second of a core."""
+    content, done, started = os.urandom(1 << 24), 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        hashlib.sha256(content)
+        done += len(content)
+    return done / (time.perf_counter() - started)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary folder)")
-    given = parser.parse_args()
+    given = arguments()
     torch.set_num_threads(1)
-    count = given.megabytes * 1_000_000 // (4 * TENSORS)
-    parts = [TensorPart(str(number), (count,), (0,), torch.randn(count)) for number in range(TENSORS)]
-    times: dict[str, list[float]] = {"cp": [], "save": [], "verify": []}
+    sizes = drawn_sizes(given.megabytes * 1_000_000 // (4 * len(KINDS)), given.seed)
+    parts = {
+        kind: [TensorPart(str(n), (size,), (0,), torch.randn(size)) for n, size in enumerate(sizes)] for kind in KINDS
+    }
     with tempfile.TemporaryDirectory(dir=given.folder) as folder, CheckpointStore(Path(folder) / "saved") as store:
-        copy = Path(folder) / "copy"
-        for step in range(1, given.rounds + 1):
-            save = seconds(lambda: store.commit(step, lambda to: write_parts(to, "model", 0, parts), {}))  # noqa: B023
-            checkpoint = store.path(step)
-            times["save"].append(save)
-            times["verify"].append(seconds(lambda: verify(checkpoint)))  # noqa: B023
-            command = 'cp -r --reflink=never "$0" "$1" && find "$1" -type f -exec sync {} +'
-            times["cp"].append(seconds(lambda: subprocess.run(["sh", "-c", command, checkpoint, copy], check=True)))  # noqa: B023
-            subprocess.run(["rm", "-r", copy], check=True)
-            store.prune()
-    size = given.megabytes / 1000
-    for name, found in times.items():
-        ratios = [base / mine for base, mine in zip(times["cp"], found, strict=True)]
-        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        speed = size / statistics.median(found)
-        print(f"{name:<7} {speed:5.2f} GB/s  {statistics.median(ratios):.2f} times the speed of cp ({spread})")
+        copy, steps = Path(folder) / "copy", count(1)
+
+        def newest() -> Path:
+            return step_folders(store.folder)[0][1]
+
+        def write(to: Path) -> dict[str, FileRecord]:
+            return {name: record for kind in KINDS for name, record in write_parts(to, kind, 0, parts[kind]).items()}
+
+        def save() -> None:
+            store.commit(next(steps), write, {})
+
+        def save_without_fsync() -> None:
+            with patch("os.fsync"), patch("os.fdatasync"):
+                save()
+
+        def copied() -> None:
+            subprocess.run(["cp", "-r", "--reflink=never", newest(), copy], check=True)
+
+        def copied_to_disk() -> None:
+            copied()
+            subprocess.run(["sync", *copy.iterdir()], check=True)
+
+        def settled(action: Callable[[], object]) -> Way:
+            """The way whose seconds are those of `action`, begun without old copies and with nothing to write."""
+
+            def way() -> float:
+                shutil.rmtree(copy, ignore_errors=True)
+                store.prune()
+                os.sync()
+                return seconds_of(action)()
+
+            return way
+
+        save()
+        with WholeTensors(newest(), KINDS[1]) as stored:  # both sides must be of the same bytes
+            assert all(torch.equal(stored[part.name], part.tensor) for part in parts[KINDS[1]])
+        ways = {
+            "cp": settled(copied),
+            "cp, sync": settled(copied_to_disk),
+            "save": settled(save),
+            "save, no fsync": settled(save_without_fsync),
+            "verify": settled(lambda: verify(newest())),
+        }
+        found = alternate(ways, given.rounds)
+    print(f"{len(sizes) * len(KINDS)} tensors in {len(KINDS)} files; {os.cpu_count()} cores; {given.rounds} rounds")
+    print(f"SHA-256: {hash_speed() / 1e9:.2f} GB/s on one core")
+    print(describe(found, "cp", given.megabytes / 1000, "GB"))
+    print(describe({name: found[name] for name in ("cp, sync", "save", "verify")}, "cp, sync"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Throughput of conversions beside `cp` with fsync of the same bytes, in the same run.
+"""Conversions beside `cp` of the bytes that they read, with and without fsync, in turns.
 
 `tools/bench/convert_speed.py [--layers 8] [--rounds 5] [--workers 1] [--folder runs/convert_speed]`
 
-A DeepSeek-V3 shape of a seventh of the width, in bf16: exported in BF16 and in FP8, and both imported again. What is
-timed is all that `megatron-r1 convert` does once it has started: verifying a checkpoint, reading, converting, hashing
-for the audit, writing, fsync and publishing. A rate is the bytes that were read per second. Copies and conversions take
-turns, so that other work on the machine meets both; a ratio is taken within a turn.
+A DeepSeek-V3 shape of a seventh of the width, in bf16: exported in BF16 and in FP8, and both imported again, which must
+give the first bits back (FP8: those of a second export). What is timed is all that `megatron-r1 convert` does once
+it has started: verifying a checkpoint, reading, converting, hashing for the audit, writing, fsync and publishing.
 """
 
 from __future__ import annotations
@@ -13,17 +12,17 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from filecmp import cmp
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_r1.checkpoint.inspect import differences
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensor_file import TensorFile
 from megatron_r1.commands.convert import run
@@ -32,9 +31,9 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
 from megatron_r1.config.schema import resolved
-from megatron_r1.files import sync
 from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.target import NativeTarget
+from tools.bench.comparison import Way, alternate, describe, seconds_of
 
 
 @dataclass(frozen=True)
@@ -95,20 +94,24 @@ def write_source(model: ModelConfig, run_folder: Path) -> None:
         store.commit(0, write, {"config": {"model": resolved(model)}, "layout": {}})
 
 
-def timed(action: Callable[[], None]) -> float:
-    os.sync()  # what others left to be written is not ours
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
+def settled(action: Callable[[], object], *there: Path) -> Way:
+    """The way whose seconds are those of `action`, begun without the folders `there` and with nothing to write."""
+
+    def way() -> float:
+        for folder in there:
+            shutil.rmtree(folder, ignore_errors=True)
+        os.sync()
+        return seconds_of(action)()
+
+    return way
 
 
-def copied(files: list[Path], target: Path) -> None:
-    """cp, and every copy on disk."""
-    shutil.rmtree(target, ignore_errors=True)
+def copied(files: list[Path], target: Path, to_disk: bool) -> None:
+    """cp, and, where asked for, every copy on disk."""
     target.mkdir(parents=True)
     subprocess.run(["cp", "--reflink=never", *map(str, files), str(target)], check=True)
-    for file in target.iterdir():
-        sync(file)
+    if to_disk:
+        subprocess.run(["sync", *map(str, target.iterdir())], check=True)
 
 
 def weights_of(source: str, folder: Path) -> tuple[str, list[Path]]:
@@ -136,32 +139,45 @@ def convert(case: Case, source: str, folder: Path, name: str, workers: int) -> N
     run(config)
 
 
+def check(folder: Path) -> None:
+    """An export and its import must give back what was exported; of FP8, exporting the import again.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    convert(CASES[2], weights_of("bf16", folder)[0], folder, "back", 1)
+    convert(CASES[3], weights_of("fp8", folder)[0], folder, "back8", 1)
+    convert(CASES[1], str(folder / "back8"), folder, "again8", 1)
+    checkpoints = [next((folder / name / "checkpoints").glob("step-*")) for name in ("native", "back")]
+    exports = [weights_of(name, folder)[1] for name in ("fp8", "again8")]
+    same = [cmp(one, other, shallow=False) for one, other in zip(*map(sorted, exports), strict=True)]
+    if next(differences(*checkpoints), None) or not all(same):
+        raise SystemExit("an import does not give back what was exported")
+    for name in ("back", "back8", "again8"):
+        shutil.rmtree(folder / name)
+
+
 def main() -> None:
     given = arguments()
     shutil.rmtree(given.folder, ignore_errors=True)
-    model = shape(given.layers)
-    write_source(model, given.folder / "native")
+    write_source(shape(given.layers), given.folder / "native")
     for case in CASES[:2]:
         convert(case, str(given.folder / "native"), given.folder, case.settings["dtype"], 1)
-    rates: dict[str, list[float]] = {case.title: [] for case in CASES}
-    ratios: dict[str, list[float]] = {case.title: [] for case in CASES}
-    for _ in range(given.rounds):
-        for case in CASES:
-            source, files = weights_of(case.source, given.folder)
-            size = sum(file.stat().st_size for file in files)
-            shutil.rmtree(given.folder / "out", ignore_errors=True)
-            copy_s = timed(partial(copied, files, given.folder / "copy"))
-            shutil.rmtree(given.folder / "copy")
-            convert_s = timed(partial(convert, case, source, given.folder, "out", given.workers))
-            rates[case.title].append(size / convert_s)
-            ratios[case.title].append(copy_s / convert_s)
-    shutil.rmtree(given.folder)
-    print(f"{given.rounds} rounds, {given.workers} processes, {os.cpu_count()} cores; median (all)")
+    check(given.folder)
+    print(f"{given.rounds} rounds, {given.workers} processes, {os.cpu_count()} cores; GB read")
     for case in CASES:
-        every = " ".join(f"{rate / 1e6:.0f}" for rate in rates[case.title])
-        beside = " ".join(f"{ratio:.2f}" for ratio in ratios[case.title])
-        rate, ratio = statistics.median(rates[case.title]) / 1e6, statistics.median(ratios[case.title])
-        print(f"{case.title:<24} {rate:>6.0f} MB/s read ({every})   {ratio:.2f} of cp ({beside})")
+        source, files = weights_of(case.source, given.folder)
+        copy, out = given.folder / "copy", given.folder / "out"
+        found = alternate(
+            {
+                "cp": settled(partial(copied, files, copy, False), copy),
+                "cp, sync": settled(partial(copied, files, copy, True), copy),
+                "convert": settled(partial(convert, case, source, given.folder, "out", given.workers), out, copy),
+            },
+            given.rounds,
+        )
+        print(f"{case.title}\n{describe(found, 'cp, sync', sum(file.stat().st_size for file in files) / 1e9, 'GB')}")
+    shutil.rmtree(given.folder)
 
 
 if __name__ == "__main__":
