@@ -105,16 +105,16 @@ class OurSide:
                 return super().generate(requests, replace(sampling, stop_tokens=task.stops))
 
         config, platform, formatter = task.config, select("cpu"), task.formatter
-        self._model = build_model(config.model, config.parallel, platform, seed=0)
-        export(self._model, config.model, task.folder / "hf", task.folder / "tokenizer")
-        for name, parameter in self._model.named_parameters():
+        self.model = build_model(config.model, config.parallel, platform, seed=0)
+        export(self.model, config.model, task.folder / "hf", task.folder / "tokenizer")
+        for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not in_multi_token_layer(name))
-        optimizer, pad = Optimizer(self._model, config.train), formatter.tokenizer.pad
-        learner = Learner(config, self._model, optimizer, ReferencePolicy(self._model, None), pad, "cpu")
-        engine = Stopping(self._model, config.rollout.local_batch_size, pad)
+        self.optimizer, pad = Optimizer(self.model, config.train), formatter.tokenizer.pad
+        learner = Learner(config, self.model, self.optimizer, ReferencePolicy(self.model, None), pad, "cpu")
+        self.engine = Stopping(self.model, config.rollout.local_batch_size, pad)
         rollouts = Rollouts(
             TrainingPrompts(config.data),
-            engine,
+            self.engine,
             formatter,
             Journal(task.folder / "rollouts"),
             rewards_of(config),
@@ -122,7 +122,7 @@ class OurSide:
             config.rl,
             config.seed,
         )
-        self._step = reinforcement_step(rollouts, learner, engine.push, config.rl.prompts_per_rollout)
+        self._step = reinforcement_step(rollouts, learner, self.engine.push, config.rl.prompts_per_rollout)
         self._state = TrainState()
 
     def step(self) -> dict[str, float]:
@@ -137,8 +137,8 @@ class OurSide:
         from megatron_r1.model.build import without_multi_token_prediction
 
         tokens_BL = torch.tensor(sequences)
-        with torch.no_grad(), without_multi_token_prediction(self._model):
-            return self._model(tokens_BL, torch.arange(tokens_BL.shape[1])[None], None).float().log_softmax(-1)
+        with torch.no_grad(), without_multi_token_prediction(self.model):
+            return self.model(tokens_BL, torch.arange(tokens_BL.shape[1])[None], None).float().log_softmax(-1)
 
 
 class TheirSide:
@@ -302,7 +302,7 @@ def side(serve: Callable[[Any, Task], None], task: Task) -> Iterator[Side]:
 def task_of(given: argparse.Namespace, folder: Path) -> Task:
     first, *keys = MODELS[given.model]
     config = load(
-        "r1_zero",
+        "grpo",
         [
             "init.from=none", "rollout=local", "train.steps=100", first, *(f"model.{key}" for key in keys),
             f"rl.prompts_per_rollout={given.prompts}", f"rl.group_size={given.group}",
@@ -325,6 +325,8 @@ def task_of(given: argparse.Namespace, folder: Path) -> Task:
 def fastest(one: Side, threads: list[int], title: str) -> int:
     """The number of threads with the shortest step; the first step warms up."""
     one.seconds(threads[0])
+    if len(threads) == 1:
+        return threads[0]
     tried = {number: one.seconds(number) for number in threads}
     best = min(tried, key=lambda number: tried[number])
     print(f"{title}: {best} threads  (tried {', '.join(f'{n}: {seconds:.3g} s' for n, seconds in tried.items())})")
@@ -350,8 +352,8 @@ def compare(given: argparse.Namespace, task: Task) -> None:
         print(title, {name: round(sum(fact[name] for fact in facts) / len(facts), 3) for name in facts[0]})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a step is like."""
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--set", nargs="*", default=[], help="other keys of `megatron-r1 grpo`")
     parser.add_argument("--prompts", type=int, default=32)
@@ -362,6 +364,11 @@ def main() -> None:
     parser.add_argument("--old-logprobs", choices=["rollout", "trainer"], default="rollout")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads that are tried")
     parser.add_argument("--rounds", type=int, default=5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         compare(given, task_of(given, Path(folder)))

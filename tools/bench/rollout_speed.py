@@ -49,7 +49,7 @@ from megatron_r1.rollout.factory import sglang_engine  # noqa: E402
 from megatron_r1.rollout.in_process import LocalEngine  # noqa: E402
 from megatron_r1.rollout.sglang.engine import SGLangEngine  # noqa: E402
 from tools.bench.comparison import alternate, describe  # noqa: E402
-from tools.bench.twin import expert_choices, export, transformers_model, use_experts  # noqa: E402
+from tools.bench.twin import EXPERTS, expert_choices, export, transformers_model, use_experts  # noqa: E402
 
 PAD = 0
 GAP = 1e-4
@@ -214,7 +214,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
         print(f"{len(work.requests)} responses of {lengths_of(latest[-1])} tokens")
         if given.engine == "local":
             fastest(given.threads, lambda one: threads.__setitem__(0, one), ours_per_token, f"{given.engine} threads")
-        tried = product(given.threads, ("dynamic", "static"), expert_choices(shape))
+        tried = product(given.threads, given.caches, [one for one in expert_choices(shape) if one in given.experts])
         fastest([Setting(*one) for one in tried], use, theirs_per_token, "transformers")
         ways = {given.engine: ours_per_token, "transformers": theirs_per_token}
         if isinstance(engine, SGLangEngine):
@@ -278,6 +278,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96, help="of a response")
     parser.add_argument("--mean-tokens", type=int, default=48, help="of a response, about")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads that are tried")
+    parser.add_argument("--caches", nargs="+", default=["dynamic", "static"], help="of transformers, that are tried")
+    parser.add_argument("--experts", nargs="+", default=EXPERTS, help="transformers' implementations that are tried")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
