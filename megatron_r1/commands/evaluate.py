@@ -123,7 +123,7 @@ def _responses(
         temperature, config.rollout.top_p, config.rollout.max_response_tokens, (tokenizer.eos,), config.seed
     )
     completions = require_completions(engine.generate(requests, sampling))
-    texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
+    texts = [response_text(completion.response.tokens.tolist(), tokenizer) for completion in completions]
     return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 

@@ -155,7 +155,7 @@ class Learner:
                 micro_batches = [make_batch(samples, [indices[i] for i in batch], *settings) for batch in mine]
                 for _ in range(max(map(len, shares)) - len(mine)):
                     micro_batches.append(make_batch(samples, indices[:1], *settings).without_loss())
-                tokens = sum(len(samples[index].response_tokens) for index in indices if samples[index].in_loss)
+                tokens = sum(samples[index].response_length for index in indices if samples[index].in_loss)
                 totals = BatchTotals(len(indices), tokens, config.rollout.max_response_tokens)
                 result.append(MiniBatch(totals, micro_batches))
         return result

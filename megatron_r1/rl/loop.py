@@ -140,7 +140,7 @@ def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:
 def tokens_by_version(sample: Sample) -> list[tuple[str, int]]:
     """Versions of the weights that sampled a response, in order, with the number of tokens of each."""
     changes = [(0, sample.weight_version), *sample.version_changes]
-    ends = [*(index for index, _ in sample.version_changes), len(sample.response_tokens)]
+    ends = [*(index for index, _ in sample.version_changes), sample.response_length]
     return [(version, end - start) for (start, version), end in zip(changes, ends, strict=True)]
 
 
@@ -193,7 +193,7 @@ def response_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         },
         "rollout/accuracy": sum(sample.reward_parts.get("accuracy", 0.0) > 0 for sample in samples) / count,
         "rollout/format": sum(sample.reward_parts.get("format", 0.0) > 0 for sample in samples) / count,
-        "rollout/response_length": sum(len(sample.response_tokens) for sample in samples) / count,
+        "rollout/response_length": sum(sample.response_length for sample in samples) / count,
         "rollout/truncated": sum(sample.finish_reason == "length" for sample in samples) / count,
         "rollout/zero_std_groups": sum(len(set(rewards)) == 1 for rewards in groups.values()) / len(groups),
         **step_metrics(samples),

@@ -1,19 +1,21 @@
 """What a rollout engine takes, gives and promises, and its weight sync; which ones do it is a choice of configuration.
 
-A `Completion` cannot be built from a response that the trainer could not train on: each of its tokens has a finite
-log-prob and is of known weights, and the reason for its end is known. The log-probs are checked twice: when the engine
-gives the completion and when the journal writes the sample; not whenever a sample is copied with a change.
+A `Response` cannot be built unless the trainer can train on it: each of its tokens has a finite log-prob. So tokens and
+log-probs are checked once, where an engine makes them of a reply, or the journal of a file.
 """
 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.routed_experts import RoutedExperts, RoutedLayers
+from megatron_r1.rollout.routed_experts import RoutedLayers
 
 FINISH_REASONS = ("stop", "length")
 LOGPROB_SLACK = 1e-3
@@ -64,64 +66,83 @@ VersionChanges = tuple[tuple[int, str], ...]
 """Where weights changed during a response: index of the first token that newer weights sampled, and their version."""
 
 
-def check_response(
-    prompt: tuple[int, ...],
-    tokens: tuple[int, ...],
-    logprobs: tuple[float, ...],
-    finish_reason: str,
-    routed: RoutedExperts | None,
-    version_changes: VersionChanges,
-) -> None:
-    """Raise ValueError, naming the fault, unless these fit together as a response."""
-    if not tokens:
-        raise ValueError("the response has no tokens")
-    if len(tokens) != len(logprobs):
-        raise ValueError(f"{len(tokens)} response tokens but {len(logprobs)} log-probs")
+@dataclass(frozen=True, slots=True, eq=False)
+class Response:
+    """A prompt and the response to it, as arrays. Raises ValueError where the trainer could not train on it."""
+
+    prompt_tokens: np.ndarray
+    """[P], int32."""
+    tokens: np.ndarray
+    """[R], int32: at least one."""
+    logprobs: np.ndarray
+    """[R], float32: natural logarithms under the distribution that the engine's docstring names, finite."""
+    routed_experts: np.ndarray | None = None
+    """[P + R - 1, N, K], unsigned: the experts to which the engine routed each input, where they were recorded."""
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens):
+            raise ValueError("the response has no tokens")
+        if self.tokens.shape != self.logprobs.shape:
+            raise ValueError(f"{len(self.tokens)} response tokens but {len(self.logprobs)} log-probs")
+        usable_R = np.isfinite(self.logprobs) & (self.logprobs <= LOGPROB_SLACK)
+        if not usable_R.all():
+            index = int(usable_R.argmin())
+            told = f"log-prob {self.logprobs[index]} at response token {index}"
+            raise ValueError(f"{told}: must be finite and at most 0")
+        inputs = len(self.prompt_tokens) + len(self.tokens) - 1
+        if self.routed_experts is not None and len(self.routed_experts) != inputs:
+            raise ValueError(
+                f"routed experts of {len(self.routed_experts)} tokens: must be of the {inputs} that the model read"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Response) or (self.routed_experts is None) != (other.routed_experts is None):
+            return False
+        pairs = [
+            (self.prompt_tokens, other.prompt_tokens),
+            (self.tokens, other.tokens),
+            (self.logprobs, other.logprobs),
+        ]
+        if self.routed_experts is not None and other.routed_experts is not None:
+            pairs.append((self.routed_experts, other.routed_experts))
+        return all(np.array_equal(mine, its) for mine, its in pairs)
+
+
+def int32(values: Sequence[int]) -> np.ndarray:
+    """Tokens as an array.
+
+    Raises:
+        ValueError: one is no integer, or none of 32 bits.
+    """
+    try:
+        return np.frombuffer(array("i", values), np.int32)
+    except (TypeError, OverflowError):
+        raise ValueError(f"tokens {str(values)[:80]}: must be integers of 32 bits") from None
+
+
+def check_end(finish_reason: str, version_changes: VersionChanges, tokens: int) -> None:
+    """Raise ValueError unless a response of so many tokens may have ended, and its weights changed, like this."""
     if finish_reason not in FINISH_REASONS:
         raise ValueError(f"finish reason {finish_reason!r}: must be one of {', '.join(FINISH_REASONS)}")
-    bounds = [0, *(index for index, _ in version_changes), len(tokens)]
+    bounds = [0, *(index for index, _ in version_changes), tokens]
     if bounds != sorted(set(bounds)):
-        raise ValueError(
-            f"weights changed at response tokens {bounds[1:-1]}: must ascend between 1 and {len(tokens) - 1}"
-        )
-    inputs = len(prompt) + len(tokens) - 1
-    if routed is not None and routed.shape[0] != inputs:
-        raise ValueError(f"routed experts of {routed.shape[0]} tokens: must be of the {inputs} that the model read")
-
-
-def check_logprobs(logprobs: tuple[float, ...]) -> None:
-    """Raise ValueError, naming the token, unless all can be trained on."""
-    for index, logprob in enumerate(logprobs):
-        if not (math.isfinite(logprob) and logprob <= LOGPROB_SLACK):
-            raise ValueError(f"log-prob {logprob} at response token {index}: must be finite and at most 0")
+        raise ValueError(f"weights changed at response tokens {bounds[1:-1]}: must ascend between 1 and {tokens - 1}")
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One response of the engine.
-
-    `logprobs[i]` is the natural-log probability of `response_tokens[i]` under the distribution that the engine's
-    docstring names. Raises ValueError where tokens, log-probs and finish reason do not fit together.
-    """
+    """One response of the engine. Raises ValueError where its fields do not fit together."""
 
     request_id: str
-    prompt_tokens: tuple[int, ...]
-    response_tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    response: Response
     finish_reason: str
     """``stop``: the last token is a stop token; ``length``: `Sampling.max_tokens` was reached."""
     weight_version: str
     """Version of the weights that the first token was sampled with, and all others unless `version_changes` says so."""
-    routed_experts: RoutedExperts | None = None
-    """The experts to which the engine routed each input token, where `Sampling.routed` requests them."""
     version_changes: VersionChanges = ()
 
     def __post_init__(self) -> None:
-        check_response(
-            self.prompt_tokens, self.response_tokens, self.logprobs, self.finish_reason, self.routed_experts,
-            self.version_changes,
-        )  # fmt: skip
-        check_logprobs(self.logprobs)
+        check_end(self.finish_reason, self.version_changes, len(self.response.tokens))
 
 
 @dataclass(frozen=True, slots=True)

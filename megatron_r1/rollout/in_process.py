@@ -19,8 +19,8 @@ from torch import Tensor
 
 from megatron_r1.model.decode import Cache, Decoder
 from megatron_r1.model.replay import Replay
-from megatron_r1.rollout.engine import Completion, Request, Sampling
-from megatron_r1.rollout.routed_experts import RoutedExperts
+from megatron_r1.rollout.engine import Completion, Request, Response, Sampling, int32
+from megatron_r1.rollout.routed_experts import narrowed
 
 Routes = Callable[[], Tensor]
 """Gives the experts [tokens, N, K] of the last forward pass."""
@@ -145,23 +145,18 @@ class _Batch:
     def completions(self, version: str) -> Iterator[Completion]:
         """The responses, in the order of the requests."""
         lengths, stopped = self._length_B.tolist(), self._stopped_B.tolist()
-        tokens, logprobs = self._tokens_BT.tolist(), self._logprobs_BT.tolist()
+        tokens_BT = self._tokens_BT.cpu().numpy().astype(np.int32)
+        logprobs_BT = self._logprobs_BT.cpu().numpy().astype(np.float32)
         prompts = self._unlike_of_requests()
         for row, request in enumerate(self._requests):
-            length, routed = lengths[row], None
+            length, experts = lengths[row], None
             if self._prompt_experts:
                 # The last token of a response was not read.
                 read = [*self._prompt_experts[prompts[row]], *self._experts[row][: length - 1]]
-                routed = RoutedExperts.of(np.stack(read))
-            yield Completion(
-                request_id=request.id,
-                prompt_tokens=request.prompt_tokens,
-                response_tokens=tuple(tokens[row][:length]),
-                logprobs=tuple(logprobs[row][:length]),
-                finish_reason="stop" if stopped[row] else "length",
-                weight_version=version,
-                routed_experts=routed,
-            )
+                experts = narrowed(np.stack(read))
+            own = tokens_BT[row, :length].copy(), logprobs_BT[row, :length].copy()
+            response = Response(int32(request.prompt_tokens), *own, experts)
+            yield Completion(request.id, response, "stop" if stopped[row] else "length", version)
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,29 +1,71 @@
 """Writes rollouts to disk before they are trained on: one file a step, whole or absent.
 
-A file is a header line (format, step, count of samples, notes if there are any, sha256 of notes and the rest) and one
-JSON line a sample. It is written to a temporary file, synced, renamed, and the folder synced, so that a crash leaves
-either no file or a whole one; a file whose bytes are not those that were written is refused. Floats come back bit for
-bit.
+A file is a header line (format, step, count of samples, notes if there are any, types and shapes of the arrays), the
+arrays of `FlatResponses`, one JSON line a sample with all else, and the sha256 of it all. It is written to a temporary
+file, synced, renamed, and the folder synced, so that a crash leaves either no file or a whole one; a file whose bytes
+are not those that were written is refused. Floats come back bit for bit.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Buffer, Mapping, Sequence
+from dataclasses import fields
+from itertools import chain
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import orjson
 
 from megatron_r1.errors import DataError
-from megatron_r1.files import sync, write_whole
-from megatron_r1.rollout.engine import check_logprobs
-from megatron_r1.rollout.routed_experts import RoutedExperts
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.files import replacing, sync
+from megatron_r1.rollout.engine import Response
+from megatron_r1.rollout.sample import Sample, response_of
 
-FORMAT = 1
-SUFFIX = ".jsonl"
+FORMAT = 2
+SUFFIX = ".rollout"
+DIGEST = 32
+"""Bytes of a sha256."""
+
+
+class FlatResponses(NamedTuple):
+    """Several responses, one after the other, in one array of each kind: as they are written and sent."""
+
+    lengths_S3: np.ndarray
+    """Of each response: tokens of its prompt, its own, and inputs with recorded experts."""
+    tokens: np.ndarray
+    """Prompt, response, next prompt, ..., int32."""
+    logprobs: np.ndarray
+    experts_TNK: np.ndarray
+    """Of recorded responses; empty where none is."""
+
+    @classmethod
+    def of(cls, responses: Sequence[Response]) -> Self:
+        recorded = [one.routed_experts for one in responses if one.routed_experts is not None]
+        inputs = [0 if one.routed_experts is None else len(one.routed_experts) for one in responses]
+        pairs = zip(responses, inputs, strict=True)
+        lengths = [(len(one.prompt_tokens), len(one.tokens), count) for one, count in pairs]
+        tokens = [part for one in responses for part in (one.prompt_tokens, one.tokens)]
+        return cls(
+            np.array(lengths, np.int32).reshape(-1, 3),
+            np.concatenate([np.empty(0, np.int32), *tokens]),
+            np.concatenate([np.empty(0, np.float32), *(one.logprobs for one in responses)]),
+            np.concatenate(recorded) if recorded else np.empty((0, 0, 0), np.uint8),
+        )
+
+    def responses(self) -> list[Response]:
+        """Views of these arrays."""
+        prompts_S, lengths_S, inputs_S = self.lengths_S3.T
+        ends = np.stack([prompts_S, lengths_S], 1).ravel().cumsum(dtype=np.int64)[:-1]
+        tokens = np.split(self.tokens, ends)
+        logprobs = np.split(self.logprobs, lengths_S.cumsum(dtype=np.int64)[:-1])
+        experts = np.split(self.experts_TNK, inputs_S.cumsum(dtype=np.int64)[:-1])
+        return [
+            Response(tokens[2 * index], tokens[2 * index + 1], logprobs[index], experts[index] if inputs else None)
+            for index, inputs in enumerate(inputs_S.tolist())
+        ]
 
 
 class Journal:
@@ -44,20 +86,20 @@ class Journal:
 
         Args:
             notes: counts of how the rollout was sampled.
-
-        Raises:
-            ValueError: the log-probs of a sample cannot be trained on.
         """
-        for sample in samples:
-            check_logprobs(sample.logprobs)
-        body = b"".join(orjson.dumps(_row(sample), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
+        flat = FlatResponses.of([response_of(sample) for sample in samples])
         header: dict[str, Any] = {"format": FORMAT, "step": step, "samples": len(samples)}
         if notes:
             header["notes"] = dict(notes)
-        header["sha256"] = _digest(header, body)
-        path = self.path(step)
-        write_whole(path, orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE) + body)
-        return path
+        header["arrays"] = [(array.dtype.str, array.shape) for array in flat]
+        rows = (orjson.dumps(_row(sample), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
+        digest = hashlib.sha256()
+        with replacing(self.path(step)) as part, part.open("wb") as file:
+            for block in chain[Buffer]([orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE)], flat, rows):
+                digest.update(block)
+                file.write(block)
+            file.write(digest.digest())
+        return self.path(step)
 
     def read(self, step: int) -> list[Sample] | None:
         """The samples of a step as they were written, or None when the step has no file.
@@ -71,26 +113,30 @@ class Journal:
         """As `read`, with the notes; none give an empty dict."""
         path = self.path(step)
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                first_line, rest = file.readline(), np.fromfile(file, np.uint8)
         except FileNotFoundError:
             return None
-        first_line, _, body = content.partition(b"\n")
         try:
             header = orjson.loads(first_line)
-            expected = {"format": FORMAT, "step": step, "samples": header["samples"], "sha256": header["sha256"]}
-            notes = header.get("notes", {})
-            if notes:
-                expected["notes"] = notes
+            found = header["step"], header["format"]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             raise DataError(f"{path}: damaged journal: its first line is no header") from None
-        if header != expected:
-            raise DataError(f"{path}: journal is of step {header.get('step')} and format {header.get('format')}")
-        if _digest(header, body) != header["sha256"]:
-            raise DataError(f"{path}: damaged journal: its sha256 is not the one in its header")
-        samples = [_sample(orjson.loads(line)) for line in body.splitlines()]
-        if len(samples) != header["samples"]:
-            raise DataError(f"{path}: damaged journal: {len(samples)} samples, {header['samples']} in its header")
-        return samples, notes
+        if found != (step, FORMAT):
+            raise DataError(f"{path}: journal is of step {found[0]} and format {found[1]}")
+        digest = hashlib.sha256(first_line)
+        digest.update(rest[:-DIGEST])
+        if digest.digest() != rest[-DIGEST:].tobytes():
+            raise DataError(f"{path}: damaged journal: its sha256 is not the one at its end")
+        arrays, start = [], 0
+        for kind, shape in header["arrays"]:
+            end = start + np.dtype(kind).itemsize * prod(shape)
+            arrays.append(rest[start:end].view(kind).reshape(shape))
+            start = end
+        rows = rest[start:-DIGEST].tobytes().splitlines()
+        responses = FlatResponses(*arrays).responses()
+        samples = [_sample(orjson.loads(row), response) for row, response in zip(rows, responses, strict=True)]
+        return samples, header.get("notes", {})
 
     def steps(self) -> list[int]:
         """The steps that have a file, ascending."""
@@ -108,13 +154,9 @@ class Journal:
         return self.folder / f"step-{step:08d}{SUFFIX}"
 
 
-def _digest(header: Mapping[str, Any], body: bytes) -> str:
-    notes = orjson.dumps(header["notes"]) if "notes" in header else b""
-    return hashlib.sha256(notes + body).hexdigest()
-
-
 def _row(sample: Sample) -> dict[str, Any]:
-    row = asdict(sample)
+    row = {field.name: getattr(sample, field.name) for field in fields(sample)}
+    del row["response"]
     if sample.in_loss:
         del row["in_loss"]  # as nearly all are
     for name in ("version_changes", "steps"):
@@ -123,11 +165,7 @@ def _row(sample: Sample) -> dict[str, Any]:
     return row
 
 
-def _sample(row: dict[str, Any]) -> Sample:
-    for name in ("prompt_tokens", "response_tokens", "logprobs"):
-        row[name] = tuple(row[name])
+def _sample(row: dict[str, Any], response: Response) -> Sample:
     for name in ("version_changes", "steps"):
         row[name] = tuple((index, value) for index, value in row.get(name, ()))
-    if routed := row.get("routed_experts"):
-        row["routed_experts"] = RoutedExperts(tuple(routed["shape"]), routed["data"])
-    return Sample(**row)
+    return Sample(**row, response=response)

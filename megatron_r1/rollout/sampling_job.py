@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -114,7 +115,7 @@ class SamplingJob:
             seed=config.seed * 1_000_003 + number,
         )
         completions = require_completions(engine.generate(requests, sampling))
-        texts = [response_text(completion.response_tokens, tokenizer) for completion in completions]
+        texts = [response_text(completion.response.tokens.tolist(), tokenizer) for completion in completions]
         scores = scored([prompt for prompt, _ in drawn], texts, scorer)
         for (prompt, index), completion, text, score in zip(drawn, completions, texts, scores, strict=True):
             yield {
@@ -124,8 +125,8 @@ class SamplingJob:
                 "truth": prompt.answer,
                 "prompt": self.formatter.text(prompt.question),
                 "response": text,
-                "response_tokens": len(completion.response_tokens),
-                "logprob": sum(completion.logprobs),
+                "response_tokens": len(completion.response.tokens),
+                "logprob": float(completion.response.logprobs.sum(dtype=np.float64)),
                 "finish_reason": completion.finish_reason,
                 "weight_version": completion.weight_version,
                 "reward": score.total,

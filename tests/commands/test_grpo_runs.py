@@ -23,6 +23,7 @@ from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
 from tests.support.launching import run_to_the_end
 from tests.support.recorded import unregistered
+from tests.support.samples import prompt_of
 
 pytestmark = pytest.mark.timeout(240)
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -106,7 +107,7 @@ def test_questions_of_a_file_are_prompts_in_the_models_own_template(folder):
     assert [sample.prompt_id for sample in samples] == [listed.at(index // 2).id for index in range(16)]
     for sample in samples:
         expected = f"<|bos|><|user|>{QUESTIONS[int(sample.prompt_id) - 1]}<|assistant|>"
-        assert sample.prompt_tokens == tuple(tokenizer.encode(expected))
+        assert prompt_of(sample) == tuple(tokenizer.encode(expected))
     assert (folder / "asked" / "bad_rows.txt").read_text() == (
         "questions.jsonl:6: the question holds the control token <|eos|>\n"
     )

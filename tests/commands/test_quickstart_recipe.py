@@ -46,7 +46,7 @@ def test_the_recipe_survives_a_signal_and_ends_with_a_report(finished: Recipe) -
     )
     assert list(finished.results["models"]) == ["base", "r1_zero"] and finished.results["prompts"] == 16
     assert "<html" in (runs / "report.html").read_text()
-    assert (runs / "r1_zero" / "rollouts" / "step-00000003.jsonl").exists()
+    assert (runs / "r1_zero" / "rollouts" / "step-00000003.rollout").exists()
 
     started = time.monotonic()
     finished.run(60)

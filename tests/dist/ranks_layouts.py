@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -297,9 +298,9 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
     replay = RoutingReplay(model, config.model.moe.first_dense_layers)
 
     def replaying(sample: Any) -> AbstractContextManager:
-        if not sample.routed_experts:
+        if sample.response.routed_experts is None:
             return nullcontext()
-        replayed_TNK = torch.from_numpy(sample.routed_experts.array())
+        replayed_TNK = torch.from_numpy(sample.response.routed_experts.astype(np.int64))
         last_1NK = torch.full_like(
             replayed_TNK[:1], NOT_RECORDED
         )  # nothing follows the last token, which is read here too
@@ -314,7 +315,7 @@ def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:
 
 def samples(model: Any) -> Iterator[Any]:
     """Responses of many lengths to prompts of many lengths, off-policy; every second one with recorded experts."""
-    from megatron_r1.rollout.routed_experts import RoutedExperts
+    from megatron_r1.rollout.routed_experts import narrowed
     from tests.support.samples import make_sample
 
     generator = torch.Generator().manual_seed(4)
@@ -324,13 +325,13 @@ def samples(model: Any) -> Iterator[Any]:
 
     moe = model.moe
 
-    def experts(tokens: int) -> RoutedExperts | None:
+    def experts(tokens: int) -> np.ndarray | None:
         if not moe.num_experts:
             return None
         scores = torch.rand(
             tokens, model.num_layers - moe.first_dense_layers, moe.num_experts, generator=generator, dtype=torch.float32
         )
-        return RoutedExperts.of(scores.topk(moe.top_k).indices.numpy())
+        return narrowed(scores.topk(moe.top_k).indices.numpy())
 
     for group in range(PROMPTS):
         prompt = tuple(torch.randint(5, 512, (draw(3, 12),), generator=generator).tolist())

@@ -26,6 +26,7 @@ from tests.support.jobs import (
     ranks_of,
     undisturbed,
 )
+from tests.support.samples import prompt_of
 
 GRPO = [
     "grpo", *only_read("grpo", COMMON), f"train.save_interval={INTERVAL}", "train.steps=30", "rollout=local",
@@ -147,7 +148,7 @@ def test_reinforcement_survives_kills(kills, seed, root, reinforced):
 def pairs(journal: Journal) -> dict[int, list[tuple]]:
     """Of each rollout what does not depend on the engine: prompts, groups, and the weights that answered."""
     return {
-        step: [(s.prompt_id, s.group, s.prompt_tokens, s.weight_version) for s in journal.read(step) or ()]
+        step: [(s.prompt_id, s.group, prompt_of(s), s.weight_version) for s in journal.read(step) or ()]
         for step in journal.steps()
     }
 
@@ -188,7 +189,7 @@ class Kept:
     def check_and_renew(self, job: Job) -> None:
         """Rows may be fewer for a while, since a resumed run records them anew from its checkpoint on."""
         rows = comparable(job.rows)
-        journal = {path.name: path.read_bytes() for path in rollouts_of(job).glob("*.jsonl")}
+        journal = {path.name: path.read_bytes() for path in rollouts_of(job).glob("*.rollout")}
         both = min(len(rows), len(self.rows))
         assert rows[:both] == self.rows[:both]
         assert self.journal.items() <= journal.items()

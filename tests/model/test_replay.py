@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -14,6 +15,7 @@ from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.routed_experts import RoutedLayers
 from tests.support.layouts import model_of
+from tests.support.samples import row_of, tokens_of
 from tests.support.unsettle import unsettled
 
 TOKENS_BL = torch.randint(5, 512, (3, 10), generator=torch.Generator().manual_seed(4))
@@ -138,11 +140,11 @@ def test_the_local_engine_records_its_choice(new_model, shape):
     sampling = Sampling(1.0, 1.0, 9, (17, 3), 0, layers)
     completions = LocalEngine(model, 8, 0, replay).generate(requests, sampling)
     plain = LocalEngine(model, 8, 0, replay).generate(requests, Sampling(1.0, 1.0, 9, (17, 3), 0))
-    assert [c.response_tokens for c in plain] == [c.response_tokens for c in completions]
+    assert [tokens_of(c) for c in plain] == [tokens_of(c) for c in completions]
     for completion in completions:
-        inputs_BL = torch.tensor([(completion.prompt_tokens + completion.response_tokens)[:-1]])
+        inputs_BL = row_of(completion)[:, :-1]
         with torch.no_grad(), without_multi_token_prediction(model), replay.recording() as routes:
             model(inputs_BL, torch.arange(inputs_BL.shape[1])[None], None)
             read_TNK = routes()
-        replayed_TNK = torch.from_numpy(completion.routed_experts.array())
+        replayed_TNK = torch.from_numpy(completion.response.routed_experts.astype(np.int64))
         assert torch.equal(replayed_TNK.sort(-1).values, read_TNK.sort(-1).values)

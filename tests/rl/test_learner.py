@@ -28,6 +28,7 @@ from tests.support.learner_cases import (
     two_models,
 )
 from tests.support.plain_grpo import plain_loss, response_log_probs
+from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -137,11 +138,11 @@ def test_the_reference_is_swapped_in_and_out_again(new_model):
 
 def exact_divergence(model, reference, sample) -> torch.Tensor:
     """KL(policy || reference) over the whole vocabulary at each token of an response, at the rollout's temperature."""
-    tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+    tokens = row_of(sample)
     positions = torch.arange(tokens.shape[1])[None]
     with without_multi_token_prediction(model), without_multi_token_prediction(reference):
         log_p, log_q = ((one(tokens, positions, None)[0] / 0.7).log_softmax(-1) for one in (model, reference))
-    start = len(sample.prompt_tokens) - 1
+    start = len(prompt_of(sample)) - 1
     return (log_p.exp() * (log_p - log_q)).sum(-1)[start:-1]
 
 
@@ -169,8 +170,8 @@ def test_a_penalty_in_the_reward_changes_advantages_alone(new_model, estimator):
             if estimator == "exact":
                 penalties.append(0.05 * float(exact_divergence(model, other, sample).sum()))
                 continue
-            inputs = sample.prompt_tokens, sample.response_tokens, 0.7
-            penalties.append(0.05 * float((torch.tensor(sample.logprobs) - response_log_probs(other, *inputs)).sum()))
+            inputs = prompt_of(sample), tokens_of(sample), 0.7
+            penalties.append(0.05 * float((logprobs_of(sample) - response_log_probs(other, *inputs)).sum()))
     assert row["policy/kl_in_reward"] == pytest.approx(sum(penalties) / 4, rel=1e-4) and row["policy/kl_loss"] == 0
     changed = [replace(s, reward=s.reward - penalty) for s, penalty in zip(samples, penalties, strict=True)]
     plain_loss(model, other, changed, temperature=0.7, epsilon=0.2, kl_coefficient=0.0).backward()
@@ -189,8 +190,8 @@ def test_a_correction_weighs_tokens_by_trainer_over_engine(new_model):
     advantages = ragged_group_advantages(torch.tensor(REWARDS, dtype=torch.float64), [2, 2])
     total = torch.zeros(())
     for sample, advantage in zip(samples, advantages.tolist(), strict=True):
-        log_probs = response_log_probs(model, sample.prompt_tokens, sample.response_tokens, 0.7)
-        weights = (log_probs.detach() - torch.tensor(sample.logprobs)).exp().clamp(max=1.1)
+        log_probs = response_log_probs(model, prompt_of(sample), tokens_of(sample), 0.7)
+        weights = (log_probs.detach() - logprobs_of(sample)).exp().clamp(max=1.1)
         total = total - (weights * advantage * log_probs).mean() / len(samples)
     total.backward()
     assert_close(found, {name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -208,12 +209,12 @@ def test_an_entropy_bonus_and_the_average_over_tokens_reach_the_update(new_model
     advantages = ragged_group_advantages(torch.tensor(REWARDS), [2, 2]).tolist()
     tokens, total, entropies = sum(length for _, length in LENGTHS), torch.zeros(()), []
     for sample, advantage in zip(samples, advantages, strict=True):
-        whole = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+        whole = row_of(sample)
         with without_multi_token_prediction(model):
-            logits = model(whole, torch.arange(whole.shape[1])[None], None)[0, len(sample.prompt_tokens) - 1 : -1]
+            logits = model(whole, torch.arange(whole.shape[1])[None], None)[0, len(prompt_of(sample)) - 1 : -1]
         log_p = (logits / 0.7).log_softmax(-1)
-        chosen = log_p.gather(-1, torch.tensor(sample.response_tokens)[:, None])[:, 0]
-        ratio = (chosen - torch.tensor(sample.logprobs)).exp()
+        chosen = log_p.gather(-1, torch.tensor(tokens_of(sample))[:, None])[:, 0]
+        ratio = (chosen - logprobs_of(sample)).exp()
         gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
         entropy = -(log_p.exp() * log_p).sum(-1)
         entropies.append(entropy.detach())

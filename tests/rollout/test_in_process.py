@@ -5,6 +5,7 @@ import torch
 
 from megatron_r1.rollout.engine import Request, Sampling
 from tests.support.layouts import model_of
+from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
 
 
 @pytest.fixture
@@ -21,12 +22,12 @@ def prompts(count: int) -> list[tuple[int, ...]]:
 def full_log_probs(model, completion, temperature: float) -> torch.Tensor:
     from megatron_r1.model.build import without_multi_token_prediction
 
-    tokens = torch.tensor([completion.prompt_tokens + completion.response_tokens])
+    tokens = row_of(completion)
     positions = torch.arange(tokens.shape[1])[None]
     with torch.no_grad(), without_multi_token_prediction(model):
         log_probs_LV = (model(tokens, positions, None)[0] / temperature).log_softmax(-1)
-    start = len(completion.prompt_tokens) - 1
-    chosen = torch.tensor(completion.response_tokens)
+    start = len(prompt_of(completion)) - 1
+    chosen = torch.tensor(tokens_of(completion))
     return log_probs_LV[start:-1].gather(-1, chosen[:, None])[:, 0]
 
 
@@ -43,10 +44,10 @@ def test_log_probs_equal_a_full_forward_pass(new_model, shape, temperature):
     assert {c.finish_reason for c in completions} == {"stop", "length"}
     for completion in completions:
         expected = full_log_probs(model, completion, temperature)
-        assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-5
-        ended = completion.response_tokens[-1] < 20
+        assert (logprobs_of(completion) - expected).abs().max() < 1e-5
+        ended = tokens_of(completion)[-1] < 20
         assert ended == (completion.finish_reason == "stop")
-        assert not any(token < 20 for token in completion.response_tokens[:-1])
+        assert not any(token < 20 for token in tokens_of(completion)[:-1])
 
 
 def test_draws_follow_the_seed(model):
@@ -57,7 +58,7 @@ def test_draws_follow_the_seed(model):
 
     def draw(seed):
         sampling = Sampling(1.0, 1.0, 8, (), seed)
-        return [c.response_tokens for c in engine.generate(requests, sampling)]
+        return [tokens_of(c) for c in engine.generate(requests, sampling)]
 
     assert draw(1) == draw(1) != draw(2)
     assert len(set(draw(1))) > 1
@@ -70,10 +71,10 @@ def test_greedy_takes_the_most_likely_token_and_a_tiny_nucleus_does_too(model):
     requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts(4))]
     greedy = engine.generate(requests, Sampling(0.0, 1.0, 8, (), 0))
     nucleus = engine.generate(requests, Sampling(1.0, 1e-6, 8, (), 0))
-    assert [c.response_tokens for c in greedy] == [c.response_tokens for c in nucleus]
+    assert [tokens_of(c) for c in greedy] == [tokens_of(c) for c in nucleus]
     for completion in greedy:
         log_probs = full_log_probs(model, completion, 1.0)
-        assert (torch.tensor(completion.logprobs) - log_probs).abs().max() < 1e-5
+        assert (logprobs_of(completion) - log_probs).abs().max() < 1e-5
 
 
 def test_samples_do_not_depend_on_how_many_are_decoded_at_once(model):
@@ -82,8 +83,8 @@ def test_samples_do_not_depend_on_how_many_are_decoded_at_once(model):
     requests = [Request(str(i), prompt) for i, prompt in enumerate(prompts(4) * 4)]
     sampling = Sampling(1.0, 0.95, 24, tuple(range(30)), 5)
     all_at_once, few = (LocalEngine(model, size, 0).generate(requests, sampling) for size in (16, 3))
-    assert [c.response_tokens for c in all_at_once] == [c.response_tokens for c in few]
-    assert len({len(c.response_tokens) for c in few}) > 5  # ends of all kinds
+    assert [tokens_of(c) for c in all_at_once] == [tokens_of(c) for c in few]
+    assert len({len(tokens_of(c)) for c in few}) > 5  # ends of all kinds
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])

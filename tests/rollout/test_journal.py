@@ -1,17 +1,17 @@
 """The journal gives back what was written, or says that it cannot."""
 
-import dataclasses
 import math
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_r1.errors import DataError
-from megatron_r1.rollout.journal import Journal
+from megatron_r1.rollout.journal import FlatResponses, Journal
 from megatron_r1.rollout.sample import Sample
-from tests.support.samples import make_sample
+from tests.support.samples import make_response, make_sample
 
 SAMPLES = [
     make_sample(
@@ -26,12 +26,12 @@ SAMPLES = [
 def samples(draw) -> Sample:
     count = draw(st.integers(1, 5))
     tokens = st.integers(0, 2**31 - 1)
-    return Sample(
+    return make_sample(
         prompt_id=draw(st.text(st.characters(exclude_categories=["Cs"]))),
         group=draw(st.integers(0, 2**40)),
         prompt_tokens=tuple(draw(st.lists(tokens, max_size=5))),
         response_tokens=tuple(draw(st.lists(tokens, min_size=count, max_size=count))),
-        logprobs=tuple(draw(st.lists(st.floats(-1e30, 0.0), min_size=count, max_size=count))),
+        logprobs=tuple(draw(st.lists(st.floats(-(2.0**100), 0.0, width=32), min_size=count, max_size=count))),
         weight_version=draw(st.text("abc-123")),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         text=draw(st.text(st.characters(exclude_categories=["Cs"]))),
@@ -55,7 +55,9 @@ def test_samples_come_back_equal(tmp_path_factory, written):
     journal.write(3, written)
     read = journal.read(3)
     assert read is not None and read == written
-    assert [str(sample) for sample in read] == [str(sample) for sample in written]  # -0.0 and types too
+    for found, expected in zip(read, written, strict=True):  # -0.0 and types too
+        assert str(found) == str(expected)
+        assert found.response.logprobs.tobytes() == expected.response.logprobs.tobytes()
 
 
 def test_absent_step_is_none_and_a_step_can_be_written_again(tmp_path):
@@ -64,7 +66,7 @@ def test_absent_step_is_none_and_a_step_can_be_written_again(tmp_path):
     journal.write(1, SAMPLES)
     journal.write(1, SAMPLES[:1])
     assert journal.read(1) == SAMPLES[:1]
-    assert [path.name for path in journal.folder.iterdir()] == ["step-00000001.jsonl"]
+    assert [path.name for path in journal.folder.iterdir()] == ["step-00000001.rollout"]
 
 
 @pytest.mark.parametrize("notes", [None, {"prompts": 7}])
@@ -74,10 +76,10 @@ def test_every_torn_or_changed_file_is_refused(tmp_path, notes):
     whole = path.read_bytes()
     damaged = [whole[:length] for length in range(len(whole))]
     damaged += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
-    damaged += [whole + b"\n", b"null\n", b"[]\n"]
+    damaged += [whole + b"\n", whole[:-32], b"null\n", b"[]\n", b"{}\n"]
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(DataError, match="step-00000001.jsonl"):
+        with pytest.raises(DataError, match="step-00000001.rollout"):
             journal.read(1)
     path.write_bytes(whole)
     assert journal.read_all(1) == (SAMPLES, notes or {})
@@ -85,7 +87,7 @@ def test_every_torn_or_changed_file_is_refused(tmp_path, notes):
 
 def test_file_of_another_step_is_refused(tmp_path):
     journal = Journal(tmp_path)
-    journal.write(1, SAMPLES).rename(tmp_path / "step-00000002.jsonl")
+    journal.write(1, SAMPLES).rename(tmp_path / "step-00000002.rollout")
     with pytest.raises(DataError, match="of step 1"):
         journal.read(2)
 
@@ -112,6 +114,22 @@ def test_prune_removes_what_is_before(tmp_path):
 
 def test_header_is_readable(tmp_path):
     path = Journal(tmp_path).write(7, SAMPLES)
-    header = orjson.loads(path.read_bytes().splitlines()[0])
+    first_line, _, rest = path.read_bytes().partition(b"\n")
+    header = orjson.loads(first_line)
     assert (header["step"], header["samples"]) == (7, 2)
-    assert dataclasses.asdict(SAMPLES[1])["prompt_id"] == orjson.loads(path.read_bytes().splitlines()[2])["prompt_id"]
+    assert header["arrays"][1:3] == [["<i4", [7]], ["<f4", [3]]]
+    assert np.frombuffer(rest, "<i4", 7, 2 * 3 * 4).tolist() == [1, 2, 3, 4, 5, 1, 6]
+
+
+def test_flat_responses_are_views_that_come_back_as_they_were():
+    experts = np.arange(6, dtype=np.uint8).reshape(3, 1, 2)
+    plain, recorded = (
+        make_response((1, 2), (3, 4), (-0.5, -0.25)),
+        make_response((1, 2), (3, 4), (-0.5, -0.25), experts),
+    )
+    responses = [plain, make_response((), (7,), (-1.0,)), recorded, plain]
+    flat = FlatResponses.of(responses)
+    back = flat.responses()
+    assert back == responses and FlatResponses.of([]).responses() == []
+    assert flat.tokens.tolist() == [1, 2, 3, 4, 7, 1, 2, 3, 4, 1, 2, 3, 4]
+    assert all(np.shares_memory(one.tokens, flat.tokens) for one in back)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import base64
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from megatron_r1.rollout.engine import Completion
 from megatron_r1.rollout.journal import Journal
-from megatron_r1.rollout.routed_experts import RoutedExperts, RoutedLayers
-from tests.support.samples import make_sample
+from megatron_r1.rollout.routed_experts import RoutedLayers, narrowed, parse_routed_experts
+from tests.support.samples import make_response, make_sample
 
 LAYERS = RoutedLayers(layers=3, first_dense=1, top_k=2)
 
@@ -30,14 +28,13 @@ def as_sglang(experts_TNK: np.ndarray) -> str:
 def test_numbers_come_back(most, size):
     chosen = experts(11, most)
     chosen[0, 0, 0] = most - 1
-    routed = RoutedExperts.of(chosen)
-    assert np.array_equal(routed.array(), chosen) and routed.shape == (11, 2, 2)
-    assert len(base64.b64decode(routed.data)) == size * chosen.size
+    routed = narrowed(chosen)
+    assert np.array_equal(routed, chosen) and routed.nbytes == size * chosen.size
 
 
 def test_sglang_counts_dense_layers_too():
     chosen = experts(5)
-    assert np.array_equal(RoutedExperts.from_sglang(as_sglang(chosen), 5, LAYERS).array(), chosen)
+    assert np.array_equal(parse_routed_experts(as_sglang(chosen), 5, LAYERS), chosen)
 
 
 @pytest.mark.parametrize(
@@ -50,14 +47,13 @@ def test_sglang_counts_dense_layers_too():
 )
 def test_what_is_not_that_is_refused(text, said):
     with pytest.raises(ValueError, match=said):
-        RoutedExperts.from_sglang(text, 5, LAYERS)
-
-
-SAMPLE = make_sample(prompt_tokens=(1, 2), response_tokens=(3, 4))
+        parse_routed_experts(text, 5, LAYERS)
 
 
 def test_the_journal_keeps_them(tmp_path):
-    samples = [replace(SAMPLE, routed_experts=RoutedExperts.of(experts(3))), SAMPLE]
+    """Of some responses none, of others numbers that need more bytes."""
+    kinds = [None, narrowed(experts(3)), narrowed(experts(3, 5000)), None]
+    samples = [make_sample(prompt_tokens=(1, 2), response_tokens=(3, 4), routed_experts=kind) for kind in kinds]
     journal = Journal(tmp_path)
     journal.write(1, samples)
     assert journal.read(1) == samples
@@ -65,8 +61,5 @@ def test_the_journal_keeps_them(tmp_path):
 
 @pytest.mark.parametrize("tokens", [2, 4])
 def test_experts_of_other_tokens_are_refused(tokens):
-    routed = RoutedExperts.of(experts(tokens))
     with pytest.raises(ValueError, match="must be of the 3 that the model read"):
-        replace(SAMPLE, routed_experts=routed)
-    with pytest.raises(ValueError, match="must be of the 3 that the model read"):
-        Completion("r", (1, 2), (3, 4), (-0.5, -1.0), "stop", "0", routed)
+        make_response((1, 2), (3, 4), (-0.5, -1.0), narrowed(experts(tokens)))

@@ -16,6 +16,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
+from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
 
 pytestmark = [pytest.mark.sglang]
 LONG = Sampling(temperature=1.0, top_p=1.0, max_tokens=50, stop_tokens=(), seed=0)
@@ -60,13 +61,13 @@ def under_way(engine, asked: list[Request], change: Callable[[], None]) -> list[
 def gap(models, one: Completion) -> float:
     """Of an answer's log-probabilities from those that the weights of each token's version give."""
     versions = dict([(0, one.weight_version), *one.version_changes])
-    tokens = torch.tensor([one.prompt_tokens + one.response_tokens])
+    tokens = row_of(one)
     largest, version = 0.0, ""
-    for place, (token, logprob) in enumerate(zip(one.response_tokens, one.logprobs, strict=True)):
+    for place, (token, logprob) in enumerate(zip(tokens_of(one), logprobs_of(one).tolist(), strict=True)):
         version = versions.get(place, version)
         with torch.no_grad():
             logits_LV = logits(models[1][int(version)], tokens)
-        expected = logits_LV[len(one.prompt_tokens) + place - 1].log_softmax(-1)[token]
+        expected = logits_LV[len(prompt_of(one)) + place - 1].log_softmax(-1)[token]
         largest = max(largest, abs(float(expected) - logprob))
     return largest
 

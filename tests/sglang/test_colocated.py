@@ -35,7 +35,7 @@ from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
 from tests.support.attached import generate_raw
-from tests.support.samples import sample_of
+from tests.support.samples import logprobs_of, prompt_of, sample_of, tokens_of
 
 pytestmark = [pytest.mark.sglang]
 SHAPE = ModelConfig(init_std=0.08)
@@ -152,7 +152,7 @@ class Asking:
         held += sum(p.main_grad.untyped_storage().nbytes() for p in self._model.parameters() if p.requires_grad)
         assert (held == 0) == self._offloaded
         samples = [
-            sample_of(one, prompt_id=f"p{n}", group=n // 2, reward=float(sum(one.response_tokens) % 2))
+            sample_of(one, prompt_id=f"p{n}", group=n // 2, reward=float(sum(tokens_of(one)) % 2))
             for n, one in enumerate(self._engine.generate(ASKED, GREEDY))
         ]
         self.samples += samples
@@ -201,12 +201,10 @@ def test_steps_in_turns_are_the_steps_of_an_engine_of_its_own(engine, new_model)
     restarts = engine.restarts
     colocated, weights = reinforced(engine, new_model, colocated=True)
     assert engine.restarts == restarts + 1 and not engine.has_dead_server
-    told = [
-        [(one.prompt_tokens, one.response_tokens, one.weight_version) for one in run] for run in (separate, colocated)
-    ]
+    told = [[(prompt_of(one), tokens_of(one), one.weight_version) for one in run] for run in (separate, colocated)]
     assert told[0] == told[1] and {one.weight_version for one in colocated} == {"0", "1", "2"}
     for here, there in zip(separate, colocated, strict=True):
-        assert here.logprobs == pytest.approx(there.logprobs, abs=1e-5)
+        assert logprobs_of(here).tolist() == pytest.approx(logprobs_of(there).tolist(), abs=1e-5)
     moved = new_model(SHAPE, seed=1)
     assert any(not torch.equal(tensor, weights[name]) for name, tensor in native_tensors(moved)), "nothing was learnt"
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -14,6 +14,7 @@ from megatron_r1.rollout.journal import Journal
 from tests.support.chats import small_tokenizer
 from tests.support.conversions import convert
 from tests.support.jobs import Job, run_alone
+from tests.support.samples import logprobs_of, prompt_of, row_of
 
 SHAPE = ["model=tiny_dense", "model.num_layers=2", "model.vocab_size=516"]
 KINDS = {
@@ -67,8 +68,8 @@ def largest_gap(model, job: Job) -> float:
     """Of transformers' log-probabilities from those of the second rollout."""
     largest = 0.0
     for sample in Journal(job.folder / "rollouts").read(2):
-        tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
-        log_probs_LV = model(tokens).logits[0].log_softmax(-1)[len(sample.prompt_tokens) - 1 : -1]
-        found = log_probs_LV.gather(1, tokens[0, len(sample.prompt_tokens) :, None])[:, 0]
-        largest = max(largest, float((found - torch.tensor(sample.logprobs)).abs().max()))
+        tokens = row_of(sample)
+        log_probs_LV = model(tokens).logits[0].log_softmax(-1)[len(prompt_of(sample)) - 1 : -1]
+        found = log_probs_LV.gather(1, tokens[0, len(prompt_of(sample)) :, None])[:, 0]
+        largest = max(largest, float((found - logprobs_of(sample)).abs().max()))
     return largest

@@ -18,6 +18,7 @@ from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.pool.pool import VersionsFromNowOn, choose, key_of, split_into_calls
 from megatron_r1.rollout.sglang.replies import BadReply, parse_completions
 from megatron_r1.rollout.sglang.servers.process import LAUNCHER
+from tests.support.samples import logprobs_of, prompt_of, tokens_of
 
 REQUEST = Request("r", (5, 6, 7))
 SAMPLING = Sampling(1.0, 1.0, 3, (9,), 0)
@@ -58,8 +59,8 @@ def completion(reply: object, request: Request, sampling: Sampling, versions: Co
 
 def test_good_reply():
     one = completion(REPLY, REQUEST, SAMPLING, V1)
-    assert (one.request_id, one.prompt_tokens, one.finish_reason) == ("r", (5, 6, 7), "stop")
-    assert (one.response_tokens, one.logprobs) == ((8, 9), (-0.5, -0.25))
+    assert (one.request_id, prompt_of(one), one.finish_reason) == ("r", (5, 6, 7), "stop")
+    assert (tokens_of(one), logprobs_of(one).tolist()) == ((8, 9), [-0.5, -0.25])
     assert (one.weight_version, one.version_changes) == ("v1", ())
 
 

@@ -19,6 +19,7 @@ from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.engine import Request, RolloutEngine, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
 
 pytestmark = [pytest.mark.sglang]
 CONTEXT = 64
@@ -43,8 +44,8 @@ def requests(seed: int, prompts: int = 4, each: int = 2) -> list[Request]:
 
 
 def reference_logprobs(model, completion, temperature: float = 1.0) -> torch.Tensor:
-    prompt = len(completion.prompt_tokens)
-    tokens = torch.tensor([completion.prompt_tokens + completion.response_tokens])
+    prompt = len(prompt_of(completion))
+    tokens = row_of(completion)
     with torch.no_grad():
         logprobs = (model(tokens).logits[0] / temperature).log_softmax(-1)
     return logprobs[prompt - 1 : -1].gather(1, tokens[0, prompt:, None])[:, 0]
@@ -52,8 +53,7 @@ def reference_logprobs(model, completion, temperature: float = 1.0) -> torch.Ten
 
 def largest_difference(model, completions, temperature: float = 1.0) -> float:
     return max(
-        (reference_logprobs(model, one, temperature) - torch.tensor(one.logprobs)).abs().max().item()
-        for one in completions
+        (reference_logprobs(model, one, temperature) - logprobs_of(one)).abs().max().item() for one in completions
     )
 
 
@@ -62,7 +62,7 @@ def test_keeps_order_and_protocol(engine):
     asked = requests(seed=1)
     completions = engine.generate(asked, FREE)
     assert [one.request_id for one in completions] == [one.id for one in asked]
-    assert [one.prompt_tokens for one in completions] == [one.prompt_tokens for one in asked]
+    assert [prompt_of(one) for one in completions] == [one.prompt_tokens for one in asked]
     assert {one.weight_version for one in completions} == {"initial"}
     assert engine.generate([], FREE) == []
 
@@ -91,10 +91,10 @@ def test_temperature_divides_the_logits_of_logprobs(engine, models):
 
 def test_greedy_takes_the_most_likely_token(engine, models):
     for one in engine.generate(requests(seed=5, each=1), Sampling(0.0, 1.0, 12, (), 0)):
-        tokens = torch.tensor([one.prompt_tokens + one.response_tokens])
+        tokens = row_of(one)
         with torch.no_grad():
             best = models[1][0](tokens).logits[0].argmax(-1)
-        assert tuple(best[len(one.prompt_tokens) - 1 : -1].tolist()) == one.response_tokens
+        assert tuple(best[len(prompt_of(one)) - 1 : -1].tolist()) == tokens_of(one)
 
 
 def test_stop_tokens_end_a_response_and_belong_to_it(engine):
@@ -103,17 +103,17 @@ def test_stop_tokens_end_a_response_and_belong_to_it(engine):
     stopped = [one for one in completions if one.finish_reason == "stop"]
     assert len(stopped) > 16
     for one in completions:
-        assert not set(one.response_tokens[:-1]) & set(stops)
+        assert not set(tokens_of(one)[:-1]) & set(stops)
         if one.finish_reason == "stop":
-            assert one.response_tokens[-1] in {*stops, 2}
+            assert tokens_of(one)[-1] in {*stops, 2}
         else:
-            assert len(one.response_tokens) == 12
+            assert len(tokens_of(one)) == 12
 
 
 def test_whole_context_can_be_used_and_no_more(engine):
     prompt = Request("long", tuple(range(3, 3 + CONTEXT - 12)))
     (one,) = engine.generate([prompt], Sampling(1.0, 1.0, 12, (), 0))
-    assert one.finish_reason == "stop" or len(one.response_tokens) == 12
+    assert one.finish_reason == "stop" or len(tokens_of(one)) == 12
     with pytest.raises(ConfigError, match="at most 64"):
         engine.generate([prompt], Sampling(1.0, 1.0, 13, (), 0))
 

@@ -17,6 +17,7 @@ from megatron_r1.rollout.sglang.client import Client, new_session
 from megatron_r1.rollout.sglang.pool.pool import Pool
 from megatron_r1.rollout.sglang.pool.server import PoolServer
 from tests.support.fake_sglang import FAULTS, KEY, fakes, toy_answer
+from tests.support.samples import make_response
 
 SAMPLING = Sampling(1.0, 1.0, 16, (), 0)
 DEADLINE_S = 6.0
@@ -55,9 +56,9 @@ def check(asked, outcomes) -> int:
     assert [one.request_id for one in outcomes] == [one.id for one in asked]
     for request, outcome in zip(asked, outcomes, strict=True):
         if isinstance(outcome, Completion):
-            right = toy_answer(request.prompt_tokens, SAMPLING.max_tokens)
-            assert (outcome.response_tokens, outcome.logprobs) == right
-            assert (outcome.prompt_tokens, outcome.weight_version) == (request.prompt_tokens, "v")
+            tokens, logprobs = toy_answer(request.prompt_tokens, SAMPLING.max_tokens)
+            assert outcome.response == make_response(request.prompt_tokens, tokens, logprobs)
+            assert outcome.weight_version == "v"
     return sum(isinstance(one, FailedRequest) for one in outcomes)
 
 

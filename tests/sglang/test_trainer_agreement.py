@@ -11,6 +11,7 @@ from megatron_r1.config.rollout import RolloutConfig, SGLangConfig
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
 from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.factory import sglang_engine
+from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
 
 
 def worst_gap(model, engine, version: str) -> float:
@@ -22,12 +23,12 @@ def worst_gap(model, engine, version: str) -> float:
     worst = 0.0
     for completion in completions:
         assert completion.weight_version == version
-        tokens = torch.tensor([completion.prompt_tokens + completion.response_tokens])
+        tokens = row_of(completion)
         with torch.no_grad(), without_multi_token_prediction(model):
             log_probs_LV = model(tokens, torch.arange(tokens.shape[1])[None], None)[0].log_softmax(-1)
-        chosen = torch.tensor(completion.response_tokens)
-        expected = log_probs_LV[len(completion.prompt_tokens) - 1 : -1].gather(-1, chosen[:, None])[:, 0]
-        worst = max(worst, float((expected - torch.tensor(completion.logprobs)).abs().max()))
+        chosen = torch.tensor(tokens_of(completion))
+        expected = log_probs_LV[len(prompt_of(completion)) - 1 : -1].gather(-1, chosen[:, None])[:, 0]
+        worst = max(worst, float((expected - logprobs_of(completion)).abs().max()))
     return worst
 
 

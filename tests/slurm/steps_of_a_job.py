@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from megatron_r1.config.sglang import SGLangConfig, SlurmConfig
+from tests.support.samples import tokens_of
 
 LENGTH = 64
 
@@ -48,7 +49,7 @@ def ask(folder: Path, port: int) -> None:
             "urls": [endpoint.url for endpoint in engine.endpoints],
             "started": len(engine.servers),
             "versions": [completion.weight_version for completion in completions],
-            "tokens": [completion.response_tokens for completion in completions],
+            "tokens": [tokens_of(completion) for completion in completions],
         }
     (folder / "answers.tmp").write_text(json.dumps(result))
     (folder / "answers.tmp").rename(folder / "answers.json")

@@ -25,7 +25,7 @@ def walks() -> ModuleType:
 def test_a_prompt_is_followed_from_file_to_gradient(walks: ModuleType) -> None:
     found = walks.walked(walks.PROMPT)
     print(found)
-    assert found.files <= 40 and found.functions <= 97 and found.returns <= 6
+    assert found.files <= 40 and found.functions <= 104 and found.returns <= 6
 
 
 def test_a_weight_is_followed_from_optimizer_to_server(walks: ModuleType) -> None:

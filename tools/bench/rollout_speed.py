@@ -101,11 +101,11 @@ class Transformers:
 
         torch.set_num_threads(self.setting.threads)
         use_experts(self._model, self.setting.experts)
-        longest = max(len(one.prompt_tokens) for one in completions)
-        rows = [[PAD] * (longest - len(one.prompt_tokens)) + list(one.prompt_tokens) for one in completions]
-        prompts_BL = torch.tensor(rows)
-        lengths_B1 = torch.tensor([len(one.prompt_tokens) for one in completions])[:, None]
-        forced = Forced(padded([one.response_tokens for one in completions]), longest)
+        prompts = [one.response.prompt_tokens.tolist() for one in completions]
+        longest = max(map(len, prompts))
+        prompts_BL = torch.tensor([[PAD] * (longest - len(prompt)) + prompt for prompt in prompts])
+        lengths_B1 = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+        forced = Forced(padded([one.response.tokens.tolist() for one in completions]), longest)
         started = time.perf_counter()
         with torch.inference_mode():
             found_BL = self._model.generate(
@@ -149,9 +149,9 @@ def check(completions: Sequence[Completion], tokens_BT: Tensor, logprobs_BT: Ten
     """
     worst = 0.0
     for one, tokens, logprobs in zip(completions, tokens_BT.tolist(), logprobs_BT, strict=True):
-        length = len(one.response_tokens)
-        assert tuple(tokens[:length]) == tuple(one.response_tokens)
-        worst = max(worst, float((logprobs[:length] - torch.tensor(one.logprobs)).abs().max()))
+        length = len(one.response.tokens)
+        assert tokens[:length] == one.response.tokens.tolist()
+        worst = max(worst, float((logprobs[:length] - torch.from_numpy(one.response.logprobs)).abs().max()))
     assert worst < GAP, f"log-probs differ by {worst:.1e}"
 
 
@@ -259,11 +259,11 @@ def call(engine: SGLangEngine, path: str, body: object, admin: bool = False) -> 
 
 
 def tokens_of(completions: Sequence[Completion]) -> int:
-    return sum(len(one.response_tokens) for one in completions)
+    return sum(len(one.response.tokens) for one in completions)
 
 
 def lengths_of(completions: Sequence[Completion]) -> str:
-    lengths = [len(one.response_tokens) for one in completions]
+    lengths = [len(one.response.tokens) for one in completions]
     return f"{min(lengths)} to {max(lengths)}, {statistics.mean(lengths):.0f} on average,"
 
 

@@ -66,15 +66,13 @@ def as_sample(completion: Completion) -> Sample:
     return Sample(
         prompt_id=completion.request_id,
         group=0,
-        prompt_tokens=completion.prompt_tokens,
-        response_tokens=completion.response_tokens,
-        logprobs=completion.logprobs,
+        prompt_length=PROMPT_TOKENS,
+        response_length=len(completion.response.tokens),
         weight_version=completion.weight_version,
         finish_reason=completion.finish_reason,
-        text="",
         reward=0.0,
         reward_parts={},
-        routed_experts=completion.routed_experts,
+        response=completion.response,
     )
 
 

@@ -41,7 +41,7 @@ class CriticAdvantages:
         settings, indices = self._settings, sorted(old_values)
         samples = [inputs.samples[index] for index in indices]
         values_SR = _stacked([response_part(inputs.samples[index], old_values[index]) for index in indices])
-        mask_SR = _stacked([values_SR.new_full((len(s.response_tokens),), float(s.in_loss)) for s in samples]).bool()
+        mask_SR = _stacked([values_SR.new_full((s.response_length,), float(s.in_loss)) for s in samples]).bool()
         penalties_SR = torch.zeros_like(values_SR)
         if inputs.penalties is not None:
             penalties_SR = _stacked([inputs.penalties.per_token[index] for index in indices])

@@ -127,9 +127,9 @@ class ProcessAdvantages:
         by_sample: PerSample = {}
         for group in _groups(inputs):
             samples = [inputs.samples[index] for index in group]
-            ends = [[*(end for end, _ in s.steps), len(s.response_tokens) - 1] for s in samples]
+            ends = [[*(end for end, _ in s.steps), s.response_length - 1] for s in samples]
             values = [[*(v for _, v in inputs.samples[index].steps), outcomes[index]] for index in group]
-            longest = max(len(sample.response_tokens) for sample in samples)
+            longest = max(sample.response_length for sample in samples)
             advantages_GR = process_advantages(values, ends, longest, self._std)
             by_sample |= {
                 index: at_positions(s, row_R) for index, s, row_R in zip(group, samples, advantages_GR, strict=True)

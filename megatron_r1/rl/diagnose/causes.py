@@ -21,7 +21,7 @@ from megatron_r1.model.build import native_tensors
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.megatron_overrides import routers_in_bf16
 from megatron_r1.rl.diagnose.trial import Trial, replaced, with_prompt
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.rollout.sample import Sample, response_of
 
 TEMPERATURES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 REFINEMENTS, GOLDEN = 18, (math.sqrt(5) - 1) / 2
@@ -78,13 +78,13 @@ def golden_section(value_at: Callable[[float], float], low: float, high: float) 
 def template(trial: Trial) -> Iterator[Cause]:
     """A token of the prompt that the engine missed, or read twice."""
 
-    def after(what: str, prompt: Callable[[tuple[int, ...]], tuple[int, ...]]) -> Cause:
+    def after(what: str, prompt: Callable[[list[int]], list[int]]) -> Cause:
         def change(sample: Sample) -> Sample:
-            return with_prompt(sample, prompt(sample.prompt_tokens))
+            return with_prompt(sample, prompt(response_of(sample).prompt_tokens.tolist()))
 
         return Cause("template", what, lambda trial: trial.log_probs(change=change))
 
-    shortest = min(len(sample.prompt_tokens) for sample in trial.samples)
+    shortest = min(sample.prompt_length for sample in trial.samples)
     for index in range(min(NEAR_AN_END, shortest - 1)):
         yield after(f"read no prompt token {index}", partial(_without, index=index))
         yield after(f"read no prompt token {index} from the end", partial(_without, index=-1 - index))
@@ -92,7 +92,7 @@ def template(trial: Trial) -> Iterator[Cause]:
     yield after("read the last prompt token twice", lambda p: p + p[-1:])
 
 
-def _without(tokens: tuple[int, ...], index: int) -> tuple[int, ...]:
+def _without(tokens: list[int], index: int) -> list[int]:
     index %= len(tokens)
     return tokens[:index] + tokens[index + 1 :]
 
@@ -118,7 +118,7 @@ def stale_weights(trial: Trial, others: Mapping[str, Mapping[str, Tensor]]) -> I
 
 def routing(trial: Trial) -> Iterator[Cause]:
     """The engine's choice of experts, where it was recorded."""
-    if trial.replay and any(sample.routed_experts for sample in trial.samples):
+    if trial.replay and any(response_of(sample).routed_experts is not None for sample in trial.samples):
         yield Cause("routing", "chose other experts", lambda trial: trial.log_probs(replayed=True))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from megatron_r1.rl.diagnose import causes
 from megatron_r1.rl.diagnose.causes import Cause
 from megatron_r1.rl.diagnose.trial import Gap, Trial
 from megatron_r1.rl.policy.batch import response_part
+from megatron_r1.rollout.sample import response_of
 
 EXPLAINS, EXPLAINS_IN_PART = 0.9, 0.5
 """Shares of the mean difference that a cause must remove to explain it, wholly or in part."""
@@ -171,9 +173,9 @@ def _found(trial: Trial, cause: Cause, before: Gap) -> TriedCause:
 
 def _routing_mismatch(trial: Trial, experts: Sequence[Tensor], first_sparse: int) -> dict[int, float]:
     recorded = [
-        (torch.from_numpy(sample.routed_experts.array()), own_TNK)
+        (torch.from_numpy(its_TNK.astype(np.int64)), own_TNK)
         for sample, own_TNK in zip(trial.samples, experts, strict=False)
-        if sample.routed_experts
+        if (its_TNK := response_of(sample).routed_experts) is not None
     ]
     if not recorded:
         return {}

@@ -17,7 +17,8 @@ from megatron_r1.model.replay import RoutingReplay
 from megatron_r1.rl.objective.kl import k3
 from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, num_tokens, response_part
 from megatron_r1.rl.policy.policy import Policy
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.rollout.engine import int32
+from megatron_r1.rollout.sample import Sample, response_of
 from megatron_r1.train.batching import micro_batches_by_tokens
 
 Change = Callable[[Sample], Sample]
@@ -56,7 +57,7 @@ class Trial:
         """
         self.model, self.samples, self.temperature, self.replay = model, list(samples), temperature, replay
         self._pad, self._tokens = pad_token, tokens_per_micro_batch
-        self.saved = [torch.tensor(sample.logprobs) for sample in samples]
+        self.saved = [torch.from_numpy(response_of(sample).logprobs) for sample in samples]
 
     def few(self, count: int) -> Trial:
         """The same trial over the first responses only."""
@@ -106,9 +107,10 @@ class Trial:
         return make_batch(samples, part, self._pad, device)
 
 
-def with_prompt(sample: Sample, prompt: tuple[int, ...]) -> Sample:
+def with_prompt(sample: Sample, prompt: Sequence[int]) -> Sample:
     """The same response after another prompt, without the recorded experts, which are of other tokens."""
-    return replace(sample, prompt_tokens=prompt, routed_experts=None)
+    response = replace(response_of(sample), prompt_tokens=int32(prompt), routed_experts=None)
+    return replace(sample, prompt_length=len(prompt), response=response)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megatron_r1.config.rl import FilterConfig
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.rollout.sample import Sample, response_of
 
 Group = Sequence[Sample]
 """The scored responses to one prompt."""
@@ -28,9 +28,9 @@ ZERO_STD = "zero_std_groups"
 
 def drop_duplicates(group: Group) -> list[Sample]:
     """Keeps the first of responses with the same tokens: a copy would count its advantage twice."""
-    first: dict[tuple[int, ...], Sample] = {}
+    first: dict[bytes, Sample] = {}
     for sample in group:
-        first.setdefault(sample.response_tokens, sample)
+        first.setdefault(response_of(sample).tokens.tobytes(), sample)
     return list(first.values())
 
 

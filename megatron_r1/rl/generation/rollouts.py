@@ -164,7 +164,7 @@ class Rollouts:
         groups: list[list[Sample] | str] = [[] for _ in prompts]
         paired = [(*request, outcome) for request, outcome in zip(requested, outcomes, strict=True)]
         completions = [(group, prompt, outcome) for group, prompt, outcome in paired if isinstance(outcome, Completion)]
-        texts = [self._text(completion.response_tokens) for _, _, completion in completions]
+        texts = [self._text(completion.response.tokens.tolist()) for _, _, completion in completions]
         scores = self._scorer([prompt for _, prompt, _ in completions], texts)
         for (group, prompt, completion), text, score in zip(completions, texts, scores, strict=True):
             members = groups[group]
@@ -192,17 +192,16 @@ def scored_sample(
     return Sample(
         prompt_id=prompt.id,
         group=group,
-        prompt_tokens=completion.prompt_tokens,
-        response_tokens=completion.response_tokens,
-        logprobs=completion.logprobs,
+        prompt_length=len(completion.response.prompt_tokens),
+        response_length=len(completion.response.tokens),
         weight_version=completion.weight_version,
         finish_reason=completion.finish_reason,
-        text=text,
         reward=score.total,
         reward_parts=score.parts,
-        routed_experts=completion.routed_experts,
         version_changes=completion.version_changes,
-        steps=steps_at_tokens(score.steps, completion.response_tokens, decode),
+        steps=steps_at_tokens(score.steps, completion.response.tokens.tolist(), decode) if score.steps else (),
+        text=text,
+        response=completion.response,
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_r1.model.replay import NOT_RECORDED
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.rollout.sample import Sample, response_of
 
 PerSample = dict[int, Tensor]
 """Values of this rank's samples, by a sample's index in the rollout: a number; [L] or [L, D] by position of its row."""
@@ -65,18 +66,18 @@ def longest_input(micro_batches: Sequence[ResponseBatch]) -> int:
 
 def num_tokens(sample: Sample) -> int:
     """Tokens of prompt and response."""
-    return len(sample.prompt_tokens) + len(sample.response_tokens)
+    return sample.prompt_length + sample.response_length
 
 
 def response_part(sample: Sample, values_L: Tensor) -> Tensor:
     """The response's part of a sample's row, [R]."""
-    return values_L[len(sample.prompt_tokens) - 1 : num_tokens(sample) - 1]
+    return values_L[sample.prompt_length - 1 : num_tokens(sample) - 1]
 
 
 def at_positions(sample: Sample, values_R: Tensor) -> Tensor:
     """Values of a response's tokens (and of padding after them) at the positions of the sample's row, [L]; else 0."""
     row_L = values_R.new_zeros(num_tokens(sample) - 1)
-    response_part(sample, row_L)[:] = values_R[: len(sample.response_tokens)]
+    response_part(sample, row_L)[:] = values_R[: sample.response_length]
     return row_L
 
 
@@ -99,10 +100,11 @@ def make_batch(
     mask_BL = torch.zeros(len(members), longest - 1, dtype=torch.bool)
     logprobs_BL = torch.zeros(len(members), longest - 1)
     for row, sample in enumerate(members):
-        start, end = len(sample.prompt_tokens), num_tokens(sample)
-        tokens_BL[row, :end] = torch.tensor(sample.prompt_tokens + sample.response_tokens)
+        response, start, end = response_of(sample), sample.prompt_length, num_tokens(sample)
+        tokens_BL[row, :start] = torch.from_numpy(response.prompt_tokens)
+        tokens_BL[row, start:end] = torch.from_numpy(response.tokens)
         mask_BL[row, start - 1 : end - 1] = sample.in_loss
-        logprobs_BL[row, start - 1 : end - 1] = torch.tensor(sample.logprobs)
+        logprobs_BL[row, start - 1 : end - 1] = torch.from_numpy(response.logprobs)
     experts_BLNK = _recorded_experts(members, longest - 1)
     return ResponseBatch(
         tokens_BL.to(device),
@@ -114,12 +116,12 @@ def make_batch(
 
 
 def _recorded_experts(samples: Sequence[Sample], length: int) -> Tensor | None:
-    recorded = [sample.routed_experts for sample in samples]
-    shape = next((experts.shape[1:] for experts in recorded if experts), None)
+    recorded = [response_of(sample).routed_experts for sample in samples]
+    shape = next((experts.shape[1:] for experts in recorded if experts is not None), None)
     if shape is None:
         return None
     experts_BLNK = torch.full((len(samples), length, *shape), NOT_RECORDED)
     for row, experts in enumerate(recorded):
-        if experts:
-            experts_BLNK[row, : experts.shape[0]] = torch.from_numpy(experts.array())
+        if experts is not None:
+            experts_BLNK[row, : len(experts)] = torch.from_numpy(experts.astype(np.int64))
     return experts_BLNK

@@ -16,7 +16,7 @@ from megatron_r1.parallel.mesh import is_last_stage, is_metrics_rank
 from megatron_r1.rl.objective.kl import EXACT, estimate_kl
 from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, response_part
 from megatron_r1.rl.policy.policy import FrozenLogProbs, Policy
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.rollout.sample import Sample, response_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class KLInReward(NoKLPenalty):
         for index, reference_L in (frozen.reference or {}).items():
             sample = samples[index]
             reference_1R = response_part(sample, reference_L)[None]
-            old_1R = reference_1R.new_tensor(sample.logprobs)[None]
+            old_1R = torch.from_numpy(response_of(sample).logprobs).to(reference_1R)[None]
             if frozen.old is not None:
                 old_1R = response_part(sample, frozen.old[index])[None]
             mask_1R = torch.ones_like(old_1R, dtype=torch.bool)

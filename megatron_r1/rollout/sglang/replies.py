@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Container, Sequence
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
+import numpy as np
+
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.rollout.engine import Completion, Request, Sampling
-from megatron_r1.rollout.routed_experts import RoutedExperts
+from megatron_r1.rollout.engine import Completion, Request, Response, Sampling, int32
+from megatron_r1.rollout.routed_experts import parse_routed_experts
 
 
 class BadReply(NoRolloutCapacity):
@@ -56,9 +60,8 @@ def parse_completion(
         ValueError, KeyError, TypeError, IndexError: it is no usable completion of this request.
     """
     meta = reply["meta_info"]
-    tokens = tuple(int(token) for token in reply["output_ids"])
-    pairs = meta["output_token_logprobs"]
-    if tuple(pair[1] for pair in pairs) != tokens:
+    tokens, pairs = reply["output_ids"], meta["output_token_logprobs"]
+    if list(map(itemgetter(1), pairs)) != tokens:
         raise ValueError(f"log-probs are of {len(pairs)} tokens that are not the {len(tokens)} response tokens")
     version, version_changes = parse_versions(meta, len(tokens), versions)
     if meta["prompt_tokens"] != len(request.prompt_tokens):
@@ -70,14 +73,15 @@ def parse_completion(
         raise ValueError(f"stopped by {meta['finish_reason']['matched']!r}, which is not its last token {tokens[-1]}")
     if reason == "length" and tokens[-1] in sampling.stop_tokens:
         reason = "stop"  # the last allowed token is a stop token: SGLang checks the length first
-    logprobs = tuple(float(pair[0]) for pair in pairs)
-    routed = None
+    experts = None
     if sampling.routed:
         inputs = len(request.prompt_tokens) + len(tokens) - 1
-        routed = RoutedExperts.from_sglang(meta["routed_experts"], inputs, sampling.routed)
+        experts = parse_routed_experts(meta["routed_experts"], inputs, sampling.routed)
     if (replied_id := meta.get("id")) != reply_id:
         raise ValueError(f"the reply is to {str(replied_id)[:80]!r}, another request")
-    return Completion(request.id, request.prompt_tokens, tokens, logprobs, reason, version, routed, version_changes)
+    logprobs = np.frombuffer(array("f", map(itemgetter(0), pairs)), np.float32)
+    response = Response(int32(request.prompt_tokens), int32(tokens), logprobs, experts)
+    return Completion(request.id, response, reason, version, version_changes)
 
 
 def parse_load(where: str, reply: Any) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from megatron_r1.train.state import TrainState
 from tests.support.float64 import float64
 from tests.support.learner_cases import assert_close, config_of, make_samples, shifted_reference, trainable, two_models
 from tests.support.plain_grpo import response_log_probs
+from tests.support.samples import prompt_of, row_of, tokens_of
 
 SETTINGS: dict[str, Any] = {
     "advantage_estimator": "critic", "loss_aggregation": "token_mean", "kl_placement": "reward", "kl_estimator": "k1",
@@ -58,7 +59,7 @@ def critic_beside(model: Any, config: RunConfig) -> Critic:
 
 def values_of(model: Any, sample: Any) -> torch.Tensor:
     """The value of each state from which a token of the response was drawn, [R], by a pass over this response alone."""
-    tokens = torch.tensor([sample.prompt_tokens + sample.response_tokens])
+    tokens = row_of(sample)
     outputs = []
 
     def read(*, hidden_states, **_):
@@ -67,7 +68,7 @@ def values_of(model: Any, sample: Any) -> torch.Tensor:
 
     with without_multi_token_prediction(model):
         model(tokens, torch.arange(tokens.shape[1])[None], None, output_processor=read)
-    return outputs[0][len(sample.prompt_tokens) - 1 : -1]
+    return outputs[0][len(prompt_of(sample)) - 1 : -1]
 
 
 def by_hand(config: RunConfig, samples: list, values: list[list[float]], gaps: list[list[float]]):
@@ -109,16 +110,16 @@ def test_an_update_of_policy_and_critic_is_the_losses_written_out(new_model, sha
     in_loss = [sample for sample in samples if sample.in_loss]
     with torch.no_grad():
         sample_values = [values_of(plain_values, sample).tolist() for sample in samples]
-        anchors = [response_log_probs(other, s.prompt_tokens, s.response_tokens, 0.7).tolist() for s in samples]
+        anchors = [response_log_probs(other, prompt_of(s), tokens_of(s), 0.7).tolist() for s in samples]
     gaps = [
-        [own - anchor for own, anchor in zip(s.logprobs, each, strict=True)]
+        [own - anchor for own, anchor in zip(s.response.logprobs.tolist(), each, strict=True)]
         for s, each in zip(samples, anchors, strict=True)
     ]
     expected, returns = by_hand(config, samples, sample_values, gaps)
     tokens, policy_loss, value_loss = sum(map(len, expected)), torch.zeros(()), torch.zeros(())
     for sample, own, target in zip(in_loss, expected, returns, strict=True):
-        log_probs = response_log_probs(plain, sample.prompt_tokens, sample.response_tokens, 0.7)
-        for t, old in enumerate(sample.logprobs):
+        log_probs = response_log_probs(plain, prompt_of(sample), tokens_of(sample), 0.7)
+        for t, old in enumerate(sample.response.logprobs.tolist()):
             ratio = (log_probs[t] - old).exp()
             policy_loss = policy_loss - torch.minimum(ratio * own[t], ratio.clamp(0.8, 1.2) * own[t]) / tokens
         value_loss = value_loss + 0.5 * (values_of(plain_values, sample) - torch.tensor(target)).square().sum() / tokens

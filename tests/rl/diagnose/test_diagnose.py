@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.sample import Sample
-from tests.support.samples import sample_of
+from tests.support.samples import logprobs_of, make_response, prompt_of, sample_of, tokens_of
 
 TEMPERATURE, FLOOR = 1.0, 1e-5
 PROMPTS = [(2, *(3 + (7 * row + 5 * index) % 400 for index in range(8 + row % 5))) for row in range(12)]
@@ -45,13 +45,11 @@ def sampled(model, prompts: Sequence[tuple[int, ...]], temperature: float = TEMP
 
 def saved(completions: Sequence[Completion], prompts=PROMPTS, experts: bool = False) -> list[Sample]:
     """As a run would keep them: after the prompts that it believes in."""
-    return [
-        sample_of(
-            one, prompt_id=str(index), group=index, prompt_tokens=prompt, weight_version="7",
-            routed_experts=one.routed_experts if experts else None,
-        )
-        for index, (one, prompt) in enumerate(zip(completions, prompts, strict=True))
-    ]  # fmt: skip
+    believed = []
+    for one, prompt in zip(completions, prompts, strict=True):
+        kept = one.response.routed_experts if experts else None
+        believed.append(replace(one, response=make_response(prompt, tokens_of(one), logprobs_of(one), kept)))
+    return [sample_of(one, prompt_id=str(index), group=index, weight_version="7") for index, one in enumerate(believed)]
 
 
 @pytest.fixture
@@ -180,6 +178,7 @@ def test_a_cause_that_nobody_thought_of_is_not_made_up(trainer, wrong):
 
 def test_the_first_token_of_a_difference_is_found(trainer):
     samples = saved(sampled(trainer[0], PROMPTS))
-    spoilt = tuple(value - 0.5 * (index >= 4) for index, value in enumerate(samples[2].logprobs))
-    samples[2] = replace(samples[2], logprobs=spoilt)
+    spoilt = samples[2].response.logprobs.copy()
+    spoilt[4:] -= 0.5
+    samples[2] = replace(samples[2], response=make_response(prompt_of(samples[2]), tokens_of(samples[2]), spoilt))
     assert diagnosis(trainer, samples).first_tokens[:4] == [None, None, 4, None]

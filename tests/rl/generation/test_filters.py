@@ -32,7 +32,7 @@ from megatron_r1.rl.policy.batch import make_batch
 from megatron_r1.rollout.engine import Completion, FailedRequest, Outcome, Request, Sampling
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.sample import Sample
-from tests.support.samples import make_sample
+from tests.support.samples import make_response, make_sample
 
 
 def sample(tokens: Sequence[int], reward: float, reason: str = "stop") -> Sample:
@@ -143,7 +143,7 @@ class Scripted:
         return [
             FailedRequest(request.id, "no reply")
             if token is None
-            else Completion(request.id, request.prompt_tokens, (token,), (-0.5,), "stop", "0")
+            else Completion(request.id, make_response(request.prompt_tokens, (token,), (-0.5,)), "stop", "0")
             for request, token in zip(requests, script, strict=True)
         ]
 

@@ -18,6 +18,7 @@ from megatron_r1.rl.loop import step_metrics
 from megatron_r1.rl.policy.batch import make_batch
 from megatron_r1.rollout.engine import Completion
 from megatron_r1.rollout.journal import Journal
+from tests.support.samples import make_response, prompt_of, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +63,18 @@ def test_whole_groups_respond_to_consecutive_prompts(rollouts, config, tokenizer
     for sample in samples:
         prompt = prompts.at(5 + sample.group)
         assert sample.prompt_id == prompt.id
-        assert sample.prompt_tokens == formatter.tokens(prompt.question) and sample.prompt_tokens[0] == tokenizer.bos
-        assert sample.text == response_text(sample.response_tokens, tokenizer)
+        assert prompt_of(sample) == formatter.tokens(prompt.question) and prompt_of(sample)[0] == tokenizer.bos
+        assert sample.text == response_text(tokens_of(sample), tokenizer)
         assert sample.reward == build_rubric(config.reward)([prompt], [sample.text])[0].total
-    assert len({sample.response_tokens for sample in samples[:4]}) > 1
+    assert len({tokens_of(sample) for sample in samples[:4]}) > 1
 
 
 def test_a_step_is_sampled_once_and_read_from_the_journal_after(rollouts, tiny):
     first = rollouts().take(step=2, first_prompt=0).samples
     assert rollouts().take(step=2, first_prompt=100).samples == first
     other = rollouts().take(step=3, first_prompt=0).samples
-    assert [s.prompt_tokens for s in other] == [s.prompt_tokens for s in first]
-    assert [s.response_tokens for s in other] != [s.response_tokens for s in first]
+    assert [prompt_of(s) for s in other] == [prompt_of(s) for s in first]
+    assert [tokens_of(s) for s in other] != [tokens_of(s) for s in first]
 
 
 def test_shuffled_rewards_are_the_same_rewards_elsewhere(rollouts):
@@ -81,7 +82,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere(rollouts):
     numbered = [type(s)(**{**fields(s), "reward": float(i)}) for i, s in enumerate(samples)]
     shuffled = shuffle_rewards(numbered, seed=1)
     assert sorted(s.reward for s in shuffled) == [s.reward for s in numbered] != [s.reward for s in shuffled]
-    assert [s.response_tokens for s in shuffled] == [s.response_tokens for s in numbered]
+    assert [tokens_of(s) for s in shuffled] == [tokens_of(s) for s in numbered]
     assert shuffle_rewards(numbered, seed=1) == shuffled != shuffle_rewards(numbered, seed=2)
     assert (
         rollouts(shuffle_rewards=True).take(step=9, first_prompt=0).samples
@@ -96,11 +97,11 @@ def test_rows_hold_each_response_at_the_positions_that_predict_it(rollouts):
     assert rows.indices_B.tolist() == [7, 0, 11]
     for row, sample_index in enumerate([7, 0, 11]):
         sample, mask_L = samples[sample_index], rows.mask_BL[row]
-        assert tuple(rows.targets_BL[row][mask_L].tolist()) == sample.response_tokens
-        assert rows.rollout_logprobs_BL[row][mask_L].tolist() == pytest.approx(sample.logprobs)
-        start = len(sample.prompt_tokens)
-        assert rows.inputs_BL[row][mask_L][0] == sample.prompt_tokens[-1] and int(mask_L.float().argmax()) == start - 1
-        assert set(rows.tokens_BL[row][start + len(sample.response_tokens) :].tolist()) <= {3}
+        assert tuple(rows.targets_BL[row][mask_L].tolist()) == tokens_of(sample)
+        assert rows.rollout_logprobs_BL[row][mask_L].tolist() == sample.response.logprobs.tolist()
+        start = len(prompt_of(sample))
+        assert rows.inputs_BL[row][mask_L][0] == prompt_of(sample)[-1] and int(mask_L.float().argmax()) == start - 1
+        assert set(rows.tokens_BL[row][start + len(tokens_of(sample)) :].tolist()) <= {3}
         assert not rows.rollout_logprobs_BL[row][~mask_L].any()
 
 
@@ -123,7 +124,7 @@ class Worked:
     def _answer(self, request, wrong):
         text = f"<think>{self._thoughts[request.prompt_tokens][wrong]}</think> <answer>0</answer>"
         tokens = (*self._tokenizer.encode(text), self._tokenizer.eos)
-        return Completion(request.id, request.prompt_tokens, tokens, (-0.5,) * len(tokens), "stop", "0")
+        return Completion(request.id, make_response(request.prompt_tokens, tokens, (-0.5,) * len(tokens)), "stop", "0")
 
 
 def thoughts(expression: str) -> tuple[str, str]:
@@ -144,9 +145,9 @@ def test_steps_of_a_response_come_with_the_token_that_ends_each(config, tokenize
         (first, one), (second, other) = sample.steps
         assert (one, other) == ((0.0, 0.5) if number % 2 else (0.5, 0.5))
         for end in (first, second):
-            read = tokenizer.decode(sample.response_tokens[: end + 1])
+            read = tokenizer.decode(tokens_of(sample)[: end + 1])
             assert read[-1].isdigit() and "=" in read
-        assert tokenizer.decode(sample.response_tokens[: second + 2]).endswith("</think>")
+        assert tokenizer.decode(tokens_of(sample)[: second + 2]).endswith("</think>")
         assert set(sample.reward_parts) == {"accuracy", "format"} and sample.reward == sum(sample.reward_parts.values())
     assert step_metrics(rollout.samples) == {"rollout/rewarded_steps": 2.0, "rollout/step_reward": 0.375}
     assert step_metrics([replace(sample, steps=()) for sample in rollout.samples]) == {}
