@@ -19,16 +19,20 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.model.chunks import Chunks, Model, chunks
 from megatron_r1.model.fp8.apply import use_fp8, wants_fp8
+from megatron_r1.model.fused_latent_attention import FusedLatentAttention
 from megatron_r1.model.megatron_overrides import (
+    LatentAttention,
     fix_mtp_loss_scale_under_cp,
     set_latent_norm_epsilon,
     use_deepseek_group_topk,
     use_latent_attention,
     use_llama3_rope_scaling,
 )
+from megatron_r1.model.one_rank_experts import use_one_rank_dispatch
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
 from megatron_r1.model.shards import initialise
 from megatron_r1.model.spec import transformer_config
+from megatron_r1.model.te_layout_modules import FusedColumnParallelLinear
 from megatron_r1.platform import Platform
 
 
@@ -77,7 +81,7 @@ def _part(model: ModelConfig, config: TransformerConfig, platform: Platform, sta
     provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
     block.layer_norm = provider.layer_norm(rms_norm=True)
     if isinstance(model.attention, AttentionConfig):
-        use_latent_attention(block)
+        use_latent_attention(block, LatentAttention if platform.transformer_engine else FusedLatentAttention)
     prediction = None
     place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
     layout = config.pipeline_model_parallel_layout
@@ -96,9 +100,13 @@ def _part(model: ModelConfig, config: TransformerConfig, platform: Platform, sta
         mtp_block_spec=prediction,
         vp_stage=stage,
     )
+    if part.post_process and not platform.transformer_engine:
+        part.output_layer.__class__ = FusedColumnParallelLinear
     if isinstance(model.attention, AttentionConfig):
         set_latent_norm_epsilon(part, model.attention.norm_epsilon)
         use_deepseek_group_topk(part, model.moe)
+        if not platform.transformer_engine:
+            use_one_rank_dispatch(part)
     elif model.rope.factor > 1:
         use_llama3_rope_scaling(part, model.rope)
     return part

@@ -51,10 +51,10 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         return chosen
 
 
-def use_latent_attention(block: TransformerBlockSubmodules) -> None:
-    """Let every layer of the block, and multi-token layers made after it, attend by `LatentAttention`."""
+def use_latent_attention(block: TransformerBlockSubmodules, attention: type[LatentAttention] = LatentAttention) -> None:
+    """Let every layer of the block, and multi-token layers made after it, attend by a `LatentAttention`."""
     for layer in block.layer_specs:
-        layer.submodules.self_attention.module = LatentAttention
+        layer.submodules.self_attention.module = attention
 
 
 def set_latent_norm_epsilon(model: torch.nn.Module, epsilon: float) -> None:

@@ -153,6 +153,10 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
         "masked_softmax_fusion": fused,
         "persist_layer_norm": fused,
         "moe_permute_fusion": fused,
+        # The torch modules' own, which stand where megatron-core looks for Transformer Engine's.
+        "use_te_activation_func": not fused,
+        "cross_entropy_loss_fusion": not fused,
+        "cross_entropy_fusion_impl": "native" if fused else "te",
     }
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +23,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
+from megatron_r1.model.fused import grouped_linear, linear, rms_norm, swiglu
 from megatron_r1.parallel.context import context_parallel_group, positions_of_rank
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -39,7 +40,17 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SwiGLU(torch.nn.Module):
+    """The gated feed-forward's activation."""
+
+    def __init__(self, **_: Any):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
 
 
 class DuplicatedLinear(torch.nn.Module):
@@ -50,7 +61,7 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
         init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.multiply: Multiply = F.linear
+        self.multiply: Multiply = linear
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.multiply(x, self.weight), None
@@ -69,7 +80,26 @@ class DuplicatedLinear(torch.nn.Module):
         return sharded
 
 
-class NormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
+class _FusedProduct:
+    """What megatron-core's parallel linear layers call for their product, in one node where no other rank is asked."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **how: Any) -> Tensor:
+        asked = ("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel")
+        if bias is not None or any(how[name] for name in asked):
+            product: Tensor = super()._forward_impl(input, weight, bias=bias, **how)  # type: ignore[misc]
+            return product
+        return linear(input, weight)
+
+
+class FusedColumnParallelLinear(_FusedProduct, ColumnParallelLinear):  # type: ignore[misc]
+    """A column-parallel linear map (TEColumnParallelLinear)."""
+
+
+class FusedRowParallelLinear(_FusedProduct, RowParallelLinear):  # type: ignore[misc]
+    """A row-parallel linear map (TERowParallelLinear)."""
+
+
+class NormColumnParallelLinear(FusedColumnParallelLinear):
     """RMSNorm, then a column-parallel linear map (TELayerNormColumnParallelLinear)."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: Any):
@@ -79,8 +109,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]
         self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
-        normed = F.rms_norm(input_, (input_.shape[-1],), self.layer_norm_weight, self.eps)
-        return super().forward(normed, *args, **kwargs)
+        return super().forward(rms_norm(input_, self.layer_norm_weight, self.eps), *args, **kwargs)
 
 
 class GroupedLinear(torch.nn.Module):
@@ -117,12 +146,23 @@ class GroupedLinear(torch.nn.Module):
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
             weight.partition_dim, weight.partition_stride = split_dim, 1  # type: ignore[attr-defined]
             self.register_parameter(f"weight{index}", weight)
-        self.multiply: Multiply = F.linear
+        self.multiply: Multiply = linear
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether operands are multiplied as they are."""
+        return self.multiply is linear
+
+    def weights(self) -> list[Tensor]:
+        """This rank's experts' weights."""
+        return [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
 
     def forward(self, x_TD: Tensor, tokens_per_expert: Any) -> tuple[Tensor, None]:
         counts = tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(tokens_per_expert)
-        parts = torch.split(x_TD, counts)
-        return torch.cat([self.multiply(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+        if self.is_plain:
+            return grouped_linear(x_TD, counts, self.weights()), None
+        parts = zip(x_TD.split(counts), self.weights(), strict=True)
+        return torch.cat([self.multiply(part_TD, weight) for part_TD, weight in parts]), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -164,7 +204,8 @@ class CoreAttention(torch.nn.Module):
     """Scaled dot-product attention whose query-key and value widths may differ, as latent attention needs.
 
     Takes query [L, B, H, D_qk], key [L, B, G, D_qk] and value [L, B, G, D_v]; returns [L, B, H * D_v]. G is H, or
-    divides it where several query heads share a key-value head. A boolean mask [B, 1, L_query, L_key], true where
+    divides it where several query heads share a key-value head. Values may end in zeros up to D_qk: torch has a kernel
+    that never holds the scores of all pairs, for equal widths only. A boolean mask [B, 1, L_query, L_key], true where
     attention is forbidden, replaces the causal one. Packed sequences are concatenated, without a batch dimension, and
     each attends to itself alone.
     """
@@ -176,9 +217,11 @@ class CoreAttention(torch.nn.Module):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        v_channels: int | None = None,
         **_: Any,
     ):
         super().__init__()
+        self.value_width = v_channels
         self.softmax_scale = softmax_scale
         self.sharing = config.context_parallel_size
 
@@ -245,5 +288,5 @@ class CoreAttention(torch.nn.Module):
             is_causal=causal,
             scale=self.softmax_scale,
             enable_gqa=key.shape[2] != query.shape[2],
-        )
+        )[..., : self.value_width]
         return out_BHLD.permute(2, 0, 1, 3).flatten(2)

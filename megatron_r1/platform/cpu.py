@@ -91,6 +91,7 @@ def prepare() -> None:
     _create_tensors_on_cpu()
     _name_types_as_cuda()
     _split_by_lists()
+    _leave_out_collectives_of_one_rank()
 
 
 def _silence_what_is_known() -> None:
@@ -264,3 +265,32 @@ def _split_by_lists() -> None:
         return exchange(output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs)
 
     torch.distributed.all_to_all_single = all_to_all_single  # type: ignore[assignment]
+
+
+class _Done:
+    """A collective that is over."""
+
+    def wait(self, *_: object, **__: object) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _leave_out_collectives_of_one_rank() -> None:
+    """A reduction or a broadcast among one rank changes nothing, but gloo hands it to a thread and waits for that."""
+    dist: Any = torch.distributed
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(collective)
+        def call(
+            tensor: torch.Tensor, second: Any = None, group: Any = None, async_op: bool = False, **more: Any
+        ) -> Any:
+            if dist.get_world_size(group) == 1:
+                return _Done() if async_op else None
+            given = () if second is None else (second,)
+            return collective(tensor, *given, group=group, async_op=async_op, **more)
+
+        return call
+
+    dist.all_reduce, dist.broadcast = unless_alone(dist.all_reduce), unless_alone(dist.broadcast)

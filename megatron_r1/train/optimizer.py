@@ -6,7 +6,7 @@ buffer, and the new weights are gathered. `optimizer_state` saves and restores t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any
@@ -17,13 +17,15 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import local_multi_tensor_applier
 from torch import Tensor
 
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.model.chunks import Model, chunks
+from megatron_r1.model.fused import GRADIENT_BUFFER
 from megatron_r1.train.adamw import OffloadedMomentsAdamW
 
 BUCKET = 40_000_000
@@ -77,6 +79,10 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
+        self._in_place = [part for part in self._parts() if _is_in_place(part)]
+        for part in self._in_place:
+            _keep_in_place(part)
+        _clip_without_copies()
         rounded = settings.moments_dtype == "bf16"
         # Moments have the type of the weights that they update, which is at least fp32.
         weights_dtype = torch.promote_types(model.config.params_dtype, torch.float32)
@@ -86,12 +92,18 @@ class Optimizer:
             for part in self._parts():
                 groups = part.optimizer.param_groups
                 part.optimizer = OffloadedMomentsAdamW(groups, self.moments_dtype, self.moments_device)
+        else:
+            for group in (group for part in self._parts() for group in part.optimizer.param_groups):
+                if _on_cpu(group["params"]):
+                    group["fused"] = True  # torch's AdamW goes tensor by tensor, unless told
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
-        self._inner.zero_grad()
+        for part in self._parts():
+            if part not in self._in_place:
+                part.zero_grad()
 
     def gradients_finite(self) -> bool:
         """Whether this rank's gradient buffers hold only finite numbers."""
@@ -155,4 +167,55 @@ def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> D
         settings,
         parallel_state.get_expert_data_parallel_world_size(),
     )
-    return DistributedDataParallel(model.config, settings, model, full_param_layout=layout)
+    wrapped = DistributedDataParallel(model.config, settings, model, full_param_layout=layout)
+    if _on_cpu(wrapped.params_with_grad) and not performance.overlap_grad_reduce:
+        for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
+            _leave_out_exchange_of_one_rank(group)
+        for parameter in wrapped.params_with_grad:
+            if parameter.main_grad.dtype == parameter.dtype:
+                setattr(parameter, GRADIENT_BUFFER, parameter.main_grad)
+    return wrapped
+
+
+def _on_cpu(tensors: Iterable[Tensor]) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _leave_out_exchange_of_one_rank(buckets: Any) -> None:
+    """Let a data-parallel group of one rank not copy its gradients and weights onto themselves."""
+    if buckets.intra_distributed_optimizer_instance_size > 1:
+        return
+    buckets.start_param_sync = lambda **_: None
+    if all(bucket.gradient_scaling_factor == 1.0 for bucket in buckets.buckets):
+        buckets.start_grad_sync = buckets.finish_grad_sync = lambda **_: None
+
+
+def _is_in_place(part: DistributedOptimizer) -> bool:
+    """Whether the weights that a CPU updates are those of the model, in fp32."""
+    return not any(part.model_float16_groups) and _on_cpu(chain(*part.shard_fp32_groups))
+
+
+def _keep_in_place(part: DistributedOptimizer) -> None:
+    """Let weights and gradients that are views of the buffers be that for good.
+
+    megatron-core makes the views anew, and copies each onto itself, in every step.
+    """
+    part.zero_grad()  # what earlier backward passes left in the parameters
+    part._copy_model_grads_to_main_grads()
+    part._copy_model_grads_to_main_grads = part._copy_main_params_to_model_params = lambda: None
+
+
+def _clip_without_copies() -> None:
+    """Let megatron-core, where it has no kernel of Transformer Engine or Apex, call torch's for lists of tensors."""
+    if clip_grads.multi_tensor_applier is local_multi_tensor_applier:
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = _norm, _scale
+
+
+def _norm(_: int, __: Tensor, lists: list[list[Tensor]], *___: bool) -> tuple[Tensor, None]:
+    norms = torch.stack(torch._foreach_norm(lists[0]))
+    return torch.linalg.vector_norm(norms).to(torch.float32).view(1), None
+
+
+def _scale(_: int, __: Tensor, lists: list[list[Tensor]], factor: float) -> None:
+    """Both lists are the same gradients."""
+    torch._foreach_mul_(lists[1], factor)

@@ -120,3 +120,11 @@ def test_recomputed_activations_need_no_compiler(one_rank, monkeypatch):
     squares_N.sum().backward()
     tanh = x_TD.detach().tanh()
     torch.testing.assert_close(x_TD.grad, 2 * tanh * (1 - tanh**2), rtol=1e-14, atol=1e-15)
+
+
+def test_one_rank_reduces_nothing(one_rank):
+    """gloo would refuse a tensor without memory."""
+    nothing = torch.empty(2, device="meta")
+    assert torch.distributed.all_reduce(nothing) is None
+    assert torch.distributed.broadcast(nothing, src=0) is None
+    assert torch.distributed.all_reduce(nothing, async_op=True).wait()

@@ -17,6 +17,7 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.forward_backward import forward_backward
 from megatron_r1.model.fp8.apply import Fp8Plan, kind_of, merge_plans, recipe_of, wants_fp8
 from megatron_r1.model.fp8.linear import multiply
+from megatron_r1.model.fused import rms_norm
 from megatron_r1.platform import Platform
 from megatron_r1.runs.training_run import log_precision
 from megatron_r1.train.optimizer import Optimizer
@@ -89,7 +90,7 @@ def product_of(module, inputs, product) -> torch.Tensor:
         counts = inputs[1] if isinstance(inputs[1], list) else inputs[1].tolist()
         return torch.cat([product(part, getattr(module, f"weight{i}")) for i, part in enumerate(x.split(counts))])
     if hasattr(module, "layer_norm_weight"):
-        x = F.rms_norm(x, (x.shape[-1],), module.layer_norm_weight, module.eps)
+        x = rms_norm(x, module.layer_norm_weight, module.eps)
     return product(x, module.weight)
 
 
