@@ -1,13 +1,18 @@
-"""Collectives over all ranks of the job: flags, numbers, objects, barriers."""
+"""Collectives: flags, numbers, objects and barriers over all ranks of the job; arrays over a group of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megatron_r1.parallel.mesh import data_parallel_group, same_data_groups
 
 
 def _device() -> torch.device:
@@ -120,6 +125,81 @@ def _reduced(kind: str, mine: Mapping[str, float], operation: Any, absent: float
         raise ValueError(f"{kind}: ranks have different names: {of_ranks}")
     _names[kind] = of_ranks[0]
     return _reduced(kind, mine, operation, absent)
+
+
+Arrays = Sequence[np.ndarray]
+
+
+def scatter_over_data_parallel(arrays_of: Callable[[int], Arrays] | None) -> Arrays:
+    """Collective over all ranks: each gets what rank 0 has for its rank in its data-parallel group.
+
+    It sends to one rank for each, which broadcasts to those that work on the same data: pipeline stages, context and
+    tensor ranks.
+
+    Args:
+        arrays_of: as of `scatter_arrays`; None except on rank 0.
+    """
+    inner = same_data_groups()
+    arrays = scatter_arrays(arrays_of, data_parallel_group()) if all(group.rank() == 0 for group in inner) else ()
+    for index, group in enumerate(inner):
+        if all(later.rank() == 0 for later in inner[index + 1 :]):
+            arrays = broadcast_arrays(arrays, group)
+    return arrays
+
+
+def scatter_arrays(arrays_of: Callable[[int], Arrays] | None, group: dist.ProcessGroup) -> Arrays:
+    """Collective over a group: each rank gets what the group's first rank has for it.
+
+    Args:
+        arrays_of: the arrays for a rank of the group, asked for one rank after the other; None except on the first.
+    """
+    received: Arrays = ()
+    for rank in range(1, group.size()):
+        arrays = arrays_of(rank) if arrays_of else ()
+        kinds = _announce(arrays, group)
+        if arrays_of:
+            _move(arrays, partial(_point_to_point, dist.isend, rank, group))
+        elif group.rank() == rank:
+            received = _empty(kinds)
+            _move(received, partial(_point_to_point, dist.irecv, 0, group))
+    return arrays_of(0) if arrays_of else received
+
+
+def broadcast_arrays(arrays: Arrays, group: dist.ProcessGroup) -> Arrays:
+    """Collective over a group: the arrays of its first rank, on each of its ranks."""
+    if group.size() == 1:
+        return arrays
+    kinds = _announce(arrays, group)
+    arrays = arrays if group.rank() == 0 else _empty(kinds)
+    _move(arrays, partial(dist.broadcast, group=group, group_src=0))
+    return arrays
+
+
+def _announce(arrays: Arrays, group: dist.ProcessGroup) -> list[tuple[str, tuple[int, ...]]]:
+    """Collective over a group: types and shapes of its first rank's arrays."""
+    box = [[(array.dtype.str, array.shape) for array in arrays]]
+    dist.broadcast_object_list(box, group=group, group_src=0, device=_device())
+    return box[0]
+
+
+def _empty(kinds: list[tuple[str, tuple[int, ...]]]) -> Arrays:
+    return [np.empty(shape, kind) for kind, shape in kinds]
+
+
+def _move(arrays: Arrays, transfer: Callable[[Tensor], Any]) -> None:
+    """Send or receive the bytes of contiguous arrays, by way of the device of the process groups."""
+    for array in arrays:
+        if array.size:
+            host = torch.from_numpy(array.reshape(-1).view(np.uint8))
+            tensor = host.to(_device())
+            transfer(tensor)
+            host.copy_(tensor)
+
+
+def _point_to_point(operation: Callable[..., Any], peer: int, group: dist.ProcessGroup, tensor: Tensor) -> None:
+    # In a batch, NCCL uses the group's communicator, not a new one for each pair of ranks.
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, group=group, group_peer=peer)]):
+        work.wait()
 
 
 class AllRanks:

@@ -74,6 +74,14 @@ def data_parallel_group() -> dist.ProcessGroup:
     return group
 
 
+def same_data_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+    """Groups that together hold the ranks that work on the same data as this one: pipeline, context and tensor."""
+    from megatron.core import parallel_state
+
+    pipeline, context = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_context_parallel_group()
+    return pipeline, context, tensor_parallel_group()
+
+
 def pipeline_stage() -> int:
     """Index of this rank's pipeline stage."""
     from megatron.core import parallel_state

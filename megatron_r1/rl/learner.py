@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,6 +45,45 @@ from megatron_r1.train.state import TrainState
 from megatron_r1.train.update import UpdateResult, count_skips, update
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MiniBatchPlan:
+    """The samples of one update, by their index in the rollout, and how they are divided."""
+
+    indices: list[int]
+    micro_batches: list[list[list[int]]]
+    """Of each data-parallel rank."""
+    fill: list[int]
+    """The micro-batch, without loss, of ranks that have fewer: ranks may share experts, and exchange tokens in every
+    pass, so each makes as many."""
+
+    def num_fills(self, rank: int) -> int:
+        """Micro-batches that a data-parallel rank has fewer than the one with most."""
+        return max(map(len, self.micro_batches)) - len(self.micro_batches[rank])
+
+    def samples_of(self, rank: int) -> set[int]:
+        """Samples that a data-parallel rank has passes over."""
+        return set(chain(*self.micro_batches[rank], self.fill if self.num_fills(rank) else ()))
+
+
+def plan_mini_batches(config: RunConfig, samples: Sequence[Sample], step: int, ranks: int) -> list[MiniBatchPlan]:
+    """Every epoch's mini-batches, for so many data-parallel ranks, all of which plan the same."""
+    rl, result = config.rl, []
+    for epoch in range(rl.epochs_per_rollout):
+        seed, updates = (config.seed, step, epoch), min(rl.updates_per_rollout, len(samples))
+        for shuffled in shuffle_into_mini_batches(len(samples), updates, seed):
+            indices: list[int] = shuffled.tolist()
+            lengths = [num_tokens(samples[index]) for index in indices]
+            shares = micro_batches_of_ranks(lengths, ranks, rl.tokens_per_micro_batch)
+            micro_batches = [[[indices[i] for i in batch] for batch in share] for share in shares]
+            result.append(MiniBatchPlan(indices, micro_batches, indices[:1]))
+    return result
+
+
+def shares_of(plans: Sequence[MiniBatchPlan], ranks: int) -> list[list[int]]:
+    """The samples that each data-parallel rank has passes over, in any epoch."""
+    return [sorted(set().union(*(plan.samples_of(rank) for plan in plans))) for rank in range(ranks)]
 
 
 @dataclass(frozen=True)
@@ -93,15 +133,20 @@ class Learner:
             yield from self._reference.saved()
         yield from self._critic.saved()
 
+    def shares(self, samples: Sequence[Sample], step: int) -> list[list[int]]:
+        """For each data-parallel rank the samples, by index, whose responses it needs in `learn`."""
+        ranks = dist.get_world_size(data_parallel_group())
+        return shares_of(plan_mini_batches(self._config, samples, step, ranks), ranks)
+
     def learn(self, samples: Sequence[Sample], state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Train on a rollout; returns the state after its updates, in which the caller still counts its prompts.
 
         Args:
-            samples: whole groups, one after the other; the same on every rank.
+            samples: whole groups, one after the other; the same on every rank, but for responses of other `shares`.
         """
         rl, train = self._config.rl, self._config.train
-        updates_per_epoch = min(rl.updates_per_rollout, len(samples))
-        mini_batches = self._mini_batches(samples, updates_per_epoch, state.step)
+        mini_batches = self._mini_batches(samples, state.step)
+        updates_per_epoch = len(mini_batches) // rl.epochs_per_rollout
         first_epoch = [batch for mini_batch in mini_batches[:updates_per_epoch] for batch in mini_batch.micro_batches]
         # Later epochs divide the same samples differently: among several ranks, some are new to their rank.
         single_data_parallel_rank = dist.get_world_size(data_parallel_group()) == 1
@@ -135,29 +180,19 @@ class Learner:
             logger.warning("step %d: %s", state.step, alarm)
         return state, metrics
 
-    def _mini_batches(self, samples: Sequence[Sample], updates_per_epoch: int, step: int) -> list[MiniBatch]:
-        """This rank's part of every epoch's mini-batches.
-
-        Every data-parallel rank gets the same number of micro-batches: ranks may share experts with ranks that have
-        more of them, and exchange tokens in every pass.
-        """
-        config, rl, group = self._config, self._config.rl, data_parallel_group()
+    def _mini_batches(self, samples: Sequence[Sample], step: int) -> list[MiniBatch]:
+        """This rank's part of every epoch's mini-batches."""
+        group, longest = data_parallel_group(), self._config.rollout.max_response_tokens
+        rank = group.rank()
         # Sequence parallelism divides each row's positions.
         settings = self._pad, self._device, dist.get_world_size(tensor_parallel_group())
         result = []
-        for epoch in range(rl.epochs_per_rollout):
-            seed = config.seed, step, epoch
-            for shuffled in shuffle_into_mini_batches(len(samples), updates_per_epoch, seed):
-                indices: list[int] = shuffled.tolist()
-                lengths = [num_tokens(samples[index]) for index in indices]
-                shares = micro_batches_of_ranks(lengths, dist.get_world_size(group), rl.tokens_per_micro_batch)
-                mine = shares[dist.get_rank(group)]
-                micro_batches = [make_batch(samples, [indices[i] for i in batch], *settings) for batch in mine]
-                for _ in range(max(map(len, shares)) - len(mine)):
-                    micro_batches.append(make_batch(samples, indices[:1], *settings).without_loss())
-                tokens = sum(samples[index].response_length for index in indices if samples[index].in_loss)
-                totals = BatchTotals(len(indices), tokens, config.rollout.max_response_tokens)
-                result.append(MiniBatch(totals, micro_batches))
+        for plan in plan_mini_batches(self._config, samples, step, group.size()):
+            micro_batches = [make_batch(samples, batch, *settings) for batch in plan.micro_batches[rank]]
+            for _ in range(plan.num_fills(rank)):
+                micro_batches.append(make_batch(samples, plan.fill, *settings).without_loss())
+            tokens = sum(samples[index].response_length for index in plan.indices if samples[index].in_loss)
+            result.append(MiniBatch(BatchTotals(len(plan.indices), tokens, longest), micro_batches))
         return result
 
     def _update(

@@ -12,12 +12,15 @@ import torch.distributed as dist
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
+from megatron_r1.parallel.launcher import is_rank_zero
+from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.rl.generation.async_rollouts import RolloutSource
 from megatron_r1.rl.generation.reward_service import NoRewardModels, RewardService
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.placement import Placement, Separate
-from megatron_r1.rollout.sample import Sample
+from megatron_r1.rollout.journal import FlatResponses
+from megatron_r1.rollout.sample import Sample, response_of
 from megatron_r1.train.loop import Step, StepUnavailable
 from megatron_r1.train.state import TrainState
 
@@ -46,7 +49,7 @@ def reinforcement_step(
     Everything that fails without an engine comes first, so that an error leaves weights and state consistent.
 
     Args:
-        rollouts: gives each step's samples, on rank 0; None on the other ranks, which receive them.
+        rollouts: gives each step's samples, on rank 0; None on the other ranks, which receive theirs.
         learner: trains on them.
         publish: sends the weights to the engine under a version.
         prompts_per_rollout: prompts of the data that one rollout uses.
@@ -64,6 +67,8 @@ def reinforcement_step(
             sent = time.perf_counter()
             with placed.generating():
                 rollout = broadcast_rollout(rollouts, state, rewards)
+        if dist.get_world_size() > 1:
+            rollout = scatter_responses(rollout, learner.shares(rollout.samples, state.step))
         sampled = time.perf_counter()
         stale = staleness(rollout.samples, state.step)
         state, metrics = learner.learn(rollout.samples, state)
@@ -107,7 +112,7 @@ def send_weights(publish: Callable[[str], None], version: str) -> None:
 
 
 def broadcast_rollout(rollouts: RolloutSource | None, state: TrainState, service: RewardService) -> Rollout:
-    """Collective: the rollout of the next step, from rank 0.
+    """Collective: the rollout of the next step; with its responses on rank 0 alone.
 
     Raises:
         StepUnavailable: there is none; on all ranks.
@@ -118,12 +123,28 @@ def broadcast_rollout(rollouts: RolloutSource | None, state: TrainState, service
             found = rollouts.take(state.step + 1, state.data_position)
         except NoRolloutCapacity as error:
             found = error
-        comm.broadcast(found)
+        comm.broadcast(found.without_responses() if isinstance(found, Rollout) else found)
     else:
         found = service.serve()
     if isinstance(found, NoRolloutCapacity):
         raise StepUnavailable(found)
     return found
+
+
+def scatter_responses(rollout: Rollout, shares: Sequence[Sequence[int]]) -> Rollout:
+    """Collective: the rollout with the responses of this rank's share alone, from rank 0, which has all.
+
+    Args:
+        shares: samples, by index, of each data-parallel rank.
+    """
+
+    def arrays_of(rank: int) -> FlatResponses:
+        return FlatResponses.of([response_of(rollout.samples[index]) for index in shares[rank]])
+
+    flat = FlatResponses(*comm.scatter_over_data_parallel(arrays_of if is_rank_zero() else None))
+    mine = dict(zip(shares[data_parallel_group().rank()], flat.responses(), strict=True))
+    known = rollout.without_responses().samples
+    return replace(rollout, samples=[replace(sample, response=mine.get(i)) for i, sample in enumerate(known)])
 
 
 def staleness(samples: Sequence[Sample], step: int) -> dict[str, float]:

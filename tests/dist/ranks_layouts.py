@@ -278,11 +278,29 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     beside = critic_of(config, platform) if config.rl.advantage_estimator == "critic" else None
     critic = Critic(*beside, config.rl.critic) if beside else None
     learner = Learner(config, model, optimizer, reference, 0, "cpu", replay, critic)
-    _, row = learner.learn(list(samples(config.model)), TrainState())
+    _, row = learner.learn(scattered(list(samples(config.model)), learner), TrainState())
     gradients = whole_gradients(model, optimizer)
     if beside:
         gradients |= {f"critic {name}": gradient for name, gradient in whole_gradients(*beside).items()}
     return reproducible(row), gradients
+
+
+def scattered(whole: list[Any], learner: Any) -> list[Any]:
+    """The samples as this rank gets them from rank 0: of what it has no pass over, it knows no tokens."""
+    from megatron_r1.parallel.mesh import data_parallel_group
+    from megatron_r1.rl.generation.rollouts import Rollout
+    from megatron_r1.rl.loop import scatter_responses
+
+    if dist.get_world_size() == 1:
+        return whole
+    rollout = Rollout(whole, {})
+    shares = learner.shares(whole, 0)
+    given = rollout if dist.get_rank() == 0 else rollout.without_responses()
+    found = scatter_responses(given, shares).samples
+    mine = shares[data_parallel_group().rank()]
+    assert [one.response for one in found] == [one.response if i in mine else None for i, one in enumerate(whole)]
+    assert learner.shares(found, 0) == shares and set().union(*shares) == {*range(len(whole))}
+    return found
 
 
 def reinforce_plainly(config: Any, platform: Any) -> tuple[dict, dict]:

@@ -12,7 +12,7 @@ import torch
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
 from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.rl.advantages.group_relative import ragged_group_advantages
-from megatron_r1.rl.learner import Learner
+from megatron_r1.rl.learner import Learner, plan_mini_batches, shares_of
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.state import TrainState
@@ -28,7 +28,7 @@ from tests.support.learner_cases import (
     two_models,
 )
 from tests.support.plain_grpo import plain_loss, response_log_probs
-from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
+from tests.support.samples import logprobs_of, make_sample, prompt_of, row_of, tokens_of
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -134,6 +134,23 @@ def test_the_reference_is_swapped_in_and_out_again(new_model):
     with reference.in_place():
         assert all(torch.equal(tensor, before[name]) for name, tensor in native_tensors(model))
     assert any(name.endswith("expert_bias") for name in saved)
+
+
+@pytest.mark.parametrize(("ranks", "updates", "epochs"), [(1, 2, 1), (3, 2, 1), (3, 3, 2), (5, 1, 3)])
+def test_each_rank_needs_the_samples_of_its_passes_alone(ranks, updates, epochs):
+    """All samples once an epoch; ranks with fewer passes make up for them with a sample that may be another rank's."""
+    config = config_of(updates_per_rollout=updates, epochs_per_rollout=epochs, tokens_per_micro_batch=40)
+    samples = [make_sample(response_tokens=(2,) * (1 + 7 * index % 23)) for index in range(17)]
+    plans = plan_mini_batches(config, samples, 3, ranks)
+    assert len(plans) == updates * epochs and plans == plan_mini_batches(config, samples, 3, ranks)
+    for epoch in range(epochs):
+        passes = [batch for plan in plans[epoch * updates :][:updates] for of in plan.micro_batches for batch in of]
+        assert sorted(index for batch in passes for index in batch) == list(range(17))
+    for rank, share in enumerate(shares_of(plans, ranks)):
+        own = {index for plan in plans for batch in plan.micro_batches[rank] for index in batch}
+        assert {*share} == own | {plan.fill[0] for plan in plans if plan.num_fills(rank)} and share == sorted(share)
+    filled = any(plan.num_fills(rank) for plan in plans for rank in range(ranks))
+    assert filled if ranks == 5 else not filled or ranks > 1
 
 
 def exact_divergence(model, reference, sample) -> torch.Tensor:

@@ -40,6 +40,10 @@ class Rollout:
     seconds: float = field(default=0.0, compare=False)
     """From the first request to the last score; 0 where the journal had it."""
 
+    def without_responses(self) -> Rollout:
+        """What every rank knows of it."""
+        return replace(self, samples=[replace(sample, response=None, text="") for sample in self.samples])
+
 
 REFILLS = 1 << 40
 """Index of the first prompt that replaces a dropped group's. Far from the others, so that no step's prompts depend on
