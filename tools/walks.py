@@ -186,7 +186,7 @@ PROMPT = [
     "rl.policy.policy:Policy.logprobs_by_sample",
     "rl.policy.policy:outputs_by_sample",
     "model.forward_backward:forward_only",
-    "rl.policy.policy:Policy.scores",
+    "rl.policy.policy:Policy._scores_1T",
     "model.scores:model_scores",
     "model.scores:_read",
     "model.vocab_parallel:score_tokens",

@@ -148,7 +148,7 @@ class RLConfig:
     reference_sync_interval: int = 0
     """Rollouts after which the current policy replaces the reference policy; 0 never replaces it."""
     tokens_per_micro_batch: int = 8192
-    """Padded tokens of one forward pass."""
+    """Tokens of one forward pass; responses lie end to end in it."""
     shuffle_rewards: bool = False
     """Control experiment: shuffle the rewards over the rollout, so that they carry no signal."""
     filters: FilterConfig = field(default_factory=FilterConfig)

@@ -23,6 +23,7 @@ from megatron_r1.model.fused_latent_attention import FusedLatentAttention
 from megatron_r1.model.megatron_overrides import (
     LatentAttention,
     fix_mtp_loss_scale_under_cp,
+    rotate_packed_at_once,
     set_latent_norm_epsilon,
     use_deepseek_group_topk,
     use_latent_attention,
@@ -61,6 +62,7 @@ def build_model(
     fp8 = wants_fp8(precision, platform)
     if not platform.transformer_engine:
         adopt_torch_modules()
+    rotate_packed_at_once()
     if parallel.context > 1:
         fix_mtp_loss_scale_under_cp()
     fused = platform.transformer_engine

@@ -1,4 +1,4 @@
-"""Corrections of megatron-core 0.19 where it computes something else than the released models.
+"""Corrections of megatron-core 0.19 where it computes something else than the released models, or slowly.
 
 The file to open when megatron-core is upgraded:
 
@@ -11,10 +11,12 @@ The file to open when megatron-core is upgraded:
     Llama 3's rotary positions  passes on the factor alone              `use_llama3_rope_scaling`
     multi-token loss under      weighs each rank's mean alike           `fix_mtp_loss_scale_under_cp`
     context parallelism
+    rotary positions of packed  turns one sequence after another        `rotate_packed_at_once`
+    sequences
     routers' logits in bf16     has no such choice; `diagnose` asks     `routers_in_bf16`
                                 whether an engine computes them so
 
-Shapes: T tokens, E experts, G groups, K chosen experts.
+Shapes: T tokens, E experts, G groups, K chosen experts, L positions, H heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe.router import TopKRouter
@@ -36,6 +39,7 @@ from torch.nn.functional import linear
 from megatron_r1.config.model import MoeConfig, RopeConfig
 
 _roll = multi_token_prediction.roll_tensor
+_rotate_one_by_one = rope_utils._apply_rotary_pos_emb_thd
 
 
 class LatentAttention(MLASelfAttention):  # type: ignore[misc]
@@ -141,6 +145,27 @@ def _roll_and_count(tensor: Tensor, *args: Any, cp_group: Any = None, **kwargs: 
         dist.all_reduce(count, group=cp_group)
         count = count / cp_group.size()
     return rolled, count
+
+
+def rotate_packed_at_once() -> None:
+    """Turn all tokens of packed sequences in one go, where no fused kernel does.
+
+    megatron-core does it for sequence after sequence. Calling it again changes nothing.
+    """
+    rope_utils._apply_rotary_pos_emb_thd = _rotate_packed
+
+
+def _rotate_packed(
+    x_THD: Tensor, bounds: Tensor, freqs_L11D: Tensor, *args: Any, cp_group: Any = None, **kwargs: Any
+) -> Tensor:
+    of_every_token = len(freqs_L11D) == len(x_THD)
+    if of_every_token or cp_group.size() > 1:
+        rotated: Tensor = _rotate_one_by_one(x_THD, bounds, freqs_L11D, *args, cp_group=cp_group, **kwargs)
+        return rotated
+    starts_T = bounds[:-1].repeat_interleave(bounds.diff())
+    positions_T = torch.arange(len(x_THD), device=x_THD.device) - starts_T
+    turned: Tensor = rope_utils._apply_rotary_pos_emb_bshd(x_THD[:, None], freqs_L11D[positions_T], *args, **kwargs)
+    return turned.squeeze(1)
 
 
 @contextmanager

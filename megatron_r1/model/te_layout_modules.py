@@ -240,26 +240,29 @@ class CoreAttention(torch.nn.Module):
     def _packed(self, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, bounds: Tensor) -> Tensor:
         """Causal attention inside each of the sequences that lie end to end: [T, H * D_v].
 
-        Those of one length are computed together, so that nothing is padded.
+        One after another, on views: nothing is padded or copied. Rows of similar lengths, padded, are only faster where
+        sequences have some ten tokens.
         """
         if self.sharing > 1:
             raise ValueError("context parallelism: on a CPU packed sequences cannot share a context-parallel group")
-        lengths = bounds.diff()
-        places, outputs = [], []
-        for length in torch.unique(lengths).tolist():
-            starts_N = bounds[:-1][lengths == length].long()
-            places_NL = starts_N[:, None] + torch.arange(length, device=bounds.device)
-            out_NHLD = F.scaled_dot_product_attention(
-                query_THD[places_NL].transpose(1, 2),
-                key_TGD[places_NL].transpose(1, 2),
-                value_TGD[places_NL].transpose(1, 2),
-                is_causal=True,
-                scale=self.softmax_scale,
-                enable_gqa=key_TGD.shape[1] != query_THD.shape[1],
-            )
-            places.append(places_NL.flatten())
-            outputs.append(out_NHLD.transpose(1, 2).flatten(2).flatten(0, 1))
-        return torch.cat(outputs)[torch.cat(places).argsort()]
+        lengths = bounds.diff().tolist()
+        sequences = zip(*(x_THD.split(lengths) for x_THD in (query_THD, key_TGD, value_TGD)), strict=True)
+        outputs = [self._attend(*(x_LHD.transpose(0, 1)[None] for x_LHD in one), is_causal=True) for one in sequences]
+        return torch.cat([out_1HLD[0].transpose(0, 1) for out_1HLD in outputs]).flatten(1)
+
+    def _attend(self, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, **mask: Any) -> Tensor:
+        """[B, H, L, D_v]; narrower values are padded: only for equal widths torch never holds L x L probabilities."""
+        lacking = query_BHLD.shape[-1] - value_BGLD.shape[-1]
+        if lacking > 0:
+            return self._attend(query_BHLD, key_BGLD, F.pad(value_BGLD, (0, lacking)), **mask)[..., :-lacking]
+        return F.scaled_dot_product_attention(
+            query_BHLD,
+            key_BGLD,
+            value_BGLD,
+            **mask,
+            scale=self.softmax_scale,
+            enable_gqa=key_BGLD.shape[1] != query_BHLD.shape[1],
+        )
 
     def forward(
         self,
@@ -280,13 +283,8 @@ class CoreAttention(torch.nn.Module):
                 raise ValueError("context parallelism: on a CPU attention must be causal")
             key_BHLD, value_BHLD = (self._of_all_ranks(x_BHLD) for x_BHLD in (key_BHLD, value_BHLD))
             attention_mask, causal = self._beyond(query_BHLD.shape[2]), False
-        out_BHLD = F.scaled_dot_product_attention(
-            query_BHLD,
-            key_BHLD,
-            value_BHLD,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=causal,
-            scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != query.shape[2],
-        )[..., : self.value_width]
+        mask = None if attention_mask is None else ~attention_mask
+        out_BHLD = self._attend(query_BHLD, key_BHLD, value_BHLD, attn_mask=mask, is_causal=causal)[
+            ..., : self.value_width
+        ]
         return out_BHLD.permute(2, 0, 1, 3).flatten(2)

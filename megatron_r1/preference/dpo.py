@@ -1,6 +1,6 @@
 """Direct preference optimization on any layout of ranks: an update on pairs of responses, and implicit rewards.
 
-Shapes: P pairs of a micro-batch, B = 2 P responses (of each pair the chosen one first), L positions.
+Shapes: P pairs of a micro-batch, B = 2 P responses (of each pair the chosen one first), L positions of the longest.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
 from megatron_r1.preference.dpo_loss import dpo_loss, response_logprob
-from megatron_r1.preference.reward_model import pairwise_accuracy, reward_micro_batch
-from megatron_r1.rl.policy.batch import ResponseBatch, longest_input
+from megatron_r1.preference.reward_model import pairwise_accuracy
+from megatron_r1.rl.policy.batch import ResponseBatch, inputs_and_targets, most_inputs
 from megatron_r1.rl.policy.policy import Policy
 from megatron_r1.rl.policy.reference import ReferencePolicy
 from megatron_r1.train.optimizer import Optimizer
@@ -84,9 +84,9 @@ class DirectPreference:
 
             return self._policy.scores(model, batch), loss_function
 
-        length = longest_input(micro_batches)
+        length = most_inputs(micro_batches)
         result = update(self._model, optimizer, micro_batches, forward, rate, length, reduce="sum")
-        return result, sum(batch.inputs_BL.numel() for batch in micro_batches)
+        return result, sum(batch.inputs_1T.numel() for batch in micro_batches)
 
     def gaps(self, examples: Sequence[TokenizedPreference], size: int) -> list[float]:
         """Collective: log p(chosen) - log p(rejected) of each pair under the current weights, on every rank.
@@ -114,11 +114,19 @@ class DirectPreference:
     def _batch(self, examples: Sequence[TokenizedPreference], indices: Sequence[int]) -> ResponseBatch:
         """Both responses of the pairs at `indices`; a response's index is 2 x its pair's, plus 1 if it is rejected."""
         sequences = [each for index in indices for each in examples[index % len(examples)].sequences]
-        padded = reward_micro_batch(sequences, self._pad, self._device, self._multiple)
+        inputs_1T, targets_1T = inputs_and_targets(
+            [torch.tensor(sequence.tokens) for sequence in sequences], self._pad, self._multiple
+        )
+        lengths = tuple(len(sequence.tokens) - 1 for sequence in sequences)
+        index_L = torch.arange(max(lengths))
+        starts_B, ends_B = torch.tensor([sequence.loss_start - 1 for sequence in sequences]), torch.tensor(lengths)
+        mask_BL = (index_L >= starts_B[:, None]) & (index_L < ends_B[:, None])
         return ResponseBatch(
-            torch.cat([padded.inputs_BL, padded.labels_BL[:, -1:]], 1),
-            padded.loss_mask_BL.bool(),
-            torch.zeros_like(padded.loss_mask_BL),
+            inputs_1T.to(self._device),
+            targets_1T.to(self._device),
+            lengths,
+            mask_BL.to(self._device),
+            torch.zeros(mask_BL.shape, device=self._device),
             torch.tensor([2 * index + side for index in indices for side in (0, 1)]),
         )
 

@@ -31,7 +31,7 @@ from megatron_r1.rl.advantages.group_relative import GroupAdvantages, ProcessAdv
 from megatron_r1.rl.mismatch import KEYS, LARGEST, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.objective import ObjectiveInputs, build_objective
-from megatron_r1.rl.policy.batch import ResponseBatch, longest_input, make_batch, num_tokens
+from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, most_inputs, num_tokens
 from megatron_r1.rl.policy.kl_penalty import build_kl_penalty
 from megatron_r1.rl.policy.policy import FrozenLogProbs, Policy, compute_frozen_logprobs
 from megatron_r1.rl.policy.reference import ReferencePolicy
@@ -184,7 +184,7 @@ class Learner:
         """This rank's part of every epoch's mini-batches."""
         group, longest = data_parallel_group(), self._config.rollout.max_response_tokens
         rank = group.rank()
-        # Sequence parallelism divides each row's positions.
+        # Sequence parallelism divides a micro-batch's positions.
         settings = self._pad, self._device, dist.get_world_size(tensor_parallel_group())
         result = []
         for plan in plan_mini_batches(self._config, samples, step, group.size()):
@@ -222,7 +222,7 @@ class Learner:
             return self._policy.scores(model, batch, self._kl.divergence_target(frozen, batch)), loss_function
 
         try:
-            length = longest_input(micro_batches)
+            length = most_inputs(micro_batches)
             return update(self._model, self._optimizer, micro_batches, forward, rate, length, reduce="sum")
         finally:
             self._replay.done()

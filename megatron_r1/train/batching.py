@@ -58,15 +58,17 @@ def micro_batches_of_ranks(lengths: Sequence[int], ranks: int, tokens_per_micro_
 
 
 def micro_batches_by_tokens(lengths: Sequence[int], tokens_per_micro_batch: int) -> list[list[int]]:
-    """Indices grouped so that samples x longest sample, the padded tokens, stays within the budget.
+    """Indices grouped so that a group's tokens stay within the budget.
 
-    Samples are sorted from long to short: there is little padding, and the pass that needs most memory comes first. A
-    sample that alone exceeds the budget gets a micro-batch of its own.
+    Samples are sorted from long to short: those of a group have similar lengths, and the pass that needs most memory
+    comes first. A sample that alone exceeds the budget gets a micro-batch of its own.
     """
     batches: list[list[int]] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_micro_batch:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+        tokens += lengths[index]
+        if not batches or tokens > tokens_per_micro_batch:
+            batches.append([])
+            tokens = lengths[index]
+        batches[-1].append(index)
     return batches

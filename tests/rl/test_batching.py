@@ -35,14 +35,15 @@ def test_more_mini_batches_than_samples_is_refused():
 def test_micro_batches_keep_to_the_budget(lengths, budget):
     batches = micro_batches_by_tokens(lengths, budget)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert all(len(batch) * max(lengths[row] for row in batch) <= budget for batch in batches if len(batch) > 1)
+    assert all(sum(lengths[row] for row in batch) <= budget for batch in batches if len(batch) > 1)
     by_length = [lengths[row] for batch in batches for row in batch]
     assert by_length == sorted(lengths, reverse=True)
     assert batches == micro_batches_by_tokens(lengths, budget)
-    for batch, _ in pairwise(batches):
-        assert (len(batch) + 1) * lengths[batch[0]] > budget, "the next row would still have fitted"
+    for batch, after in pairwise(batches):
+        assert sum(lengths[row] for row in [*batch, after[0]]) > budget, "the next row would still have fitted"
 
 
 def test_micro_batches_of_a_small_case():
     assert micro_batches_by_tokens([3, 10, 2, 3, 25, 1], 12) == [[4], [1], [0, 3, 2, 5]]
+    assert micro_batches_by_tokens([9, 1, 1, 1, 2], 12) == [[0, 4, 1], [2, 3]]
     assert micro_batches_by_tokens([], 12) == []

@@ -149,11 +149,9 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     samples = [sample_of(completion) for completion in comm.broadcast(completions)]
     multiple = dist.get_world_size(tensor_parallel_group())
     rows = make_batch(samples, range(len(samples)), 0, "cpu", multiple)
-    worst = 0.0
-    for place, log_probs_L in Policy(model, 1.0).logprobs_by_sample([rows]).items():
-        difference_L = (log_probs_L - rows.rollout_logprobs_BL[place]).abs()
-        worst = max(worst, float(difference_L[rows.mask_BL[place]].max()))
-    return max(comm.all_gather_object(worst))
+    log_probs = Policy(model, 1.0).logprobs_by_sample([rows])
+    differences = (rows.gather(log_probs) - rows.rollout_logprobs_BL)[rows.mask_BL] if log_probs else torch.zeros(1)
+    return max(comm.all_gather_object(float(differences.abs().max())))
 
 
 if __name__ == "__main__":

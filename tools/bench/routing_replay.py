@@ -106,8 +106,7 @@ def measure(given: argparse.Namespace, seed: int) -> dict[str, float]:
     rows = make_batch([as_sample(one) for one in completions], range(PROMPTS), 0, "cpu")
     means = {}
     for name, used in (("off", None), ("on", replay)):
-        log_probs = Policy(model, 1.0, used).logprobs_by_sample([rows])
-        log_probs_BL = torch.stack([log_probs[place] for place in range(PROMPTS)])
+        log_probs_BL = rows.gather(Policy(model, 1.0, used).logprobs_by_sample([rows]))
         gap_N = (log_probs_BL - rows.rollout_logprobs_BL).abs()[rows.mask_BL]
         means[name] = float(gap_N.mean())
         said = (

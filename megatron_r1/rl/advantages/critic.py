@@ -1,6 +1,6 @@
 """The critic of PPO: a value model beside the policy, with an optimizer of its own.
 
-Shapes: B responses of a micro-batch, L positions of a row.
+Shapes: B responses of a micro-batch, L positions of a row, T inputs of all responses, end to end.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import is_metrics_rank
 from megatron_r1.rl.advantages.estimators import RolloutAdvantages
 from megatron_r1.rl.advantages.gae import critic_loss
-from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, longest_input
-from megatron_r1.rl.policy.policy import inputs_of, outputs_by_sample
+from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, most_inputs
+from megatron_r1.rl.policy.policy import outputs_by_sample
 from megatron_r1.train.metrics import logged_sums
 from megatron_r1.train.optimizer import Optimizer
 from megatron_r1.train.optimizer_state import OptimizerState
@@ -115,9 +115,9 @@ class Critic:
         started, targets = time.perf_counter(), advantages.value_targets
 
         def forward(model: Any, batch: ResponseBatch) -> tuple[Tensor, LossFunction]:
-            def loss_function(values_BL: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            def loss_function(values_1T: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
                 return critic_loss(
-                    values_BL,
+                    batch.rows(values_1T),
                     batch.gather(targets.old_values),
                     batch.gather(targets.returns),
                     batch.mask_BL,
@@ -127,7 +127,7 @@ class Critic:
 
             return self._values(model, batch), loss_function
 
-        rate, length = lr_scale * self._settings.learning_rate, longest_input(micro_batches)
+        rate, length = lr_scale * self._settings.learning_rate, most_inputs(micro_batches)
         result = update(self._model, self._optimizer, micro_batches, forward, rate, length, reduce="sum")
         self._updates += not result.skipped
         self._results.append(result)
@@ -148,10 +148,12 @@ class Critic:
         }
 
     def _values(self, model: Any, batch: ResponseBatch) -> Tensor:
-        """[B, L] on the last pipeline stage; hidden states for the next one on others."""
+        """[1, T] on the last pipeline stage; hidden states for the next one on others."""
         with without_multi_token_prediction(self._model):
-            values_BL: Tensor = model(*inputs_of(batch), None, output_processor=self._read)
-            return values_BL
+            values_1T: Tensor = model(
+                batch.inputs_1T, batch.positions_1T, None, packed_seq_params=batch.packed, output_processor=self._read
+            )
+            return values_1T
 
     def _read(self, *, hidden_states: Tensor, **_: Any) -> Tensor:
         return head_of(self._model).everywhere(hidden_states)

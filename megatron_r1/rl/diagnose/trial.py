@@ -94,9 +94,7 @@ class Trial:
             batch = self._batch(self.samples, part)
             with self.replay.recording() as routes:
                 policy.logprobs_by_sample([batch])
-                experts_BLNK = routes().unflatten(0, (-1, len(part))).transpose(0, 1)
-            for index, experts_LNK in zip(part, experts_BLNK, strict=True):
-                found[index] = experts_LNK[: num_tokens(self.samples[index]) - 1].cpu()
+                found |= {index: experts_LNK.cpu() for index, experts_LNK in batch.by_sample(routes()[None]).items()}
         return [found[index] for index in range(len(self.samples))]
 
     def _parts(self, samples: Sequence[Sample]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Log-probabilities of responses under a model, on any layout of ranks; and those that a rollout's updates leave alone.
 
-Shapes: B responses of a micro-batch, L positions, D width, V this rank's part of the vocabulary.
+Shapes: B responses of a micro-batch, L positions of the longest, T inputs of all, end to end, D width, V this rank's
+part of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,10 +20,9 @@ from megatron_r1.model.forward_backward import forward_only
 from megatron_r1.model.replay import NoReplay, Replay
 from megatron_r1.model.scores import head_weight, last_hidden_states, model_scores
 from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores
-from megatron_r1.parallel.context import positions_of
 from megatron_r1.parallel.mesh import is_last_stage
 from megatron_r1.rl.objective.kl import EXACT
-from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, longest_input
+from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, most_inputs
 from megatron_r1.rl.policy.reference import ReferencePolicy
 
 
@@ -44,14 +44,31 @@ class Policy:
 
         Args:
             model: the model, wrapped as the schedule passes it.
-            reference: another model's hidden states [L, B, D] and head, for the exact divergence to it.
+            reference: another model's hidden states [T, 1, D] and head, for the exact divergence to it.
         """
+        scores = self._scores_1T(model, batch, reference)
+        if not isinstance(scores, TokenScores):
+            return scores
+        log_probs_1T, entropy_1T, divergence_1T = scores
+        divergence_BL = None if divergence_1T is None else batch.rows(divergence_1T)
+        return TokenScores(batch.rows(log_probs_1T), batch.rows(entropy_1T), divergence_BL)
+
+    def _scores_1T(  # noqa: N802 (a tensor's shape)
+        self, model: Any, batch: ResponseBatch, reference: ReferenceHidden | None = None
+    ) -> TokenScores | Tensor:
+        """The same [1, T], as the model computes them."""
         with (
-            self._replay.replaying(batch.experts_BLNK, backward=torch.is_grad_enabled()),
+            self._replay.replaying(batch.experts_1TNK, backward=torch.is_grad_enabled()),
             without_multi_token_prediction(self._model),
         ):
             return model_scores(
-                model, *inputs_of(batch), batch.targets_BL, temperature=self.temperature, reference=reference
+                model,
+                batch.inputs_1T,
+                batch.positions_1T,
+                batch.targets_1T,
+                temperature=self.temperature,
+                reference=reference,
+                packed_seq_params=batch.packed,
             )
 
     def logprobs_by_sample(self, micro_batches: Sequence[ResponseBatch]) -> PerSample:
@@ -61,7 +78,7 @@ class Policy:
         """
 
         def forward(model: Any, batch: ResponseBatch) -> Tensor:
-            output = self.scores(model, batch)
+            output = self._scores_1T(model, batch)
             return output.log_probs if isinstance(output, TokenScores) else output
 
         return outputs_by_sample(self._model, micro_batches, forward)
@@ -71,10 +88,10 @@ class Policy:
 
         def forward(model: Any, batch: ResponseBatch) -> Tensor:
             with (
-                self._replay.replaying(batch.experts_BLNK, backward=False),
+                self._replay.replaying(batch.experts_1TNK, backward=False),
                 without_multi_token_prediction(self._model),
             ):
-                return last_hidden_states(model, *inputs_of(batch))
+                return last_hidden_states(model, batch.inputs_1T, batch.positions_1T, packed_seq_params=batch.packed)
 
         return outputs_by_sample(self._model, micro_batches, forward)
 
@@ -84,7 +101,7 @@ class Policy:
         """Each sample's exact divergence [L] to another model at each position, likewise."""
 
         def forward(model: Any, batch: ResponseBatch) -> Tensor:
-            output = self.scores(model, batch, reference(batch) if is_last_stage() else None)
+            output = self._scores_1T(model, batch, reference(batch) if is_last_stage() else None)
             if not isinstance(output, TokenScores):
                 return output
             assert output.divergence is not None
@@ -96,17 +113,12 @@ class Policy:
 def outputs_by_sample(
     model: Model, micro_batches: Sequence[ResponseBatch], forward: Callable[[Any, ResponseBatch], Tensor]
 ) -> PerSample:
-    """Each sample's row of the output of `forward`, [B, L] or [B, L, D]; empty except on the last pipeline stage."""
-    outputs = forward_only(model, micro_batches, forward, longest_input(micro_batches))
+    """Each sample's part of the output of `forward`, [1, T] or [1, T, D]; empty except on the last pipeline stage."""
+    outputs = forward_only(model, micro_batches, forward, most_inputs(micro_batches))
     result: PerSample = {}
-    for batch, output_BL in zip(micro_batches, outputs, strict=False):
-        result |= zip(batch.indices_B.tolist(), output_BL, strict=True)
+    for batch, output_1T in zip(micro_batches, outputs, strict=False):
+        result |= batch.by_sample(output_1T)
     return result
-
-
-def inputs_of(batch: ResponseBatch) -> tuple[Tensor, Tensor]:
-    """Tokens and positions, [B, L], the inputs of a model."""
-    return batch.inputs_BL.contiguous(), positions_of(batch.inputs_BL)
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,8 @@ class FrozenLogProbs:
         """The reference's distribution over the whole vocabulary for this batch."""
         if self.reference_hidden is None or self.reference_head_VD is None:
             return None
-        return ReferenceHidden(batch.gather(self.reference_hidden).transpose(0, 1), self.reference_head_VD)
+        hidden_1TD = batch.gather_end_to_end(self.reference_hidden)
+        return ReferenceHidden(hidden_1TD.transpose(0, 1), self.reference_head_VD)
 
 
 def compute_frozen_logprobs(
