@@ -79,6 +79,9 @@ class Optimizer:
             use_distributed_optimizer=True,
         )
         self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
+        for group in (group for part in self._parts() for group in part.optimizer.param_groups):
+            # Norms have a multiplier of 0, which megatron-core's own schedule, not used here, would apply.
+            group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
         self._in_place = [part for part in self._parts() if _is_in_place(part)]
         for part in self._in_place:
             _keep_in_place(part)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_r1.commands.pretrain import pretraining_step
 from megatron_r1.config.run import RunConfig
-from megatron_r1.config.train import TrainConfig
+from megatron_r1.config.train import OptimizerConfig, TrainConfig
 from megatron_r1.data.pretraining.corpus import Corpus
 from megatron_r1.errors import Diverged
 from megatron_r1.model.build import native_tensors
@@ -125,6 +125,19 @@ def test_an_optimizer_without_moments_is_saved_and_loaded(new_model):
     assert saved and not any(tensor.any() for tensor in saved.values())
     restore(model, optimizer, saved, updates=0)
     assert not update(model, optimizer, ROWS_BL.split(2), next_token_forward, 1e-3, 32).skipped
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+def test_matrices_decay_and_norms_do_not(new_model, moments):
+    """Without a gradient AdamW only decays, by learning rate x weight decay."""
+    model = new_model(model_of("tiny"))
+    optimizer = Optimizer(model, TrainConfig(optimizer=OptimizerConfig(weight_decay=0.5, moments_dtype=moments)))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.zero_gradients()
+    optimizer.step(0.25)
+    factors = {1: 1.0, 2: 1 - 0.25 * 0.5}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * factors[parameter.dim()], rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("shape", ["tiny", "grouped_bias", "grouped_norm"])
