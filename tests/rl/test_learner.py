@@ -139,7 +139,7 @@ def test_the_reference_is_swapped_in_and_out_again(new_model):
 @pytest.mark.parametrize(("ranks", "updates", "epochs"), [(1, 2, 1), (3, 2, 1), (3, 3, 2), (5, 1, 3)])
 def test_each_rank_needs_the_samples_of_its_passes_alone(ranks, updates, epochs):
     """All samples once an epoch; ranks with fewer passes make up for them with a sample that may be another rank's."""
-    config = config_of(updates_per_rollout=updates, epochs_per_rollout=epochs, tokens_per_micro_batch=40)
+    config = config_of(updates_per_rollout=updates, epochs_per_rollout=epochs, tokens_per_micro_batch=24)
     samples = [make_sample(response_tokens=(2,) * (1 + 7 * index % 23)) for index in range(17)]
     plans = plan_mini_batches(config, samples, 3, ranks)
     assert len(plans) == updates * epochs and plans == plan_mini_batches(config, samples, 3, ranks)
