@@ -22,13 +22,13 @@ from megatron_r1.model.fp8.apply import use_fp8, wants_fp8
 from megatron_r1.model.fused_latent_attention import FusedLatentAttention
 from megatron_r1.model.megatron_overrides import (
     LatentAttention,
-    fix_mtp_loss_scale_under_cp,
     rotate_packed_at_once,
     set_latent_norm_epsilon,
     use_deepseek_group_topk,
     use_latent_attention,
     use_llama3_rope_scaling,
 )
+from megatron_r1.model.mtp_loss import use_chunked_mtp_loss
 from megatron_r1.model.one_rank_experts import use_one_rank_dispatch
 from megatron_r1.model.provider import TorchSpecProvider, adopt_torch_modules
 from megatron_r1.model.shards import initialise
@@ -63,8 +63,7 @@ def build_model(
     if not platform.transformer_engine:
         adopt_torch_modules()
     rotate_packed_at_once()
-    if parallel.context > 1:
-        fix_mtp_loss_scale_under_cp()
+    use_chunked_mtp_loss()
     fused = platform.transformer_engine
     config = transformer_config(model, parallel, performance or PerformanceConfig(), fused=fused, fp8=fp8 and fused)
     if parallel.virtual_pipeline == 1:

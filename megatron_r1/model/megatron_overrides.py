@@ -9,8 +9,8 @@ The file to open when megatron-core is upgraded:
     group-limited routing       ranks groups by top_k / group_top_k     `use_deepseek_group_topk`
                                 of their experts, whatever the release
     Llama 3's rotary positions  passes on the factor alone              `use_llama3_rope_scaling`
-    multi-token loss under      weighs each rank's mean alike           `fix_mtp_loss_scale_under_cp`
-    context parallelism
+    multi-token loss            holds all logits at once; weighs        `mtp_loss.use_chunked_mtp_loss`
+                                context-parallel ranks alike
     rotary positions of packed  turns one sequence after another        `rotate_packed_at_once`
     sequences
     routers' logits in bf16     has no such choice; `diagnose` asks     `routers_in_bf16`
@@ -26,10 +26,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -38,7 +36,6 @@ from torch.nn.functional import linear
 
 from megatron_r1.config.model import MoeConfig, RopeConfig
 
-_roll = multi_token_prediction.roll_tensor
 _rotate_one_by_one = rope_utils._apply_rotary_pos_emb_thd
 
 
@@ -126,25 +123,6 @@ def use_llama3_rope_scaling(model: GPTModel, rope: RopeConfig) -> None:
         high_freq_factor=rope.beta_fast,
         original_max_position_embeddings=rope.original_max_position,
     )
-
-
-def fix_mtp_loss_scale_under_cp() -> None:
-    """Let every predicted token count the same where context-parallel ranks share a sequence.
-
-    megatron-core divides each rank's loss by the tokens that this rank predicts, and the rank that holds the end of the
-    sequence predicts fewer. Dividing by the mean over the ranks gives the mean over the sequence (DeepSeek-V3 report,
-    equation 24, but for the constant). Calling it again changes nothing.
-    """
-    multi_token_prediction.roll_tensor = _roll_and_count
-
-
-def _roll_and_count(tensor: Tensor, *args: Any, cp_group: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    rolled, count = _roll(tensor, *args, cp_group=cp_group, **kwargs)
-    if cp_group is not None and cp_group.size() > 1:
-        count = count.double()
-        dist.all_reduce(count, group=cp_group)
-        count = count / cp_group.size()
-    return rolled, count
 
 
 def rotate_packed_at_once() -> None:

@@ -49,8 +49,7 @@ def model_scores(
     """Scores [B, L] of each position's target, on the last pipeline stage; the stage's hidden states on others.
 
     Cross-entropy is minus `log_probs`; perplexity the exponential of its mean. In a training pass, multi-token
-    prediction adds its own loss as ever (with the logits of all tokens), unless it is switched off; it needs
-    `labels` among `more`.
+    prediction adds its own loss as ever (`model.mtp_loss`), unless it is switched off; it needs `labels` among `more`.
 
     Args:
         model: the model in whatever wrapping the schedule has it.
@@ -168,13 +167,13 @@ def _read[Output](
 
     def process(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Output:
         weight_VD = output_layer.weight if output_weight is None else output_weight
-        return read(_on_every_rank(hidden_states, output_layer), weight_VD)
+        return read(on_every_rank(hidden_states, output_layer), weight_VD)
 
     output: Output | Tensor = model(inputs_BL, positions_BL, attention_mask, output_processor=process, **more)
     return output
 
 
-def _on_every_rank(hidden: Tensor, output_layer: Any) -> Tensor:
+def on_every_rank(hidden: Tensor, output_layer: Any) -> Tensor:
     """Hidden states [L, B, D] of all positions; backward sums the ranks' parts, as megatron-core's head does."""
     if output_layer.sequence_parallel:
         whole: Tensor = gather_from_sequence_parallel_region(hidden, group=tensor_parallel_group())
