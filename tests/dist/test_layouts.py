@@ -36,8 +36,8 @@ class Case:
 
     @property
     def splits_sums(self) -> bool:
-        """Whether the parts of one sum lie on several ranks."""
-        return bool({TENSOR, CONTEXT} & {*self.overrides})
+        """Whether the parts of one sum lie on several ranks: all but the stages of a pipeline add up what they have."""
+        return PIPELINE not in self.overrides or bool({TENSOR, CONTEXT, EXPERT} & {*self.overrides})
 
     @property
     def cannot(self) -> set[str]:
