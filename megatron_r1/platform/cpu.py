@@ -25,6 +25,7 @@ _FACTORIES = (
     "rand randint randn tensor zeros zeros_like"
 ).split()
 _GPU_KERNELS = ("flash_attn", "flash_attn_3", "flash_mla", "flashattn_hopper", "flashinfer")
+_RECOMPUTATION = "megatron.core.tensor_parallel.random"
 _prepared = False
 
 
@@ -123,8 +124,10 @@ def _change_modules_at_import() -> None:
     """
     slow = ("megatron.core.jit", "megatron.core.timers", "megatron.core.transformer.moe.router")
     changes = dict.fromkeys(slow, _without_compiler_and_wandb)
-    changes["megatron.core.tensor_parallel.random"] = _with_copied_storage
+    changes[_RECOMPUTATION] = _with_copied_storage
     sys.meta_path.insert(0, _ChangedModules(changes))
+    if imported := sys.modules.get(_RECOMPUTATION):
+        _with_copied_storage(lambda _: None, imported)
 
 
 _Execute = Callable[[types.ModuleType], None]
