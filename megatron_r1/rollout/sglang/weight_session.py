@@ -101,8 +101,7 @@ class WeightSession:
                 self._evict(reason)
                 await self._close_sessions()
                 if isinstance(error, NoRolloutCapacity):
-                    for one in self._servers:
-                        one.check()
+                    await run_all([one.check_after_failure() for one in self._servers])
                 raise
             for one in self._servers:
                 one.server.version = version

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 """Seconds between two checks whether a process lives."""
+DYING_S = 1.0
+"""Within this time a process that was killed has ended."""
 HEALTH_TIMEOUT_S = 30.0
 RESTART_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 
@@ -207,6 +209,13 @@ class SupervisedServer:
             raise NoRolloutCapacity(self.trouble)
         if self.process:
             self.process.check()
+
+    async def check_after_failure(self) -> None:
+        """As `check`, of a server that has just failed: a killed process refuses connections before it has ended."""
+        deadline = time.monotonic() + DYING_S
+        while self.process and not self.gone() and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self.check()
 
     def gone(self) -> bool:
         """Whether its process has ended, as far as this program can see."""
