@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -102,5 +104,6 @@ def busiest(new_model, rate: float) -> list[float]:
 
 def test_the_bias_balances_what_is_lopsided_without_it(new_model):
     with_bias, without = busiest(new_model, 0.01)[-20:], busiest(new_model, 0.0)[-20:]
-    print(f"max/mean load of the last 20 steps: {max(with_bias):.2f} at most, {min(without):.2f} at least without bias")
-    assert max(with_bias) < 1.35 and min(without) > max(with_bias)
+    usual = statistics.mean(with_bias)
+    print(f"max/mean load of the last 20 steps: {usual:.2f}, at most {max(with_bias):.2f}; without {min(without):.2f}")
+    assert usual < 1.3 and min(without) > max(with_bias)
