@@ -15,7 +15,7 @@ import pytest
 
 from megatron_r1.runs.folder import is_done
 from tests.support.jobs import comparable
-from tests.support.recipes import DIES_WITHIN_S, SGLANG, Recipe
+from tests.support.recipes import DIES_WITHIN_S, SGLANG, Recipe, lives
 from tests.support.recorded import unregistered
 
 INTERRUPTED_BY_SIGTERM = 85
@@ -80,7 +80,7 @@ def kill_at_random(recipe: Recipe, chance: random.Random, life: float, victims: 
             else:  # what the stage had started dies with it, and the recipe itself notices and ends
                 psutil.wait_procs(below, DIES_WITHIN_S)
                 seconds = time.monotonic() - killed
-                assert not [process for process in below if process.is_running()]
+                assert not [*filter(lives, below)]
                 assert parent.wait(attempt_s) != 0, recipe.log
                 recipe.seconds_until_gone(known, time.monotonic())
             left = f"{len(known)} processes, gone {seconds:.2f} s later"

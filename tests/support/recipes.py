@@ -39,7 +39,7 @@ def _list(lines: list[str]) -> str:
     return "[" + ",".join(f'"{line}"' for line in lines) + "]"
 
 
-def _lives(process: psutil.Process) -> bool:
+def lives(process: psutil.Process) -> bool:
     """Whether it runs; one that is being taken apart has no environment any more, but holds files and ports."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -100,7 +100,7 @@ class Recipe:
 
     def seconds_until_gone(self, known: list[psutil.Process], since: float) -> float:
         """Seconds from `since` until the known processes and all marked ones are gone; fails when they are too many."""
-        while left := [*self.processes(), *filter(_lives, known)]:
+        while left := [*self.processes(), *filter(lives, known)]:
             assert time.monotonic() - since < DIES_WITHIN_S, f"left behind: {left}"
             time.sleep(0.05)
         return time.monotonic() - since
