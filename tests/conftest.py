@@ -40,6 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONG_FIRST))
 
 
+@pytest.fixture(autouse=True)
+def forget_recorded_routing() -> Iterator[None]:
+    """megatron-core keeps what routers record for the whole process, in tensors as long as the first model is deep."""
+    yield
+    if logging := sys.modules.get("megatron.core.transformer.moe.moe_logging"):
+        logging.destroy_moe_metrics_tracker()
+
+
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[Any]:
     """The platform, inside the session's process groups of one rank."""
