@@ -41,11 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def forget_recorded_routing() -> Iterator[None]:
-    """megatron-core keeps what routers record for the whole process, in tensors as long as the first model is deep."""
+def forget_routing() -> Iterator[None]:
+    """megatron-core keeps for the whole process what routers record, in tensors as long as the first model is deep, and
+    the scale of their loss, in the shape of the first."""
     yield
     if logging := sys.modules.get("megatron.core.transformer.moe.moe_logging"):
         logging.destroy_moe_metrics_tracker()
+    if scales := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
+        scales.MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @pytest.fixture(scope="session")
