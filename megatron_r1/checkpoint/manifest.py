@@ -138,9 +138,9 @@ def verify(folder: Path, share: int = 0, shares: int = 1, on_file: Callable[[int
                 raise _damaged(folder, name, f"has {size} bytes instead of {record.size}")
         mine = sorted(manifest.files, key=lambda name: -manifest.files[name].size)[share::shares]
         for name, digest in zip(mine, digests([present[name] for name in mine]), strict=True):
-            if digest != (wanted := manifest.files[name]).digest:
-                raise _damaged(folder, name, f"has digest {digest[:12]}... instead of {wanted.digest[:12]}...")
-            on_file(wanted.size)
+            if digest != (recorded := manifest.files[name]).digest:
+                raise _damaged(folder, name, f"has digest {digest[:12]}... instead of {recorded.digest[:12]}...")
+            on_file(recorded.size)
     except OSError as error:
         raise _damaged(folder, Path(error.filename or "?").name, f"cannot be read ({error.strerror})") from error
     return manifest

@@ -45,7 +45,7 @@ _ALIGNMENT = 8
 _BEHIND = 1 << 28
 """Bytes that hashing may be behind writing, in memory that written tensors keep; one tensor may be larger."""
 _FLUSHED = 1 << 28
-"""Bytes after which the disk is asked for what was written."""
+"""Bytes written between two calls of fdatasync."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Results of a function that threads compute before they are asked for."""
+"""Prefetches results of a function: threads compute the next ones while the caller uses one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ THREADS = min(4, os.cpu_count() or 1)
 def ahead[Item, Result](
     function: Callable[[Item], Result], items: Iterable[Item], threads: int = THREADS
 ) -> Iterator[Iterator[Result]]:
-    """The results for all items, in order, of which at most `threads` are computed and not asked for.
+    """The results for all items, in order, of which threads compute at most `threads` ahead of the caller.
 
-    What `function` raises is raised where its result is asked for.
+    What `function` raises is raised where the caller takes its result.
     """
     pool = ThreadPoolExecutor(threads)
 

@@ -108,7 +108,7 @@ class Rotary:
         self._cos_SP = self._sin_SP = torch.empty(0)
 
     def at(self, start: int, end: int, capacity: int) -> Rotate:
-        """The rotation of tokens at these positions, of at most `capacity` that will be asked for."""
+        """The rotation of tokens at these positions, whose table has at least `capacity` positions."""
         if len(self._cos_SP) < capacity:
             made = self._embedding(capacity)
             angles, scale = made if isinstance(made, tuple) else (made, 1.0)

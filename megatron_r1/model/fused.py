@@ -78,8 +78,8 @@ class _GroupedProduct(torch.autograd.Function):
             for gradient_TM, of_x_TK, weight_MK in zip(parts, of_x_NK.split(context.counts), weights, strict=True):
                 torch.mm(gradient_TM, weight_MK, out=of_x_TK)
         of_weights = [
-            weight_gradient(weight_MK, gradient_TM, x_TK) if wanted else None
-            for weight_MK, gradient_TM, x_TK, wanted in zip(
+            weight_gradient(weight_MK, gradient_TM, x_TK) if needs_gradient else None
+            for weight_MK, gradient_TM, x_TK, needs_gradient in zip(
                 weights, parts, x_NK.split(context.counts), for_weights, strict=True
             )
         ]

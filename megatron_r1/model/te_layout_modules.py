@@ -81,11 +81,11 @@ class DuplicatedLinear(torch.nn.Module):
 
 
 class _FusedProduct:
-    """What megatron-core's parallel linear layers call for their product, in one node where no other rank is asked."""
+    """What megatron-core's parallel linear layers call for their product, in one node where ranks exchange nothing."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, bias: Tensor | None = None, **how: Any) -> Tensor:
-        asked = ("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel")
-        if bias is not None or any(how[name] for name in asked):
+        exchanges = ("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel")
+        if bias is not None or any(how[name] for name in exchanges):
             product: Tensor = super()._forward_impl(input, weight, bias=bias, **how)  # type: ignore[misc]
             return product
         return linear(input, weight)

@@ -59,7 +59,7 @@ def test_record_is_of_what_is_on_disk(tmp_path):
     )
 
 
-def test_hashing_that_is_behind_and_a_disk_that_is_asked_often(tmp_path, monkeypatch):
+def test_hashing_far_behind_writing_and_frequent_syncs_change_nothing(tmp_path, monkeypatch):
     for limit in ("_BEHIND", "_FLUSHED"):
         monkeypatch.setattr(f"megatron_r1.checkpoint.tensor_file.{limit}", 1000)
     path, tensors = tmp_path / "large.safetensors", {str(n): torch.arange(n * 100) for n in range(20)}
