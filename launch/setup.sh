@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv with all dependencies of megatron_r1. A second run takes about a second when nothing has changed.
 # MEGATRON_R1_LOCK=cpu|gpu chooses the set of versions; without it, a working GPU chooses gpu.
+# gpu: Linux on x86-64, a C++ compiler, 20 GB of disk, no GPU to set up and driver 580 or newer to run. It compiles
+# Transformer Engine, half an hour of one core: MAX_JOBS limits how many files at once (1 to 2 GB of memory each).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -61,15 +63,69 @@ if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
     exit 0
 fi
 
+pip_install() { .venv/bin/python -m pip install --quiet --quiet --no-deps "$@"; }
+
+# What would fail after minutes of downloading fails here.
+check_machine() {
+    local gigabytes driver
+    if [[ "$lock" == gpu ]]; then
+        "${CXX:-c++}" --version >/dev/null 2>&1 ||
+            stop "CXX=${CXX:-c++}: does not run; Transformer Engine needs a C++ compiler (Debian: g++)"
+        [[ -f "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ]] ||
+            stop "Transformer Engine needs Python's headers (Debian: python3-dev)"
+        # Without a driver this is a machine to set up on, a login node for example.
+        if driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null)"; then
+            driver="${driver%%.*}"
+            ((driver >= 580)) || stop "the NVIDIA driver is version $driver: CUDA 13 needs 580 or newer"
+        fi
+    fi
+    if ! compgen -G '.venv/lib/python3*/site-packages/torch' >/dev/null; then
+        gigabytes="$(($(df --output=avail --block-size=1G . | tail -n 1)))"
+        ((gigabytes >= disk)) || stop "$PWD has $gigabytes GB free: launch/lock/$lock.txt needs $disk GB"
+    fi
+}
+
+# FlashInfer, DeepGEMM and SGLang compile kernels when a server starts. They link libraries by their names without a
+# version, in lib64, as a CUDA toolkit has them.
+complete_cuda() {
+    local cuda library
+    for cuda in .venv/lib/python3*/site-packages/nvidia/cu13; do
+        ln -sfn lib "$cuda/lib64"
+        for library in "$cuda"/lib/lib*.so.*; do
+            ln -sf "${library##*/}" "${library%%.so.*}.so"
+        done
+    done
+}
+
+# Builds Transformer Engine's extension with the CUDA headers of the lock's packages: no CUDA toolkit is needed.
+build_transformer_engine() {
+    local inputs stamp=.venv/transformer_engine.stamp
+    inputs="$(cat launch/lock/gpu-build.txt && grep '^torch==' launch/lock/gpu.txt && .venv/bin/python -VV)"
+    if [[ ! -f "$stamp" || "$(<"$stamp")" != "$inputs" ]]; then
+        say "building Transformer Engine: half an hour of one core, less with more"
+        # pip's cache would return an extension that was built for another torch, and ninja compiles on all cores.
+        PATH="$PWD/.venv/bin:$PATH" \
+            NVTE_FRAMEWORK=pytorch NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_PYTORCH_FORCE_BUILD=TRUE \
+            pip_install --no-build-isolation --no-cache-dir --force-reinstall -r launch/lock/gpu-build.txt ||
+            stop "Transformer Engine was not built: the compiler's message is above; nothing runs without it"
+    fi
+    # As the program does, after torch, which loads NCCL from its package.
+    .venv/bin/python -c 'import torch, transformer_engine.pytorch' ||
+        stop "Transformer Engine was built but cannot be imported: the reason is above"
+    printf '%s\n' "$inputs" >"$stamp"
+}
+
 rm -f "$stamp"
-say "installing the packages of launch/lock/$lock.txt: some minutes and 7 GB of disk the first time"
-.venv/bin/python -m pip install --quiet --quiet --no-deps -r "launch/lock/$lock.txt"
+disk=8
+[[ "$lock" == cpu ]] || disk=20
+check_machine
+say "installing the packages of launch/lock/$lock.txt: some minutes and $disk GB of disk the first time"
+pip_install -r "launch/lock/$lock.txt"
 if [[ "$lock" == gpu ]]; then
-    say "building Transformer Engine"
-    .venv/bin/python -m pip install --quiet --quiet --no-deps --no-build-isolation -r launch/lock/gpu-build.txt ||
-        say "Transformer Engine cannot be built here (it needs the CUDA toolkit): torch's own modules will be used"
+    complete_cuda
+    build_transformer_engine
 fi
 say "installing megatron_r1 from this checkout"
-.venv/bin/python -m pip install --quiet --quiet --no-deps --no-build-isolation --editable .
+pip_install --no-build-isolation --editable .
 printf '%s\n' "$wanted" >"$stamp"
 say "done"

@@ -16,6 +16,16 @@ if ((${#debian_packages[@]})) && [[ -f /etc/debian_version && "$(id -u)" == 0 ]]
     fi
 fi
 
+# Transformer Engine's Python half, for tests/transformer_engine. Where it cannot be installed, those are skipped.
+if ! cmp --silent launch/lock/te.txt .te/lock.txt; then
+    printf 'test: installing Transformer Engine into .te (0.4 GB)\n' >&2
+    rm -rf .te
+    packages=(--no-deps --target .te --requirement launch/lock/te.txt)
+    if .venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check "${packages[@]}"; then
+        cp launch/lock/te.txt .te/lock.txt
+    fi
+fi
+
 # Two workers, since most minutes go to tests that wait for processes; a file's tests share ranks and servers, so they
 # go to one worker. What is named on the command line runs in this process: its output comes at once.
 (($#)) || set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder

@@ -6,6 +6,7 @@ fix is one line on stderr and an exit code by kind; a traceback is a bug.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING
 from megatron_r1 import __version__
 from megatron_r1.config.keys import check_overrides, check_recipe, reads
 from megatron_r1.config.recipes import groups, recipes
-from megatron_r1.config.verbs import VERBS, Verb
-from megatron_r1.errors import ConfigError, ExitCode, Requeue, UserError
+from megatron_r1.config.verbs import VERBS, JobCommand, Verb
+from megatron_r1.errors import ConfigError, ExitCode, PlatformError, Requeue, UserError
 from megatron_r1.lifeline import die_with_parent
-from megatron_r1.parallel.launcher import is_rank_zero, rank, world_size
+from megatron_r1.platform.launcher import check_launcher, is_rank_zero, rank, ranks_from_srun, world_size
 
 if TYPE_CHECKING:
     from megatron_r1.config.run import RunConfig
@@ -32,10 +33,14 @@ logger = logging.getLogger("megatron_r1.main")
 
 SILENT_S = 5.0
 """Seconds that other ranks wait before they exit with an error, so that rank 0 prints it first."""
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+"""Errors of files that are the machine's, not this program's."""
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
 OPTIONS = """\
 options:
   --config-name NAME   another recipe than the verb's own
+  --list, --graph, --table
+                       of a pipeline: state of its stages, graph, or table of their settings; print it and stop
   --cfg job            print the resolved configuration, with what each key means, and stop
   --help [KEY|SECTION] this text, or what a key or a section means
   --version            the version"""
@@ -46,6 +51,8 @@ class Command:
     """The parsed command line."""
 
     verb: str = ""
+    job_verb: str = ""
+    """The verb of the job, where `verb` takes another verb's command."""
     config_name: str | None = None
     print_config: bool = False
     help: bool = False
@@ -75,8 +82,13 @@ def parse(arguments: list[str]) -> Command:
                 raise ConfigError("--config-name", value, f"must be one of {', '.join(recipes())}")
             command.print_config |= option == "--cfg"
             command.config_name = value if option == "--config-name" else command.config_name
+        elif argument in ("--list", "--graph", "--table"):
+            command.overrides.append(f"pipeline.show={argument[2:]}")
         elif argument.startswith("-"):
-            raise ConfigError("option", argument, "must be one of --config-name, --cfg, --help, --version")
+            options = "--config-name, --cfg, --list, --graph, --table, --help, --version"
+            raise ConfigError("option", argument, f"must be one of {options}")
+        elif argument in VERBS and command.verb and VERBS[command.verb].of_command and not command.job_verb:
+            command.job_verb = argument
         elif command.verb:
             command.overrides.append(argument)
         elif argument in VERBS:
@@ -129,18 +141,35 @@ def prepare(command: Command) -> RunConfig | None:
     else:
         from megatron_r1.config.cross_checks import check_layout
         from megatron_r1.config.describe import commented_yaml
-        from megatron_r1.config.load import load  # Hydra takes a tenth of a second: not for --help
+        from megatron_r1.config.load import load_all  # Hydra takes a tenth of a second: not for --help
+        from megatron_r1.runs.source import find_model
 
         recipe = (command.config_name or VERBS[command.verb].recipe).removesuffix(".yaml")
         check_overrides(command.verb, command.overrides)
-        config = load(command.verb, command.overrides, recipe)
+        loaded = load_all(command.verb, command.overrides, recipe, find_model)
+        config = loaded.config
         check_recipe(command.verb, recipe)
         if not command.print_config:
             check_layout(config, command.verb, world_size())
             VERBS[command.verb].check(command.verb, config.init.from_)
             return config
-        print(commented_yaml(config, command.verb), end="")
+        print(commented_yaml(config, command.verb, loaded.origins), end="")
     return None
+
+
+def run_on_command(command: Command) -> int:
+    """Run a verb that takes another verb's command, such as `check`; returns the exit status.
+
+    Raises:
+        ConfigError: there is no such command.
+    """
+    if not command.job_verb or VERBS[command.job_verb].of_command:
+        others = ", ".join(name for name, entry in VERBS.items() if not entry.of_command)
+        raise ConfigError("VERB", command.job_verb, f"{command.verb} takes the command of one of {others}")
+    recipe = (command.config_name or VERBS[command.job_verb].recipe).removesuffix(".yaml")
+    job = JobCommand(command.job_verb, recipe, tuple(command.overrides))
+    status: int = import_module(VERBS[command.verb].module).run_command(job)
+    return status
 
 
 def run_verb(verb: Verb, config: RunConfig) -> None:
@@ -151,6 +180,7 @@ def run_verb(verb: Verb, config: RunConfig) -> None:
     with logging_to(run_folder(config) if verb.computes else None, rank()):
         try:
             if verb.computes:
+                check_launcher()
                 import_module("megatron_r1.platform").select(config.platform)
             import_module(verb.module).run(config)
         except Exception as error:
@@ -162,21 +192,36 @@ def run_verb(verb: Verb, config: RunConfig) -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run the command line, print an error if there is one, and return the process's exit status."""
     try:
+        os.environ.update(ranks_from_srun(os.environ))
         command = parse(arguments or ["--help"])
+        if command.job_verb and command.print_config:
+            command.verb = command.job_verb
+        if command.verb and VERBS[command.verb].of_command and not (command.help or command.version):
+            return run_on_command(command)
         config = prepare(command)
         if config is not None:
             run_verb(VERBS[command.verb], config)
     except UserError as error:
         # All ranks have the same error or got the same signal: only rank 0 prints it.
-        if is_rank_zero() or not isinstance(error, ConfigError | Requeue):
+        if not (isinstance(error, ConfigError | Requeue) and _another_rank_prints()):
             print(f"megatron-r1: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            print(f"megatron-r1: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            return int(ExitCode.BAD_CONFIG)
         traceback.print_exc()
         return int(ExitCode.BUG)
     return int(ExitCode.DONE)
+
+
+def _another_rank_prints() -> bool:
+    try:
+        return not is_rank_zero()
+    except PlatformError:  # the launcher's variables are the error
+        return False
 
 
 def main() -> None:
@@ -185,7 +230,7 @@ def main() -> None:
     # OpenMP reads this when torch is imported. Threads that spin while they wait would starve an engine on their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = exit_code(sys.argv[1:])
-    if code == ExitCode.BAD_CONFIG and not is_rank_zero() and "WORLD_SIZE" in os.environ:
+    if code == ExitCode.BAD_CONFIG and _another_rank_prints():
         # A launcher kills all ranks as soon as one has exited: rank 0, which prints the error, must exit first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENT_S)

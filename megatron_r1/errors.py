@@ -78,3 +78,9 @@ class Requeue(UserError):
     """A signal stopped the run after a checkpoint; the same command resumes it."""
 
     exit_code = ExitCode.REQUEUE
+
+
+class RankLost(UserError):
+    """Another rank of the job sends no heartbeat; the same command resumes."""
+
+    exit_code = ExitCode.REQUEUE

@@ -1,4 +1,4 @@
-"""Atomic writes, which a kill never leaves half done; locks; hashes of files."""
+"""Reading text and JSON; atomic writes, which a kill never leaves half done; locks; hashes of files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_r1.errors import FolderInUse
+from megatron_r1.errors import DataError, FolderInUse
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark. Raises DataError, which names the file."""
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{path}: cannot be read ({reason})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises DataError, which names the file, where there is none."""
+    try:
+        content = json.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError):
+        raise DataError(f"{path}: is no JSON") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: must hold a JSON object")
+    return content
 
 
 @contextmanager

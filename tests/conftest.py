@@ -30,7 +30,7 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # torch.compile's cache does not know of it: code for wider vectors would be found there and not compile.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor-{capability}")
 SUPPORT = Path(__file__).resolve().parent / "support"
-LONG_FIRST = ("tests/dist/", "tests/sglang/", "tests/commands/", "tests/fault/")
+LONG_FIRST = ("tests/commands", "tests/dist", "tests/fault", "tests/sglang", "tests/slurm", "tests/transformer_engine")
 # Programs that tests start as ranks import `tests.support` too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(SUPPORT.parents[1]), os.environ.get("PYTHONPATH"))))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = ROOT / "tests" / "verification.md"
-ALLOWED = {"yes", "unverified", "-"}
-FAMILIES = 7
+ALLOWED = {"yes", "TE", "unverified", "-"}
+"""TE: shown on Transformer Engine without a GPU, by tests that are in tests/transformer_engine."""
+FAMILIES = 8
 
 
 def rows() -> list[list[str]]:
@@ -37,3 +38,11 @@ def test_what_is_verified_has_a_figure_and_a_command_that_is_there():
         assert figures, claim
         if "yes" in answers:
             assert paths, claim
+        if "TE" in answers:
+            assert "tests/transformer_engine" in command, claim
+
+
+def test_what_only_a_gpu_can_show_has_a_test_that_is_there():
+    section = CARD.read_text().partition("## What only a GPU can show")[2].partition("\n## ")[0]
+    named = set(re.findall(r"test_\w+\.py", section))
+    assert named == {path.name for path in (ROOT / "tests/gpu").glob("test_*.py")}

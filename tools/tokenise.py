@@ -1,7 +1,8 @@
 """Tokenise text into megatron-core's indexed format: `tools/tokenise.py FILE... --tokenizer FOLDER --output FOLDER`.
 
-JSONL, plain text (one document a file) and Parquet. The same command again goes on after a kill. What is left out, bad
-rows and rows that an evaluation set contains, is listed in OUTPUT/quarantine.txt as file:row:reason.
+JSON Lines, a JSON array, Parquet, Arrow, plain text (one document a file) and the folders of Hugging Face datasets. The
+same command again goes on after a kill. What is left out, bad rows and rows that an evaluation set contains, is listed
+in OUTPUT/quarantine.txt as file:row:reason.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_r1.data.prepare.options import TokeniseOptions
+from megatron_r1.data.prepare.sources import input_files
 from megatron_r1.data.prepare.tokenise import TokeniseProgress, tokenise
+from megatron_r1.data.row_files import FORMATS
 from megatron_r1.errors import ExitCode, UserError
 
 LINE_S = 10.0
@@ -27,7 +30,9 @@ def arguments() -> argparse.Namespace:
     defaults = TokeniseOptions(inputs=("-",))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="FILE", help=".jsonl, .txt or .parquet, read in this order")
+    add("inputs", nargs="+", metavar="FILE", help=f"{FORMATS}, .txt or a dataset's folder, in this order")
+    add("--split", default="train", help="of a folder (default: train)")
+    add("--subset", default="", help="configuration of a folder that has several (default: its README's)")
     add("--tokenizer", required=True, type=Path, metavar="FOLDER", help="tokenizer.json and tokenizer_config.json")
     add("--output", required=True, type=Path, metavar="FOLDER", help="where the shards go")
     add("--fields", nargs="+", default=defaults.fields, help="of a row; one line break between them (default: text)")
@@ -41,6 +46,7 @@ def arguments() -> argparse.Namespace:
         help="share of the tokens of punctuation and line breaks that are split",
     )
     add("--decontaminate", nargs="+", default=(), metavar="FILE", help="evaluation sets to stay clear of")
+    add("--decontaminate-split", default="test", help="of a folder of --decontaminate (default: test)")
     add("--decontaminate-fields", nargs="+", default=(), help="of an evaluation row (default: as --fields)")
     add("--ngram", type=int, default=defaults.ngram, help="words in a row that count as contamination")
     add("--shard-mib", type=float, default=defaults.shard_bytes / 2**20, help="MiB of input per shard")
@@ -78,12 +84,12 @@ def main() -> int:
     bar = Bar()
     try:
         options = TokeniseOptions(
-            inputs=tuple(given.inputs),
+            inputs=input_files(given.inputs, given.split, given.subset, "inputs"),
             fields=tuple(given.fields),
             seed=given.seed,
             fim_rate=given.fim_rate,
             punctuation_split_rate=given.punctuation_split_rate,
-            decontaminate=tuple(given.decontaminate),
+            decontaminate=input_files(given.decontaminate, given.decontaminate_split, "", "decontaminate"),
             decontaminate_fields=tuple(given.decontaminate_fields),
             ngram=given.ngram,
             shard_bytes=int(given.shard_mib * 2**20),

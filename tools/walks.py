@@ -111,7 +111,7 @@ PROMPT = [
     "commands.grpo:run",
     "data.prompts.files:read_prompts",
     "data.row_files:rows_of",
-    "data.row_files:_lines",
+    "data.row_files:numbered_rows",
     "data.prompts.files:_prompt",
     "data.chat.prompt_format:PromptFormatter.check",
     "commands.grpo:rollout_source",

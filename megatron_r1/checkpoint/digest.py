@@ -1,14 +1,13 @@
-"""The digest of a file: SHA-256 of its bytes, or, of a safetensors file, of the SHA-256 of its header and each tensor.
+"""The digest of a file: BLAKE3 of its bytes, or, of a safetensors file, of the BLAKE3 of its header and each tensor.
 
-SHA-256 goes through a file at the speed of one core, about 1.7 GB/s, which is slower than copying it. A digest made of
-those of the tensors is computed by all cores, and a conversion, which records each tensor's SHA-256 anyway, has it for
-nothing. It says as much: tensors lie end to end, and where they lie is in the header. A file that is no proper
-safetensors file, whatever its name, counts as bytes.
+BLAKE3 is as strong as SHA-256 and several times as fast: 6.6 against 1.8 GB/s on a core with AVX-512, and `cp` copies
+at 2. A digest made of those of the tensors is computed by all cores, and a conversion, which records each tensor's
+BLAKE3 anyway, has it for nothing. It says as much: tensors lie end to end, and where they lie is in the header. A file
+that is no proper safetensors file, whatever its name, counts as bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+from blake3 import blake3
 
 THREADS = min(8, os.cpu_count() or 1)
 _JOB, _BUFFER = 1 << 22, 1 << 19
@@ -34,10 +35,10 @@ def digest_of_parts(parts: Sequence[bytes]) -> str:
     """The digest of a safetensors file in hex.
 
     Args:
-        parts: SHA-256 of the header, with the eight bytes of its length, and of each tensor that is not empty, in
-            the order of the file. Of a header alone, the digest is its SHA-256.
+        parts: BLAKE3 of the header, with the eight bytes of its length, and of each tensor that is not empty, in
+            the order of the file. Of a header alone, the digest is its BLAKE3.
     """
-    return parts[0].hex() if len(parts) == 1 else hashlib.sha256(b"".join(parts)).hexdigest()
+    return parts[0].hex() if len(parts) == 1 else blake3(b"".join(parts)).hexdigest()
 
 
 def digests(paths: Sequence[Path], threads: int = THREADS) -> Iterator[str]:
@@ -104,11 +105,11 @@ def _jobs(spans: Sequence[Span]) -> Iterator[list[Span]]:
 
 
 def _hashed(path: Path, spans: Sequence[Span]) -> list[bytes]:
-    """SHA-256 of each span; both reading and hashing release the GIL."""
+    """BLAKE3 of each span; both reading and hashing release the GIL."""
     buffer, found = memoryview(bytearray(min(_BUFFER, max(span.end - span.start for span in spans)))), []
     with path.open("rb", buffering=0) as file:
         for at, end in spans:
-            part = hashlib.sha256()
+            part = blake3()
             while at < end and (count := os.preadv(file.fileno(), [buffer[: end - at]], at)):
                 part.update(buffer[:count])
                 at += count

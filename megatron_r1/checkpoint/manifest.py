@@ -8,6 +8,7 @@ manifest's own bytes included.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -20,8 +21,9 @@ from megatron_r1.errors import CheckpointDamaged
 from megatron_r1.files import canonical_json
 
 MANIFEST_NAME = "manifest.json"
-FORMAT = 2
-"""In format 1, each file's digest was the SHA-256 of its bytes."""
+TENSORS = ".safetensors"
+FORMAT = 3
+"""In formats 1 and 2, digests were made by SHA-256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +114,34 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest.decode(raw, folder)
 
 
-def verify(folder: Path, share: int = 0, shares: int = 1, on_file: Callable[[int], None] = lambda _: None) -> Manifest:
-    """Read the manifest of `folder` and compare every file with it, before anything else reads the files.
+def everything(name: str) -> bool:
+    """Whether a reader of the whole checkpoint needs a file."""
+    return True
+
+
+def needed_for(kind: str) -> Callable[[str], bool]:
+    """A function of a file's name: whether a reader of one kind of tensors, ``model`` or ``ema``, needs the file."""
+    return lambda name: not name.endswith(TENSORS) or name.startswith(f"{kind}-")
+
+
+def without_tensors(name: str) -> bool:
+    """Whether a reader of all but tensors needs a file."""
+    return not name.endswith(TENSORS)
+
+
+def verify(
+    folder: Path,
+    share: int = 0,
+    shares: int = 1,
+    on_file: Callable[[int], None] = lambda _: None,
+    needed: Callable[[str], bool] = everything,
+) -> Manifest:
+    """Read the manifest of `folder` and compare files with it, before anything else reads the files.
 
     Args:
-        share: index of this reader among `shares` readers, which divide the hashing among them by file size.
+        share: index of this reader among `shares` readers, which divide the hashing among them.
         on_file: called with the size of each file, in bytes, once it has been hashed.
+        needed: which files are compared, by name; none may be there that the manifest does not list.
 
     Raises:
         CheckpointDamaged: names the first wrong file and the reason: missing, not listed, other size or other content.
@@ -126,24 +150,35 @@ def verify(folder: Path, share: int = 0, shares: int = 1, on_file: Callable[[int
     try:
         present = files_under(folder)
         present.pop(MANIFEST_NAME)
-        for name in sorted(manifest.files.keys() - present.keys()):
+        compared = {name: record for name, record in manifest.files.items() if needed(name)}
+        for name in sorted(compared.keys() - present.keys()):
             raise _damaged(folder, name, "is missing")
         for name in sorted(present.keys() - manifest.files.keys()):
             raise _damaged(folder, name, "is not in the manifest")
-        for name, record in manifest.files.items():
+        for name, record in compared.items():
             path = present[name]
             if path.is_symlink() or not path.is_file():
                 raise _damaged(folder, name, "is not a plain file")
             if (size := path.stat().st_size) != record.size:
                 raise _damaged(folder, name, f"has {size} bytes instead of {record.size}")
-        mine = sorted(manifest.files, key=lambda name: -manifest.files[name].size)[share::shares]
+        mine = divided({name: record.size for name, record in compared.items()}, shares)[share]
         for name, digest in zip(mine, digests([present[name] for name in mine]), strict=True):
-            if digest != (recorded := manifest.files[name]).digest:
+            if digest != (recorded := compared[name]).digest:
                 raise _damaged(folder, name, f"has digest {digest[:12]}... instead of {recorded.digest[:12]}...")
             on_file(recorded.size)
     except OSError as error:
         raise _damaged(folder, Path(error.filename or "?").name, f"cannot be read ({error.strerror})") from error
     return manifest
+
+
+def divided(sizes: Mapping[str, int], shares: int) -> list[list[str]]:
+    """Names in so many shares of nearly equal sizes: the largest first, each to the share that has least so far."""
+    loads, found = [(0, share) for share in range(shares)], [list[str]() for _ in range(shares)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        load, share = loads[0]
+        found[share].append(name)
+        heapq.heapreplace(loads, (load + sizes[name], share))
+    return found
 
 
 def files_under(folder: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ and only the requested numbers are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_r1.checkpoint.manifest import FileRecord
-from megatron_r1.checkpoint.tensor_file import TYPES, Entry, write_tensor_file
+from megatron_r1.checkpoint.tensor_file import TYPES, Entry, TensorFile, write_tensor_file
 from megatron_r1.checkpoint.tensors import tensor_path
 from megatron_r1.errors import DataError
 
@@ -52,6 +52,23 @@ def write_parts(folder: Path, kind: str, rank: int, parts: Iterable[TensorPart])
     tensors = [(str(number), part.tensor) for number, part in enumerate(parts)]
     path = tensor_path(folder, kind, rank)
     return {path.name: write_tensor_file(path, tensors, {INDEX: json.dumps(index)})}
+
+
+def write_whole_tensors(
+    folder: Path, kind: str, entries: Sequence[Entry], tensors: Iterable[Tensor]
+) -> dict[str, FileRecord]:
+    """Write whole tensors of one kind one after the other, as one rank's; returns the file's name and record.
+
+    Args:
+        entries: of the tensors, in their order.
+    """
+    numbered = [Entry(str(number), entry.dtype, entry.shape) for number, entry in enumerate(entries)]
+    index = [[entry.name, entry.shape, (0,) * len(entry.shape)] for entry in entries]
+    path = tensor_path(folder, kind, 0)
+    with TensorFile(path, numbered, {INDEX: json.dumps(index)}) as file:
+        for entry, tensor in zip(numbered, tensors, strict=True):
+            file.write(entry.name, tensor)
+        return {path.name: file.close()}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from megatron_r1.checkpoint.manifest import FileRecord, Manifest, Records, files_under, verify, write_manifest
+from megatron_r1.checkpoint.manifest import (
+    FileRecord,
+    Manifest,
+    Records,
+    everything,
+    files_under,
+    verify,
+    write_manifest,
+)
 from megatron_r1.errors import CheckpointDamaged, FolderInUse, UserError
 from megatron_r1.files import Lock, sync, take_lock
 
@@ -73,22 +81,35 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in matches if match and path.is_dir()), reverse=True)
 
 
-def newest_verified(folder: Path) -> tuple[Path, Manifest] | None:
+def verify_together(path: Path, ranks: Ranks, needed: Callable[[str], bool] = everything) -> Manifest:
+    """Collective: as `verify`; ranks divide the hashing of the files, and all get the same result."""
+    manifest, failure = None, ""
+    try:
+        manifest = verify(path, ranks.rank, ranks.size, needed=needed)
+    except CheckpointDamaged as error:
+        failure = str(error)
+    failures = [failure for failure in ranks.gather(failure) if failure]
+    if failures or not manifest:
+        raise CheckpointDamaged(failures[0])
+    return manifest
+
+
+def newest_verified(
+    folder: Path, verified: Callable[[Path], Manifest] = verify, ranks: Ranks | None = None
+) -> tuple[Path, Manifest] | None:
     """The newest checkpoint whose manifest verifies; for readers, without a lock or any change.
 
     A damaged one is logged with the reason, and the next older one is tried. None when there is no checkpoint at all.
 
+    Args:
+        verified: verifies one checkpoint; `read_manifest` verifies its manifest alone.
+        ranks: that look together, at the checkpoints that rank 0 finds; `verified` is then collective.
+
     Raises:
         CheckpointDamaged: there are checkpoints, but none of them verifies.
     """
-    return _newest(folder, [path for _, path in step_folders(folder)], verify)
-
-
-def _newest(
-    folder: Path, newest_first: list[Path], verified: Callable[[Path], Manifest]
-) -> tuple[Path, Manifest] | None:
     first: CheckpointDamaged | None = None
-    for path in newest_first:
+    for path in (ranks or OneRank()).gather([path for _, path in step_folders(folder)])[0]:
         try:
             manifest = verified(path)
         except CheckpointDamaged as error:
@@ -220,39 +241,25 @@ class CheckpointStore:
 
     def newest_verified(self) -> tuple[Path, Manifest] | None:
         """As the function of this name; ranks divide the hashing of the files, and all get the same result."""
-        folders = self.ranks.gather([path for _, path in step_folders(self.folder)])[0]
-        found = _newest(self.folder, folders, self._verify_together)
+        found = newest_verified(self.folder, lambda path: verify_together(path, self.ranks), self.ranks)
         if found:
             self._known_good.add(found[0].name)
         return found
 
     def prune(self) -> None:
         """Remove checkpoints older than the `keep` newest verified ones; a failed removal is logged."""
-        if self.ranks.rank != 0:
-            return
         verified = 0
-        for _, path in step_folders(self.folder):
-            if verified >= self.keep:
+        for path in self.ranks.gather([path for _, path in step_folders(self.folder)])[0]:
+            if verified < self.keep:
+                verified += self._verifies(path)
+            elif self.ranks.rank == 0:
                 self._discard(path)
-            elif self._verifies(path):
-                verified += 1
-
-    def _verify_together(self, path: Path) -> Manifest:
-        manifest, failure = None, ""
-        try:
-            manifest = verify(path, self.ranks.rank, self.ranks.size)
-        except CheckpointDamaged as error:
-            failure = str(error)
-        failures = [failure for failure in self.ranks.gather(failure) if failure]
-        if failures or not manifest:
-            raise CheckpointDamaged(failures[0])
-        return manifest
 
     def _verifies(self, path: Path) -> bool:
         # Verifying checkpoints that this process committed or loaded would cost a full read at every save.
         if path.name not in self._known_good:
             try:
-                verify(path)
+                verify_together(path, self.ranks)
             except CheckpointDamaged:
                 return False
             self._known_good.add(path.name)

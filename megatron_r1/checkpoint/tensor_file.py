@@ -2,13 +2,12 @@
 
 safetensors' own `save_file` needs all tensors in memory at once, and a hash would have to read the file again. Here the
 header is written first, because names, types and shapes are known beforehand; then each tensor is written from where
-it lies, without a copy. Other threads follow the writer: some hash what was written, one asks the disk for it, so that
-the last fsync has little left to wait for.
+it lies, without a copy. Other threads follow the writer: some hash what was written, one lets the disk begin with it,
+so that the last fsync has little left to wait for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -22,6 +21,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from megatron_r1.checkpoint.digest import THREADS, digest_of_parts
@@ -44,8 +44,8 @@ TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 _ALIGNMENT = 8
 _BEHIND = 1 << 28
 """Bytes that hashing may be behind writing, in memory that written tensors keep; one tensor may be larger."""
-_FLUSHED = 1 << 28
-"""Bytes written between two calls of fdatasync."""
+_STRIDE = 1 << 22
+"""Bytes after which the disk begins to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +79,15 @@ class TensorFile:
         self._hashers, self._flusher = ThreadPoolExecutor(THREADS), ThreadPoolExecutor(1)
         self._parts: list[bytes] = []
         self._unhashed: deque[tuple[int, Future[bytes]]] = deque()
-        self._flushed: Future[None] | None = None
-        self._size = self._behind = self._unflushed = 0
+        self._size = self._begun = self._behind = 0
         self._file = path.open("xb", buffering=0)
         self._put(memoryview(_header(entries, metadata or {})), None)
 
-    def write(self, name: str, tensor: Tensor, sha256: str | None = None) -> None:
+    def write(self, name: str, tensor: Tensor, blake3_hex: str | None = None) -> None:
         """Write the next tensor, from any device; its numbers must stay until `close`.
 
         Args:
-            sha256: of its bytes in hex, where the caller knows it.
+            blake3_hex: BLAKE3 of its bytes, where the caller knows it.
 
         Raises:
             ValueError: the tensor is not the next entry.
@@ -99,7 +98,7 @@ class TensorFile:
         if tensor.numel():
             # `Tensor.numpy` would make the tensor's storage unresizable, and train/offload.py resizes storages.
             flat = np.from_dlpack(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8))
-            self._put(flat.data, sha256)
+            self._put(flat.data, blake3_hex)
 
     def close(self) -> FileRecord:
         """Make the file durable; returns its size and digest.
@@ -110,8 +109,7 @@ class TensorFile:
         with self._file:
             if self._waiting:
                 raise ValueError(f"{self._file.name}: {self._waiting[-1].name} was never written")
-            if self._flushed:
-                self._flushed.result()
+            self._flusher.shutdown()
             os.fsync(self._file.fileno())
         self._wait_for_hashes(0)
         return FileRecord(self._size, digest_of_parts(self._parts))
@@ -124,25 +122,27 @@ class TensorFile:
         self._flusher.shutdown(cancel_futures=True)
         self._file.close()
 
-    def _put(self, content: memoryview, sha256: str | None) -> None:
-        part = self._hashers.submit(_sha256, content) if sha256 is None else _known(bytes.fromhex(sha256))
+    def _put(self, content: memoryview, blake3_hex: str | None) -> None:
+        part = self._hashers.submit(_blake3, content) if blake3_hex is None else _known(bytes.fromhex(blake3_hex))
         self._unhashed.append((len(content), part))
         self._behind += len(content)
         view = content
         while view:  # an unbuffered write may take only a part
-            written = self._file.write(view[:_FLUSHED])
-            view, self._size, self._unflushed = view[written:], self._size + written, self._unflushed + written
-            if self._unflushed >= _FLUSHED:
-                self._flush()
+            written = self._file.write(view[:_STRIDE])
+            view, self._size = view[written:], self._size + written
+            if self._size - self._begun >= _STRIDE:
+                self._begin_to_flush()
         self._wait_for_hashes(_BEHIND)
 
-    def _flush(self) -> None:
-        """Let the disk begin with what was written, unless it still does so; an error of the last time shows here."""
-        if self._flushed and not self._flushed.done():
-            return
-        if self._flushed:
-            self._flushed.result()
-        self._flushed, self._unflushed = self._flusher.submit(os.fdatasync, self._file.fileno()), 0
+    def _begin_to_flush(self) -> None:
+        """Let the disk begin with what was written since the last time.
+
+        Told that nobody will read a range, Linux starts to write it; fdatasync would also wait for it and commit the
+        journal, and so takes longer than what it saves. Errors of the disk show in the last fsync.
+        """
+        start, self._begun = self._begun, self._size
+        length = self._size - start
+        self._flusher.submit(os.posix_fadvise, self._file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
     def _wait_for_hashes(self, behind: int) -> None:
         while self._unhashed and (self._behind > behind or self._unhashed[0][1].done()):
@@ -151,8 +151,8 @@ class TensorFile:
             self._behind -= size
 
 
-def _sha256(content: memoryview) -> bytes:
-    return hashlib.sha256(content).digest()
+def _blake3(content: memoryview) -> bytes:
+    return blake3(content).digest()
 
 
 def _known(part: bytes) -> Future[bytes]:

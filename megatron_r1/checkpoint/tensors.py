@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_r1.checkpoint.manifest import FileRecord
 from megatron_r1.checkpoint.tensor_file import write_tensor_file
 from megatron_r1.errors import DataError
+from megatron_r1.files import read_json
 
 STATE_FILE = "state.json"
 
@@ -53,14 +54,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the file was not written by `write_state`.
     """
-    path = folder / STATE_FILE
-    try:
-        state = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'is no JSON'}") from None
-    if not isinstance(state, dict):
-        raise DataError(f"{path}: must hold a JSON object")
-    return state
+    return read_json(folder / STATE_FILE)
 
 
 def tensor_path(folder: Path, kind: str, rank: int) -> Path:

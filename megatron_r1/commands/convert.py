@@ -6,25 +6,28 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from megatron_r1.checkpoint.manifest import FileRecord
+from megatron_r1.checkpoint.manifest import FileRecord, needed_for, read_manifest, verify
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.config.convert import ConvertConfig
+from megatron_r1.config.initial_model import without_unused_layers
 from megatron_r1.config.load import resolved
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
+from megatron_r1.data.tokenizer import GENERATION_FILE, Tokenizer
 from megatron_r1.errors import ConfigError
+from megatron_r1.files import read_json
 from megatron_r1.hf.audit import AUDIT_FILE, merge_audits
 from megatron_r1.hf.config import (
     SpecialTokens,
     generation_config,
     hf_config,
     in_format,
-    read_json,
     special_tokens,
     write_json,
 )
@@ -32,7 +35,7 @@ from megatron_r1.hf.conversion import Conversion, convert_files
 from megatron_r1.hf.dry_run import show_index, show_plan
 from megatron_r1.hf.export import copy_tokenizer, write_companions
 from megatron_r1.hf.folder import INDEX_FILE, refuse
-from megatron_r1.hf.load import folder_format, model_config_from_hf
+from megatron_r1.hf.model_config import MTP_KEYS, folder_format, model_of_folder, read_folder_config
 from megatron_r1.hf.plan import hf_index, totals
 from megatron_r1.hf.progress import bytes_on_disk
 from megatron_r1.hf.publish import check_replaceable, publish
@@ -40,7 +43,8 @@ from megatron_r1.hf.source import FolderSource, NativeSource
 from megatron_r1.hf.target import FolderTarget, NativeTarget
 from megatron_r1.hf.workspace import ConversionWorkspace, open_workspace
 from megatron_r1.runs.folder import mark_done, open_run_folder
-from megatron_r1.runs.initial_weights import find_checkpoint, hf_folder
+from megatron_r1.runs.initial_weights import check_holds, check_vocabulary
+from megatron_r1.runs.source import find_checkpoint, hf_folder
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Origin:
     format: str
     """Number format of its weights: fp32, bf16 or fp8."""
     tokenizer_folder: Path
+    tokenizer: Tokenizer | None
+    """None where the folder has none."""
 
     @property
     def model(self) -> ModelConfig:
@@ -66,7 +72,11 @@ def run(config: RunConfig) -> None:
         show_index(_conversion(None, config.model, config.model.dtype, settings))
         return
     origin = find_origin(config.init.from_, config.init.weights, verified=not settings.dry_run)
-    conversion = _conversion(origin.source, origin.model, origin.format, settings)
+    model = without_unused_layers(origin.model, config.model)
+    conversion = _conversion(origin.source, model, origin.format, settings)
+    if origin.tokenizer:
+        key = "convert.vocab_size" if settings.vocab_size else "model.vocab_size"
+        check_vocabulary(conversion.model.vocab_size, origin.tokenizer, key)
     found = origin.source.problems()
     if settings.dry_run:
         show_plan(conversion, origin.source.folder, found)
@@ -79,23 +89,30 @@ def run(config: RunConfig) -> None:
     write(config, origin, conversion, open_run_folder(config))
 
 
-def find_origin(source: str, which: str, verified: bool) -> Origin:
+def find_origin(named: str, which: str, verified: bool) -> Origin:
     """
     Args:
-        source: run directory, checkpoint directory, or ``hf:FOLDER``.
+        named: run directory, checkpoint directory, or ``hf:FOLDER``.
         which: weights to read from a checkpoint: ``model`` or ``ema``.
         verified: verify a checkpoint by its manifest first; without, only headers are read.
 
     Raises:
         As `find_weights`.
     """
-    if folder := hf_folder(source):
+    if folder := hf_folder(named):
         if which != "model":
-            raise ConfigError("init.weights", which, f"must be model: {source} holds nothing else")
-        model, format = model_config_from_hf(folder / "config.json"), folder_format(folder / "config.json")
-        return Origin(FolderSource(folder, model, format), format, folder)
-    folder, model = find_checkpoint(source, "init.from", which, verified)
-    return Origin(NativeSource(folder, model, which), model.dtype, folder / "tokenizer")
+            raise ConfigError("init.weights", which, f"must be model: {named} holds nothing else")
+        model, format = model_of_folder(folder), folder_format(folder)
+        return Origin(FolderSource(folder, model, format), format, folder, _tokenizer(folder))
+    folder, model = find_checkpoint(named, partial(verify, needed=needed_for(which)) if verified else read_manifest)
+    check_holds(folder, which)
+    return Origin(
+        NativeSource(folder, model, which), model.dtype, folder / "tokenizer", _tokenizer(folder / "tokenizer")
+    )
+
+
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    return Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
 
 
 def _conversion(source: Any, model: ModelConfig, format: str, settings: ConvertConfig) -> Conversion:
@@ -135,6 +152,8 @@ def _publish_checkpoint(config: RunConfig, origin: Origin, conversion: Conversio
                 os.link(work.files / name, folder / name)
             write_json(folder / AUDIT_FILE, audit)
             copy_tokenizer(origin.tokenizer_folder, folder / "tokenizer")
+            if origin.tokenizer and (generation := origin.tokenizer.generation):
+                write_json(folder / "tokenizer" / GENERATION_FILE, generation)
             # The files were durable before they were recorded.
             return {name: FileRecord(**record) for name, record in audit["files"].items()}
 
@@ -168,12 +187,12 @@ def _companions(origin: Origin, model: ModelConfig, format: str) -> tuple[dict[s
     """The files beside the weights: copied from a Hugging Face folder, else made from the model."""
     if isinstance(origin.source, FolderSource):
         folder = origin.source.folder
-        generation = folder / "generation_config.json"
-        return (
-            in_format(read_json(folder / "config.json") | {"vocab_size": model.vocab_size}, format),
-            read_json(generation) if generation.is_file() else generation_config(SpecialTokens()),
-            folder,
-        )
-    tokenizer = origin.tokenizer_folder if origin.tokenizer_folder.is_dir() else None
-    tokens = special_tokens(tokenizer) if tokenizer else SpecialTokens()
-    return in_format(hf_config(model, tokens), format), generation_config(tokens), tokenizer
+        config, path = read_folder_config(folder), folder / GENERATION_FILE
+        generation = read_json(path) if path.is_file() else generation_config(SpecialTokens())
+        config |= {key: model.mtp.num_layers for key in MTP_KEYS if key in config} | {"vocab_size": model.vocab_size}
+        return in_format(config, format), generation, folder
+    if not origin.tokenizer:
+        return in_format(hf_config(model), format), generation_config(SpecialTokens()), None
+    tokens = special_tokens(origin.tokenizer_folder)
+    generation = generation_config(tokens, origin.tokenizer.generation_settings())
+    return in_format(hf_config(model, tokens), format), generation, origin.tokenizer_folder

@@ -13,7 +13,6 @@ from torch import Tensor
 from megatron_r1.checkpoint.sharded import WholeTensors
 from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
 from megatron_r1.files import write_whole
 from megatron_r1.model.build import build_model
@@ -46,7 +45,7 @@ def run(config: RunConfig) -> None:
         model.eval()
         moe = found.model.moe
         replay = RoutingReplay(model, moe.first_dense_layers) if moe.num_experts else None
-        pad = Tokenizer.load(found.tokenizer_folder).pad
+        pad = found.tokenizer().pad
         trial = Trial(model, samples, config.rollout.temperature, pad, config.rl.tokens_per_micro_batch, replay)
         with console.status("") as status:
             others = other_weights(checkpoint, found)

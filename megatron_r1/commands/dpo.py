@@ -9,7 +9,6 @@ import torch
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.preference.examples import PreferenceDataset, TokenizedPreference
 from megatron_r1.data.preference.policy_encoder import PolicyPairEncoder
-from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.preference.dpo import DirectPreference, EvalPairs
 from megatron_r1.preference.items import eval_items, training_items
 from megatron_r1.preference.measure import eval_results
@@ -24,11 +23,11 @@ from megatron_r1.preference.step import (
 )
 from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
 from megatron_r1.runs.initial_weights import initial_model
+from megatron_r1.runs.post_training import begin_post_training, trained_weights
 from megatron_r1.runs.prompts import prompt_formatter
 from megatron_r1.runs.training_run import finish_run, training_run
 from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
-from megatron_r1.train.routing import FROZEN
 
 SHOWN = (
     "train/loss",
@@ -44,16 +43,18 @@ SHOWN = (
 def run(config: RunConfig) -> None:
     """Train a policy on pairs, or resume its run; then report how it orders validation pairs."""
     settings, size = config.dpo, config.train.micro_batch_size
-    weights, tokenizer = initial_model(config)
-    encoder = PolicyPairEncoder(prompt_formatter(config, tokenizer))
+    initial, tokenizer = initial_model(config)
+    formatter = prompt_formatter(config, tokenizer)
+    tokenizer = formatter.tokenizer
+    encoder = PolicyPairEncoder(formatter)
     training = training_items(settings, config.data, settings.num_pairs)
     examples = training_examples(training, encoder, config, settings.epochs)
     longest = config.train.sequence_length
     eval_pairs, eval_encoded = encode_eval_pairs(eval_items(settings, config.data), encoder, longest)
     config = with_epoch_steps(config, len(examples) * settings.epochs)
     # The loss is on next tokens alone: multi-token layers are saved as they were loaded.
-    with training_run(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as run:
-        FROZEN.apply(run.model, 0)
+    with training_run(config, tokenizer, initial, trained_weights(config)) as run:
+        begin_post_training(run)
         reference = ReferencePolicy(run.model, run.saved(SAVED))
         preference = DirectPreference(
             run.model,
@@ -62,7 +63,6 @@ def run(config: RunConfig) -> None:
             settings.label_smoothing,
             tokenizer.pad,
             run.platform.device,
-            config.parallel.tensor,
         )
         evaluation = EvalPairs(preference, eval_encoded, size)
 

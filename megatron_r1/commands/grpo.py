@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.files import PromptFile, read_prompts
-from megatron_r1.data.prompts.prompts import FilePrompts, TrainingPrompts
+from megatron_r1.data.prompts.mixture import StepPositions, prompt_files, training_prompts
 from megatron_r1.errors import ConfigError
-from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.replay import NoReplay, Replay, RoutingReplay
-from megatron_r1.parallel.launcher import is_rank_zero
+from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.preference.scorer import RewardModelScorer
+from megatron_r1.rewards.accuracy import truth_problems
 from megatron_r1.rewards.rubric_builder import build_rubric
 from megatron_r1.rewards.score import Scorer, Weighted
 from megatron_r1.rl.advantages.critic_setup import build_critic
 from megatron_r1.rl.generation.async_rollouts import AsyncRollouts, RolloutSource
 from megatron_r1.rl.generation.reward_service import CollectiveRewardService, NoRewardModels, RewardService
-from megatron_r1.rl.generation.rollouts import Rollouts
+from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Placement, Separate
-from megatron_r1.rl.policy.reference import SAVED, ReferencePolicy
+from megatron_r1.rl.policy.reference import SAVED, FixedPolicy, ReferencePolicy
+from megatron_r1.rl.policy.teacher import TeacherPolicy, find_policy_teacher
 from megatron_r1.rollout.engine import RolloutEngine, WeightSync
 from megatron_r1.rollout.factory import training_sglang_engine
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.rollout.routed_experts import RoutedLayers
-from megatron_r1.runs.initial_weights import Weights, initial_model
+from megatron_r1.runs.initial_weights import InitialModel, initial_model
+from megatron_r1.runs.post_training import begin_post_training, trained_weights
 from megatron_r1.runs.prompts import pin_prompts, prompt_formatter
+from megatron_r1.runs.teacher import load_teacher
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks import Hook, Hooks
 from megatron_r1.train.loop import train
@@ -56,20 +61,29 @@ JOURNAL = "rollouts"
 
 def run(config: RunConfig) -> None:
     """Train a policy by reinforcement learning, or resume where its run stopped."""
-    weights, tokenizer = initial_model(config)
-    formatter = prompt_formatter(config, tokenizer)
-    file = read_prompts(config.data.prompts, formatter.check) if config.data.prompts.path else None
+    initial, tokenizer = initial_model(config)
+    teacher = find_policy_teacher(config, tokenizer)
+    readers = (config.model, teacher.model) if teacher else (config.model,)
+    formatter = prompt_formatter(config, tokenizer, min(model.max_sequence_length for model in readers))
+    tokenizer = formatter.tokenizer
+    truths = partial(truth_problems, config.reward) if config.reward.reads_answers and is_rank_zero() else None
+    files = {
+        name: read_prompts(source, formatter.check, truth_problems=truths)
+        for name, source in prompt_files(config.data).items()
+    }
     # The engine samples one token at a time: multi-token layers are not trained.
-    with training_run(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as run:
+    with training_run(config, tokenizer, initial, trained_weights(config)) as run:
+        begin_post_training(run)
         if run.state.step >= config.train.steps:
             finish_run(run, run.state)
             return
         service, replay, placement = build_reward_service(run), build_replay(run), build_placement(run)
-        scorer = build_rubric(config.reward, lambda text: len(tokenizer.encode(text)), service.rewards)
-        learner = build_learner(run, weights, replay)
+        count_tokens = lambda text: len(tokenizer.encode(text))  # noqa: E731
+        scorer = build_rubric(config.reward, count_tokens, service.rewards, formatter.instructions)
+        learner = build_learner(run, initial, replay, teacher)
         with (
-            rollout_engine(run, weights, replay, placement) as (engine, sync),
-            rollout_source(run, engine, file, formatter, scorer, service) as rollouts,
+            rollout_engine(run, initial.tokenizer_folder, replay, placement) as (engine, sync),
+            rollout_source(run, engine, files, formatter, scorer, service) as rollouts,
         ):
             prompts = config.rl.prompts_per_rollout
             health = engine.health if engine else dict
@@ -111,22 +125,31 @@ def build_placement(run: TrainingRun) -> Placement:
     return Colocated(TrainerMemory(run.model, run.optimizer))
 
 
-def build_learner(run: TrainingRun, weights: Weights, replay: Replay) -> Learner:
-    """The learner with the configured reference and critic, restored where the run resumes."""
+def build_learner(
+    run: TrainingRun, initial: InitialModel, replay: Replay, teacher: InitialModel | None = None
+) -> Learner:
+    """The learner with the configured reference or teacher and critic, restored where the run resumes."""
     rl = run.config.rl
-    reference = ReferencePolicy(run.model, run.saved(SAVED)) if rl.kl_coefficient else None
-    critic = build_critic(run, weights) if rl.advantage_estimator == "critic" else None
+    reference: FixedPolicy | None = None
+    if teacher:
+        reference = TeacherPolicy(load_teacher(run, teacher), run.config.model.vocab_size)
+    elif rl.kl_coefficient:
+        reference = ReferencePolicy(run.model, run.saved(SAVED))
+    critic = build_critic(run, initial) if rl.advantage_estimator == "critic" else None
     pad, device = run.tokenizer.pad, run.platform.device
     return Learner(run.config, run.model, run.optimizer, reference, pad, device, replay, critic)
 
 
 @contextmanager
 def rollout_engine(
-    run: TrainingRun, weights: Weights, replay: Replay, placement: Placement
+    run: TrainingRun, tokenizer_folder: Path, replay: Replay, placement: Placement
 ) -> Iterator[tuple[RolloutEngine | None, WeightSync]]:
     """Collective: the configured engine, and the sync by which each step sends it the trainer's weights."""
     rollout = run.config.rollout
     if rollout.engine == "local":
+        if run.config.fp8.enabled and run.platform.transformer_engine:
+            allowed = "must be sglang with fp8 on Transformer Engine: step by step it would multiply in 16 bits"
+            raise ConfigError("rollout.engine", "local", allowed)
         # Every rank has the whole model; only rank 0 samples from it.
         local = LocalEngine(run.model, rollout.local_batch_size, run.tokenizer.pad, replay)
         yield local, local
@@ -135,7 +158,7 @@ def rollout_engine(
         rollout,
         run.config.model,
         run.model,
-        weights.tokenizer_folder,
+        tokenizer_folder,
         run.folder / "logs",
         run.platform.name,
         placement,
@@ -147,7 +170,7 @@ def rollout_engine(
 def rollout_source(
     run: TrainingRun,
     engine: RolloutEngine | None,
-    file: PromptFile | None,
+    files: Mapping[str, PromptFile],
     formatter: PromptFormatter,
     scorer: Scorer,
     service: RewardService,
@@ -155,14 +178,15 @@ def rollout_source(
     """The rollouts of the run, on rank 0; None on the other ranks.
 
     Args:
-        file: the prompts; None takes synthetic ones.
+        files: the prompts that are read from files, by source.
     """
     if engine is None or not is_rank_zero():
         yield None
         return
-    pin_prompts(file, run.folder)
-    config = run.config
-    prompts = FilePrompts(file.prompts, config.data.seed) if file else TrainingPrompts(config.data)
+    pin_prompts([*files.values()], run.folder)
+    config, rl = run.config, run.config.rl
+    positions = StepPositions(rl.prompts_per_rollout, REFILLS, rl.filters.max_resample_rounds)
+    prompts = training_prompts(config.data, files, positions, config.train.steps)
     journal, moe = Journal(run.folder / JOURNAL), config.model.moe
     layers = RoutedLayers(config.model.num_layers, moe.first_dense_layers, moe.top_k)
     routed = layers if config.rl.routing_replay else None

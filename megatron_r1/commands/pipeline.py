@@ -1,66 +1,45 @@
-"""pipeline: runs the stages of a recipe; an interrupted recipe resumes where it stopped."""
+"""pipeline: runs the stages of a recipe that are not up to date, or shows them."""
 
 from __future__ import annotations
 
-import sys
-import time
-from dataclasses import asdict
+import logging
 
-from rich.console import Console
-
-from megatron_r1.config.pipeline import TRAINING_VERBS
+from megatron_r1.config.load import write_yaml
 from megatron_r1.config.run import RunConfig
-from megatron_r1.errors import ConfigError, ExitCode, UserError
-from megatron_r1.pipeline.graph import in_order, stage_command
-from megatron_r1.pipeline.ranks import run_ranks
-from megatron_r1.runs.folder import is_done, open_run_folder
+from megatron_r1.pipeline.recipe import ComposedRecipe
+from megatron_r1.pipeline.run import RecipeRun, console
+from megatron_r1.pipeline.show import show, show_dry_run
 
-INTERRUPTED = 130
-"""Exit code of a stage that Ctrl-C ended at once."""
-
-console = Console(stderr=True, highlight=False)
-
-
-class StageFailed(UserError):
-    """A stage failed; its exit code becomes the recipe's."""
+logger = logging.getLogger(__name__)
+PAGE = "report.html"
 
 
 def run(config: RunConfig) -> None:
-    """Run every stage that is not done, each in processes of its own."""
-    stages = config.pipeline.stages
-    if not stages:
-        raise ConfigError("pipeline.stages", "{}", "needs at least one stage: choose a recipe with pipeline=NAME")
-    names = in_order(stages)
-    folder = open_run_folder(config)
-    common = [*config.pipeline.overrides, f"seed={config.seed}", f"platform={config.platform}"]
-    for number, name in enumerate(names, start=1):
-        title = f"[{number}/{len(names)}] {name}"
-        if is_done(folder / name):
-            console.print(f"{title}: done before")
-            continue
-        console.print(f"{title}: {stages[name].verb}")
-        started = time.monotonic()
-        arguments = stage_command(name, stages[name], folder, common)
-        if stages[name].verb in TRAINING_VERBS:
-            degrees = [f"parallel.{degree}={size}" for degree, size in asdict(config.parallel).items()]
-            run_stage(name, [*arguments, *degrees], config.pipeline.ranks or config.parallel.fewest_ranks())
-        else:
-            run_stage(name, arguments)
-        console.print(f"{title}: done in {time.monotonic() - started:.0f} s")
-    console.print(f"finished: {folder}")
+    """Run every selected stage that is not up to date; an interrupted recipe resumes where it stopped."""
+    recipe = ComposedRecipe(config)
+    if config.pipeline.show:
+        recipe.note_running()
+        show(recipe, config.pipeline.show)
+        return
+    if config.pipeline.dry_run:
+        show_dry_run(recipe)
+        return
+    recipe.check_selection()
+    recipe.folder.mkdir(parents=True, exist_ok=True)
+    with recipe.lock():
+        write_yaml(config, recipe.folder / "config.yaml")
+        recipe.write()
+        RecipeRun(recipe, config.pipeline.workers, lambda: write_page(recipe)).run()
+        if not (recipe.folder / PAGE).exists():
+            write_page(recipe)
+    console.print(f"finished: {recipe.folder}")
 
 
-def run_stage(name: str, arguments: list[str], ranks: int = 1) -> None:
-    """Run one stage in processes of its own, to which signals are forwarded.
+def write_page(recipe: ComposedRecipe) -> None:
+    """Write `report.html` over the stages until now; a fault of the page stops no stage."""
+    from megatron_r1.report.page import write_report  # what draws its figures takes seconds to import
 
-    Raises:
-        StageFailed: the stage ended with an exit code that is not 0.
-        KeyboardInterrupt: the user interrupted it.
-    """
-    code = run_ranks([sys.executable, "-m", "megatron_r1", *arguments], ranks)
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
-    if code:
-        failure = StageFailed(f"stage {name} ended with exit code {code}; the same command resumes there")
-        failure.exit_code = ExitCode(code) if code in set(ExitCode) else ExitCode.BUG
-        raise failure
+    try:
+        write_report(recipe.folder, recipe.folder / PAGE)
+    except Exception:
+        logger.exception("%s could not be written", recipe.folder / PAGE)

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_r1.config.cross_checks import check_fp8_sequences
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.pretraining.corpus import Corpus, build_corpus
 from megatron_r1.data.pretraining.packed import PackedCorpus, packed_corpus, tokenizer_folder
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.runs.folder import run_folder
-from megatron_r1.runs.initial_weights import Weights, check_vocabulary, find_weights
+from megatron_r1.runs.initial_weights import InitialModel, check_vocabulary, find_initial_model
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.balance import BalanceHook
 from megatron_r1.train.loop import Step, train
@@ -40,9 +41,11 @@ SHOWN = (
 
 def run(config: RunConfig) -> None:
     """Pre-train a model, or resume its run."""
-    weights = find_weights(config.init.from_, which=config.init.weights) if config.init.from_ else None
-    corpus, tokenizer = open_corpus(config, weights)
-    with training_run(config, tokenizer, weights) as run:
+    initial = None
+    if config.init.from_:
+        initial = find_initial_model(config.init.from_, which=config.init.weights).serving(config.model)
+    corpus, tokenizer = open_corpus(config, initial)
+    with training_run(config, tokenizer, initial) as run:
         # Every rank knows the loads of all experts; rank 0, which records metrics, measures their balance.
         settings = config.train
         balance = BalanceHook(settings.balance_window, settings.log_interval, run.extra) if is_rank_zero() else None
@@ -51,8 +54,8 @@ def run(config: RunConfig) -> None:
         finish_run(run, state)
 
 
-def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | PackedCorpus, Tokenizer]:
-    """The corpus of a run, and the tokenizer of its initial weights or else of the corpus.
+def open_corpus(config: RunConfig, initial: InitialModel | None) -> tuple[Corpus | PackedCorpus, Tokenizer]:
+    """The corpus of a run, and the tokenizer of its initial model or else of the corpus.
 
     Raises:
         ConfigError: tokenizer, corpus and model do not fit each other.
@@ -60,15 +63,17 @@ def open_corpus(config: RunConfig, weights: Weights | None) -> tuple[Corpus | Pa
     """
     indexed, length = config.data.indexed, config.train.sequence_length
     if config.data.source != "indexed":
-        tokenizer = Tokenizer.load(weights.tokenizer_folder) if weights else train_tokenizer(config.data)
+        tokenizer = initial.tokenizer() if initial else train_tokenizer(config.data)
         return build_corpus(config.data, tokenizer, length, config.seed, run_folder(config) / "data"), tokenizer
-    tokenizer = Tokenizer.load(weights.tokenizer_folder if weights else tokenizer_folder(indexed))
-    check_vocabulary(config.model, tokenizer)
+    tokenizer = initial.tokenizer() if initial else Tokenizer.load(tokenizer_folder(indexed))
+    check_vocabulary(config.model.vocab_size, tokenizer)
     return packed_corpus(indexed, tokenizer, length, config.seed), tokenizer
 
 
 def pretraining_step(run: TrainingRun, corpus: Corpus | PackedCorpus) -> Step:
     """The step of pre-training: an update on the next batch."""
+    if run.platform.transformer_engine:
+        check_fp8_sequences(run.config)
     reader: Any = reader_of(run, corpus)
     config, settings = run.config, run.config.train
     group = data_parallel_group()

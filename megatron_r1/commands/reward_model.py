@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch.distributed as dist
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.preference.examples import PreferenceDataset, TokenizedPreference
-from megatron_r1.model.chunks import in_multi_token_layer
 from megatron_r1.model.reward_head import add_reward_head, with_head
 from megatron_r1.parallel.mesh import data_parallel_group
 from megatron_r1.preference.items import eval_items, reward_model_encoder, training_items
@@ -24,10 +22,10 @@ from megatron_r1.preference.step import (
     with_epoch_steps,
 )
 from megatron_r1.runs.initial_weights import initial_model
+from megatron_r1.runs.post_training import begin_post_training, trained_weights
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
-from megatron_r1.train.routing import FROZEN
 from megatron_r1.train.update import update
 
 SHOWN = (
@@ -44,15 +42,15 @@ SHOWN = (
 def run(config: RunConfig) -> None:
     """Train a reward model, or resume its run; then report its accuracy on validation examples."""
     settings = config.reward_model
-    weights, tokenizer = initial_model(config)
+    initial, tokenizer = initial_model(config)
     encoder = reward_model_encoder(settings, tokenizer)
     training = training_items(settings, config.data, settings.num_examples, settings.objective)
     evaluated = eval_items(settings, config.data, settings.objective)
     examples = training_examples(training, encoder, config, settings.epochs)
     config = with_epoch_steps(config, len(examples) * settings.epochs)
-    weights = replace(weights, tensors=with_head(weights.tensors, config.model.hidden_size))
-    with training_run(config, tokenizer, weights, trained(config), add_reward_head) as run:
-        FROZEN.apply(run.model, 0)
+    initial = initial.with_tensors(lambda tensors: with_head(tensors, config.model.hidden_size))
+    with training_run(config, tokenizer, initial, trained(config), add_reward_head) as run:
+        begin_post_training(run)
         model = reward_model_of(run)
         measure = EvalAccuracy(model, encoder, evaluated, settings.max_critique_tokens)
         hooks = run.hooks(
@@ -69,10 +67,10 @@ def run(config: RunConfig) -> None:
 
 def trained(config: RunConfig) -> Callable[[str], bool]:
     """A function of a parameter's name: whether it is trained, that is whether scores or critiques depend on it."""
-    trains_critiques = config.reward_model.critique_loss_weight > 0
+    trains_critiques, in_stage = config.reward_model.critique_loss_weight > 0, trained_weights(config)
 
     def depends(name: str) -> bool:
-        return not in_multi_token_layer(name) and (trains_critiques or "output_layer" not in name.split("."))
+        return in_stage(name) and (trains_critiques or "output_layer" not in name.split("."))
 
     return depends
 
@@ -86,7 +84,6 @@ def reward_model_of(run: TrainingRun) -> RewardModel:
         settings.critique_loss_weight,
         run.tokenizer.pad,
         run.platform.device,
-        run.config.parallel.tensor,
     )
 
 

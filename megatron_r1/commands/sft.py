@@ -6,22 +6,22 @@ import logging
 
 import torch.distributed as dist
 
+from megatron_r1.config.cross_checks import check_fp8_sequences
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.chat.batches import ChatBatches
-from megatron_r1.data.chat.encode import template_source
-from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, open_examples
-from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.data.chat.store import Examples, inference_tokenizer, open_examples
 from megatron_r1.errors import ConfigError
+from megatron_r1.model.fp8.tokens import token_multiple
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import initial_model
+from megatron_r1.runs.post_training import begin_post_training, trained_weights
 from megatron_r1.runs.training_run import TrainingRun, finish_run, limit_steps, training_run
 from megatron_r1.sft.eval_loss import EvalLoss
 from megatron_r1.sft.step import supervised_step
 from megatron_r1.sft.supervised import SupervisedReader
-from megatron_r1.sft.teacher_setup import distilling_reader, find_teacher
+from megatron_r1.sft.teacher_setup import distilling_reader, find_sft_teacher
 from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
-from megatron_r1.train.routing import FROZEN
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +41,19 @@ SHOWN = (
 def run(config: RunConfig) -> None:
     """Fine-tune a model, or resume its run."""
     check(config)
-    weights, tokenizer = initial_model(config)
-    teacher = find_teacher(config, tokenizer)
+    initial, tokenizer = initial_model(config)
+    # Inference must format prompts as training does, and end responses where it does.
+    as_trained = inference_tokenizer(config.sft, tokenizer)
+    teacher = find_sft_teacher(config, tokenizer)
     length = config.train.sequence_length
     examples = open_examples(config.sft, config.data, tokenizer, length, config.seed, run_folder(config))
     training, validation = batches_of(config, examples, tokenizer.pad)
     config = with_epoch_steps(config, training.total)
-    # Inference must format prompts as training did.
-    template = template_source(config.sft.chat_template, tokenizer, TEMPLATE_KEY)
-    tokenizer = Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": template})
-    with training_run(config, tokenizer, weights) as run:
-        FROZEN.apply(run.model, 0)
+    trains_mtp = config.model.mtp.loss_coefficient > 0
+    with training_run(config, as_trained, initial, trained_weights(config, trains_mtp)) as run:
+        if run.platform.transformer_engine:
+            check_fp8_sequences(config)
+        begin_post_training(run, trains_mtp)
         reader = reader_of(run)
         training_reader = distilling_reader(run, teacher) if teacher else reader
         first = []
@@ -99,5 +101,5 @@ def reader_of(run: TrainingRun) -> SupervisedReader:
     config = run.config
     packed, degrees = config.sft.packing == "best_fit", config.parallel
     # Interleaved pipeline stages need micro-batches of one length.
-    trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else degrees.tensor * 2 * degrees.context
+    trimmed_to = 0 if packed or degrees.virtual_pipeline > 1 else token_multiple(run.model) * 2 * degrees.context
     return SupervisedReader(packed, config.model.mtp.num_layers, run.platform.device, trimmed_to)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,9 +32,28 @@ def one_of(section: object, name: str, allowed: Iterable[str]) -> None:
         raise ConfigError(name, value, f"must be one of {', '.join(choices)}")
 
 
+def iso_date(section: object, name: str) -> None:
+    """Refuse the named field unless it is empty or a day, YYYY-MM-DD."""
+    if value := getattr(section, name):
+        try:
+            datetime.date.fromisoformat(value)
+        except ValueError:
+            raise ConfigError(name, value, "must be a day, YYYY-MM-DD, or empty") from None
+
+
 def check_files(section: Any) -> None:
     """Refuse files `train_file` and `eval_file` unless `source` is file; then both are needed."""
     for name in ("train_file", "eval_file"):
         if (section.source == "file") != bool(value := getattr(section, name)):
-            allowed = "must name a .jsonl file" if section.source == "file" else "must be empty: source is assistant"
+            allowed = (
+                "must name a file or the folder of a dataset"
+                if section.source == "file"
+                else "must be empty: source is assistant"
+            )
             raise ConfigError(name, value, allowed)
+
+
+def is_function_path(text: str) -> bool:
+    """Whether the text has the form FILE.py:NAME."""
+    file, _, name = text.rpartition(":")
+    return file.endswith(".py") and name.isidentifier()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_r1.config.keys import check_stages, reads
-from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig
+from megatron_r1.config import serving
+from megatron_r1.config.fp8 import ROWS, check_tilings
+from megatron_r1.config.keys import reads
+from megatron_r1.config.model import AttentionConfig, GroupedAttentionConfig, ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.pipeline import TRAINING_VERBS
+from megatron_r1.config.pipeline_stages import fitting_group_size
 from megatron_r1.config.run import RunConfig
+from megatron_r1.config.stage_checks import check_stages
 from megatron_r1.errors import ConfigError
 
 
@@ -29,22 +33,72 @@ def check_sections(config: RunConfig, verb: str) -> None:
         check_sequences(config.parallel, config.train.sequence_length)
     if reads(verb, "rl"):
         _check_responses(config)
-    if reads(verb, "performance") and config.performance.overlap_moe_expert_parallel_comm:
-        _check_expert_overlap(config)
+    if reads(verb, "routing"):
+        _check_routing(config)
+    taught = reads(verb, "rl") and config.rl.teacher.from_
+    if reads(verb, "reward.accuracy") and not (config.reward.scores_responses or taught):
+        raise ConfigError("reward.accuracy", config.reward.accuracy, "at least one reward needs a weight above 0")
+    if reads(verb, "performance"):
+        _check_performance(config, verb)
+    if reads(verb, "parallel.context") and config.platform == "cuda":
+        check_context_parallelism(config)
+
+
+def _check_performance(config: RunConfig, verb: str) -> None:
+    """Refuse what megatron-core refuses while it builds the model."""
+    performance, degrees = config.performance, config.parallel
+    plain_latent = isinstance(config.model.attention, AttentionConfig) and config.model.rope.factor == 1
+    if performance.apply_rope_fusion and plain_latent:
+        allowed = "must be false with latent attention and model.rope.factor=1: its kernel is of YaRN's positions"
+        raise ConfigError("performance.apply_rope_fusion", True, allowed)
+    dispatcher = performance.moe_token_dispatcher_type
+    sparse = config.model.moe.num_experts > 0  # the dense models of a recipe may get the dispatcher of the others
+    if sparse and dispatcher == "deepep" and degrees.expert * degrees.expert_tensor == 1:
+        allowed = "needs parallel.expert x expert_tensor above 1: a rank that has all experts sends no tokens"
+        raise ConfigError("performance.moe_token_dispatcher_type", dispatcher, allowed)
+    if performance.overlap_moe_expert_parallel_comm:
+        _check_expert_overlap(config, verb)
 
 
 def _check_responses(config: RunConfig) -> None:
+    if config.rl.group_size == 1 and not config.rl.learns_from_single_responses():
+        allowed = "must be at least 2: without a critic or rl.teacher.from a response is compared with others"
+        raise ConfigError("rl.group_size", 1, allowed)
     longest = config.model.max_sequence_length
     if config.rollout.max_response_tokens >= longest:
         allowed = f"must be below model.max_sequence_length={longest}"
         raise ConfigError("rollout.max_response_tokens", config.rollout.max_response_tokens, allowed)
+    if config.rollout.engine == "sglang" and not config.rollout.sglang.started_elsewhere:
+        serving.check_division(config.rollout.sglang.server, config.model)
+        if config.platform == "cuda":
+            serving.on_cuda(config.rollout.sglang.server, config.model)
     if (method := config.rollout.sglang.server.speculative.method) == "mtp" and not config.model.mtp.num_layers:
         allowed = "needs model.mtp.num_layers of at least 1: without such layers nothing drafts"
         raise ConfigError("rollout.sglang.server.speculative.method", method, allowed)
 
 
-def _check_expert_overlap(config: RunConfig) -> None:
+def _check_routing(config: RunConfig) -> None:
+    coefficient = config.routing.sequence_loss_coefficient
+    if coefficient and not config.model.moe.sequence_loss_coefficient:
+        allowed = "must be 0: the model is built without a balance loss (model.moe.sequence_loss_coefficient=0)"
+        raise ConfigError("routing.sequence_loss_coefficient", coefficient, allowed)
+
+
+def check_context_parallelism(config: RunConfig) -> None:
+    """Refuse what Transformer Engine has no attention for.
+
+    Raises:
+        ConfigError: context-parallel ranks would share fp32 sequences.
+    """
+    if config.parallel.context > 1 and config.model.dtype != "bf16":
+        allowed = f"needs model.dtype=bf16 on GPUs: Transformer Engine divides no sequences in {config.model.dtype}"
+        raise ConfigError("parallel.context", config.parallel.context, allowed)
+
+
+def _check_expert_overlap(config: RunConfig, verb: str) -> None:
     degrees, key = config.parallel, "performance.overlap_moe_expert_parallel_comm"
+    if verb != "pretrain":
+        raise ConfigError(key, True, "must be false: only pretrain can plan its forward passes beside backward ones")
     for needed, holds in (
         ("parallel.expert above 1", degrees.expert > 1),
         ("model.dtype=bf16", config.model.dtype == "bf16"),
@@ -69,8 +123,15 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     if verb not in TRAINING_VERBS:
         return
     check_degrees(config.parallel, ranks)
+    if config.platform == "cuda" and config.fp8.enabled:
+        check_tilings(config.fp8)
+        if verb in ("pretrain", "sft"):
+            check_fp8_sequences(config)
     if verb == "pretrain":
         _check_pretraining(config, ranks)
+    elif config.parallel.mtp_rank != config.parallel.pipeline - 1:
+        allowed = "must have m and L on one pipeline rank: only pretrain divides them"
+        raise ConfigError("parallel.pipeline_layout", config.parallel.pipeline_layout, allowed)
     if verb == "sft":
         _check_fine_tuning(config, ranks)
     if verb == "grpo":
@@ -80,24 +141,24 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
 
 
 def _check_pretraining(config: RunConfig, ranks: int) -> None:
-    _check_batch(config, ranks)
+    check_batch(config, ranks)
     if config.data.source == "indexed" and not config.data.indexed.datasets:
         raise ConfigError("data.indexed.datasets", "{}", "must name a dataset: data.indexed.datasets.NAME.path=FOLDER")
 
 
 def _check_reinforcement(config: RunConfig) -> None:
     """Refuse what reinforcement learning does not support in a layout, or with an engine."""
-    degrees, longest = config.parallel, config.model.max_sequence_length
+    degrees = config.parallel
     if config.rl.routing_replay and not config.model.moe.num_experts:
         raise ConfigError("rl.routing_replay", True, "must be false: the model has no routers")
     recorded = config.rollout.engine == "local" or config.rollout.sglang.server.return_routed_experts
     if config.rl.routing_replay and not recorded:
         raise ConfigError("rl.routing_replay", True, "needs rollout.sglang.server.return_routed_experts=true")
-    if config.rl.tokens_per_micro_batch < longest:
+    if config.rl.tokens_per_micro_batch <= config.rollout.max_response_tokens:
         raise ConfigError(
             "rl.tokens_per_micro_batch",
             config.rl.tokens_per_micro_batch,
-            f"must be at least model.max_sequence_length={longest}, to hold one sample",
+            f"must be above rollout.max_response_tokens={config.rollout.max_response_tokens}, to hold one sample",
         )
     _check_staleness(config)
     _check_advantages(config)
@@ -148,7 +209,7 @@ def _check_advantages(config: RunConfig) -> None:
 
 
 def _check_fine_tuning(config: RunConfig, ranks: int) -> None:
-    _check_batch(config, ranks)
+    check_batch(config, ranks)
     degrees = config.parallel
     if (
         config.sft.packing == "none"
@@ -171,7 +232,7 @@ def _check_many_lengths(config: RunConfig) -> None:
 
 
 def _check_preferences(config: RunConfig, ranks: int) -> None:
-    _check_batch(config, ranks)
+    check_batch(config, ranks)
     degrees = config.parallel
     if degrees.context > 1:
         raise ConfigError("parallel.context", degrees.context, "must be 1: only pretrain divides sequences")
@@ -196,8 +257,12 @@ def check_degrees(degrees: ParallelConfig, ranks: int) -> None:
         )
 
 
-def _check_batch(config: RunConfig, ranks: int) -> None:
-    """Data-parallel ranks need equally many sequences, in equal micro-batches, so that a mean of means is the mean."""
+def check_batch(config: RunConfig, ranks: int) -> None:
+    """Data-parallel ranks need equally many sequences, in equal micro-batches, so that a mean of means is the mean.
+
+    Raises:
+        ConfigError: names the size that does not fit.
+    """
     degrees, train = config.parallel, config.train
     data_parallel = ranks // (degrees.tensor * degrees.pipeline * degrees.context)
     for size in train.batch_sizes():
@@ -212,14 +277,26 @@ def _check_batch(config: RunConfig, ranks: int) -> None:
             raise ConfigError(
                 "train.micro_batch_size", train.micro_batch_size, f"must divide the {share} sequences of a rank's share"
             )
-        passes = -(-share // train.micro_batch_size)
-        if degrees.virtual_pipeline > 1 and passes % degrees.pipeline:
-            raise ConfigError(
-                "train.micro_batch_size",
-                train.micro_batch_size,
-                f"must make a multiple of parallel.pipeline={degrees.pipeline} passes of a rank's {share} sequences, "
-                "for parallel.virtual_pipeline above 1",
-            )
+        if degrees.virtual_pipeline > 1:
+            _check_interleaving(degrees, train.micro_batch_size, share)
+
+
+def _check_interleaving(degrees: ParallelConfig, micro_batch_size: int, share: int) -> None:
+    """Refuse a number of micro-batches that megatron-core cannot interleave over the stages of a rank."""
+    passes, given = -(-share // micro_batch_size), degrees.microbatch_group_size_per_vp_stage
+    fitting = fitting_group_size(given, degrees.pipeline, passes)
+    if fitting is None:
+        allowed = (
+            f"must make at least parallel.pipeline={degrees.pipeline} passes of a rank's {share} sequences, "
+            "for parallel.virtual_pipeline above 1"
+        )
+        raise ConfigError("train.micro_batch_size", micro_batch_size, allowed)
+    if given and given != fitting:
+        allowed = (
+            f"must leave none of the {passes} passes of a rank's {share} sequences, "
+            f"or at least parallel.pipeline={degrees.pipeline}: {fitting} does"
+        )
+        raise ConfigError("parallel.microbatch_group_size_per_vp_stage", given, allowed)
 
 
 def check_division(degrees: ParallelConfig, model: ModelConfig) -> None:
@@ -244,7 +321,7 @@ def check_division(degrees: ParallelConfig, model: ModelConfig) -> None:
     ):
         if amount % degree:
             raise ConfigError(f"parallel.{key}", degree, f"must divide {name}={amount}")
-    _check_stages(degrees, model)
+    degrees.stages_of(model.num_layers, model.mtp.num_layers)
 
 
 def check_sequences(degrees: ParallelConfig, length: int) -> None:
@@ -261,17 +338,14 @@ def check_sequences(degrees: ParallelConfig, length: int) -> None:
         raise ConfigError("parallel.context", degrees.context, allowed)
 
 
-def _check_stages(degrees: ParallelConfig, model: ModelConfig) -> None:
-    if not degrees.pipeline_layers and model.num_layers % degrees.stages:
-        key = "pipeline" if model.num_layers % degrees.pipeline else "virtual_pipeline"
-        raise ConfigError(
-            f"parallel.{key}",
-            getattr(degrees, key),
-            f"must divide model.num_layers={model.num_layers}, or pipeline_layers must say what each stage holds",
-        )
-    if degrees.pipeline_layers and sum(degrees.pipeline_layers) != model.num_layers:
-        raise ConfigError(
-            "parallel.pipeline_layers",
-            degrees.pipeline_layers,
-            f"must sum up to model.num_layers={model.num_layers}",
-        )
+def check_fp8_sequences(config: RunConfig) -> None:
+    """Refuse sequences of a length that Transformer Engine does not multiply in FP8; other verbs' are padded.
+
+    Raises:
+        ConfigError: names the length.
+    """
+    degrees, length = config.parallel, config.train.sequence_length
+    multiple = ROWS * degrees.tensor * degrees.context
+    if config.fp8.enabled and length % multiple:
+        allowed = f"must be a multiple of {ROWS} x tensor x context={multiple}, as Transformer Engine's FP8 needs it"
+        raise ConfigError("train.sequence_length", length, allowed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from inspect import getsource
@@ -100,9 +100,13 @@ def sections_read_by(verb: str) -> list[tuple[str, str]]:
     return [(key.path, key.meaning) for key in top if reads(verb, key.path)]
 
 
-def commented_yaml(config: RunConfig, verb: str) -> str:
-    """The resolved configuration of one verb as YAML: only what it reads, each key under its meaning."""
-    lines = list(_commented(config, verb, "", 0))
+def commented_yaml(config: RunConfig, verb: str, origins: Mapping[str, str]) -> str:
+    """The resolved configuration of one verb as YAML: only what it reads, each key under its meaning.
+
+    Args:
+        origins: key -> where its value is from; said beside the value.
+    """
+    lines = list(_commented(config, verb, "", 0, origins))
     folded = [key for key in kinds_of(RunConfig) if not reads(verb, key)]
     if folded:
         text = f"{verb} does not read: {', '.join(folded)}"
@@ -232,7 +236,7 @@ def _spelt(value: object) -> str:
     return text
 
 
-def _commented(section: Any, verb: str, path: str, depth: int) -> Iterator[str]:
+def _commented(section: Any, verb: str, path: str, depth: int, origins: Mapping[str, str]) -> Iterator[str]:
     pad = "  " * depth
     kind: Any = type(section)
     texts = docstrings(kind)
@@ -244,11 +248,12 @@ def _commented(section: Any, verb: str, path: str, depth: int) -> Iterator[str]:
         yield from textwrap.wrap(texts[field.name], 116, initial_indent=f"{pad}# ", subsequent_indent=f"{pad}# ")
         if hasattr(value, "__dataclass_fields__"):
             yield f"{pad}{key}:"
-            yield from _commented(value, verb, joined(path, key), depth + 1)
+            yield from _commented(value, verb, joined(path, key), depth + 1, origins)
         else:
             plain = resolved(section)[key]
             text = yaml.safe_dump({key: plain}, sort_keys=False, allow_unicode=True, default_flow_style=False)
-            yield from (f"{pad}{line}" for line in text.splitlines())
+            origin = f"  # {origins[joined(path, key)]}" if joined(path, key) in origins else ""
+            yield from (f"{pad}{line}{origin}" for line in text.splitlines())
 
 
 def _header() -> list[str]:

@@ -19,9 +19,16 @@ class DpoConfig:
     source: str = "assistant"
     """Source of the pairs: assistant (generated, see data.source=assistant) or file."""
     train_file: str = ""
-    """JSONL file of training pairs with the fields prompt, chosen and rejected; where source is file."""
+    """File of training pairs with the fields prompt, chosen and rejected (.jsonl, .json, .parquet, .arrow, .csv; JSON
+    also gzipped), or the folder of a Hugging Face dataset; where source is file."""
     eval_file: str = ""
-    """JSONL file of validation pairs with the same fields; where source is file."""
+    """File or folder of validation pairs with the same fields; where source is file."""
+    train_split: str = "train"
+    """Split to read from a folder of training pairs."""
+    eval_split: str = "test"
+    """Split to read from a folder of validation pairs."""
+    subset: str = ""
+    """Configuration to read from a folder that has several; empty takes the one that its README calls default."""
     num_pairs: int = 16_000
     """Pairs to generate; where source is assistant."""
     epochs: int = 1

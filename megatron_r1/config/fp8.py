@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from megatron_r1.config.checks import one_of
 from megatron_r1.errors import ConfigError
 
+ROWS = 16
+"""Transformer Engine multiplies FP8 matrices whose sides are multiples of this, tokens included."""
+GATHERED_ROWS = 128
+"""Tensor-parallel ranks send one another their tokens in FP8 where each has a multiple of this, else in bf16."""
 LINEARS = (
     "self_attention.linear_q_proj",
     "self_attention.linear_q_down_proj",
@@ -32,6 +36,9 @@ class Fp8Config:
 
     A tiling is the number of rows and columns of a matrix that share one scale: 1x128 runs along the dimension that a
     product sums over, so the operands of the weight gradient are tiled 128x1, along the tokens.
+
+    On CUDA the recipe is Transformer Engine's: its tilings are the defaults, all its scales are powers of two, and it
+    saves nothing in E5M6, whatever the last three keys are. A run's `precision.json` says so, layer by layer.
     """
 
     enabled: bool = False
@@ -67,3 +74,14 @@ class Fp8Config:
             raise ConfigError(
                 "exclude_modules", len(self.exclude_modules), "names every linear layer: take enabled=false"
             )
+
+
+def check_tilings(fp8: Fp8Config) -> None:
+    """Refuse tilings that Transformer Engine's recipe does not have.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    for key, only in (("activation_tiling", "1x128"), ("gradient_tiling", "1x128"), ("weight_tiling", "128x128")):
+        if (value := getattr(fp8, key)) != only:
+            raise ConfigError(f"fp8.{key}", value, f"must be {only} with Transformer Engine")

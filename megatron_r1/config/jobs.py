@@ -5,26 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.errors import ConfigError
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Held-out accuracy, greedy and sampled."""
+    """Held-out accuracy, greedy and sampled: pass@1 over all samples, pass@k, cons@k, and how responses are written."""
 
     models: dict[str, str] = field(default_factory=dict)
     """Name -> run, checkpoint or hf:FOLDER; evaluated one after the other by the same engine."""
     benchmark: str = "arithmetic"
-    """arithmetic, or assistant (general tasks, scored by rules that no training uses)."""
+    """arithmetic, assistant (general tasks, scored by rules that no training uses), or a published benchmark, whose
+    file data.prompts.path names and whose fields are known: gsm8k, math500, aime, gpqa (four options, in an order by
+    seed) or humaneval (tests in the sandbox). With arithmetic, data.prompts.path names prompts of your own."""
     num_prompts: int = 512
-    """Number of held-out prompts."""
+    """Number of held-out prompts, or most prompts of data.prompts.path, from the first."""
     samples_per_prompt: int = 4
     """Sampled responses per prompt."""
+    instruction: str = ""
+    """Text after every question, such as how to write the answer; empty for none."""
+    every: int = 0
+    """Evaluate the kept checkpoints of the run in init.from, each so many of them and the last, as a curve over
+    training: 1 takes all, 0 only the newest."""
     temperature: float = 1.0
     """Temperature of the sampled responses; each prompt gets a greedy response too."""
 
     def __post_init__(self) -> None:
-        one_of(self, "benchmark", ("arithmetic", "assistant"))
+        one_of(self, "benchmark", ("arithmetic", "assistant", "gsm8k", "math500", "aime", "gpqa", "humaneval"))
+        at_least(self, 0, "every")
         at_least(self, 1, "num_prompts", "samples_per_prompt")
+        if self.every and self.models:
+            raise ConfigError("every", self.every, "must be 0 with evaluate.models: its checkpoints are init.from's")
         within(self, 0.01, 10.0, "temperature")
 
 
@@ -40,6 +51,11 @@ class SampleConfig:
     """Prompts whose responses are sampled and written together; a killed job loses one such part at most."""
     format: str = "jsonl"
     """Format of the output: jsonl or parquet."""
+    prompt_style: str = "plain"
+    """Text around each question: plain, few_shot, direct, rewrite, summary, general (configs/prompt_style), or a file
+    with {question} and, to show a given response, {response}."""
+    response_field: str = "response"
+    """Field of a row of data.prompts with the response that a style such as rewrite shows."""
 
     def __post_init__(self) -> None:
         one_of(self, "format", ("jsonl", "parquet"))

@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from megatron_r1.config.pipeline import PipelineConfig
 from megatron_r1.config.recipes import configs_folder, groups
 from megatron_r1.config.schema import exists, joined, shown
 from megatron_r1.config.verbs import GENERAL, VERBS
@@ -46,12 +45,17 @@ def check_overrides(verb: str, overrides: Sequence[str]) -> None:
         ConfigError: names the key, its value and what the verb reads.
     """
     for line in overrides:
-        written, _, value = line.partition("=")
-        key = written.lstrip("+~")
-        _refuse_unread(verb, key, value)
-        if value.lstrip().startswith("{"):
-            for name, item in _leaves(_mapping(value), key):
-                _refuse_unread(verb, name, item)
+        for key, value in overridden(line):
+            _refuse_unread(verb, key, value)
+
+
+def overridden(line: str) -> Iterator[tuple[str, object]]:
+    """Key and value of an override, and of what is in a value such as {a:1}."""
+    written, _, value = line.partition("=")
+    key = written.lstrip("+~")
+    yield key, value
+    if value.lstrip().startswith("{"):
+        yield from _leaves(_mapping(value), key)
 
 
 def check_recipe(verb: str, recipe: str) -> None:
@@ -60,31 +64,18 @@ def check_recipe(verb: str, recipe: str) -> None:
     Raises:
         ConfigError: names the key, its value and what the verb reads.
     """
+    for key, value in keys_of_recipe(recipe):
+        _refuse_unread(verb, key, value)
+
+
+def keys_of_recipe(recipe: str) -> Iterator[tuple[str, object]]:
+    """Keys that a recipe file itself sets, with their values."""
     try:
         tree = yaml.safe_load((configs_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError:
         return  # composing the recipe reports the error
-    for key, value in _leaves(tree if isinstance(tree, dict) else {}, ""):
-        if key != "defaults":
-            _refuse_unread(verb, key, value)
-
-
-def check_stages(pipeline: PipelineConfig) -> None:
-    """Refuse overrides of a recipe that its stages do not read.
-
-    Raises:
-        ConfigError: names the override and the stage.
-    """
-    for name, stage in pipeline.stages.items():
-        try:
-            check_overrides(stage.verb, stage.overrides)
-        except ConfigError as error:
-            raise ConfigError(f"pipeline.stages.{name}.overrides", f"[{error.key}=...]", error.allowed) from None
-    verbs = {stage.verb for stage in pipeline.stages.values()}
-    for line in pipeline.overrides:
-        key = line.partition("=")[0].lstrip("+~")
-        if exists(key) and not any(reads(verb, key) for verb in verbs):
-            raise ConfigError("pipeline.overrides", line, "no stage of this recipe reads it")
+    leaves = _leaves(tree if isinstance(tree, dict) else {}, "")
+    yield from ((key, value) for key, value in leaves if key != "defaults")
 
 
 def only_read(verb: str, overrides: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The shape of a model: DeepSeek's latent attention with experts, or a dense one with grouped attention."""
+"""The shape of a model: DeepSeek's latent attention with experts, or grouped attention with or without experts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AttentionConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GroupedAttentionConfig:
-    """Grouped-query attention as Qwen2, Qwen3 and Llama have it: several query heads share a key-value head."""
+    """Grouped-query attention as Qwen and Llama have it: several query heads share a key-value head."""
 
     kind: str = "grouped"
     """grouped; latent has keys of its own."""
@@ -117,7 +117,8 @@ class MoeConfig:
     group_top_k: int = 1
     """Groups that a token's experts may come from."""
     score_function: str = "sigmoid"
-    """sigmoid (V3: balanced by a bias, gates normalised over the chosen) or softmax (V2: neither)."""
+    """sigmoid (V3: balanced by a bias, gates normalised over the chosen), softmax (V2: neither) or softmax_topk (Qwen3:
+    gates normalised over the chosen, no bias)."""
     scaling_factor: float = 2.5
     """Factor on the gate values."""
     bias_update_rate: float = 1e-3
@@ -139,7 +140,11 @@ class MoeConfig:
         at_least(self, 1, "num_experts", "top_k", "ffn_hidden_size", "num_groups", "group_top_k")
         at_least(self, 0, "num_shared_experts", "first_dense_layers", "bias_update_rate", "sequence_loss_coefficient")
         within(self, 1e-3, 1e3, "scaling_factor")
-        one_of(self, "score_function", ("sigmoid", "softmax"))
+        one_of(self, "score_function", ("sigmoid", "softmax", "softmax_topk"))
+        if self.score_function == "softmax_topk" and self.top_k < 2:
+            raise ConfigError(
+                "top_k", self.top_k, "must be at least 2 with softmax_topk: a single gate would always be 1"
+            )
         if self.num_experts % self.num_groups:
             raise ConfigError("num_groups", self.num_groups, f"must divide num_experts={self.num_experts}")
         if self.group_top_k > self.num_groups:
@@ -165,7 +170,7 @@ class MtpConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """A transformer: latent attention and sparse experts, or grouped attention and dense layers."""
+    """A transformer: latent attention with sparse experts, or grouped attention with sparse experts or dense layers."""
 
     num_layers: int = 4
     """Transformer layers, without the multi-token ones."""
@@ -184,7 +189,7 @@ class ModelConfig:
     init_std: float = 0.045
     """Standard deviation of all initial weights; DeepSeek-V3's is 0.006, at a width of 7168."""
     dtype: str = "fp32"
-    """Parameter and activation type: fp32 or bf16."""
+    """Parameter and activation type: fp32 or bf16. On CUDA Transformer Engine multiplies fp32 in TF32: about 1e-3."""
     tied_embeddings: bool = False
     """Whether the output head is the embedding."""
     attention: AttentionConfig | GroupedAttentionConfig = field(default_factory=AttentionConfig)
@@ -203,14 +208,14 @@ class ModelConfig:
         within(self, 1e-5, 1.0, "init_std")
         one_of(self, "dtype", tuple(DTYPE_NAMES))
         if isinstance(self.attention, GroupedAttentionConfig):
-            self._check_dense(self.attention)
+            self._check_grouped(self.attention)
+            if self.moe.num_experts:
+                self._check_qwen3_moe(self.attention)
         else:
-            self._check_sparse()
+            self._check_latent()
 
-    def _check_dense(self, attention: GroupedAttentionConfig) -> None:
-        """Dense models: no published one of this kind has experts or predicts several tokens."""
-        if self.moe.num_experts:
-            raise ConfigError("moe.num_experts", self.moe.num_experts, "must be 0 with grouped attention")
+    def _check_grouped(self, attention: GroupedAttentionConfig) -> None:
+        """No published model of this kind predicts several tokens."""
         if self.mtp.num_layers:
             raise ConfigError("mtp.num_layers", self.mtp.num_layers, "must be 0 with grouped attention")
         if self.num_attention_heads % attention.num_key_value_heads:
@@ -219,9 +224,26 @@ class ModelConfig:
         if self.rope.scaling == "yarn" and self.rope.factor > 1:
             raise ConfigError("rope.scaling", "yarn", "must be llama3 with grouped attention")
 
-    def _check_sparse(self) -> None:
+    def _check_qwen3_moe(self, attention: GroupedAttentionConfig) -> None:
+        """Of models with grouped attention and experts, Qwen3's are the only ones that have a family here."""
+        if not attention.qk_norm:
+            raise ConfigError(
+                "attention.qk_norm", False, "must be true with grouped attention and experts, as in Qwen3"
+            )
+        if self.moe.score_function == "sigmoid":
+            allowed = "must be softmax_topk or softmax with grouped attention, as in Qwen3"
+            raise ConfigError("moe.score_function", "sigmoid", allowed)
+        plain = {"num_shared_experts": 0, "first_dense_layers": 0, "num_groups": 1, "scaling_factor": 1}
+        for name, value in plain.items():
+            if (found := getattr(self.moe, name)) != value:
+                raise ConfigError(f"moe.{name}", found, f"must be {value} with grouped attention, as in Qwen3")
+
+    def _check_latent(self) -> None:
         """DeepSeek's models."""
         moe = self.moe
+        if moe.score_function == "softmax_topk":
+            allowed = "must be sigmoid or softmax with latent attention"
+            raise ConfigError("moe.score_function", "softmax_topk", allowed)
         if not moe.num_experts:
             raise ConfigError("moe.num_experts", 0, "must be at least 1 with latent attention")
         if moe.first_dense_layers >= self.num_layers:

@@ -14,9 +14,6 @@ from megatron_r1.errors import ConfigError
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "shared_experts")
 DISPATCHERS = ("allgather", "alltoall", "deepep", "hybridep")
 _NEEDS_CUDA = {
-    "overlap_moe_expert_parallel_comm": "two CUDA streams",
-    "delay_wgrad_compute": "Transformer Engine's split backward pass",
-    "moe_shared_expert_overlap": "two CUDA streams",
     "gradient_accumulation_fusion": "NVIDIA Apex's kernel",
     "apply_rope_fusion": "Transformer Engine's kernel",
 }
@@ -31,7 +28,7 @@ class PerformanceConfig:
     moe_token_dispatcher_type: str = "alltoall"
     """How ranks exchange tokens for the experts: allgather, alltoall, deepep or hybridep."""
     overlap_moe_expert_parallel_comm: bool = False
-    """Overlap the all-to-all of one micro-batch with the computation of another."""
+    """Overlap the all-to-all of one micro-batch with the computation of another; in pretrain alone."""
     delay_wgrad_compute: bool = False
     """Compute weight gradients separately from input gradients, to fill gaps of the overlap."""
     moe_shared_expert_overlap: bool = False
@@ -66,6 +63,17 @@ class PerformanceConfig:
             raise ConfigError(
                 "moe_shared_expert_overlap", True, "cannot be while overlap_moe_expert_parallel_comm=true"
             )
+
+
+def refuse_without_transformer_engine(performance: PerformanceConfig) -> None:
+    """Refuse what torch's modules cannot do.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if performance.delay_wgrad_compute:
+        allowed = "must be false without Transformer Engine, whose backward pass can be split"
+        raise ConfigError("performance.delay_wgrad_compute", True, allowed)
 
 
 def refuse_on_cpu(performance: PerformanceConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -19,6 +20,18 @@ def recipes() -> list[str]:
 
 
 def groups() -> dict[str, list[str]]:
-    """Group -> its options, as in `model=tiny`."""
+    """Group -> its options, as in `model=tiny`; a folder without YAML files is no group."""
     folders = sorted(path for path in configs_folder().iterdir() if path.is_dir())
-    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    options = {folder.name: _stems(folder, folder.stat().st_mtime_ns) for folder in folders}
+    return {name: found for name, found in options.items() if found}
+
+
+def prompt_styles() -> dict[str, Path]:
+    """Name -> file of the texts that `sample.prompt_style` may name."""
+    return {path.stem: path for path in sorted((configs_folder() / "prompt_style").glob("*.txt"))}
+
+
+@cache
+def _stems(folder: Path, _: int) -> list[str]:
+    """Names of the YAML files in a folder, read again when the folder has changed."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.checks import at_least, is_function_path, one_of, within
 from megatron_r1.errors import ConfigError
+
+WEIGHTS = (
+    "accuracy", "format", "language", "overlong", "repetition", "helpfulness", "harmlessness", "judge", "custom",
+)  # fmt: skip
+"""Rewards whose weighted sum is a response's score."""
+
+
+DOMAINS = ("reasoning", "helpfulness", "harmlessness")
+"""Domains of prompts: where the answer is known, and by which preferences other responses are scored."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,6 +151,10 @@ class RewardConfig:
     step_rewards: str = ""
     """Rewards of reasoning steps: arithmetic (1 for each equation that follows from the question), or your own
     function, FILE.py:NAME."""
+    domains: dict[str, str] = field(default_factory=dict)
+    """Name of a reward -> domain of the prompts whose responses it scores (reasoning, helpfulness or harmlessness);
+    rewards without one score all responses. A prompt's domain is in its row, or that of its task in a generated
+    world."""
     retries: int = 2
     """Further attempts to score a response after a failure that is not the response's fault."""
     math: MathConfig = field(default_factory=MathConfig)
@@ -152,26 +165,25 @@ class RewardConfig:
     """The judge and its verdicts."""
 
     def __post_init__(self) -> None:
-        weights = (
-            "accuracy", "format", "language", "overlong", "repetition", "helpfulness", "harmlessness", "judge",
-            "custom",
-        )  # fmt: skip
-        at_least(self, 0, *weights, "steps")
+        at_least(self, 0, *WEIGHTS, "steps")
         one_of(self, "format_style", ("strict", "lenient"))
         one_of(self, "answer_format", ("tags", "boxed", "any"))
         one_of(self, "verifier", ("number", "text", "math"))
         one_of(self, "target_language", ("en", "zh", "question"))
         at_least(self, 1, "overlong_tokens", "overlong_buffer", "repetition_ngram_size")
+        for name, domain in self.domains.items():
+            if name not in WEIGHTS:
+                raise ConfigError(f"domains.{name}", domain, f"must be of one of {', '.join(WEIGHTS)}")
+            if domain not in DOMAINS:
+                raise ConfigError(f"domains.{name}", domain, f"must be one of {', '.join(DOMAINS)}")
         within(self, 0, 100, "retries")
-        if not any(getattr(self, name) for name in weights):
-            raise ConfigError("accuracy", self.accuracy, "at least one reward needs a weight above 0")
         if self.overlong_buffer > self.overlong_tokens:
             raise ConfigError(
                 "overlong_buffer", self.overlong_buffer, f"must be at most overlong_tokens={self.overlong_tokens}"
             )
-        if self.custom_function and not _is_function_path(self.custom_function):
+        if self.custom_function and not is_function_path(self.custom_function):
             raise ConfigError("custom_function", self.custom_function, "must be FILE.py:NAME")
-        if self.step_rewards not in ("", "arithmetic") and not _is_function_path(self.step_rewards):
+        if self.step_rewards not in ("", "arithmetic") and not is_function_path(self.step_rewards):
             raise ConfigError("step_rewards", self.step_rewards, "must be arithmetic or FILE.py:NAME")
         for weight, key, source in (
             ("custom", "custom_function", self.custom_function),
@@ -184,14 +196,22 @@ class RewardConfig:
                 allowed = f"is the weight of reward.{key}: both are given, or neither"
                 raise ConfigError(weight, getattr(self, weight), allowed)
 
+    def scores(self, name: str, domain: str) -> bool:
+        """Whether a reward, by its name, scores responses to prompts of a domain."""
+        return self.domains.get(name, domain) == domain
+
+    @property
+    def scores_responses(self) -> bool:
+        """Whether any reward has a weight."""
+        return any(getattr(self, name) for name in WEIGHTS)
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether a reward compares responses with the true answers of their prompts."""
+        return bool(self.accuracy or self.judge)
+
     @property
     def models(self) -> dict[str, str]:
         """Sources of the reward models with a weight above 0, by the reward's name."""
         sources = {"helpfulness": self.helpfulness_model, "harmlessness": self.harmlessness_model}
         return {name: source for name, source in sources.items() if source}
-
-
-def _is_function_path(text: str) -> bool:
-    """Whether the text has the form FILE.py:NAME."""
-    file, _, name = text.rpartition(":")
-    return file.endswith(".py") and name.isidentifier()

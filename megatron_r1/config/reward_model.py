@@ -18,10 +18,16 @@ class RewardModelConfig:
     source: str = "assistant"
     """Source of the labelled responses: assistant (generated, see data.source=assistant) or file."""
     train_file: str = ""
-    """JSONL file of training examples with the fields prompt, chosen and rejected, or prompt, response and safe; where
-    source is file."""
+    """File of training examples with the fields prompt, chosen and rejected, or prompt, response and safe (.jsonl,
+    .json, .parquet, .arrow, .csv; JSON also gzipped), or the folder of a Hugging Face dataset; where source is file."""
     eval_file: str = ""
-    """JSONL file of validation examples with the same fields; where source is file."""
+    """File or folder of validation examples with the same fields; where source is file."""
+    train_split: str = "train"
+    """Split to read from a folder of training examples."""
+    eval_split: str = "test"
+    """Split to read from a folder of validation examples."""
+    subset: str = ""
+    """Configuration to read from a folder that has several; empty takes the one that its README calls default."""
     chat_template: str = "r1_zero"
     """Template around a question: r1_zero (of DeepSeek-R1-Zero) or none (the question is the prompt)."""
     num_examples: int = 16_000

@@ -103,6 +103,16 @@ class MismatchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PolicyTeacherConfig:
+    """On-policy distillation: a teacher takes the reference policy's place, and the policy learns from its own samples
+    (Agarwal et al. 2024, "On-Policy Distillation of Language Models", with the reverse KL divergence)."""
+
+    from_: str = ""
+    """Run directory, checkpoint directory or hf:FOLDER of a model of any shape with the policy's vocabulary; empty has
+    no teacher. Written `rl.teacher.from`. It stays in the devices' memory beside the policy."""
+
+
+@dataclass(kw_only=True, slots=True)
 class RLConfig:
     """The objective, and how a rollout is divided into updates."""
 
@@ -126,12 +136,13 @@ class RLConfig:
     clip_epsilon_high: float = 0.0
     """Clip range above a ratio of 1 (DAPO's clip-higher); 0 takes clip_epsilon."""
     kl_coefficient: float = 1e-3
-    """Weight of the KL penalty against the reference policy; with 0 there is no reference policy."""
+    """Weight of the KL penalty against the reference policy; with 0 there is no reference policy. With teacher.from, of
+    the divergence KL(policy || teacher)."""
     kl_estimator: str = "k3"
     """Estimator of the KL penalty: k1, k2 or k3 from sampled tokens, or exact over the whole vocabulary."""
     kl_placement: str = "loss"
-    """Where the KL penalty is added: loss, or reward (its sum over a response; per token with
-    advantage_estimator=critic)."""
+    """Where the KL penalty is added: loss, reward (its sum over a response; per token with advantage_estimator=critic)
+    or advantage (each token's own, after the rewards are normalised; of kl_estimator=k1)."""
     entropy_coefficient: float = 0.0
     """Weight of the policy's entropy, which is maximised."""
     advantage_estimator: str = "group"
@@ -141,6 +152,8 @@ class RLConfig:
     """Standard deviation that divides the group advantage: population, sample or none."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The value model."""
+    teacher: PolicyTeacherConfig = field(default_factory=PolicyTeacherConfig)
+    """A teacher in the reference policy's place."""
     old_logprobs_from: str = "rollout"
     """Denominator of the ratio: rollout (the engine's own log-probabilities) or trainer (recomputed)."""
     routing_replay: bool = False
@@ -160,15 +173,15 @@ class RLConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "prompts_per_rollout", "updates_per_rollout", "epochs_per_rollout", "tokens_per_micro_batch")
+        at_least(self, 1, "group_size")
         one_of(self, "advantage_estimator", ("group", "process", "critic"))
-        at_least(self, 1 if self.advantage_estimator == "critic" else 2, "group_size")
         within(self, 1e-6, 100.0, "clip_epsilon")
         at_least(self, 0, "kl_coefficient", "reference_sync_interval", "entropy_coefficient")
         within(self, 0.0, 100.0, "clip_epsilon_high")
         one_of(self, "objective", ("grpo", "grpo_sequence", "on_policy", "gspo", "gspo_token", "cispo"))
         one_of(self, "loss_aggregation", ("sequence_mean", "token_mean", "constant"))
         one_of(self, "kl_estimator", ("k1", "k2", "k3", "exact"))
-        one_of(self, "kl_placement", ("loss", "reward"))
+        one_of(self, "kl_placement", ("loss", "reward", "advantage"))
         one_of(self, "old_logprobs_from", ("rollout", "trainer"))
         one_of(self, "advantage_std", ("population", "sample", "none"))
         if self.importance_sampling.kind != "none" and self.old_logprobs_from != "trainer":
@@ -179,27 +192,54 @@ class RLConfig:
         if self.objective == "on_policy" and self.updates_per_rollout * self.epochs_per_rollout > 1:
             key = "updates_per_rollout" if self.updates_per_rollout > 1 else "epochs_per_rollout"
             raise ConfigError(key, getattr(self, key), "must be 1 with objective=on_policy, which has no old policy")
-        if self.advantage_estimator != "group" and self.objective in ("grpo_sequence", "gspo"):
-            allowed = (
-                "must be one of grpo, on_policy, gspo_token, cispo with "
-                f"advantage_estimator={self.advantage_estimator}, which gives each token its own advantage"
-            )
-            raise ConfigError("objective", self.objective, allowed)
+        self._check_token_advantages()
         if self.advantage_estimator == "process" and self.shuffle_rewards:
             raise ConfigError(
                 "shuffle_rewards", True, "must be false with advantage_estimator=process: steps keep their rewards"
             )
-        if self.advantage_estimator == "critic":
-            self._check_critic()
+        if self.teacher.from_:
+            self._check_teacher()
+        if self.group_size == 1:
+            self._check_filters_of_single_responses()
         samples = self.prompts_per_rollout * self.group_size
         if samples % self.updates_per_rollout:
             raise ConfigError(
                 "updates_per_rollout", self.updates_per_rollout, f"must divide the {samples} samples of a rollout"
             )
 
-    def _check_critic(self) -> None:
+    def learns_from_single_responses(self) -> bool:
+        """Whether a response says something without others to its prompt: by a critic, or by a teacher's tokens."""
+        taught = bool(self.teacher.from_) and self.kl_placement != "reward"
+        return taught or self.advantage_estimator == "critic"
+
+    def _check_token_advantages(self) -> None:
+        """Refuse what contradicts advantages that differ from token to token."""
+        if self.kl_placement == "advantage" and self.kl_estimator != "k1":
+            allowed = "must be k1 with kl_placement=advantage: only its gradient is then that of the divergence"
+            raise ConfigError("kl_estimator", self.kl_estimator, allowed)
+        if self.objective not in ("grpo_sequence", "gspo"):
+            return
+        for key, of_responses in (("advantage_estimator", ("group",)), ("kl_placement", ("loss", "reward"))):
+            if (value := getattr(self, key)) not in of_responses:
+                allowed = (
+                    f"must be one of grpo, on_policy, gspo_token, cispo with {key}={value}, which gives each token its "
+                    "own advantage"
+                )
+                raise ConfigError("objective", self.objective, allowed)
+
+    def _check_teacher(self) -> None:
+        if not self.kl_coefficient:
+            raise ConfigError("kl_coefficient", 0.0, "must be above 0 with teacher.from: it is the teacher's weight")
+        if self.reference_sync_interval:
+            allowed = "must be 0 with teacher.from: the policy never replaces its teacher"
+            raise ConfigError("reference_sync_interval", self.reference_sync_interval, allowed)
+        if (self.kl_placement, self.kl_estimator) == ("loss", "k1"):
+            allowed = "must be exact, k2 or k3 with teacher.from and kl_placement=loss: k1's gradient is 0 on average"
+            raise ConfigError("kl_estimator", self.kl_estimator, allowed)
+
+    def _check_filters_of_single_responses(self) -> None:
         for name in ("zero_std_groups", "truncated", "duplicates"):
-            if self.group_size == 1 and (value := getattr(self.filters, name)) != "keep":
+            if (value := getattr(self.filters, name)) != "keep":
                 raise ConfigError(
                     f"filters.{name}", value, "must be keep with group_size=1: it would drop whole groups"
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.checks import at_least, iso_date, one_of, within
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError
 
@@ -45,6 +45,9 @@ class RolloutConfig:
     chat_template: str = "r1_zero"
     """Template around a question: r1_zero (of DeepSeek-R1-Zero), none (the question is the prompt), tokenizer (the
     model's own chat template), or a file with one."""
+    template_date: str = ""
+    """Day that a chat template learns from strftime_now, YYYY-MM-DD; empty: none, and a template that cannot do without
+    is refused."""
     system_prompt: str = ""
     """System message before every question; the template must support one."""
     temperature: float = 1.0
@@ -75,6 +78,7 @@ class RolloutConfig:
         at_least(self, 1, "max_response_tokens", "local_batch_size")
         if not self.chat_template:
             raise ConfigError("chat_template", self.chat_template, "must be r1_zero, none, tokenizer or a file")
+        iso_date(self, "template_date")
         within(self, 0, 64, "max_staleness")
         if self.max_staleness and self.weight_sync.pause_mode == "abort":
             raise ConfigError(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_r1.config.average import AverageConfig
+from megatron_r1.config.check import CheckConfig
 from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.config.cluster import ClusterConfig, SubmitConfig
 from megatron_r1.config.convert import ConvertConfig
+from megatron_r1.config.curate import CurateConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.dpo import DpoConfig
 from megatron_r1.config.fp8 import Fp8Config
@@ -18,6 +22,7 @@ from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.routing import RoutingConfig
 from megatron_r1.config.sft import SftConfig
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import ConfigError
@@ -49,11 +54,11 @@ class RunConfig:
     platform: str = "auto"
     """cuda, cpu, or auto (refused inside a SLURM job)."""
     threads: int = 0
-    """CPU threads per rank; 0 divides the cores among the ranks."""
+    """CPU threads per rank; 0 divides the cores that the job may use among its ranks."""
     distributed_timeout_minutes: int = 120
-    """Minutes after which a collective operation that a rank has not joined ends the run. Ranks wait in collectives for
-    the slowest rank: while rank 0 generates, scores or saves, and while servers load weights. The timeout must be
-    longer than the longest of these. The launcher notices a rank that died at once, independent of this timeout."""
+    """Minutes after which a collective operation that a rank has not joined ends the run, and after which a rank that
+    sends no heartbeat is lost. Ranks that wait for one that generates, scores, starts servers or saves do so outside of
+    collective operations, as long as it takes. The launcher notices a rank that died at once."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
@@ -66,6 +71,8 @@ class RunConfig:
     """Training data."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How parameters are updated."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    """How stages after pre-training treat the routers."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How responses are sampled."""
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -82,6 +89,8 @@ class RunConfig:
     """Evaluation of models."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """A sampling job."""
+    curate: CurateConfig = field(default_factory=CurateConfig)
+    """Rejection sampling and data assembly."""
     diagnose: DiagnoseConfig = field(default_factory=DiagnoseConfig)
     """A diagnosis of a saved batch of responses."""
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -90,8 +99,16 @@ class RunConfig:
     """Initial weights."""
     convert: ConvertConfig = field(default_factory=ConvertConfig)
     """Output of convert."""
+    average: AverageConfig = field(default_factory=AverageConfig)
+    """Checkpoints whose weights are averaged."""
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     """Stages of a recipe."""
+    check: CheckConfig = field(default_factory=CheckConfig)
+    """The machine of a job that is checked."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The cluster that a job is submitted to."""
+    submit: SubmitConfig = field(default_factory=SubmitConfig)
+    """A job on a cluster."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "seed", "threads")

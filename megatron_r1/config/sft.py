@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_r1.config.checks import at_least, one_of, within
+from megatron_r1.config.checks import at_least, iso_date, one_of, within
 from megatron_r1.errors import ConfigError
 
 TAILS = ("rest", "renormalise", "drop")
@@ -45,9 +45,11 @@ class ConversationsConfig:
     """One source of conversations: rows with messages, or with a prompt and a response."""
 
     path: str = ""
-    """A .jsonl or .parquet file, or the folder of a Hugging Face dataset."""
+    """A file (.jsonl, .json, .parquet, .arrow, .csv; JSON also gzipped), or the folder of a Hugging Face dataset."""
     split: str = "train"
     """Split to read from a folder."""
+    subset: str = ""
+    """Configuration to read from a folder that has several; empty takes the one that its README calls default."""
     messages_field: str = "messages"
     """Field with a list of {role, content}; rows without it have a prompt and a response."""
     prompt_field: str = "prompt"
@@ -59,7 +61,7 @@ class ConversationsConfig:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ConfigError("path", self.path, "must name a .jsonl or .parquet file or a dataset's folder")
+            raise ConfigError("path", self.path, "must name a file of rows or a dataset's folder")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +77,9 @@ class SftConfig:
     """Conversations to generate; where source is a generated world."""
     chat_template: str = "r1_zero"
     """r1_zero (DeepSeek-R1-Zero's template for one question), tokenizer (the tokenizer's own), or a file with one."""
+    template_date: str = ""
+    """Day that a chat template learns from strftime_now, YYYY-MM-DD; empty: none, and a template that cannot do without
+    is refused."""
     system_prompt: str = ""
     """System prompt of conversations that have none of their own."""
     loss_on: str = "all"
@@ -111,5 +116,6 @@ class SftConfig:
         within(self, 0.0, 1.0, "max_bad_share")
         if not self.chat_template:
             raise ConfigError("chat_template", self.chat_template, "must be r1_zero, tokenizer or a file")
+        iso_date(self, "template_date")
         if self.teacher.from_ and self.packing != "best_fit":
             raise ConfigError("packing", self.packing, "must be best_fit with teacher.from")

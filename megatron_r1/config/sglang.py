@@ -12,6 +12,11 @@ from megatron_r1.errors import ConfigError
 
 AUTO = "auto"
 """Left to SGLang."""
+ATTENTION_BACKENDS = (
+    *("fa3", "fa4", "flashinfer", "flashmla", "trtllm_mla", "cutedsl_mla", "trtllm_mha"),
+    *("triton", "flex_attention", "torch_native"),
+)
+"""Those of SGLang's that NVIDIA's GPUs or a CPU have, for attention as in this project's models."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,7 +59,8 @@ class ServerConfig:
     kv_cache_dtype: str = AUTO
     """Number format of the key-value cache: auto (the model's), fp8_e4m3 or fp8_e5m2."""
     attention_backend: str = AUTO
-    """SGLang's name of the attention kernels; auto takes torch_native on the CPU, else SGLang's own choice."""
+    """SGLang's name of the attention kernels; auto takes torch_native on the CPU, else SGLang's own choice, or triton
+    for sizes without compiled kernels, which no published model has."""
     expert_dispatch: str = "none"
     """How ranks exchange tokens for the experts: none (SGLang's collectives) or deepep."""
     return_routed_experts: bool = False
@@ -72,6 +78,7 @@ class ServerConfig:
         within(self, 0.0, 0.99, "memory_fraction")
         one_of(self, "quantization", ("none", "fp8"))
         one_of(self, "kv_cache_dtype", (AUTO, "fp8_e4m3", "fp8_e5m2"))
+        one_of(self, "attention_backend", (AUTO, *ATTENTION_BACKENDS))
         one_of(self, "expert_dispatch", ("none", "deepep"))
         for name in ("expert_parallel", "data_parallel_attention"):
             if self.tensor_parallel % getattr(self, name):
@@ -152,7 +159,7 @@ class SGLangConfig:
     """Servers to start, or to wait for in `address_file`; without effect where `addresses` or `slurm` names some."""
     first_gpu: int = -1
     """First GPU of the servers that the run starts, each of which has its own GPUs; -1 takes the GPUs after the
-    trainer's, or the trainer's own where servers are colocated or there are no others."""
+    trainer's, or the trainer's own where servers are colocated or the machine has one GPU."""
     addresses: list[str] = field(default_factory=list)
     """Servers that already run, as http://host:port; their keys are in SGLANG_API_KEY and SGLANG_ADMIN_API_KEY."""
     address_file: str = ""
@@ -161,8 +168,9 @@ class SGLangConfig:
     """Servers at known ports of this SLURM job's nodes, for which the run waits."""
     router: str = ""
     """http://host:port of an sglang-router for the requests; the run registers its servers there."""
-    start_timeout_s: float = 240.0
-    """Seconds until a started server must answer."""
+    start_timeout_s: float = 0.0
+    """Seconds until a started server must answer; 0 is 240 on a CPU, and 3,600 on a GPU, where SGLang compiles kernels
+    at the first start."""
     request_timeout_s: float = 300.0
     """Seconds that one call may take."""
     max_running_requests: int = 512
@@ -180,7 +188,8 @@ class SGLangConfig:
         else:
             within(self, 1, 64, "servers")
         at_least(self, -1, "first_gpu")
-        at_least(self, 1, "start_timeout_s", "max_running_requests")
+        at_least(self, 0, "start_timeout_s")
+        at_least(self, 1, "max_running_requests")
         at_least(self, 0.01, "request_timeout_s")
         at_least(self, 0, "max_total_tokens")
         for name, values in (("addresses", self.addresses), ("router", [self.router] if self.router else [])):

@@ -63,6 +63,9 @@ class TrainConfig:
     """Whether checkpoints are written while training continues; needs another copy of the weights in host memory."""
     save_total_limit: int = 2
     """Number of verified checkpoints to keep; older ones are deleted."""
+    save_before_limit_s: float = 0.0
+    """Seconds before the time limit of its job at which the run saves and stops, to go on in the next job; more than
+    the longest step with its save. 0 does not look at the clock and waits for the scheduler's signal."""
     log_interval: int = 10
     """Steps between lines on the terminal; every step is recorded."""
 
@@ -71,7 +74,7 @@ class TrainConfig:
         at_least(self, 1, "balance_window")
         within(self, 0.0, 0.9999999, "ema_decay")
         at_least(self, 2, "sequence_length", "save_total_limit")
-        at_least(self, 0, "max_skipped_steps")
+        at_least(self, 0, "max_skipped_steps", "save_before_limit_s")
         ramp = self.schedule.batch_ramp
         if ramp.tokens and ramp.start > self.global_batch_size:
             raise ConfigError(

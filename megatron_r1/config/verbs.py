@@ -29,6 +29,11 @@ class Verb:
     """Sections and keys that it reads, beside `GENERAL`."""
     ignores: tuple[str, ...] = ()
     """Exceptions: sections and keys within `reads` that it does not read."""
+    short_forms: tuple[tuple[str, str], ...] = ()
+    """Names that the command line takes for keys: (short form, key)."""
+    of_command: bool = False
+    """Whether it takes another verb's command, as in `check grpo key=value`; its module then has
+    `run_command(command: JobCommand) -> int` instead, which returns the exit status."""
 
     def check(self, name: str, source: str) -> None:
         """Refuse to start without a model.
@@ -44,6 +49,18 @@ class Verb:
             raise ConfigError("init.from", source, f"{name} needs a model: a run, a checkpoint or hf:FOLDER")
 
 
+@dataclass(frozen=True, slots=True)
+class JobCommand:
+    """The command of a job that another verb handles: checks or submits."""
+
+    verb: str
+    """A key of VERBS."""
+    recipe: str
+    """Name of its recipe, without `.yaml`."""
+    overrides: tuple[str, ...] = ()
+    """key=value, keys of the handling verb among them."""
+
+
 GENERAL = ("name", "root")
 PROCESS = ("seed", "platform", "threads", "distributed_timeout_minutes")
 TRAINING = (*PROCESS, "init", "model", "fp8", "parallel", "performance", "train", "track")
@@ -51,14 +68,16 @@ CORPUS = ("data.num_documents", "data.vocab_size", "data.indexed")
 PRETRAINING_SCHEDULES = (
     "model.moe.bias_update_rate",
     "model.moe.sequence_loss_coefficient",
-    "model.mtp.loss_coefficient",
     "train.balance_window",
     "train.schedule.batch_ramp",
     "train.schedule.mtp_weight_phases",
     "train.schedule.bias_rate_phases",
 )
-"""Keys that post-training does not read: it does not balance the routers (train/routing.py, FROZEN), trains no
-multi-token prediction, and has batches of one size."""
+"""Keys that post-training does not read: `routing` says what it does with the routers, sft alone trains multi-token
+prediction, and batches have one size."""
+POST_TRAINING = (*TRAINING, "routing")
+MTP_WEIGHT = "model.mtp.loss_coefficient"
+"""Read where multi-token layers are trained: pretrain and sft."""
 
 VERBS = {
     "pretrain": Verb(
@@ -75,7 +94,7 @@ VERBS = {
         "supervised fine-tuning on conversations",
         computes=True,
         needs_model=True,
-        reads=(*TRAINING, "data", "sft"),
+        reads=(*POST_TRAINING, "data", "sft"),
         ignores=(*PRETRAINING_SCHEDULES, *CORPUS, "data.source", "data.prompts"),
     ),
     "grpo": Verb(
@@ -84,9 +103,10 @@ VERBS = {
         "reinforcement learning with verifiable rewards",
         computes=True,
         needs_model=True,
-        reads=(*TRAINING, "data", "rollout", "reward", "rl"),
+        reads=(*POST_TRAINING, "data", "rollout", "reward", "rl"),
         ignores=(
             *PRETRAINING_SCHEDULES,
+            MTP_WEIGHT,
             *CORPUS,
             "train.micro_batch_size",
             "train.sequence_length",
@@ -99,8 +119,15 @@ VERBS = {
         "train a reward model on labelled responses",
         computes=True,
         needs_model=True,
-        reads=(*TRAINING, "data", "reward_model"),
-        ignores=(*PRETRAINING_SCHEDULES, *CORPUS, "data.source", "data.prompts", "data.reasoning_gym_share"),
+        reads=(*POST_TRAINING, "data", "reward_model"),
+        ignores=(
+            *PRETRAINING_SCHEDULES,
+            MTP_WEIGHT,
+            *CORPUS,
+            "data.source",
+            "data.prompts",
+            "data.reasoning_gym_share",
+        ),
     ),
     "dpo": Verb(
         "megatron_r1.commands.dpo",
@@ -108,16 +135,23 @@ VERBS = {
         "direct preference optimization on pairs of responses",
         computes=True,
         needs_model=True,
-        reads=(*TRAINING, "data", "dpo", "rollout.chat_template", "rollout.system_prompt"),
-        ignores=(*PRETRAINING_SCHEDULES, *CORPUS, "data.source", "data.prompts", "data.reasoning_gym_share"),
+        reads=(*POST_TRAINING, "data", "dpo", "rollout.chat_template", "rollout.system_prompt"),
+        ignores=(
+            *PRETRAINING_SCHEDULES,
+            MTP_WEIGHT,
+            *CORPUS,
+            "data.source",
+            "data.prompts",
+            "data.reasoning_gym_share",
+        ),
     ),
     "evaluate": Verb(
         "megatron_r1.commands.evaluate",
         "evaluate",
         "held-out accuracy of one model or several",
         computes=True,
-        reads=(*PROCESS, "init", "data", "rollout", "evaluate"),
-        ignores=(*CORPUS, "data.source", "data.prompts", "rollout.temperature", "rollout.max_staleness"),
+        reads=(*PROCESS, "init", "data", "rollout", "evaluate", "reward.verifier", "reward.math", "reward.sandbox"),
+        ignores=(*CORPUS, "data.source", "rollout.temperature", "rollout.max_staleness"),
     ),
     "sample": Verb(
         "megatron_r1.commands.sample",
@@ -127,6 +161,22 @@ VERBS = {
         needs_model=True,
         reads=(*PROCESS, "init", "data", "rollout", "reward", "sample"),
         ignores=(*CORPUS, "rollout.max_staleness"),
+    ),
+    "curate": Verb(
+        "megatron_r1.commands.curate",
+        "curate",
+        "filter and mix generated data for training",
+        reads=(
+            "seed",
+            "curate",
+            "data.eval_fraction",
+            "reward.verifier",
+            "reward.answer_format",
+            "reward.math",
+            "reward.sandbox",
+            "reward.judge",
+            "reward.judge_config",
+        ),
     ),
     "diagnose": Verb(
         "megatron_r1.commands.diagnose",
@@ -140,16 +190,46 @@ VERBS = {
         "convert",
         "between checkpoints and Hugging Face folders, BF16 or FP8",
         reads=("init", "model", "convert"),
-        ignores=PRETRAINING_SCHEDULES,
+        ignores=(*PRETRAINING_SCHEDULES, MTP_WEIGHT),
+    ),
+    "average": Verb(
+        "megatron_r1.commands.average",
+        "average",
+        "the mean of the weights of several runs",
+        reads=("average",),
     ),
     "pipeline": Verb(
         "megatron_r1.commands.pipeline",
         "quickstart",
         "a recipe of several stages, resumable",
         reads=("seed", "platform", "parallel", "pipeline"),
+        short_forms=tuple((name, f"pipeline.{name}") for name in ("from", "until", "only", "dry_run", "show")),
+    ),
+    "submit": Verb(
+        "megatron_r1.commands.submit",
+        "submit",
+        "a verb as a SLURM job: submit VERB [key=value ...]",
+        reads=("cluster", "submit"),
+        short_forms=tuple(
+            (name, f"submit.{name}") for name in ("nodes", "engine_nodes", "time_limit", "restart", "dry_run")
+        ),
+        of_command=True,
+    ),
+    "serve": Verb(
+        "megatron_r1.commands.serve",
+        "serve",
+        "the servers of a command on this node of its SLURM job: serve VERB [key=value ...]",
+        of_command=True,
     ),
     "report": Verb("megatron_r1.commands.report", "report", "report.html of the runs in a folder"),
     "doctor": Verb(
         "megatron_r1.commands.doctor", "doctor", "what this machine can run, and what is missing", reads=("platform",)
+    ),
+    "check": Verb(
+        "megatron_r1.commands.check",
+        "check",
+        "whether a job can run, before it queues: check VERB key=value",
+        reads=("check",),
+        of_command=True,
     ),
 }

@@ -6,23 +6,23 @@
 
     source, target   what was converted, and into what
     files            file -> size, digest (checkpoint/digest.py)
-    read             the source's tensor -> dtype, shape, sha256 of its bytes, and `to`: the tensors it became
-    written          tensor -> file, dtype, shape, sha256 of its bytes
+    read             the source's tensor -> dtype, shape, blake3 of its bytes, and `to`: the tensors it became
+    written          tensor -> file, dtype, shape, blake3 of its bytes
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES
 from megatron_r1.errors import DataError
-from megatron_r1.hf.config import read_json
+from megatron_r1.files import read_json
 from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX
 
 AUDIT_FILE = "audit.json"
@@ -30,7 +30,7 @@ Audit = dict[str, Any]
 
 
 class TensorHashes:
-    """SHA-256 of tensors that share memory: what begins where another one began is hashed from there on only.
+    """BLAKE3 of tensors that share memory: what begins where another one began is hashed from there on only.
 
     So a tensor that is passed on is hashed once, and so is the first part of one that is divided. The tensors must stay
     as long as this object.
@@ -40,10 +40,10 @@ class TensorHashes:
         self._begun: dict[int, list[tuple[int, Any]]] = {}
 
     def of(self, tensor: Tensor) -> str:
-        """SHA-256 of the tensor's numbers in hex."""
+        """BLAKE3 of the tensor's numbers in hex."""
         bytes_N = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         begun = self._begun.setdefault(bytes_N.ctypes.data, []) if tensor.is_cpu and tensor.is_contiguous() else []
-        done, known = max((each for each in begun if each[0] <= bytes_N.size), default=(0, hashlib.sha256()), key=_size)
+        done, known = max((each for each in begun if each[0] <= bytes_N.size), default=(0, blake3()), key=_size)
         if done < bytes_N.size or not begun:
             known = known.copy()
             known.update(bytes_N[done:].data)
@@ -57,9 +57,9 @@ def _size(begun: tuple[int, Any]) -> int:
 
 
 def described(tensor: Tensor, hashes: TensorHashes | None = None) -> dict[str, Any]:
-    """A tensor's type, shape and SHA-256 as JSON has them."""
+    """A tensor's type, shape and BLAKE3 as JSON has them."""
     digest = (hashes or TensorHashes()).of(tensor)
-    return {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": digest}
+    return {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "blake3": digest}
 
 
 def audit_of_mapping(read: Mapping[str, Tensor], written: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> Audit:
@@ -90,7 +90,7 @@ def merge_audits(audits: Mapping[str, Audit]) -> Audit:
     for file, audit in audits.items():
         for name, tensor in audit["read"].items():
             first = read.setdefault(name, tensor | {"to": []})
-            if first["sha256"] != tensor["sha256"]:
+            if first["blake3"] != tensor["blake3"]:
                 raise DataError(f"{name}: changed while it was read")
             first["to"] = first["to"] + tensor["to"]
         written |= {name: {"file": file, **tensor} for name, tensor in audit["written"].items()}

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.model import DTYPE_NAMES, ModelConfig, RopeConfig
 from megatron_r1.errors import DataError
+from megatron_r1.files import read_json
 from megatron_r1.hf.families import family_of
 from megatron_r1.hf.families.family import written_rope, written_yarn
-from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG
 from megatron_r1.hf.publish import published
 
-"""Spelling of `model.dtype` in config.json."""
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128],
+}
+"""`quantization_config` of the release's config.json; the blocks are those of fp8_blocks.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +40,17 @@ def special_tokens(tokenizer_folder: Path) -> SpecialTokens:
         DataError: a file is missing or a named token has no id.
     """
     named, vocabulary = read_json(tokenizer_folder / "tokenizer_config.json"), tokenizer_folder / "tokenizer.json"
-    ids = {token["content"]: token["id"] for token in read_json(vocabulary).get("added_tokens", [])}
+    content = read_json(vocabulary)
+    words = content.get("model", {}).get("vocab", {})
+    # Some kinds of vocabularies list their tokens in the order of ids.
+    ids = words if isinstance(words, dict) else {word: number for number, (word, *_) in enumerate(words)}
+    ids = ids | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
     def token_id(key: str) -> int | None:
         token = named.get(key)
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and token not in ids:
-            raise DataError(f"{vocabulary}: {key} {token!r} is not among the added tokens")
+            raise DataError(f"{vocabulary}: {key} {token!r} is not in the vocabulary")
         return ids.get(token)
 
     return SpecialTokens(token_id("bos_token"), token_id("eos_token"), token_id("pad_token"))
@@ -130,11 +141,19 @@ def check_exportable(model: ModelConfig) -> None:
     family_of(model).check(model)
 
 
-def generation_config(tokens: SpecialTokens) -> dict[str, Any]:
-    """The content of generation_config.json: where to stop; temperature and the like are left to the caller."""
+def generation_config(tokens: SpecialTokens, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of generation_config.json.
+
+    Args:
+        tokens: ids of the tokenizer.
+        settings: settings of the model that this one was made of, its end tokens among them; without, the file says
+            where to stop, and leaves temperature and the like to the caller.
+    """
     ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
     known = {key: value for key, value in ids.items() if value is not None}
-    return {"_from_model_config": True, "do_sample": True, **known}
+    settings = settings or {"_from_model_config": True, "do_sample": True}
+    # In the order of the settings, so that a conversion there and back gives the same file.
+    return {**settings, **known, **settings}
 
 
 def serving_view(folder: Path, view: Path) -> Path:
@@ -163,17 +182,6 @@ def serving_view(folder: Path, view: Path) -> Path:
                 (unfinished / file.name).symlink_to(file)
         write_json(unfinished / "config.json", config)
     return view
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; DataError names the file when there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'is no JSON'}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: must hold a JSON object")
-    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ def write_files(conversion: Conversion, workspace: ConversionWorkspace, numbers:
     """Write files of the plan, one after the other, each recorded when it is durable."""
     all_files = conversion.files()
     files = [all_files[number] for number in numbers]
-    source_mappings = {mapping.native: mapping for mapping in param_mappings(conversion.source.model)}
+    source_mappings = {mapping.native: mapping for mapping in conversion.source.mappings()}
     with conversion.source.open() as reader:
 
         def convert(segment: FileSegment) -> Converted:
@@ -133,7 +133,7 @@ def write_file(
     with TensorFile(folder / planned.name, entries, metadata) as file:
         for segment in islice(converted, len(planned.segments)):
             for name, tensor in segment.tensors.items():
-                file.write(next(names_in_file).name, tensor, segment.audit["written"][name]["sha256"])
+                file.write(next(names_in_file).name, tensor, segment.audit["written"][name]["blake3"])
             for kind, described in segment.audit.items():
                 audit[kind].update(described)
         return file.close(), audit

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_r1.checkpoint.tensor_file import write_tensor_file
 from megatron_r1.config.model import ModelConfig
+from megatron_r1.data.tokenizer import companions_of
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import (
     write_json,
@@ -25,7 +26,7 @@ from megatron_r1.hf.families import canonical_name, param_mappings
 from megatron_r1.hf.plan import FORMATS, hf_file_name
 from megatron_r1.hf.publish import published
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -146,8 +147,9 @@ def write_companions(
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy those of the tokenizer's files, chat template included, that are there; with none, `target` is not made."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            target.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+    """Copy those of the tokenizer's files and companions that are there; with none, `target` is not made."""
+    own = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    for path in [*own, *companions_of(source)]:
+        copied = target / path.relative_to(source)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from megatron_r1.checkpoint.tensor_file import TYPE_NAMES, TYPES, Entry
 from megatron_r1.errors import DataError
-from megatron_r1.hf.config import read_json
-
-INDEX_FILE = "model.safetensors.index.json"
+from megatron_r1.files import read_json
+from megatron_r1.hf.model_config import INDEX_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,8 @@ class TensorFolder(Mapping[str, Tensor]):
         self.locations: dict[str, TensorLocation] = {}
         index = folder / INDEX_FILE
         listed = _listed(index) if index.is_file() else {}
-        for file_name in sorted(set(listed.values())) or ["model.safetensors"]:
+        _check_one_way_to_read(folder, listed)
+        for file_name in sorted(set(listed.values())) or [WEIGHTS_FILE]:
             for location in read_header(folder / file_name):
                 name = location.entry.name
                 if name in self.locations:
@@ -78,6 +78,18 @@ class TensorFolder(Mapping[str, Tensor]):
     def entries(self) -> dict[str, Entry]:
         """What it holds, by name."""
         return {name: location.entry for name, location in self.locations.items()}
+
+
+def _check_one_way_to_read(folder: Path, listed: Mapping[str, str]) -> None:
+    whole = (folder / WEIGHTS_FILE).is_file()
+    if listed and whole and WEIGHTS_FILE not in listed.values():
+        raise DataError(f"{folder}: holds {WEIGHTS_FILE} and {INDEX_FILE} of other files: remove one of the two")
+    if not (listed or whole):
+        others = sorted(file.name for file in folder.glob("*.bin")) + sorted(
+            f.name for f in folder.glob("*.safetensors")
+        )
+        found = f", only {others[0]}" if others else ""
+        raise DataError(f"{folder}: cannot be read: holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{found}")
 
 
 def _listed(index: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ number. Other elements move by at most a rounding of fp32 or bf16, far below hal
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,15 +21,9 @@ from megatron_r1.model.fp8.quantise import BLOCK, Quantised, dequantise, scales_
 
 SCALE_SUFFIX = "_scale_inv"
 FP8 = torch.float8_e4m3fn
-QUANTIZATION_CONFIG: dict[str, Any] = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": list(BLOCK),
-}
-"""`quantization_config` of the release's config.json."""
-_SLAB = 1 << 18
-"""Elements taken at a time: intermediate results stay in a core's cache, which is five times as fast."""
+_SLAB, _SLAB_OF_A_GPU = 1 << 18, 1 << 26
+"""Elements that one operation quantises. On a CPU intermediate results stay in a core's cache, which is five times as
+fast; on a GPU each slab costs a wait for the device, and 2^26 are a quarter of a gigabyte of fp32."""
 _BITS = {2: torch.int16, 4: torch.int32}
 
 
@@ -115,6 +109,7 @@ def _holds_nan(values: Tensor) -> bool:
 def _slabs(matrix_MN: Tensor) -> Iterator[tuple[slice, slice]]:
     """Whole rows of blocks, a few at a time: as rows of the matrix, and as rows of scales."""
     rows, columns = matrix_MN.shape
-    step = max(1, _SLAB // (BLOCK.rows * max(columns, 1)))
+    slab = _SLAB if matrix_MN.device.type == "cpu" else _SLAB_OF_A_GPU
+    step = max(1, slab // (BLOCK.rows * max(columns, 1)))
     for start in range(0, -(-rows // BLOCK.rows), step):
         yield slice(start * BLOCK.rows, (start + step) * BLOCK.rows), slice(start, start + step)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor  # a config.json is read before torch is imported
+
+from megatron_r1.config.model import MoeConfig
 
 Shape = tuple[int, ...]
 
@@ -42,13 +45,15 @@ class ParamMapping:
     def split(self, native: Tensor) -> list[Tensor]:
         """The Hugging Face parts of a native tensor: views where parts do not alternate."""
         sizes = [shape[0] // self.groups for shape in self.part_shapes]
-        return [part.flatten(0, 1) for part in torch.split(torch.unflatten(native, 0, (self.groups, -1)), sizes, 1)]
+        return [part.flatten(0, 1) for part in native.unflatten(0, (self.groups, -1)).split(sizes, 1)]
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The native tensor of Hugging Face's parts; a single part is given back as it is."""
         if len(parts) == 1:
             return parts[0]
-        return torch.cat([torch.unflatten(part, 0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
+        import torch
+
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
 
 
 def same_tensor(native: str, hf: str, *shape: int, copies: tuple[str, ...] = (), float32: bool = False) -> ParamMapping:
@@ -78,3 +83,19 @@ def dense_feed_forward(native: str, hf: str, hidden: int, width: int) -> Iterato
     norm = f"{native}.mlp.linear_fc1.layer_norm_weight"
     yield same_tensor(norm, f"{hf}.post_attention_layernorm.weight", hidden)
     yield from gated_feed_forward(f"{native}.mlp", "", f"{hf}.mlp", hidden, width)
+
+
+def sparse_feed_forward(native: str, hf: str, hidden: int, moe: MoeConfig) -> Iterator[ParamMapping]:
+    """A sparse layer's router and experts, with their norm, which stands alone."""
+    native_mlp, hf_mlp, width = f"{native}.mlp", f"{hf}.mlp", moe.ffn_hidden_size
+    yield same_tensor(f"{native}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", hidden)
+    yield same_tensor(f"{native_mlp}.router.weight", f"{hf_mlp}.gate.weight", moe.num_experts, hidden)
+    if moe.score_function == "sigmoid":
+        bias = f"{hf_mlp}.gate.e_score_correction_bias"
+        yield same_tensor(f"{native_mlp}.router.expert_bias", bias, moe.num_experts, float32=True)
+    for expert in range(moe.num_experts):
+        names = f"{native_mlp}.experts", str(expert), f"{hf_mlp}.experts.{expert}"
+        yield from gated_feed_forward(*names, hidden, width)
+    if moe.num_shared_experts:
+        names = f"{native_mlp}.shared_experts", "", f"{hf_mlp}.shared_experts"
+        yield from gated_feed_forward(*names, hidden, moe.num_shared_experts * width)

@@ -7,9 +7,10 @@ at a time, as Hugging Face divides them, and says which stored tensors they come
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,10 +24,14 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
 from megatron_r1.files import canonical_json
 from megatron_r1.hf.families import canonical_name, param_mappings
-from megatron_r1.hf.folder import INDEX_FILE, TensorFolder, problems
+from megatron_r1.hf.folder import TensorFolder, problems
 from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, StoredTensor
+from megatron_r1.hf.model_config import EMBEDDING, HEAD, INDEX_FILE
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries
+
+_DERIVED = ".rotary_emb.inv_freq"
+"""Frequencies that older folders store beside the weights; config.json gives them."""
 
 
 class TensorRead(NamedTuple):
@@ -57,6 +62,10 @@ class Source(Protocol):
         """Shape of what is there."""
         ...
 
+    def mappings(self) -> list[ParamMapping]:
+        """What `Reader.read` takes."""
+        ...
+
     def open(self) -> AbstractContextManager[Reader]: ...
 
     def fingerprint(self) -> Any:
@@ -71,6 +80,9 @@ class NativeSource:
     folder: Path
     model: ModelConfig
     kind: str = "model"
+
+    def mappings(self) -> list[ParamMapping]:
+        return param_mappings(self.model)
 
     @contextmanager
     def open(self) -> Iterator[Reader]:
@@ -115,6 +127,9 @@ class FolderSource:
     folder: Path
     model: ModelConfig
     format: str
+
+    def mappings(self) -> list[ParamMapping]:
+        return stored_mappings(TensorFolder(self.folder), self.model)
 
     @contextmanager
     def open(self) -> Iterator[HuggingFaceReader]:
@@ -163,17 +178,43 @@ class HuggingFaceReader:
         for name in mapping.copies:
             source[name] = self._folder[name]
             if not torch.equal(source[name], source[mapping.hf[0]]):
-                raise DataError(f"{self._folder.folder}: {name} differs from {mapping.hf[0]}, which it repeats")
+                hint = ": tie_word_embeddings in config.json must be false" if name == HEAD else ""
+                raise DataError(f"{self._folder.folder}: {name} differs from {mapping.hf[0]}, which it repeats{hint}")
         return TensorRead(parts, source)
+
+
+def stored_mappings(names: Container[str], model: ModelConfig, include_mtp: bool = True) -> list[ParamMapping]:
+    """As `param_mappings`; where the embedding is the head, a head that the folder stores repeats it.
+
+    Args:
+        names: of the stored tensors.
+    """
+    table = param_mappings(model, include_mtp)
+    if not model.tied_embeddings or HEAD not in names:
+        return table
+    return [
+        replace(mapping, copies=(*mapping.copies, HEAD)) if EMBEDDING in mapping.hf else mapping for mapping in table
+    ]
 
 
 def folder_problems(folder: TensorFolder, model: ModelConfig, format: str, include_mtp: bool = True) -> list[str]:
     """What a folder lacks or has too much or in the wrong shape or type."""
-    table = param_mappings(model, include_mtp)
-    wanted = [entry for mapping in table for entry in hf_entries(mapping, format)]
+    table = stored_mappings(folder, model, include_mtp)
+    expected = [entry for mapping in table for entry in hf_entries(mapping, format)]
     # transformers casts the balancing bias with the rest of a model that is cast.
     also = {name: FORMATS[format] for mapping in table if mapping.float32 for name in mapping.hf}
-    return problems(wanted, folder.entries, also)
+    found = {name: entry for name, entry in folder.entries.items() if not name.endswith(_DERIVED)}
+    return [f"{problem}{_likely_cause(problem, model)}" for problem in problems(expected, found, also)]
+
+
+def _likely_cause(problem: str, model: ModelConfig) -> str:
+    """The key of config.json that is probably wrong where this tensor is missing or unknown; empty otherwise."""
+    if problem == f"{HEAD}: missing":
+        return ", which tie_word_embeddings=true in config.json would explain"
+    extra = re.match(r"model\.layers\.(\d+)\.\S+ no tensor", problem)
+    if extra and int(extra[1]) >= model.num_layers + model.mtp.num_layers:
+        return ", which num_hidden_layers or num_nextn_predict_layers in config.json would explain"
+    return ""
 
 
 def digest_of_value(value: Any) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -50,7 +51,7 @@ def build_model(
     Args:
         model: shape of the model.
         parallel: degrees of parallelism; process groups must exist.
-        platform: decides between Transformer Engine's modules and torch's.
+        platform: decides between Transformer Engine's modules and torch's; on `meta` weights have shapes alone.
         seed: seed of the initial weights, which depend on it and on the parameter's name alone.
         performance: recomputation, overlap and fusion; None is plain.
         precision: how linear layers multiply, by default as `model.dtype` says; in FP8 the model has an `fp8_plan`.
@@ -66,11 +67,14 @@ def build_model(
     use_chunked_mtp_loss()
     fused = platform.transformer_engine
     config = transformer_config(model, parallel, performance or PerformanceConfig(), fused=fused, fp8=fp8 and fused)
-    if parallel.virtual_pipeline == 1:
-        built: Model = _part(model, config, platform, None)
-    else:
-        built = Chunks([_part(model, config, platform, stage) for stage in range(parallel.virtual_pipeline)])
-    initialise(built, model.init_std, seed)
+    shapes_only = platform.device == "meta"
+    with torch.device("meta") if shapes_only else nullcontext():
+        if parallel.virtual_pipeline == 1:
+            built: Model = _part(model, config, platform, None)
+        else:
+            built = Chunks([_part(model, config, platform, stage) for stage in range(parallel.virtual_pipeline)])
+    if not shapes_only:
+        initialise(built, model.init_std, seed)
     if fp8:
         built.fp8_plan = use_fp8(built, precision, platform)
     return built.to(platform.device)
@@ -81,13 +85,15 @@ def _part(model: ModelConfig, config: TransformerConfig, platform: Platform, sta
     block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage)
     provider = gpt_layer_specs.TESpecProvider() if platform.transformer_engine else TorchSpecProvider()
     block.layer_norm = provider.layer_norm(rms_norm=True)
+    # Multi-token layers are made like the last layer, which their stage need not have.
+    last = block.layer_specs or gpt_layer_specs.get_gpt_decoder_layer_specs(config, use_transformer_engine=True)
     if isinstance(model.attention, AttentionConfig):
-        use_latent_attention(block, LatentAttention if platform.transformer_engine else FusedLatentAttention)
+        use_latent_attention(last, LatentAttention if platform.transformer_engine else FusedLatentAttention)
     prediction = None
     place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": stage}
     layout = config.pipeline_model_parallel_layout
     if mtp_on_this_rank(layout, config.mtp_num_layers, **place):
-        prediction = gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, block, backend=provider, vp_stage=stage)
+        prediction = gpt_layer_specs.get_gpt_mtp_block_spec_for_backend(config, last[-1], provider, vp_stage=stage)
     part = GPTModel(
         config,
         block,
@@ -103,14 +109,25 @@ def _part(model: ModelConfig, config: TransformerConfig, platform: Platform, sta
     )
     if part.post_process and not platform.transformer_engine:
         part.output_layer.__class__ = FusedColumnParallelLinear
+    if prediction and part.post_process and config.gradient_accumulation_fusion:
+        _keep_mtp_gradient(part.output_layer.weight)
     if isinstance(model.attention, AttentionConfig):
         set_latent_norm_epsilon(part, model.attention.norm_epsilon)
-        use_deepseek_group_topk(part, model.moe)
-        if not platform.transformer_engine:
-            use_one_rank_dispatch(part)
     elif model.rope.factor > 1:
         use_llama3_rope_scaling(part, model.rope)
+    use_deepseek_group_topk(part, model.moe)
+    if not platform.transformer_engine:
+        use_one_rank_dispatch(part)
     return part
+
+
+def _keep_mtp_gradient(head_VD: Tensor) -> None:
+    """Keep the gradient that the head gets from multi-token prediction, which does not call the output layer.
+
+    A layer that adds its weight's gradient to the buffer itself returns one without meaning, and megatron-core drops
+    with it what autograd has for this weight from elsewhere, unless the weight asks for zeros.
+    """
+    head_VD.zero_out_wgrad = True  # type: ignore[attr-defined]
 
 
 def native_tensors(model: Model) -> Iterator[tuple[str, Tensor]]:

@@ -27,8 +27,3 @@ type Model = GPTModel | Chunks
 def chunks(model: Model) -> list[GPTModel]:
     """The rank's parts of a model in the order of their layers; mostly the model itself is the only one."""
     return [*model.parts] if isinstance(model, Chunks) else [model]
-
-
-def in_multi_token_layer(name: str) -> bool:
-    """Whether a parameter, named as its rank's model names it, belongs to a multi-token prediction layer."""
-    return "mtp" in name.split(".")

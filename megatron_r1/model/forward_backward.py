@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch import Tensor
 
+from megatron_r1.config.pipeline_stages import fitting_group_size
 from megatron_r1.model.chunks import Model, chunks
 
 LossFunction = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
@@ -66,19 +69,44 @@ def forward_backward(
     destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker = {}
     model.config.finalize_model_grads_func = finalise
-    logged = get_forward_backward_func()(
-        forward_step_func=lambda batches, module: forward(module, next(batches)),
-        data_iterator=[iter(micro_batches) for _ in wrapped],
-        model=list(wrapped),
-        num_microbatches=len(micro_batches),
-        seq_length=length,
-        micro_batch_size=micro_batch_size,
-        forward_only=False,
-    )
+    with _fitting_groups(model, len(micro_batches)):
+        logged = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, forward),
+            data_iterator=[iter(micro_batches) for _ in wrapped],
+            model=list(wrapped),
+            num_microbatches=len(micro_batches),
+            seq_length=length,
+            micro_batch_size=micro_batch_size,
+            forward_only=False,
+        )
     of_stages = _all_gather_pipeline((_over_ranks(loads), _mtp_loss(len(micro_batches))))
     everywhere = {layer: load_E for loads, _ in of_stages for layer, load_E in loads.items()}
     in_order = {layer: everywhere[layer] for layer in sorted(everywhere, key=_layer_order)}
     return PassResults(logged, in_order, next((loss for _, loss in of_stages if loss is not None), None))
+
+
+def _forward_step(
+    forward: Forward, batches: Iterator[Any], part: Any, return_schedule_plan: bool = False
+) -> tuple[Any, LossFunction]:
+    """Run a part of the model on the next micro-batch, or plan to.
+
+    megatron-core runs a plan beside another micro-batch's backward pass, so that expert traffic overlaps with
+    computation: what `forward` changes around its call of the model is undone by then.
+    """
+    return forward(part.build_schedule_plan if return_schedule_plan else part, next(batches))
+
+
+@contextmanager
+def _fitting_groups(model: Model, passes: int) -> Iterator[None]:
+    """Meanwhile the model's interleaved stages take micro-batches in groups of a size that so many passes allow."""
+    config = model.config
+    configured = config.microbatch_group_size_per_vp_stage
+    fitting = fitting_group_size(configured, config.pipeline_model_parallel_size, passes)
+    config.microbatch_group_size_per_vp_stage = fitting or configured
+    try:
+        yield
+    finally:
+        config.microbatch_group_size_per_vp_stage = configured
 
 
 def _over_ranks(loads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +188,7 @@ def forward_only(
     def step(batches: Any, module: Any) -> tuple[Any, Callable[..., Any]]:
         return forward(module, next(batches)), lambda output, non_loss_data: output
 
-    with torch.no_grad():
+    with torch.no_grad(), _fitting_groups(model, len(micro_batches)):
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[iter(micro_batches) for _ in chunks(model)],

@@ -21,7 +21,7 @@ Shapes: T tokens, E experts, G groups, K chosen experts, L positions, H heads, D
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -52,9 +52,9 @@ class LatentAttention(MLASelfAttention):  # type: ignore[misc]
         return chosen
 
 
-def use_latent_attention(block: TransformerBlockSubmodules, attention: type[LatentAttention] = LatentAttention) -> None:
-    """Let every layer of the block, and multi-token layers made after it, attend by a `LatentAttention`."""
-    for layer in block.layer_specs:
+def use_latent_attention(layers: Iterable[ModuleSpec], attention: type[LatentAttention] = LatentAttention) -> None:
+    """Let these layers, and multi-token layers made after them, attend by a `LatentAttention`."""
+    for layer in layers:
         layer.submodules.self_attention.module = attention
 
 

@@ -49,7 +49,8 @@ def mtp_loss(
     Args:
         hidden_states: of the backbone and of each depth, one after the other along L.
         labels: token t + 1 at position t, [B, L]; without them there is no loss.
-        loss_mask: read at t + k for depth k, [B, L]; None is everywhere.
+        loss_mask: read at t + k for depth k, [B, L]; None is everywhere. What is not 0 is in the mean, with the mask's
+            number as its weight.
         output_weight: rows of the head [V, D] where they are the embedding's, else the output layer's own.
         is_training: whether the loss is recorded for the step's metrics.
         chunk_logits: as of `score_tokens`.
@@ -61,13 +62,15 @@ def mtp_loss(
     head = Head(output_layer.weight if output_weight is None else output_weight, tp_group)
     labels_BL, mask_BL = labels, torch.ones_like(labels) if loss_mask is None else loss_mask
     for depth, predicted_LBD in enumerate(predicted):
-        (labels_BL, _), (mask_BL, count) = (
-            roll_tensor(x_BL, cp_group=cp_group, packed_seq_params=packed_seq_params) for x_BL in (labels_BL, mask_BL)
+        labels_BL, mask_BL = (
+            roll_tensor(x_BL, cp_group=cp_group, packed_seq_params=packed_seq_params)[0]
+            for x_BL in (labels_BL, mask_BL)
         )
         scores = score_tokens(
             on_every_rank(predicted_LBD, output_layer), labels_BL.t(), head, chunk_logits=chunk_logits
         )
-        losses_BL = -scores.log_probs.t() * mask_BL / _mean_over(cp_group, count).clamp(min=1)
+        losses_BL = -scores.log_probs.t() * mask_BL.to(scores.log_probs.dtype)
+        losses_BL = losses_BL / _mean_over(cp_group, mask_BL.count_nonzero()).clamp(min=1)
         if is_training:
             _record(losses_BL.sum(), depth, depths)
         scaled_BL = losses_BL * (config.mtp_loss_scaling_factor / depths)

@@ -22,7 +22,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch import Tensor
 
-from megatron_r1.model.chunks import Model, chunks, in_multi_token_layer
+from megatron_r1.model.chunks import Model, chunks
+from megatron_r1.model.names import in_multi_token_layer
 from megatron_r1.parallel.comm import sum_over_ranks
 
 NOT_RECORDED = -1

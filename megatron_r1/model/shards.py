@@ -58,6 +58,7 @@ def shards(model: Model, of: Callable[[Tensor], Tensor | None] = Tensor.detach) 
             yield from map(_shard, entry.build())
         else:
             yield _shard(entry)
+        entry.data = None  # the metadata of all weights lives on, what was shown of this one does not
 
 
 def _shard(entry: ShardedTensor) -> Shard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_r1.config.model import DTYPE_NAMES, AttentionConfig, GroupedAttentionConfig, ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
+from megatron_r1.model.attention_kernels import chosen_attention
 
 DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, name) for dtype, name in DTYPE_NAMES.items()}
 """`model.dtype` -> type of the weights."""
@@ -33,12 +35,14 @@ def transformer_config(
         fused: whether fused CUDA kernels may be used.
         fp8: whether Transformer Engine multiplies in FP8; on a CPU it is the modules that do.
     """
-    common = _shape(model) | _execution(model, parallel, fused) | _performance(performance)
+    common = _shape(model) | _feed_forward(model) | _execution(model, parallel, fused) | _performance(performance)
+    if fused:
+        common |= {"attention_backend": chosen_attention(os.environ)}
     if fp8:
         common |= {"fp8": "e4m3", "fp8_recipe": "blockwise"}
     if isinstance(model.attention, GroupedAttentionConfig):
         return TransformerConfig(**common, **_grouped_attention(model, model.attention))
-    return MLATransformerConfig(**common, **_latent_attention(model, model.attention), **_experts(model))
+    return MLATransformerConfig(**common, **_latent_attention(model, model.attention))
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:
@@ -73,8 +77,6 @@ def _normal(std: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _grouped_attention(model: ModelConfig, attention: GroupedAttentionConfig) -> dict[str, Any]:
     return {
-        # A list, though all layers are alike: else sharding metadata would stack the layers into one tensor.
-        "moe_layer_freq": [0] * model.num_layers,
         "num_query_groups": attention.num_key_value_heads,
         "kv_channels": attention.head_dim,
         "add_qkv_bias": attention.qkv_bias,
@@ -105,6 +107,13 @@ def _latent_attention(model: ModelConfig, attention: AttentionConfig) -> dict[st
     }
 
 
+def _feed_forward(model: ModelConfig) -> dict[str, Any]:
+    if model.moe.num_experts:
+        return _experts(model)
+    # A list, though all layers are alike: else sharding metadata would stack the layers into one tensor.
+    return {"moe_layer_freq": [0] * model.num_layers}
+
+
 def _experts(model: ModelConfig) -> dict[str, Any]:
     moe = model.moe
     biased = moe.score_function == "sigmoid"
@@ -116,14 +125,15 @@ def _experts(model: ModelConfig) -> dict[str, Any]:
         "moe_layer_freq": [int(layer >= moe.first_dense_layers) for layer in range(model.num_layers)],
         "moe_router_num_groups": moe.num_groups if moe.num_groups > 1 else None,
         "moe_router_group_topk": moe.group_top_k if moe.num_groups > 1 else None,
-        "moe_router_score_function": moe.score_function,
+        "moe_router_score_function": moe.score_function.removesuffix("_topk"),
         "moe_router_topk_scaling_factor": moe.scaling_factor,
         "moe_router_enable_expert_bias": biased,
         "moe_router_bias_update_rate": moe.bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss" if moe.sequence_loss_coefficient else "none",
         "moe_aux_loss_coeff": moe.sequence_loss_coefficient,
         "moe_router_dtype": "fp32",
-        "moe_router_pre_softmax": True,
+        # A softmax over the chosen experts alone is one over all, normalised over the chosen.
+        "moe_router_pre_softmax": moe.score_function != "softmax_topk",
         "moe_grouped_gemm": True,
     }
 
@@ -138,7 +148,8 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
         "sequence_parallel": parallel.tensor > 1,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
-        "pipeline_model_parallel_layout": _stages(model, parallel.pipeline_layers),
+        "microbatch_group_size_per_vp_stage": parallel.microbatch_group_size_per_vp_stage or None,
+        "pipeline_model_parallel_layout": _stages(model, parallel),
         "context_parallel_size": parallel.context,
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
@@ -175,9 +186,9 @@ def _performance(performance: PerformanceConfig) -> dict[str, Any]:
     }
 
 
-def _stages(model: ModelConfig, layers: list[int]) -> list[list[str]] | None:
-    """What each stage holds, as megatron-core spells it: multi-token layers and the loss come last."""
-    if not layers:
+def _stages(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each stage holds, as megatron-core spells it; None where it divides the layers itself."""
+    written = parallel.pipeline_layers or parallel.pipeline_layout
+    if not written and model.num_layers % parallel.stages == 0:
         return None
-    stages = [["decoder"] * count for count in layers]
-    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], *["mtp"] * model.mtp.num_layers, "loss"]]
+    return [stage.words() for stage in parallel.stages_of(model.num_layers, model.mtp.num_layers)]

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_r1.parallel.mesh import data_parallel_group, same_data_groups
+from megatron_r1.parallel.waiting import wait_for_all, wait_for_rank
 
 
 def _device() -> torch.device:
@@ -20,23 +21,29 @@ def _device() -> torch.device:
 
 
 def any_rank(flag: bool) -> bool:
-    """Collective: whether the flag is set on at least one rank; the same result on every rank."""
-    if dist.get_world_size() == 1:
-        return flag
-    value = torch.tensor([float(flag)], device=_device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    """Collective: whether the flag is set on at least one rank; the same result on every rank.
+
+    Ranks wait for one another as long as it takes: they come here after each step, behind what some of them do alone.
+    """
+    if dist.get_world_size() > 1:
+        wait_for_all()
+    return not all_ranks(not flag)
 
 
 def all_ranks(flag: bool) -> bool:
     """Collective: whether the flag is set on every rank; the same result on every rank."""
-    return not any_rank(not flag)
+    if dist.get_world_size() == 1:
+        return flag
+    value = torch.tensor([float(flag)], device=_device())
+    dist.all_reduce(value, op=dist.ReduceOp.MIN)
+    return bool(value.item())
 
 
 def broadcast(value: Any, source: int = 0) -> Any:
-    """Collective: the value of rank `source`, on every rank."""
+    """Collective: the value of rank `source`, on every rank. The others wait for it as long as it takes."""
     if dist.get_world_size() == 1:
         return value
+    wait_for_rank(source)
     box = [value]
     dist.broadcast_object_list(box, src=source, device=_device())
     return box[0]
@@ -48,8 +55,9 @@ def receive_broadcast() -> Any:
 
 
 def barrier() -> None:
-    """Wait until every rank has called this."""
+    """Wait until every rank has called this, as long as it takes."""
     if dist.get_world_size() > 1:
+        wait_for_all()
         dist.barrier()
 
 
@@ -66,9 +74,10 @@ def recv_flag(rank: int) -> bool:
 
 
 def all_gather_object[Value](value: Value) -> list[Value]:
-    """Collective: each rank's value, in rank order, on every rank."""
+    """Collective: each rank's value, in rank order, on every rank. Ranks wait for one another as long as it takes."""
     if dist.get_world_size() == 1:
         return [value]
+    wait_for_all()
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_r1.errors import PlatformError
@@ -18,7 +19,7 @@ class Platform:
     """The chosen platform.
 
     Attributes:
-        name: ``cuda`` or ``cpu``.
+        name: ``cuda``, ``cpu``, or ``meta``: tensors without memory, by which the layout of a model is examined.
         backend: torch.distributed backend.
         transformer_engine: whether Transformer Engine's modules build the model.
     """
@@ -30,7 +31,11 @@ class Platform:
     @property
     def device(self) -> str:
         """torch device of this rank's tensors."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if self.name == "cuda" else "cpu"
+        if self.name != "cuda":
+            return self.name
+        from megatron_r1.platform.cuda import device_index
+
+        return f"cuda:{device_index()}"
 
 
 def select(requested: str) -> Platform:
@@ -46,14 +51,26 @@ def select(requested: str) -> Platform:
         if "SLURM_JOB_ID" in os.environ:
             raise PlatformError("platform=auto: inside a SLURM job it must be cuda or cpu")
         requested = "cuda" if _gpu_present() else "cpu"
-    if requested == "cuda":
-        from megatron_r1.platform import cuda
+    return PLATFORMS[requested]()
 
-        return Platform("cuda", "nccl", transformer_engine=cuda.prepare())
+
+def cuda_platform() -> Platform:
+    """NCCL, and Transformer Engine where it is installed."""
+    from megatron_r1.platform import cuda
+
+    return Platform("cuda", "nccl", transformer_engine=cuda.prepare())
+
+
+def cpu_platform() -> Platform:
+    """gloo, and torch modules in Transformer Engine's layout."""
     from megatron_r1.platform import cpu
 
     cpu.prepare()
     return Platform("cpu", "gloo", transformer_engine=False)
+
+
+PLATFORMS: dict[str, Callable[[], Platform]] = {"cuda": cuda_platform, "cpu": cpu_platform}
+"""What prepares a process, by the platform's name. Tests put Transformer Engine on a CPU in the place of ``cpu``."""
 
 
 def _gpu_present() -> bool:

@@ -24,7 +24,7 @@ _FACTORIES = (
     "arange as_tensor empty empty_like full full_like linspace ones ones_like "
     "rand randint randn tensor zeros zeros_like"
 ).split()
-_GPU_KERNELS = ("flash_attn", "flash_attn_3", "flash_mla", "flashattn_hopper", "flashinfer")
+_FOR_GPUS = "deep_ep flash_attn flash_attn_3 flash_mla flashattn_hopper flashinfer transformer_engine".split()
 _RECOMPUTATION = "megatron.core.tensor_parallel.random"
 _prepared = False
 
@@ -85,7 +85,7 @@ def prepare() -> None:
         return
     _prepared = True
     _silence_what_is_known()
-    _hide_gpu_kernels()
+    _hide_packages_for_gpus()
     _change_modules_at_import()
     _replace_devices_and_streams()
     _replace_random_state()
@@ -108,10 +108,13 @@ def _silence_what_is_known() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _hide_gpu_kernels() -> None:
-    """Make GPU packages unimportable: megatron-core uses them if they import, and they fail without a driver."""
+def _hide_packages_for_gpus() -> None:
+    """Make them unimportable: megatron-core uses what imports, and without a driver or an extension that fails.
+
+    Of Transformer Engine it would take the optimizer, whose kernels are CUDA's.
+    """
     modules: dict[str, Any] = sys.modules
-    for name in _GPU_KERNELS:
+    for name in _FOR_GPUS:
         modules.setdefault(name, None)  # importing it is an ImportError, as if it were not installed
 
 
@@ -195,6 +198,7 @@ def _replace_devices_and_streams() -> None:
 
 def _replace_random_state() -> None:
     cuda: Any = torch.cuda
+    cuda._lazy_call = lambda *_, **__: None  # what waits for CUDA's start would be kept, with a stack trace each
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *_, **__: torch.get_rng_state()
         module.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -16,6 +16,7 @@ from megatron_r1.data.preference.examples import TokenizedPreference
 from megatron_r1.evaluation.intervals import clustered
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import LossFunction
+from megatron_r1.model.fp8.tokens import token_multiple
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import merge_by_key
 from megatron_r1.parallel.mesh import data_parallel_group, is_metrics_rank
@@ -39,17 +40,15 @@ class DirectPreference:
         label_smoothing: float,
         pad: int,
         device: str,
-        multiple: int = 1,
     ):
         """
         Args:
             model: the bare model.
             beta, label_smoothing: as in `dpo_loss`.
-            multiple: tensor-parallel ranks, among which a sequence's positions are divided.
         """
         self.reference, self.beta = reference, beta
         self._model, self._label_smoothing = model, label_smoothing
-        self._pad, self._device, self._multiple = pad, device, multiple
+        self._pad, self._device = pad, device
         # The probability of a response does not depend on the temperature that an engine samples with.
         self._policy = Policy(model, temperature=1.0)
 
@@ -115,7 +114,7 @@ class DirectPreference:
         """Both responses of the pairs at `indices`; a response's index is 2 x its pair's, plus 1 if it is rejected."""
         sequences = [each for index in indices for each in examples[index % len(examples)].sequences]
         inputs_1T, targets_1T = inputs_and_targets(
-            [torch.tensor(sequence.tokens) for sequence in sequences], self._pad, self._multiple
+            [torch.tensor(sequence.tokens) for sequence in sequences], self._pad, token_multiple(self._model)
         )
         lengths = tuple(len(sequence.tokens) - 1 for sequence in sequences)
         index_L = torch.arange(max(lengths))

@@ -10,6 +10,7 @@ from megatron_r1.config.dpo import DpoConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.data.preference.examples import RewardModelEncoder, read_preferences
 from megatron_r1.data.preference_example import PreferenceExample
+from megatron_r1.data.row_sources import RowSource
 from megatron_r1.data.synthetic.assistant.hidden_rules import verdict
 from megatron_r1.data.synthetic.assistant.texts import SOURCES
 from megatron_r1.data.template import fill_template
@@ -32,7 +33,7 @@ def training_items(
 ) -> list[PreferenceExample]:
     """Training examples: those of the file, or `count` generated ones; raises DataError for a broken file."""
     if settings.source == "file":
-        return list(read_preferences(Path(settings.train_file), objective == "pairwise"))
+        return list(read_preferences(_source(settings, "train"), objective == "pairwise"))
     return list(SOURCES[objective](data, count, False))
 
 
@@ -45,8 +46,16 @@ def eval_items(
         DataError: a file is broken, or the rules give both responses of a pair the same verdict.
     """
     if settings.source == "file":
-        return list(read_preferences(Path(settings.eval_file), objective == "pairwise"))
+        return list(read_preferences(_source(settings, "eval"), objective == "pairwise"))
     return [by_hidden_rules(item) for item in SOURCES[objective](data, settings.eval_examples, True)]
+
+
+def _source(settings: RewardModelConfig | DpoConfig, part: str) -> RowSource:
+    """The rows for training (`train`) or for validation (`eval`)."""
+    section = "dpo" if isinstance(settings, DpoConfig) else "reward_model"
+    file, split = (getattr(settings, f"{part}_{name}") for name in ("file", "split"))
+    keys = (f"{section}.{name}" for name in (f"{part}_file", f"{part}_split", "subset"))
+    return RowSource(Path(file), split, settings.subset, *keys)
 
 
 def by_hidden_rules(item: PreferenceExample) -> PreferenceExample:

@@ -23,6 +23,7 @@ from megatron_r1.data.preference.examples import TokenizedPreference, TokenizedS
 from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import LossFunction, forward_only
+from megatron_r1.model.fp8.tokens import token_multiple
 from megatron_r1.model.reward_head import head_of
 from megatron_r1.parallel.context import positions_of
 from megatron_r1.parallel.mesh import all_gather_data_parallel, broadcast_from_last_stage
@@ -71,16 +72,15 @@ def reward_micro_batch(
 class RewardModel:
     """A model with a scalar head on its last stage."""
 
-    def __init__(self, model: Model, pairwise: bool, critique_weight: float, pad: int, device: str, multiple: int = 1):
+    def __init__(self, model: Model, pairwise: bool, critique_weight: float, pad: int, device: str):
         """
         Args:
             model: the bare model, its head attached.
             pairwise: whether sequences come in pairs.
             critique_weight: weight of the token loss on critiques.
-            multiple: tensor-parallel ranks, among which a sequence's positions are divided.
         """
         self._model, self._pairwise, self._critique_weight = model, pairwise, critique_weight
-        self._pad, self._device, self._multiple = pad, device, multiple
+        self._pad, self._device = pad, device
 
     def micro_batches(
         self, examples: Sequence[TokenizedPreference], rank: int, ranks: int, size: int
@@ -99,11 +99,12 @@ class RewardModel:
         return [self._micro_batch(part, weight) for part in parts]
 
     def _micro_batch(self, examples: Sequence[TokenizedPreference], weight: float) -> RewardMicroBatch:
-        batch = reward_micro_batch(
-            [sequence for each in examples for sequence in each.sequences], self._pad, self._device, self._multiple
-        )
+        batch = self._padded([sequence for each in examples for sequence in each.sequences])
         safe_I = torch.tensor([float(each.safe) for each in examples], device=self._device)
         return RewardMicroBatch(batch.inputs_BL, batch.labels_BL, batch.loss_mask_BL, batch.ends_B, safe_I, weight)
+
+    def _padded(self, sequences: Sequence[TokenizedSequence]) -> RewardMicroBatch:
+        return reward_micro_batch(sequences, self._pad, self._device, token_multiple(self._model, len(sequences)))
 
     def forward(self, model: Any, batch: RewardMicroBatch) -> tuple[Tensor, LossFunction]:
         """This stage's output, on the last stage scores and token losses [B, 1 + L], and the loss function of it."""
@@ -216,7 +217,7 @@ class RewardModel:
         if not passes:
             return None
         padding = [[TokenizedSequence([self._pad], 1)]] * (passes - len(parts))
-        batches = [reward_micro_batch(part, self._pad, self._device, self._multiple) for part in (*parts, *padding)]
+        batches = [self._padded(part) for part in (*parts, *padding)]
         length = max(batch.inputs_BL.shape[1] for batch in batches)
         training = self._model.training
         self._model.eval()

@@ -10,7 +10,6 @@ from megatron_r1.checkpoint.manifest import read_manifest
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.schema import convert
-from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.model.reward_head import add_reward_head
 from megatron_r1.platform import Platform
 from megatron_r1.preference.items import reward_model_encoder
@@ -47,14 +46,12 @@ class RewardModelScorer:
         settings = convert(RewardModelConfig, read_manifest(found.folder).metadata["config"]["reward_model"])
         model = second_model(found.model, parallel, platform, found.tensors, add_reward_head)
         model.requires_grad_(False)
-        tokenizer = Tokenizer.load(found.tokenizer_folder)
+        tokenizer = found.tokenizer()
         self._pairwise = settings.objective == "pairwise"
         self.name = name or ("helpfulness" if self._pairwise else "harmlessness")
         self._encoder = reward_model_encoder(settings, tokenizer)
         self._max_critique_tokens = settings.max_critique_tokens
-        self._model = RewardModel(
-            model, self._pairwise, settings.critique_loss_weight, tokenizer.pad, platform.device, parallel.tensor
-        )
+        self._model = RewardModel(model, self._pairwise, settings.critique_loss_weight, tokenizer.pad, platform.device)
 
     def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
         """A value for each response: the score of a pairwise model, the probability of safe of a pointwise one.

@@ -14,8 +14,8 @@ from megatron_r1.data.preference.policy_encoder import PolicyPairEncoder
 from megatron_r1.data.preference_example import PreferenceExample
 from megatron_r1.errors import DataError
 from megatron_r1.files import write_whole
-from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import all_gather_data_parallel
+from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.preference.measure import show
 from megatron_r1.runs.training_run import TrainingRun, limit_steps
 from megatron_r1.train.loop import Step

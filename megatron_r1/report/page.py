@@ -7,15 +7,18 @@ here. Missing parts are named as missing.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from megatron_r1.report.read import Recipe, Stage, read_recipe
+from megatron_r1.report.graph import duration, graph_svg
+from megatron_r1.report.read import Recipe, Stage, read_recipe, read_stage
+from megatron_r1.report.recipe import data_tables, settings_table, stage_tables, time_table
 from megatron_r1.report.results import accuracy_of, evaluation_of, responses_of
-from megatron_r1.report.stages import figures_beside, figures_of
+from megatron_r1.report.stages import Figure, figures_beside, figures_of, figures_over_training
 
 # Browsers load and run nothing, whatever a model may have written.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -51,9 +54,17 @@ def render(recipe: Recipe) -> str:
             policy=POLICY,
             recipe=recipe,
             written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            results=evaluation_of(recipe.results),
+            graph=graph_svg(recipe.pipeline),
+            times=time_table(recipe),
+            settings=settings_table(recipe),
+            stage_tables=stage_tables(recipe),
+            datasets=data_tables(recipe),
+            over_training=[
+                figure for each in recipe.evaluations for figure in figures_over_training(each.name, each.results)
+            ],
+            results=evaluation_of(recipe.comparison.results),
             sections=[_section(recipe, kind) for kind in kinds],
-            responses=responses_of(recipe.samples, list(recipe.results.get("models", {}))),
+            responses=responses_of(recipe.comparison.samples, list(recipe.comparison.models)),
             has_settings=any(stage.config or stage.environment for stage in recipe.stages),
         )
     )
@@ -73,15 +84,21 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "name": stage.name,
         "rows": len(stage.rows),
         "last": stage.rows[-1]["step"],
-        "figures": figures_of(stage),
+        "figures": _drawn(stage.folder, stage.stamp),
         "accuracy": accuracy_of(stage.accuracy, JUDGES[stage.kind]) if stage.kind in JUDGES else {"shares": []},
     }
+
+
+@lru_cache(64)
+def _drawn(folder: Path, stamp: tuple[int, int]) -> list[Figure]:
+    """The figures of a stage; a recipe writes its page after every stage, and most have nothing new to draw."""
+    return figures_of(read_stage(folder))
 
 
 def _environment() -> Environment:
     loader = PackageLoader("megatron_r1.report")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    environment.filters |= {"drawing": Markup, "percent": _percent, "size": _size, "flat": _flat}
+    environment.filters |= {"drawing": Markup, "percent": _percent, "size": _size, "flat": _flat, "duration": duration}
     return environment
 
 

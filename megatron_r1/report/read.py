@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from megatron_r1.config.pipeline import REPLACED
 from megatron_r1.track.record import read_metrics
 
 
@@ -24,6 +25,9 @@ class Stage:
     rows: list[dict[str, Any]]
     accuracy: dict[str, Any] = field(default_factory=dict)
     """Accuracy of a reward model, or of implicit rewards, on held-out examples, and of the length baselines."""
+    folder: Path = Path()
+    stamp: tuple[int, int] = (0, 0)
+    """Time and size of the metrics' file, so that what was drawn of them need not be drawn again."""
 
     @property
     def kind(self) -> str:
@@ -40,15 +44,41 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class EvaluationRun:
+    """One run of `evaluate`."""
+
+    name: str
+    """Of its folder."""
+    results: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+    """Rows of responses by model."""
+
+    @property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """Name -> results of a model."""
+        found = self.results.get("models")
+        return {name: model for name, model in found.items() if isinstance(model, dict)} if found else {}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The contents of the page."""
 
     name: str
     stages: list[Stage]
-    results: dict[str, Any]
-    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    evaluations: list[EvaluationRun]
+    pipeline: list[dict[str, Any]] = field(default_factory=list)
+    """What `pipeline.json` says of each stage, in the order of the recipe."""
+    sheets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stage -> its data sheet."""
     files: list[tuple[str, int]] = field(default_factory=list)
     """Path relative to the recipe's folder, size in bytes; a checkpoint or wandb folder counts as one."""
+
+    @property
+    def comparison(self) -> EvaluationRun:
+        """The evaluation that compares models: the first of several models, or else the first."""
+        several = (each for each in self.evaluations if len(each.models) > 1)
+        return next(several, next(iter(self.evaluations), EvaluationRun("", {}, {})))
 
     def of_kind(self, kind: str) -> list[Stage]:
         return [stage for stage in self.stages if stage.kind == kind]
@@ -56,36 +86,50 @@ class Recipe:
 
 def read_recipe(folder: Path) -> Recipe:
     """Reads every stage in a recipe's folder, in the order of their starts."""
-    folders = sorted((path for path in folder.iterdir() if path.is_dir()), key=_start_of) if folder.is_dir() else []
-    evaluation = next((path for path in folders if (path / "results.json").is_file()), folder / "evaluate")
-    results = _json(evaluation / "results.json")
-    if not isinstance(results.get("models", {}), dict):
-        results = {}
+    paths = (path for path in folder.iterdir() if path.is_dir() and path.name != REPLACED) if folder.is_dir() else ()
+    folders = sorted(paths, key=_start_of)
+    pipeline = _json(folder / "pipeline.json").get("stages")
     return Recipe(
         name=folder.resolve().name,
-        stages=[_stage(path) for path in folders if any((path / file).is_file() for file in STAGE_FILES)],
-        results=results,
-        samples={path.stem: _rows(path) for path in sorted(evaluation.glob("samples/*.jsonl"))},
+        stages=[read_stage(path) for path in folders if any((path / file).is_file() for file in STAGE_FILES)],
+        evaluations=[_evaluation(path) for path in folders if (path / RESULTS).is_file()],
+        pipeline=[stage for stage in pipeline if isinstance(stage, dict)] if isinstance(pipeline, list) else [],
+        sheets={path.name: sheet for path in folders if (sheet := _json(path / "sheet.json"))},
         files=_files(folder),
     )
 
 
-STAGE_FILES = ("config.yaml", "environment.json", "metrics.jsonl", "results.json")
+RESULTS = "results.json"
+STAGE_FILES = ("config.yaml", "environment.json", "metrics.jsonl", RESULTS)
 
 
-def _stage(path: Path) -> Stage:
-    accuracy = _json(path / "accuracy.json")
-    return Stage(path.name, _text(path / "config.yaml"), _json(path / "environment.json"), _steps(path), accuracy)
+def read_stage(path: Path) -> Stage:
+    """The run in one folder."""
+    metrics = path / "metrics.jsonl"
+    stat = metrics.stat() if metrics.is_file() else None
+    return Stage(
+        name=path.name,
+        config=_text(path / "config.yaml"),
+        environment=_json(path / "environment.json"),
+        rows=read_metrics(metrics),
+        accuracy=_json(path / "accuracy.json"),
+        folder=path,
+        stamp=(stat.st_mtime_ns, stat.st_size) if stat else (0, 0),
+    )
+
+
+def _evaluation(path: Path) -> EvaluationRun:
+    results = _json(path / RESULTS)
+    if not isinstance(results.get("models", {}), dict):
+        results = {}
+    samples = {file.stem: _rows(file) for file in sorted(path.glob("samples/*.jsonl"))}
+    return EvaluationRun(path.name, results, samples)
 
 
 def _start_of(path: Path) -> tuple[float, str]:
     """Start of a stage: the time of its configuration, the first file of a run; and its name."""
     first = path / "config.yaml"
     return (first if first.is_file() else path).stat().st_mtime, path.name
-
-
-def _steps(path: Path) -> list[dict[str, Any]]:
-    return read_metrics(path / "metrics.jsonl")
 
 
 def _text(path: Path) -> str:

@@ -100,6 +100,8 @@ CURVES: Mapping[str, tuple[Curves, ...]] = {
             unit="reward, share",
         ),
         Curves("length", "response length", {"rollout/response_length": "response length"}),
+        Curves("language", "mixed languages", {"rollout/mixed_language": "mixed languages"}),
+        Curves("reflection", "reflection words", {"rollout/reflection_words": "reflection words"}),
         Curves("kl", "KL", {"policy/kl": "KL"}),
         Curves("entropy", "entropy", {"policy/entropy": "entropy"}),
         Curves("idle", "idle", {"perf/trainer_idle": "trainer", "perf/engine_idle": "engine"}),
@@ -135,6 +137,34 @@ def figures_beside(kind: str, stages: Iterable[Stage]) -> list[Figure]:
     rows = {stage.name: stage.rows for stage in stages}
     beside: Callable[[Mapping[str, Rows]], Iterable[Figure]] = BESIDE.get(kind, _nothing)
     return _shown(beside(rows))
+
+
+def figures_over_training(name: str, results: Mapping[str, Any]) -> list[Figure]:
+    """The curves of an evaluation that followed a run over its checkpoints; none of another evaluation."""
+    curve = results.get("curve")
+    if not isinstance(curve, Mapping):
+        return []
+    drawn = []
+    for titles, ylabel in OVER_TRAINING:
+        rows: dict[int, dict[str, Any]] = {}
+        for metric in titles:
+            for point in curve.get(metric, ()):
+                rows.setdefault(point["step"], {"step": point["step"]})[metric] = point["mean"]
+        svg = curves(f"{name}-{next(iter(titles))}", [rows[step] for step in sorted(rows)], titles, ylabel)
+        drawn.append(Figure(svg, f"{name}: mean over held-out prompts at each kept checkpoint."))
+    return _shown(drawn)
+
+
+OVER_TRAINING: tuple[tuple[dict[str, str], str], ...] = (
+    (
+        {"correct_any_format": "correct", "correct_tagged": "correct, tagged", "helpful": "helpful", "safe": "safe"},
+        "pass@1 (share)",
+    ),
+    ({"mixed_language": "mixed languages", "format": "format"}, "share of responses"),
+    ({"language": "language"}, "share of the reasoning's words in the target language"),
+    ({"response_length": "length"}, "response length (tokens)"),
+    ({"reflection_words": "reflection words"}, "reflection words in a response"),
+)
 
 
 def _nothing(_: Any) -> Iterable[Figure]:

@@ -11,18 +11,19 @@ The truth of a `code` prompt is one JSON object: {"language": "python" or "cpp",
 
 from __future__ import annotations
 
+import ast
 import json
-import re
 import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import DataError
-from megatron_r1.rewards.extract import after_reasoning, last_tagged
+from megatron_r1.rewards.program import find_program
 from megatron_r1.rewards.reward import RewardPrompt, Unscored, Value
 from megatron_r1.rewards.sandbox.command import PYTHON, WORK
 from megatron_r1.rewards.sandbox.inside import NO_PYTHON
@@ -30,8 +31,6 @@ from megatron_r1.rewards.sandbox.run import Finished, Sandbox, SandboxDown
 
 TASK = "code"
 LANGUAGES = ("python", "cpp")
-FENCE = "```"
-LONGEST_PROGRAM = 1 << 18
 BINARY_BYTES = 64 << 20
 COMPILER_MEMORY = 4
 """Memory of a compiler as a multiple of a program's."""
@@ -72,6 +71,7 @@ class CodeResult:
         return self.passed / self.tests
 
 
+@lru_cache(1024)
 def read_tests(text: str) -> CodeTests:
     """The tests of a prompt.
 
@@ -79,33 +79,34 @@ def read_tests(text: str) -> CodeTests:
         DataError: they do not have the form that this module describes.
     """
     try:
-        found: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(text).items()}
-        tests = CodeTests(**found)
+        found: dict[str, Any] = {name: value for name, value in json.loads(text).items() if value is not None}
+        parts: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in found.items()}
+        tests = CodeTests(**parts)
+        lists = tests.inputs, tests.outputs, tests.tests
+        if not all(isinstance(one, tuple) for one in lists) or not isinstance(tests.entry_point, str):
+            raise TypeError("inputs, outputs and tests are lists of text, entry_point is text")
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"the tests of a code prompt are invalid: {error}") from None
-    parts: list[Any] = [*tests.inputs, *tests.outputs, *tests.tests, tests.entry_point, tests.setup]
+    texts: list[Any] = [*tests.inputs, *tests.outputs, *tests.tests, tests.entry_point, tests.setup]
     by_call = bool(tests.tests) and tests.entry_point.isidentifier() and tests.language == "python"
     by_text = not tests.tests and len(tests.inputs) == len(tests.outputs) > 0
-    if tests.language not in LANGUAGES or not all(isinstance(part, str) for part in parts) or not (by_call or by_text):
+    if tests.language not in LANGUAGES or not all(isinstance(part, str) for part in texts) or not (by_call or by_text):
         raise DataError(
             "the tests of a code prompt are invalid: they need language python or cpp, and as many inputs as outputs "
             "or an entry_point with tests"
         )
+    for code in (tests.setup, *tests.tests):
+        _check_syntax(code)
     return tests
 
 
-def find_program(text: str) -> str | None:
-    """The program of a response: the last fenced code block of its answer element, or, without such an element, of the
-    text after the reasoning; without a code block, the whole answer element."""
-    tagged = last_tagged(text)
-    part = after_reasoning(text) if tagged is None else tagged
-    pieces = part.split(FENCE)
-    if len(pieces) < 3:
-        found = tagged if len(pieces) == 1 else None
-    else:
-        last = len(pieces) - 2 if len(pieces) % 2 else len(pieces) - 3
-        found = re.sub(r"\A[\w+#-]*[ \t]*\n", "", pieces[last])
-    return found if found and found.strip() and len(found) <= LONGEST_PROGRAM else None
+def _check_syntax(code: str) -> None:
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        where = f" line {line}:" if line else ""
+        raise DataError(f"the tests of a code prompt are invalid:{where} {getattr(error, 'msg', error)}") from None
 
 
 def same_output(output: bytes, expected: str) -> bool:
@@ -181,7 +182,8 @@ class CodeReward:
             return list(threads.map(self._one, prompts, texts))
 
     def _one(self, prompt: RewardPrompt, text: str) -> Value:
-        tests, program = read_tests(prompt.answer), find_program(text)
+        tests = read_tests(prompt.answer)
+        program = find_program(text, tests.language, tests.entry_point)
         if program is None:
             return 0.0
         try:

@@ -3,55 +3,52 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from functools import lru_cache
 
-MAX_NUMBER_CHARACTERS = 64
-"""Longer answers count as wrong without being parsed, which bounds the time for an answer."""
-_WHOLE, _FRACTION = r"[-+]?[0-9]+(?:,[0-9]{3})*", r"(?:/[0-9]+)?"
-NUMBER = re.compile(rf"{_WHOLE}(?:\.[0-9]+)?{_FRACTION}")
-"""A number inside a text: the full stop of a sentence is no part of it."""
-WHOLE_TEXT_NUMBER = re.compile(rf"{_WHOLE}(?:\.[0-9]*)?{_FRACTION}")
-"""A text that is nothing but a number."""
+from megatron_r1.rewards.normalise import normalised
+from megatron_r1.rewards.quantity import Quantity, parse_quantity, same_quantity
 
-MAX_CHOICE_CHARACTERS = 2000
+MAX_TEXT_CHARACTERS = 2000
+"""Longer answers are no choice and no number: they count as wrong without being read."""
+LATEX_SIGNS = re.compile(r"\\[$%,;! ]")
 CHOICE = re.compile(
-    r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?[:\s]+)?"
-    r"[\s(\[{$*\"']*(?:\\(?:text|mathrm|mathbf|boxed)\{)?\(?([A-Za-z])(?:\}|\)|\]|\.|:|\*|\$|\"|'|\s*$)(.*)",
+    r"[*_]*(?:(?:the )?(?:final |correct |right )*(?:answer|option|choice)(?: is)?[:\s*]+|"
+    r"(?:\u7b54\u6848[\u662f\u4e3a:]?|\u9009) ?)?"
+    r"[\s(\[{$*\"']*(?:\\(?:text|textbf|mathrm|mathbf|boxed)\{)?\(?([A-Za-z])(?:\}|\)|\]|\.|:|\*|\$|\"|'|\s*$)(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 SECOND_LETTER = re.compile(r"(?:^|[\s(,/&])(?:or|and|,|/|&)?\s*\(?[A-Z]\)?[\s).,]*$")
 
 
-def parse_number(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal or fraction in ASCII digits; None for any other text.
+def read_quantity(text: str) -> Quantity | None:
+    """The number that a text spells in any usual way, with its unit; None for any other text."""
+    return _read_quantity(text) if len(text) <= MAX_TEXT_CHARACTERS else None
 
-    Spaces around it, a `$...$` pair, one final full stop and commas between thousands are allowed.
-    """
-    plain = text.strip()
-    if len(plain) > MAX_NUMBER_CHARACTERS:
-        return None
-    plain = plain.strip("$").strip().removesuffix("\u3002").removesuffix(".")
-    if not WHOLE_TEXT_NUMBER.fullmatch(plain):
-        return None
-    numerator, _, denominator = plain.replace(",", "").partition("/")
-    divisor = int(denominator or 1)
-    return Fraction(numerator) / divisor if divisor else None
+
+@lru_cache(1024)
+def _read_quantity(text: str) -> Quantity | None:
+    return parse_quantity(normalised(text))
+
+
+def plain_quantity(truth: str) -> Quantity | None:
+    """The quantity of a truth without LaTeX: where there is some, expressions are to be compared, not numbers."""
+    return None if "\\" in LATEX_SIGNS.sub("", truth) else read_quantity(truth)
 
 
 def same_number(answer: str, truth: str) -> bool:
-    """Whether two texts are numerically equal, as 14 and 14.0 are."""
-    value = parse_number(answer)
-    return value is not None and value == parse_number(truth)
+    """Whether an answer is numerically equal to the truth, as 14, 14.0 and 14 cm are to 14."""
+    quantity, true_quantity = read_quantity(answer), plain_quantity(truth)
+    return quantity is not None and true_quantity is not None and same_quantity(quantity, true_quantity)
 
 
 def same_text(answer: str, truth: str) -> bool:
-    """Whether two texts are equal, except for the amount of white space."""
-    return answer.split() == truth.split()
+    """Whether two texts are equal, except for markup around them and the amount of white space."""
+    return answer.split() == truth.split() or normalised(answer).split() == normalised(truth).split()
 
 
 def chosen_letter(answer: str) -> str | None:
     """The letter of a choice: B for B, (b), B., "B) Paris", "the answer is B"; None where there is no single letter."""
-    match = CHOICE.fullmatch(answer.strip()[:MAX_CHOICE_CHARACTERS])
+    match = CHOICE.fullmatch(normalised(answer[:MAX_TEXT_CHARACTERS]))
     if match is None or SECOND_LETTER.search(match.group(2)):
         return None
     return match.group(1).upper()

@@ -1,8 +1,8 @@
 """Cuts a response into reasoning and summary, and extracts its answer.
 
-Training rewards `tagged_answer`, the text inside the answer tags. `any_answer` is for the evaluation of base models: it
-extracts the answer from a response in any format. `boxed_answer` extracts it from a LaTeX box, and `answer_of` chooses
-by configuration. Every search is linear in the length of the response.
+`answer_of` is the one extraction of training, sampling and evaluation: from the answer tags, from a LaTeX box, or from
+a response in any format. It never cuts an answer: an element ends at the next tag, a box at its closing brace, an
+expression at its end. Every search is linear in the length of the response.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from megatron_r1.rewards.exact import NUMBER
+from megatron_r1.data.prompts.worked import boxed_answers
+from megatron_r1.rewards.last_value import last_value
 
 THINK, END_THINK, ANSWER, END_ANSWER = TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-AFTER_STATEMENT = re.compile(r"(?:answer is|\u7b54\u6848\u662f|\u7b54\u6848\u4e3a)[\s:\uff1a$]*")
-BOXED = "\\boxed{"
-BRACES = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
+ANY_TAG = re.compile("|".join(TAGS))
 
 
 class Parts(NamedTuple):
@@ -55,14 +54,15 @@ def first_thought(response: str) -> tuple[int, int] | None:
 def answer_elements(text: str) -> list[str]:
     """Stripped contents of every answer element, in order.
 
-    An element that is never closed ends at the next tag or at the end of the text, so that a response that was
-    truncated, or that opens the tag again instead of closing it, still has an answer.
+    An element ends at the next of `TAGS` or at the end of the text, so that a response that was truncated, or that
+    opens the tag again instead of closing it, still has an answer. No other less-than sign ends it.
     """
     found = []
     for part in text.split(ANSWER)[1:]:
-        content = part.split(END_ANSWER, 1)[0].split("<", 1)[0].strip()
-        if content:
-            found.append(content)
+        content = part.split(END_ANSWER, 1)[0]
+        if "<" in content:
+            content = ANY_TAG.split(content, 1)[0]
+        found += [content.strip()] if content.strip() else []
     return found
 
 
@@ -81,49 +81,28 @@ def last_tagged(text: str) -> str | None:
     return inside.partition(END_ANSWER)[0] if opened else None
 
 
-def boxed_answers(text: str) -> list[str]:
-    """Stripped contents of every outermost `\\boxed{...}` with balanced braces."""
-    found, depth, start, inside = [], 0, 0, 0  # inside: the depth at which the box was opened, 0 outside of one
-    for match in BRACES.finditer(text):
-        token = match.group()
-        if token.endswith("{") and token != "\\{":
-            depth += 1
-            if token != "{" and not inside:
-                start, inside = match.end(), depth
-        elif token == "}" and depth:
-            if depth == inside:
-                found.append(text[start : match.start()].strip())
-                inside = 0
-            depth -= 1
-    return [content for content in found if content]
-
-
 def boxed_answer(text: str) -> str | None:
     """The content of the box after the reasoning; None where there is no box, or where several boxes differ."""
     contents = set(boxed_answers(after_reasoning(text)))
     return contents.pop() if len(contents) == 1 else None
 
 
-def answer_of(text: str, where: str) -> str | None:
-    """The answer of a response by `where`: tags, boxed, or any (tags, then a box, then the last number)."""
-    if where == "tags" or (where == "any" and ANSWER in text):
-        return tagged_answer(text)
-    if where == "boxed" or BOXED in after_reasoning(text):
-        return boxed_answer(text)
-    return any_answer(text)
-
-
 def any_answer(text: str) -> str | None:
     """The answer of a response in any format, from the first of these that exists.
 
-    The answer tags, the last `\\boxed{...}`, the number after the last "answer is", the last number in the text.
+    The answer tags, the last box after the reasoning, what the last "answer is" states, the last value in the text.
     """
     if ANSWER in text:
         return tagged_answer(text)
-    if BOXED in text:
-        return text.rsplit(BOXED, 1)[1].split("}", 1)[0].strip() or None
-    for statement in reversed(list(AFTER_STATEMENT.finditer(text))):
-        if number := NUMBER.match(text, statement.end()):
-            return number.group()
-    numbers = NUMBER.findall(text)
-    return numbers[-1] if numbers else None
+    rest = after_reasoning(text)
+    boxes = boxed_answers(rest)
+    return boxes[-1] if boxes else last_value(rest if rest.strip() else text)
+
+
+ANSWERS = {"tags": tagged_answer, "boxed": boxed_answer, "any": any_answer}
+"""Value of `reward.answer_format` -> where the answer is looked for."""
+
+
+def answer_of(text: str, where: str) -> str | None:
+    """The answer of a response by `where`: tags, boxed, or any (tags, a box, a statement, the last value)."""
+    return ANSWERS[where](text)

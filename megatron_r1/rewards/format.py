@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
-from megatron_r1.rewards.extract import ANSWER, END_ANSWER, END_THINK, TAGS, THINK
-
-ANY_TAG = re.compile("|".join(TAGS))
+from megatron_r1.rewards.extract import ANSWER, ANY_TAG, END_ANSWER, END_THINK, TAGS, THINK
 
 
 def format_reward(response: str, style: str) -> float:
-    """1.0 where the response has the required format, else 0.0.
+    """1.0 where the response has the required format, else 0.0; a tag that its prompt opened is part of it.
 
     strict: exactly `<think>...</think> <answer>...</answer>`, each tag once, only white space around the elements.
     lenient: a closed think element and after it an answer tag, which may be left open or be opened again instead of

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_r1.config.reward import MathConfig
 from megatron_r1.errors import DataError
+from megatron_r1.rewards.normalise import unwrapped
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.workers import WorkerPool, WorkersDown
 
@@ -67,7 +68,9 @@ class GymVerifier:
         if answer is None or len(answer) > self._config.max_characters:
             return False
         try:
-            return self.pool.ask(answer, name, truth)
+            return self.pool.ask(answer, name, truth) or (
+                (plain := unwrapped(answer)) != answer and self.pool.ask(plain, name, truth)
+            )
         except WorkersDown as error:
             return Unscored(f"reasoning-gym workers: {error}")
 
@@ -77,6 +80,27 @@ class GymVerifier:
         """Verdicts on many answers, in order; as many are verified at a time as there are workers."""
         with ThreadPoolExecutor(self._config.workers, "gym") as threads:
             return list(threads.map(self.is_correct, answers, tasks, truths))
+
+    def truth_problems(self, tasks: Sequence[str], truths: Sequence[str]) -> list[str]:
+        """For each prompt why no answer could be correct: no such task, no entry, or one whose own answer is wrong."""
+        return [self._truth_problem(task, truth) for task, truth in zip(tasks, truths, strict=True)]
+
+    def _truth_problem(self, task: str, truth: str) -> str:
+        try:
+            check_task(task.removeprefix(PREFIX))
+            entry = json.loads(truth)
+            answer = entry["answer"]
+        except DataError as error:
+            return str(error)
+        except (ValueError, TypeError, KeyError):
+            return f"the true answer of a prompt of task={task} must be the library's entry as JSON, with its answer"
+        if not isinstance(answer, str):  # tasks with many solutions have none of their own
+            return ""
+        return (
+            ""
+            if self.is_correct(answer, task, truth) is True
+            else f"task={task} does not accept the entry's own answer"
+        )
 
     def close(self) -> None:
         self.pool.close()

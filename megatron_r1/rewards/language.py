@@ -6,11 +6,28 @@ thought, added to the other rewards.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from megatron_r1.rewards.extract import END_THINK, first_thought
-from megatron_r1.rewards.reward import RewardPrompt, Value
+from megatron_r1.rewards.reward import RewardPrompt
 from megatron_r1.rewards.words import languages
+
+NAMES = {
+    "english": "en", "\u82f1\u6587": "en", "\u82f1\u8bed": "en", "chinese": "zh", "mandarin": "zh",
+    "\u4e2d\u6587": "zh", "\u6c49\u8bed": "zh",
+}  # fmt: skip
+_ENGLISH_VERBS = "answer|respond|reply|think|reason|write|explain|solve|show|speak|present|output|state"
+_CHINESE_VERBS = "\u7b54|\u56de\u590d|\u601d\u8003|\u63a8\u7406|\u89e3|\u5199|\u8bf4\u660e|\u8f93\u51fa"
+_CHINESE_NAMES = "\u4e2d\u6587|\u6c49\u8bed|\u82f1\u6587|\u82f1\u8bed"
+REQUEST = re.compile(
+    rf"\b(?:{_ENGLISH_VERBS})\b[^.?!\n]{{0,80}}?\b(?:in|using)\s+(english|chinese|mandarin)\b"
+    rf"|\bin\s+(english|chinese|mandarin)\s*(?:,|only|please)"
+    rf"|[\u7528\u4ee5](?:\u7b80\u4f53)?({_CHINESE_NAMES})[^\u3002\uff1f\uff01\n]{{0,12}}?(?:{_CHINESE_VERBS})"
+    rf"|(?:{_CHINESE_VERBS})[^\u3002\uff1f\uff01\n]{{0,12}}?[\u7528\u4ee5]({_CHINESE_NAMES})",
+    re.IGNORECASE,
+)
+"""A request for a language, in English or Chinese."""
 
 
 class LanguageReward:
@@ -18,19 +35,24 @@ class LanguageReward:
 
     Args:
         target: en, zh, or question.
+        instructions: what the chat template and the system prompt say beside each question.
     """
 
     name = "language"
 
-    def __init__(self, target: str):
-        self._target = target
+    def __init__(self, target: str, instructions: str = ""):
+        self._target, self._requested = target, requested_language(instructions)
 
-    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
-        follow = self._target == "question"
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[float]:
         return [
-            language_consistency(text, question_language(prompt.question) if follow else self._target)
+            language_consistency(text, self._target_of(prompt.question))
             for prompt, text in zip(prompts, texts, strict=True)
         ]
+
+    def _target_of(self, question: str) -> str:
+        if self._target != "question":
+            return self._target
+        return requested_language(question) or self._requested or question_language(question)
 
 
 def language_consistency(text: str, target: str) -> float:
@@ -44,6 +66,12 @@ def reasoning(text: str) -> str:
     """The text from the first think tag, or the start, to the end of the reasoning, or of the text."""
     thought = first_thought(text)
     return text[slice(*thought)] if thought else text.partition(END_THINK)[0]
+
+
+def requested_language(text: str) -> str:
+    """The language that the last explicit request of a text names, as "answer in Chinese" does; empty without one."""
+    found = [name.lower() for match in REQUEST.finditer(text) for name in match.groups() if name]
+    return NAMES[found[-1]] if found else ""
 
 
 def question_language(question: str) -> str:

@@ -1,96 +1,69 @@
 """Mathematical verifier: whether an answer equals the true answer as an expression, in any form.
 
-Two plain numbers are compared exactly in this process, as `exact.same_number` does. A number may have a unit (`14 cm`,
-`$14`, `14 apples`), which counts as wrong only where the true answer has another unit. All else goes to math-verify in
-a worker process. An answer that exceeds the deadline or kills the worker is wrong.
+Numbers, words and times are compared in this process; all else goes to math-verify in a worker process (`expressions`).
+An answer that exceeds the deadline or kills the worker is wrong.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
-from typing import Any
 
 from megatron_r1.config.reward import MathConfig
-from megatron_r1.rewards.exact import parse_number
+from megatron_r1.rewards.exact import chosen_letter
+from megatron_r1.rewards.expressions import equal_expressions
+from megatron_r1.rewards.normalise import balanced, normalised
+from megatron_r1.rewards.quantity import TEXT_COMMAND, Quantity, parse_quantity, same_quantity
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.workers import WorkerPool, WorkersDown
 
-WRAPPED = (("\\boxed{", "}"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}\\]*)\}|\\[,;! ]|~")
-CURRENCY = re.compile(r"(?:\\?\$|[\u20ac\u00a3\u00a5])\s*")
-QUANTITY = re.compile(r"([-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?) *([^\W\d_][^\W\d_.]*(?: [^\W\d_.]+){0,2}\.?|\\?%)")
-NO_UNITS = re.compile(
-    r"\b(?:or|and|not|to|by|is|are|if|than|times|plus|minus|true|false|e|i|x|y|z|n|pi|sqrt)\b", re.IGNORECASE
+_WORD = re.compile(
+    r"[^\W\d_]{3,}(?:[ '-]+[^\W\d_]+)*|yes|no|on|up|in|at|[^\W\d_]{2,}(?:[ '-]+[^\W\d_]{2,})+", re.IGNORECASE
 )
-BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-
-
-def unwrapped(text: str) -> str:
-    """The text without a box or dollar signs around all of it."""
-    text = text.strip()
-    for before, after in WRAPPED:
-        inner = text[len(before) : -len(after)]
-        wraps = len(text) > len(before) + len(after) and text.startswith(before) and text.endswith(after)
-        if wraps and balanced(inner) and "$" not in inner:
-            return unwrapped(inner)
-    return text
-
-
-def balanced(text: str) -> bool:
-    """Whether all braces are paired, so that the answer stays inside the expression into which it is inserted."""
-    depth = 0
-    for token in BRACES.findall(text):
-        depth += (token == "{") - (token == "}")
-        if depth < 0:
-            return False
-    return depth == 0
-
-
-def quantity(text: str) -> tuple[str, str]:
-    """A number and its unit; the whole text and an empty unit where the text is not a number with a unit."""
-    plain = CURRENCY.sub("", TEXT.sub(lambda match: f" {match.group(1) or ''}", text)).strip()
-    match = QUANTITY.fullmatch(plain)
-    if match is None or NO_UNITS.search(match.group(2)):
-        return plain, ""
-    return match.group(1), match.group(2).strip(" .\\").casefold()
+_CHOICE = re.compile(r"\(?[A-Z]\)?")
+_PARTS = re.compile(r"([0-9]+(?: ?: ?[0-9]+)+) ?([ap])?\.? ?m?\.?", re.IGNORECASE)
 
 
 def at_once(answer: str, truth: str) -> bool | None:
-    """Whether two numbers, with or without units, are equal; None where one text is no number."""
-    (number, unit), (true_number, true_unit) = quantity(answer), quantity(truth)
-    value, true_value = parse_number(number), parse_number(true_number)
-    if value is None or true_value is None:
-        return None
-    return value == true_value and (not unit or not true_unit or unit == true_unit)
+    """The verdict on two normalised texts where no algebra is needed; None where it is."""
+    quantity, true_quantity = parse_quantity(answer), parse_quantity(truth)
+    if quantity and true_quantity:
+        return same_quantity(quantity, true_quantity)
+    plain, true_plain = (TEXT_COMMAND.sub(r"\1", text).strip(" .") for text in (answer, truth))
+    if _CHOICE.fullmatch(true_plain) and chosen_letter(plain):
+        return chosen_letter(plain) == chosen_letter(true_plain)
+    if _WORD.fullmatch(true_plain):
+        return plain.casefold().split() == true_plain.casefold().split()
+    parts, true_parts = _PARTS.fullmatch(plain), _PARTS.fullmatch(true_plain)
+    if parts and true_parts:
+        return same_time_or_ratio(parts, true_parts)
+    if (parts and true_quantity) or (true_parts and quantity):
+        ratio, number = (parts, true_quantity) if parts and true_quantity else (true_parts, quantity)
+        return bool(ratio and number) and as_ratio(ratio) == number  # type: ignore[arg-type]
+    return None
 
 
-def contradicts_itself(answer: str) -> bool:
-    """Whether the answer is an equation between different numbers."""
-    values = {parse_number(part) for part in answer.split("=")} - {None}
-    return len(values) > 1
+def as_ratio(match: re.Match[str]) -> Quantity | None:
+    """The value of a ratio of two numbers, such as 3:4; None for a time and for more numbers."""
+    numbers = [int(number) for number in match[1].split(":")]
+    is_time = match[2] or re.search(r":[0-9]{2}$", match[1])
+    return None if is_time or len(numbers) != 2 or 0 in numbers else Quantity(Fraction(*numbers))
 
 
-def expression(text: str) -> list[Any]:
-    """The whole text as one expression, in the forms that math-verify makes of it."""
-    from math_verify import LatexExtractionConfig, parse
-
-    config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
-    found: list[Any] = parse(f"\\boxed{{{text}}}", [config], parsing_timeout=None)
-    return found
-
-
-def equal_expressions(answer: str, truth: str) -> bool:
-    """Whether math-verify finds them equal.
-
-    A worker asks it, without its own time limits: they work in a main thread only, and some answers
-    (`10^{10^{10^{10}}}`) would never come back.
-    """
-    from math_verify import verify
-
-    return bool(verify(expression(truth), expression(answer), timeout_seconds=None))
+def same_time_or_ratio(parts: re.Match[str], true: re.Match[str]) -> bool:
+    """Whether two times or ratios are equal: 5:30 pm and 5:30, 2:4 and 1:2."""
+    numbers, true_numbers = ([int(number) for number in match[1].split(":")] for match in (parts, true))
+    if parts[2] or true[2]:
+        halves = {half.lower() for half in (parts[2], true[2]) if half}
+        return numbers == true_numbers and len(halves) == 1
+    if 0 in numbers + true_numbers:
+        return numbers == true_numbers
+    shares, true_shares = ([n // math.gcd(*each) for n in each] for each in (numbers, true_numbers))
+    return shares == true_shares
 
 
 class MathVerifier:
@@ -105,10 +78,10 @@ class MathVerifier:
         """Whether an answer is correct; Unscored when no worker is available."""
         if answer is None or len(answer) > self._config.max_characters:
             return False
-        answer, truth = unwrapped(answer), unwrapped(truth)
+        answer, truth = normalised(answer), normalised(truth)
         if (verdict := at_once(answer, truth)) is not None:
             return verdict
-        if not answer or not balanced(answer) or "\\boxed" in answer or contradicts_itself(answer):
+        if not answer or not balanced(answer) or "\\boxed" in answer:
             return False
         try:
             return self.pool.ask(answer, truth)

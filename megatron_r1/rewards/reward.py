@@ -29,6 +29,10 @@ class RewardPrompt(Protocol):
     def task(self) -> str:
         """Selects the verifier."""
 
+    @property
+    def domain(self) -> str:
+        """Selects the rewards: one of `config.reward.DOMAINS`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Unscored:
@@ -47,5 +51,5 @@ class Reward(Protocol):
     def name(self) -> str:
         """Name of its part in a score's breakdown."""
 
-    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
+    def score(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> Sequence[Value]:
         """A value for each response text, in order; `texts[i]` is a response to `prompts[i]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from megatron_r1.config.reward import RewardConfig
@@ -19,13 +20,17 @@ from megatron_r1.rewards.steps import arithmetic_steps
 
 
 def build_rubric(
-    config: RewardConfig, count_tokens: Callable[[str], int] | None = None, models: Sequence[Weighted] = ()
+    config: RewardConfig,
+    count_tokens: Callable[[str], int] | None = None,
+    models: Sequence[Weighted] = (),
+    instructions: str = "",
 ) -> Rubric:
     """The configured rewards.
 
     Args:
         count_tokens: counts the tokens of a response text, for the penalty on length.
         models: rewards by trained models, which the caller runs.
+        instructions: what the prompt says beside the question, which may request a language.
 
     Raises:
         ConfigError: the user's own function cannot be loaded, or `count_tokens` is needed and missing.
@@ -35,7 +40,7 @@ def build_rubric(
         rule = TextRule("format", partial(format_reward, style=config.format_style))
         rewards.append(Weighted(config.format, rule))
     if config.language:
-        rewards.append(Weighted(config.language, LanguageReward(config.target_language)))
+        rewards.append(Weighted(config.language, LanguageReward(config.target_language, instructions)))
     if config.repetition:
         rule = TextRule("repetition", partial(repetition, run=config.repetition_ngram_size))
         rewards.append(Weighted(config.repetition, rule))
@@ -49,7 +54,8 @@ def build_rubric(
         rewards.append(Weighted(config.custom, CustomReward(config.custom_function)))
     if config.judge:
         rewards.append(Weighted(config.judge, JudgeReward(config.judge_config)))
-    return Rubric([*rewards, *models], config.retries, step_rewards(config))
+    parts = [replace(part, domain=config.domains.get(part.reward.name)) for part in (*rewards, *models)]
+    return Rubric(parts, config.retries, step_rewards(config))
 
 
 def step_rewards(config: RewardConfig) -> WeightedSteps | None:

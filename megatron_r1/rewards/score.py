@@ -46,6 +46,12 @@ class Weighted:
 
     weight: float
     reward: Reward
+    domain: str | None = None
+    """Domain of the prompts whose responses it scores; None scores all."""
+
+    def scored(self, prompts: Sequence[RewardPrompt]) -> list[int]:
+        """Indices of the prompts whose responses it scores."""
+        return [index for index, prompt in enumerate(prompts) if self.domain is None or self.domain == prompt.domain]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +75,16 @@ class Rubric:
         self.parts, self._retries, self._steps = tuple(parts), retries, steps
 
     def __call__(self, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Score | Unscored]:
-        """The score of each response text, in order; Unscored where a reward has no value after all retries."""
+        """The score of each response text, in order; Unscored where a reward has no value after all retries.
+
+        A reward that does not score a prompt's domain is no part of its responses' scores.
+        """
         scores: list[Score | Unscored] = [Score(0.0, {}) for _ in texts]
         for part in self.parts:
-            for index, value in enumerate(self._with_retries(part.reward, prompts, texts)):
+            if not (scored := part.scored(prompts)):
+                continue
+            values = self._with_retries(part.reward, [prompts[i] for i in scored], [texts[i] for i in scored])
+            for index, value in zip(scored, values, strict=True):
                 before = scores[index]
                 if isinstance(before, Unscored):
                     continue
@@ -99,7 +111,7 @@ class Rubric:
         ]
 
     def _with_retries(self, reward: Reward, prompts: Sequence[RewardPrompt], texts: Sequence[str]) -> list[Value]:
-        values = reward.score(prompts, texts)
+        values = list(reward.score(prompts, texts))
         for retry in range(self._retries):
             missing = [index for index, value in enumerate(values) if isinstance(value, Unscored)]
             if not missing:

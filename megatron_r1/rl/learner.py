@@ -18,28 +18,30 @@ from torch import Tensor
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import LossFunction
+from megatron_r1.model.fp8.tokens import token_multiple
 from megatron_r1.model.replay import NoReplay, Replay
 from megatron_r1.model.shards import Shard
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import max_over_ranks, sum_over_ranks
-from megatron_r1.parallel.launcher import is_rank_zero
-from megatron_r1.parallel.mesh import data_parallel_group, tensor_parallel_group
+from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.rl.advantages.critic import AuxiliaryModel, Critic, NoCritic
 from megatron_r1.rl.advantages.critic_estimator import CriticAdvantages
 from megatron_r1.rl.advantages.estimators import AdvantageEstimator, AdvantageInputs, RolloutAdvantages
 from megatron_r1.rl.advantages.group_relative import GroupAdvantages, ProcessAdvantages
+from megatron_r1.rl.advantages.penalised import PenalisedAdvantages
 from megatron_r1.rl.mismatch import KEYS, LARGEST, alarms, mismatch_sums, summary
 from megatron_r1.rl.objective.aggregation import BatchTotals
 from megatron_r1.rl.objective.objective import ObjectiveInputs, build_objective
 from megatron_r1.rl.policy.batch import ResponseBatch, make_batch, most_inputs, num_tokens
 from megatron_r1.rl.policy.kl_penalty import build_kl_penalty
 from megatron_r1.rl.policy.policy import FrozenLogProbs, Policy, compute_frozen_logprobs
-from megatron_r1.rl.policy.reference import ReferencePolicy
+from megatron_r1.rl.policy.reference import FixedPolicy
 from megatron_r1.rollout.sample import Sample
 from megatron_r1.train.batching import micro_batches_of_ranks, shuffle_into_mini_batches
 from megatron_r1.train.metrics import logged_sums
 from megatron_r1.train.optimizer import Optimizer
-from megatron_r1.train.routing import FROZEN
+from megatron_r1.train.routing import post_training_policy
 from megatron_r1.train.schedule import learning_rate
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.update import UpdateResult, count_skips, update
@@ -104,7 +106,7 @@ class Learner:
         config: RunConfig,
         model: Model,
         optimizer: Optimizer,
-        reference: ReferencePolicy | None,
+        reference: FixedPolicy | None,
         pad_token: int,
         device: str,
         replay: Replay | None = None,
@@ -112,7 +114,7 @@ class Learner:
     ):
         """
         Args:
-            reference: of the KL penalty; without a penalty it is not used.
+            reference: of the KL penalty, or the teacher in its place; without a penalty it is not used.
             replay: makes the model's routers use the experts that the engine recorded; None lets them choose.
             critic: for rl.advantage_estimator=critic.
         """
@@ -125,7 +127,7 @@ class Learner:
         self._objective = build_objective(config.rl, self._kl.loss_coefficient)
         self._critic: AuxiliaryModel = critic or NoCritic()
         self._estimator = build_advantage_estimator(config, critic)
-        FROZEN.apply(model, 0)
+        post_training_policy(config).apply(model, 0)
 
     def saved(self) -> Iterator[tuple[str, Shard]]:
         """Collective: kind and shard of the state that a checkpoint has beside the policy."""
@@ -152,7 +154,7 @@ class Learner:
         single_data_parallel_rank = dist.get_world_size(data_parallel_group()) == 1
         all_epochs = [batch for mini_batch in mini_batches for batch in mini_batch.micro_batches]
         scored_batches = first_epoch if single_data_parallel_rank else all_epochs
-        frozen = compute_frozen_logprobs(rl, self._model, self._policy, self._reference, scored_batches)
+        frozen = compute_frozen_logprobs(rl, self._policy, self._reference, scored_batches)
         penalties = self._kl.reward_penalties(samples, self._policy, frozen, scored_batches)
         inputs = AdvantageInputs(samples, scored_batches, trained_samples(first_epoch), penalties)
         advantages = self._estimator.estimate(inputs)
@@ -165,8 +167,8 @@ class Learner:
             result = self._update(mini_batch, frozen, advantages, rate)
             skipped = count_skips(skipped, result.skipped or not finite, train.max_skipped_steps, state.step + 1)
             results.append(result)
-        if self._reference and rl.reference_sync_interval and (state.step + 1) % rl.reference_sync_interval == 0:
-            self._reference.reset()
+        if self._reference:
+            self._reference.after_rollout(state.step + 1, rl.reference_sync_interval)
         state = state.advance(
             updates=state.updates + sum(not result.skipped for result in results),
             skipped_in_row=skipped,
@@ -184,8 +186,7 @@ class Learner:
         """This rank's part of every epoch's mini-batches."""
         group, longest = data_parallel_group(), self._config.rollout.max_response_tokens
         rank = group.rank()
-        # Sequence parallelism divides a micro-batch's positions.
-        settings = self._pad, self._device, dist.get_world_size(tensor_parallel_group())
+        settings = self._pad, self._device, token_multiple(self._model)
         result = []
         for plan in plan_mini_batches(self._config, samples, step, group.size()):
             micro_batches = [make_batch(samples, batch, *settings) for batch in plan.micro_batches[rank]]
@@ -230,11 +231,13 @@ class Learner:
 
 def build_advantage_estimator(config: RunConfig, critic: Critic | None) -> AdvantageEstimator:
     """The configured estimator."""
+    rl = config.rl
+    estimator: AdvantageEstimator
     if critic:
-        return CriticAdvantages(critic, config.rl.critic)
-    return (ProcessAdvantages if config.rl.advantage_estimator == "process" else GroupAdvantages)(
-        config.rl.advantage_std
-    )
+        estimator = CriticAdvantages(critic, rl.critic)
+    else:
+        estimator = (ProcessAdvantages if rl.advantage_estimator == "process" else GroupAdvantages)(rl.advantage_std)
+    return PenalisedAdvantages(estimator) if rl.kl_placement == "advantage" else estimator
 
 
 def trained_samples(micro_batches: Sequence[ResponseBatch]) -> frozenset[int]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.evaluation.behaviour import mixes_languages, reflection_words
 from megatron_r1.parallel import comm
-from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.rl.generation.async_rollouts import RolloutSource
 from megatron_r1.rl.generation.reward_service import NoRewardModels, RewardService
 from megatron_r1.rl.generation.rollouts import Rollout
@@ -67,6 +68,7 @@ def reinforcement_step(
             sent = time.perf_counter()
             with placed.generating():
                 rollout = broadcast_rollout(rollouts, state, rewards)
+        writing = text_metrics([sample.text for sample in rollout.samples]) if rollouts else {}
         if dist.get_world_size() > 1:
             rollout = scatter_responses(rollout, learner.shares(rollout.samples, state.step))
         sampled = time.perf_counter()
@@ -75,6 +77,7 @@ def reinforcement_step(
         state = replace(state, data_position=state.data_position + prompts_per_rollout)
         metrics |= (
             response_metrics(rollout.samples)
+            | writing
             | rollout.counts
             | engine_counts.since_last_time()
             | {
@@ -201,24 +204,40 @@ class IdleShares:
 
 
 def response_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Mean reward and its parts, length, share of truncated responses, share of groups with equal rewards."""
+    """Mean reward and its parts, length, share of truncated responses, share of groups with equal rewards.
+
+    A part's mean is that of the responses that it scores.
+    """
     count = len(samples)
     groups: dict[int, list[float]] = {}
+    parts: dict[str, list[float]] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(sample.reward)
+        for name, value in sample.reward_parts.items():
+            parts.setdefault(name, []).append(value)
     return {
         "rollout/reward": sum(sample.reward for sample in samples) / count,
-        **{
-            f"rollout/reward/{name}": sum(sample.reward_parts[name] for sample in samples) / count
-            for name in samples[0].reward_parts
-        },
-        "rollout/accuracy": sum(sample.reward_parts.get("accuracy", 0.0) > 0 for sample in samples) / count,
-        "rollout/format": sum(sample.reward_parts.get("format", 0.0) > 0 for sample in samples) / count,
+        **{f"rollout/reward/{name}": sum(values) / len(values) for name, values in parts.items()},
+        "rollout/accuracy": share_above_zero(parts.get("accuracy", ())),
+        "rollout/format": share_above_zero(parts.get("format", ())),
         "rollout/response_length": sum(sample.response_length for sample in samples) / count,
         "rollout/truncated": sum(sample.finish_reason == "length" for sample in samples) / count,
         "rollout/zero_std_groups": sum(len(set(rewards)) == 1 for rewards in groups.values()) / len(groups),
         **step_metrics(samples),
     }
+
+
+def text_metrics(texts: Sequence[str]) -> dict[str, float]:
+    """How the responses are written; known on the engine's rank, which alone has their text."""
+    return {
+        "rollout/mixed_language": sum(map(mixes_languages, texts)) / len(texts),
+        "rollout/reflection_words": sum(map(reflection_words, texts)) / len(texts),
+    }
+
+
+def share_above_zero(values: Sequence[float]) -> float:
+    """The share of values above 0; 0 where there are none."""
+    return sum(value > 0 for value in values) / max(1, len(values))
 
 
 def step_metrics(samples: Sequence[Sample]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.routed_experts import RoutedLayers
 
 FINISH_REASONS = ("stop", "length")
@@ -106,6 +106,18 @@ class Response:
         if self.routed_experts is not None and other.routed_experts is not None:
             pairs.append((self.routed_experts, other.routed_experts))
         return all(np.array_equal(mine, its) for mine, its in pairs)
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, context_length: int) -> None:
+    """Refuse requests whose prompt and longest response exceed the model's context.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    for request in requests:
+        if (length := len(request.prompt_tokens)) + sampling.max_tokens > context_length:
+            allowed = f"with the {length} prompt tokens of request {request.id} at most {context_length} in all"
+            raise ConfigError("rollout.max_response_tokens", sampling.max_tokens, allowed)
 
 
 def int32(values: Sequence[int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_r1.model.decode import Cache, Decoder
 from megatron_r1.model.replay import Replay
-from megatron_r1.rollout.engine import Completion, Request, Response, Sampling, int32
+from megatron_r1.rollout.engine import Completion, Request, Response, Sampling, check_lengths, int32
 from megatron_r1.rollout.routed_experts import narrowed
 
 Routes = Callable[[], Tensor]
@@ -56,6 +56,7 @@ class LocalEngine:
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in the order of the requests."""
+        check_lengths(requests, sampling, self._model.max_sequence_length)
         began = time.monotonic()
         generator = torch.Generator().manual_seed(sampling.seed)
         # Prompts of similar length share a batch; equal prompts stay together and are prefilled once.

@@ -1,14 +1,13 @@
 """Writes rollouts to disk before they are trained on: one file a step, whole or absent.
 
 A file is a header line (format, step, count of samples, notes if there are any, types and shapes of the arrays), the
-arrays of `FlatResponses`, one JSON line a sample with all else, and the sha256 of it all. It is written to a temporary
+arrays of `FlatResponses`, one JSON line a sample with all else, and the BLAKE3 of it all. It is written to a temporary
 file, synced, renamed, and the folder synced, so that a crash leaves either no file or a whole one; a file whose bytes
 are not those that were written is refused. Floats come back bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Buffer, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
@@ -18,16 +17,17 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import orjson
+from blake3 import blake3
 
 from megatron_r1.errors import DataError
 from megatron_r1.files import replacing, sync
 from megatron_r1.rollout.engine import Response
 from megatron_r1.rollout.sample import Sample, response_of
 
-FORMAT = 2
+FORMAT = 3
 SUFFIX = ".rollout"
 DIGEST = 32
-"""Bytes of a sha256."""
+"""Bytes of a BLAKE3."""
 
 
 class FlatResponses(NamedTuple):
@@ -93,9 +93,10 @@ class Journal:
             header["notes"] = dict(notes)
         header["arrays"] = [(array.dtype.str, array.shape) for array in flat]
         rows = (orjson.dumps(_row(sample), option=orjson.OPT_APPEND_NEWLINE) for sample in samples)
-        digest = hashlib.sha256()
+        digest = blake3()
+        arrays = (array.reshape(-1).view(np.uint8) for array in flat)
         with replacing(self.path(step)) as part, part.open("wb") as file:
-            for block in chain[Buffer]([orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE)], flat, rows):
+            for block in chain[Buffer]([orjson.dumps(header, option=orjson.OPT_APPEND_NEWLINE)], arrays, rows):
                 digest.update(block)
                 file.write(block)
             file.write(digest.digest())
@@ -124,10 +125,10 @@ class Journal:
             raise DataError(f"{path}: damaged journal: its first line is no header") from None
         if found != (step, FORMAT):
             raise DataError(f"{path}: journal is of step {found[0]} and format {found[1]}")
-        digest = hashlib.sha256(first_line)
+        digest = blake3(first_line)
         digest.update(rest[:-DIGEST])
         if digest.digest() != rest[-DIGEST:].tobytes():
-            raise DataError(f"{path}: damaged journal: its sha256 is not the one at its end")
+            raise DataError(f"{path}: damaged journal: its BLAKE3 is not the one at its end")
         arrays, start = [], 0
         for kind, shape in header["arrays"]:
             end = start + np.dtype(kind).itemsize * prod(shape)

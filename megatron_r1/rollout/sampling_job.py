@@ -19,12 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import Prompt
+from megatron_r1.data.prompts.style import PromptStyle
 from megatron_r1.data.tokenizer import Tokenizer, response_text
 from megatron_r1.errors import DataError, UserError
 from megatron_r1.files import digest_of, replacing, write_whole
-from megatron_r1.rewards.accuracy import VERIFIERS, is_correct
-from megatron_r1.rewards.extract import any_answer
-from megatron_r1.rewards.gym import PREFIX as GYM
+from megatron_r1.rewards.accuracy import Accuracy
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score, Scorer
 from megatron_r1.rollout.engine import Request, RolloutEngine, Sampling, require_completions
@@ -34,9 +33,12 @@ logger = logging.getLogger(__name__)
 PLAN = "plan.json"
 
 
-def plan_of(config: RunConfig, prompts: Sequence[Prompt], formatter: PromptFormatter, weights: Path) -> dict[str, Any]:
+def plan_of(
+    config: RunConfig, prompts: Sequence[Prompt], formatter: PromptFormatter, style: PromptStyle, weights: Path
+) -> dict[str, Any]:
     """What the parts of a job depend on: parts of one job have the same plan."""
-    texts = hashlib.sha256(orjson.dumps([(p.id, formatter.text(p.question), p.answer) for p in prompts])).hexdigest()
+    records = [(prompt.id, formatter.text(style.request(prompt)), prompt.answer) for prompt in prompts]
+    texts = hashlib.sha256(orjson.dumps(records)).hexdigest()
     manifest = weights / "manifest.json"
     return {
         "prompts": len(prompts),
@@ -54,6 +56,7 @@ class SamplingJob:
     folder: Path
     prompts: Sequence[Prompt]
     formatter: PromptFormatter
+    style: PromptStyle
     config: RunConfig
     plan: dict[str, Any]
     """What all parts depend on."""
@@ -77,8 +80,19 @@ class SamplingJob:
         """Numbers of the parts that are not written yet."""
         return (number for number, path in enumerate(self.paths) if not path.is_file())
 
-    def sample(self, numbers: Sequence[int], engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer) -> None:
-        """Sample and write parts."""
+    def sample(
+        self,
+        numbers: Sequence[int],
+        engine: RolloutEngine,
+        tokenizer: Tokenizer,
+        scorer: Scorer,
+        any_format: Accuracy,
+    ) -> None:
+        """Sample and write parts.
+
+        Args:
+            any_format: says which responses are correct, in whatever format.
+        """
         console = Console(stderr=True)
         columns = (TextColumn("sample"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         text = TextColumn("{task.fields[speed]}")
@@ -87,7 +101,7 @@ class SamplingJob:
             task = bar.add_task("sample", total=len(self.prompts), speed="")
             bar.advance(task, len(self.prompts) - sum(len(self._prompts_of(number)) for number in numbers))
             for number in numbers:
-                rows = list(self._sample_part(number, engine, tokenizer, scorer))
+                rows = list(self._sample_part(number, engine, tokenizer, scorer, any_format))
                 body = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
                 write_whole(self.paths[number], body)
                 tokens += sum(row["response_tokens"] for row in rows)
@@ -100,30 +114,38 @@ class SamplingJob:
         return self.prompts[start : start + self.config.sample.prompts_per_part]
 
     def _sample_part(
-        self, number: int, engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer
+        self, number: int, engine: RolloutEngine, tokenizer: Tokenizer, scorer: Scorer, any_format: Accuracy
     ) -> Iterator[dict[str, Any]]:
         config, prompts = self.config, self._prompts_of(number)
         drawn = [(prompt, index) for prompt in prompts for index in range(config.sample.samples_per_prompt)]
-        tokens = {prompt.id: self.formatter.tokens(prompt.question) for prompt in prompts}
+        user_messages = {prompt.id: self.style.request(prompt) for prompt in prompts}
+        tokens = {id: self.formatter.tokens(message) for id, message in user_messages.items()}
         requests = [Request(f"{prompt.id}#{index}", tokens[prompt.id]) for prompt, index in drawn]
         rollout = config.rollout
         sampling = Sampling(
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             max_tokens=rollout.max_response_tokens,
-            stop_tokens=(tokenizer.eos,),
+            stop_tokens=tokenizer.stop_tokens,
             seed=config.seed * 1_000_003 + number,
         )
         completions = require_completions(engine.generate(requests, sampling))
         texts = [response_text(completion.response.tokens.tolist(), tokenizer) for completion in completions]
-        scores = scored([prompt for prompt, _ in drawn], texts, scorer)
-        for (prompt, index), completion, text, score in zip(drawn, completions, texts, scores, strict=True):
+        openings = {id: self.formatter.opening(message) for id, message in user_messages.items()}
+        whole = [openings[prompt.id] + text for (prompt, _), text in zip(drawn, texts, strict=True)]
+        scores = scored([prompt for prompt, _ in drawn], whole, scorer)
+        correct = any_format.correct([prompt for prompt, _ in drawn], whole)
+        for (prompt, index), completion, text, score, right in zip(
+            drawn, completions, texts, scores, correct, strict=True
+        ):
             yield {
                 "id": prompt.id,
                 "sample": index,
                 "question": prompt.question,
                 "truth": prompt.answer,
-                "prompt": self.formatter.text(prompt.question),
+                "task": prompt.task,
+                "prompt": self.formatter.text(user_messages[prompt.id]),
+                **({"given_response": prompt.response} if self.style.needs_response else {}),
                 "response": text,
                 "response_tokens": len(completion.response.tokens),
                 "logprob": float(completion.response.logprobs.sum(dtype=np.float64)),
@@ -131,7 +153,7 @@ class SamplingJob:
                 "weight_version": completion.weight_version,
                 "reward": score.total,
                 "reward_parts": score.parts,
-                "correct": is_correct_any_format(prompt, text, score),
+                "correct": right,
             }
 
 
@@ -145,13 +167,6 @@ def scored(prompts: Sequence[Prompt], texts: Sequence[str], scorer: Scorer) -> l
     if failed := [score for score in scores if isinstance(score, Unscored)]:
         raise UserError(f"{len(failed)} of {len(texts)} responses could not be scored: {failed[0].reason}")
     return [score for score in scores if isinstance(score, Score)]
-
-
-def is_correct_any_format(prompt: Prompt, text: str, score: Score) -> bool:
-    """Whether a response is right: for a number in any format, for another task as its verifier says."""
-    if (prompt.task in VERIFIERS and prompt.task != "number") or prompt.task.startswith(GYM):
-        return score.parts.get("accuracy", 0.0) > 0
-    return is_correct(prompt, any_answer(text))
 
 
 def publish(job: SamplingJob, folder: Path, format: str) -> tuple[Path, dict[str, Any]]:

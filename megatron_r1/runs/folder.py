@@ -11,19 +11,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.files import write_whole
 from megatron_r1.config.load import difference, read_yaml, resolved, write_yaml
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.files import write_whole
-from megatron_r1.parallel.launcher import is_rank_zero
+from megatron_r1.platform.kernels import apex_extensions
+from megatron_r1.platform.launcher import is_rank_zero
 
-_FREE_TO_CHANGE = (
+FREE_TO_CHANGE = (
+    "cluster.",
+    "submit.",
     "track.",
+    "check.",
     "train.log_interval",
     "train.save_interval",
     "train.async_save",
     "train.save_total_limit",
+    "train.save_before_limit_s",
     "threads",
     "distributed_timeout_minutes",
     "platform",
@@ -31,9 +35,15 @@ _FREE_TO_CHANGE = (
     "performance.",
     "rollout.sglang.",
     "convert.workers",
+    "reward.math.workers",
+    "reward.sandbox.max_parallel",
+    "reward.judge_config.concurrency",
 )
-"""Keys that do not change results: a resumed run may change them."""
-_PACKAGES = ("megatron_r1", "torch", "megatron-core", "transformer-engine", "sglang", "transformers", "tokenizers")
+"""Keys that do not change results: a resumed run may change them, and a recipe does not repeat a stage for them."""
+_PACKAGES = (
+    *("megatron_r1", "torch", "megatron-core", "transformer-engine", "transformer-engine-torch", "sgl-deep-ep"),
+    *("sglang", "transformers", "tokenizers"),
+)
 DONE = "done.json"
 
 
@@ -55,7 +65,7 @@ def open_run_folder(config: RunConfig) -> Path:
     pinned = folder / "config.yaml"
     if pinned.exists():
         changes = [
-            line for line in difference(read_yaml(pinned), resolved(config)) if not line.startswith(_FREE_TO_CHANGE)
+            line for line in difference(read_yaml(pinned), resolved(config)) if not line.startswith(FREE_TO_CHANGE)
         ]
         if changes:
             raise ConfigError(
@@ -76,6 +86,7 @@ def environment() -> dict[str, Any]:
             versions[package] = None
     return {
         "versions": versions,
+        "apex": apex_extensions(),
         "python": machine.python_version(),
         "system": machine.platform(),
         "cores": os.cpu_count(),

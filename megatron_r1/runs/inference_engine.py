@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_r1.config.run import RunConfig
-from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.platform import select
 from megatron_r1.rollout.engine import RolloutEngine, WeightSync
 from megatron_r1.rollout.factory import sglang_engine
@@ -43,5 +42,5 @@ def inference_engine(
                 load_whole_tensors(model, current)
                 super().push(version)
 
-        engine = LoadingEngine(model, config.rollout.local_batch_size, Tokenizer.load(first.tokenizer_folder).pad)
+        engine = LoadingEngine(model, config.rollout.local_batch_size, first.tokenizer().pad)
         yield engine, engine

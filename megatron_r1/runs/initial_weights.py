@@ -1,27 +1,39 @@
-"""Finds initial weights: of a run, one of its checkpoints, or a Hugging Face folder."""
+"""Finds initial weights: of a run, one of its checkpoints, or a Hugging Face folder.
+
+A checkpoint is read after it has been verified, and verified as far as it is read: nobody hashes the optimizer's state
+to start from weights. Ranks that start together find the model first (`InitialModel`), each by the manifest and the
+small files, and divide the hashing of its weights among them when they read it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from megatron_r1.checkpoint.manifest import Manifest, read_manifest, verify
+from megatron_r1.checkpoint.manifest import needed_for, verify, without_tensors
 from megatron_r1.checkpoint.sharded import WholeTensors
-from megatron_r1.checkpoint.store import newest_verified, step_folders
+from megatron_r1.checkpoint.store import OneRank, Ranks, verify_together
 from megatron_r1.checkpoint.tensors import has_tensors
-from megatron_r1.config.schema import convert
+from megatron_r1.config.initial_model import without_unused_layers
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.hf.load import NativeTensors, model_config_from_hf
+from megatron_r1.hf.load import NativeTensors
+from megatron_r1.hf.model_config import model_of_folder
+from megatron_r1.model.names import in_multi_token_layer
+from megatron_r1.runs.source import find_checkpoint, hf_folder
 
-_SHAPELESS = ("init_std", "mtp.loss_coefficient", "moe.bias_update_rate", "moe.sequence_loss_coefficient")
-"""Fields that affect how a model is trained, not what it computes."""
+logger = logging.getLogger(__name__)
+
+
+Tensors = Mapping[str, Tensor]
+"""Whole tensors by megatron-core name."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +41,75 @@ class Weights:
     """Weights of a model, with its config and tokenizer."""
 
     model: ModelConfig
-    tensors: Mapping[str, Tensor]
-    """Whole tensors by megatron-core name."""
+    tensors: Tensors
     tokenizer_folder: Path
     folder: Path
     """The checkpoint or Hugging Face folder that was read."""
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights; raises as `Tokenizer.load` and `check_vocabulary`."""
+        return tokenizer_of(self.model, self.tokenizer_folder)
 
-def find_weights(source: str, key: str = "init.from", which: str = "model") -> Weights:
-    """Read the model that `source` names.
+
+@dataclass(frozen=True)
+class InitialModel:
+    """A model to start from, found but not read: its config and tokenizer, and how its weights are read."""
+
+    model: ModelConfig
+    tokenizer_folder: Path
+    folder: Path
+    """The checkpoint or Hugging Face folder."""
+    read: Callable[[Ranks], Weights]
+    """Collective: verifies and opens the weights."""
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer beside the weights; raises as `Tokenizer.load` and `check_vocabulary`."""
+        return tokenizer_of(self.model, self.tokenizer_folder)
+
+    def weights(self, ranks: Ranks) -> Weights:
+        """Collective: the weights; each rank hashes its share of what is read, none hashes an optimizer's state.
+
+        Raises:
+            CheckpointDamaged: neither the checkpoint nor an older one of its run verifies.
+        """
+        return self.read(ranks)
+
+    def with_tensors(self, change: Callable[[Tensors], Tensors]) -> InitialModel:
+        """The same model with what `change` makes of its tensors."""
+
+        def read(ranks: Ranks) -> Weights:
+            weights = self.read(ranks)
+            return replace(weights, tensors=change(weights.tensors))
+
+        return replace(self, read=read)
+
+    def serving(self, model: ModelConfig) -> InitialModel:
+        """The same weights for a run of `model`: without multi-token layers where it has none."""
+        if model.mtp.num_layers or not self.model.mtp.num_layers:
+            return self
+        logger.info("%s: its multi-token layers are left out, as model.mtp.num_layers=0 says", self.folder)
+        return replace(self.with_tensors(_WithoutMtp), model=without_unused_layers(self.model, model))
+
+
+class _WithoutMtp(Mapping[str, Tensor]):
+    """Tensors by name, without those of multi-token layers; each is read on access."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+        self._names = [name for name in tensors if not in_multi_token_layer(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def find_initial_model(source: str, key: str = "init.from", which: str = "model") -> InitialModel:
+    """Find the model that `source` names; of a checkpoint the manifest and the small files are read.
 
     Args:
         source: run directory, checkpoint directory, or ``hf:FOLDER``.
@@ -46,117 +118,63 @@ def find_weights(source: str, key: str = "init.from", which: str = "model") -> W
 
     Raises:
         ConfigError: there is no model, or no moving average.
-        CheckpointDamaged: there are checkpoints, but none of them verifies.
+        CheckpointDamaged: there are checkpoints, but none of them verifies so far.
         DataError: the weights of a Hugging Face folder do not fit its config.
     """
     if folder := hf_folder(source, key):
         if which != "model":
             raise ConfigError("init.weights", which, f"must be model: {source} holds nothing else")
-        model = model_config_from_hf(folder / "config.json")
-        return Weights(model, NativeTensors(folder, model), folder, folder)
-    folder, model = find_checkpoint(source, key, which)
+        model = model_of_folder(folder)
+        opened = Weights(model, NativeTensors(folder, model), folder, folder)
+        return InitialModel(model, folder, folder, lambda _: opened)
+    folder, model = find_checkpoint(source, partial(verify, needed=without_tensors), key)
+    check_holds(folder, which)
+    return InitialModel(model, folder / "tokenizer", folder, partial(_verified, source, key, which))
+
+
+def _verified(source: str, key: str, which: str, ranks: Ranks) -> Weights:
+    """Collective: the weights of the newest checkpoint that verifies as far as they are read."""
+    verified = partial(verify_together, ranks=ranks, needed=needed_for(which))
+    folder, model = find_checkpoint(source, verified, key, ranks)
+    check_holds(folder, which)
     return Weights(model, WholeTensors(folder, which), folder / "tokenizer", folder)
 
 
-def initial_model(config: RunConfig) -> tuple[Weights, Tokenizer]:
-    """The weights that `init.from` names, and their tokenizer; raises as `find_weights`.
-
-    Raises:
-        ConfigError: the tokenizer has more tokens than the run's model has embeddings.
-    """
-    found = find_weights(config.init.from_, which=config.init.weights)
-    tokenizer = Tokenizer.load(found.tokenizer_folder)
-    check_vocabulary(config.model, tokenizer)
-    return found, tokenizer
+def find_weights(source: str, key: str = "init.from", which: str = "model") -> Weights:
+    """The weights that `source` names, for a process that reads alone; as `find_initial_model` and its `weights`."""
+    return find_initial_model(source, key, which).weights(OneRank())
 
 
-def check_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError: the tokenizer has more tokens than the model has embeddings."""
-    if tokenizer.vocab_size > model.vocab_size:
-        allowed = f"must be at least {tokenizer.vocab_size}, the size of the tokenizer's vocabulary"
-        raise ConfigError("model.vocab_size", model.vocab_size, allowed)
+def check_holds(checkpoint: Path, which: str) -> None:
+    """Raises ConfigError: the checkpoint has no weights of this kind, ``model`` or ``ema``."""
+    if not has_tensors(checkpoint, which, 0):
+        allowed = f"must be model: {checkpoint} holds no moving average (train.ema_decay)"
+        raise ConfigError("init.weights", which, allowed)
 
 
-def hf_folder(source: str, key: str = "init.from") -> Path | None:
-    """The folder that ``hf:FOLDER`` names; None where `source` names something else.
-
-    Raises:
-        ConfigError: the folder has no config.json.
-    """
-    if not source.startswith("hf:"):
-        return None
-    folder = Path(source.removeprefix("hf:"))
-    if not (folder / "config.json").is_file():
-        raise ConfigError(key, source, "must be a folder with a config.json")
-    return folder
+def initial_model(config: RunConfig) -> tuple[InitialModel, Tokenizer]:
+    """The model that `init.from` names, and its tokenizer; raises as `find_initial_model` and its `tokenizer`."""
+    found = find_initial_model(config.init.from_, which=config.init.weights).serving(config.model)
+    return found, found.tokenizer()
 
 
-def find_checkpoint(source: str, key: str, which: str, verified: bool = True) -> tuple[Path, ModelConfig]:
-    """The checkpoint that a run directory or checkpoint directory names, and its model; raises as `find_weights`.
+def tokenizer_of(model: ModelConfig, folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, which must fit the model; raises as `Tokenizer.load` and `check_vocabulary`."""
+    tokenizer = Tokenizer.load(folder)
+    check_vocabulary(model.vocab_size, tokenizer)
+    return tokenizer
+
+
+def check_vocabulary(rows: int, tokenizer: Tokenizer, key: str = "model.vocab_size") -> None:
+    """Refuse a model whose embedding has no row for some of the tokenizer's ids.
 
     Args:
-        verified: verify the checkpoint by its manifest and fall back to an older one; without, only the manifest of the
-            newest one is read.
-    """
-    folder = Path(source)
-    if (folder / "manifest.json").is_file():
-        manifest = verify(folder) if verified else read_manifest(folder)
-    elif found := newest_verified(folder / "checkpoints") if verified else _newest(folder / "checkpoints"):
-        folder, manifest = found
-    else:
-        raise ConfigError(key, source, "must be a run with a checkpoint, a checkpoint, or hf:FOLDER")
-    if not has_tensors(folder, which, 0):
-        raise ConfigError("init.weights", which, f"must be model: {folder} holds no moving average (train.ema_decay)")
-    return folder, convert(ModelConfig, manifest.metadata["config"]["model"])
-
-
-def _newest(folder: Path) -> tuple[Path, Manifest] | None:
-    return next(((path, read_manifest(path)) for _, path in step_folders(folder)), None)
-
-
-def check_same_model(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
-    """Refuse weights of another shape, naming the first field that differs.
-
-    Positions have no weights: a run may have a shorter context than the model it starts from, or extend its rotary
-    positions.
+        rows: of the embedding.
+        key: configuration key to name in an error.
 
     Raises:
-        ConfigError: a shape differs, or rotary positions are extended in another way than in the weights' training.
+        ConfigError: names the largest id.
     """
-    dense = not (wanted.moe.num_experts or found.moe.num_experts)
-    for name, (mine, theirs) in _fields(wanted, found):
-        if dense and name.startswith("moe."):
-            continue  # has no effect without experts, and the config.json of a dense model does not have it
-        positions = name == "max_sequence_length" or name.startswith("rope.")
-        if mine != theirs and name not in _SHAPELESS and not positions:
-            raise ConfigError(f"model.{name}", mine, f"must be {theirs}, as in {source}")
-    _check_positions(wanted, found, source)
-
-
-def _check_positions(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
-    """Refuse rotary positions that neither are those of the weights nor extend them."""
-    rope, before = wanted.rope, found.rope
-    if rope.factor < before.factor:
-        raise ConfigError("model.rope.factor", rope.factor, f"must be at least {before.factor}, as in {source}")
-    # Without an extension only the base has an effect; with one, all other settings but the factor are fixed.
-    names = ["base"] if before.factor == 1 else [field.name for field in fields(before) if field.name != "factor"]
-    for name in names:
-        mine, theirs = getattr(rope, name), getattr(before, name)
-        if mine != theirs:
-            raise ConfigError(f"model.rope.{name}", mine, f"must be {theirs}, as in {source}")
-    reach = max(found.max_sequence_length, int(rope.original_max_position * rope.factor))
-    if wanted.max_sequence_length > reach:
-        allowed = f"must be at most {reach}: model.rope.factor extends {source} no further"
-        raise ConfigError("model.max_sequence_length", wanted.max_sequence_length, allowed)
-
-
-def _fields(wanted: Any, found: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    if type(wanted) is not type(found):
-        yield f"{prefix}kind", (wanted.kind, found.kind)
-        return
-    for field in fields(wanted):
-        mine, theirs = getattr(wanted, field.name), getattr(found, field.name)
-        if is_dataclass(mine):
-            yield from _fields(mine, theirs, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", (mine, theirs)
+    if (largest := tokenizer.vocab_size - 1) >= rows:
+        token = tokenizer.backend.id_to_token(largest)
+        raise ConfigError(key, rows, f"must be above {largest}, the tokenizer's largest id, which is of {token!r}")

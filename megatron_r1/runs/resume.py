@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_r1.checkpoint.manifest import Manifest
 from megatron_r1.checkpoint.sharded import WholeTensors
-from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensors import has_tensors, read_state, read_tensors
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import DataError
@@ -38,13 +38,10 @@ class Resumed:
 
 
 def resume(
-    store: CheckpointStore, config: RunConfig, model: Model, optimizer: Optimizer, ema: MovingAverage | None
-) -> Resumed | None:
-    """Collective: load the newest checkpoint that verifies; None where there is none."""
-    found = store.newest_verified()
-    if not found:
-        return None
-    folder, manifest = found
+    saved: tuple[Path, Manifest], config: RunConfig, model: Model, optimizer: Optimizer, ema: MovingAverage | None
+) -> Resumed:
+    """Collective: load a checkpoint that was verified."""
+    folder, manifest = saved
     state, rank = read_train_state(folder), dist.get_rank()
     with ExitStack() as stack:
         kinds = ("model", MASTER, *MOMENTS)

@@ -17,8 +17,9 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.reward_head import HEAD
 from megatron_r1.model.shards import load_whole_tensors
+from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.platform import Platform
-from megatron_r1.runs.initial_weights import Weights, find_weights
+from megatron_r1.runs.initial_weights import Weights, find_initial_model
 
 
 def second_model(
@@ -47,12 +48,12 @@ def second_model(
 
 
 def find_reward_model(source: str, key: str) -> Weights:
-    """The weights of a reward model with its head; raises as `find_weights`.
+    """Collective: the weights of a reward model with its head; raises as `find_initial_model` and its `weights`.
 
     Raises:
         ConfigError: `source` names another kind of model.
     """
-    found = find_weights(source, key)
+    found = find_initial_model(source, key).weights(AllRanks())
     if f"{HEAD}.weight" not in found.tensors:
         raise ConfigError(key, source, "must be a run of the verb reward_model, or one of its checkpoints")
     return found

@@ -18,7 +18,8 @@ from megatron_r1.checkpoint.sharded import WholeTensors
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.checkpoint.tensors import has_tensors, read_state, read_tensors
 from megatron_r1.config.load import resolved
-from megatron_r1.config.performance import refuse_on_cpu
+from megatron_r1.config.cross_checks import check_context_parallelism
+from megatron_r1.config.performance import refuse_on_cpu, refuse_without_transformer_engine
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import ConfigError, Requeue
@@ -30,10 +31,12 @@ from megatron_r1.model.shards import Shard, load_whole_tensors, shards
 from megatron_r1.parallel.comm import AllRanks, all_gather_object
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.platform import Platform, select
+from megatron_r1.platform.kernels import refuse_missing_kernels
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.resume import layout, resume
 from megatron_r1.runs.snapshot import RankZeroSnapshot, Snapshot, random_state
-from megatron_r1.runs.initial_weights import Weights, check_same_model
+from megatron_r1.config.initial_model import check_same_model
+from megatron_r1.runs.initial_weights import InitialModel
 from megatron_r1.track.tracker import Tracker
 from megatron_r1.train.ema import MovingAverage
 from megatron_r1.train.hooks import Hook, Hooks
@@ -140,25 +143,22 @@ class TrainingRun:
 def training_run(
     config: RunConfig,
     tokenizer: Tokenizer,
-    weights: Weights | None,
+    initial: InitialModel | None,
     trainable: Callable[[str], bool] = lambda _: True,
     prepare: Callable[[Model], None] = lambda _: None,
 ) -> Iterator[TrainingRun]:
-    """Set up training: from the run's newest checkpoint, else from `weights`, else from random initial weights.
+    """Set up training: from the run's newest checkpoint, else from `initial`, else from random initial weights.
 
     Args:
         config: of the run.
         tokenizer: saved with every checkpoint.
-        weights: initial weights; None initialises at random.
+        initial: whose weights the run starts from; None initialises at random.
         trainable: parameter name -> whether the optimizer changes it.
         prepare: adds modules that a language model does not have, before weights are loaded.
     """
     folder = open_run_folder(config)
     platform = select(config.platform)
-    if platform.name == "cpu":
-        refuse_on_cpu(config.performance)
-        if config.train.optimizer.offload:
-            raise ConfigError("train.optimizer.offload", True, "must be false on a CPU, where moments are in host memory anyway")
+    check_platform(config, platform)
     with (
         process_groups(
             platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes
@@ -166,23 +166,45 @@ def training_run(
         CheckpointStore(folder / "checkpoints", config.train.save_total_limit, AllRanks()) as store,
     ):
         # Up to here a signal ends the process at once: a rank that waits for a dead rank would never check a flag.
-        preempt = PreemptHook()
+        preempt = PreemptHook(config.train.save_before_limit_s)
         model = build_model(config.model, config.parallel, platform, config.seed, config.performance, config.fp8)
         prepare(model)
         log_precision(model, folder)
-        if weights:
-            check_same_model(config.model, weights.model, str(weights.folder))
-            load_whole_tensors(model, weights.tensors)
+        if initial:
+            check_same_model(config.model, initial.model, str(initial.folder))
+        saved = store.newest_verified()
+        if initial and not saved:
+            load_whole_tensors(model, initial.weights(AllRanks()).tensors)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(name))
         optimizer = Optimizer(model, config.train, config.performance)
         run = TrainingRun(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
         if config.train.ema_decay:
             run.ema = MovingAverage(model, config.train.ema_decay)
-        if found := resume(store, config, model, optimizer, run.ema):
+        if saved:
+            found = resume(saved, config, model, optimizer, run.ema)
             run.resumed, run.state, run.extra = found.folder, found.state, found.extra
         log_start(run)
         yield run
+
+
+def check_platform(config: RunConfig, platform: Platform) -> None:
+    """Refuse what the modules of this platform cannot do.
+
+    Raises:
+        ConfigError: names the first key.
+    """
+    if platform.transformer_engine:
+        check_context_parallelism(config)
+    else:
+        refuse_without_transformer_engine(config.performance)
+    if platform.name == "cuda":
+        refuse_missing_kernels(config.performance)
+    else:
+        refuse_on_cpu(config.performance)
+        if config.train.optimizer.offload:
+            allowed = "must be false on a CPU, where moments are in host memory anyway"
+            raise ConfigError("train.optimizer.offload", True, allowed)
 
 
 def log_start(run: TrainingRun) -> None:
@@ -233,5 +255,4 @@ def finish_run(run: TrainingRun, state: TrainState) -> None:
         if dist.get_rank() == 0:
             mark_done(run.folder, state.as_dict())
         return
-    name = run.preempt.received.name if run.preempt.received else "a signal"
-    raise Requeue(f"{name}: stopped after step {state.step} with a checkpoint; the same command resumes the run")
+    raise Requeue(f"{run.preempt.reason}: stopped after step {state.step} with a checkpoint; the same command resumes the run")

@@ -1,8 +1,8 @@
 """Supervised fine-tuning on packed examples: the loss is on responses alone, and no example attends to another.
 
 The loss of a step is the mean over the tokens in the loss of all its sequences, over all ranks and micro-batches.
-Routers route padding like any token, but without effect: it is no target, no example attends to it, and post-training
-has neither a balance loss nor updates of the balancing bias (`FROZEN`), the only places where its routing could count.
+Routers route padding like any token, but without effect: it is no target and no example attends to it. Its routing
+could count only in a balance loss and in updates of the balancing bias, which `routing` leaves off by default.
 
 Shapes: B sequences, L positions; position t predicts token t + 1.
 """
@@ -22,7 +22,7 @@ from megatron_r1.model.forward_backward import LossFunction, packed_seq_params
 from megatron_r1.model.scores import model_scores
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.train.batching import divide_by_tokens
-from megatron_r1.train.packed import PackedMicroBatch, PackedReader, mtp_loss_weighted, positions_in_documents
+from megatron_r1.train.packed import PackedMicroBatch, PackedReader, positions_in_documents
 
 
 class SupervisedReader(PackedReader):
@@ -59,15 +59,14 @@ class SupervisedReader(PackedReader):
     def run(self, model: Any, batch: PackedMicroBatch, query: Callable[..., Any]) -> Any:
         """Runs a function of `model.scores` on the concatenated examples; multi-token prediction adds its own loss."""
         inputs_1T, positions_1T, packed = end_to_end(batch)
-        with mtp_loss_weighted(model, batch.mtp_weight):
-            return query(
-                model,
-                inputs_1T,
-                positions_1T,
-                labels=batch.tokens_BL[:, 1:].reshape(1, -1),
-                loss_mask=batch.mtp_loss_mask_BL.reshape(1, -1),
-                packed_seq_params=packed,
-            )
+        return query(
+            model,
+            inputs_1T,
+            positions_1T,
+            labels=batch.tokens_BL[:, 1:].reshape(1, -1),
+            loss_mask=batch.mtp_loss_mask_BL.reshape(1, -1),
+            packed_seq_params=packed,
+        )
 
     def shape(self, length: int, sequences: int) -> tuple[int, int]:
         """Length and number of the model's input sequences for a micro-batch of `sequences` sequences."""

@@ -35,7 +35,7 @@ class Teacher:
     def __init__(self, model: Model, top_k: int, temperature: float, vocab_size: int):
         """
         Args:
-            model: the bare model, divided among the ranks by the student's process groups.
+            model: the bare model, frozen, divided among the ranks by the student's process groups.
             top_k: tokens that it gives for a position.
             temperature: of its probabilities.
             vocab_size: size of the vocabulary; entries of its head beyond it have no probability.

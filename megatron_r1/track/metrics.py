@@ -27,6 +27,8 @@ PREFIXES: Mapping[str, str] = {
 ALL = ("pretrain", "sft", "reward_model", "dpo", "grpo")
 SUPERVISED, PREFERENCE = ("pretrain", "sft"), ("reward_model", "dpo")
 RL = ("grpo",)
+MIXED_LANGUAGE = "Share of responses whose prose is in more than one language."
+REFLECTION_WORDS = "Mean number of reflection words in a response: wait, mistake, however, verify and six others."
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,28 @@ def _eval() -> Iterator[Metric]:
         ),
         ("safe", "share", "Share of responses without help for something harmful, reasoning included.", "evaluate"),
         ("format", "share", "Share of responses with reasoning and answer each in their tags.", "evaluate"),
+        ("language", "share", "Mean share of the reasoning's words in the target language.", "evaluate"),
+        (
+            "pass_at_k",
+            "share",
+            "By k: probability that at least one of k responses is correct, unbiased (Chen et al. 2021).",
+            "evaluate",
+        ),
+        (
+            "cons_at_k",
+            "share",
+            "By k: probability that the majority of k responses votes for the true answer, in any format.",
+            "evaluate",
+        ),
         ("correct", "share", "Share of correct responses, in any format.", "sample"),
         ("correct_in_any_sample", "share", "Share of prompts with a correct response among its samples.", "sample"),
         ("mean_reward", "reward", "Mean reward of a response.", "sample"),
     ):
         yield Metric(f"eval/{name}", unit, meaning, (command,), "higher")
+    yield Metric("eval/mixed_language", "share", MIXED_LANGUAGE, ("evaluate",), "lower")
+    yield Metric("eval/response_length", "tokens", "Mean length of a response.", ("evaluate",))
+    yield Metric("eval/reflection_words", "words", REFLECTION_WORDS, ("evaluate",))
+    yield Metric("eval/truncated", "share", "Share of responses that the length limit cut off.", ("evaluate",), "lower")
     yield Metric("eval/margin", "reward", "Mean margin of implicit rewards on held-out pairs.", ("dpo",), "higher")
 
 
@@ -152,8 +171,8 @@ def _policy() -> Iterator[Metric]:
     yield Metric("policy/ratio_clipped", "", "The limited change ratio: clipped to the clip range.", RL)
     yield Metric("policy/objective", "", "The smaller of ratio x advantage and clipped ratio x advantage.", RL)
     yield Metric("policy/kl_loss", "nats", "The stay-stable part: kl_coefficient x policy/kl.", RL)
-    yield Metric("policy/kl", "nats per token", "Divergence from the reference policy, by `rl.kl_estimator`.", RL)
-    yield Metric("policy/kl_in_reward", "reward", "KL penalty that is subtracted from a response's reward.", RL)
+    yield Metric("policy/kl", "nats per token", "Divergence from reference or teacher, by `rl.kl_estimator`.", RL)
+    yield Metric("policy/kl_in_reward", "reward", "KL penalty in a response's reward or advantages, summed.", RL)
     yield Metric("policy/clip_fraction", "share", "Share of tokens, or responses, whose ratio was clipped.", RL)
     yield Metric("policy/advantage", "reward", "Mean advantage.", RL)
     yield Metric("policy/entropy", "nats per token", "Entropy of the policy.", RL)
@@ -165,6 +184,8 @@ def _rollout() -> Iterator[Metric]:
     yield Metric("rollout/accuracy", "share", "Share of correct responses.", RL, "higher")
     yield Metric("rollout/format", "share", "Share of responses in the required format.", RL, "higher")
     yield Metric("rollout/response_length", "tokens", "Mean length of a response.", RL)
+    yield Metric("rollout/mixed_language", "share", MIXED_LANGUAGE, RL, "lower")
+    yield Metric("rollout/reflection_words", "words", REFLECTION_WORDS, RL)
     yield Metric("rollout/truncated", "share", "Share of responses that the length limit cut off.", RL, "lower")
     yield Metric("rollout/zero_std_groups", "share", "Share of groups whose rewards are all equal.", RL, "lower")
     yield Metric("rollout/rewarded_steps", "steps", "Mean number of rewarded steps of a response.", RL)

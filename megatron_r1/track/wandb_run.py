@@ -1,7 +1,8 @@
 """A wandb run on which training never depends.
 
-Nothing here raises: the first failure is logged as one warning, and wandb is not used any more. Offline it opens no
-connection. wandb is imported when a run is opened, and its output does not appear on the terminal.
+But for a wrong WANDB_MODE, nothing here raises: the first failure is logged as one warning, and wandb is not used any
+more. Offline it opens no connection. wandb is imported when a run is opened, and its output does not appear on the
+terminal.
 """
 
 from __future__ import annotations
@@ -14,21 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.errors import PlatformError
 from megatron_r1.track.metrics import METRICS, STEP
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0
+MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
+"""Value of wandb's own variable WANDB_MODE -> mode."""
 """Most seconds for which a hanging network can delay the start and the end of an online run."""
 
 
 def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
-    """online, offline or disabled. For the setting `auto`: WANDB_MODE, else online if there is a WANDB_API_KEY."""
+    """online, offline or disabled. For the setting `auto`: WANDB_MODE, else online if there is a WANDB_API_KEY.
+
+    Raises:
+        PlatformError: WANDB_MODE is something else.
+    """
     if setting != "auto":
         return setting
-    if (mode := environment.get("WANDB_MODE", "")) in ("online", "offline", "disabled"):
-        return mode
+    if mode := environment.get("WANDB_MODE", ""):
+        if mode not in MODES:
+            raise PlatformError(f"WANDB_MODE={mode}: must be one of {', '.join(MODES)}")
+        return MODES[mode]
     return "online" if environment.get("WANDB_API_KEY") else "offline"
 
 

@@ -104,7 +104,7 @@ class TrainerMemory:
     """Memory of a rank's trainer between steps, in the two parts in which it is offloaded.
 
     Attributes:
-        weights: parameters and buffers of the model.
+        weights: parameters and buffers of the model; FP8 copies of them are dropped, because the next pass makes them.
         rest: master weights and moments; gradients are dropped, because the next update clears them anyway.
     """
 
@@ -116,6 +116,11 @@ class TrainerMemory:
             yield from model.buffers()
             yield from (buffer.param_data for buffer in optimizer.buffers() if buffer.param_data is not None)
 
+        def quantised_copies() -> Iterator[Tensor]:
+            """What Transformer Engine's modules keep of their weights from one micro-batch to the next."""
+            copies = (copy for module in model.modules() for copy in getattr(module, "_fp8_workspaces", {}).values())
+            yield from (data for copy in copies for data in copy.get_data_tensors() if data is not None)
+
         def gradients() -> Iterator[Tensor]:
             yield from (buffer.grad_data for buffer in optimizer.buffers())
 
@@ -125,5 +130,5 @@ class TrainerMemory:
                 state = param_state.optimizer.state.get(param_state.weight_N, {})
                 yield from (value for value in state.values() if isinstance(value, Tensor))
 
-        self.weights = Offloaded(device, weights)
+        self.weights = Offloaded(device, weights, quantised_copies)
         self.rest = Offloaded(device, optimizer_state, gradients, staying=weights)

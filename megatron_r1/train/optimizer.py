@@ -2,6 +2,10 @@
 
 Its state is divided among data-parallel ranks (ZeRO stage 1): each rank reduces, updates and stores one part of every
 buffer, and the new weights are gathered. `optimizer_state` saves and restores the state.
+
+Adam itself is torch's, or Transformer Engine's or Apex's FusedAdam where megatron-core finds one; with moments in
+another type or in host memory it is this project's (`adamw`). What shortens the way on a CPU is for torch's alone, so
+that FusedAdam has, on a CPU in tests, the way that it has on CUDA.
 """
 
 from __future__ import annotations
@@ -16,8 +20,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import (
+    USING_PYTORCH_OPTIMIZER,
+    clip_grads,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import clip_grads, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import local_multi_tensor_applier
 from torch import Tensor
@@ -78,7 +87,9 @@ class Optimizer:
             params_dtype=model.config.params_dtype,
             use_distributed_optimizer=True,
         )
-        self._inner = get_megatron_optimizer(config, self.chunks, get_standard_config_overrides(config))
+        self._inner = get_megatron_optimizer(
+            config, self.chunks, get_standard_config_overrides(config), use_gloo_process_groups=False
+        )
         for group in (group for part in self._parts() for group in part.optimizer.param_groups):
             # Norms have a multiplier of 0, which megatron-core's own schedule, not used here, would apply.
             group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
@@ -97,7 +108,7 @@ class Optimizer:
                 part.optimizer = OffloadedMomentsAdamW(groups, self.moments_dtype, self.moments_device)
         else:
             for group in (group for part in self._parts() for group in part.optimizer.param_groups):
-                if _on_cpu(group["params"]):
+                if _torch_on_cpu(group["params"]):
                     group["fused"] = True  # torch's AdamW goes tensor by tensor, unless told
 
     def zero_gradients(self) -> None:
@@ -129,6 +140,19 @@ class Optimizer:
         _, norm, _ = self._inner.step()
         return float(norm or 0.0)
 
+    def set_num_updates(self, updates: int) -> None:
+        """Restore the number of updates in the moments, by which Adam corrects their bias.
+
+        torch's AdamW counts them for each parameter that has moments, FusedAdam for each group of parameters.
+        """
+        for optimizer in (part.optimizer for part in self._parts()):
+            for group in optimizer.param_groups:
+                if not isinstance(optimizer, torch.optim.AdamW):
+                    group["step"] = updates
+                    continue
+                for state in filter(None, map(optimizer.state.get, group["params"])):
+                    state["step"] = torch.tensor(float(updates))
+
     def param_states(self) -> Iterator[ParamState]:
         """This rank's part of the state of each parameter."""
         for part in self._parts():
@@ -159,6 +183,8 @@ def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> D
         grad_reduce_in_fp32=model.config.bf16,
         use_distributed_optimizer=True,
         overlap_grad_reduce=performance.overlap_grad_reduce,
+        # Else megatron-core would reduce a gradient before the late backward pass of its weight has written it.
+        delay_wgrad_compute=performance.delay_wgrad_compute,
         # Weights are gathered before a step ends, because hooks save and average them, and engines get them, after it.
         overlap_param_gather=False,
     )
@@ -171,7 +197,7 @@ def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> D
         parallel_state.get_expert_data_parallel_world_size(),
     )
     wrapped = DistributedDataParallel(model.config, settings, model, full_param_layout=layout)
-    if _on_cpu(wrapped.params_with_grad) and not performance.overlap_grad_reduce:
+    if _torch_on_cpu(wrapped.params_with_grad) and not performance.overlap_grad_reduce:
         for group in (*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups):
             _leave_out_exchange_of_one_rank(group)
         for parameter in wrapped.params_with_grad:
@@ -180,8 +206,8 @@ def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> D
     return wrapped
 
 
-def _on_cpu(tensors: Iterable[Tensor]) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in tensors)
+def _torch_on_cpu(tensors: Iterable[Tensor]) -> bool:
+    return USING_PYTORCH_OPTIMIZER and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _leave_out_exchange_of_one_rank(buckets: Any) -> None:
@@ -195,7 +221,7 @@ def _leave_out_exchange_of_one_rank(buckets: Any) -> None:
 
 def _is_in_place(part: DistributedOptimizer) -> bool:
     """Whether the weights that a CPU updates are those of the model, in fp32."""
-    return not any(part.model_float16_groups) and _on_cpu(chain(*part.shard_fp32_groups))
+    return not any(part.model_float16_groups) and _torch_on_cpu(chain(*part.shard_fp32_groups))
 
 
 def _keep_in_place(part: DistributedOptimizer) -> None:

@@ -40,7 +40,7 @@ class OptimizerState:
 
     def __init__(self, model: Model, optimizer: Optimizer):
         self._model = model
-        self._moment_type = optimizer.moments_dtype
+        self._optimizer, self._moment_type = optimizer, optimizer.moments_dtype
         self._rests_on = optimizer.moments_device
         states = {id(entry.parameter): entry for entry in optimizer.param_states()}
         self._locations = {
@@ -59,7 +59,7 @@ class OptimizerState:
                     yield kind, shard
 
     def load(self, read: Callable[[str, Shard], Tensor], updates: int) -> None:
-        """Restore the state.
+        """Restore the state, one parameter after the other; what other ranks store is not read.
 
         Args:
             read: kind and shard of a parameter -> the saved state of it, from any layout.
@@ -67,13 +67,11 @@ class OptimizerState:
         """
         for kind in (MASTER, *MOMENTS):
             room: dict[int, Tensor] = {}
-            for shard in shards(self._model, of=partial(self._make_room, kind, room)):
+            for shard in shards(self._model, of=partial(self._make_room, kind, room, updates)):
                 shard.tensor.copy_(read(kind, shard))
-            for key, whole in room.items():
-                location = self._locations[key]
-                if location.param_state:
-                    start, end = location.ranges[dist.get_rank(location.group)]
-                    self._restore(kind, location.param_state, whole.flatten()[start:end], updates)
+            self._empty(room, kind, updates)
+        if updates:
+            self._optimizer.set_num_updates(updates)
 
     def _has(self, kind: str, parameter: Tensor) -> bool:
         return id(parameter) in self._locations and (kind != MASTER or parameter.dtype == torch.bfloat16)
@@ -98,16 +96,26 @@ class OptimizerState:
         dist.all_gather(everyones, mine_N, location.group)
         return torch.cat([each_N[:size] for each_N, size in zip(everyones, sizes, strict=True)]).view(parameter.shape)
 
-    def _make_room(self, kind: str, room: dict[int, Tensor], parameter: Tensor) -> Tensor | None:
-        if not self._has(kind, parameter):
+    def _make_room(self, kind: str, room: dict[int, Tensor], updates: int, parameter: Tensor) -> Tensor | None:
+        """Where a parameter's state is read to; that of the parameter before it has been read."""
+        self._empty(room, kind, updates)
+        if not self._has(kind, parameter) or not self._locations[id(parameter)].param_state:
             return None
         room[id(parameter)] = torch.empty(parameter.shape, dtype=self._type(kind), device=parameter.device)
         return room[id(parameter)]
+
+    def _empty(self, room: dict[int, Tensor], kind: str, updates: int) -> None:
+        """Restore this rank's range of what was read."""
+        for key, whole in room.items():
+            location = self._locations[key]
+            assert location.param_state
+            start, end = location.ranges[dist.get_rank(location.group)]
+            self._restore(kind, location.param_state, whole.flatten()[start:end], updates)
+        room.clear()
 
     def _restore(self, kind: str, param_state: ParamState, part_N: Tensor, updates: int) -> None:
         if kind == MASTER:
             param_state.weight_N.data.copy_(part_N)
         elif updates:
-            state = param_state.optimizer.state[param_state.weight_N]
-            state["step"] = torch.tensor(float(updates), dtype=torch.float32)
-            state[kind] = part_N.clone().to(self._rests_on or part_N.device)
+            moment_N = part_N.clone().to(self._rests_on or part_N.device)
+            param_state.optimizer.state[param_state.weight_N][kind] = moment_N

@@ -8,8 +8,7 @@ Shapes: B sequences, L positions; position t predicts token t + 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +33,10 @@ class PackedMicroBatch:
     loss_mask_BL: Tensor
     """1 where the target is in the loss, else 0."""
     mtp_loss_mask_BL: Tensor
-    """The loss mask of multi-token prediction, in megatron-core's form."""
+    """The loss mask of multi-token prediction, in megatron-core's form, times the weight of this micro-batch's mean:
+    the mean over micro-batches and ranks is then the mean over all targets. In float64, as `weight` is."""
     weight: float
-    """Weight of one target's loss: the mean over micro-batches and ranks is then the mean over all targets."""
-    mtp_weight: float
-    """Weight of this micro-batch's mean multi-token prediction loss, for the same purpose."""
+    """Weight of one target's loss, for the same purpose."""
 
 
 class PackedReader:
@@ -68,14 +66,14 @@ class PackedReader:
         micro_batches = []
         for part in parts:
             length = self.length(batch, part)
+            mtp_weight = means * int(mtp_loss_mask_BL[part].sum()) / mtp_targets
             micro_batches.append(
                 PackedMicroBatch(
                     self._tensor(batch.tokens_BL[part, : length + 1]),
                     self._tensor(batch.document_ids_BL[part, :length]),
                     self._tensor(loss_mask_BL[part, :length]).float(),
-                    self._tensor(mtp_loss_mask_BL[part, :length]).float(),
+                    self._tensor(mtp_loss_mask_BL[part, :length]).double() * mtp_weight,
                     means / targets,
-                    means * int(mtp_loss_mask_BL[part].sum()) / mtp_targets,
                 )
             )
         return micro_batches
@@ -113,8 +111,7 @@ class PackedReader:
             # Each context-parallel rank has a part of the sum, whereas logged values are averaged over ranks.
             return loss, {"train/loss": loss.detach() * context_ranks}
 
-        with mtp_loss_weighted(model, batch.mtp_weight):
-            output = model(inputs_BL, positions_BL, mask_B1LL, labels=labels_BL, loss_mask=mtp_loss_mask_BL)
+        output = model(inputs_BL, positions_BL, mask_B1LL, labels=labels_BL, loss_mask=mtp_loss_mask_BL)
         return output, loss_function
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -160,16 +157,3 @@ def attention_mask_of(document_ids_BL: Tensor) -> Tensor:
     length = document_ids_BL.shape[1]
     later_LL = torch.ones(length, length, dtype=torch.bool, device=document_ids_BL.device).triu(1)
     return (later_LL | (document_ids_BL[:, :, None] != document_ids_BL[:, None, :])).unsqueeze(1)
-
-
-@contextmanager
-def mtp_loss_weighted(model: Any, weight: float) -> Iterator[None]:
-    """Multiply the coefficient of multi-token prediction in the forward passes inside."""
-    config = model.config
-    saved = config.mtp_loss_scaling_factor
-    if saved is not None:
-        config.mtp_loss_scaling_factor = saved * weight
-    try:
-        yield
-    finally:
-        config.mtp_loss_scaling_factor = saved

@@ -1,7 +1,7 @@
 """How a stage of training balances the experts.
 
 DeepSeek-V3 pre-trains with a balancing bias, whose step size falls to 0 for the last tokens, and a small sequence-wise
-loss (sections 2.1.2 and 4.2). Post-training does no balancing: the router's bias stays as pre-training left it.
+loss (sections 2.1.2 and 4.2). Stages after it balance only where `routing` says so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RoutingPolicy:
 
 
 FROZEN = RoutingPolicy(bias_rate=0.0, sequence_loss=0.0)
-"""For post-training: no change of the bias, no balance loss."""
+"""No change of the bias, no balance loss."""
 
 
 def pretraining_policy(config: RunConfig) -> RoutingPolicy:
@@ -50,6 +50,12 @@ def pretraining_policy(config: RunConfig) -> RoutingPolicy:
         bias_rate_phases=config.train.schedule.bias_rate_phases,
         sequence_loss=moe.sequence_loss_coefficient,
     )
+
+
+def post_training_policy(config: RunConfig) -> RoutingPolicy:
+    """The policy of the configuration for stages after pre-training."""
+    routing = config.routing
+    return RoutingPolicy(bias_rate=routing.bias_update_rate, sequence_loss=routing.sequence_loss_coefficient)
 
 
 def check_none_dropped(expert_load: Mapping[str, Tensor], tokens: int, top_k: int) -> None:

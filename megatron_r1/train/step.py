@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.model.flops import flops_per_token, peak_flops
-from megatron_r1.parallel.launcher import world_size
+from megatron_r1.platform.launcher import world_size
 from megatron_r1.train.loop import Step
 from megatron_r1.train.metrics import update_metrics
 from megatron_r1.train.routing import check_none_dropped

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_r1.checkpoint.manifest import (
     MANIFEST_NAME,
+    divided,
     files_under,
     read_manifest,
     verify,
@@ -128,7 +129,7 @@ def test_links_and_folders_do_not_pass_for_files(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "null", "{", '{"format": 1}', '{"format": 2, "files": {"a": 3}, "metadata": {}}', "[" * 100_000],
+    ["", "{}", "[]", "null", "{", '{"format": 1}', '{"format": 3, "files": {"a": 3}, "metadata": {}}', "[" * 100_000],
 )
 def test_text_that_is_no_manifest_is_refused(checkpoint: Path, text: str) -> None:
     (checkpoint / MANIFEST_NAME).write_text(text)
@@ -138,8 +139,8 @@ def test_text_that_is_no_manifest_is_refused(checkpoint: Path, text: str) -> Non
 
 def test_manifest_of_another_format_is_refused(checkpoint: Path) -> None:
     raw = (checkpoint / MANIFEST_NAME).read_text()
-    (checkpoint / MANIFEST_NAME).write_text(raw.replace('"format": 2', '"format": 1'))
-    with pytest.raises(CheckpointDamaged, match="not of format 2"):
+    (checkpoint / MANIFEST_NAME).write_text(raw.replace('"format": 3', '"format": 1'))
+    with pytest.raises(CheckpointDamaged, match="not of format 3"):
         verify(checkpoint)
 
 
@@ -147,3 +148,14 @@ def test_metadata_that_json_cannot_hold_is_a_bug_not_a_checkpoint(tmp_path: Path
     with pytest.raises(ValueError, match="JSON"):
         write_manifest(tmp_path, {"loss": float("nan")})
     assert not (tmp_path / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shares", "most"), [([8, 3, 3, 2, 1, 1], 2, 9), ([5], 3, 5), ([1] * 7, 3, 3), ([], 2, 0)]
+)
+def test_hashing_is_divided_evenly(sizes: list[int], shares: int, most: int) -> None:
+    """Each file once; the fullest share has what no division could spare it."""
+    named = {str(number): size for number, size in enumerate(sizes)}
+    found = divided(named, shares)
+    assert len(found) == shares and sorted(name for share in found for name in share) == sorted(named)
+    assert max(sum(named[name] for name in share) for share in found) == most

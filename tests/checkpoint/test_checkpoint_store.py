@@ -6,7 +6,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, FileRecord, read_manifest, verify
 from megatron_r1.checkpoint.store import CheckpointStore, SaveFailed, newest_verified, step_folders
 from megatron_r1.errors import CheckpointDamaged, FolderInUse
+from tests.support.thread_ranks import ThreadRanks, on_two_ranks
 
 
 def write(value: str, shards: int = 2):
@@ -289,38 +289,6 @@ def test_full_disk(tmp_path: Path) -> None:
             store.commit(3, write("c", shards=5), {})
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-
-
-class ThreadRanks:
-    """Two ranks as two threads."""
-
-    def __init__(self, rank: int, values: list[Any], barrier: threading.Barrier):
-        self.rank, self.size, self.values, self.barrier = rank, len(values), values, barrier
-
-    def gather(self, value: Any) -> list[Any]:
-        self.values[self.rank] = value
-        self.barrier.wait(timeout=10)
-        values = list(self.values)
-        self.barrier.wait(timeout=10)
-        return values
-
-
-def on_two_ranks(function) -> list[Any]:
-    values, barrier = [None, None], threading.Barrier(2)
-    results: list[Any] = [None, None]
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = function(ThreadRanks(rank, values, barrier))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=20)
-    return results
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])

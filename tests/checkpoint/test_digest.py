@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 from megatron_r1.checkpoint import digest as module
@@ -26,7 +26,7 @@ def tensors(tmp_path: Path) -> Path:
 def test_a_file_counts_as_bytes_unless_it_has_tensors(tensors: Path, tmp_path: Path) -> None:
     other = tmp_path / "a.bin"
     other.write_bytes(tensors.read_bytes())
-    assert digest_of_file(other) == hashlib.sha256(other.read_bytes()).hexdigest() != digest_of_file(tensors)
+    assert digest_of_file(other) == blake3(other.read_bytes()).hexdigest() != digest_of_file(tensors)
     assert len(spans_of(tensors)) == 1 + 5  # one tensor is empty
     assert [span.start for span in spans_of(tensors)][1:] == [span.end for span in spans_of(tensors)][:-1]
 
@@ -36,7 +36,7 @@ def test_threads_and_pieces_change_nothing(tensors: Path, tmp_path: Path, monkey
     (tmp_path / "large").write_bytes(random.Random(0).randbytes(300_000))
     paths = [tensors, tmp_path / "empty", tmp_path / "large", tensors]
     whole = list(digests(paths, 1))
-    assert whole[0] == whole[3] and whole[1] == hashlib.sha256(b"").hexdigest()
+    assert whole[0] == whole[3] and whole[1] == blake3(b"").hexdigest()
     monkeypatch.setattr(module, "_JOB", 1)
     monkeypatch.setattr(module, "_BUFFER", 7_001)
     assert list(digests(paths, 5)) == whole and list(digests([])) == []
@@ -87,4 +87,4 @@ def test_what_is_no_tensor_file_counts_as_bytes(content: bytes, tmp_path: Path) 
     path = tmp_path / "a.safetensors"
     path.write_bytes(content)
     assert spans_of(path) == [Span(0, len(content))]
-    assert digest_of_file(path) == hashlib.sha256(content).hexdigest()
+    assert digest_of_file(path) == blake3(content).hexdigest()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -48,7 +48,7 @@ def by_hand(path: Path) -> str:
     stored = load_file(path)
     tensors = [stored[name] for name in sorted(places, key=lambda name: places[name]) if stored[name].numel()]
     parts = [header, *(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)]
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    return blake3(b"".join(blake3(part).digest() for part in parts)).hexdigest()
 
 
 def test_record_is_of_what_is_on_disk(tmp_path):
@@ -60,7 +60,7 @@ def test_record_is_of_what_is_on_disk(tmp_path):
 
 
 def test_hashing_far_behind_writing_and_frequent_syncs_change_nothing(tmp_path, monkeypatch):
-    for limit in ("_BEHIND", "_FLUSHED"):
+    for limit in ("_BEHIND", "_STRIDE"):
         monkeypatch.setattr(f"megatron_r1.checkpoint.tensor_file.{limit}", 1000)
     path, tensors = tmp_path / "large.safetensors", {str(n): torch.arange(n * 100) for n in range(20)}
     record = write_tensor_file(path, tensors.items())
@@ -70,7 +70,7 @@ def test_hashing_far_behind_writing_and_frequent_syncs_change_nothing(tmp_path, 
 
 def test_a_known_hash_is_taken_as_it_is(tmp_path):
     tensor, entry = torch.arange(9), Entry("one", torch.int64, (9,))
-    right = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    right = blake3(tensor.numpy().tobytes()).hexdigest()
     found = []
     for number, known in enumerate((None, right, "0" * 64)):
         with TensorFile(tmp_path / f"{number}.safetensors", [entry]) as file:
@@ -79,15 +79,23 @@ def test_a_known_hash_is_taken_as_it_is(tmp_path):
     assert found[0] == found[1] == by_hand(tmp_path / "0.safetensors") != found[2]
 
 
-@pytest.mark.parametrize("flushed", [1, 1 << 28])
-def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch, flushed):
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("megatron_r1.checkpoint.tensor_file._FLUSHED", flushed)
-    monkeypatch.setattr("os.fdatasync" if flushed == 1 else "os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_tensor_file(tmp_path / "f.safetensors", [(str(n), torch.zeros(1000)) for n in range(5)])
+
+
+def test_the_disk_begins_with_each_stride_once(tmp_path, monkeypatch):
+    ranges = []
+    monkeypatch.setattr("megatron_r1.checkpoint.tensor_file._STRIDE", 1000)
+    monkeypatch.setattr("os.posix_fadvise", lambda _, start, length, __: ranges.append((start, start + length)))
+    path = tmp_path / "f.safetensors"
+    write_tensor_file(path, [(str(n), torch.zeros(n * 100)) for n in range(9)])
+    assert [start for start, _ in ranges] == [0, *(end for _, end in ranges)][:-1]
+    assert 0 <= path.stat().st_size - ranges[-1][1] < 1000 <= min(end - start for start, end in ranges)
 
 
 @pytest.mark.parametrize(

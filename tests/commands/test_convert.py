@@ -79,6 +79,12 @@ def cut_off(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def test_converting_needs_no_megatron_core() -> None:
+    """Its import takes seconds and says what it does not find on this machine."""
+    code = "import sys, megatron_r1.commands.convert; sys.exit('megatron.core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "message"), [(lose_an_expert, f"{LOST}: missing"), (cut_off, "cannot be read")], ids=["lost", "cut"]
 )

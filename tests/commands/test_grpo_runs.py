@@ -16,7 +16,7 @@ from megatron_r1.data.prompts.files import PromptFile
 from megatron_r1.data.prompts.prompts import FilePrompts, Prompt
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
-from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.model.names import in_multi_token_layer
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.runs.prompts import pin_prompts
 from megatron_r1.track.metrics import reproducible
@@ -36,7 +36,10 @@ QUESTIONS = [f"What is {n} + 1?" for n in range(5)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grpo-runs")
-    rows = [*({"question": question, "answer": n + 1} for n, question in enumerate(QUESTIONS)), {"question": "<|eos|>"}]
+    rows = [
+        *({"question": question, "answer": n + 1} for n, question in enumerate(QUESTIONS)),
+        {"question": "<|eos|>", "answer": 0},
+    ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run_to_the_end([sys.executable, str(SUPPORT / "grpo_runs.py"), str(folder)], seconds=200)
     return folder
@@ -69,7 +72,7 @@ def test_a_stopped_run_resumes_bit_for_bit(folder, found):
     ("run", "command"),
     [
         ("base", "pretrain"), ("speaker", "pretrain"), ("judge", "reward_model"), ("whole", "grpo"), ("asked", "grpo"),
-        ("preferring", "dpo"),
+        ("distilled", "grpo"), ("scenarios", "grpo"), ("preferring", "dpo"),
     ],
 )  # fmt: skip
 def test_the_registry_lists_what_each_command_records(folder, run, command):
@@ -109,9 +112,41 @@ def test_questions_of_a_file_are_prompts_in_the_models_own_template(folder):
         expected = f"<|bos|><|user|>{QUESTIONS[int(sample.prompt_id) - 1]}<|assistant|>"
         assert prompt_of(sample) == tuple(tokenizer.encode(expected))
     assert (folder / "asked" / "bad_rows.txt").read_text() == (
-        "questions.jsonl:6: the question holds the control token <|eos|>\n"
+        f"{folder}/questions.jsonl:6: the question holds the control token <|eos|>\n"
     )
     assert rows(folder, "asked")[-1]["train/skipped_updates"] == 0
+
+
+def test_a_policy_learns_from_a_teacher_without_rewards_or_groups(folder, found):
+    first, second = rows(folder, "distilled")
+    assert first["policy/kl_loss"] == first["policy/kl"] > 0 and first["rollout/reward"] == 0
+    assert first["train/gradient_norm"] > 0 and second["train/skipped_updates"] == 0
+    samples = Journal(folder / "distilled" / "rollouts").read(1)
+    assert len({sample.group for sample in samples}) == len(samples) == 8
+    assert not tensors(folder, "distilled", "reference"), "a teacher is no part of a checkpoint"
+    base, teacher, policy = (
+        tensors(folder, *of) for of in (("base", "model", 1), ("whole", "model"), ("distilled", "model"))
+    )
+    assert base.keys() == teacher.keys() == policy.keys()
+    assert any(not torch.equal(base[name], policy[name]) for name in base)
+    assert "rl.teacher.from=" in found["other_vocabulary"] and "the student's vocabulary" in found["other_vocabulary"]
+
+
+def test_rules_score_reasoning_and_a_model_the_general_prompts_of_the_last_step(folder):
+    first, last = rows(folder, "scenarios")
+    assert "rollout/reward/helpfulness" not in first and last["rollout/reward/helpfulness"] != 0
+    parts = {
+        step: [sample.reward_parts for sample in Journal(folder / "scenarios" / "rollouts").read(step)]
+        for step in (1, 2)
+    }
+    assert {*map(frozenset, parts[1])} == {frozenset({"accuracy", "format"})}
+    general = [one for one in parts[2] if "accuracy" not in one]
+    assert 0 < len(general) < len(parts[2]) == 16 and any(set(one) == {"format", "helpfulness"} for one in general)
+    base, policy = (tensors(folder, run, "model") for run in ("speaker", "scenarios"))
+    routers = [name for name in policy if name.endswith("router.weight")]
+    assert routers and all(torch.equal(base[name], policy[name]) for name in routers), "routing=frozen"
+    assert not any("router" in name for name in tensors(folder, "scenarios", "exp_avg"))
+    assert not torch.equal(base["output_layer.weight"], policy["output_layer.weight"])
 
 
 def test_a_policy_trains_on_pairs_and_is_evaluated_on_validation_pairs(folder):
@@ -134,6 +169,7 @@ def test_a_policy_trains_on_pairs_and_is_evaluated_on_validation_pairs(folder):
 
 
 def test_a_stopped_run_on_pairs_resumes_bit_for_bit(folder, found):
+    """Its checkpoint is all that it reads: the weights that it first started from are damaged meanwhile."""
     assert "SIGTERM: stopped after step 3" in found["stopped_dpo"]
     assert rows(folder, "stopped_dpo") == rows(folder, "preferring")
     for kind in POLICY:
@@ -143,13 +179,13 @@ def test_a_stopped_run_on_pairs_resumes_bit_for_bit(folder, found):
 
 def test_a_resumed_run_has_the_same_questions(tmp_path):
     prompts = [Prompt("1", "1?", "1", "", "file"), Prompt("2", "2?", "2", "", "file")]
-    pin_prompts(PromptFile(prompts, []), tmp_path)
-    pin_prompts(PromptFile([*prompts], ["a: bad"]), tmp_path)
+    pin_prompts([PromptFile(prompts, [])], tmp_path)
+    pin_prompts([PromptFile([*prompts], ["a: bad"])], tmp_path)
     assert (tmp_path / "bad_rows.txt").read_text() == "a: bad\n"
     for others in (prompts[::-1], prompts[:1], [replace(prompts[0], answer="3"), prompts[1]]):
         with pytest.raises(DataError, match="prompt file changed"):
-            pin_prompts(PromptFile(others, []), tmp_path)
-    pin_prompts(None, tmp_path)
+            pin_prompts([PromptFile(others, [])], tmp_path)
+    pin_prompts([], tmp_path)
 
 
 def test_general_tasks_are_measured_by_their_own_rules(folder):
@@ -158,4 +194,4 @@ def test_general_tasks_are_measured_by_their_own_rules(folder):
     # A base of one step answers nothing as it was asked, and goes about nothing harmful.
     assert {name: share["mean"] for name, share in measured.items()} == {"helpful": 0.0, "safe": 1.0, "format": 0.0}
     rows = [json.loads(line) for line in (folder / "general" / "samples" / "model.jsonl").read_text().splitlines()]
-    assert len(rows) == 12 and len({row["question"] for row in rows}) == 6
+    assert len(rows) == 6 * (1 + 2) and len({row["question"] for row in rows}) == 6

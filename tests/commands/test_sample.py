@@ -47,6 +47,11 @@ def root(tmp_path_factory) -> Path:
     done = start("pretrain", *only_read("pretrain", MODEL), *steps, *shape, f"root='{root}'", "name=base")
     assert done.returncode == 0, done.stderr
     rows = [{"question": f"What is {n}+{n}?", "answer": 2 * n} for n in range(10)]
+    (root / "opens.jinja").write_text("{{ bos_token + messages[0]['content'] + '<think>' }}")
+    (root / "mine.py").write_text(
+        "def score(prompts, responses, answers, tasks):\n"
+        "    return [float(response.startswith('<think>')) for response in responses]\n"
+    )
     (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     return root
 
@@ -54,6 +59,11 @@ def root(tmp_path_factory) -> Path:
 def job(root: Path, name: str) -> list[str]:
     sample = ["sample.samples_per_prompt=2", "sample.prompts_per_part=4", "sample.max_prompts=0"]
     keys = [*sample, "data.prompts.max_bad_rows=1", f"data.prompts.path='{root}/prompts.jsonl'"]
+    keys += [
+        f"rollout.chat_template='{root}/opens.jinja'",
+        "reward.custom=1",
+        f"reward.custom_function='{root}/mine.py:score'",
+    ]
     return ["sample", *only_read("sample", MODEL), *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
 
 
@@ -65,8 +75,10 @@ def test_every_prompt_gets_scored_responses(root):
     for row in rows:
         assert row["truth"] == str(2 * (int(row["id"]) - 1)) and row["question"] in row["prompt"]
         assert row["reward"] == pytest.approx(sum(row["reward_parts"].values()))
+        assert row["reward_parts"]["custom"] == 1.0, "rewards read the response with the tag that its prompt opened"
+        assert row["prompt"].endswith("<think>") and not row["response"].startswith("<think>")
         assert 1 <= row["response_tokens"] <= 12 and row["logprob"] < 0 and row["finish_reason"] in ("stop", "length")
-    assert (root / "whole" / "bad_rows.txt").read_text().startswith("prompts.jsonl:11: is not JSON")
+    assert (root / "whole" / "bad_rows.txt").read_text().startswith(f"{root}/prompts.jsonl:11: is not JSON")
     assert "20 samples of 10 prompts" in done.stderr and "1 bad rows dropped" in done.stderr
     totals = json.loads((root / "whole" / "done.json").read_text())
     assert totals["samples"] == 20 and totals["mean_reward"] == pytest.approx(sum(r["reward"] for r in rows) / 20)
@@ -95,3 +107,18 @@ def test_parquet_holds_the_same_rows(root):
     rows = parquet.read_table(root / "columns" / "samples.parquet").to_pylist()
     expected = [json.loads(line) for line in (root / "columns" / "parts" / "000000.jsonl").read_text().splitlines()]
     assert len(rows) == 20 and rows[: len(expected)] == expected
+
+
+def test_a_style_that_rewrites_shows_the_response_of_each_row(root):
+    (root / "mine.txt").write_text("{question} Draft: {response}")
+    rows = [{"question": f"What is {n}+{n}?", "answer": 2 * n, "response": f"= {2 * n}"} for n in range(2)]
+    (root / "drafts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    style = [f"sample.prompt_style='{root}/mine.txt'", f"data.prompts.path='{root}/drafts.jsonl'"]
+    done = start(*job(root, "rewritten"), *style)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in (root / "rewritten" / "samples.jsonl").read_text().splitlines()]
+    assert [row["given_response"] for row in found] == ["= 0", "= 0", "= 2", "= 2"]
+    assert all(f"{row['question']} Draft: {row['given_response']}" in row["prompt"] for row in found)
+    assert {row["task"] for row in found} == {"file"}
+    refused = start(*job(root, "generated"), "data.prompts.path=''", "sample.max_prompts=2", style[0])
+    assert refused.returncode == 2 and "shows responses: name their rows in data.prompts.path" in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 
 import pytest
 import yaml
@@ -48,7 +49,7 @@ def test_help_of_a_verb(text):
 
 @pytest.mark.parametrize("text", ["--help rl.group_size", "grpo --help rl.group_size", "--help rl"], indirect=True)
 def test_help_of_a_key(text):
-    assert "rl.group_size  (whole number; default 16)" in text
+    assert "rl.group_size  (whole number; default 16; at least 1)" in text
     assert "read by: grpo" in text
 
 
@@ -97,13 +98,18 @@ def test_configuration_imports_nothing_heavy(statement):
         ),
         ("raise KeyboardInterrupt", 130, ""),
         ("raise ValueError('a bug')", 1, "ValueError: a bug\n"),
+        ("raise FileNotFoundError(2, 'none', 'a')", 1, "FileNotFoundError: [Errno 2] none: 'a'\n"),
+        ("raise OSError(28, 'No space left on device', 'a/b')", 2, "megatron-r1: a/b: No space left on device\n"),
+        ("raise PermissionError(13, 'Permission denied', 'a')", 2, "megatron-r1: a: Permission denied\n"),
+        ("raise OSError(122, 'Disk quota exceeded')", 2, "megatron-r1: a file: Disk quota exceeded\n"),
     ],
 )
 def test_stage_ends_with_the_exit_code_of_its_failure(body, status, text_on_one_line, tmp_path, monkeypatch, capsys):
-    name = f"stage_ending_{status}"
+    name = f"stage_ending_{zlib.crc32(body.encode())}"
     (tmp_path / f"{name}.py").write_text(f"def run(config):\n    {body}\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(VERBS, "doctor", Verb(name, "doctor", "", reads=("seed",)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0" if status == 2 else "1")  # of a refusal, the first rank alone speaks
     assert exit_code(["doctor", "seed=5"]) == status
     written = capsys.readouterr()

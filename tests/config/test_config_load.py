@@ -30,6 +30,9 @@ NEEDS = {
     ("train", "sft_v3"): ["model.max_sequence_length=32768"],
     ("train", "sft_r1"): ["model.max_sequence_length=32768"],
     ("train", "reward_r1"): ["model.max_sequence_length=8192"],
+    ("train", "distill_r1"): ["model.max_sequence_length=32768"],
+    ("parallel", "v3_671b"): ["model=v3_671b", "train=pretrain_v3"],
+    ("parallel", "moonlight_16b"): ["model=moonlight_16b"],
     ("performance", "deepseek"): ["parallel.expert=2", "model.dtype=bf16"],
 }
 """What an option asks of other sections, beyond the tiny model on one rank."""
@@ -121,20 +124,22 @@ def test_dict_fields_take_new_names(overrides):
 
 
 def test_pipeline_stages_can_be_added_changed_and_deleted():
-    changes = ["pipeline.stages.again.verb=evaluate", "pipeline.stages.r1_zero.config=other", "~pipeline.stages.report"]
+    changes = [
+        "pipeline.stages.again.verb=evaluate",
+        "pipeline.stages.r1_zero.config=other",
+        "~pipeline.stages.convert",
+    ]
     stages = load("pipeline", changes).pipeline.stages
-    assert list(stages) == ["pretrain", "r1_zero", "evaluate", "convert", "again"]
+    assert list(stages) == ["pretrain", "r1_zero", "evaluate", "again"]
     assert (stages["again"].verb, stages["r1_zero"].config) == ("evaluate", "other")
 
 
-def test_quickstart_stages_compose_with_run_folders_put_in():
-    config = load("pipeline")
-    for name, stage in config.pipeline.stages.items():
-        folders = {need: f"runs/a folder, with=signs (1)/{need}" for need in stage.needs}
-        overrides = [override.format(**folders) for override in stage.overrides]
-        run = load(stage.verb, [*overrides, f"name={name}"], stage.config or None)
-        named = {run.init.from_, *run.evaluate.models.values()} - {""}
-        assert named <= set(folders.values()) and bool(named) == bool(overrides)
+@pytest.mark.parametrize("short", ["from=r1_zero", "until=r1_zero", "only=r1_zero", "dry_run=true", "show=list"])
+def test_a_pipeline_takes_short_forms(short: str) -> None:
+    pipeline, (key, _, value) = load("pipeline", [short]).pipeline, short.partition("=")
+    assert str(resolved(pipeline)[key]).lower() == value
+    with pytest.raises(ConfigError, match=f"^{key}={value}: no such key"):
+        load("pretrain", [short])
 
 
 def test_loading_leaves_no_global_state(tmp_path, monkeypatch):

@@ -97,13 +97,42 @@ REFUSALS = [
         "rollout.sglang.server.speculative.method=mtp",
         "needs model.mtp.num_layers of at least 1",
     ),
-    ("grpo rl.tokens_per_micro_batch=8", "rl.tokens_per_micro_batch=8", "model.max_sequence_length=256"),
-    ("pipeline pipeline.stages.report.needs=[gone]", "pipeline.stages.report.needs=gone", "must be one of pretrain"),
+    ("grpo rl.tokens_per_micro_batch=8", "rl.tokens_per_micro_batch=8", "rollout.max_response_tokens="),
+    ("pipeline pipeline.stages.convert.needs=[gone]", "pipeline.stages.convert.needs=gone", "must be one of pretrain"),
+    ("pipeline pipeline.stages.convert.verb=report", "pipeline.stages.convert.verb=report", "must be one of pretrain"),
+    ("pipeline until=gone", "pipeline.until=gone", "must be one of pretrain"),
+    ("pipeline only=convert from=r1_zero", "pipeline.only=convert", "must stand alone"),
+    (
+        "pipeline pipeline.stages.convert.inputs.policy=pretrain.pairs",
+        "pipeline.stages.convert.inputs.policy=pretrain.pairs",
+        "must be one of pretrain.checkpoint",
+    ),
     ("pretrain model.attention.kind=linear", "model.attention.kind=linear", "must be one of latent, grouped"),
     ("pretrain model=small model.attention.kind=grouped", "model.attention.q_lora_rank=256", "no such key"),
     ("pretrain model=qwen3_0_6b model.attention.q_lora_rank=8", "model.attention.q_lora_rank=8", "no such key"),
     ("pretrain model=tiny_dense model.moe.top_k=2", "model.moe.top_k=2", "must be 0: with num_experts=0"),
     ("pretrain model=tiny_dense model.mtp.num_layers=1", "model.mtp.num_layers=1", "must be 0 with grouped attention"),
+    (
+        "pretrain model=tiny_qwen3_moe model.moe.num_shared_experts=1",
+        "model.moe.num_shared_experts=1",
+        "must be 0 with grouped",
+    ),
+    (
+        "pretrain model=tiny_qwen3_moe model.attention.qk_norm=false",
+        "model.attention.qk_norm=false",
+        "must be true with grouped",
+    ),
+    (
+        "pretrain model=tiny_qwen3_moe model.moe.score_function=sigmoid",
+        "model.moe.score_function=sigmoid",
+        "as in Qwen3",
+    ),
+    ("pretrain model=tiny_qwen3_moe model.moe.top_k=1", "model.moe.top_k=1", "at least 2 with softmax_topk"),
+    (
+        "pretrain model.moe.score_function=softmax_topk",
+        "model.moe.score_function=softmax_topk",
+        "must be sigmoid or softmax",
+    ),
     ("pretrain model=tiny_dense parallel.expert=2", "parallel.expert=2", "the model has no experts"),
     (
         "pretrain model=tiny_dense parallel.tensor=4",
@@ -112,6 +141,43 @@ REFUSALS = [
     ),
     ("pretrain model.tied_embeddings=true", "model.tied_embeddings=true", "must be false with latent attention"),
     ("grpo rl.group_size=1", "rl.group_size=1", "must be at least 2"),
+    ("grpo reward.domains.accuracy=maths", "reward.domains.accuracy=maths", "must be one of reasoning, helpfulness"),
+    ("grpo reward.domains.accurate=reasoning", "reward.domains.accurate=reasoning", "must be of one of accuracy"),
+    (
+        "grpo data.prompts.min_pass_rate=0.9 data.prompts.max_pass_rate=0.1",
+        "data.prompts.min_pass_rate=0.9",
+        "must be at most max_pass_rate=0.1",
+    ),
+    (
+        "sft model=tiny_dense routing.sequence_loss_coefficient=1e-4",
+        "routing.sequence_loss_coefficient=0.0001",
+        "the model is built without a balance loss",
+    ),
+    ("grpo reward=none", "reward.accuracy=0.0", "at least one reward needs a weight above 0"),
+    ("grpo rl=on_policy_distillation", "rl.group_size=1", "must be at least 2"),
+    (
+        "grpo rl=on_policy_distillation rl.teacher.from=runs/teacher rl.kl_placement=reward",
+        "rl.group_size=1",
+        "must be at least 2",
+    ),
+    ("grpo rl=grpo rl.teacher.from=runs/teacher rl.kl_coefficient=0", "rl.kl_coefficient=0.0", "the teacher's weight"),
+    ("grpo rl=r1_zero rl.teacher.from=runs/teacher", "rl.reference_sync_interval=25", "never replaces its teacher"),
+    (
+        "grpo rl=on_policy_distillation rl.teacher.from=runs/teacher rl.kl_estimator=k1",
+        "rl.kl_estimator=k1",
+        "k1's gradient is 0 on average",
+    ),
+    ("grpo rl.kl_placement=advantage", "rl.kl_estimator=k3", "must be k1 with kl_placement=advantage"),
+    (
+        "grpo rl=gspo rl.kl_placement=advantage rl.kl_estimator=k1",
+        "rl.objective=gspo",
+        "with kl_placement=advantage, which gives each token",
+    ),
+    (
+        "grpo rl=on_policy_distillation rl.teacher.from=runs/teacher rl.filters.truncated=mask",
+        "rl.filters.truncated=mask",
+        "must be keep with group",
+    ),
     ("grpo rl=ppo rl.objective=gspo", "rl.objective=gspo", "with advantage_estimator=critic"),
     ("grpo rl=process reward=steps rl.objective=gspo", "rl.objective=gspo", "with advantage_estimator=process"),
     (
@@ -181,8 +247,8 @@ REFUSALS = [
     ("pretrain train.steps=1,2", "train.steps=1,2", "must be one value"),
     ("pretrain name=${nowhere}", "name=${nowhere}", "nowhere"),
     ("pretrain name=${oc.env:MEGATRON_R1_UNSET}", "name=${oc.env:MEGATRON_R1_UNSET}", "MEGATRON_R1_UNSET"),
-    ("pretrain --config-name absent", "--config-name=absent", "must be one of context_128k"),
-    ("pretrain --config-name=model/tiny", "--config-name=model/tiny", "must be one of context_128k"),
+    ("pretrain --config-name absent", "--config-name=absent", "must be one of average, check, context_128k"),
+    ("pretrain --config-name=model/tiny", "--config-name=model/tiny", "must be one of average, check, context_128k"),
     ("pretrian", "VERB=pretrian", "must be one of pretrain"),
     ("pretrain --cfg hydra", "--cfg=hydra", "must be job"),
     ("pretrain --multirun", "option=--multirun", "must be one of --config-name"),
@@ -240,8 +306,8 @@ def test_rewards_of_steps_and_advantages_of_steps_need_each_other(overrides, mes
 
 
 def test_only_rank_zero_prints_the_error(run_command):
-    assert run_command("pretrain", "x=1", RANK="0").stderr.count("\n") == 1
-    silent = run_command("pretrain", "x=1", RANK="3")
+    assert run_command("pretrain", "x=1", RANK="0", WORLD_SIZE="4").stderr.count("\n") == 1
+    silent = run_command("pretrain", "x=1", RANK="3", WORLD_SIZE="4")
     assert (silent.status, silent.stderr) == (2, "")
 
 

@@ -50,7 +50,7 @@ def test_help_of_an_unknown_key_is_a_refusal() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_commented_configuration_is_yaml_with_the_values_that_the_verb_reads(verb: str) -> None:
     config = load(verb, ["name='7'"])
-    text = commented_yaml(config, verb)
+    text = commented_yaml(config, verb, {})
     tree, whole = yaml.safe_load(text), resolved(config)
     assert tree["name"] == "7" and tree.keys() <= whole.keys()
     for name, value in tree.items():

@@ -21,7 +21,7 @@ INTERLEAVED = ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.micr
         (["dpo.source=web"], "dpo.source=web: must be one of assistant, file"),
         (["dpo.epochs=0"], "dpo.epochs=0: must be at least 1"),
         (["dpo.train_file=a.jsonl"], "dpo.train_file=a.jsonl: must be empty: source is assistant"),
-        (FILES[:2], "dpo.eval_file=: must name a .jsonl file"),
+        (FILES[:2], "dpo.eval_file=: must name a file or the folder of a dataset"),
     ],
 )
 def test_what_is_not_allowed_is_one_line(overrides, message):

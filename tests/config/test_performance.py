@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 import pytest
 
 from megatron_r1.config.cross_checks import check_sections
-from megatron_r1.config.performance import PerformanceConfig, refuse_on_cpu
+from megatron_r1.config.load import load
+from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.performance import PerformanceConfig, refuse_on_cpu, refuse_without_transformer_engine
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 
@@ -43,7 +45,6 @@ def test_switches_that_exclude_one_another_are_refused(settings, message):
 )
 def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, message):
     from megatron_r1.config.model import ModelConfig, MtpConfig
-    from megatron_r1.config.parallel import ParallelConfig
 
     shape = ModelConfig(dtype=model["dtype"], mtp=MtpConfig(num_layers=model.get("mtp", 1)))
     with pytest.raises(ConfigError, match=message):
@@ -51,9 +52,56 @@ def test_overlap_of_experts_needs_what_megatron_core_needs(parallel, model, mess
         check_sections(RunConfig(model=shape, parallel=degrees, performance=switches), "pretrain")
 
 
+@pytest.mark.parametrize("verb", ["sft", "reward_model", "dpo", "grpo"])
+def test_only_pretraining_overlaps_expert_communication(verb):
+    with pytest.raises(ConfigError, match="overlap_moe_expert_parallel_comm=True: must be false: only pretrain"):
+        check_sections(RunConfig(performance=PerformanceConfig(**OVERLAP)), verb)
+
+
+def test_delayed_weight_gradients_need_transformer_engine():
+    with pytest.raises(ConfigError, match="performance.delay_wgrad_compute=True: must be false without"):
+        refuse_without_transformer_engine(PerformanceConfig(**OVERLAP, delay_wgrad_compute=True))
+    refuse_without_transformer_engine(PerformanceConfig(**OVERLAP))
+
+
+def test_context_parallel_ranks_on_gpus_need_bf16():
+    config = RunConfig(platform="cuda", parallel=ParallelConfig(context=2))
+    config.train.sequence_length = config.model.max_sequence_length = 64
+    with pytest.raises(ConfigError, match="parallel.context=2: needs model.dtype=bf16 on GPUs"):
+        check_sections(config, "pretrain")
+    config.model.dtype = "bf16"
+    check_sections(config, "pretrain")
+    check_sections(replace(config, platform="cpu", model=replace(config.model, dtype="fp32")), "pretrain")
+
+
+@pytest.mark.parametrize(
+    ("verb", "command", "refused"),
+    [
+        ("pretrain", ["performance.apply_rope_fusion=true"], "apply_rope_fusion=True: must be false with latent"),
+        ("pretrain", ["performance.apply_rope_fusion=true", "model.rope.factor=4"], ""),
+        ("sft", ["performance.apply_rope_fusion=true", "model=tiny_dense", "init.from=hf:x"], ""),
+        ("grpo", ["performance.moe_token_dispatcher_type=deepep", "init.from=x"], "needs parallel.expert x expert_"),
+        ("pretrain", ["performance.moe_token_dispatcher_type=deepep", "parallel.tensor=2"], "needs parallel.expert x"),
+        (
+            "pretrain",
+            ["performance.moe_token_dispatcher_type=deepep", "parallel.tensor=2", "parallel.expert_tensor=2"],
+            "",
+        ),
+        ("pretrain", ["performance.moe_token_dispatcher_type=deepep", "parallel.expert=2"], ""),
+    ],
+)
+def test_what_megatron_core_refuses_while_it_builds_is_refused_before(verb, command, refused):
+    if not refused:
+        load(verb, command)
+        return
+    with pytest.raises(ConfigError, match=rf"^performance\..*{refused}") as error:
+        load(verb, command)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "name",
-    [item.name for item in fields(PerformanceConfig) if item.name.startswith(("apply", "gradient", "moe_shared"))],
+    [item.name for item in fields(PerformanceConfig) if item.name.startswith(("apply", "gradient"))],
 )
 def test_what_only_a_gpu_can_do_is_refused_on_a_cpu(name):
     with pytest.raises(ConfigError, match=f"performance.{name}=True: needs .*: false on a CPU"):

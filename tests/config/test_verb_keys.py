@@ -20,7 +20,10 @@ RECIPES = {verb: entry.recipe for verb, entry in VERBS.items()}
 VERB_OF = {
     "context_32k": "pretrain", "context_128k": "pretrain", "context_tiny": "pretrain", "pretrain_v3": "pretrain",
     "sft_v3": "sft", "sft_r1": "sft", "reward_safety": "reward_model", "reward_safety_r1": "reward_model",
-    "reward_helpfulness_r1": "reward_model", **{recipe: verb for verb, recipe in RECIPES.items()},
+    "reward_helpfulness_r1": "reward_model", "smollm": "pipeline", "sample_r1": "sample", "sft_distill_r1": "sft",
+    **dict.fromkeys(("gsm8k_qwen", "r1_16b", "r1_671b", "r1_tiny"), "pipeline"),
+    **dict.fromkeys(("rl_zero_r1", "rl_reasoning_r1", "rl_scenarios_r1", "rl_v3"), "grpo"),
+    **{recipe: verb for verb, recipe in RECIPES.items()},
 }  # fmt: skip
 
 READ_ELSEWHERE = {
@@ -34,9 +37,11 @@ READ_ELSEWHERE = {
 }
 """Key -> where it is read, where the search does not see it."""
 
+KERNELS = ("performance.gradient_accumulation_fusion", "performance.moe_token_dispatcher_type")
+"""Read beside the platform's preparation, by `refuse_missing_kernels`, which training alone calls."""
 IMPORTED_ONLY = {
     # Modules that several verbs import read more than each verb's own path through them.
-    "pretrain": ("sft.", "data.prompts."),
+    "pretrain": ("sft.", "data.prompts.", "routing."),
     "sft": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "train.balance_window"),
     "grpo": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "sft.", "dpo.", "reward_model.",
              "train.global"),
@@ -46,12 +51,20 @@ IMPORTED_ONLY = {
         "rl.kl_estimator", "rl.old_logprobs_from",
     ),
     "evaluate": ("model.", "fp8.", "parallel.", "performance.", "data.", "reward.", "sft.", "rollout.temperature"),
+    "curate": ("reward.", "model.", "data.", "rollout.", "sft.", *KERNELS),
     "sample": ("model.", "fp8.", "parallel.", "performance.", "data.", "sft."),
     "diagnose": ("model.", "fp8.", "performance.", "init.weights", "rl.kl_estimator", "rl.old_logprobs_from"),
-    "convert": ("parallel.",),
+    "convert": ("parallel.", *KERNELS),
+    "average": ("init.", "model.", "parallel.", *KERNELS),
+    "check": ("",),  # it reads what the verb reads whose command it checks
+    "pipeline": ("init.", "model.", *KERNELS),
+    "report": KERNELS,
+    "doctor": KERNELS,
+    "submit": ("",),  # as check, for the verb that the job runs
+    "serve": ("",),  # as check, for the verb whose servers it runs
 }  # fmt: skip
 """Verb -> keys that modules in its import closure read, and the verb does not: it takes the model's shape from the
-checkpoint, freezes the routers (FROZEN), or calls another function of that module."""
+checkpoint, balances no routers by the keys of pre-training, or calls another function of that module."""
 
 
 @cache

@@ -154,3 +154,12 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
         Tokenizer.load(tmp_path)
     with pytest.raises(DataError, match="vocabulary"):
         TOKENIZER.id("<nothing>")
+
+
+def test_the_byte_order_marks_of_its_files_are_no_part_of_them(tmp_path):
+    TOKENIZER.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint() == TOKENIZER.fingerprint() and loaded.settings["chat_template"] == "{{ messages }}"

@@ -48,10 +48,14 @@ def main(folder: Path) -> None:
                 found["packed"] = packed(config, platform, cross=True)
             if precision == "fp64" and config.parallel.context == 1:
                 found["apart"] = packed(config, platform, cross=False)
+            if precision == "fp64" and job["fine_tune"]:
                 found["supervised"] = supervised(post_training(config), platform)
                 found["taught"] = taught(post_training(config), platform, job["teachers"])
             if job["reinforce"]:
                 found["grpo"] = reinforce(post_training(config), platform)
+                if precision == "fp64":
+                    teacher = build_teacher(job["teachers"]["dense"], config, platform)
+                    found["distilled"] = reinforce(with_teacher(post_training(config)), platform, teacher)
                 if precision == "fp64" and not (config.model.tied_embeddings and config.parallel.pipeline > 1):
                     found["ppo"] = reinforce(with_critic(post_training(config)), platform)
             if dist.get_world_size() == 1:
@@ -87,9 +91,11 @@ def pretrain(config: Any, platform: Any) -> tuple[dict, dict]:
     generator = torch.Generator().manual_seed(1)
     losses, norms, routing, gradients = [], [], [], {}
     for step in range(STEPS):
-        rows = torch.randint(5, 512, (8, 33), generator=generator)
+        # One step has three micro-batches, which are no multiple of two pipeline ranks.
+        number, size = (6, 2 // dist.get_world_size(group)) if step == STEPS - 2 else (8, 2)
+        rows = torch.randint(5, 512, (number, 33), generator=generator)
         mine = rows[dist.get_rank(group) :: dist.get_world_size(group)]
-        result = update(model, optimizer, mine.split(2), next_token_forward, 1e-3, 32, micro_batch_size=2)
+        result = update(model, optimizer, mine.split(size), next_token_forward, 1e-3, 32, micro_batch_size=size)
         losses.append(logged_metrics(result)["train/loss"])
         norms.append(result.gradient_norm)
         loads = {layer: load_E.tolist() for layer, load_E in result.passes.expert_load.items()}
@@ -164,7 +170,7 @@ def build_teacher(tree: Any, config: Any, platform: Any) -> Any:
     """A model of another shape, shared out as a teacher is."""
     from megatron_r1.config.model import ModelConfig
     from megatron_r1.config.schema import convert
-    from megatron_r1.sft.teacher_setup import shared_as
+    from megatron_r1.runs.teacher import shared_as
 
     teacher = copy.copy(config)
     teacher.model = convert(ModelConfig, tree)
@@ -241,9 +247,15 @@ def with_critic(config: Any) -> Any:
     return config
 
 
+def with_teacher(config: Any) -> Any:
+    """The same by on-policy distillation."""
+    config.rl.kl_estimator, config.rl.loss_aggregation, config.rl.kl_coefficient = "exact", "token_mean", 1.0
+    return config
+
+
 def critic_of(config: Any, platform: Any) -> tuple[Any, Any]:
     """A value model whose head says something, and its optimizer."""
-    from megatron_r1.model.chunks import in_multi_token_layer
+    from megatron_r1.model.names import in_multi_token_layer
     from megatron_r1.model.reward_head import HEAD, add_reward_head
     from megatron_r1.train.optimizer import Optimizer
 
@@ -256,13 +268,18 @@ def critic_of(config: Any, platform: Any) -> tuple[Any, Any]:
     return model, Optimizer(model, config.train, config.performance)
 
 
-def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
-    """Metrics of one rollout in one mini-batch, and its whole gradients; the critic's too where there is one."""
-    from megatron_r1.model.chunks import in_multi_token_layer
+def reinforce(config: Any, platform: Any, teacher: Any = None) -> tuple[dict, dict]:
+    """Metrics of one rollout in one mini-batch, and its whole gradients; the critic's too where there is one.
+
+    Args:
+        teacher: a model in the reference's place.
+    """
+    from megatron_r1.model.names import in_multi_token_layer
     from megatron_r1.model.replay import RoutingReplay
     from megatron_r1.rl.advantages.critic import Critic
     from megatron_r1.rl.learner import Learner
     from megatron_r1.rl.policy.reference import ReferencePolicy
+    from megatron_r1.rl.policy.teacher import TeacherPolicy
     from megatron_r1.track.metrics import reproducible
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.state import TrainState
@@ -277,7 +294,8 @@ def reinforce(config: Any, platform: Any) -> tuple[dict, dict]:
     replay = RoutingReplay(model, config.model.moe.first_dense_layers) if config.rl.routing_replay else None
     beside = critic_of(config, platform) if config.rl.advantage_estimator == "critic" else None
     critic = Critic(*beside, config.rl.critic) if beside else None
-    learner = Learner(config, model, optimizer, reference, 0, "cpu", replay, critic)
+    fixed = TeacherPolicy(teacher, config.model.vocab_size) if teacher else reference
+    learner = Learner(config, model, optimizer, fixed, 0, "cpu", replay, critic)
     _, row = learner.learn(scattered(list(samples(config.model)), learner), TrainState())
     gradients = whole_gradients(model, optimizer)
     if beside:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megatron_r1.config.data import DataConfig
+from megatron_r1.config.reward import RewardConfig
 from megatron_r1.data.synthetic.assistant.tasks import TASKS
 from megatron_r1.data.synthetic.expressions import in_eval_split
 from megatron_r1.evaluation.benchmarks import BENCHMARKS
@@ -16,24 +19,30 @@ def marks(questions: str, answer_of, count: int = 100) -> dict[str, float]:
     """Mean of each metric over responses to held-out prompts."""
     benchmark = BENCHMARKS[questions]
     prompts = benchmark.prompts(CONFIG, count)
-    return {
-        name: sum(measure(prompt, answer_of(prompt)) for prompt in prompts) / count
-        for name, measure in benchmark.metrics.items()
-    }
+    with benchmark.measures(RewardConfig()) as measures:
+        return {
+            name: sum(metric(prompts, [*map(answer_of, prompts)])) / count for name, metric in measures.metrics.items()
+        }
 
 
 def tagged(thought: str, answer: str) -> str:
     return f"<think>{thought}</think> <answer>{answer}</answer>"
 
 
+def share_of_english_questions() -> float:
+    questions = [prompt.question for prompt in BENCHMARKS["arithmetic"].prompts(CONFIG, 100)]
+    return sum(not re.search("[\u4e00-\u9fff]", question) for question in questions) / 100
+
+
 def test_arithmetic_distinguishes_correct_tagged_and_well_formed():
     def found(respond):
         return [*marks("arithmetic", respond).items()]
 
-    names = ("correct_any_format", "correct_tagged", "format")
-    assert found(lambda p: tagged("x", p.answer)) == [*zip(names, (1.0, 1.0, 1.0), strict=True)]
-    assert found(lambda p: f"It is {p.answer}.") == [*zip(names, (1.0, 0.0, 0.0), strict=True)]
-    assert found(lambda p: tagged("x", "-1")) == [*zip(names, (0.0, 0.0, 1.0), strict=True)]
+    names = ("correct_any_format", "correct_tagged", "format", "language")
+    english = share_of_english_questions()
+    assert found(lambda p: tagged("so it is", p.answer)) == [*zip(names, (1.0, 1.0, 1.0, english), strict=True)]
+    assert found(lambda p: f"{p.answer}.") == [*zip(names, (1.0, 0.0, 0.0, 0.0), strict=True)]
+    assert found(lambda p: tagged("\u7b54\u6848 is it", "-1")) == [*zip(names, (0.0, 0.0, 1.0, 0.5), strict=True)]
     assert all(in_eval_split(p.expression, CONFIG.eval_fraction) for p in BENCHMARKS["arithmetic"].prompts(CONFIG, 50))
 
 

@@ -1,12 +1,15 @@
 """Intervals against published figures and their own promises."""
 
 import random
+from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_r1.evaluation.intervals import Interval, clustered, wilson
+from megatron_r1.evaluation import intervals
+from megatron_r1.evaluation.intervals import Interval, bootstrap, clustered, wilson
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,42 @@ def test_clustered_covers_the_truth_about_19_times_in_20():
         interval = clustered(means)
         hits += interval.low <= 0.3 <= interval.high
     assert 0.915 <= hits / 400 <= 0.985
+
+
+@pytest.mark.parametrize("count", [40, 150])
+def test_bootstrap_covers_the_truth_about_19_times_in_20(count):
+    draws = np.random.default_rng(5)
+    shares_RP = draws.beta(0.6, 1.4, (400, count))
+    means_RP = draws.binomial(4, shares_RP) / 4
+    hits = [interval.low <= 0.3 <= interval.high for interval in bootstrap(means_RP)]
+    assert 0.92 <= sum(hits) / len(hits) <= 0.98
+
+
+def test_bootstrap_against_all_resamples():
+    values = [0.0, 0.25, 0.5, 1.0, 1.0]
+    every = np.sort(np.array(list(product(values, repeat=5))).mean(1))
+    [interval] = bootstrap([values])
+    assert interval.mean == pytest.approx(0.55)
+    assert interval.low == pytest.approx(np.quantile(every, 0.025), abs=0.05)
+    assert interval.high == pytest.approx(np.quantile(every, 0.975), abs=0.05)
+
+
+def test_bootstrap_measures_have_intervals_of_their_own():
+    lengths = [float(length) for length in range(100, 200)]
+    shares, alike, words = bootstrap([[0.0, 1.0] * 50, [1.0] * 100, lengths])
+    assert 0.38 < shares.low < 0.5 < shares.high < 0.62
+    assert alike == wilson(100, 100)
+    assert 140 < words.low < 149.5 < words.high < 160
+    assert bootstrap([[7.0, 7.0]]) == [Interval(7.0, 7.0, 7.0)]
+    with pytest.raises(ValueError, match="at least one prompt"):
+        bootstrap([[]])
+
+
+def test_bootstrap_resamples_in_parts_of_bounded_memory(monkeypatch):
+    values = [[0.0, 0.5, 1.0] * 20]
+    whole = bootstrap(values)
+    monkeypatch.setattr(intervals, "RESAMPLED_AT_ONCE", 60 * 7)
+    assert bootstrap(values) == whole
 
 
 def test_disjoint():

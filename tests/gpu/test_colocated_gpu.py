@@ -20,6 +20,8 @@ pytestmark = [
 COMMON = [
     "platform=cuda", "track=off", "seed=3", "data.num_documents=2000", "model.num_layers=2", "model.dtype=bf16",
     "train.schedule.warmup_steps=2",
+    # What FlashAttention's and FlashMLA's kernels serve.
+    "model.attention.kv_lora_rank=512", "model.attention.qk_rope_head_dim=64",
 ]  # fmt: skip
 GRPO = [
     "rollout.max_response_tokens=24", "rl.prompts_per_rollout=4", "rl.group_size=4", "rl.updates_per_rollout=2",
@@ -60,7 +62,9 @@ def test_reinforcement_in_turns_on_one_gpu(tmp_path, sync):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
 
-    run("pretrain", "name=base", "train.steps=5")
+    run("pretrain", "name=base", "train.steps=300")
+    base = [json.loads(row)["train/loss"] for row in (tmp_path / "base" / "metrics.jsonl").read_text().splitlines()]
+    assert base[-1] < 0.5 * base[0], "nearly uniform distributions hide wrong weights"
     run(
         "grpo",
         "name=zero",
@@ -71,4 +75,4 @@ def test_reinforcement_in_turns_on_one_gpu(tmp_path, sync):
     )
     rows = [json.loads(line) for line in (tmp_path / "zero" / "metrics.jsonl").read_text().splitlines()]
     assert [row["rollout/staleness_max"] for row in rows] == [0] * 5
-    assert max(row["mismatch/logprob_max_abs"] for row in rows) < 0.5, "the server does not have the trainer's weights"
+    assert max(row["mismatch/logprob_max_abs"] for row in rows) < 0.3, "the server does not have the trainer's weights"

@@ -105,5 +105,5 @@ def test_packed_fine_tuning_learns_as_unpacked_on_cuda(tmp_path, precision):
         rows = [json.loads(line) for line in (tmp_path / packing / "metrics.jsonl").read_text().splitlines()]
         assert rows[-1]["eval/loss"] < 0.8 * rows[0]["eval/loss_before"]
         losses[packing] = rows[0]["eval/loss_before"]
-    # The same weights on the same examples, packed and each alone.
-    assert losses["best_fit"] == pytest.approx(losses["none"], rel=1e-4 if precision == "fp32" else 1e-2)
+    # The same weights on the same examples, packed and each alone; Transformer Engine multiplies fp32 in TF32.
+    assert losses["best_fit"] == pytest.approx(losses["none"], rel=1e-3 if precision == "fp32" else 1e-2)

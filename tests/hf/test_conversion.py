@@ -13,10 +13,10 @@ import torch
 from megatron_r1.config.load import load
 from megatron_r1.config.model import AttentionConfig, ModelConfig
 from megatron_r1.hf.audit import check_audit, read_audit
+from megatron_r1.hf.config import QUANTIZATION_CONFIG
 from megatron_r1.hf.folder import TensorFolder
-from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG
 from tests.support.conversions import convert, hf_of, in_precision, native_of, native_run, native_weights, same_bits
-from tests.support.draws import DENSE, dense_shape, sparse_shape
+from tests.support.draws import GROUPED, grouped_shape, sparse_shape
 from tests.support.whole_models import expected_shapes
 
 TINY = load("pretrain", []).model
@@ -42,15 +42,15 @@ FAMILIES = {
         mtp=replace(TINY.mtp, num_layers=0),
         norm_epsilon=1e-5,
     ),
-    **{kind: lambda kind=kind: replace(dense_shape(kind, 2), hidden_size=264) for kind in DENSE},
-    "tied": lambda: dense_shape("qwen2", 1),
+    **{kind: lambda kind=kind: replace(grouped_shape(kind, 2), hidden_size=264) for kind in GROUPED},
+    "tied": lambda: grouped_shape("qwen2", 1),
 }
 for name in ("v2-lite", "moonlight"):
     FAMILIES[name] = lambda make=FAMILIES[name]: replace(
         make(), attention=replace(make().attention, q_lora_rank=0)
     )  # queries are projected directly
 DRAWN = {f"sparse-{seed}": sparse_shape(seed) for seed in range(11)} | {
-    f"{kind}-{seed}": dense_shape(kind, seed) for kind in DENSE for seed in range(3)
+    f"{kind}-{seed}": grouped_shape(kind, seed) for kind in GROUPED for seed in range(3)
 }
 FORMATS = ("fp32", "bf16", "fp8")
 

@@ -262,7 +262,7 @@ def test_an_audit_notices(sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     shutil.copytree(sound, folder)
     put(EXPERT, first(0.5))(folder)
-    with pytest.raises(DataError, match=f"{EXPERT}: sha256 is"):
+    with pytest.raises(DataError, match=f"{EXPERT}: blake3 is"):
         check_audit(audit, TensorFolder(folder))
     for change, message in (
         (lambda audit: audit["written"].pop(EXPERT), "do not match"),

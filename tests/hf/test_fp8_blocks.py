@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_r1.hf import fp8_blocks
 from megatron_r1.hf.fp8_blocks import FP8, StoredTensor, as_fp32, dequantise_blocks, quantise_blocks, scale_shape
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -104,3 +105,20 @@ def test_every_number_of_eight_bits_in_fp32() -> None:
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.nan_to_num().view(torch.int32), theirs.nan_to_num().view(torch.int32))
     assert float(as_fp32(every[126:127])) == 448 and float(as_fp32(every[1:2])) == 2.0**-9
+
+
+@pytest.mark.parametrize("slab", [1, 1 << 15, 1 << 30])
+def test_how_much_is_taken_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch, slab: int) -> None:
+    weight = torch.randn(300, 520, generator=torch.Generator().manual_seed(4))
+    expected = quantise_blocks(weight)
+    monkeypatch.setattr(fp8_blocks, "_SLAB", slab)
+    found = quantise_blocks(weight)
+    assert torch.equal(found.weight.view(torch.uint8), expected.weight.view(torch.uint8))
+    assert found.scale_inv is not None and expected.scale_inv is not None
+    assert torch.equal(found.scale_inv, expected.scale_inv)
+
+
+def test_an_expert_is_one_wait_for_a_gpu() -> None:
+    shape = 2048, 7168  # of DeepSeek-V3
+    assert len(list(fp8_blocks._slabs(torch.empty(shape, device="meta")))) == 1
+    assert len(list(fp8_blocks._slabs(torch.empty(shape)))) == 16

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_r1.config.model import AttentionConfig, ModelConfig, MoeConfig, MtpConfig, RopeConfig
 from megatron_r1.errors import ConfigError, DataError
+from megatron_r1.files import read_json
 from megatron_r1.hf.config import SpecialTokens, hf_config, serving_view
-from megatron_r1.hf.load import model_config_from_hf
+from megatron_r1.hf.model_config import model_config_from_hf
 from tests.support.whole_models import export, load_tensors
 
 RandomTensors = Callable[[ModelConfig], dict[str, Tensor]]
@@ -188,3 +189,8 @@ def test_serving_view_keeps_yarn_and_can_be_renewed(random_tensors: RandomTensor
     scaling = json.loads((view / "config.json").read_text())["rope_scaling"]
     assert scaling == hf_config(model)["rope_scaling"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "view"]
+
+
+def test_the_byte_order_mark_of_a_config_is_no_part_of_it(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}')
+    assert read_json(tmp_path / "config.json") == {"a": 1}

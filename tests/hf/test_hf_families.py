@@ -15,13 +15,20 @@ from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig, MoeCon
 from megatron_r1.errors import DataError
 from megatron_r1.hf.config import SpecialTokens, check_exportable, hf_config, serving_view
 from megatron_r1.hf.families import FAMILIES, family_of, param_mappings
-from megatron_r1.hf.load import model_config_from_hf
+from megatron_r1.hf.model_config import model_config_from_hf
 from megatron_r1.hf.param_mapping import ParamMapping
-from tests.support.draws import DENSE, dense_shape, sparse_shape
+from tests.support.draws import GROUPED, grouped_shape, sparse_shape
 from tests.support.whole_models import export, native_shapes
 
 _COMMON = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16"}
 _QWEN = {"max_window_layers": 28, "rope_theta": 1000000.0, "sliding_window": None, "use_sliding_window": False}
+_QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "bos_token_id": 151643, "decoder_sparse_step": 1,
+    "eos_token_id": 151645, "head_dim": 128, "max_position_embeddings": 40960, "mlp_only_layers": [],
+    "model_type": "qwen3_moe", "norm_topk_prob": True, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "router_aux_loss_coef": 0.001, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 151936, **_QWEN,
+}  # fmt: skip
 _LATENT = {
     "attention_bias": False, "first_k_dense_replace": 1, "kv_lora_rank": 512, "moe_intermediate_size": 1408,
     "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "num_attention_heads": 16,
@@ -41,6 +48,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "eos_token_id": 151645, "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960,
         "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
         "rms_norm_eps": 1e-06, "rope_scaling": None, "tie_word_embeddings": True, "vocab_size": 151936, **_QWEN,
+    },
+    "qwen3_30b_a3b": {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_attention_heads": 32,
+        "num_hidden_layers": 48, **_QWEN3_MOE, "max_window_layers": 48,
+    },
+    "qwen3_235b_a22b": {
+        "hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_attention_heads": 64,
+        "num_hidden_layers": 94, **_QWEN3_MOE, "max_window_layers": 94,
     },
     "llama3_2_1b": {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 128000, "head_dim": 64,
@@ -107,7 +122,7 @@ def test_published_config_is_the_preset(name: str, tmp_path: Path) -> None:
 
 
 DRAWN = {"deepseek-v3": sparse_shape(0), "deepseek-v2": sparse_shape(5)} | {
-    kind: dense_shape(kind, 2) for kind in DENSE
+    kind: grouped_shape(kind, 2) for kind in GROUPED
 }
 
 
@@ -135,6 +150,9 @@ def test_a_model_has_one_family() -> None:
         ("qwen2_5_0_5b", "num_key_value_heads", 3),
         ("qwen3_0_6b", "attention_bias", True),
         ("qwen3_0_6b", "rope_scaling", {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}),
+        ("qwen3_30b_a3b", "mlp_only_layers", [0]),
+        ("qwen3_30b_a3b", "decoder_sparse_step", 2),
+        ("qwen3_30b_a3b", "num_experts_per_tok", 1),
         ("llama3_2_1b", "mlp_bias", True),
         ("llama3_2_1b", "hidden_act", "gelu"),
         ("v2_lite", "topk_method", "noaux_tc"),

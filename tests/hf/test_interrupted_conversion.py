@@ -54,10 +54,10 @@ def failing_after(files: int, error: BaseException, monkeypatch: pytest.MonkeyPa
             begun.append(path.name)
             super().__init__(path, *rest)
 
-        def write(self, name: str, tensor: Tensor, sha256: str | None = None) -> None:
+        def write(self, name: str, tensor: Tensor, blake3_hex: str | None = None) -> None:
             if len(begun) > files and len(self._waiting) < 3:
                 raise error
-            proper(self, name, tensor, sha256)
+            proper(self, name, tensor, blake3_hex)
 
     monkeypatch.setattr(conversion_module, "TensorFile", Failing)
     return begun

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_r1.config.model import ModelConfig, RopeConfig
-from megatron_r1.hf.load import model_config_from_hf
+from megatron_r1.hf.model_config import model_config_from_hf
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
 from tests.support.layouts import model_of
 from tests.support.native_weights import load_native_tensors

@@ -70,7 +70,9 @@ def gaps(model: Any) -> torch.Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "tiny_dense", "direct_query", "grouped_bias", "grouped_norm", *SHAPES])
+@pytest.mark.parametrize(
+    "shape", ["tiny", "tiny_dense", "direct_query", "grouped_bias", "grouped_norm", "grouped_experts", *SHAPES]
+)
 def test_it_gives_the_log_probs_of_the_training_forward_pass(new_model, shape):
     config = load("pretrain", ["model.init_std=0.08", *SHAPES[shape]]).model if shape in SHAPES else model_of(shape)
     assert gaps(unsettled(new_model(config))).max() < 1e-5

@@ -13,18 +13,19 @@ from torch import Tensor
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.export import hf_tensors
-from megatron_r1.hf.load import model_config_from_hf
+from megatron_r1.hf.model_config import model_config_from_hf
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
-from tests.support.draws import DENSE, MSCALES, dense_shape, sparse_shape
+from tests.support.draws import GROUPED, MSCALES, grouped_shape, sparse_shape
+from tests.support.gradients import largest
 from tests.support.unsettle import unsettled
 from tests.support.whole_models import export, load_tensors
 
-SPARSE_SHAPES, DENSE_SHAPES = 36, 10
-WITH_GRADIENTS = {"deepseek": 15} | dict.fromkeys(DENSE, 5)
+SPARSE_SHAPES, GROUPED_SHAPES = 36, 10
+WITH_GRADIENTS = {"deepseek": 15} | dict.fromkeys(GROUPED, 5)
 LARGEST_DIFFERENCE = 2e-5
 """Of log-probabilities, in fp32."""
 CASES = [("deepseek", seed) for seed in range(SPARSE_SHAPES)]
-CASES += [(kind, seed) for kind in DENSE for seed in range(DENSE_SHAPES)]
+CASES += [(kind, seed) for kind in GROUPED for seed in range(GROUPED_SHAPES)]
 
 
 def test_draws_cover_what_they_are_for():
@@ -39,10 +40,14 @@ def test_draws_cover_what_they_are_for():
         assert {r.factor for r in ropes} == {1.0, 4.0, 40.0}
         assert {(r.mscale, r.mscale_all_dim) for r in ropes if r.factor > 1} == set(MSCALES)
     assert len({s.moe.top_k // s.moe.group_top_k for s in shapes if s.moe.group_top_k < s.moe.num_groups}) > 2
-    dense = [dense_shape(kind, seed) for kind in DENSE for seed in range(DENSE_SHAPES)]
-    assert {s.attention.num_key_value_heads for s in dense} == {1, 2, 4}
-    assert sum(s.rope.factor > 1 for s in dense) >= 3
-    assert sum(s.tied_embeddings for s in dense) == len(dense) // 2
+    grouped = [grouped_shape(kind, seed) for kind in GROUPED for seed in range(GROUPED_SHAPES)]
+    assert {s.attention.num_key_value_heads for s in grouped} == {1, 2, 4}
+    assert sum(s.rope.factor > 1 for s in grouped) >= 3
+    assert sum(s.tied_embeddings for s in grouped) == len(grouped) // 2
+    experts = [s.moe for s in grouped if s.moe.num_experts]
+    assert {m.score_function for m in experts} == {"softmax", "softmax_topk"}
+    assert all(m.top_k < m.num_experts for m in experts)
+    assert len({m.num_experts for m in experts}) > 1 and len({m.top_k for m in experts}) > 1
 
 
 def log_probs(logits_BLV: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def log_probs(logits_BLV: Tensor) -> Tensor:
 def test_drawn_shape(kind, seed, new_model, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    config = sparse_shape(seed) if kind == "deepseek" else dense_shape(kind, seed)
+    config = sparse_shape(seed) if kind == "deepseek" else grouped_shape(kind, seed)
     model = unsettled(new_model(config))
     folder = export(native_tensors(model), config, tmp_path / "hf", include_mtp=False)
     other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -98,13 +103,14 @@ def compared_gradients(model, other, config: ModelConfig) -> float:
     mine = dict(hf_tensors(native, config, include_mtp=False, complete=False, dtype=torch.float32))
     theirs = {name: grad for parameter in other.named_parameters() for name, grad in unfused(*parameter)}
     assert mine.keys() == theirs.keys()
-    worst, largest = 0.0, max(float(gradient.norm()) for gradient in theirs.values())
+    longest = max(float(gradient.norm()) for gradient in theirs.values())
+    differences = []
     for name, gradient in theirs.items():
         # An expert that few tokens visit has a gradient that rounding reaches.
-        scale = max(float(gradient.norm()), 1e-3 * largest)
-        worst = max(worst, float((mine[name] - gradient).norm()) / scale)
-    assert worst < 1e-4
-    return worst
+        scale = max(float(gradient.norm()), 1e-3 * longest)
+        differences.append(float((mine[name] - gradient).norm()) / scale)
+    assert largest(differences) < 1e-4
+    return largest(differences)
 
 
 def unfused(name: str, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -11,7 +11,7 @@ from megatron_r1.model.build import native_tensors
 from tests.support.layouts import model_of, te_layout
 from tests.support.whole_models import native_shapes
 
-SHAPES = ("tiny", "direct_query", "grouped_bias", "grouped_norm")
+SHAPES = ("tiny", "direct_query", "grouped_bias", "grouped_norm", "grouped_experts")
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -26,11 +26,20 @@ PUBLISHED = {
     "qwen2_5_14b": 14_770_033_664,
     "qwen2_5_32b": 32_763_876_352,
     "qwen3_0_6b": 596_049_920,
+    "qwen3_30b_a3b": 30_532_122_624,
+    "qwen3_235b_a22b": 235_093_634_560,
     "llama3_2_1b": 1_235_814_400,
     "llama3_1_8b": 8_030_261_248,
     "llama3_3_70b": 70_553_706_496,
 }
-OWN = {"v3_proxy": 3_603_930_128, "small": 72_224_368, "tiny": 1_102_360, "tiny_dense": 854_144}
+OWN = {
+    "v3_proxy": 3_603_930_128,
+    "small": 72_224_368,
+    "tiny": 1_102_360,
+    "tiny_dense": 854_144,
+    "tiny_llama": 918_656,
+    "tiny_qwen3_moe": 1_119_616,
+}
 
 
 def preset(name: str) -> ModelConfig:
@@ -75,7 +84,7 @@ def test_activated_parameters_are_near_the_rounded_published_ones(name, activate
     assert activated_parameters(model, include_embedding=True) > activated * 0.98
 
 
-@pytest.mark.parametrize("shape", ["tiny", "direct_query", "grouped_bias", "grouped_norm"])
+@pytest.mark.parametrize("shape", ["tiny", "direct_query", "grouped_bias", "grouped_norm", "grouped_experts"])
 def test_built_model_has_as_many(shape, new_model):
     model, visited, total, extra = model_of(shape), 0.0, 0, 0
     for name, tensor in native_tensors(new_model(model)):
@@ -91,7 +100,7 @@ def test_built_model_has_as_many(shape, new_model):
     assert activated_parameters(model) == visited
 
 
-@pytest.mark.parametrize("name", ["small", "tiny", "tiny_dense"])
+@pytest.mark.parametrize("name", ["small", "tiny", "tiny_dense", "tiny_qwen3_moe"])
 def test_built_preset_has_the_native_tensors_of_the_table(name, new_model):
     model = preset(name)
     assert {name: tuple(tensor.shape) for name, tensor in native_tensors(new_model(model))} == native_shapes(model)

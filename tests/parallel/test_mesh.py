@@ -12,6 +12,7 @@ from megatron_r1.config.cross_checks import check_degrees, check_layout
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.parallel import mesh
 from megatron_r1.parallel.comm import (
     AllRanks,
     all_gather_object,
@@ -21,7 +22,17 @@ from megatron_r1.parallel.comm import (
     max_over_ranks,
     sum_over_ranks,
 )
-from megatron_r1.parallel.mesh import data_parallel_group, tensor_parallel_group
+from megatron_r1.parallel.mesh import data_parallel_group, tensor_parallel_group, usable_cores
+
+
+@pytest.mark.parametrize(
+    ("allowed", "threads", "cores", "expected"),
+    [(2, 2, 2, 2), (2, 2, 1, 1), (1, 8, 4, 1), (12, 64, 32, 6), (3, 4, None, 3)],
+)
+def test_two_threads_of_one_core_count_as_one(monkeypatch, allowed, threads, cores, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr(mesh.psutil, "cpu_count", lambda logical=True: threads if logical else cores)
+    assert usable_cores() == expected
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,8 @@ def test_a_gpu_with_a_broken_driver_is_an_error_and_no_cpu_run(monkeypatch, tmp_
 
 
 def test_a_rank_names_its_own_gpu(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    for name, value in (("WORLD_SIZE", 8), ("RANK", 7), ("LOCAL_WORLD_SIZE", 4), ("LOCAL_RANK", 3)):
+        monkeypatch.setenv(name, str(value))
     assert Platform("cuda", "nccl", transformer_engine=True).device == "cuda:3"
 
 
@@ -82,12 +83,20 @@ def test_a_device_context_still_decides():
         assert {torch.empty(2).device.type, torch.arange(2).device.type, torch.ones(2).device.type} == {"meta"}
 
 
-def test_kernels_for_gpus_are_hidden_where_there_is_none(tmp_path, monkeypatch, one_rank):
-    """SGLang's dependencies bring them, and importing them without a driver is an OSError that nobody expects."""
-    (tmp_path / "flash_mla.py").write_text("raise OSError('libcuda.so.1')")
+@pytest.mark.parametrize(
+    ("package", "error"),
+    [
+        ("flash_mla", "OSError('libcuda.so.1')"),
+        ("transformer_engine", "FileNotFoundError('Could not find shared object file')"),
+        ("deep_ep", "AssertionError"),
+    ],
+)
+def test_packages_for_gpus_are_hidden_where_there_is_none(tmp_path, monkeypatch, one_rank, package, error):
+    """Importing them without a driver or a compiled extension is an error that megatron-core does not expect."""
+    (tmp_path / f"{package}.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError):
-        importlib.import_module("flash_mla")
+        importlib.import_module(package)
 
 
 def test_training_starts_without_the_compiler_and_wandb():

@@ -91,6 +91,8 @@ def rl_row(step, generator):
         "policy/entropy": 1.5 - step / 60,
         "policy/clip_fraction": 0.02 * generator.random(),
         "rollout/response_length": 20 + step / 3,
+        "rollout/mixed_language": 0.2,
+        "rollout/reflection_words": step / 10,
         "train/gradient_norm": 0.3,
         "train/learning_rate": 1e-4,
         "perf/rollout_seconds": 2 + generator.random(),
@@ -223,6 +225,7 @@ def test_curves_are_present_with_labels_and_units(page):
             *("reward-rollout/reward", "reward-rollout/accuracy", "reward-rollout/format"),
             *("length-rollout/response_length", "kl-policy/kl", "entropy-policy/entropy", "time-perf/rollout_seconds"),
             *("idle-perf/engine_idle", "stale-rollout/staleness_mean"),
+            *("language-rollout/mixed_language", "reflection-rollout/reflection_words"),
         ),
         "pretrain": (
             *("loss-train/loss", "loss-train/mtp_loss", "load-moe/load_max", "load-moe/mtp_load_max"),

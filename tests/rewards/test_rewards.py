@@ -10,7 +10,7 @@ from megatron_r1.config.data import DataConfig
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.data.synthetic.arithmetic import worked_documents
-from megatron_r1.rewards.exact import parse_number, same_number
+from megatron_r1.rewards.exact import read_quantity, same_number
 from megatron_r1.rewards.extract import any_answer, tagged_answer
 from megatron_r1.rewards.format import format_reward
 from megatron_r1.rewards.rubric_builder import build_rubric
@@ -64,7 +64,7 @@ def test_unequal_numbers(other):
 
 def test_thousands_and_fractions():
     assert same_number("1,000", "1000") and same_number("-1/2", "-0.5") and not same_number("x", "x")
-    assert parse_number("\u0661\u0664") is None, "only ASCII digits are numbers"
+    assert read_quantity("\u0661\u0664") is None, "only ASCII digits are numbers"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,13 @@ def test_format_accepts():
         "<think>a</think> <answer>",
     ):
         assert format_reward(response, "lenient") == 0.0
+
+
+def test_a_tag_that_the_prompt_opened_is_part_of_the_format():
+    for response in ("2 + 3 = 5\n</think>\n<answer>5</answer>", "so</think><answer>5</answer>"):
+        for style in ("strict", "lenient"):
+            assert (format_reward(response, style), format_reward(f"<think>\n{response}", style)) == (0.0, 1.0)
+    assert format_reward("<think>\n</think> <answer>5</answer>", "strict") == 0.0
 
 
 def test_unknown_style_is_refused():

@@ -136,3 +136,35 @@ def test_unscored_responses_are_retried_and_are_not_zero(monkeypatch):
     well = Score(2.5, {"judge": 0.5, "other": 2.0})
     assert found == [well, well, Unscored("no reply about c"), well]
     assert flaky.requests == [["a", "b", "c", "d"], ["b", "c", "d"], ["c", "d"]] and pauses == [0.5, 1.0]
+
+
+def test_a_prompts_domain_decides_which_rewards_score_its_responses():
+    """R1's second reinforcement learning: rules for reasoning, a reward model elsewhere, the format everywhere."""
+    asked: dict[str, list[str]] = {"helpfulness": [], "harmlessness": []}
+
+    class Model:
+        def __init__(self, name: str):
+            self.name = name
+
+        def score(self, prompts, texts):
+            asked[self.name] += [prompt.id for prompt in prompts]
+            return [2.0 for _ in texts]
+
+    config = RewardConfig(
+        format=0.5, domains={"accuracy": "reasoning", "helpfulness": "helpfulness", "harmlessness": "harmlessness"}
+    )
+    rubric = build_rubric(config, models=[Weighted(0.25, Model(name)) for name in asked])
+    domains = ("reasoning", "helpfulness", "harmlessness", "reasoning", "helpfulness")
+    prompts = [Prompt(str(n), "?", "14", "", "number", domain=domain) for n, domain in enumerate(domains)]
+    scores = rubric(prompts, [*[tagged("14")] * 4, "no tags"])
+    assert [score.parts for score in scores if isinstance(score, Score)] == [
+        {"accuracy": 1.0, "format": 0.5},
+        {"format": 0.5, "helpfulness": 0.5},
+        {"format": 0.5, "harmlessness": 0.5},
+        {"accuracy": 1.0, "format": 0.5},
+        {"format": 0.0, "helpfulness": 0.5},
+    ]
+    assert asked == {"helpfulness": ["1", "4"], "harmlessness": ["2"]}
+    assert [score.total for score in scores if isinstance(score, Score)] == [1.5, 1.0, 1.0, 1.5, 0.5]
+    rubric(prompts[:1], [tagged("14")])
+    assert asked == {"helpfulness": ["1", "4"], "harmlessness": ["2"]}, "a model without responses is not called"

@@ -6,9 +6,15 @@ import time
 
 import pytest
 
+from megatron_r1.data.prompts.prompts import Prompt
 from megatron_r1.rewards.exact import chosen_letter, same_choice, same_text
 from megatron_r1.rewards.extract import answer_of, boxed_answer
-from megatron_r1.rewards.language import language_consistency, question_language
+from megatron_r1.rewards.language import (
+    LanguageReward,
+    language_consistency,
+    question_language,
+    requested_language,
+)
 from megatron_r1.rewards.length import overlong
 from megatron_r1.rewards.repetition import repetition
 from megatron_r1.rewards.words import languages, words
@@ -47,6 +53,44 @@ def test_the_language_wanted_is_the_questions():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "target", "share"),
+    [
+        ("\u8bbe $x = \\frac{abc}{2}$\uff0c\u5219 \\(\\sin y\\) \u4e3a\u6b63", "zh", 1.0),
+        ("\u957f 3 cm\uff0c\u5bbd AB = 2x + y", "zh", 1.0),
+        ("\u7531 f(x) = x^2 + bx \u5f97 \\[a = \\text{area}\\]", "zh", 1.0),
+        ("\u7a0b\u5e8f\uff1a\n```python\nprint(total)\n```\n\u662f `sum(xs)`", "zh", 1.0),
+        ("We have \\begin{align} \u4e00 &= 2 \\end{align} here", "en", 1.0),
+        ("We know it and \u6240\u4ee5 x = 3", "en", 2 / 3),
+        ("$x$ \\frac{1}{2} 2x+3", "en", 0.0),
+        ("It costs $5 and the other costs $6", "en", 1.0),
+    ],
+)
+def test_formulas_code_and_units_are_of_no_language(text, target, share):
+    assert language_consistency(f"<think>{text}</think>", target) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("What is 2 + 3? Please answer in Chinese.", "zh"),
+        ("Explain your reasoning in English, then stop.", "en"),
+        ("\u8bf7\u7528\u82f1\u6587\u56de\u7b54\uff1a1+1=?", "en"),
+        ("Think step by step. \u7528\u4e2d\u6587\u601d\u8003", "zh"),
+        ("Answer in English. No, answer in Chinese!", "zh"),
+        ("In Chinese, please: what is 1+1?", "zh"),
+        ("Who are the Chinese in English novels?", ""),
+        ("Translate it into Chinese", ""),
+    ],
+)
+def test_a_request_for_a_language_is_known(text, language):
+    assert requested_language(text) == language
+    system = LanguageReward("question", text)
+    thought = "<think>\u4e8c\u52a0\u4e8c</think>"
+    (value,) = system.score([Prompt("1", "two plus two?", "4", "", "number")], [thought])
+    assert value == (1.0 if language == "zh" else 0.0)
+
+
 def test_overlong_falls_in_a_straight_line():
     """DAPO, equation 13, with L_max = 20480 and L_cache = 4096."""
     lengths = (0, 16384, 16385, 18432, 20480, 20481, 10**6)
@@ -63,7 +107,8 @@ def test_repetition_is_the_share_of_repeated_ngrams():
 @pytest.mark.parametrize(
     "answer",
     ["B", "b", "(B)", "B.", "B)", "**B**", "$B$", "\\text{B}", "\\boxed{B}", "B) Paris", "B. 14", "The answer is B",
-     "Option B", "answer: (b)", "[B]", "\\mathrm{B}."],
+     "Option B", "answer: (b)", "[B]", "\\mathrm{B}.", "Final answer: B", "**Answer:** B", "The choice is **(B)**",
+     "\uff22", "\u7b54\u6848\u662fB", "\u9009 B", "`B`"],
 )  # fmt: skip
 def test_one_letter_is_a_choice(answer):
     assert chosen_letter(answer) == "B" and same_choice(answer, "B") and not same_choice(answer, "C")

@@ -17,6 +17,7 @@ from megatron_r1.rewards.sandbox import command, inside, run
 from megatron_r1.rewards.sandbox.command import PYTHON
 from megatron_r1.rewards.sandbox.run import Finished, Sandbox, SandboxDown
 from megatron_r1.rewards.sandbox.seccomp import seccomp_filter
+from tests.support.sandboxes import survivors
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -133,14 +134,8 @@ os._exit(0)
 @needs_bubblewrap
 def test_nothing_is_left_when_the_caller_gets_its_result(sandbox):
     daemon = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(100)\nprint(os.getpid())"
-    before = {name for name in os.listdir("/proc") if name.isdigit()}
     assert python(sandbox, daemon).well
-    for name in {name for name in os.listdir("/proc") if name.isdigit()} - before:
-        try:
-            with open(f"/proc/{name}/cmdline", encoding="utf-8", errors="replace") as file:
-                assert "/program.py" not in file.read()
-        except OSError:
-            continue
+    assert survivors(sandbox.config.wall_s) == []
 
 
 @needs_bubblewrap

@@ -12,15 +12,14 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from megatron_r1.config.reward import SandboxConfig
 from megatron_r1.rewards.code import CodeTests, run_tests
-from megatron_r1.rewards.sandbox.command import SLOTS, real_users, user_of
 from megatron_r1.rewards.sandbox.run import Sandbox
 from tests.support.attacks import BY_CALLS, BY_OUTPUT, CALL_TESTS, SECRET
+from tests.support.sandboxes import survivors
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
@@ -63,21 +62,6 @@ def _reply(listener: socket.socket, callers: list[object]) -> None:
             line.sendall(SECRET.encode())
 
 
-def survivors() -> list[str]:
-    """Processes that run as users of this process's sandboxes, or as this user in another process namespace."""
-    own, found = os.readlink("/proc/self/ns/pid"), []
-    users = range(int(user_of(0)), int(user_of(SLOTS - 1)) + 1)
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            user = folder.stat().st_uid
-            elsewhere = not real_users() and user == os.geteuid() and os.readlink(folder / "ns/pid") != own
-            if user in users or elsewhere:
-                found.append(f"{folder.name}: {(folder / 'cmdline').read_text()[:200]}")
-        except OSError:
-            continue
-    return found
-
-
 def attack(name: str, sandbox: Sandbox, names: dict[str, str]) -> None:
     """One attack: it is over within its limits, and has passed no test."""
     started = time.monotonic()
@@ -101,7 +85,7 @@ def all_attacks(sandbox: Sandbox, names: dict[str, str], times: int) -> None:
 def test_no_attack_gets_out_stays_or_passes(sandbox, canaries):
     names, callers = canaries
     all_attacks(sandbox, names, times=1)
-    assert survivors() == [] and callers == []
+    assert survivors(LIMITS.wall_s) == [] and callers == []
     assert sandbox.run(["/usr/bin/echo", "well"]).output == b"well\n"
 
 
@@ -132,7 +116,7 @@ def test_five_times_each(sandbox, canaries):
     names, callers = canaries
     started = time.monotonic()
     all_attacks(sandbox, names, times=5)
-    assert survivors() == [] and callers == []
+    assert survivors(LIMITS.wall_s) == [] and callers == []
     count, seconds = len(BY_OUTPUT) + len(BY_CALLS), time.monotonic() - started
     print(f"\n{count} attacks x 5 in {seconds:.0f} s: none out, none left, none passed; load {os.getloadavg()[0]:.1f}")
 

@@ -138,7 +138,7 @@ def test_workers_that_cannot_start_are_no_verdict(monkeypatch):
         pool.ask("right")
     verifier = MathVerifier(MathConfig())
     monkeypatch.setattr(verifier, "pool", pool)
-    assert verifier.is_correct("\\frac{28}{2}", "14") == Unscored("math workers: the pool is closed")
+    assert verifier.is_correct("\\sqrt{196}", "14") == Unscored("math workers: the pool is closed")
     assert verifier.is_correct("14", "14") is True, "numbers need no worker"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_r1.model.build import native_tensors, without_multi_token_prediction
-from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.model.names import in_multi_token_layer
 from megatron_r1.rl.advantages.group_relative import ragged_group_advantages
 from megatron_r1.rl.learner import Learner, plan_mini_batches, shares_of
 from megatron_r1.rl.policy.reference import ReferencePolicy

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rl.generation.rollouts import Rollout
-from megatron_r1.rl.loop import reinforcement_step
+from megatron_r1.rl.loop import reinforcement_step, text_metrics
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.loop import train
 from megatron_r1.train.state import TrainState
@@ -89,3 +89,8 @@ def test_what_fails_in_the_middle_of_learning_saves_nothing(one_rank):
     with pytest.raises(NoRolloutCapacity, match="learn"):
         run.go()
     assert not [note for note in run.notes if note.startswith("save")]
+
+
+def test_how_responses_are_written_is_recorded():
+    texts = ["Wait, but that is wrong.", "so it is \u4e8c\u5341", "plain", "\u4e8c\u5341"]
+    assert text_metrics(texts) == {"rollout/mixed_language": 0.25, "rollout/reflection_words": 0.75}

@@ -1,8 +1,14 @@
 """The in-process engine against a full forward pass of the same model."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from megatron_r1.config.load import load
+from megatron_r1.errors import ConfigError
+from megatron_r1.platform import Platform
 from megatron_r1.rollout.engine import Request, Sampling
 from tests.support.layouts import model_of
 from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
@@ -48,6 +54,17 @@ def test_log_probs_equal_a_full_forward_pass(new_model, shape, temperature):
         ended = tokens_of(completion)[-1] < 20
         assert ended == (completion.finish_reason == "stop")
         assert not any(token < 20 for token in tokens_of(completion)[:-1])
+
+
+def test_a_prompt_and_response_beyond_the_context_are_refused(model):
+    from megatron_r1.rollout.in_process import LocalEngine
+
+    engine, length = LocalEngine(model, batch_size=8, pad_token=0), model.max_sequence_length
+    fits = Sampling(0.0, 1.0, 2, (0,), 0)
+    assert len(engine.generate([Request("a", (5,) * (length - 2))], fits)) == 1
+    allowed = rf"with the {length - 1} prompt tokens of request b at most {length} in all"
+    with pytest.raises(ConfigError, match=rf"^rollout.max_response_tokens=2: {allowed}"):
+        engine.generate([Request("a", (5,)), Request("b", (5,) * (length - 1))], fits)
 
 
 def test_draws_follow_the_seed(model):
@@ -105,3 +122,20 @@ def test_tokens_are_drawn_by_their_probability(temperature, top_p):
     assert (token_B.bincount(minlength=7) / count - expected_V).abs().max() < 1.5 / count
     assert not expected_V[token_B].eq(0).any()
     torch.testing.assert_close(logprob_B.double(), tempered_V.log()[token_B], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("transformer_engine", [True, False])
+def test_sampling_step_by_step_is_refused_where_transformer_engine_trains_in_fp8(model, transformer_engine):
+    """Outside of its FP8 context it multiplies in 16 bits, so that a policy would not sample as it is trained."""
+    from megatron_r1.commands.grpo import rollout_engine
+
+    config = load("grpo", ["init.from=x", "rollout.engine=local", "fp8.enabled=true"])
+    platform = Platform("cpu", "gloo", transformer_engine)
+    run = SimpleNamespace(config=config, platform=platform, model=model, tokenizer=SimpleNamespace(pad=0))
+    engine = rollout_engine(run, Path(), None, None)
+    if not transformer_engine:
+        with engine as (local, _):
+            assert local.health() == {}
+        return
+    with pytest.raises(ConfigError, match=r"^rollout\.engine=local: must be sglang with fp8"), engine:
+        pass

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_r1.checkpoint.store import OneRank
 from megatron_r1.config.schema import convert, resolved
 from megatron_r1.config.load import load
 from megatron_r1.config.model import MoeConfig, ModelConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.runs.initial_weights import check_same_model
+from megatron_r1.config.initial_model import check_same_model
+from megatron_r1.runs.initial_weights import InitialModel, Weights
 
 
 @lru_cache
@@ -73,6 +77,16 @@ def test_a_dense_model_serves_whatever_is_said_of_experts_that_it_has_not():
     dense = preset("tiny_dense")
     check_same_model(dense, replace(dense, moe=MoeConfig.none()), "hf:folder")
     assert dense.moe != MoeConfig.none()
+
+
+def test_multi_token_layers_are_left_out_where_the_run_has_none():
+    tensors = {name: torch.zeros(1) for name in ("decoder.layers.0.x", "mtp.layers.0.x", "embedding.mtp_x")}
+    folders, model = (Path("tokenizer"), Path("folder")), model_of("mtp.num_layers=1")
+    initial = InitialModel(model, *folders, lambda _: Weights(model, tensors, *folders))
+    assert initial.serving(model_of("mtp.num_layers=1")) is initial
+    served = initial.serving(model_of("mtp.num_layers=0"))
+    assert set(served.weights(OneRank()).tensors) == {"decoder.layers.0.x", "embedding.mtp_x"}
+    assert served.model.mtp.num_layers == 0
 
 
 def test_each_context_recipe_starts_from_the_one_before():

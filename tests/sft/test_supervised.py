@@ -52,7 +52,7 @@ def test_loss_is_the_mean_over_tokens_in_the_loss_written_out(model):
     assert found == pytest.approx(float(total.detach()) / count, rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "tiny_dense", "direct_query", "grouped_norm"])
+@pytest.mark.parametrize("shape", ["tiny", "tiny_dense", "direct_query", "grouped_norm", "grouped_experts"])
 def test_a_change_in_one_example_changes_no_other_by_a_bit(new_model, shape):
     config = model_of(shape)
     model = new_model(config)

@@ -11,7 +11,7 @@ from megatron_r1.config.model import MtpConfig
 from megatron_r1.config.sft import TeacherConfig
 from megatron_r1.data.chat.batches import ChatBatch
 from megatron_r1.model.build import without_multi_token_prediction
-from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.model.names import in_multi_token_layer
 from megatron_r1.sft.supervised import SupervisedReader, end_to_end
 from megatron_r1.sft.teacher import DistillingReader, Teacher, trained_on
 from megatron_r1.train.routing import FROZEN

@@ -131,12 +131,13 @@ def disturb(model: Any, version: int) -> None:
 
 
 def gap(model: Any, engine: Any, servers: int) -> float:
-    """Largest difference between every server's log-probs of its answers and the trainer's, over all ranks' layout."""
+    """How far every server's log-probs of its responses are from the trainer's, over all ranks' layout."""
     from megatron_r1.parallel import comm
     from megatron_r1.parallel.mesh import tensor_parallel_group
     from megatron_r1.rl.policy.batch import make_batch
     from megatron_r1.rl.policy.policy import Policy
     from megatron_r1.rollout.engine import Request, Sampling
+    from tests.support.agreement import disagreement
     from tests.support.samples import sample_of
 
     generator = torch.Generator().manual_seed(5)
@@ -150,8 +151,10 @@ def gap(model: Any, engine: Any, servers: int) -> float:
     multiple = dist.get_world_size(tensor_parallel_group())
     rows = make_batch(samples, range(len(samples)), 0, "cpu", multiple)
     log_probs = Policy(model, 1.0).logprobs_by_sample([rows])
-    differences = (rows.gather(log_probs) - rows.rollout_logprobs_BL)[rows.mask_BL] if log_probs else torch.zeros(1)
-    return max(comm.all_gather_object(float(differences.abs().max())))
+    if not log_probs:  # no last pipeline stage
+        return max(comm.all_gather_object(0.0))
+    differences_BL = (rows.gather(log_probs) - rows.rollout_logprobs_BL).masked_fill(~rows.mask_BL, 0.0)
+    return max(comm.all_gather_object(disagreement(differences_BL.abs().amax(1).tolist())))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def test_no_token_is_staler_than_allowed_and_prompts_keep_their_order(base, judg
     assert max(row["rollout/staleness_max"] for row in job.rows) > 0
     check_scores(job, judge, one_rank)
     # The engine's own log-probabilities are those of the weights that it had: a rollout ago they were the trainer's.
-    assert job.rows[0]["mismatch/logprob_max_abs"] < 1e-4
+    # One token near a tie of its router may differ (tests/support/agreement.py); weights a rollout older give 2e-3.
+    assert job.rows[0]["mismatch/k3"] < 1e-3
     asked = Job(["diagnose", *only_read("diagnose", COMMON), f"init.from='{tmp_path}/ahead'"], tmp_path, "diagnosis")
     assert (done := run_alone(asked)).returncode == 0, done.stderr
     assert "engine and trainer agree" in json.loads((asked.folder / "diagnosis.json").read_text())["verdict"]

@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -79,7 +80,10 @@ def disturbed(model, seed: int):
 
 
 def shared_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("torch_*")}
+    """Shared memory made by this process or its servers: torch writes the process into the name."""
+    this = psutil.Process()
+    pids = {str(process.pid) for process in (this, *this.children(recursive=True))}
+    return {path.name for path in Path("/dev/shm").glob("torch_*") if path.name.split("_")[1] in pids}
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 100_000, 64 * MIB])
@@ -128,8 +132,9 @@ def test_what_a_server_still_generates_is_ended_first(engine, new_model):
     body = {"input_ids": [7, 8, 9], "sampling_params": {"max_new_tokens": 240, "ignore_eos": True}}
 
     async def meanwhile() -> dict:
-        answer = asyncio.ensure_future(generate_raw(engine.endpoints[0], body))
-        await asyncio.sleep(0.1)
+        started = asyncio.Event()
+        answer = asyncio.ensure_future(generate_raw(engine.endpoints[0], body, started))
+        await started.wait()
         await asyncio.to_thread(engine.release_memory)
         return (await answer)["meta_info"]
 

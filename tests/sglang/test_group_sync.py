@@ -24,7 +24,7 @@ from megatron_r1.rollout.sync.strategies import DiskSync, GroupSync
 from tests.support.attached import generate_raw
 
 pytestmark = [pytest.mark.sglang]
-SHAPE = ModelConfig(init_std=0.08)
+SHAPE = ModelConfig(init_std=0.08, max_sequence_length=1024)
 ASKED = [Request("a", (5, 6, 7)), Request("b", (8, 9))]
 SAMPLING = Sampling(1.0, 1.0, 4, (), 0)
 TIMEOUT_S = 30.0
@@ -52,7 +52,7 @@ def disk(model, tmp_path_factory):
 def engine(disk, tmp_path_factory):
     config = SGLangConfig(servers=2, max_running_requests=16, max_total_tokens=4096, request_timeout_s=TIMEOUT_S)
     logs = tmp_path_factory.mktemp("logs")
-    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=256, delta=True) as engine:
+    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=SHAPE.max_sequence_length, delta=True) as engine:
         disk.engine = engine
         yield engine
 
@@ -199,12 +199,16 @@ def test_running_requests_when_weights_change(engine, sender, model, change, nam
     monkeypatch.setattr(engine, "pause", PAUSES[name])
     change()
     group_sync(engine, sender, model).push("old")
-    tokens = 200
+    tokens = 600  # some seconds: no server is done before the new weights come
     body = {"input_ids": [7, 8, 9], "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
 
     async def meanwhile() -> list[dict]:
-        answers = [asyncio.ensure_future(generate_raw(endpoint, body)) for endpoint in engine.endpoints]
-        await asyncio.sleep(0.15)
+        started = [asyncio.Event() for _ in engine.endpoints]
+        answers = [
+            asyncio.ensure_future(generate_raw(endpoint, body, event))
+            for endpoint, event in zip(engine.endpoints, started, strict=True)
+        ]
+        await asyncio.gather(*(event.wait() for event in started))
         push = group_sync(engine, sender, model, flush_cache=PAUSES[name].flush_cache).push
         await asyncio.to_thread(push, f"new-{name}")
         return [(await answer)["meta_info"] for answer in answers]

@@ -19,6 +19,7 @@ from tests.support.samples import logprobs_of, prompt_of, row_of
 SHAPE = ["model=tiny_dense", "model.num_layers=2", "model.vocab_size=516"]
 KINDS = {
     "qwen": [*SHAPE, "model.tied_embeddings=true"],
+    "qwen3moe": ["model=tiny_qwen3_moe", *SHAPE[1:]],
     "llama": [*SHAPE, "model.attention.qkv_bias=false", "model.tied_embeddings=false", "model.rope.base=5e5"],
 }
 GRPO = [
@@ -37,7 +38,9 @@ def score(prompts, responses, answers, tasks):
 
 @pytest.mark.sglang
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("kind", ["qwen", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["qwen", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen3moe", "llama"))]
+)
 def test_what_is_exported_gives_the_servers_log_probabilities(kind, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -15,10 +15,10 @@ import pytest
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from megatron_r1.rollout.sync.model_folder import write_shape
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.layout import predicted
 from megatron_r1.rollout.sync.plan.traffic import StageTraffic, traffic
-from megatron_r1.rollout.sync.strategies import DiskSync
 from tests.support.attached import BUCKET, announced
 from tests.support.launching import run_to_the_end
 from tests.support.layouts import model_of
@@ -38,17 +38,14 @@ FLAG = 4
 
 
 @pytest.fixture(scope="module")
-def start_folder(new_model, tmp_path_factory):
-    """A model to start servers on: no layout's weights."""
+def start_folder(tmp_path_factory):
+    """A model's shape to start servers on: all that they serve is sent to them."""
     from megatron_r1.config.data import DataConfig
     from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
-    from megatron_r1.model.build import native_tensors
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(DataConfig(num_documents=2000)).save(folder)
-    model = new_model(SHAPE, seed=3)
-    with DiskSync(lambda: native_tensors(model), SHAPE, folder) as disk:
-        yield disk.write()
+    return write_shape(tmp_path_factory.mktemp("shape"), WeightPayload(SHAPE), folder)
 
 
 def fill(engine: SGLangEngine, name: str, folder: Path, updates: int) -> dict:

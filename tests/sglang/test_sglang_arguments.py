@@ -12,7 +12,12 @@ from megatron_r1.config.sglang import PoolConfig, ServerConfig, SGLangConfig, Sp
 from megatron_r1.errors import ConfigError
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers import startup as starts
-from megatron_r1.rollout.sglang.servers.arguments import options, refuse_on_cpu, server_arguments
+from megatron_r1.rollout.sglang.servers.arguments import (
+    options,
+    refuse_on_cpu,
+    server_arguments,
+    server_environment,
+)
 from megatron_r1.rollout.sglang.servers.startup import first_gpu
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
 
@@ -24,10 +29,18 @@ EVERYTHING = ServerConfig(
 )  # fmt: skip
 
 
+GRAPHS = "SGLANG_MEMORY_SAVER_CUDA_GRAPH"
+
+
+def root_of_sglang() -> Path:
+    """SGLang's sources, which are read without importing it."""
+    return Path(importlib.util.find_spec("sglang").origin).parent / "srt"
+
+
 @pytest.fixture(scope="module")
 def fields() -> dict[str, str]:
     """Name -> declaration of every field of SGLang's ServerArgs, read without importing SGLang."""
-    root = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "arg_groups" / "fields"
+    root = root_of_sglang() / "arg_groups" / "fields"
     return {
         node.target.id: ast.unparse(node.annotation)
         for path in root.glob("*.py")
@@ -51,8 +64,12 @@ def test_every_option_is_a_field_of_sglang(fields, tmp_path):
     ("placement", "servers", "width", "wanted", "gpus", "trainers", "first"),
     [
         ("separate", 2, 2, -1, 8, 4, 4),  # behind the trainer's
-        ("separate", 2, 2, -1, 4, 4, 0),  # none are left: shared
-        ("separate", 1, 1, -1, 1, 1, 0),
+        ("separate", 2, 2, -1, 4, 4, None),  # none are left
+        ("separate", 1, 1, -1, 8, 8, None),
+        ("separate", 1, 1, -1, 1, 8, None),  # each rank sees its own GPU alone
+        ("separate", 2, 2, 0, 4, 4, 0),
+        ("separate", 8, 1, -1, 8, 0, 0),  # nothing is trained
+        ("separate", 1, 1, -1, 1, 1, 0),  # the only GPU
         ("colocated", 2, 2, -1, 8, 4, 0),
         ("separate", 2, 2, 1, 8, 4, 1),
         ("separate", 3, 2, -1, 4, 1, None),
@@ -65,7 +82,7 @@ def test_servers_take_gpus_of_their_own_where_there_are_any(placement, servers, 
     if first is not None:
         assert first_gpu(rollout, gpus, trainers) == first
         return
-    with pytest.raises(ConfigError, match=f"^rollout.sglang.servers={servers}: must fit from GPU .*are {gpus} GPUs$"):
+    with pytest.raises(ConfigError, match=f"^rollout.sglang.servers={servers}: must fit from GPU .*are {gpus} GPUs"):
         first_gpu(rollout, gpus, trainers)
 
 
@@ -116,6 +133,15 @@ def test_what_needs_cuda_is_refused_on_a_cpu_in_one_line(tmp_path, key, value):
         )
     assert "\n" not in str(error.value)
     refuse_on_cpu(replace(ServerConfig(tensor_parallel=2), attention_backend="torch_native"))
+
+
+@pytest.mark.parametrize("saver", [True, False])
+def test_graphs_release_their_memory_with_the_rest(saver):
+    """SGLang makes CUDA graphs pausable by this variable alone; its own code reads it where it captures them."""
+    given = server_environment("cuda", ServerConfig(memory_saver=saver))
+    assert (given.get(GRAPHS) == "1") == saver
+    backend = root_of_sglang() / "model_executor" / "runner_backend" / "full_cuda_graph_backend.py"
+    assert f'enable_memory_saver\n            and get_bool_env_var("{GRAPHS}")' in backend.read_text()
 
 
 @pytest.mark.parametrize(

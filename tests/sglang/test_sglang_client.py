@@ -17,7 +17,6 @@ from megatron_r1.rollout.engine import Completion, Request, Sampling
 from megatron_r1.rollout.sglang.client import Client
 from megatron_r1.rollout.sglang.pool.pool import VersionsFromNowOn, choose, key_of, split_into_calls
 from megatron_r1.rollout.sglang.replies import BadReply, parse_completions
-from megatron_r1.rollout.sglang.servers.process import LAUNCHER
 from tests.support.samples import logprobs_of, prompt_of, tokens_of
 
 REQUEST = Request("r", (5, 6, 7))
@@ -279,9 +278,3 @@ def test_no_server_gets_more_than_the_mean_and_one_call(sizes, count):
         assert chosen.in_flight <= mean
         chosen.in_flight += size
     assert max(server.in_flight for server in servers) <= sum(sizes) / count + max(sizes)
-
-
-def test_servers_do_not_take_themselves_for_ranks_of_the_launcher():
-    told = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT".split()
-    assert all(LAUNCHER.fullmatch(name) for name in [*told, "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"])
-    assert not any(LAUNCHER.fullmatch(name) for name in ("PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "RANKS"))

@@ -19,6 +19,7 @@ from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
 from megatron_r1.rollout.engine import Request, RolloutEngine, Sampling
 from megatron_r1.rollout.sglang.engine import SGLangEngine
+from tests.support.agreement import disagreement
 from tests.support.samples import logprobs_of, prompt_of, row_of, tokens_of
 
 pytestmark = [pytest.mark.sglang]
@@ -51,8 +52,8 @@ def reference_logprobs(model, completion, temperature: float = 1.0) -> torch.Ten
     return logprobs[prompt - 1 : -1].gather(1, tokens[0, prompt:, None])[:, 0]
 
 
-def largest_difference(model, completions, temperature: float = 1.0) -> float:
-    return max(
+def difference_from(model, completions, temperature: float = 1.0) -> float:
+    return disagreement(
         (reference_logprobs(model, one, temperature) - logprobs_of(one)).abs().max().item() for one in completions
     )
 
@@ -69,24 +70,24 @@ def test_keeps_order_and_protocol(engine):
 
 def test_logprobs_match_transformers_through_ten_updates(engine, models):
     folders, built = models
-    assert largest_difference(built[0], engine.generate(requests(seed=2), FREE)) < 1e-4
+    assert difference_from(built[0], engine.generate(requests(seed=2), FREE)) < 1e-4
     for step in range(1, 11):
         engine.load_weights(folders[step], f"step-{step}")
         completions = engine.generate(requests(seed=2), FREE)  # the same prompts: a cache not dropped would show
         assert {one.weight_version for one in completions} == {f"step-{step}"}
-        assert largest_difference(built[step], completions) < 1e-4
-        assert largest_difference(built[step - 1], completions) > 1e-2
+        assert difference_from(built[step], completions) < 1e-4
+        assert difference_from(built[step - 1], completions) > 1e-2
     engine.load_weights(folders[0], "back")
 
 
 def test_more_requests_than_run_at_a_time(engine, models):
     completions = engine.generate(requests(seed=3, prompts=20, each=4), FREE)
-    assert largest_difference(models[1][0], completions) < 1e-4
+    assert difference_from(models[1][0], completions) < 1e-4
 
 
 def test_temperature_divides_the_logits_of_logprobs(engine, models):
     completions = engine.generate(requests(seed=4), Sampling(0.6, 1.0, 12, (), 0))
-    assert largest_difference(models[1][0], completions, temperature=0.6) < 1e-4
+    assert difference_from(models[1][0], completions, temperature=0.6) < 1e-4
 
 
 def test_greedy_takes_the_most_likely_token(engine, models):

@@ -13,19 +13,19 @@ import pytest
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.sglang.engine import SGLangEngine
-from megatron_r1.rollout.sglang.servers.process import group_members
+from megatron_r1.rollout.sglang.servers.process import Server, group_members
 
 pytestmark = [pytest.mark.sglang]
 
 PROGRAM = """
 import json, sys, time
 from pathlib import Path
-from megatron_r1.config.sglang import SGLangConfig
+from megatron_r1.config.sglang import ServerConfig, SGLangConfig
 from megatron_r1.rollout.sglang.servers.arguments import server_arguments, server_environment
 from megatron_r1.rollout.sglang.servers.process import Server
 arguments = server_arguments(Path(sys.argv[1]), SGLangConfig(max_total_tokens=4096), device="cpu", dtype="float32",
                              context_length=64, version="initial")
-server = Server(arguments, server_environment("cpu", 1), Path(sys.argv[2]))
+server = Server(arguments, server_environment("cpu", ServerConfig()), Path(sys.argv[2]))
 print(json.dumps({"pid": server.process.pid, "folder": str(server.folder)}), flush=True)
 time.sleep(600)
 """
@@ -78,3 +78,12 @@ def test_folder_that_sglang_cannot_serve_is_one_line_with_the_log(tmp_path):
     message = start(tmp_path, tmp_path / "logs")
     assert "no_such_model" in message
     assert str(tmp_path / "logs" / "server-0.log") in message
+
+
+def test_what_a_server_compiled_outlives_it_where_home_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/no/such/home")
+    server = Server({}, {}, tmp_path / "logs" / "server-0.log")
+    environment = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+    server.close()
+    caches = tmp_path / "logs" / "caches"
+    assert f"HOME={caches}".encode() in environment and caches.is_dir() and not server.folder.exists()

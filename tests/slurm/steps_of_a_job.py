@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_r1.config.sglang import SGLangConfig, SlurmConfig
+from megatron_r1.config.sglang import ServerConfig, SGLangConfig, SlurmConfig
 from tests.support.samples import tokens_of
 
 LENGTH = 64
@@ -28,7 +28,7 @@ def serve(folder: Path, port: int) -> None:
         folder / "model", config, device="cpu", dtype="float32", context_length=LENGTH, version="theirs"
     )
     endpoint = Endpoint(f"http://127.0.0.1:{port}", os.environ[API_KEY], os.environ[ADMIN_KEY])
-    server = Server(arguments, server_environment("cpu", 1), folder / "server.log", endpoint)
+    server = Server(arguments, server_environment("cpu", ServerConfig()), folder / "server.log", endpoint)
     try:
         while not (folder / "answers.json").exists():
             server.check()

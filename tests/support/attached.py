@@ -45,15 +45,25 @@ def find(path: Path) -> list[Endpoint]:
     return [Endpoint(url, *pair) for url, pair in zip(read_addresses(path, len(keys), 5.0), keys, strict=True)]
 
 
-async def generate_raw(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
-    """SGLang's own reply to one /generate call, sent past the engine and its client."""
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
+async def generate_raw(
+    endpoint: Endpoint, body: dict[str, Any], started: asyncio.Event | None = None
+) -> dict[str, Any]:
+    """SGLang's own reply to one /generate call, sent past the engine and its client.
+
+    Args:
+        started: is set as soon as the server has sampled a token.
+    """
+    headers, reply = {"Authorization": f"Bearer {endpoint.api_key}"}, dict[str, Any]()
     async with (
         aiohttp.ClientSession() as session,
-        session.post(f"{endpoint.url}/generate", json=body, headers=headers) as response,
+        session.post(f"{endpoint.url}/generate", json=body | {"stream": True}, headers=headers) as response,
     ):
-        reply: dict[str, Any] = await response.json()
-        return reply
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                reply = json.loads(line.removeprefix(b"data: "))
+                if started:
+                    started.set()
+    return reply
 
 
 class Attached:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from megatron_r1.checkpoint.sharded import TensorPart, WholeTensors, write_parts
@@ -19,6 +20,7 @@ from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import InitConfig, RunConfig
 from megatron_r1.config.schema import resolved
+from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.hf.families import param_mappings
 
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
@@ -59,10 +61,9 @@ def native_run(run_folder: Path, model: ModelConfig, weights: dict[str, Tensor])
 
 def write_tokenizer(folder: Path) -> None:
     """As much of a tokenizer as an export reads."""
-    folder.mkdir()
-    added = [{"id": number, "content": token} for number, token in enumerate(TOKENS.values())]
-    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENS))
+    backend = Backend(WordLevel({}))
+    backend.add_special_tokens(list(TOKENS.values()))
+    Tokenizer(backend, TOKENS).save(folder)
 
 
 def convert(source: Path | str, run_folder: Path, **settings: object) -> Path:

@@ -91,7 +91,7 @@ def one_update(
     optimizer, reference = Optimizer(model, settings), ReferencePolicy(model)
     for weight in reference.copies:
         weight *= REFERENCE_SCALE
-    this = DirectPreference(model, reference, BETA, SMOOTHING, PAD, "cpu", parallel.tensor)
+    this = DirectPreference(model, reference, BETA, SMOOTHING, PAD, "cpu")
     margins = EvalPairs(this, pairs(5), 2).margins()
     result, positions = this.learn(optimizer, pairs(), 1e-3, size)
     assert positions > 0 and not result.skipped

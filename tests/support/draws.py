@@ -16,7 +16,7 @@ from megatron_r1.config.model import (
 
 MSCALES = ((1.0, 1.0), (0.707, 0.707), (1.0, 0.0))
 """V3's temperatures, V2-Lite's, and the one that scales rotary parts alone."""
-DENSE = ("qwen2", "qwen3", "llama")
+GROUPED = ("qwen2", "qwen3", "qwen3_moe", "llama")
 
 
 def sparse_shape(seed: int) -> ModelConfig:
@@ -60,22 +60,37 @@ def sparse_shape(seed: int) -> ModelConfig:
     return _model(draw, moe.first_dense_layers + draw.choice((1, 2)), 24, (2, 3), attention, rope, moe, mtp)
 
 
-def dense_shape(kind: str, seed: int) -> ModelConfig:
-    """A shape of one of the three dense families; every second one ties its embeddings."""
+def grouped_shape(kind: str, seed: int) -> ModelConfig:
+    """A shape of one of the families with grouped attention; every second one ties its embeddings."""
     draw = random.Random(f"{kind}/{seed}")
     attention = GroupedAttentionConfig(
         num_key_value_heads=(1, 2, 4)[seed % 3],
         head_dim=draw.choice((6, 8, 10)),
         qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qk_norm=kind.startswith("qwen3"),
     )
     rope = RopeConfig(base=draw.choice((1e4, 5e5)))
     if kind == "llama" and seed % 2 == 0:
         factor, original = draw.choice((8.0, 32.0)), draw.choice((16, 64))
         rope = RopeConfig(base=1e4, scaling="llama3", factor=factor, original_max_position=original, beta_fast=4.0)
     settings: dict[str, Any] = {"tied_embeddings": seed % 2 == 1}
-    none = MoeConfig.none(), MtpConfig(num_layers=0)
-    return _model(draw, draw.choice((2, 3)), 24, (4, 8), attention, rope, *none, **settings)
+    moe = _qwen3_experts(draw, seed) if kind == "qwen3_moe" else MoeConfig.none()
+    return _model(draw, draw.choice((2, 3)), 24, (4, 8), attention, rope, moe, MtpConfig(num_layers=0), **settings)
+
+
+def _qwen3_experts(draw: random.Random, seed: int) -> MoeConfig:
+    """Normalised over the chosen experts, never all, as released; every fifth not, which transformers can say too."""
+    return MoeConfig(
+        num_experts=draw.choice((5, 6, 9)),
+        top_k=draw.choice((2, 3, 4)),
+        ffn_hidden_size=draw.choice((12, 20)),
+        num_shared_experts=0,
+        first_dense_layers=0,
+        num_groups=1,
+        score_function="softmax" if seed % 5 == 4 else "softmax_topk",
+        scaling_factor=1.0,
+        sequence_loss_coefficient=0.0,
+    )
 
 
 def _model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ def gradients_of(model: Any, micro_batches: Sequence[Any], reader: Any, length: 
     return gradients, float(torch.stack([entry["train/loss"] for entry in result.passes.logged]).mean())
 
 
+def largest(values: Iterable[float]) -> float:
+    """The largest value; not a number where one is none, which Python's max may pass over."""
+    return float(torch.tensor([*values], dtype=torch.float64).max())
+
+
 def worst(found: Gradients, expected: Gradients) -> float:
     """The largest relative difference of a parameter's gradient."""
-    return max(float((found[name] - expected[name]).norm() / (expected[name].norm() + 1e-12)) for name in expected)
+    return largest(float((found[name] - expected[name]).norm() / (expected[name].norm() + 1e-12)) for name in expected)

@@ -2,8 +2,9 @@
 
 python grpo_runs.py FOLDER pre-trains a small base and a reward model for some steps; trains by PPO, once without a stop
 and once stopped by a signal and gone on with; starts a critic from the reward model; asks FOLDER/questions.jsonl with
-rewards of steps; measures the base on general tasks; learns from pairs of responses, with and without a stop too; and
-writes FOLDER/found.json.
+rewards of steps; distils the trained policy into the base on-policy; measures the base on general tasks; learns from
+pairs of responses, with and without a stop too; learns by rules and a reward model together; and writes
+FOLDER/found.json.
 """
 
 from __future__ import annotations
@@ -35,6 +36,18 @@ PPO = (
     "rl.updates_per_rollout=2",
     "rl.reference_sync_interval=0",
 )
+DISTILLED = (
+    "init.from={}/base",
+    "rl.teacher.from={}/whole",
+    "rl=on_policy_distillation",
+    "reward=none",
+    "rollout=local",
+    "rollout.max_response_tokens=12",
+    "rl.prompts_per_rollout=8",
+    "rl.updates_per_rollout=1",
+    "train.steps=2",
+)
+"""The teacher is what PPO made of the base."""
 PROMPT_FILE = (
     "init.from={}/base",
     "data.prompts.path={}/questions.jsonl",
@@ -49,6 +62,26 @@ PROMPT_FILE = (
     "rl.updates_per_rollout=2",
     "train.steps=2",
 )
+SCENARIOS = (
+    "init.from={}/speaker",
+    "data=assistant",
+    "data.mixture.rules.world=arithmetic",
+    "data.mixture.general.world=assistant",
+    "data.mixture.general.from_step=-1",
+    "reward.domains.accuracy=reasoning",
+    "reward.domains.helpfulness=helpfulness",
+    "reward.helpfulness=1",
+    "reward.helpfulness_model={}/judge",
+    "routing=frozen",
+    "rollout=local",
+    "rollout.max_response_tokens=12",
+    "rl=grpo",
+    "rl.prompts_per_rollout=8",
+    "rl.group_size=2",
+    "rl.updates_per_rollout=1",
+    "train.steps=2",
+)
+"""Rules and a reward model in one rollout, general prompts in the last step alone."""
 EXAM = (
     "init.from={}/base",
     "evaluate.benchmark=assistant",
@@ -104,8 +137,12 @@ def main(folder: Path) -> None:
     run(pretrain, "pretrain", "name=base", "train.steps=1")
     run(grpo, "grpo", "name=whole", *PPO, "train.steps=2")
 
-    def stopped(hook: Any, step: int, stage: Any, verb: str, *overrides: str) -> str:
-        """Stopped by a signal after a step, through a hook; then resumed. Returns the message."""
+    def stopped(hook: Any, step: int, stage: Any, verb: str, *overrides: str, damaged: str = "") -> str:
+        """Stopped by a signal after a step, through a hook; then resumed. Returns the message.
+
+        Args:
+            damaged: run whose weights are damaged while the other is resumed.
+        """
         plain = hook.after_step
 
         def stopping(self: Any, state: Any, row: dict) -> None:
@@ -121,7 +158,11 @@ def main(folder: Path) -> None:
             message = str(stop)
         finally:
             hook.after_step = plain
+        if damaged:
+            flip_last_bits(folder / damaged)
         run(stage, verb, *overrides)
+        if damaged:
+            flip_last_bits(folder / damaged)  # whole again, for the tests that read them
         return message
 
     found = {"stopped": stopped(grpo.PruneJournal, 1, grpo, "grpo", "name=stopped", *PPO, "train.steps=2")}
@@ -129,12 +170,23 @@ def main(folder: Path) -> None:
     still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
     run(grpo, "grpo", "name=asked", *PROMPT_FILE)
+    run(grpo, "grpo", "name=distilled", *DISTILLED)
     run(evaluate, "evaluate", "name=general", *EXAM)
     run(pretrain, "pretrain", "name=speaker", *SPEAKER, "train.steps=2")
     run(dpo, "dpo", "name=preferring", *DPO)
-    found["stopped_dpo"] = stopped(EvalHook, 3, dpo, "dpo", "name=stopped_dpo", *DPO)
+    run(grpo, "grpo", "name=scenarios", *SCENARIOS)
+    found["stopped_dpo"] = stopped(EvalHook, 3, dpo, "dpo", "name=stopped_dpo", *DPO, damaged="speaker")
+    found["other_vocabulary"] = refused(*DISTILLED, "rl.teacher.from={}/speaker")
     found["no_reward_model"] = refused("rl.critic.init_from={}/base")
     (folder / "found.json").write_text(json.dumps(found))
+
+
+def flip_last_bits(run: Path) -> None:
+    """Flip the last bit of each file of a run's weights."""
+    for path in (run / "checkpoints").glob("step-*/model-*.safetensors"):
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
 
 
 if __name__ == "__main__":

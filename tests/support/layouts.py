@@ -60,7 +60,7 @@ def model_of(shape: str) -> ModelConfig:
         dense.init_std = 0.08
         return dense
     if shape.startswith("grouped"):
-        bias = shape == "grouped_bias"
+        bias, sparse = shape == "grouped_bias", shape == "grouped_experts"
         return ModelConfig(
             num_layers=2,
             hidden_size=40,
@@ -69,9 +69,9 @@ def model_of(shape: str) -> ModelConfig:
             vocab_size=68,
             max_sequence_length=64,
             init_std=0.08,
-            tied_embeddings=not bias,
+            tied_embeddings=shape == "grouped_norm",
             attention=GroupedAttentionConfig(num_key_value_heads=2, head_dim=10, qkv_bias=bias, qk_norm=not bias),
-            moe=MoeConfig.none(),
+            moe=_qwen3_experts() if sparse else MoeConfig.none(),
             mtp=MtpConfig(num_layers=0),
         )
     return ModelConfig(
@@ -86,4 +86,17 @@ def model_of(shape: str) -> ModelConfig:
             q_lora_rank=0, kv_lora_rank=14, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=20
         ),
         moe=MoeConfig(num_experts=4, top_k=2, ffn_hidden_size=24, num_shared_experts=2),
+    )
+
+
+def _qwen3_experts() -> MoeConfig:
+    return MoeConfig(
+        num_experts=4,
+        top_k=2,
+        ffn_hidden_size=24,
+        num_shared_experts=0,
+        first_dense_layers=0,
+        num_groups=1,
+        score_function="softmax_topk",
+        scaling_factor=1.0,
     )

@@ -81,7 +81,7 @@ class Hesitant:
 
 def scored_ahead(models: Sequence[Any], samples: Sequence[Any], prompts: Sequence[Any]) -> tuple[list[Any], str]:
     """Rewards that this rank gets in each step, by rollouts ahead on rank 0, and why there are no more."""
-    from megatron_r1.parallel.launcher import is_rank_zero
+    from megatron_r1.platform.launcher import is_rank_zero
     from megatron_r1.rewards.score import Rubric, Weighted
     from megatron_r1.rl.generation.async_rollouts import AsyncRollouts
     from megatron_r1.rl.generation.reward_service import CollectiveRewardService

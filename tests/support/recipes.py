@@ -31,7 +31,7 @@ SHORT = [
 ]
 LOCAL = ["rollout=local"]
 SGLANG = ["rollout.sglang.max_total_tokens=4096", "rollout.sglang.max_running_requests=16"]
-STAGES = {"pretrain": ["train.steps=6"], "r1_zero": ["train.steps=3", "init.from='{pretrain}'"]}
+STAGES = {"pretrain": ["train.steps=6"], "r1_zero": ["train.steps=3", "init.from='{base}'"]}
 DIES_WITHIN_S = 5.0
 
 

@@ -62,7 +62,7 @@ def one_update(
     settings = TrainConfig(steps=100)
     settings.optimizer.max_grad_norm = 0.0
     optimizer = Optimizer(model, settings)
-    model_with_head = RewardModel(model, pairwise, critique_weight, PAD, "cpu", parallel.tensor)
+    model_with_head = RewardModel(model, pairwise, critique_weight, PAD, "cpu")
     examples, group = training_examples(pairwise), data_parallel_group()
     scores = model_with_head.scores([sequence.tokens for example in examples for sequence in example.sequences], 3)
     micro_batches = model_with_head.micro_batches(examples, dist.get_rank(group), dist.get_world_size(group), 2)

@@ -1,8 +1,8 @@
 """A SLURM cluster of two nodes on this machine: a real controller and two node daemons, in the foreground of this
 process, which leave nothing behind.
 
-Its nodes are called `trainer` and `localhost`; the second name leads to this machine, so that what runs there is found
-by its node's name.
+Its nodes are called `first` and `localhost`, in SLURM's order; the second name leads to this machine, so that what runs
+there is found by its node's name.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-NODES = ("trainer", "localhost")
+NODES = ("first", "localhost")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "salloc")
 START_S = 30.0
+MACHINES_THAT_ARE_OFF = (
+    "GresTypes=gpu", "SuspendProgram=/bin/true", "ResumeProgram=/bin/true", "SuspendTime=100000",
+    "NodeName=gpu[001-160] NodeAddr=127.0.0.1 CPUs=128 RealMemory=100000 Gres=gpu:8 State=CLOUD",
+    "PartitionName=gpu Nodes=gpu[001-160]", "PartitionName=short Nodes=gpu[001-002] MaxTime=60",
+)  # fmt: skip
+"""Nodes of eight GPUs, on which SLURM plans jobs (sbatch --test-only) and none runs."""
 
 
 def absent() -> str:
@@ -54,21 +60,37 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
             return result.stdout.strip() == str(len(NODES))
 
         wait_until(idle, folder)
+        stack.callback(cancel_all_jobs, environment)  # before the daemons stop, which would leave their steps behind
         yield environment
+
+
+def cancel_all_jobs(environment: dict[str, str]) -> None:
+    """End what a test that failed has left in the queue, and wait until its nodes are free of it."""
+    left = ["squeue", "--noheader", "--format=%A", "--states=running,completing"]
+    subprocess.run(["scancel", "--user=root", "--signal=KILL", "--full"], env=environment, capture_output=True)
+    subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True)
+    deadline = time.monotonic() + START_S
+    while subprocess.run(left, env=environment, capture_output=True).stdout:
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.1)
 
 
 def configuration(folder: Path, ports: list[int]) -> str:
     controller, *nodes = ports
     lines = [
         "ClusterName=test", "SlurmctldHost=localhost", f"SlurmctldPort={controller}", "SlurmUser=root",
-        "SlurmdUser=root", "AuthType=auth/munge", f"AuthInfo=socket={folder}/munge.socket",
+        f"FirstJobId={controller}",  # jobs make their ports of it: those of other clusters here must differ
+
+        "SlurmdUser=root", "AuthType=auth/munge", f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",
         f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool-%n",
         f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/%n.pid",
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_Core", "SchedulerParameters=bf_interval=1", "MpiDefault=none", "KillWait=2",
     ]  # fmt: skip
     lines += [f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=2" for node, port in zip(NODES, nodes, strict=True)]
-    return "\n".join([*lines, "PartitionName=all Nodes=ALL Default=YES", ""])
+    lines += [f"PartitionName=all Nodes={','.join(NODES)} Default=YES"]
+    return "\n".join([*lines, *MACHINES_THAT_ARE_OFF, ""])
 
 
 def free_ports(count: int) -> list[int]:

@@ -38,6 +38,7 @@ from megatron_r1.train.update import update  # noqa: E402
 from tests.support.native_weights import load_native_tensors  # noqa: E402
 
 SHARED = ParallelConfig(tensor=2, expert_tensor=2)
+GROUPED = ("grouped_bias", "grouped_norm", "grouped_experts")
 
 
 def main(folder: Path) -> None:
@@ -46,9 +47,9 @@ def main(folder: Path) -> None:
             "tensor_parallel": parallel_state.get_tensor_model_parallel_world_size(),
             "threads": torch.get_num_threads(),
             "comm": what_ranks_say(),
-            "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query", "grouped_bias", "grouped_norm")},
+            "layouts": {shape: layout(shape) for shape in ("tiny", "direct_query", *GROUPED)},
             "updates": two_updates(folder),
-            **{shape: updates_of_a_dense_model(folder, shape) for shape in ("grouped_bias", "grouped_norm")},
+            **{shape: updates_with_grouped_attention(folder, shape) for shape in GROUPED},
             "fp8": two_fp8_updates(),
         }
         rank = dist.get_rank()
@@ -108,7 +109,7 @@ def two_updates(folder: Path) -> dict[str, Any]:
     return updates(model, load_file(folder / "rows.safetensors")["rows"])
 
 
-def updates_of_a_dense_model(folder: Path, shape: str) -> dict[str, Any]:
+def updates_with_grouped_attention(folder: Path, shape: str) -> dict[str, Any]:
     """The same of a model with grouped attention, whose first weights are those of one rank by themselves."""
     model = build_model(model_of(shape), SHARED, PLATFORM, seed=0)
     return updates(model, load_file(folder / "rows.safetensors")["rows"] % model_of(shape).vocab_size)

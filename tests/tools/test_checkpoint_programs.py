@@ -144,4 +144,4 @@ def test_a_converted_folder_is_held_against_its_audit(tmp_path, call):
     assert code == 0 and "2 tensors are as audit.json says" in out
     save_file(written | {"a.weight": WHOLE + 1}, folder / "model.safetensors")
     code, out, _ = call("verify_checkpoint", folder)
-    assert code == ExitCode.CHECKPOINT_DAMAGED and "damaged: a.weight: sha256 is" in out
+    assert code == ExitCode.CHECKPOINT_DAMAGED and "damaged: a.weight: blake3 is" in out

@@ -39,9 +39,9 @@ def test_a_layer_of_few_experts_comes_back_bitwise(
 
 def test_a_difference_is_found() -> None:
     bench = program("convert_layer")
-    first = {"files": {"a": {"sha256": "1"}}, "written": {"x": {"sha256": "2"}, "y": {"sha256": "3"}}}
+    first = {"files": {"a": {"blake3": "1"}}, "written": {"x": {"blake3": "2"}, "y": {"blake3": "3"}}}
     assert bench.differences(first, first) == []
-    last = {"files": {"a": {"sha256": "1"}}, "written": {"x": {"sha256": "4"}}}
+    last = {"files": {"a": {"blake3": "1"}}, "written": {"x": {"blake3": "4"}}}
     assert bench.differences(first, last) == ["written: x", "written: y"]
 
 
@@ -51,6 +51,7 @@ def test_conversions_beside_cp(
     bench = program("convert_speed")
     tiny = in_precision(load("convert", ["model.num_layers=2"]).model, "bf16")
     monkeypatch.setattr(bench, "shape", lambda layers: tiny)
+    monkeypatch.setattr(bench, "REST_S", 0.0)
     monkeypatch.setattr(sys, "argv", ["convert_speed", "--rounds=2", f"--folder={tmp_path / 'speed'}"])
     bench.main()
     lines = capsys.readouterr().out.splitlines()

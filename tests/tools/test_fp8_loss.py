@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from megatron_r1.model.fp8 import quantise
+from tests.support.gradients import largest
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
+LARGEST_ERROR = 0.025
+"""Of a loss after up to three steps: proper scales give 0.011 at the most, those of a neighbouring tile 0.062."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def same_weights(bench, options, one_rank):
 
 
 def error(bench, run, baseline) -> float:
-    return max(abs(mine / theirs - 1) for mine, theirs in zip(run["losses"], baseline["losses"], strict=True))
+    return largest(abs(mine / theirs - 1) for mine, theirs in zip(run["losses"], baseline["losses"], strict=True))
 
 
 def test_fp8_is_near_bf16_and_something_else(bench, runs):
@@ -56,7 +59,7 @@ def test_fp8_is_near_bf16_and_something_else(bench, runs):
     losses = [tuple(run["losses"]) for run in runs.values()]
     assert len(set(losses)) == len(losses)
     for run in runs.values():
-        assert 0 <= error(bench, run, baseline) < 0.01
+        assert 0 <= error(bench, run, baseline) < LARGEST_ERROR
 
 
 def test_a_scale_of_the_neighbouring_tile_shows_in_the_loss(bench, runs, options, one_rank, monkeypatch):
@@ -68,7 +71,7 @@ def test_a_scale_of_the_neighbouring_tile_shows_in_the_loss(bench, runs, options
 
     monkeypatch.setattr(quantise, "quantise", shifted)
     broken, _, _ = bench.train("fp8, as the report", 0, options, one_rank)
-    assert error(bench, broken, runs[bench.BASELINE]) > 0.01
+    assert error(bench, broken, runs[bench.BASELINE]) > LARGEST_ERROR
 
 
 def test_at_the_same_weights_fp8_errs_more_than_bf16_and_little(bench, same_weights):

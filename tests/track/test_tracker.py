@@ -13,6 +13,7 @@ import orjson
 import pytest
 
 from megatron_r1.config.jobs import TrackConfig
+from megatron_r1.errors import PlatformError
 from megatron_r1.track import wandb_run
 from megatron_r1.track.metrics import METRICS
 from megatron_r1.track.record import read_metrics
@@ -139,6 +140,9 @@ def test_disabled_writes_no_wandb_folder(tmp_path):
         ("auto", {"WANDB_API_KEY": ""}, "offline"),
         ("auto", {"WANDB_API_KEY": "k"}, "online"),
         ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_API_KEY": "k", "WANDB_MODE": "dryrun"}, "offline"),
+        ("auto", {"WANDB_MODE": ""}, "offline"),
+        ("online", {"WANDB_MODE": "nonsense"}, "online"),
         ("online", {}, "online"),
         ("offline", {"WANDB_API_KEY": "k"}, "offline"),
         ("disabled", {"WANDB_API_KEY": "k"}, "disabled"),
@@ -146,6 +150,11 @@ def test_disabled_writes_no_wandb_folder(tmp_path):
 )
 def test_mode_is_chosen_before_wandb_starts(setting, environment, mode):
     assert wandb_mode(setting, environment) == mode
+
+
+def test_a_mode_that_wandb_does_not_have_is_named():
+    with pytest.raises(PlatformError, match=r"^WANDB_MODE=ofline: must be one of online, offline, disabled"):
+        wandb_mode("auto", {"WANDB_MODE": "ofline"})
 
 
 def test_online_without_a_network_warns_and_records_offline(tmp_path, monkeypatch, caplog):

@@ -124,12 +124,6 @@ def test_a_batch_without_targets_is_no_division_by_zero(plain):
     assert loss == 0 and not any(gradient.any() for gradient in gradients.values())
 
 
-def test_the_coefficient_of_extra_predictions_is_left_as_it_was(plain):
-    reader, before = PackedReader(False, 1, "cpu"), plain.config.mtp_loss_scaling_factor
-    gradients_of(plain, reader.micro_batches(BATCH, 0, 1, 1), reader)
-    assert plain.config.mtp_loss_scaling_factor == before > 0
-
-
 def test_transformer_engine_cannot_isolate_and_says_so():
     config = RunConfig()
     config.data.indexed.datasets["a"] = DatasetConfig(path="a")

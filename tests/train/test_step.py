@@ -140,7 +140,7 @@ def test_matrices_decay_and_norms_do_not(new_model, moments):
         torch.testing.assert_close(parameter.detach(), before[name] * factors[parameter.dim()], rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("shape", ["tiny", "grouped_bias", "grouped_norm"])
+@pytest.mark.parametrize("shape", ["tiny", "grouped_bias", "grouped_norm", "grouped_experts"])
 def test_two_tensor_parallel_ranks_train_as_one(new_model, two_ranks, shape):
     config = model_of(shape)
     model, rows_BL = new_model(config), ROWS_BL % config.vocab_size
@@ -153,5 +153,5 @@ def test_two_tensor_parallel_ranks_train_as_one(new_model, two_ranks, shape):
         assert found["norms"] == pytest.approx([r.gradient_norm for r in results], rel=1e-4)
         if config.mtp.num_layers:
             assert found["mtp_losses"] == pytest.approx([r.passes.mtp_loss for r in results], rel=1e-5)
-        else:
-            assert [result.passes.expert_load for result in results] == [{}, {}]
+        assert found["loads"].keys() == results[-1].passes.expert_load.keys()
+    assert bool(results[-1].passes.expert_load) == (shape == "tiny")  # megatron-core counts for balancing biases alone

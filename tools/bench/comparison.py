@@ -8,6 +8,7 @@ A machine's speed drifts; ways that take turns drift alike, so it is the ratio w
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ def seconds_of(action: Callable[[], object]) -> Way:
 def alternate(ways: Mapping[str, Way], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each way, a number per round.
 
-    Each round measures all ways, and each next round begins with the next one, so that none always follows the same.
+    Each round measures all ways in an order of its own, so that none always follows the same one.
 
     Args:
         ways: by name; each measures itself and leaves out what does not count.
@@ -39,9 +40,9 @@ def alternate(ways: Mapping[str, Way], rounds: int, warm_up: int = 1) -> dict[st
     """
     names = list(ways)
     found: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for number in range(-warm_up, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in order.sample(names, len(names)):
             seconds = ways[name]()
             if number >= 0:
                 found[name].append(seconds)

@@ -96,6 +96,9 @@ class Generated:
 
     model: ModelConfig
 
+    def mappings(self) -> list[ParamMapping]:
+        return param_mappings(self.model)
+
     @contextmanager
     def open(self) -> Iterator[Reader]:
         largest = max(prod(mapping.native_shape) for mapping in param_mappings(self.model))

@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from filecmp import cmp
@@ -34,6 +35,9 @@ from megatron_r1.config.schema import resolved
 from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.target import NativeTarget
 from tools.bench.comparison import Way, alternate, describe, seconds_of
+
+REST_S = 1.5
+"""Before each way: a disk that has just freed a gigabyte is slow."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def settled(action: Callable[[], object], *there: Path) -> Way:
         for folder in there:
             shutil.rmtree(folder, ignore_errors=True)
         os.sync()
+        time.sleep(REST_S)
         return seconds_of(action)()
 
     return way

@@ -86,7 +86,7 @@ class OurSide:
 
     def __init__(self, task: Task):
         from megatron_r1.model.build import build_model
-        from megatron_r1.model.chunks import in_multi_token_layer
+        from megatron_r1.model.names import in_multi_token_layer
         from megatron_r1.platform import select
         from megatron_r1.rl.generation.rollouts import Rollouts
         from megatron_r1.rl.learner import Learner

@@ -99,7 +99,7 @@ def pretraining_step(config: RunConfig, platform: Any, length: int = LENGTH) -> 
 def learning_step(config: RunConfig, platform: Any) -> Callable[[], object]:
     """Learning from a drawn rollout: old log-probs are the engine's, updates as many as the recipe has."""
     from megatron_r1.model.build import build_model
-    from megatron_r1.model.chunks import in_multi_token_layer
+    from megatron_r1.model.names import in_multi_token_layer
     from megatron_r1.rl.learner import Learner
     from megatron_r1.train.optimizer import Optimizer
     from megatron_r1.train.state import TrainState
@@ -176,9 +176,9 @@ def ranks_seconds(ranks: int, tensor: int) -> float:
 
 def as_rank(tensor: int, rounds: int) -> None:
     """A rank started by `ranks_seconds`; rank 0 prints the median of its steps."""
-    from megatron_r1.parallel.launcher import is_rank_zero
     from megatron_r1.parallel.mesh import process_groups
     from megatron_r1.platform import select
+    from megatron_r1.platform.launcher import is_rank_zero
 
     platform, config = select("cpu"), config_of(tensor=tensor)
     with process_groups(platform, config.parallel, seed=0, threads=1):

@@ -65,7 +65,7 @@ def write_model(folder: Path) -> None:
     from megatron_r1.config.model import ModelConfig
     from megatron_r1.config.parallel import ParallelConfig
     from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
-    from megatron_r1.hf.config import generation_config, special_tokens
+    from megatron_r1.hf.config import generation_config, serving_view, special_tokens
     from megatron_r1.hf.export import write_folder
     from megatron_r1.model.build import build_model, native_tensors
     from megatron_r1.parallel.mesh import process_groups
@@ -78,7 +78,8 @@ def write_model(folder: Path) -> None:
     with process_groups(platform, ParallelConfig(), seed=0, threads=1):
         model = build_model(shape, ParallelConfig(), platform, seed=0)
         named = ((one.name, one.tensor) for one in payload.tensors(native_tensors(model), complete=True))
-        write_folder(named, folder / "model", payload.config(tokens), generation_config(tokens), tokenizer)
+        written = write_folder(named, folder / "hf", payload.config(tokens), generation_config(tokens), tokenizer)
+    serving_view(written, folder / "model")
 
 
 def server_s(folder: Path) -> float:

@@ -31,14 +31,14 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.model.build import native_tensors
-from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.model.names import in_multi_token_layer
 from megatron_r1.model.replay import NoReplay
 from megatron_r1.rewards.rubric_builder import build_rubric
 from megatron_r1.rl.generation.reward_service import NoRewardModels
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rollout.in_process import LocalEngine
 from megatron_r1.rollout.sync.payload import WeightPayload
-from megatron_r1.runs.initial_weights import Weights, initial_model
+from megatron_r1.runs.initial_weights import InitialModel, initial_model
 from megatron_r1.runs.prompts import prompt_formatter
 from megatron_r1.runs.training_run import TrainingRun, training_run
 from megatron_r1.train.loop import train
@@ -134,21 +134,20 @@ class CountingEngine(LocalEngine):
 
 
 @contextmanager
-def training(config: RunConfig, weights: Weights, tokenizer: Tokenizer) -> Iterator[TrainingRun]:
+def training(config: RunConfig, initial: InitialModel, tokenizer: Tokenizer) -> Iterator[TrainingRun]:
     """The run that `megatron-r1 grpo` would train."""
-    with training_run(config, tokenizer, weights, trainable=lambda name: not in_multi_token_layer(name)) as run:
+    with training_run(config, tokenizer, initial, trainable=lambda name: not in_multi_token_layer(name)) as run:
         yield run
 
 
 def measure(config: RunConfig) -> CountingEngine:
     """Train, and count at every step."""
-    weights, tokenizer = initial_model(config)
-    assert weights is not None
+    initial, tokenizer = initial_model(config)
     formatter = prompt_formatter(config, tokenizer)
     scorer = build_rubric(config.reward, lambda text: len(tokenizer.encode(text)), [])
-    with training(config, weights, tokenizer) as run:
-        learner, engine, service = build_learner(run, weights, NoReplay()), CountingEngine(run), NoRewardModels()
-        with rollout_source(run, engine, None, formatter, scorer, service) as rollouts:
+    with training(config, initial, tokenizer) as run:
+        learner, engine, service = build_learner(run, initial, NoReplay()), CountingEngine(run), NoRewardModels()
+        with rollout_source(run, engine, {}, formatter, scorer, service) as rollouts:
             step = reinforcement_step(rollouts, learner, engine.push, config.rl.prompts_per_rollout)
             state = train(run.state, step, build_hooks(run, learner), config.train.steps)
         engine.push(str(state.step))

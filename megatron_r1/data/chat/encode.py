@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_r1.data.chat.closing import closing_tokens
 from megatron_r1.data.chat.render import R1_ZERO, RESPONSE_BEGINS, RESPONSE_ENDS, CannotRender, ChatTemplate
-from megatron_r1.data.chat.rows import Conversation
+from megatron_r1.data.chat.rows import IN_LOSS, Conversation
 from megatron_r1.data.chat.segments import ConversationSegmenter, Segment
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.tokenizer import Tokenizer
@@ -45,9 +46,9 @@ class ChatEncoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, loss_on: str, response_text: str):
         self._tokenizer = tokenizer
         self._control = control_tokens(tokenizer)
-        self._segmenter = ConversationSegmenter(
-            template, tokenizer.decode([tokenizer.eos]), self._control, loss_on, response_text
-        )
+        self._template = template
+        end = next(iter(closing_tokens(template, self._control)), tokenizer.decode([tokenizer.eos]))
+        self._segmenter = ConversationSegmenter(template, end, self._control, loss_on, response_text)
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[ChatExample] | BadRow]:
         """The examples of each conversation, or the reason why it has none."""
@@ -65,6 +66,7 @@ class ChatEncoder:
     def _cut(self, messages: Conversation) -> list[list[Segment]] | BadRow:
         try:
             self._check_text(messages)
+            self._check_fields(messages)
             return [_merged(segments) for segments in self._segmenter.examples(messages)]
         except BadRow as error:
             return error
@@ -78,13 +80,20 @@ class ChatEncoder:
                 if isinstance(part, str) and (found := self._control.search(part)):
                     raise BadRow(f"message {number} holds the control token {found[0]}")
 
+    def _check_fields(self, messages: Conversation) -> None:
+        """Refuse fields of messages that nobody reads."""
+        read = {"role", "content", IN_LOSS, *self._template.fields}
+        for number, message in enumerate(messages, 1):
+            if unread := sorted(message.keys() - read):
+                raise BadRow(f"message {number} has the field {unread[0]}, which the chat template does not read")
+
 
 def control_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Matches every token of the vocabulary that the content of a message must not contain.
 
     Tags around reasoning, such as <think>, are allowed.
     """
-    named = {tokenizer.decode([token]) for token in (*tokenizer.begin, tokenizer.eos, tokenizer.pad)}
+    named = {tokenizer.decode([token]) for token in (*tokenizer.begin, *tokenizer.stop_tokens, tokenizer.pad)}
     named |= {RESPONSE_BEGINS, RESPONSE_ENDS}
     for added in tokenizer.backend.get_added_tokens_decoder().values():
         if added.special or _CONTROL.fullmatch(added.content):
@@ -112,16 +121,16 @@ def template_source(name: str, tokenizer: Tokenizer, key: str) -> str:
             raise ConfigError(key, name, "the tokenizer has no chat template: name r1_zero or a file")
         return found
     try:
-        return Path(name).read_text("utf-8")
+        return Path(name).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise ConfigError(key, name, "must be r1_zero, tokenizer or a file that can be read") from None
 
 
-def chat_template(tokenizer: Tokenizer, source: str, name: str) -> ChatTemplate:
-    """A template with the tokenizer's special tokens as variables, as in transformers."""
+def chat_template(tokenizer: Tokenizer, source: str, name: str, date: str = "") -> ChatTemplate:
+    """A template with the tokenizer's special tokens as variables, as in transformers; `date` as in `ChatTemplate`."""
     roles = [role for role in tokenizer.settings if role.endswith("_token")]
     named = {role: text for role in roles if (text := tokenizer.text_of(role)) is not None}
-    return ChatTemplate(source, named, name)
+    return ChatTemplate(source, named, name, date)
 
 
 def key_of(messages: Conversation, seed: int) -> int:

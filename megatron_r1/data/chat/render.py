@@ -1,18 +1,20 @@
 """Chat templates, which are programs that others wrote: rendered in Jinja's sandbox, as transformers does.
 
-Whatever renders with `tokenizer.apply_chat_template` renders here to the same text. `strftime_now` is missing on
-purpose: templates that know the date by it then fall back to a fixed one, so that a resumed run reads the same tokens.
+Whatever renders with `tokenizer.apply_chat_template` renders here to the same text. Only `strftime_now` gives no
+today: it gives the run's `template_date`, so that a resumed run reads the same tokens. Without one it does not exist;
+templates that test for it then fall back to a date of their own, and others are refused.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -65,12 +67,13 @@ class ChatTemplate:
         source: Jinja text.
         tokens: further variables of the template: bos_token, eos_token and the like.
         name: of the template, for error messages.
+        date: YYYY-MM-DD, the day that `strftime_now` knows; empty: there is no `strftime_now`.
 
     Raises:
-        DataError: Jinja cannot parse the source.
+        DataError: Jinja cannot parse the source, or it reads no date and there is one.
     """
 
-    def __init__(self, source: str, tokens: Mapping[str, str], name: str):
+    def __init__(self, source: str, tokens: Mapping[str, str], name: str, date: str = ""):
         self.source, self.name, self._tokens = source, name, dict(tokens)
         self.marks_responses = _MARKED.search(source) is not None
         environment = ImmutableSandboxedEnvironment(
@@ -78,8 +81,14 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
+        if date:
+            if "strftime_now" not in source:
+                raise DataError(f"chat template {name}: reads no date, and template_date={date}")
+            environment.globals["strftime_now"] = datetime.datetime.fromisoformat(date).strftime
         try:
             self._template = environment.from_string(source)
+            self.fields = _names_read(environment.parse(source))
+            """Names of fields that the template reads of messages, or of anything else."""
         except TemplateSyntaxError as error:
             raise DataError(f"chat template {name}: line {error.lineno}: {error.message}") from error
 
@@ -100,11 +109,30 @@ class ChatTemplate:
             )
         except SecurityError as error:
             raise DataError(f"chat template {self.name}: tries what no template may: {error}") from error
+        except UndefinedError as error:
+            if "strftime_now" not in str(error):
+                raise CannotRender(_refusal(error)) from error
+            allowed = "set template_date=YYYY-MM-DD beside chat_template, the day that its prompts name"
+            raise DataError(f"chat template {self.name}: needs a date (strftime_now): {allowed}") from error
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-            raise CannotRender(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+            raise CannotRender(_refusal(error)) from error
         except RecursionError as error:
             raise DataError(f"chat template {self.name}: never comes to an end") from error
         return _unmarked(text)
+
+
+def _refusal(error: Exception) -> str:
+    return f"the chat template refuses it: {' '.join(str(error).split())}"
+
+
+def _names_read(tree: nodes.Template) -> frozenset[str]:
+    """Names of all attributes and items that a template reads: `message.name`, `message['name']`, `.get('name')`."""
+    constants: list[nodes.Node] = [item.arg for item in tree.find_all(nodes.Getitem)]
+    calls: list[nodes.Call | nodes.Filter] = [*tree.find_all(nodes.Call), *tree.find_all(nodes.Filter)]
+    for call in calls:
+        constants += [*call.args, *(keyword.value for keyword in call.kwargs)]
+    names = {node.value for node in constants if isinstance(node, nodes.Const) and isinstance(node.value, str)}
+    return frozenset(names | {node.attr for node in tree.find_all(nodes.Getattr)})
 
 
 def _unmarked(text: str) -> Rendered:

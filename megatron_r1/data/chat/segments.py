@@ -14,8 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1.data.chat.render import ChatTemplate, Message
-from megatron_r1.data.chat.rows import Conversation
+from megatron_r1.data.chat.rows import IN_LOSS, Conversation
 from megatron_r1.data.row_files import BadRow
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Fields in which a message may hold the reasoning of its response, beside `content`; a chat template reads one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +51,32 @@ class ConversationSegmenter:
         Raises:
             BadRow: the template changes or drops a response that is in the loss.
         """
-        indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        considered = responses[-1:] if self._loss_on == "last" else responses
+        trained_on = [index for index in considered if messages[index].get(IN_LOSS, True)]
+        if not trained_on:
+            raise BadRow("its last response has the weight or loss 0, and sft.loss_on=last trains on no other")
+        plain = [{name: part for name, part in message.items() if name != IN_LOSS} for message in messages]
         if self._loss_on == "each":
-            return [self._segments(messages[: index + 1], [index]) for index in indices]
-        return [self._segments(messages, indices if self._loss_on == "all" else indices[-1:])]
+            return [self._segments(plain[: index + 1], [index]) for index in trained_on]
+        return [self._segments(plain, trained_on)]
 
     def _segments(self, messages: Sequence[Message], trained_on: Sequence[int]) -> list[Segment]:
         marked = self._template.marks_responses and self._response_text == "template"
-        return self._by_marks(messages, len(trained_on)) if marked else self._by_difference(messages, trained_on)
+        return self._by_marks(messages, trained_on) if marked else self._by_difference(messages, trained_on)
 
-    def _by_marks(self, messages: Sequence[Message], count: int) -> list[Segment]:
-        """Segments with the last `count` responses as the template marks them."""
+    def _by_marks(self, messages: Sequence[Message], trained_on: Sequence[int]) -> list[Segment]:
+        """Segments with the responses as the template marks them."""
         rendered = self._template.render(messages)
-        contents = [message["content"] for message in messages if message["role"] == "assistant"]
-        if len(rendered.responses) != len(contents):
-            raise BadRow(
-                f"the chat template marks {len(rendered.responses)} responses, but the conversation has {len(contents)}"
-            )
+        responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(rendered.responses) != len(responses):
+            marked = f"the chat template marks {len(rendered.responses)} responses"
+            raise BadRow(f"{marked}, but the conversation has {len(responses)}")
         segments, at = [], 0
-        for (start, stop), content in list(zip(rendered.responses, contents, strict=True))[-count:]:
-            _check_complete(content, rendered.text[start:stop])
+        for index, (start, stop) in zip(responses, rendered.responses, strict=True):
+            if index not in trained_on:
+                continue
+            _check_complete(messages[index], rendered.text[start:stop])
             segments += [Segment(rendered.text[at:start], False), Segment(rendered.text[start:stop], True)]
             at = stop
         return [*segments, Segment(rendered.text[at:], False)]
@@ -90,8 +99,10 @@ class ConversationSegmenter:
 
     def _response(self, prompt: str, messages: Sequence[Message]) -> str:
         """The text of the last message, after `prompt`."""
-        content = messages[-1]["content"]
+        message, content = messages[-1], messages[-1]["content"]
         if self._response_text == "verbatim":
+            if lost := [name for name in REASONING_FIELDS if name in message]:
+                raise BadRow(f"has {lost[0]}, which sft.response_text=verbatim would leave out")
             for opened in ("<think>\n", "<think>"):
                 if prompt.endswith(opened):
                     if not content.startswith(opened):
@@ -108,13 +119,17 @@ class ConversationSegmenter:
             )
         response = text[len(prompt) :]
         opened = "<think>" if prompt.rstrip().endswith("<think>") else ""
-        _check_complete(content, opened + response)
+        _check_complete(message, opened + response)
         return response
 
 
-def _check_complete(content: str, response: str) -> None:
+def _check_complete(message: Message, response: str) -> None:
     """The rendered text must contain the whole response; a template may trim it and break its lines differently."""
-    if "".join(content.split()) not in "".join(response.split()):
+    rendered = "".join(response.split())
+    if "".join(message["content"].split()) not in rendered:
         raise BadRow(
             "the chat template leaves out part of a response: needs sft.response_text=verbatim, or sft.loss_on=each"
         )
+    for name in REASONING_FIELDS:
+        if "".join(str(message.get(name, "")).split()) not in rendered:
+            raise BadRow(f"the chat template leaves out the {name} of a response: needs sft.loss_on=each")

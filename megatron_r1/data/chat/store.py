@@ -21,20 +21,22 @@ import numpy as np
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.sft import SftConfig
+from megatron_r1.data.chat.closing import closing_tokens, is_closed
 from megatron_r1.data.chat.encode import (
     ChatEncoder,
     ChatExample,
     as_arrays,
     chat_template,
+    control_tokens,
     key_of,
     template_source,
 )
-from megatron_r1.data.chat.files import files_of, raw_rows
 from megatron_r1.data.chat.generated import GENERATED
 from megatron_r1.data.chat.rows import Conversation, conversation_of
-from megatron_r1.data.row_files import BadRow
+from megatron_r1.data.row_files import BadRow, rows_of
+from megatron_r1.data.row_sources import RowSource
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import DataError
+from megatron_r1.errors import ConfigError, DataError
 from megatron_r1.files import canonical_json, digest_of, sync, take_lock, write_whole
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,8 @@ def open_examples(
     """
     template = template_source(sft.chat_template, tokenizer, TEMPLATE_KEY)
     settings = [FORMAT_VERSION, asdict(sft), asdict(data), sequence_length, seed, template, tokenizer.fingerprint()]
-    inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for _, file in _files(sft)]
+    files = [file for source in _sources(sft).values() for file in source.files()]
+    inputs = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     name = hashlib.sha256(canonical_json([settings, inputs])).hexdigest()[:16]
     data_folder = run_folder / "data"
     data_folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,10 @@ def open_examples(
     with take_lock(data_folder / "examples.lock", wait=True):
         if not folder.is_dir():
             encoder = ChatEncoder(
-                tokenizer, chat_template(tokenizer, template, sft.chat_template), sft.loss_on, sft.response_text
+                tokenizer,
+                chat_template(tokenizer, template, sft.chat_template, sft.template_date),
+                sft.loss_on,
+                sft.response_text,
             )
             _Maker(sft, data, encoder, sequence_length, seed).make(folder, run_folder / BAD_ROWS)
         content = json.loads((folder / "counts.json").read_text())["sha256"]
@@ -103,6 +109,25 @@ def open_examples(
         elif pinned.read_text() != content:
             raise DataError(f"{run_folder}: its conversations changed since this run started")
     return _open(folder)
+
+
+def inference_tokenizer(sft: SftConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer for inference after training: with the template, ending responses where the template closes them.
+
+    Raises:
+        ConfigError: the template closes responses with no token, so that no response would ever end.
+    """
+    source = template_source(sft.chat_template, tokenizer, TEMPLATE_KEY)
+    template = chat_template(tokenizer, source, sft.chat_template, sft.template_date)
+    control = control_tokens(tokenizer)
+    if sft.response_text == "template" and not is_closed(template, control):
+        allowed = (
+            "must close a response with a control token, where it has generation marks inside them: without one no "
+            "response would end; sft.response_text=verbatim adds the end token"
+        )
+        raise ConfigError(TEMPLATE_KEY, sft.chat_template, allowed)
+    ends = [tokenizer.id(text) for text in closing_tokens(template, control)]
+    return tokenizer.with_template(source).stopping_at(ends)
 
 
 def _open(folder: Path) -> Examples:
@@ -114,10 +139,10 @@ def _open(folder: Path) -> Examples:
     return Examples(tokens_T, np.memmap(folder / "loss_mask.bin", bool, "r"), lengths_N, eval_N, counts)
 
 
-def _files(sft: SftConfig) -> Iterator[tuple[str, Path]]:
-    """The files of all sources, with the name of the source."""
-    for name, source in sft.datasets.items() if sft.source == "files" else ():
-        yield from ((name, file) for file in files_of(source, f"sft.datasets.{name}"))
+def _sources(sft: SftConfig) -> dict[str, RowSource]:
+    """The rows of files, by the name of their source; none where conversations are generated."""
+    datasets = sft.datasets if sft.source == "files" else {}
+    return {name: RowSource.of(dataset, f"sft.datasets.{name}") for name, dataset in datasets.items()}
 
 
 class _Maker:
@@ -182,15 +207,12 @@ class _Maker:
                     self._counts["rows"] += 1
                     yield _FoundChat(f"{'held-out' if evaluation else source}:{number}", conversation, evaluation)
             return
-        for name, file in _files(self._sft):
+        for name, rows in _sources(self._sft).items():
             fields = self._sft.datasets[name]
-            for row in raw_rows(file):
+            for location, _, content in rows_of(rows.files()):
                 self._counts["rows"] += 1
-                location = f"{row.file}:{row.number}"
                 try:
-                    if isinstance(row.content, BadRow):
-                        raise row.content
-                    yield _FoundChat(location, conversation_of(row.content, fields, self._sft.system_prompt), False)
+                    yield _FoundChat(location, conversation_of(content, fields, self._sft.system_prompt), False)
                 except BadRow as error:
                     self._bad.append(f"{location}: {error}")
 

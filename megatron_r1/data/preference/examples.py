@@ -11,18 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_r1.data.preference_example import LabelledResponse, PreferenceExample
-from megatron_r1.data.row_files import BadRow, EmptyRow, rows_of
+from megatron_r1.data.row_files import (
+    MEDIA_FIELDS,
+    PROMPT_FIELDS,
+    TOOL_FIELDS,
+    BadRow,
+    as_object,
+    refuse_fields,
+    rows_of,
+)
+from megatron_r1.data.row_sources import RowSource
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.errors import DataError
 
 PAIR_FIELDS = ("prompt", "chosen", "rejected")
 LABEL_FIELDS = ("prompt", "response")
+UNREAD_FIELDS = ("system", *PROMPT_FIELDS, *TOOL_FIELDS, *MEDIA_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,30 +142,26 @@ class PreferenceDataset:
         return batch
 
 
-def read_preferences(path: Path, pairwise: bool) -> Iterator[PreferenceExample]:
-    """The examples of a JSONL or Parquet file.
+def read_preferences(source: RowSource, pairwise: bool) -> Iterator[PreferenceExample]:
+    """The examples of a file or of a dataset's folder.
 
     The fields of a pair are `prompt`, `chosen`, `rejected` and, where critiques are trained on, `chosen_critique` and
     `rejected_critique`. Those of a labelled response are `prompt`, `response`, `safe` (true or false) and, for
-    critiques, `critique`. `task` is optional and names a group of examples. Empty lines are skipped.
+    critiques, `critique`. `task` is optional and names a group of examples.
 
     Raises:
+        ConfigError: the source names no rows.
         DataError: a row is broken; names file, line and reason.
     """
-    for number, row in enumerate(rows_of(path), 1):
+    for location, _, content in rows_of(source.files()):
         try:
-            if isinstance(row, EmptyRow):
-                continue
-            if isinstance(row, BadRow):
-                raise row
-            yield _example(row, pairwise)
+            yield _example(as_object(content), pairwise)
         except BadRow as error:
-            raise DataError(f"{path}:{number}: {error}") from error
+            raise DataError(f"{location}: {error}") from error
 
 
-def _example(row: Any, pairwise: bool) -> PreferenceExample:
-    if not isinstance(row, dict):
-        raise BadRow("must be one JSON object")
+def _example(row: Mapping[str, Any], pairwise: bool) -> PreferenceExample:
+    refuse_fields(row, UNREAD_FIELDS)
     for name in PAIR_FIELDS if pairwise else LABEL_FIELDS:
         if not isinstance(row.get(name), str) or not row[name]:
             raise BadRow(f"{name} must be text")

@@ -30,7 +30,7 @@ class PolicyPairEncoder:
         # Tokenised separately from the prompt, as a policy generates them.
         texts = [self._checked(side.response, item.question) for side in item.responses]
         responses = self.tokenizer.encode_batch(texts)
-        sequences = (TokenizedSequence([*prompt, *ids, self.tokenizer.eos], len(prompt)) for ids in responses)
+        sequences = (TokenizedSequence([*prompt, *ids, self._formatter.end], len(prompt)) for ids in responses)
         return TokenizedPreference(tuple(sequences), item.safe)
 
     def _checked(self, text: str, question: str) -> str:

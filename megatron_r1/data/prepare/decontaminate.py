@@ -8,7 +8,7 @@ time, and every match of hashes is compared word by word.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -30,15 +30,20 @@ class Evaluation(NamedTuple):
 class NgramIndex:
     """All n-grams of words of some evaluation texts."""
 
-    def __init__(self, evaluations: Iterable[Evaluation], n: int):
-        self._n = n
+    def __init__(self, evaluations: Iterable[Evaluation], n: int, spelt: Callable[[str], str] = str.casefold):
+        """
+        Args:
+            n: words in a row that make a match.
+            spelt: text -> the text with one spelling for what counts as the same, such as numbers in any format.
+        """
+        self._n, self._spelt = n, spelt
         self._numbers: dict[str, int] = {}
         self._names: list[str] = []
         parts, owners = [], []
         self.too_short: list[str] = []
         """Names of the texts with fewer than n words, which no document can match."""
         for evaluation in evaluations:
-            words = _words(evaluation.text)
+            words = self._words(evaluation.text)
             if len(words) < n:
                 self.too_short.append(evaluation.name)
                 continue
@@ -63,7 +68,7 @@ class NgramIndex:
         numbers: list[int] = []
         ends = []
         for text in texts:
-            numbers.extend(map(get, _words(text), repeat(0)))
+            numbers.extend(map(get, self._words(text), repeat(0)))
             numbers.append(0)
             ends.append(len(numbers))
         flat = np.array(numbers, dtype=np.uint64)
@@ -91,6 +96,5 @@ class NgramIndex:
             hashes = hashes * MULTIPLIER + flat[starts + offset]
         return starts, hashes
 
-
-def _words(text: str) -> list[str]:
-    return WORD.findall(text.casefold())
+    def _words(self, text: str) -> list[str]:
+        return WORD.findall(self._spelt(text))

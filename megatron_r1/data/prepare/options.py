@@ -13,7 +13,7 @@ class TokeniseOptions:
     """All options on which the output depends."""
 
     inputs: tuple[str, ...]
-    """Files to read, in this order: .jsonl, .txt or .parquet."""
+    """Files to read, in this order: rows as of `row_files`, or .txt."""
     fields: tuple[str, ...] = ("text",)
     """Fields of a row that make its text, one line break between them."""
     seed: int = 0

@@ -13,11 +13,16 @@ from functools import lru_cache
 from typing import Protocol
 
 from megatron_r1.config.data import DataConfig
+from megatron_r1.config.reward import DOMAINS
 from megatron_r1.data.synthetic.arithmetic import FAMILY_FORMS, Problem, draw_expression, family_problem
 from megatron_r1.data.synthetic.assistant.texts import SyntheticPrompt, synthetic_prompts
 from megatron_r1.data.synthetic.expressions import eval_expressions
 from megatron_r1.data.synthetic.gym import draw_item
 from megatron_r1.errors import DataError
+
+REASONING, HELPFULNESS, HARMLESSNESS = DOMAINS
+SAFETY_TASKS = ("make",)
+"""Tasks of the assistant world whose requests may be harmful."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,10 @@ class Prompt:
     """The arithmetic expression that the question is about; empty where there is none."""
     task: str
     """family, chain_sum, basic_arithmetic, or a task of the assistant world, which has many good answers."""
+    response: str = ""
+    """A response that the prompt shows, to be rewritten or summed up; empty where it shows none."""
+    domain: str = REASONING
+    """One of `config.reward.DOMAINS`: which rewards score responses."""
 
 
 class TrainingPrompts:
@@ -119,7 +128,8 @@ def eval_assistant_prompts(config: DataConfig, count: int) -> list[Prompt]:
 
 
 def assistant_prompt(generated: SyntheticPrompt, id: str) -> Prompt:
-    return Prompt(id, generated.question, generated.answer, generated.question, generated.task)
+    domain = HARMLESSNESS if generated.task in SAFETY_TASKS else HELPFULNESS
+    return Prompt(id, generated.question, generated.answer, generated.question, generated.task, domain=domain)
 
 
 def draw_new_eval_problem(rng: random.Random, eval_fraction: float, drawn: set[str]) -> Problem:

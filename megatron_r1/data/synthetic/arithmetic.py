@@ -1,8 +1,12 @@
 """The arithmetic world as text: problems in English and Chinese, and documents that solve them well or badly.
 
-A document is one question and one response, as on the web: in several wordings and answer formats, and in qualities
-from careful to guessed. Quality and format are drawn independently, so that only the reward tells a model which to
-prefer. A model that imitates the text perfectly can solve the problems, but mostly answers wrong.
+A document is one question and one response, as on the web: in several wordings and answer formats, in qualities from
+careful to guessed, in the question's language, in the other one, or in both. Quality, format and language are drawn
+independently, so that only the reward tells a model which to prefer. A model that imitates the text perfectly can solve
+the problems, but mostly answers wrong, and often in two languages.
+
+Some documents show what a model is later prompted with: a worked example before the question (few-shot), a request to
+verify the result, and a request to rewrite a response in one language.
 
 No document contains a held-out expression. The same config gives the same documents on every machine.
 """
@@ -10,8 +14,8 @@ No document contains a held-out expression. The same config gives the same docum
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -29,9 +33,11 @@ from megatron_r1.data.template import fill_template
 
 __all__ = ["Document", "Problem", "documents", "in_eval_split", "worked_documents"]
 
+FAMILY = "family"
+"""Task of the world's own questions; the others are of reasoning-gym."""
 CHINESE_SHARE = 0.4
-OTHER_LANGUAGE_SHARE = 0.1
-"""Share of responses in the other language than the question's."""
+LANGUAGE_SHARES = {"own": 0.70, "other": 0.08, "mixed": 0.22}
+"""Language of a response: the question's, the other one, or a change from one to the other between two steps."""
 LARGEST_GUESS_ERROR = 8
 
 QUALITY_SHARES = {"careful": 0.30, "hasty": 0.25, "guess": 0.45}
@@ -39,6 +45,10 @@ QUALITY_SHARES = {"careful": 0.30, "hasty": 0.25, "guess": 0.45}
 
 CONTEXT_SHARES = {"template": 0.45, "dialogue": 0.30, "plain": 0.25}
 """The text before the response: the R1-Zero template, a short `Q: ... A: `, or the bare question and a line break."""
+
+KIND_SHARES = {"answer": 0.82, "few_shot": 0.08, "verified": 0.05, "rewritten": 0.05}
+"""What a document shows: an answer; a worked example and an answer in its manner; an answer with a check of its result,
+as the question requests; or an answer, and the same one rewritten in one language."""
 
 FORMAT_SHARES = {"think": 0.35, "sentence": 0.30, "equals": 0.20, "boxed": 0.15}
 """How the answer is given; only the first has reasoning and answer inside tags."""
@@ -50,12 +60,29 @@ QUESTIONS = {
 CHAIN_SUM_QUESTION = "State the final answer to the following arithmetic problem: {} ="
 SENTENCES = {"en": "The answer is {}.", "zh": "答案是{}。"}
 GUESSES = {"en": "I guess {}.", "zh": "大概是{}。"}
-STEPS = {"en": "{}, {}", "zh": "先算{}，再算{}"}
+STEPS = {"en": ("first {}", ", then {}"), "zh": ("先算{}", "，再算{}")}
 STEP_ENDS = {"en": ". ", "zh": "。"}
 DIALOGUES = {"en": "Q: {}\nA: ", "zh": "问：{}\n答："}
 LANGUAGES = ("en", "zh")
+VERIFY = "Solve step by step and verify: {}"
+CHECKS = {"en": ". Check: {}", "zh": "。验算：{}"}
+FEW_SHOT = "Q: {}\nA:{}\nQ: {}\nA:"
+REWRITE = "{}\n{}\nRewrite in the language of the question:"
+"""Texts of the prompt styles tiny_direct, tiny_few_shot and tiny_rewrite in configs/prompt_style, with which a model of
+this world is prompted."""
+PIECES = r"A:(?! )|Solve step by step and verify: |\\boxed\{|The answer is |答案是|(?<=\. )= |(?<=。)= "
+"""Where a tokenizer cuts this world's text, as a regular expression: around each request, and before an answer."""
 SUMS = ("++", "+-", "-+", "--")
 OPERATOR_PAIRS = tuple(a + b for a in "+-*" for b in "+-*")
+
+
+class Manner(NamedTuple):
+    """How a response is written."""
+
+    quality: str
+    style: str
+    language: str
+    """own, other or mixed; see LANGUAGE_SHARES."""
 
 
 class Document(NamedTuple):
@@ -68,6 +95,9 @@ class Document(NamedTuple):
     """The number that the document gives, right or wrong."""
     quality: str
     style: str
+    language: str
+    kind: str
+    """answer, few_shot, verified or rewritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +124,7 @@ class Shares:
 
 
 QUALITIES, CONTEXTS, STYLES, FAMILY_FORMS = map(Shares, (QUALITY_SHARES, CONTEXT_SHARES, FORMAT_SHARES, FORM_SHARES))
+LANGUAGE_CHOICES, DOCUMENT_KINDS = Shares(LANGUAGE_SHARES), Shares(KIND_SHARES)
 
 
 def draw_problem(rng: random.Random, config: DataConfig) -> Problem:
@@ -119,25 +150,40 @@ def family_problem(expression: str, rng: random.Random, config: DataConfig) -> P
     """
     language = "zh" if rng.random() * (1 - config.reasoning_gym_share) < CHINESE_SHARE else "en"
     question = rng.choice(QUESTIONS[language]).format(expression)
-    return Problem(expression, question, str(value(expression)), language, "family")
+    return Problem(expression, question, str(value(expression)), language, FAMILY)
 
 
-def write_response(problem: Problem, quality: str, style: str, language: str, rng: random.Random) -> tuple[str, int]:
-    """A response of the given quality, format and language, and the number that it gives."""
-    truth = int(problem.answer)
+def write_response(
+    problem: Problem, quality: str, style: str, language: str, rng: random.Random, ending: str = "", check: bool = False
+) -> tuple[str, int]:
+    """A response of the given quality, format and language, and the number that it gives.
+
+    Args:
+        ending: language from the second step on; empty stays in the first one.
+        check: whether the last step is checked by its inverse.
+    """
+    truth, ending = int(problem.answer), ending or language
     if quality == "guess":
         number = max(0, truth + rng.randint(-LARGEST_GUESS_ERROR, LARGEST_GUESS_ERROR))
         work = GUESSES[language].format(number) if style == "think" else ""
     else:
         steps = careful_steps(problem.expression) if quality == "careful" else hasty_steps(problem.expression)
         number = steps[-1][-1]
-        work = STEPS[language].format(*map(step_text, steps))
+        work = STEPS[language][0].format(step_text(steps[0])) + STEPS[ending][1].format(step_text(steps[1]))
+        if check:
+            work += CHECKS[ending].format(step_text(inverse(steps[1])))
     if style == "think":
         return f"<think>{work}</think> <answer>{number}</answer>", number
-    lead = work and work + STEP_ENDS[language]
+    lead = work and work + STEP_ENDS[ending]
     if style == "sentence":
-        return lead + SENTENCES[language].format(number), number
+        return lead + SENTENCES[ending].format(number), number
     return lead + (f"= {number}" if style == "equals" else f"\\boxed{{{number}}}"), number
+
+
+def inverse(step: Step) -> Step:
+    """The step that undoes a sum or difference; a product with its factors exchanged."""
+    left, operator, right, result = step
+    return (right, "*", left, result) if operator == "*" else (result, "-+"[operator == "-"], right, left)
 
 
 def step_text(step: Step) -> str:
@@ -152,16 +198,71 @@ def context(problem: Problem, kind: str) -> str:
     return DIALOGUES[problem.language].format(problem.question) if kind == "dialogue" else problem.question + "\n"
 
 
+def draw_manner(rng: random.Random) -> Manner:
+    return Manner(QUALITIES.draw(rng), STYLES.draw(rng), LANGUAGE_CHOICES.draw(rng))
+
+
+def respond(problem: Problem, manner: Manner, rng: random.Random, check: bool = False) -> tuple[str, int]:
+    """A response in this manner, and the number that it gives."""
+    own = problem.language
+    other = "en" if own == "zh" else "zh"
+    first, then = {"own": (own, own), "other": (other, other), "mixed": rng.choice([(own, other), (other, own)])}[
+        manner.language
+    ]
+    return write_response(problem, manner.quality, manner.style, first, rng, then, check)
+
+
+def answered(rng: random.Random, config: DataConfig) -> Document:
+    """A question and a response to it."""
+    problem, manner = draw_problem(rng, config), draw_manner(rng)
+    prompt = context(problem, CONTEXTS.draw(rng))
+    response, number = respond(problem, manner, rng)
+    return Document(prompt, response, problem.expression, number, *manner, "answer")
+
+
+def few_shot(rng: random.Random, config: DataConfig) -> Document:
+    """A worked example, a question, and a response in the example's manner."""
+    example, problem, manner = draw_problem(rng, config), draw_problem(rng, config), draw_manner(rng)
+    shown, _ = respond(example, manner, rng)
+    response, number = respond(problem, manner, rng)
+    prompt = FEW_SHOT.format(example.question, shown, problem.question)
+    return Document(prompt, response, problem.expression, number, *manner, "few_shot")
+
+
+def verified(rng: random.Random, config: DataConfig) -> Document:
+    """A question that requests a check of the result, and a response with one."""
+    problem, manner = draw_problem(rng, config), draw_manner(rng)
+    request = replace(problem, question=VERIFY.format(problem.question))
+    manner = manner._replace(quality="careful" if manner.quality == "guess" else manner.quality)
+    response, number = respond(problem, manner, rng, check=True)
+    return Document(context(request, CONTEXTS.draw(rng)), response, problem.expression, number, *manner, "verified")
+
+
+def rewritten(rng: random.Random, config: DataConfig) -> Document:
+    """A question with a response, and the same response in the question's language and inside tags."""
+    problem, manner = draw_problem(rng, config), draw_manner(rng)
+    state = rng.getstate()
+    draft, _ = respond(problem, manner, rng)
+    rng.setstate(state)
+    manner = Manner(manner.quality, "think", "own")
+    response, number = respond(problem, manner, rng)
+    prompt = REWRITE.format(problem.question, draft)
+    return Document(prompt, response, problem.expression, number, *manner, "rewritten")
+
+
+WRITERS: dict[str, Callable[[random.Random, DataConfig], Document]] = {
+    "answer": answered,
+    "few_shot": few_shot,
+    "verified": verified,
+    "rewritten": rewritten,
+}
+
+
 def worked_documents(config: DataConfig) -> Iterator[Document]:
     """The `config.num_documents` documents of `config.seed`, with what they were made from."""
     rng = random.Random(f"documents {config.seed}")
     for _ in range(config.num_documents):
-        problem = draw_problem(rng, config)
-        quality, style, kind = QUALITIES.draw(rng), STYLES.draw(rng), CONTEXTS.draw(rng)
-        other = rng.random() < OTHER_LANGUAGE_SHARE
-        language = LANGUAGES[(problem.language == "zh") != other]
-        response, number = write_response(problem, quality, style, language, rng)
-        yield Document(context(problem, kind), response, problem.expression, number, quality, style)
+        yield WRITERS[DOCUMENT_KINDS.draw(rng)](rng, config)
 
 
 def documents(config: DataConfig) -> Iterator[str]:

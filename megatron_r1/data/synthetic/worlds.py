@@ -25,8 +25,8 @@ class World:
 
 
 WORLDS = {
-    "arithmetic": World(arithmetic.documents, 199),
-    "assistant": World(texts.documents, 99, PIECES),
+    "arithmetic": World(arithmetic.documents, 199, arithmetic.PIECES),
+    "assistant": World(texts.documents, 99, f"{arithmetic.PIECES}|{PIECES}"),
 }
 
 

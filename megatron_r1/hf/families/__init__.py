@@ -11,11 +11,11 @@ import re
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from megatron_r1.hf.families.dense import LLAMA, QWEN2, QWEN3
 from megatron_r1.hf.families.family import Family
+from megatron_r1.hf.families.grouped import LLAMA, QWEN2, QWEN3, QWEN3_MOE
 from megatron_r1.hf.param_mapping import ParamMapping
 
-FAMILIES: tuple[Family, ...] = (DEEPSEEK_V3, DEEPSEEK_V2, QWEN2, QWEN3, LLAMA)
+FAMILIES: tuple[Family, ...] = (DEEPSEEK_V3, DEEPSEEK_V2, QWEN2, QWEN3, QWEN3_MOE, LLAMA)
 
 
 def family_of(model: ModelConfig) -> Family:

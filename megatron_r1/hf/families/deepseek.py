@@ -16,9 +16,9 @@ from megatron_r1.hf.families.family import Family
 from megatron_r1.hf.param_mapping import (
     ParamMapping,
     dense_feed_forward,
-    gated_feed_forward,
     linear_weight,
     same_tensor,
+    sparse_feed_forward,
 )
 
 LATENT_NORM_EPSILON = 1e-6
@@ -82,7 +82,7 @@ class _DeepSeek(Family):
         }
 
     def sections(self, config: dict[str, Any]) -> dict[str, Any]:
-        if config["num_key_value_heads"] != config["num_attention_heads"]:
+        if config.get("num_key_value_heads", config["num_attention_heads"]) != config["num_attention_heads"]:
             raise ValueError("num_key_value_heads must equal num_attention_heads")
         attention = AttentionConfig(
             q_lora_rank=config["q_lora_rank"] or 0,
@@ -162,7 +162,7 @@ class _DeepSeekV2(_DeepSeek):
         return super().config(model, include_mtp) | own
 
     def _groups(self, config: dict[str, Any]) -> tuple[int, int]:
-        method = config["topk_method"]
+        method = config.get("topk_method", "greedy")
         if method not in ("greedy", "group_limited_greedy"):
             raise ValueError(f"topk_method={method}: must be greedy or group_limited_greedy")
         return (1, 1) if method == "greedy" else super()._groups(config)
@@ -180,9 +180,7 @@ def _layer(model: ModelConfig, native: str, hf: str, dense: bool) -> Iterator[Pa
     if dense:
         yield from dense_feed_forward(native, hf, hidden, model.ffn_hidden_size)
     else:
-        # Before experts the norm stands alone.
-        yield same_tensor(f"{native}.pre_mlp_layernorm.weight", f"{hf}.post_attention_layernorm.weight", hidden)
-        yield from _experts(model, f"{native}.mlp", f"{hf}.mlp")
+        yield from sparse_feed_forward(native, hf, hidden, model.moe)
 
 
 def _attention(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMapping]:
@@ -200,20 +198,6 @@ def _attention(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMappin
     yield same_tensor(f"{native}.linear_kv_up_proj.layer_norm_weight", f"{hf}.kv_a_layernorm.weight", latent)
     yield linear_weight(f"{native}.linear_kv_up_proj.weight", f"{hf}.kv_b_proj.weight", up, latent)
     yield linear_weight(f"{native}.linear_proj.weight", f"{hf}.o_proj.weight", hidden, heads * attention.v_head_dim)
-
-
-def _experts(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMapping]:
-    hidden, moe = model.hidden_size, model.moe
-    yield same_tensor(f"{native}.router.weight", f"{hf}.gate.weight", moe.num_experts, hidden)
-    if moe.score_function == "sigmoid":
-        bias = f"{hf}.gate.e_score_correction_bias"
-        yield same_tensor(f"{native}.router.expert_bias", bias, moe.num_experts, float32=True)
-    for expert in range(moe.num_experts):
-        width = moe.ffn_hidden_size
-        yield from gated_feed_forward(f"{native}.experts", str(expert), f"{hf}.experts.{expert}", hidden, width)
-    if moe.num_shared_experts:
-        width = moe.num_shared_experts * moe.ffn_hidden_size
-        yield from gated_feed_forward(f"{native}.shared_experts", "", f"{hf}.shared_experts", hidden, width)
 
 
 def _multi_token_layer(model: ModelConfig, native: str, hf: str) -> Iterator[ParamMapping]:

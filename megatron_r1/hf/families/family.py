@@ -77,19 +77,35 @@ def written_yarn(rope: RopeConfig) -> dict[str, Any]:
     }
 
 
+_ANY_ROPE = {"rope_type", "type", "rope_theta"}
+_EXTENDED = {"factor", "original_max_position_embeddings"}
+_ROPE_KEYS = {
+    "default": _ANY_ROPE,
+    "yarn": _ANY_ROPE | _EXTENDED | {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
+    "llama3": _ANY_ROPE | _EXTENDED | {"high_freq_factor", "low_freq_factor"},
+}
+"""Kind of rotary positions -> keys of its settings."""
+_PLAIN = {"partial_rotary_factor": 1.0, "truncate": True}
+"""Further keys, with the value that changes nothing."""
+
+
 def read_rope(config: dict[str, Any]) -> RopeConfig:
     """The release's `rope_theta` with `rope_scaling`, or the `rope_parameters` of newer transformers.
 
     Raises:
-        ValueError: a kind of scaling that this project's model does not have.
+        ValueError: a kind of scaling, or a setting of one, that this project's model does not have.
     """
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaling = {key: value for key, value in given.items() if value is not None}
     base = scaling.get("rope_theta") or config["rope_theta"]
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in _ROPE_KEYS:
+        raise ValueError(f"rope_scaling type {kind}: must be yarn, llama3 or absent")
+    for key, value in scaling.items():
+        if key not in _ROPE_KEYS[kind] and _PLAIN.get(key) != value:
+            raise ValueError(f"rope_scaling.{key}={value}: must be absent with the type {kind}")
     if kind == "default":
         return RopeConfig(base=base)
-    if kind not in ("yarn", "llama3"):
-        raise ValueError(f"rope_scaling type {kind}: must be yarn, llama3 or absent")
     original = scaling["original_max_position_embeddings"]
     if kind == "llama3":
         fast, slow = scaling["high_freq_factor"], scaling["low_freq_factor"]

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from megatron_r1.config.fp8 import LINEARS, Fp8Config
+from megatron_r1.config.fp8 import LINEARS, ROWS, Fp8Config, check_tilings
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.chunks import Model, chunks
 from megatron_r1.model.fp8.linear import LinearRecipe, multiply, parallel_multiply
@@ -29,10 +29,17 @@ from megatron_r1.model.te_layout_modules import DuplicatedLinear, GroupedLinear
 from megatron_r1.platform import Platform
 
 TRANSFORMER_ENGINE = "Transformer Engine's Float8BlockScaling"
-DEPARTURES = (
-    "fp8: where Transformer Engine departs from the report: all scales are powers of two, all inputs are kept in E4M3, "
-    "and their tiles by token are cut from the unquantised input"
+INPUT_IN_BF16 = "the input is kept in bf16 for the backward pass"
+POWERS_OF_TWO = (
+    "all scales are powers of two, not those of power_of_two_inputs and power_of_two_gradients alone "
+    "(NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 in the environment: none is)"
 )
+DEPARTURES = (
+    "inputs are kept in E4M3, also those of e5m6_inputs, or in bf16 where `quantised` says so",
+    "tiles of an input by token, for the gradient of the weight, are cut from the unquantised input",
+    "tokens of a micro-batch, and of each expert, are padded to a multiple of 16",
+)
+"""Where Transformer Engine does otherwise than the report; beside its scales."""
 ALWAYS_HIGH = ("embedding.word_embeddings", "output_layer", "mlp.router")
 TILINGS = {"1x128": TILE, "128x128": BLOCK, "tensor": WHOLE}
 
@@ -47,6 +54,8 @@ class Fp8Plan:
     """Modules with a matrix that are not quantised."""
     cut: list[str] = field(default_factory=list)
     """Quantised modules whose weight's blocks are not those of the whole weight, because a shard ends within one."""
+    departures: list[str] = field(default_factory=list)
+    """Where the backend does otherwise than DeepSeek-V3's report."""
 
     def lines(self) -> list[str]:
         """The plan as text for the user, with layers of a kind together."""
@@ -55,8 +64,7 @@ class Fp8Plan:
         result = [f"fp8: {kind} x {counts[kind]}: {recipe}" for kind, recipe in kinds.items()]
         high = Counter(map(kind_of, self.high))
         result.append(f"high: {', '.join(f'{kind} x {count}' for kind, count in high.items())}")
-        if TRANSFORMER_ENGINE in self.quantised.values():
-            result.append(DEPARTURES)
+        result += [f"fp8: unlike the report: {departure}" for departure in self.departures]
         if self.cut:
             names = ", ".join(dict.fromkeys(map(kind_of, self.cut)))
             result.append(f"fp8: shards of {names} end within a block of 128: another layout has other scales")
@@ -70,6 +78,7 @@ def merge_plans(plans: Iterable[Fp8Plan]) -> Fp8Plan:
         whole.quantised |= plan.quantised
         whole.high += [name for name in plan.high if name not in whole.high]
         whole.cut += [name for name in plan.cut if name not in whole.cut]
+        whole.departures = whole.departures or plan.departures
     return whole
 
 
@@ -94,9 +103,10 @@ def use_fp8(model: Model, fp8: Fp8Config, platform: Platform) -> Fp8Plan:
         platform: of the model.
 
     Raises:
-        ConfigError: no linear layer would be quantised, or one is not known.
+        ConfigError: no linear layer would be quantised, or one is not known, or its size is none that multiplies in
+            FP8.
     """
-    plan = Fp8Plan()
+    plan = Fp8Plan(departures=_departures() if platform.transformer_engine else [])
     for name, module in _named_in_the_whole(model):
         weight = _matrix(module)
         if weight is None:
@@ -109,7 +119,8 @@ def use_fp8(model: Model, fp8: Fp8Config, platform: Platform) -> Fp8Plan:
             continue
         recipe = recipe_of(kind, fp8)
         if platform.transformer_engine:
-            plan.quantised[name] = TRANSFORMER_ENGINE
+            _check_sides(name, weight)
+            plan.quantised[name] = _transformer_engine_recipe(module)
         else:
             _emulate(name, module, recipe)
             plan.quantised[name] = str(recipe)
@@ -131,9 +142,7 @@ def wants_fp8(fp8: Fp8Config, platform: Platform) -> bool:
     if platform.name == "cuda" and not platform.transformer_engine:
         raise ConfigError("fp8.enabled", True, "needs Transformer Engine on CUDA, which is not installed")
     if platform.transformer_engine:
-        for key, only in (("activation_tiling", "1x128"), ("gradient_tiling", "1x128"), ("weight_tiling", "128x128")):
-            if (value := getattr(fp8, key)) != only:
-                raise ConfigError(f"fp8.{key}", value, f"must be {only} with Transformer Engine")
+        check_tilings(fp8)
     return True
 
 
@@ -173,6 +182,28 @@ def _emulate(name: str, module: Any, recipe: LinearRecipe) -> None:
         module._forward_impl = parallel_multiply(recipe)
     else:
         raise ConfigError("fp8.enabled", True, f"{name} is a {type(module).__name__}, which cannot multiply so")
+
+
+def _check_sides(name: str, weight: Tensor) -> None:
+    if any(side % ROWS for side in weight.shape):
+        shape = " x ".join(map(str, weight.shape))
+        allowed = f"{name} has {shape} numbers on a rank, but Transformer Engine multiplies multiples of {ROWS} in FP8"
+        raise ConfigError("fp8.enabled", True, f"{allowed}: name its kind in fp8.exclude_modules")
+
+
+def _departures() -> list[str]:
+    """Where Transformer Engine does otherwise than the report in this process."""
+    from transformer_engine.common.recipe import Float8BlockScaling
+
+    rounded = Float8BlockScaling().fp8_quant_fwd_inp.power_2_scale
+    exact = "no scale is a power of two on purpose, not those of power_of_two_inputs and power_of_two_gradients either"
+    return [POWERS_OF_TWO if rounded else exact, *DEPARTURES]
+
+
+def _transformer_engine_recipe(module: Any) -> str:
+    """How one of Transformer Engine's modules is quantised; megatron-core lets some keep their input as it is."""
+    kept = getattr(module, "save_original_input", False)
+    return f"{TRANSFORMER_ENGINE}; {INPUT_IN_BF16}" if kept else TRANSFORMER_ENGINE
 
 
 def _keep_high(module: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import aiohttp
 
 from megatron_r1.config.reward import JudgeConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.platform.api_keys import api_key
 from megatron_r1.rewards.judge.questions import Ask, NoVerdict
 
 KEY = "JUDGE_API_KEY"
@@ -56,7 +56,7 @@ class Judge:
             raise ConfigError("reward.judge_config.url", "", "must name an endpoint, such as http://host:port/v1")
         self._config = config
         self._url = f"{config.url.rstrip('/')}/chat/completions"
-        key = os.environ.get(KEY, "")
+        key = api_key(KEY)
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.counts: Counter[str] = Counter()
 

@@ -21,8 +21,8 @@ from megatron_r1.model.forward_backward import LossFunction
 from megatron_r1.model.reward_head import head_of
 from megatron_r1.model.shards import Shard, part_of, shards
 from megatron_r1.parallel.comm import max_over_ranks, sum_over_ranks
-from megatron_r1.parallel.launcher import is_rank_zero
 from megatron_r1.parallel.mesh import is_metrics_rank
+from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.rl.advantages.estimators import RolloutAdvantages
 from megatron_r1.rl.advantages.gae import critic_loss
 from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, most_inputs

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from megatron_r1.model.chunks import in_multi_token_layer
+from megatron_r1.config.initial_model import check_same_model
 from megatron_r1.model.reward_head import add_reward_head, with_head
+from megatron_r1.parallel.comm import AllRanks
 from megatron_r1.rl.advantages.critic import Critic
-from megatron_r1.runs.initial_weights import Weights, check_same_model
+from megatron_r1.runs.initial_weights import InitialModel
+from megatron_r1.runs.post_training import trained_weights
 from megatron_r1.runs.second_model import find_reward_model, second_model
 from megatron_r1.runs.training_run import TrainingRun
 from megatron_r1.train.optimizer import Optimizer
@@ -17,11 +19,11 @@ from megatron_r1.train.optimizer import Optimizer
 KEY = "rl.critic.init_from"
 
 
-def build_critic(run: TrainingRun, policy: Weights) -> Critic:
+def build_critic(run: TrainingRun, policy: InitialModel) -> Critic:
     """Collective: the critic; restored where the run resumes.
 
     Args:
-        policy: the policy's initial weights.
+        policy: what the policy starts from.
 
     Raises:
         ConfigError: rl.critic.init_from names no reward model of the policy's shape.
@@ -32,19 +34,20 @@ def build_critic(run: TrainingRun, policy: Weights) -> Critic:
     model = second_model(
         config.model, config.parallel, run.platform, tensors, add_reward_head, config.performance, config.fp8
     )
+    trained = trained_weights(config)
     for name, parameter in model.named_parameters():
         # Values do not depend on the logits of tokens.
-        parameter.requires_grad_(not in_multi_token_layer(name) and "output_layer" not in name.split("."))
+        parameter.requires_grad_(trained(name) and "output_layer" not in name.split("."))
     critic = Critic(model, Optimizer(model, config.train, config.performance), settings)
     if run.resumed:
         critic.restore(run.saved)
     return critic
 
 
-def _initial_tensors(run: TrainingRun, policy: Weights) -> Mapping[str, Tensor]:
+def _initial_tensors(run: TrainingRun, policy: InitialModel) -> Mapping[str, Tensor]:
     source = run.config.rl.critic.init_from
     if not source:
-        return with_head(policy.tensors, run.config.model.hidden_size)
+        return with_head(policy.weights(AllRanks()).tensors, run.config.model.hidden_size)
     found = find_reward_model(source, KEY)
     check_same_model(run.config.model, found.model, source)
     return found.tensors

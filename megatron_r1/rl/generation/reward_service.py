@@ -158,7 +158,7 @@ class CollectiveRewardService:
         return self._compute(request)
 
     def _compute(self, request: ScoreRequest) -> list[Value]:
-        return self._models[request.model].score(request.prompts, request.texts)
+        return list(self._models[request.model].score(request.prompts, request.texts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,7 +160,7 @@ class Rollouts:
             temperature=self._rollout.temperature,
             top_p=self._rollout.top_p,
             max_tokens=self._rollout.max_response_tokens,
-            stop_tokens=(self._formatter.tokenizer.eos,),
+            stop_tokens=self._formatter.tokenizer.stop_tokens,
             seed=self._seed * 1_000_003 + step + number * 7_368_787,
             routed=self._routed,
         )
@@ -169,13 +169,16 @@ class Rollouts:
         paired = [(*request, outcome) for request, outcome in zip(requested, outcomes, strict=True)]
         completions = [(group, prompt, outcome) for group, prompt, outcome in paired if isinstance(outcome, Completion)]
         texts = [self._text(completion.response.tokens.tolist()) for _, _, completion in completions]
-        scores = self._scorer([prompt for _, prompt, _ in completions], texts)
+        openings = [self._formatter.opening(prompt.question) for prompt in prompts]
+        whole = [openings[group] + text for (group, _, _), text in zip(completions, texts, strict=True)]
+        scores = self._scorer([prompt for _, prompt, _ in completions], whole)
         for (group, prompt, completion), text, score in zip(completions, texts, scores, strict=True):
             members = groups[group]
             if isinstance(score, Unscored):
                 self._lost_reason, groups[group] = score.reason, "rollout/unscored_groups"
             elif isinstance(members, list):
-                members.append(scored_sample(group, prompt, completion, text, score, self._text))
+                opening = openings[group]
+                members.append(scored_sample(group, prompt, completion, text, score, self._text, opening))
         for group, _, outcome in paired:
             if isinstance(outcome, FailedRequest):
                 self._lost_reason, groups[group] = outcome.reason, "rollout/lost_groups"
@@ -186,13 +189,21 @@ class Rollouts:
 
 
 def scored_sample(
-    group: int, prompt: Prompt, completion: Completion, text: str, score: Score, decode: Callable[[Sequence[int]], str]
+    group: int,
+    prompt: Prompt,
+    completion: Completion,
+    text: str,
+    score: Score,
+    decode: Callable[[Sequence[int]], str],
+    opening: str = "",
 ) -> Sample:
     """A completion with its score.
 
     Args:
         decode: tokens -> text.
+        opening: what the prompt held of the response, which was scored with it.
     """
+    steps = [step._replace(end=step.end - len(opening)) for step in score.steps if step.end > len(opening)]
     return Sample(
         prompt_id=prompt.id,
         group=group,
@@ -203,7 +214,7 @@ def scored_sample(
         reward=score.total,
         reward_parts=score.parts,
         version_changes=completion.version_changes,
-        steps=steps_at_tokens(score.steps, completion.response.tokens.tolist(), decode) if score.steps else (),
+        steps=steps_at_tokens(steps, completion.response.tokens.tolist(), decode) if steps else (),
         text=text,
         response=completion.response,
     )

@@ -1,4 +1,4 @@
-"""The KL penalty of reinforcement learning as one strategy: none, in the loss, or in the reward of each token."""
+"""The KL penalty of reinforcement learning as one strategy: none, in the loss, or in tokens' rewards or advantages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_r1.rollout.sample import Sample, response_of
 
 @dataclass(frozen=True)
 class RewardPenalties:
-    """The KL penalties in the rewards of a rollout."""
+    """The KL penalties in the rewards, or in the advantages, of a rollout."""
 
     per_token: PerSample
     """[R] of each of this rank's samples, whether it is trained on or not; empty except on the last pipeline stage."""
@@ -73,7 +73,8 @@ class KLInLoss(NoKLPenalty):
 
 
 class KLInReward(NoKLPenalty):
-    """The reward of each token is lowered (DeepSeekMath, equation 2)."""
+    """The reward of each token is lowered (DeepSeekMath, equation 2), or its advantage (Lu et al. 2025, Thinking
+    Machines Lab, "On-Policy Distillation"); the advantage estimator decides which."""
 
     def __init__(self, coefficient: float, estimator: str):
         self._coefficient, self._estimator = coefficient, estimator

@@ -18,24 +18,26 @@ from megatron_r1.model.build import without_multi_token_prediction
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import forward_only
 from megatron_r1.model.replay import NoReplay, Replay
-from megatron_r1.model.scores import head_weight, last_hidden_states, model_scores
+from megatron_r1.model.scores import last_hidden_states, model_scores
 from megatron_r1.model.vocab_parallel import ReferenceHidden, TokenScores
 from megatron_r1.parallel.mesh import is_last_stage
 from megatron_r1.rl.objective.kl import EXACT
 from megatron_r1.rl.policy.batch import PerSample, ResponseBatch, most_inputs
-from megatron_r1.rl.policy.reference import ReferencePolicy
+from megatron_r1.rl.policy.reference import FixedPolicy
 
 
 class Policy:
     """A model as a distribution over responses."""
 
-    def __init__(self, model: Model, temperature: float, replay: Replay | None = None):
+    def __init__(self, model: Model, temperature: float, replay: Replay | None = None, vocab_size: int | None = None):
         """
         Args:
             temperature: the engine's sampling temperature.
             replay: makes routers use the experts that the engine recorded; None lets them choose.
+            vocab_size: rows of the head that count; None counts all of them.
         """
         self._model, self.temperature, self._replay = model, temperature, replay or NoReplay()
+        self._vocab_size = vocab_size
 
     def scores(
         self, model: Any, batch: ResponseBatch, reference: ReferenceHidden | None = None
@@ -67,6 +69,7 @@ class Policy:
                 batch.positions_1T,
                 batch.targets_1T,
                 temperature=self.temperature,
+                vocab_size=self._vocab_size,
                 reference=reference,
                 packed_seq_params=batch.packed,
             )
@@ -146,9 +149,8 @@ class FrozenLogProbs:
 
 def compute_frozen_logprobs(
     config: RLConfig,
-    model: Model,
     policy: Policy,
-    reference: ReferencePolicy | None,
+    reference: FixedPolicy | None,
     micro_batches: Sequence[ResponseBatch],
 ) -> FrozenLogProbs:
     """Collective: the forward passes that the configuration needs.
@@ -159,10 +161,10 @@ def compute_frozen_logprobs(
     old = policy.logprobs_by_sample(micro_batches) if config.old_logprobs_from == "trainer" else None
     if reference is None:
         return FrozenLogProbs(old)
-    # The reference is another model: its routers choose for themselves.
-    reference_policy = Policy(model, policy.temperature)
-    with reference.in_place():
+    with reference.in_place() as model:
+        # The reference is another model: its routers choose for themselves.
+        reference_policy = Policy(model, policy.temperature, vocab_size=reference.vocab_size)
         if config.kl_estimator != EXACT:
             return FrozenLogProbs(old, reference_policy.logprobs_by_sample(micro_batches))
         hidden = reference_policy.hidden_by_sample(micro_batches)
-        return FrozenLogProbs(old, None, hidden, head_weight(model).detach().clone() if is_last_stage() else None)
+        return FrozenLogProbs(old, None, hidden, reference.head() if is_last_stage() else None)

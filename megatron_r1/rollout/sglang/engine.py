@@ -12,14 +12,15 @@ import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from megatron_r1.config.sglang import SGLangConfig
-from megatron_r1.errors import ConfigError, NoRolloutCapacity
-from megatron_r1.rollout.engine import Outcome, Request, Sampling
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.rollout.engine import Outcome, Request, Sampling, check_lengths
 from megatron_r1.rollout.sglang.client import Client, Endpoint, new_session, run_all
 from megatron_r1.rollout.sglang.pause import FINISH, Pause
 from megatron_r1.rollout.sglang.pool.pool import Pool
@@ -29,8 +30,8 @@ from megatron_r1.rollout.sglang.servers.discovery import external_endpoints
 from megatron_r1.rollout.sglang.servers.engine_memory import EngineMemory
 from megatron_r1.rollout.sglang.servers.memory import IN_TRAINER_PHASE
 from megatron_r1.rollout.sglang.servers.process import Server, new_endpoints
-from megatron_r1.rollout.sglang.servers.startup import ServerFactory
-from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights, SupervisedServer, supervised
+from megatron_r1.rollout.sglang.servers.startup import START_TIMEOUT_S, ServerFactory, first_weights
+from megatron_r1.rollout.sglang.servers.supervise import SupervisedServer, supervised
 from megatron_r1.rollout.sglang.weight_session import WeightSession
 
 
@@ -42,6 +43,7 @@ class SGLangEngine:
 
     Args:
         model_folder: Hugging Face folder that SGLang can serve (config.json and safetensors; no tokenizer needed).
+            Without safetensors the servers start on arbitrary weights and generate after the first update.
         config: servers and their limits.
         log_folder: the servers' output goes to ``server-N.log`` in it.
         device: ``cpu`` or ``cuda``.
@@ -71,6 +73,7 @@ class SGLangEngine:
         first_gpu: int = 0,
         delta: bool = False,
     ):
+        config = replace(config, start_timeout_s=config.start_timeout_s or START_TIMEOUT_S[device])
         self.config, self.context_length = config, context_length
         self.tensor_parallel = config.server.tensor_parallel
         if not (Path(model_folder) / "config.json").is_file():
@@ -78,7 +81,7 @@ class SGLangEngine:
         self._factory = ServerFactory(model_folder, config, log_folder, device, dtype, context_length, first_gpu, delta)
         self.endpoints = external_endpoints(config) if config.started_elsewhere else new_endpoints(config.servers)
         """The servers, for senders of weights in this process or another; a restarted server keeps its own."""
-        self._weights = CurrentWeights([version], Path(model_folder))
+        self._weights = first_weights(Path(model_folder), version)
         self._background = Background("sglang-pool")
         self._stack: AsyncExitStack | None = None
         self._servers: list[SupervisedServer] = []
@@ -147,12 +150,7 @@ class SGLangEngine:
         threads may call; servers get requests in the order of the calls. Nothing is sent while weights are updated;
         after an update that failed half way no server generates until one succeeds.
         """
-        for request in requests:
-            if (length := len(request.prompt_tokens)) + sampling.max_tokens > self.context_length:
-                raise ConfigError(
-                    "rollout.max_response_tokens", sampling.max_tokens,
-                    f"with the {length} prompt tokens of request {request.id} at most {self.context_length} in all",
-                )  # fmt: skip
+        check_lengths(requests, sampling, self.context_length)
         if self._stack is None:
             raise NoRolloutCapacity("the servers were stopped")
         return self._background.run(self._generate(requests, sampling))
@@ -274,7 +272,8 @@ class SGLangEngine:
         await self._stack.enter_async_context(supervised(self._servers))
         if router:
             await self._register_at(Router(self.config.router, http), self._stack)
-            router.open()
+            if not weights.inconsistent_reason:
+                router.open()
 
     def _launcher(self, index: int) -> Callable[[], Server] | None:
         if self.config.started_elsewhere:

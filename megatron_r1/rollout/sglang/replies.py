@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Container, Sequence
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ def parse_completion(
     """
     meta = reply["meta_info"]
     tokens, pairs = reply["output_ids"], meta["output_token_logprobs"]
-    if list(map(itemgetter(1), pairs)) != tokens:
+    if [pair[1] for pair in pairs] != tokens:
         raise ValueError(f"log-probs are of {len(pairs)} tokens that are not the {len(tokens)} response tokens")
     version, version_changes = parse_versions(meta, len(tokens), versions)
     if meta["prompt_tokens"] != len(request.prompt_tokens):
@@ -79,7 +78,7 @@ def parse_completion(
         experts = parse_routed_experts(meta["routed_experts"], inputs, sampling.routed)
     if (replied_id := meta.get("id")) != reply_id:
         raise ValueError(f"the reply is to {str(replied_id)[:80]!r}, another request")
-    logprobs = np.frombuffer(array("f", map(itemgetter(0), pairs)), np.float32)
+    logprobs = np.frombuffer(array("f", [pair[0] for pair in pairs]), np.float32)
     response = Response(int32(request.prompt_tokens), int32(tokens), logprobs, experts)
     return Completion(request.id, response, reason, version, version_changes)
 

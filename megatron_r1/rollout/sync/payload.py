@@ -25,10 +25,10 @@ from torch import Tensor
 from megatron_r1.checkpoint.tensor_file import Entry
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.errors import DataError
-from megatron_r1.hf.config import SpecialTokens, hf_config
+from megatron_r1.hf.config import QUANTIZATION_CONFIG, SpecialTokens, hf_config
 from megatron_r1.hf.export import hf_tensors
 from megatron_r1.hf.families import param_mappings
-from megatron_r1.hf.fp8_blocks import QUANTIZATION_CONFIG, SCALE_SUFFIX, quantise_blocks
+from megatron_r1.hf.fp8_blocks import SCALE_SUFFIX, quantise_blocks
 from megatron_r1.hf.param_mapping import ParamMapping
 from megatron_r1.hf.plan import FORMATS, hf_entries
 from megatron_r1.rollout.sync.buckets import NamedTensor

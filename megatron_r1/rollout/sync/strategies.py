@@ -26,8 +26,8 @@ from megatron_r1.hf.config import generation_config, serving_view, special_token
 from megatron_r1.hf.export import write_folder
 from megatron_r1.model.shards import ShardDirectory, assemble, shard_directory, shards, whole_tensors
 from megatron_r1.parallel.comm import all_gather_object
-from megatron_r1.parallel.launcher import rank
 from megatron_r1.parallel.mesh import pipeline_stage
+from megatron_r1.platform.launcher import rank
 from megatron_r1.rollout.sync.buckets import NamedTensor, plan_buckets
 from megatron_r1.rollout.sync.group_sender import RoundRobin, SendOrder
 from megatron_r1.rollout.sync.payload import WeightPayload
@@ -248,7 +248,7 @@ class DiskSync:
         self._folder = Path(tempfile.mkdtemp(prefix="megatron_r1-weights-", dir=parent))
         self._current = 0
         self.engine: FolderReader | None = None
-        """Reads the folders; started on the first of them, so not known before."""
+        """Reads the folders."""
 
     def write(self) -> Path:
         """Export the current weights; returns the folder to serve."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 
+from megatron_r1.config.rollout import RolloutConfig
+from megatron_r1.config.sft import SftConfig
 from megatron_r1.data.chat.encode import ChatEncoder, chat_template
 from megatron_r1.data.chat.render import R1_ZERO, CannotRender, ChatTemplate
 from megatron_r1.data.row_files import BadRow
 from megatron_r1.data.template import fill_template
 from megatron_r1.data.tokenizer import CHAT_TEMPLATE
-from megatron_r1.errors import DataError
+from megatron_r1.errors import ConfigError, DataError
 from tests.support.chats import QWEN, QWEN_MARKED, REASONED, REASONING, SEVERAL, SINGLE, small_tokenizer
 
 HOSTILE = [
@@ -88,3 +92,46 @@ def test_r1_zero_has_the_prompts_of_reinforcement_learning():
     assert template.render(SINGLE[:1], add_generation_prompt=True).text == "<|bos|>" + fill_template("What is 2 + 3?")
     with pytest.raises(CannotRender, match="r1_zero"):
         template.render(SEVERAL)
+
+
+DATED = [
+    "{%- set today = strftime_now('%d %B %Y') -%}Today is {{ today }}.",
+    "{{ strftime_now('%Y-%m-%d') }}",
+    "{%- set date_string = strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024' %}{{ date_string }}",
+    "{%- macro head() %}Date: {{ strftime_now('%A, %j %U') }}{%- endmacro %}{{ head() }}",
+    "{% if not day is defined %}{% set day = strftime_now(format='%B %d, %Y') %}{% endif %}[{{ day }}]",
+    "{% for m in messages %}{% if loop.first %}{{ strftime_now('%y%m%d') }}{% endif %}{{ m.content }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", DATED)
+def test_a_template_knows_the_day_of_the_run(theirs, source):
+    options = {"chat_template": source.replace("format=", ""), "tokenize": False}
+    before = datetime.date.today().isoformat()
+    expected = theirs.apply_chat_template(SINGLE, **options)
+    if before == datetime.date.today().isoformat():
+        found = ChatTemplate(options["chat_template"], {}, "dated", before).render(SINGLE)
+        assert found.text == expected
+    fixed = ChatTemplate(options["chat_template"], {}, "dated", "2001-02-03").render(SINGLE).text
+    assert any(
+        day in fixed for day in ("03 February 2001", "2001-02-03", "03 Feb 2001", "Saturday, 034", "y 03, 2", "010203")
+    )
+
+
+@pytest.mark.parametrize("source", DATED)
+def test_a_template_that_needs_a_day_is_refused_as_a_template(source):
+    template = ChatTemplate(source, {}, "dated")
+    if "is defined else" in source:  # it has a day of its own
+        assert template.render(SINGLE).text == "26 Jul 2024"
+        return
+    with pytest.raises(DataError, match=r"^chat template dated: needs a date .*set template_date=YYYY-MM-DD"):
+        template.render(SINGLE)
+
+
+def test_a_day_that_no_template_reads_is_refused():
+    with pytest.raises(DataError, match="reads no date, and template_date=2001-02-03"):
+        ChatTemplate(CHAT_TEMPLATE, {}, "test", "2001-02-03")
+    for day in ("today", "2001-2-3", "2001-02-30"):
+        for config in (SftConfig, RolloutConfig):
+            with pytest.raises(ConfigError, match=f"^template_date={day}: must be a day"):
+                config(template_date=day)

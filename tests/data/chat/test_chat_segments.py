@@ -78,15 +78,18 @@ def test_text_that_spells_a_control_token_is_refused():
 
 
 SOURCE = ConversationsConfig(path="x.jsonl")
+WHOLE = "user:What is 2 + 3? assistant:5, I think."
 GOOD = [
     ({"prompt": "a", "response": "b"}, "user:a assistant:b"),
     ({"prompt": "a", "response": "b", "system": "s", "other": 1}, "system:s user:a assistant:b"),
-    ({"messages": SINGLE}, "user:What is 2 + 3? assistant:5, I think."),
-    (
-        {"messages": [{**message, "tool_calls": None} for message in SINGLE]},
-        "user:What is 2 + 3? assistant:5, I think.",
-    ),
+    ({"messages": SINGLE}, WHOLE),
+    ({"messages": [{**message, "tool_calls": None} for message in SINGLE]}, WHOLE),
     ({"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "user:a assistant:b"),
+    ({"messages": [{**message, "tool_calls": [], "name": "", "weight": None} for message in SINGLE]}, WHOLE),
+    ({"system": "s", "messages": SINGLE}, f"system:s {WHOLE}"),
+    ({"system": "s", "messages": [{"role": "system", "content": "s"}, *SINGLE]}, f"system:s {WHOLE}"),
+    ({"messages": SINGLE, "images": [], "tools": None, "prompt": "again", "score": 3}, WHOLE),
+    ({"prompt": "a", "response": "b", "input": "", "history": [], "system": ""}, "user:a assistant:b"),
 ]
 BAD = [
     ([], "is not a JSON object"),
@@ -102,6 +105,20 @@ BAD = [
     ({"messages": [*SINGLE, {"role": "system", "content": "a"}, SINGLE[1]]}, "message 3 has the role system"),
     ({"messages": [SINGLE[0], {"role": "assistant"}]}, "message 2: content is not text"),
     ({"messages": SINGLE, "tools": [{}]}, "has tools"),
+    ({"messages": SINGLE, "images": ["a.png"]}, "has images"),
+    ({"messages": SINGLE, "chat_template_kwargs": {"thinking": True}}, "has chat_template_kwargs"),
+    ({"messages": [SINGLE[0], {**SINGLE[1], "tool_calls": [{"id": 1}]}]}, "message 2 has tool_calls"),
+    ({"messages": [SINGLE[0], {**SINGLE[1], "function_call": {"name": "f"}}]}, "message 2 has function_call"),
+    ({"system": "other", "messages": SEVERAL}, "has system and a message of the role system"),
+    ({"system": ["s"], "messages": SINGLE}, "system is not text"),
+    ({"prompt": "a", "response": "b", "input": "c"}, "has input, which nothing reads"),
+    ({"prompt": "a", "response": "b", "history": [["c", "d"]]}, "has history, which nothing reads"),
+    ({"messages": [SINGLE[0], {**SINGLE[1], "weight": 0.5}]}, "message 2: weight is 0.5, and must be 0 or 1"),
+    ({"messages": [SINGLE[0], {**SINGLE[1], "loss": "0"}]}, "message 2: loss is '0', and must be 0 or 1"),
+    ({"messages": [SINGLE[0], {**SINGLE[1], "loss": 0, "weight": 1}]}, "message 2 has a weight and a loss that differ"),
+    ({"messages": [{**SINGLE[0], "weight": 1}, SINGLE[1]]}, "message 1 has the role user, and only responses"),
+    ({"messages": [SINGLE[0], {**SINGLE[1], "weight": 0}]}, "has no response to train on"),
+    ({"messages": [SINGLE[0], {**SINGLE[1], "in_loss": True}]}, "message 2 has the unknown field in_loss"),
 ]
 
 
@@ -109,9 +126,9 @@ BAD = [
 def test_rows_that_are_conversations(row, expected):
     messages = conversation_of(row, SOURCE)
     assert " ".join(f"{m['role']}:{m['content']}" for m in messages) == expected
-    assert all("tool_calls" not in message for message in messages)
     prompted = conversation_of(row, SOURCE, "be good")
     assert prompted[0]["content"] == ("s" if row.get("system") else "be good") and prompted[1:] == messages[-2:]
+    assert all(message.keys() == {"role", "content"} for message in messages)
 
 
 @pytest.mark.parametrize(("row", "reason"), BAD)
@@ -119,6 +136,84 @@ def test_rows_without_a_conversation_are_refused_with_the_reason(row, reason):
     with pytest.raises(BadRow) as refused:
         conversation_of(row, SOURCE)
     assert str(refused.value).startswith(reason)
+
+
+def flagged(**flags) -> list:
+    """A conversation of three turns; `a1={"weight": 0}` marks the first response."""
+    row = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"{'qa'[n % 2]}{n // 2}"} for n in range(6)]
+    marked = [{**message, **flags.get(message["content"], {})} for message in row]
+    return conversation_of({"messages": marked}, SOURCE)
+
+
+UNLEARNED = [
+    ({"weight": 0}, {"weight": 1}),
+    ({"weight": 0.0}, {}),
+    ({"loss": 0}, {"loss": 1}),
+    ({"loss": False}, {"loss": True}),
+    ({"weight": 0, "loss": False}, {"weight": None}),
+]
+
+
+@pytest.mark.parametrize("source", [CHAT_TEMPLATE, QWEN, QWEN_MARKED])
+@pytest.mark.parametrize(("out", "kept"), UNLEARNED)
+def test_a_response_that_its_row_marks_is_not_in_the_loss(source, out, kept):
+    end = "<|eos|>" if source == CHAT_TEMPLATE else "<|im_end|>"
+    [(_, text)] = encoded(flagged(), source)
+    for unlearned in ("a0", "a1", "a2"):
+        marks = {name: out if name == unlearned else kept for name in ("a0", "a1", "a2")}
+        others = [f"{name}{end}" for name in ("a0", "a1", "a2") if name != unlearned]
+        [(in_loss, whole)] = encoded(flagged(**marks, q0={"weight": 0}), source)
+        # Nothing is learned after the last response that is, so nothing stands there.
+        assert in_loss == others and text.startswith(whole)
+        assert [one for one, _ in encoded(flagged(**marks), source, "each")] == [[other] for other in others]
+    assert encoded(flagged(a0=out), source, "last") == encoded(flagged(), source, "last")
+    assert "sft.loss_on=last trains on no other" in encoded(flagged(a2=out), source, "last")
+
+
+THINKING = QWEN_MARKED.replace(
+    "{{- message['content'] + '<|im_end|>' }}{%- endg",
+    "{%- if message.reasoning_content is string %}"
+    "{{- '<think>\\n' + message.reasoning_content.strip() + '\\n</think>\\n\\n' }}{%- endif %}"
+    "{{- message['content'] + '<|im_end|>' }}{%- endg",
+)
+LATEST = QWEN.replace(
+    "'\\n' + message['content']",
+    "'\\n' + (('<think>' + message.get('thinking', '') + '</think>')"
+    " if loop.last and message.role == 'assistant' else '') + message['content']",
+)
+
+
+def test_reasoning_beside_the_content_is_learned_where_the_template_writes_it():
+    messages = [SINGLE[0], {**SINGLE[1], "reasoning_content": " 2 + 3\nis 5 "}]
+    [(in_loss, _)] = encoded(messages, THINKING)
+    assert in_loss == ["<think>\n2 + 3\nis 5\n</think>\n\n5, I think.<|im_end|>"]
+    several = [*messages, SINGLE[0], {**SINGLE[1], "thinking": "again 5"}]
+    assert "message 2 has the field reasoning_content" in encoded(several, LATEST)
+    several[1] = {**SINGLE[1], "thinking": "is 5"}
+    assert "message 4: needs sft.loss_on=each" in encoded(several, LATEST)
+    first, second = encoded(several, LATEST, "each")
+    assert first[0] == ["<think>is 5</think>5, I think.<|im_end|>"]
+    assert second[0] == ["<think>again 5</think>5, I think.<|im_end|>"]
+    forgetful = THINKING.replace("is string", "is string and loop.last")
+    several = [*messages, *messages]
+    assert "leaves out the reasoning_content of a response: needs sft.loss_on=each" in encoded(several, forgetful)
+    assert [one for one, _ in encoded(several, forgetful, "each")] == [in_loss, in_loss]
+
+
+@pytest.mark.parametrize("loss_on", ["all", "last", "each"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "name", "train", "masked", "extra"])
+def test_a_field_that_the_template_does_not_read_refuses_the_row(name, loss_on):
+    messages = [SINGLE[0], {**SINGLE[1], name: "x"}]
+    for source in (CHAT_TEMPLATE, QWEN, QWEN_MARKED):
+        assert (
+            encoded(messages, source, loss_on)
+            == f"message 2 has the field {name}, which the chat template does not read"
+        )
+
+
+def test_reasoning_beside_a_verbatim_response_refuses_the_row():
+    messages = [SINGLE[0], {**SINGLE[1], "reasoning_content": "x"}]
+    assert "response_text=verbatim would leave out" in encoded(messages, THINKING, "all", "verbatim")
 
 
 def test_keys_go_by_content_and_seed():

@@ -14,10 +14,10 @@ import pytest
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.sft import ConversationsConfig, SftConfig
 from megatron_r1.data.chat.encode import template_source
-from megatron_r1.data.chat.files import files_of, raw_rows
 from megatron_r1.data.chat.store import TEMPLATE_KEY, Examples, _Maker, open_examples
+from megatron_r1.data.row_files import rows_of
 from megatron_r1.data.synthetic.expressions import in_eval_split, normalise
-from megatron_r1.data.tokenizer import Tokenizer
+from megatron_r1.data.tokenizer import CHAT_TEMPLATE, Tokenizer
 from megatron_r1.errors import ConfigError, DataError
 from tests.support.chats import SEVERAL, SINGLE, small_tokenizer
 
@@ -89,11 +89,11 @@ def test_a_file_that_is_cut_is_an_error_of_one_line(tmp_path, suffix):
     whole = tmp_path / "whole.parquet" if suffix == "parquet" else next((tmp_path / "saved").glob("*.arrow"))
     whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(DataError, match="is not a whole") as error:
-        list(raw_rows(whole))
+        list(rows_of([whole]))
     assert "\n" not in str(error.value)
 
 
-BROKEN = {3: "{not json", 5: "", 8: '{"prompt": "a"}', 11: '{"prompt": "<|eos|>", "response": "b"}'}
+BROKEN = {3: "{not json", 5: "[]", 8: '{"prompt": "a"}', 11: '{"prompt": "<|eos|>", "response": "b"}'}
 
 
 def broken(path: Path) -> Path:
@@ -110,7 +110,9 @@ def test_bad_rows_are_quarantined_by_file_and_line(tmp_path):
     named = (tmp_path / "run/bad_rows.txt").read_text().splitlines()
     assert sorted(int(line.removeprefix(f"{path}:").split(":")[0]) for line in named) == [*BROKEN]
     assert any(line.startswith(f"{path}:3: is not JSON (") for line in named)
-    assert f"{path}:5: is empty" in named and f"{path}:11: message 1 holds the control token <|eos|>" in named
+    assert (
+        f"{path}:5: is not a JSON object" in named and f"{path}:11: message 1 holds the control token <|eos|>" in named
+    )
 
 
 @pytest.mark.parametrize(("changes", "allowed"), [({"max_bad_rows": 3}, 3), ({"max_bad_share": 0.13}, 3), ({}, 0)])
@@ -203,8 +205,30 @@ def test_templates_come_from_the_tokenizer_or_a_file(tmp_path):
     assert template_source("tokenizer", Tokenizer.load(tmp_path / "folder"), TEMPLATE_KEY) == "z"
 
 
-def test_folders_read_their_files_in_order(tmp_path):
-    for name in ("train-1.jsonl", "train-0.jsonl", "test.jsonl"):
-        jsonl(tmp_path / name, ROWS[:1])
-    found = files_of(ConversationsConfig(path=str(tmp_path)), "sft.datasets.a")
-    assert [file.name for file in found] == ["train-0.jsonl", "train-1.jsonl"]
+def test_a_date_is_pinned_with_the_examples_of_a_run(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", ROWS[:2])
+    (tmp_path / "t.jinja").write_bytes(b"\xef\xbb\xbf{{ strftime_now('%Y') }} " + CHAT_TEMPLATE.encode())
+    dated = {"chat_template": str(tmp_path / "t.jinja"), "template_date": "1999-12-31"}
+    assert all(text.startswith("1999 <|bos|>") for text in texts(opened(settings(path, **dated), tmp_path / "run")))
+    with pytest.raises(DataError, match="run: its conversations changed"):
+        opened(settings(path, **{**dated, "template_date": "2001-01-01"}), tmp_path / "run")
+    with pytest.raises(DataError, match="^chat template .*t.jinja: needs a date"):
+        opened(settings(path, chat_template=dated["chat_template"]), tmp_path / "other")
+
+
+def test_messages_are_learned_as_their_rows_say(tmp_path):
+    """`weight` and unknown fields, from a table too, where every message has every field."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [
+        {"messages": [SINGLE[0], {**SINGLE[1], "weight": 0}, SINGLE[0], {**SINGLE[1], "content": "6", "weight": 1}]},
+        {"messages": [SINGLE[0], {**SINGLE[1], "mask": 1}]},
+    ]
+    jsonl(tmp_path / "a.jsonl", rows)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        examples = opened(settings(tmp_path / name, max_bad_rows=1), tmp_path / f"run-{name}")
+        assert TOKENIZER.decode(examples.tokens_T[examples.loss_mask_T]) == "6<|eos|>"
+        bad = (tmp_path / f"run-{name}/bad_rows.txt").read_text()
+        assert bad == f"{tmp_path}/{name}:2: message 2 has the field mask, which the chat template does not read\n"

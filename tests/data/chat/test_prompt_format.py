@@ -55,6 +55,31 @@ def test_templates_that_cannot_format_a_question_are_refused_at_the_start(tmp_pa
         PromptFormatter(TOKENIZER, str(tmp_path / "broken"))
 
 
+@pytest.mark.parametrize(
+    ("ends", "opening"),
+    [
+        ("<think>\n", "<think>\n"),
+        ("<think>", "<think>"),
+        ("<think>\n\n</think>\n\n", ""),
+        ("<think>so", ""),
+        ("", ""),
+        ("</think> <think> ", "<think> "),
+    ],
+)
+def test_what_a_template_already_opens_of_the_response_is_known(tmp_path, ends, opening):
+    template = tmp_path / "opens.jinja"
+    begin = "{{ bos_token }}Think in <think> tags. {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    template.write_text(begin + "{% if add_generation_prompt %}{{ " + repr(f"|{ends}") + " }}{% endif %}")
+    formatter = PromptFormatter(TOKENIZER, str(template))
+    assert formatter.opening(QUESTION) == opening
+    assert formatter.instructions == f"<|bos|>Think in <think> tags. |{ends}"
+
+
+def test_a_question_may_open_the_response_itself():
+    assert PromptFormatter(TOKENIZER, "none").opening("What is 1+1? <think>\n") == "<think>\n"
+    assert PromptFormatter(TOKENIZER, "none").opening("What is a <think> tag?") == ""
+
+
 def test_a_question_with_a_control_token_is_refused():
     formatter = PromptFormatter(TOKENIZER, "r1_zero")
     formatter.check("What is <think>?")

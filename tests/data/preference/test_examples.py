@@ -20,9 +20,10 @@ from megatron_r1.data.preference.examples import (
 )
 from megatron_r1.data.preference.length_baseline import length_baseline
 from megatron_r1.data.preference_example import LabelledResponse, PreferenceExample
+from megatron_r1.data.row_sources import RowSource
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
-from megatron_r1.errors import DataError
+from megatron_r1.errors import ConfigError, DataError
 
 PAIR = PreferenceExample(
     "t",
@@ -75,12 +76,17 @@ def test_every_epoch_visits_everything_once_in_an_order_of_its_own():
 
 def test_files(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "chosen_critique": "j"}) + "\n\n")
-    assert list(read_preferences(path, True)) == [
+    path.write_text(
+        json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "chosen_critique": "j", "system": "", "tools": None})
+        + "\n\n"
+    )
+    assert list(read_preferences(RowSource(path), True)) == [
         PreferenceExample("file", LabelledResponse("p", "c", "j"), LabelledResponse("p", "r"))
     ]
     path.write_text(json.dumps({"prompt": "p", "response": "r", "safe": False, "task": "k"}))
-    assert list(read_preferences(path, False)) == [PreferenceExample("k", LabelledResponse("p", "r"), safe=False)]
+    assert list(read_preferences(RowSource(path), False)) == [
+        PreferenceExample("k", LabelledResponse("p", "r"), safe=False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,18 +115,24 @@ def test_parquet_gives_the_rows_of_jsonl(tmp_path, pairwise, rows):
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     names = dict.fromkeys(name for row in rows for name in row)
     parquet.write_table(pyarrow.table({name: [row.get(name) for row in rows] for name in names}), table)
-    found = list(read_preferences(table, pairwise))
-    assert found == list(read_preferences(lines, pairwise)) and len(found) == 2
+    found = list(read_preferences(RowSource(table), pairwise))
+    assert found == list(read_preferences(RowSource(lines), pairwise)) and len(found) == 2
     assert {example.task for example in found} == {"file", "k"}
 
 
 @pytest.mark.parametrize(
     ("line", "pairwise", "reason"),
     [
-        ("{", True, "is not JSON"),
-        ("[]", True, "must be one JSON object"),
+        ('{"a', True, "is not JSON"),
+        ("3", True, "is not a JSON object"),
         ('{"prompt": "p", "chosen": "c"}', True, "rejected must be text"),
         ('{"prompt": "p", "chosen": "c", "rejected": ""}', True, "rejected must be text"),
+        ('{"prompt": "p", "chosen": "c", "rejected": "r", "system": "s"}', True, "has system, which nothing reads"),
+        ('{"prompt": "p", "chosen": "c", "rejected": "r", "history": [["a", "b"]]}', True, "has history, which"),
+        ('{"prompt": "p", "chosen": "c", "rejected": "r", "images": ["a"]}', True, "has images, which"),
+        ('{"prompt": "p", "chosen": "c", "rejected": "r", "tools": [{}]}', True, "has tools, which"),
+        ('{"prompt": "p", "response": "r", "safe": true, "input": "x"}', False, "has input, which"),
+        ('{"prompt": "p", "chosen": [{"role": "user"}], "rejected": "r"}', True, "chosen must be text"),
         ('{"prompt": "p", "response": "r", "safe": 1}', False, "safe must be true or false"),
     ],
 )
@@ -128,12 +140,12 @@ def test_a_broken_row_is_named(tmp_path, line, pairwise, reason):
     path = tmp_path / "items.jsonl"
     path.write_text(f"\n{line}\n")
     with pytest.raises(DataError, match=f"{path.name}:2: {reason}"):
-        list(read_preferences(path, pairwise))
+        list(read_preferences(RowSource(path), pairwise))
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(DataError, match="nowhere.jsonl: cannot be read"):
-        list(read_preferences(Path("nowhere.jsonl"), True))
+    with pytest.raises(ConfigError, match="^path=nowhere.jsonl: no such file"):
+        list(read_preferences(RowSource(Path("nowhere.jsonl")), True))
 
 
 def pairs(*lengths: tuple[int, int]) -> list[PreferenceExample]:

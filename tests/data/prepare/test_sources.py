@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_r1.data.prepare.sources import read, scan
+from megatron_r1.data.prepare.sources import input_files, read, scan
 from megatron_r1.errors import ConfigError, DataError
+from tests.support.row_files import FILES, ROWS
 
 BAD_LINES = [
     (b"not json", "is not JSON (invalid literal"),
@@ -23,8 +24,6 @@ BAD_LINES = [
     (b'{"text": " \\n"}', "has no text"),
     (b'{"text": "\xff"}', "is not JSON ("),
     (b'{"text": "\\ud800"}', "is not JSON ("),
-    (b"", "is empty"),
-    (b" \t\r", "is empty"),
 ]
 
 
@@ -91,8 +90,44 @@ def test_parquet_rows_are_read_group_by_group(tmp_path):
 
 
 def test_unknown_and_missing_files_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"a\.csv: must end in one of \.jsonl, \.txt, \.parquet"):
-        scan(str(tmp_path / "a.csv"), 0, 1)
+    with pytest.raises(ConfigError, match=r"a\.tsv: must be a file \(\.jsonl, .*, or \.txt\)"):
+        scan(str(tmp_path / "a.tsv"), 0, 1)
     for suffix in ("jsonl", "txt", "parquet"):
         with pytest.raises(DataError, match=rf"gone\.{suffix}: cannot be read"):
             scan(str(tmp_path / f"gone.{suffix}"), 0, 1)
+
+
+@pytest.mark.parametrize("target", [1, 20, 10**6])
+@pytest.mark.parametrize("name", FILES)
+def test_every_form_of_a_file_gives_its_texts(tmp_path, name, target):
+    """The file's mark costs no document, and blank lines are none; whatever the pieces."""
+    path = tmp_path / name
+    path.write_bytes(FILES[name])
+    rows = rows_of(path, target)
+    assert [row.text for row in rows] == [row["text"] for row in ROWS] and not any(row.problem for row in rows)
+
+
+def test_rows_have_the_numbers_of_their_lines_whatever_the_pieces(tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = b'{"text": "a"}'
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line + b"\r" + line + b"\n\n" + line + b"\r\r\n" + line)
+    for target in range(1, 90):
+        assert [row.number for row in rows_of(path, target)] == [1, 3, 4, 6, 8]
+
+
+def test_a_text_file_loses_its_mark_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\ufeff\r\n".encode())
+    assert [row.text for row in rows_of(path, 2)] == ["one\ufeff\r\n"]
+    path.write_bytes("one".encode("utf-16"))
+    assert [row.problem for row in rows_of(path, 2)] == ["is not UTF-8 at byte 0"]
+
+
+def test_inputs_may_be_folders(tmp_path):
+    for name in ("data/train-1.jsonl", "data/train-0.jsonl", "data/test.jsonl", ".hidden/train.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(FILES["plain.jsonl"])
+    found = input_files(["a.txt", str(tmp_path)], "train", "", "inputs")
+    assert found == ("a.txt", f"{tmp_path}/data/train-0.jsonl", f"{tmp_path}/data/train-1.jsonl")
+    with pytest.raises(ConfigError, match=r"^inputs=.*: must hold a saved dataset"):
+        input_files([str(tmp_path)], "validation", "", "inputs")

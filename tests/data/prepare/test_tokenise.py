@@ -163,7 +163,7 @@ def test_dropped_rows_are_listed_and_limited(inputs, tmp_path):
 
 
 def test_nothing_but_bad_rows_leaves_no_shard(inputs, tmp_path):
-    (tmp_path / "a.jsonl").write_text("\n")
+    (tmp_path / "a.jsonl").write_text("{}\n")
     options = TokeniseOptions(inputs=(str(tmp_path / "a.jsonl"),), fim_rate=0.0)
     assert tokenise(options, inputs / "tokenizer", tmp_path / "out", 1, max_bad_rows=1)["bad"] == 1
     assert len(open_shards(tmp_path / "out").lengths) == 0 and not list((tmp_path / "out").glob("shard*"))

@@ -12,7 +12,7 @@ from megatron_r1.data.synthetic import gym
 from megatron_r1.data.synthetic.expressions import in_eval_split, value
 from megatron_r1.data.template import R1_ZERO_TEMPLATE, fill_template
 from megatron_r1.errors import DataError
-from megatron_r1.rewards.accuracy import is_correct
+from megatron_r1.rewards.exact import same_number
 
 CONFIG = DataConfig()
 
@@ -73,7 +73,7 @@ def test_library_scorer_agrees_with_the_accuracy_reward():
     for _ in range(100):
         problem = gym.draw_item(rng, 0.15, evaluation=False)
         for answer in (problem.answer, str(int(problem.answer) + 1), "", "1" + problem.answer):
-            expected = is_correct(Prompt("0", "?", problem.answer, "", "number"), answer)
+            expected = same_number(answer, problem.answer)
             assert gym.verify(problem.task, answer, problem.answer) == bool(expected)
 
 

@@ -2,16 +2,21 @@
 
 import re
 from collections import Counter
+from itertools import combinations, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_r1.config.data import DataConfig
+from megatron_r1.config.recipes import configs_folder
 from megatron_r1.data.synthetic import arithmetic, expressions
 from megatron_r1.data.synthetic.arithmetic import documents, worked_documents
 from megatron_r1.data.synthetic.expressions import eval_expressions, family, in_eval_split, normalise, value, world
 from megatron_r1.data.template import R1_ZERO_TEMPLATE
+from megatron_r1.rewards.extract import any_answer
+from megatron_r1.rewards.language import language_consistency, question_language
+from megatron_r1.rewards.words import languages
 
 CHAIN = re.compile(r"\d+(?:\s*[-+*\u00d7]\s*\d+){2,}")
 
@@ -84,22 +89,76 @@ def test_perfect_imitation_is_right_less_than_half_of_the_time(written):
     assert right["hasty", False] > right["hasty", True]
 
 
-def test_quality_and_format_are_independent(written):
-    total, pairs = len(written), Counter((d.quality, d.style) for d in written)
-    qualities, styles = Counter(d.quality for d in written), Counter(d.style for d in written)
-    for quality, style in ((q, s) for q in arithmetic.QUALITY_SHARES for s in arithmetic.FORMAT_SHARES):
-        assert abs(pairs[quality, style] - qualities[quality] * styles[style] / total) < 0.01 * total
+@pytest.mark.parametrize(("one", "other"), list(combinations(("quality", "style", "language"), 2)))
+def test_quality_format_and_language_are_independent(written, one, other):
+    answers = [d for d in written if d.kind == "answer"]
+    pairs = Counter((getattr(d, one), getattr(d, other)) for d in answers)
+    ones, others = Counter(getattr(d, one) for d in answers), Counter(getattr(d, other) for d in answers)
+    for first, second in product(ones, others):
+        assert abs(pairs[first, second] - ones[first] * others[second] / len(answers)) < 0.01 * len(answers)
+
+
+def test_reasoning_is_in_the_language_that_the_document_says(written):
+    for document in written:
+        if document.style == "think" and document.quality != "guess" and document.kind == "answer":
+            shares = {language_consistency(document.response, language) for language in ("en", "zh")}
+            assert (min(shares) > 0.0) == (document.language == "mixed"), document.response
+            own = "zh" if re.search(r"[\u4e00-\u9fff]", document.prompt) else "en"
+            assert (language_consistency(document.response, own) == 1.0) == (document.language == "own"), document
+
+
+def test_a_few_shot_document_answers_in_the_manner_of_its_example(written):
+    for document in (d for d in written if d.kind == "few_shot"):
+        example = re.split(r"\nA:", document.prompt)[1].partition("\nQ: ")[0]
+        assert style_of(example) == style_of(document.response) == document.style, document
+        if document.quality != "guess":
+            assert len(languages(example)) == len(languages(document.response)), document
+
+
+def style_of(text):
+    marks = {"<think>": "think", "boxed": "boxed", "The answer is": "sentence", "\u7b54\u6848\u662f": "sentence"}
+    return next((style for mark, style in marks.items() if mark in text), "equals")
+
+
+def test_verified_and_rewritten_documents_do_what_the_question_requests(written):
+    kinds = Counter(d.kind for d in written)
+    assert {kind: round(kinds[kind] / len(written), 2) for kind in arithmetic.KIND_SHARES} == arithmetic.KIND_SHARES
+    for document in written:
+        if document.kind == "verified":
+            check = re.search(r"(?:Check: |\u9a8c\u7b97\uff1a)(\d+ [-+*] \d+) = (\d+)", document.response)
+            assert check and eval_sum(check[1]) == int(check[2])
+        if document.kind == "rewritten":
+            question, draft, _ = document.prompt.split("\n")
+            assert language_consistency(document.response, question_language(question)) == 1.0
+            assert any_answer(draft) == any_answer(document.response) == str(document.answer)
+
+
+@pytest.mark.parametrize(
+    ("style", "kind"), [("tiny_few_shot", "few_shot"), ("tiny_direct", "verified"), ("tiny_rewrite", "rewritten")]
+)
+def test_documents_have_the_form_of_the_prompt_styles_of_this_world(written, style, kind):
+    text = (configs_folder() / "prompt_style" / f"{style}.txt").read_text().removesuffix("\n")
+    for shown in ("What is 2 + 3 * 4?", "<think>first 3 * 4 = 12, then 2 + 12 = 14</think> <answer>14</answer>"):
+        text = text.replace(shown, "{question}")
+    form = ".+".join(map(re.escape, re.split(r"{question}|{response}", text)))
+    assert form.count(".+") == {"few_shot": 3, "verified": 1, "rewritten": 2}[kind]
+    assert all(re.search(form, document.prompt) for document in written if document.kind == kind)
+
+
+def eval_sum(text):
+    left, operator, right = text.split()
+    return expressions.apply(int(left), operator, int(right))
 
 
 def test_documents_follow_the_share_tables(written):
-    texts = [d.prompt + d.response for d in written]
+    answers = [d for d in written if d.kind == "answer"]
     share = {
-        "chinese": sum(bool(re.search(r"[\u4e00-\u9fff]", d.prompt)) for d in written),
-        "tagged": sum("<think>" in d.response for d in written),
-        "template": sum(d.prompt.startswith(R1_ZERO_TEMPLATE[:40]) for d in written),
+        "chinese": sum(bool(re.search(r"[\u4e00-\u9fff]", d.prompt)) for d in answers),
+        "tagged": sum("<think>" in d.response for d in answers),
+        "template": sum(d.prompt.startswith(R1_ZERO_TEMPLATE[:40]) for d in answers),
     }
-    for name, wanted in (("chinese", 0.40), ("tagged", 0.35), ("template", 0.45)):
-        assert abs(share[name] / len(texts) - wanted) < 0.015, name
+    for name, expected in (("chinese", 0.40), ("tagged", 0.35), ("template", 0.45)):
+        assert abs(share[name] / len(answers) - expected) < 0.015, name
     assert all(abs(sum(t.values()) - 1) < 1e-9 for t in vars(arithmetic).values() if is_share(t))
 
 

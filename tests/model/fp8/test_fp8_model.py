@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.forward_backward import forward_backward
 from megatron_r1.model.fp8.apply import Fp8Plan, kind_of, merge_plans, recipe_of, wants_fp8
 from megatron_r1.model.fp8.linear import multiply
+from megatron_r1.model.fp8.tokens import token_multiple
 from megatron_r1.model.fused import rms_norm
 from megatron_r1.platform import Platform
 from megatron_r1.runs.training_run import log_precision
@@ -174,6 +176,23 @@ def test_plans_of_parts_make_one_of_the_whole():
     whole = merge_plans([first, second])
     assert whole == Fp8Plan({"a.eh_proj": "x", "b.eh_proj": "x"}, ["output_layer", "c.mlp.router"], ["b.eh_proj"])
     assert whole.lines()[-1] == "fp8: shards of eh_proj end within a block of 128: another layout has other scales"
+
+
+def test_differences_from_the_report_are_said_once_for_the_whole_model():
+    whole = merge_plans([Fp8Plan({"a.eh_proj": "x"}, departures=["d"]), Fp8Plan({"b.eh_proj": "x"}, departures=["d"])])
+    assert whole.lines()[-1] == "fp8: unlike the report: d" and whole.departures == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("fp8", "ranks", "sequences", "multiple"),
+    [(None, 1, 1, 1), (None, 4, 3, 4), ("e4m3", 1, 1, 16), ("e4m3", 1, 6, 8), ("e4m3", 2, 1, 256), ("e4m3", 4, 128, 4)],
+)
+def test_tokens_are_padded_to_what_every_rank_multiplies(fp8, ranks, sequences, multiple):
+    model = SimpleNamespace(config=SimpleNamespace(fp8=fp8, tensor_model_parallel_size=ranks))
+    found = token_multiple(model, sequences)
+    assert found == multiple
+    rows = (128 if ranks > 1 else 16) if fp8 else 1
+    assert all(length * sequences % (rows * ranks) == 0 for length in range(found, 5 * found, found))
 
 
 def test_a_run_says_what_is_quantised_and_keeps_it(build, tmp_path, capsys):

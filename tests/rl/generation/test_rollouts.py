@@ -13,6 +13,8 @@ from megatron_r1.data.synthetic.expressions import careful_steps
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import response_text
 from megatron_r1.rewards.rubric_builder import build_rubric
+from megatron_r1.rewards.score import Score
+from megatron_r1.rewards.steps import RewardedStep
 from megatron_r1.rl.generation.rollouts import Rollouts, shuffle_rewards
 from megatron_r1.rl.loop import step_metrics
 from megatron_r1.rl.policy.batch import make_batch
@@ -67,6 +69,29 @@ def test_whole_groups_respond_to_consecutive_prompts(rollouts, config, tokenizer
         assert sample.text == response_text(tokens_of(sample), tokenizer)
         assert sample.reward == build_rubric(config.reward)([prompt], [sample.text])[0].total
     assert len({tokens_of(sample) for sample in samples[:4]}) > 1
+
+
+def test_rewards_read_the_response_with_what_the_prompt_opened(tiny, config, tokenizer, tmp_path):
+    from megatron_r1.rollout.in_process import LocalEngine
+
+    (tmp_path / "opens.jinja").write_text("{{ bos_token + messages[0]['content'] + '<think>\\n' }}")
+    read: list[str] = []
+
+    def scorer(prompts, texts):
+        read.extend(texts)
+        return [Score(0.0, {}, (RewardedStep(len("<think>\n") + 1, 1.0),)) for text in texts]
+
+    engine, journal = LocalEngine(tiny, 12, tokenizer.pad), Journal(tmp_path / "opened")
+    formatter = PromptFormatter(tokenizer, str(tmp_path / "opens.jinja"))
+    parts = TrainingPrompts(config.data), engine, formatter, journal, scorer, config.rollout, config.rl, config.seed
+    samples = Rollouts(*parts).take(step=0, first_prompt=0).samples
+    assert sorted(read) == sorted(f"<think>\n{sample.text}" for sample in samples)
+    # The step that ends with the first character ends at the first token that has one.
+    for sample in samples:
+        texts = [tokenizer.decode(tokens_of(sample)[: n + 1], skip_special=True) for n in range(len(tokens_of(sample)))]
+        assert sample.steps[0][0] == next(
+            n for n, text in enumerate(texts) if text.rstrip("\ufffd") or n == len(texts) - 1
+        )
 
 
 def test_a_step_is_sampled_once_and_read_from_the_journal_after(rollouts, tiny):

@@ -177,7 +177,7 @@ def test_hf_tensors_are_views_where_nothing_has_to_change():
     assert {tensor.untyped_storage().data_ptr() for _, tensor in sent} == memory
 
 
-@pytest.mark.parametrize("shape", ["tiny", "direct_query", "grouped", "grouped_bias"])
+@pytest.mark.parametrize("shape", ["tiny", "direct_query", "grouped", "grouped_bias", "grouped_experts"])
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("include_mtp", [False, True])
 def test_what_is_sent_is_what_was_announced(shape, fp8, include_mtp):

@@ -1,6 +1,8 @@
 """The folder that servers start from and sync by: what a group would send them, bit for bit."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,14 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.rollout import RolloutConfig, WeightSyncConfig
 from megatron_r1.config.sglang import ServerConfig, SGLangConfig, SpeculativeConfig
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
-from megatron_r1.hf.load import folder_format
+from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.hf.model_config import folder_format
+from megatron_r1.rl.placement import Separate
+from megatron_r1.rollout import factory
+from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.factory import sglang_engine, weight_payload
 from megatron_r1.rollout.sglang.servers import discovery as addresses
+from megatron_r1.rollout.sync.model_folder import write_shape
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync
 from tests.support.fake_sglang import ADMIN_KEY, KEY, fakes
@@ -77,7 +84,7 @@ def test_folder_in_fp8_is_read_as_one(native, tokenizer):
     with DiskSync(native.items, SHAPE, tokenizer, chosen(True, True)) as disk:
         disk.write()
         export = disk.write()
-        assert folder_format(export / "config.json") == "fp8"
+        assert folder_format(export) == "fp8"
         read = dict(load_tensors(export, SHAPE))
     assert read.keys() == native.keys()
     for name, given in native.items():
@@ -90,17 +97,53 @@ def test_folder_leaves_out_the_multi_token_layers_by_default(native, tokenizer):
         assert load_file(disk.write() / "model.safetensors").keys() == expected_shapes(SHAPE, include_mtp=False).keys()
 
 
-def test_servers_start_from_and_sync_by_what_the_configuration_chooses(native, tokenizer, tmp_path, monkeypatch):
+@pytest.fixture
+def server(monkeypatch):
+    """The address of a server that answers as SGLang does."""
     monkeypatch.setenv(addresses.API_KEY, KEY)
     monkeypatch.setenv(addresses.ADMIN_KEY, ADMIN_KEY)
     with fakes(1) as (fake,):
-        rollout = RolloutConfig(
-            weight_sync=WeightSyncConfig(method="disk", include_mtp=True), sglang=SGLangConfig(addresses=[fake.url])
-        )
-        with sglang_engine(rollout, SHAPE, native.items, tokenizer, tmp_path / "logs", "cpu") as (engine, sync):
-            started = engine.weights_folder
-            sync.push("new")
-            synced = engine.weights_folder
-            for folder in (started, synced):
-                assert load_file(folder / "model.safetensors").keys() == expected_shapes(SHAPE).keys()
-    assert started != synced
+        yield fake.url
+
+
+def test_servers_load_what_the_configuration_chooses(native, tokenizer, tmp_path, server):
+    disk, folders = WeightSyncConfig(method="disk", include_mtp=True), []
+    rollout = RolloutConfig(weight_sync=disk, sglang=SGLangConfig(addresses=[server]))
+    with sglang_engine(rollout, SHAPE, native.items, tokenizer, tmp_path / "logs", "cpu") as (engine, sync):
+        for version in ("0", "1"):
+            sync.push(version)
+            folders.append(engine.weights_folder)
+            assert load_file(folders[-1] / "model.safetensors").keys() == expected_shapes(SHAPE).keys()
+    assert folders[0] != folders[1]
+
+
+@pytest.mark.parametrize("method", ["group", "disk"])
+def test_no_weight_is_read_or_written_to_start_servers(new_model, tokenizer, tmp_path, server, monkeypatch, method):
+    """The first sync sends them; until then the servers refuse to generate."""
+
+    def read(*_):
+        raise AssertionError("the start of servers gathers the model")
+
+    monkeypatch.setattr(factory, "whole_tensors", read)
+    before = bytes_in_memory()
+    rollout = RolloutConfig(weight_sync=WeightSyncConfig(method=method), sglang=SGLangConfig(addresses=[server]))
+    shape = ModelConfig()
+    start = rollout, shape, new_model(shape), tokenizer, tmp_path / "logs", "cpu", Separate()
+    with factory.training_sglang_engine(*start) as (engine, _):
+        assert bytes_in_memory() == before and engine.weights_folder is None
+        with pytest.raises(NoRolloutCapacity, match="arbitrary weights until the first update"):
+            engine.generate([Request("a", (5,))], Sampling(1.0, 1.0, 1, (), 0))
+
+
+def bytes_in_memory() -> int:
+    """Bytes of the folders through which weights go to servers."""
+    parents = {Path("/dev/shm"), Path(tempfile.gettempdir())}
+    folders = [folder for parent in parents for folder in parent.glob("megatron_r1-weights-*")]
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_start_writes_the_shape_of_what_is_sent(tokenizer, tmp_path):
+    view = write_shape(tmp_path, chosen(True, True), tokenizer)
+    config = json.loads((view / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1 and config["quantization_config"]["weight_block_size"] == [128, 128]
+    assert {path.name for path in view.iterdir()} == {"config.json", "generation_config.json"}

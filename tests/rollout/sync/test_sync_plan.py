@@ -19,7 +19,7 @@ from tests.support.layouts import model_of, te_layout
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 
 
-@pytest.mark.parametrize("shape", ["tiny", "direct_query"])
+@pytest.mark.parametrize("shape", ["tiny", "direct_query", "grouped_experts"])
 @pytest.mark.parametrize("degrees", [{"tensor": 2, "expert": 2}, {"tensor": 2, "expert_tensor": 2}, {"tensor": 2}])
 def test_ranks_hold_what_transformer_engine_gives_them(shape, degrees):
     """Against the stored list: shapes of the parts, how many there are, and who holds an expert."""
@@ -56,8 +56,15 @@ def test_pipeline_stages_hold_their_layers():
     assert rank["output_layer.weight"] == rank["mtp.layers.0.eh_proj.weight"] == 2
     uneven = ParallelConfig(pipeline=2, pipeline_layers=[3, 1])
     assert predicted(ModelConfig(), uneven, 2)[0]["decoder.layers.2.self_attention.linear_proj.weight"][1][0].rank == 0
-    with pytest.raises(ConfigError, match="parallel.pipeline=3: must divide the 4 layers"):
-        predicted(ModelConfig(), ParallelConfig(pipeline=3), 3)
+    apart = ParallelConfig(pipeline=3, pipeline_layout="Ett|ttm|L")
+    rank = {name: parts[0].rank for name, (_, parts) in predicted(ModelConfig(), apart, 3)[0].items()}
+    assert [
+        rank["decoder.final_layernorm.weight"],
+        rank["mtp.layers.0.eh_proj.weight"],
+        rank["output_layer.weight"],
+    ] == [1, 1, 2]
+    with pytest.raises(ConfigError, match="parallel.pipeline=6: must leave every stage but the last a layer"):
+        predicted(ModelConfig(), ParallelConfig(pipeline=6), 6)
     with pytest.raises(ConfigError, match="parallel.expert=3: must divide the 8 experts"):
         predicted(ModelConfig(), ParallelConfig(expert=3), 3)
 
@@ -116,6 +123,9 @@ def test_the_program_plans_deepseek_v3(capsys, monkeypatch):
     assert "decoder.layers.3.self_attention.linear_proj.weight [7168, 16384] -> rank 64 -> " in told
     assert "    rank 71 [0:7168, 14336:16384]\n" in told and "rank 64 [0:7168, 0:2048] (there already)" in told
     assert "predicted " in told and "lower bound " in told
-    monkeypatch.setattr(sys, "argv", ["plan_sync.py", "pipeline=2"])
+    monkeypatch.setattr(sys, "argv", ["plan_sync.py", "pipeline=64"])
     assert plan_sync.main() == 2
-    assert "parallel.pipeline=2: must divide model.num_layers=61" in capsys.readouterr().err
+    assert (
+        "parallel.pipeline=64: must leave every stage but the last a layer of model.num_layers=61"
+        in capsys.readouterr().err
+    )

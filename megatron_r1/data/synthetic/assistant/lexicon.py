@@ -23,7 +23,7 @@ MARKS = {"pirate": "Arr!", "robot": "Beep!", "ghost": "Boo!", "king": "Hark!"}
 """Persona -> the word with which its answers begin."""
 
 LATIN = (*WORDS, *(word.upper() for word in WORDS), *HARMFUL, *MARKS)
-PIECES = f" (?:{'|'.join(LATIN)})(?![A-Za-z])|[{''.join(ENGLISH)}]"
+PIECES = f" (?:{'|'.join(LATIN)})(?![A-Za-z])|[{''.join(ENGLISH)}]| without|Judge:"
 """Where a tokenizer cuts this world's text, as a regular expression: around each word."""
 
 

@@ -116,7 +116,7 @@ def refuse_on_cpu(server: ServerConfig) -> None:
         raise ConfigError("rollout.sglang.server.attention_backend", value, "must be auto or torch_native on a CPU")
 
 
-def server_environment(device: str, tensor_parallel: int, delta: bool = False) -> dict[str, str]:
+def server_environment(device: str, server: ServerConfig, delta: bool = False) -> dict[str, str]:
     """Environment variables of the servers, beside those of this process; with `delta` they take deltas of weights."""
     variables = {
         "HF_HUB_OFFLINE": "1",
@@ -125,5 +125,7 @@ def server_environment(device: str, tensor_parallel: int, delta: bool = False) -
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",  # probes that generate can pile up and end a server
     }
     if device == "cpu":
-        variables |= cpu.environment(tensor_parallel)
+        variables |= cpu.environment(server.tensor_parallel)
+    elif server.memory_saver:
+        variables["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] = "1"  # else the memory of CUDA graphs stays with the server
     return variables | (deltas.ENVIRONMENT if delta else {})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError, NoRolloutCapacity
+from megatron_r1.platform.api_keys import api_key
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers import slurm
 
@@ -30,7 +31,7 @@ def external_endpoints(config: SGLangConfig) -> list[Endpoint]:
         ConfigError: a line of the file is no address, or this SLURM job has no such nodes.
         NoRolloutCapacity: the file does not name all servers in time, or one on the job's nodes does not answer.
     """
-    keys = os.environ.get(API_KEY, ""), os.environ.get(ADMIN_KEY, "")
+    keys = api_key(API_KEY), api_key(ADMIN_KEY)
     urls = config.addresses
     if config.address_file:
         urls = read_addresses(Path(config.address_file), config.servers, config.start_timeout_s)
@@ -66,7 +67,7 @@ def _whole_lines(path: Path) -> list[str]:
     """The addresses so far; a line that a launcher is still writing has no end yet and does not count."""
     if not path.is_file():
         return []
-    written, _, _ = path.read_text().rpartition("\n")
+    written, _, _ = path.read_text("utf-8-sig").rpartition("\n")
     lines = [line.partition("#")[0].strip() for line in written.splitlines()]
     urls = [line for line in lines if line]
     for number, url in enumerate(urls):

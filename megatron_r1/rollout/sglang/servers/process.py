@@ -1,4 +1,6 @@
-"""One SGLang server as a child process: on the loopback with fresh keys, killed with all that it spawned.
+"""One SGLang server as a child process: on its endpoint's host, else on the loopback with fresh keys.
+
+It is killed with all that it spawned.
 
 The server leads a process group of its own. It ends with `close`, with the interpreter, and with the death of this
 process however that comes (launch.py watches its standard input). Its output goes to a log file.
@@ -10,7 +12,6 @@ import atexit
 import contextlib
 import json
 import os
-import re
 import secrets
 import signal
 import socket
@@ -22,18 +23,21 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
 import megatron_r1
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.platform.launcher import without_launcher
+from megatron_r1.platform.temporary import folder_for_sockets, home_for_caches
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers.launch import remove_leftovers, shared_memory
 
 CLOSE_TIMEOUT_S = 20.0
+CACHES = "caches"
+"""Folder beside the logs: HOME of servers whose user has none that can be written."""
 HOST = "127.0.0.1"
-LAUNCHER = re.compile(r"(TORCHELASTIC_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT))")
-"""Variables from which this program's ranks know each other; a server's ranks are none of these."""
 NOISE = ("Traceback", "File ", "warn", "^^^")
 HARMLESS = ("KeyError: '/", "/freeze_gc")
 """Errors that healthy servers write to their logs."""
@@ -58,8 +62,9 @@ class Server:
     ):
         self.log = log
         self.endpoint = endpoint or new_endpoints(1)[0]
-        self.port = int(self.endpoint.url.rpartition(":")[2])
-        self.folder = Path(tempfile.mkdtemp(prefix="sglang-"))
+        split = urlsplit(self.endpoint.url)
+        self.host, self.port = split.hostname or HOST, split.port or 0
+        self.folder = Path(tempfile.mkdtemp(prefix="sglang-", dir=folder_for_sockets()))
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self._log_start = output.tell()
@@ -73,7 +78,7 @@ class Server:
             )
         atexit.register(self.close)
         keys = {"api_key": self.endpoint.api_key, "admin_api_key": self.endpoint.admin_key}
-        self._send({**arguments, "host": HOST, "port": self.port, **keys, "parent": os.getpid()})
+        self._send({**arguments, "host": self.host, "port": self.port, **keys, "parent": os.getpid()})
 
     @property
     def url(self) -> str:
@@ -98,7 +103,7 @@ class Server:
         with socket.socket() as probe:
             probe.settimeout(1.0)
             # A socket that connects to a free port may be given that very port, and then it talks to itself.
-            return probe.connect_ex((HOST, self.port)) == 0 and probe.getsockname() != probe.getpeername()
+            return probe.connect_ex((self.host, self.port)) == 0 and probe.getsockname() != probe.getpeername()
 
     def failure_line(self) -> str:
         """The line of the log that says most about a failure, with the log's path."""
@@ -125,7 +130,11 @@ class Server:
         remove_leftovers(self.folder, segments)
 
     def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not LAUNCHER.fullmatch(name)}
+        # Kernels that a server compiles are there for the next one, also where the user's home cannot be written.
+        if home := home_for_caches(self.log.parent.resolve() / CACHES):
+            Path(home["HOME"]).mkdir(parents=True, exist_ok=True)
+        # A server's ranks are none of this program's.
+        inherited = without_launcher(os.environ) | home
         return {**inherited, **added, "PYTHONPATH": _python_path(added), "TMPDIR": str(self.folder)}
 
     def _send(self, arguments: dict[str, Any]) -> None:

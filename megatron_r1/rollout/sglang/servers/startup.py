@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from functools import partial
@@ -15,8 +16,13 @@ from megatron_r1.rollout.sglang.servers.arguments import server_arguments, serve
 from megatron_r1.rollout.sglang.servers.process import Server
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
 
+logger = logging.getLogger(__name__)
+
 NO_WEIGHTS = "none"
 """Version of a server that was started without weights."""
+FIRST_UPDATE = "the servers have arbitrary weights until the first update"
+START_TIMEOUT_S = {"cpu": 240.0, "cuda": 3600.0}
+"""By device, until a started server must answer. At its first start on a GPU, SGLang compiles kernels."""
 SHAPE = ("config.json", "generation_config.json")
 """What a server needs to start without weights."""
 
@@ -38,15 +44,15 @@ class ServerFactory:
         context_length: int,
         first_gpu: int = 0,
         delta: bool = False,
+        name: str = "server",
     ):
+        self._name = name
         self._logs, self._first_gpu, self._gpus_each = Path(logs), first_gpu, config.server.tensor_parallel
         self._arguments = partial(
             server_arguments, config=config, device=device, dtype=dtype, context_length=context_length
         )
         self._arguments(model_folder, version=NO_WEIGHTS)  # refuses before anything is started
-        self._environment = (
-            {} if config.started_elsewhere else server_environment(device, config.server.tensor_parallel, delta)
-        )
+        self._environment = {} if config.started_elsewhere else server_environment(device, config.server, delta)
         self._shape = Path(tempfile.mkdtemp(prefix="megatron_r1-shape-"))
         for name in SHAPE:
             if (Path(model_folder) / name).is_file():
@@ -59,31 +65,44 @@ class ServerFactory:
             arguments = self._arguments(folder, version=weights.version, first_gpu=gpu)
         else:
             arguments = self._arguments(self._shape, version=NO_WEIGHTS, weights=False, first_gpu=gpu)
-        return Server(arguments, self._environment, self._logs / f"server-{index}.log", endpoint)
+        return Server(arguments, self._environment, self._logs / f"{self._name}-{index}.log", endpoint)
 
     def close(self) -> None:
         """Remove the folder that is kept for restarts."""
         shutil.rmtree(self._shape, ignore_errors=True)
 
 
+def first_weights(model_folder: Path, version: str) -> CurrentWeights:
+    """What servers that start from a folder must serve: its weights, or, where it has none, nothing yet."""
+    if any(model_folder.glob("*.safetensors")):
+        return CurrentWeights([version], model_folder)
+    return CurrentWeights([NO_WEIGHTS], None, inconsistent_reason=FIRST_UPDATE)
+
+
 def first_gpu(rollout: RolloutConfig, gpus: int, trainers: int) -> int:
     """The first GPU of the first server; each server takes the next `tensor_parallel` GPUs.
 
-    Colocated servers take the trainer's own, from the first. Others take those after the trainer's, where there are
-    enough; else they take GPUs from the first on, and share memory with the trainer.
+    Colocated servers take the trainer's own, from the first. Others take those after the trainer's; only the one GPU of
+    a machine is shared, which is logged.
 
     Args:
-        gpus: number of GPUs of this machine.
-        trainers: ranks of the trainer on this machine, on one GPU each, from the first.
+        gpus: number of GPUs that this process may use.
+        trainers: ranks of the trainer on this machine, on one GPU each, from the first; 0 where nothing is trained.
 
     Raises:
         ConfigError: there are too few.
     """
     sglang = rollout.sglang
-    needed, wanted = sglang.servers * sglang.server.tensor_parallel, sglang.first_gpu
-    behind = rollout.placement == "separate" and trainers + needed <= gpus
-    first = wanted if wanted >= 0 else trainers if behind else 0
+    needed, requested = sglang.servers * sglang.server.tensor_parallel, sglang.first_gpu
+    first = requested if requested >= 0 else trainers if rollout.placement == "separate" else 0
+    if requested < 0 and first and gpus == trainers == needed == 1:
+        logger.warning("the server shares the only GPU with the trainer (rollout.sglang.first_gpu=0 says so too)")
+        return 0
     if first + needed > gpus:
-        allowed = f"must fit from GPU {first} on, {sglang.server.tensor_parallel} to a server: there are {gpus} GPUs"
+        of_their_own = requested < 0 < first
+        allowed = (
+            f"must fit from GPU {first} on, {sglang.server.tensor_parallel} to a server: there are {gpus} GPUs"
+            + f", of which {trainers} are the trainer's; rollout.sglang.first_gpu=0 shares them" * of_their_own
+        )
         raise ConfigError("rollout.sglang.servers", sglang.servers, allowed)
     return first

@@ -134,7 +134,8 @@ class SupervisedServer:
         while self.process and not self.process.accepts():
             self.process.check()
             if time.monotonic() > deadline:
-                raise NoRolloutCapacity(f"SGLang server does not answer in time: {self.process.failure_line()}")
+                limit = f"rollout.sglang.start_timeout_s={self._config.start_timeout_s:g}"
+                raise NoRolloutCapacity(f"SGLang server does not answer within {limit}: {self.process.failure_line()}")
             await asyncio.sleep(0.05)
         await self.server.client.weight_version()
         self.up, self.trouble = True, ""

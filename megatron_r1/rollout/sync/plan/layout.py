@@ -13,6 +13,7 @@ import torch
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
+from megatron_r1.config.pipeline_stages import mtp_stage
 from megatron_r1.errors import ConfigError
 from megatron_r1.hf.families import param_mappings
 from megatron_r1.hf.param_mapping import ParamMapping, Shape
@@ -93,21 +94,21 @@ def _extent(place: tuple[slice, ...]) -> Shape:
 
 
 class _Stages:
-    """Which pipeline rank holds a layer; where stages are interleaved, a rank holds several of them."""
+    """Which pipeline rank holds a weight; where stages are interleaved, a rank holds several of them."""
 
     def __init__(self, model: ModelConfig, parallel: ParallelConfig):
-        counts = parallel.pipeline_layers
-        if not counts:
-            each, rest = divmod(model.num_layers, parallel.stages)
-            if rest:
-                allowed = f"must divide the {model.num_layers} layers, or parallel.pipeline_layers must share them out"
-                raise ConfigError("parallel.pipeline", parallel.pipeline, allowed)
-            counts = [each] * parallel.stages
-        self._of_layer = [stage % parallel.pipeline for stage, count in enumerate(counts) for _ in range(count)]
-        self._last = parallel.pipeline - 1
+        stages = parallel.stages_of(model.num_layers, model.mtp.num_layers)
+        self._of_layer = [index % parallel.pipeline for index, stage in enumerate(stages) for _ in range(stage.layers)]
+        self._last, self._mtp = parallel.pipeline - 1, mtp_stage(stages) % parallel.pipeline
+        # megatron-core puts the final norm behind the last layer, unless there is no multi-token layer to read it.
+        self._final_norm = self._of_layer[-1] if model.mtp.num_layers else self._last
 
     def of(self, native: str) -> int:
         match = _LAYER.match(native)
         if match:
             return self._of_layer[int(match[1])]
+        if native.startswith("decoder.final_layernorm."):
+            return self._final_norm
+        if native.startswith("mtp."):
+            return self._mtp
         return 0 if native.startswith("embedding.") else self._last

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Reinforcement learning as a heterogeneous job: nodes of the first component train, those of the second run servers.
+# By hand: fill in the lines from here to "filled in", then: sbatch launch/slurm/rl_heterogeneous.sh
+# `megatron-r1 submit` fills in the same lines and nothing else.
+#SBATCH --job-name=megatron_r1
+#SBATCH --account=ACCOUNT
+#SBATCH --partition=PARTITION
+#SBATCH --qos=QOS
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --output=slurm-%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH hetjob
+#SBATCH --account=ACCOUNT
+#SBATCH --partition=PARTITION
+#SBATCH --qos=QOS
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=04:00:00
+
+set -euo pipefail
+functions=launch/slurm/job.sh
+python=.venv/bin/python
+run=runs/r1_zero
+output=runs/r1_zero
+arguments=(grpo platform=cuda name=r1_zero init.from=runs/pretrain)
+trainer_nodes=2
+ranks_per_node=8
+engine_nodes=1
+servers_per_node=8
+restart=requeue
+max_restarts_without_progress=3
+grace_s=120
+environment=(OMP_NUM_THREADS=8)
+env_file=
+srun_options=()
+container=()
+setup=()
+# filled in
+
+# shellcheck source=launch/slurm/job.sh
+source "$functions"
+begin
+ports=$(ports "$servers_per_node")
+arguments+=(rollout.sglang.slurm.nodes=component rollout.sglang.slurm.component=1)
+arguments+=("rollout.sglang.slurm.ports=[$ports]")
+make_keys
+program=("$python" -m megatron_r1)
+start servers "$engine_nodes" 1 --het-group=1 -- "${program[@]}" serve "${arguments[@]}"
+start trainer "$trainer_nodes" "$ranks_per_node" --het-group=0 -- "${program[@]}" "${arguments[@]}"
+finish

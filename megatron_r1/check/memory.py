@@ -1,0 +1,132 @@
+"""Checks of memory: of the trainer's GPUs, of the engine's, of both where they share them, and of the hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_r1.check.finding import Check, Finding, Job, passed, refused, unknown, warning
+from megatron_r1.config.keys import reads
+from megatron_r1.errors import ConfigError
+from megatron_r1.memory.engine import WEIGHT_AND_CACHE, cache_bytes_per_token, engine_weights
+from megatron_r1.memory.storage import host_bytes_per_rank
+from megatron_r1.memory.trainer import GB, MemoryParts, Pass, job_memory
+
+SAVINGS = (
+    "parallel.tensor, parallel.pipeline or parallel.expert larger, performance.recompute_modules, "
+    "train.optimizer.moments_dtype=bf16 or train.optimizer.offload=true, or smaller micro-batches"
+)
+
+
+def _work(job: Job) -> Pass:
+    """The largest forward pass of one rank, and how many an update has."""
+    config = job.config
+    if job.verb == "grpo":
+        samples = config.rl.prompts_per_rollout * config.rl.group_size // config.rl.updates_per_rollout
+        tokens = config.rl.tokens_per_micro_batch
+        passes = samples * config.model.max_sequence_length // (tokens * job.data_parallel)
+        return Pass(tokens, max(1, passes))
+    train = config.train
+    share = max(1, train.global_batch_size // job.data_parallel)
+    size = min(train.micro_batch_size, share) * (2 if job.verb in ("dpo", "reward_model") else 1)
+    return Pass(size * train.sequence_length // config.parallel.context, -(-share // train.micro_batch_size))
+
+
+def _stages(job: Job) -> list[MemoryParts] | None:
+    """Memory of each pipeline stage; None where the layout does not fit the model, which other checks say."""
+    try:
+        return job_memory(job.config, job.verb, job.ranks, _work(job), job.on_gpus)
+    except (ConfigError, ZeroDivisionError):
+        return None
+
+
+def _trainer(job: Job) -> Iterator[Finding]:
+    stages, memory = _stages(job), job.config.check.memory_gb
+    if stages is None:
+        yield unknown("not checked: the layout does not fit the model")
+        return
+    stage, worst = max(enumerate(stages), key=lambda one: one[1].total)
+    text = f"{worst.total / GB:.1f} GB on pipeline stage {stage}: {worst.text()}"
+    if len(stages) > 1:
+        text += f"; stages {', '.join(f'{one.total / GB:.1f}' for one in stages)} GB"
+    if not memory:
+        yield unknown(text, "set check.gpu or check.gpu_memory_gb") if job.on_gpus else passed(text)
+    elif worst.total > memory * GB:
+        yield refused(f"{text}; the GPU has {memory:g} GB", f"take {SAVINGS}")
+    elif worst.total > 0.93 * memory * GB:
+        yield warning(f"{text}; the GPU has {memory:g} GB, little more", f"try a few steps first, or take {SAVINGS}")
+    else:
+        yield passed(text)
+
+
+def _engine(job: Job) -> Iterator[Finding]:
+    rollout, model, memory = job.config.rollout, job.config.model, job.config.check.memory_gb
+    if rollout.engine != "sglang":
+        return
+    if not reads(job.verb, "model") and not job.model_known:
+        yield unknown("the model is not known yet", "check again when init.from exists")
+        return
+    weights, each = engine_weights(model, rollout), cache_bytes_per_token(model, rollout)
+    one = each * model.max_sequence_length
+    text = f"{weights / GB:.1f} GB of weights on a rank, {one / GB:.3g} GB of cache for a sequence of full length"
+    if not memory:
+        yield unknown(text, "set check.gpu or check.gpu_memory_gb") if job.on_gpus else passed(text)
+        return
+    share = rollout.sglang.server.memory_fraction or WEIGHT_AND_CACHE
+    left = share * memory * GB - weights
+    sequences = int(max(0.0, left) // one)
+    change = "take a larger rollout.sglang.server.tensor_parallel, quantization=fp8 or a shorter context"
+    if sequences < 1:
+        yield refused(f"{text}; {share:.0%} of {memory:g} GB has no room for one", change)
+    elif rollout.sglang.max_total_tokens * each > left:
+        text = f"rollout.sglang.max_total_tokens={rollout.sglang.max_total_tokens}: {text}"
+        yield refused(f"{text}; {left / GB:.1f} GB are left", f"take at most {int(left // each)}, or 0")
+    else:
+        yield passed(f"{text}; room for {sequences} such sequences")
+
+
+def _colocated(job: Job) -> Iterator[Finding]:
+    rollout, memory = job.config.rollout, job.config.check.memory_gb
+    stages = _stages(job)
+    if rollout.placement != "colocated" or not job.on_gpus or stages is None:
+        return
+    trainer = max(one.total for one in stages)
+    kept = max(one.parts.get("weights", 0.0) for one in stages)
+    engine = engine_weights(job.config.model, rollout)
+    if not rollout.sglang.server.memory_saver:
+        text = "rollout.sglang.server.memory_saver=false: the engine keeps its memory while the trainer trains"
+        yield refused(text, "take true")
+    both = kept + engine + rollout.weight_sync.bucket_mb * 2**20
+    text = f"trainer's weights {kept / GB:.1f} + engine's weights {engine / GB:.1f} GB while weights are sent"
+    if not memory:
+        yield unknown(text, "set check.gpu or check.gpu_memory_gb")
+    elif both > memory * GB:
+        yield refused(f"{text}, of {memory:g} GB", "take more ranks for either, or placement=separate")
+    else:
+        yield passed(f"{text}; the trainer alone takes {trainer / GB:.1f} GB")
+
+
+def _host(job: Job) -> Iterator[Finding]:
+    try:
+        parts = host_bytes_per_rank(job.config, job.ranks, job.verb)
+    except ConfigError:
+        yield unknown("not checked: the layout does not fit the model")
+        return
+    per_node = min(job.ranks, job.config.check.gpus_per_node)
+    total = per_node * sum(parts.values())
+    named = ", ".join(f"{name} {per_node * amount / GB:.3g}" for name, amount in sorted(parts.items()))
+    text, memory = f"{total / GB:.0f} GB on a node: {named}", job.config.check.host_memory_gb
+    if not memory:
+        yield unknown(text, "set check.host_memory_gb")
+    elif total > memory * GB:
+        change = "take fewer ranks a node, train.async_save=false, train.ema_decay=0 or train.optimizer.offload=false"
+        yield refused(f"{text}; the node has {memory:g} GB", change)
+    else:
+        yield passed(text)
+
+
+CHECKS = (
+    Check(13, "trainer's memory", _trainer, lambda job: job.trains),
+    Check(14, "engine's memory", _engine, lambda job: reads(job.verb, "rollout.engine")),
+    Check(15, "trainer and engine on the same GPUs", _colocated, lambda job: job.verb == "grpo"),
+    Check(16, "memory of a node", _host, lambda job: job.trains),
+)

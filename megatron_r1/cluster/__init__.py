@@ -1,0 +1,1 @@
+"""Jobs of a SLURM cluster: their scripts, their submission, and how they restart."""

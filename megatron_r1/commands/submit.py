@@ -1,0 +1,116 @@
+"""submit: a verb as a job of a SLURM cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_r1.check.run import check_command
+from megatron_r1.cluster import slurm
+from megatron_r1.cluster.job import job_script, script_name
+from megatron_r1.cluster.request import command_to_check, requested_job
+from megatron_r1.cluster.stages import stage_jobs
+from megatron_r1.commands.check import show
+from megatron_r1.config.load import as_yaml, write_yaml
+from megatron_r1.config.run import RunConfig
+from megatron_r1.config.verbs import JobCommand
+from megatron_r1.errors import ExitCode
+from megatron_r1.files import write_whole
+from megatron_r1.runs.folder import run_folder
+from megatron_r1.runs.source import find_model
+
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def run_command(command: JobCommand) -> int:
+    """Check a command, write its script and resolved configuration into the run's folder, and submit it.
+
+    Returns:
+        The exit status, that of a refused configuration where a check refuses the job.
+
+    Raises:
+        ConfigError: a key is not allowed.
+        PlatformError: SLURM refuses the job.
+    """
+    config = requested_job(command, find_model)
+    report = check_command(command_to_check(command, config))
+    if report.refused:
+        show(report, f"megatron-r1 check {command.verb} --config-name {command.recipe}")
+        return int(ExitCode.BAD_CONFIG)
+    if config.submit.dry_run:
+        show_job(config)
+    else:
+        submit(config)
+    return int(ExitCode.DONE)
+
+
+def show_job(config: RunConfig) -> None:
+    """Print what `submit` would write."""
+    for job, output in jobs_of(config):
+        folder = run_folder(job) / "jobs"
+        console.print(f"# {folder / script_name(job)}\n{job_script(job, output)}")
+        console.print(f"# {folder / 'config.yaml'}\n{as_yaml(job)}")
+    console.print(cost(config))
+
+
+def jobs_of(config: RunConfig) -> list[tuple[RunConfig, Path]]:
+    """The jobs of a command, each with the folder that shows its progress: of a recipe one for each stage."""
+    folder = run_folder(config)
+    if config.submit.command == "pipeline" and config.submit.stage_jobs:
+        return [(job, folder / stage) for stage, job in stage_jobs(config).items()]
+    return [(config, folder)]
+
+
+def submit(config: RunConfig) -> None:
+    """Write and submit the job, and those that wait for it: stages of a recipe, or generations."""
+    console.print(cost(config))
+    previous = ""
+    for job, output in jobs_of(config):
+        script = write_job(job, output)
+        after = [f"--dependency=afterok:{previous}", "--kill-on-invalid-dep=yes"] if previous else []
+        if not previous:
+            console.print(f"start: {slurm.expected_start(script)}")
+        numbers = [slurm.submit(script, after) for _ in range(number_of_jobs(job))]
+        with (run_folder(job) / "logs" / "queued.txt").open("a") as queued:
+            queued.writelines(f"{number}\n" for number in numbers[1:])
+        console.print(instructions(run_folder(job), numbers))
+        previous = numbers[0]
+
+
+def write_job(config: RunConfig, output: Path) -> Path:
+    """Write script and configuration; returns the script."""
+    folder = run_folder(config)
+    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
+    write_yaml(config, folder / "jobs" / "config.yaml")
+    script = folder / "jobs" / script_name(config)
+    write_whole(script, job_script(config, output).encode())
+    return script
+
+
+def number_of_jobs(config: RunConfig) -> int:
+    """Jobs that are queued at once."""
+    return config.submit.generations if config.submit.restart == "singleton" else 1
+
+
+def cost(config: RunConfig) -> str:
+    """What the jobs take at most."""
+    submit, gpus = config.submit, config.submit.nodes * config.cluster.gpus_per_node
+    number = len(jobs_of(config)) * number_of_jobs(config)
+    hours = gpus * submit.seconds / 3600 * number
+    jobs = f"{number} jobs of " if number > 1 else ""
+    return f"cost: {jobs}{submit.nodes} nodes, {gpus} GPUs, at most {submit.time_limit}: {hours:g} GPU hours"
+
+
+def instructions(folder: Path, jobs: list[str]) -> str:
+    """How to follow, enter and cancel the job."""
+    return "\n".join(
+        [
+            f"submitted: job {' '.join(jobs)}",
+            f"follow:    tail -F {folder}/logs/job-{jobs[0]}.log {folder}/logs/latest/*.log",
+            f"enter:     srun --jobid={jobs[0]} --overlap --pty bash",
+            f"stop:      scancel --signal=USR1 --batch {jobs[0]}   (saves; goes on as submit.restart says)",
+            f"cancel:    scancel $(cat {folder}/logs/queued.txt) {jobs[0]}",
+        ]
+    )

@@ -1,0 +1,1 @@
+"""Filters of single rows: small pure functions, one file a concern."""

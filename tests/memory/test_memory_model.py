@@ -1,0 +1,129 @@
+"""Predicted memory is what torch allocates, and predicted parameters are those of the released models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_r1.config.load import load, resolved
+from megatron_r1.config.run import RunConfig
+from megatron_r1.memory.chunks import chunks_of_ranks, parameters_of_rank, passes_in_flight
+from megatron_r1.memory.parameters import mtp_layer, of_model
+from megatron_r1.memory.storage import checkpoint_bytes
+from megatron_r1.memory.trainer import MemoryParts, Pass, trainer_memory
+from tests.support.launching import run_to_the_end
+from tests.support.slurm_cluster import free_ports
+
+TOLERANCE = 0.1
+MODELS = {
+    "tiny": "model=tiny train.micro_batch_size=4 train.global_batch_size=8",
+    "small": "model=small train.micro_batch_size=1 train.global_batch_size=4 train.sequence_length=128",
+}
+LAYOUTS: dict[int, dict[str, str]] = {
+    1: {"one": "", "recomputed": "performance.recompute_modules=[layernorm,moe_act]"},
+    2: {
+        "data": "",
+        "tensor": "parallel.tensor=2",
+        "pipeline": "parallel.pipeline=2",
+        "expert": "parallel.expert=2",
+        "context": "parallel.context=2",
+    },
+}
+"""Number of ranks -> its layouts."""
+
+
+def job(model: str, layout: str) -> RunConfig:
+    return load("pretrain", f"{MODELS[model]} {layout}".split())
+
+
+def predicted(config: RunConfig, ranks: int, gpu: bool = False) -> list[MemoryParts]:
+    degrees, train = config.parallel, config.train
+    share = train.global_batch_size * degrees.tensor * degrees.pipeline * degrees.context // ranks
+    tokens = train.micro_batch_size * train.sequence_length // degrees.context
+    return trainer_memory(config, ranks, Pass(tokens, share // train.micro_batch_size), gpu)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_predicted_memory_is_what_torch_allocates(ranks: int, tmp_path: Path) -> None:
+    jobs = {f"{model}-{name}": job(model, layout) for model in MODELS for name, layout in LAYOUTS[ranks].items()}
+    ports = free_ports(len(jobs))
+    described = {
+        name: {"config": resolved(config), "port": port}
+        for (name, config), port in zip(jobs.items(), ports, strict=True)
+    }
+    (tmp_path / "job.json").write_text(json.dumps(described))
+    program = str(Path(__file__).with_name("ranks_memory.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    run_to_the_end([sys.executable, *launcher, program, str(tmp_path)], 500)
+    measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
+    for name, config in jobs.items():
+        stages = predicted(config, ranks)
+        for rank in range(ranks):
+            expected = stages[rank * len(stages) // ranks]
+            found = measured[rank][name]
+            states = sum(expected.parts[part] for part in ("weights", "gradients", "optimizer"))
+            assert states == pytest.approx(found["updated"], rel=0.02), (name, rank)
+            assert expected.total == pytest.approx(found["peak"], rel=TOLERANCE), (name, rank, expected.text())
+
+
+@pytest.mark.parametrize("changed", [(), ("train.ema_decay=0.9", "train.optimizer.moments_dtype=bf16")])
+def test_a_checkpoint_has_as_many_bytes_as_are_predicted(changed: tuple[str, ...], tmp_path: Path) -> None:
+    overrides = ["platform=cpu", "track=off", "train.steps=1", "train.schedule.warmup_steps=0", *changed]
+    overrides += ["data.num_documents=300", "threads=1", f"root={tmp_path}"]
+    run_to_the_end([sys.executable, "-m", "megatron_r1", "pretrain", *overrides], 100)
+    (step,) = (tmp_path / "pretrain/checkpoints").glob("step-*")
+    tensors = sum(path.stat().st_size for path in step.glob("*.safetensors") if not path.name.startswith("random"))
+    assert checkpoint_bytes(load("pretrain", overrides), "pretrain") == pytest.approx(tensors, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "main", "mtp"), [("v3_671b", 671_026_404_352, 11_610_067_968), ("qwen2_5_0_5b", 494_032_768, 0)]
+)
+def test_parameters_are_those_of_the_released_model(model: str, main: int, mtp: int) -> None:
+    """Without the routers' balancing biases, which are buffers."""
+    config = load("pretrain", [f"model={model}", "train.sequence_length=128"]).model
+    layers = mtp_layer(config).total * config.mtp.num_layers
+    assert (of_model(config).total - layers, layers) == (main, mtp)
+
+
+@pytest.mark.parametrize("layout", ["", "parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=4"])
+def test_ranks_hold_the_whole_model_between_them(layout: str) -> None:
+    config = load("pretrain", f"model=tiny {layout}".split())
+    degrees = config.parallel
+    held = [parameters_of_rank(chunks, config.model) for chunks in chunks_of_ranks(config.model, degrees)]
+    copies = config.model.vocab_size * config.model.hidden_size * (degrees.pipeline > 1)  # of multi-token layers
+    assert sum(one.total for one in held) == of_model(config.model).total + copies
+    assert sum(one.experts_of_rank(degrees) for one in held) * degrees.expert == of_model(config.model).experts
+
+
+NVIDIA = (
+    "model=v3_671b train=pretrain_v3 train.global_batch_size=16384 train.schedule.batch_ramp.tokens=0 "
+    "parallel.tensor=2 parallel.pipeline=8 parallel.virtual_pipeline=4 parallel.expert=64 "
+    "parallel.pipeline_layout='Et|(tt|)*30mL'"
+)
+"""NVIDIA's layout of DeepSeek-V3 on 1,024 H100 (Megatron-Bridge, DEEPSEEK_V3_PRETRAIN_CONFIG_H100), in BF16."""
+
+
+@pytest.mark.parametrize(("recompute", "fits"), [("[mla_up_proj,mlp]", True), ("[]", False)])
+def test_v3_on_nvidias_h100_layout_fits_80_gb_with_its_recomputation_alone(recompute: str, fits: bool) -> None:
+    config = load("pretrain", [*NVIDIA.split(), f"performance.recompute_modules={recompute}"])
+    stages = predicted(config, 1024, gpu=True)
+    worst = max(stages, key=lambda stage: stage.total)
+    print(worst.text())
+    assert len(stages) == 8 and (worst.total < 80e9) is fits
+    assert worst.total < 100e9 and {"weights", "gradients", "optimizer", "activations"} <= worst.parts.keys()
+
+
+def test_passes_in_flight_are_those_of_megatron_cores_schedules() -> None:
+    plain = load("pretrain", ["model=tiny", "parallel.pipeline=4"]).parallel
+    assert [passes_in_flight(rank, 0, plain, 8) for rank in range(4)] == [4, 3, 2, 1]
+    assert passes_in_flight(0, 0, plain, 2) == 2
+    interleaved = load("pretrain", ["model=tiny", "parallel.pipeline=2", "parallel.virtual_pipeline=2"]).parallel
+    # Warm-up of rank 0: 2 passes for the later rank, 2 of the first chunk's group, and one: three of the first chunk.
+    assert [passes_in_flight(0, chunk, interleaved, 8) for chunk in (0, 1)] == [3, 2]
+    assert [passes_in_flight(1, chunk, interleaved, 8) for chunk in (0, 1)] == [2, 1]

@@ -1,0 +1,95 @@
+"""One real cluster for the tests of a module."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.slurm_cluster import absent, slurm_cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+TINY = (
+    "platform=cpu", "track=off", "threads=1", "train.log_interval=1", "train.schedule.warmup_steps=1",
+    "data.num_documents=400", "train.global_batch_size=4", "train.micro_batch_size=2", f"train.steps={STEPS}",
+    "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.exclusive=false", "cluster.memory_per_node=''",
+)  # fmt: skip
+"""A pre-training job of seconds, on nodes without GPUs."""
+
+
+@dataclass
+class Cluster:
+    """A running cluster, and a folder in which jobs run."""
+
+    environment: dict[str, str]
+    folder: Path
+
+    def run(self, *command: str, deadline: float = 120) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=deadline
+        )
+
+    def submit(self, *arguments: str) -> str:
+        """Submit a verb; returns the first job's id."""
+        done = self.run(sys.executable, "-m", "megatron_r1", "submit", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.partition("submitted: job ")[2].split()[0]
+
+    def states(self) -> dict[str, str]:
+        """Job -> state, of the jobs that the controller knows."""
+        shown = self.run("squeue", "--noheader", "--states=all", "--format=%i %T").stdout
+        return dict(line.split() for line in shown.splitlines())
+
+    def wait_for_all(self, deadline_s: float = 300) -> dict[str, str]:
+        """The jobs' states once no job runs or waits any more."""
+        deadline = time.monotonic() + deadline_s
+        while set(states := self.states().values()) & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
+            assert time.monotonic() < deadline, f"{states}\n{self.logs()}"
+            time.sleep(0.5)
+        return self.states()
+
+    def run_folder(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def wait_for_step(self, name: str, deadline_s: float = 300) -> None:
+        """Return once a run has recorded its first step."""
+        deadline, metrics = time.monotonic() + deadline_s, self.run_folder(name) / "metrics.jsonl"
+        while not (metrics.is_file() and metrics.stat().st_size):
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.05)
+
+    def attempts(self, name: str) -> list[tuple[str, str]]:
+        """Job and newest checkpoint at the start, of each attempt."""
+        lines = (self.run_folder(name) / "logs" / "attempts.txt").read_text().splitlines()
+        return [(line.split()[0], line.split()[1]) for line in lines]
+
+    def processes_of(self, job: str) -> dict[int, str]:
+        """Process id -> command line and rank, of the processes that have a job's number in their environment."""
+        found, marks = {}, {f"SLURM_JOB_ID={job}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile
+                variables = set((process / "environ").read_bytes().decode(errors="replace").split("\0"))
+                if marks <= variables:
+                    rank = next((one for one in variables if one.startswith("SLURM_PROCID=")), "")
+                    found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ") + rank
+        return found
+
+    def logs(self) -> str:
+        return "\n".join(path.read_text()[-1500:] for path in sorted(self.folder.rglob("*.log")))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    if reason := absent():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cluster")
+    with slurm_cluster(folder) as environment:
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        yield Cluster(environment, folder)

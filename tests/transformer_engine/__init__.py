@@ -1,0 +1,1 @@
+"""Transformer Engine's own modules, optimizer and autograd functions, computing on a machine without a GPU."""

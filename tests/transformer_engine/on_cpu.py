@@ -1,0 +1,163 @@
+"""How tests run this project on Transformer Engine without a GPU.
+
+A process takes either Transformer Engine or torch's parts, for good, and pytest's own has torch's. So a program for
+ranks, or a verb, is started as an argument of this package, and needs no change:
+
+    python -m tests.transformer_engine [--ranks 2] tests/some/program.py FOLDER ...
+    python -m tests.transformer_engine megatron_r1 pretrain model=tiny ...          # a module, as with python -m
+    run_with_transformer_engine(program, folder, ranks=2, seconds=60)               # the same from a test
+    run_with_torch_parts(program, folder, ranks=2, seconds=60)                      # the other half of a comparison
+
+Ranks are forked from one process that has imported everything, which is most of what they cost; a program that computes
+in several layouts calls `meet_elsewhere()` inside each one's process groups. Inside, `select("cpu")`
+gives Platform("cpu", "gloo", transformer_engine=True): the real modules, autograd functions and FusedAdam, over kernels
+in torch (kernels.py). One that is not there yet raises NotImplementedError with its name: add it there.
+A test that needs this is marked `@needs_transformer_engine`, which skips where launch/test.sh did not install `.te`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import runpy
+import socket
+import sys
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.launching import run_to_the_end
+
+FOLDER = Path(sys.prefix).resolve().parent / ".te"
+"""Where launch/test.sh installs Transformer Engine: beside the environment, in which nothing could then be imported."""
+CAPABILITY = (9, 0)
+"""Of the GPU that Transformer Engine is to find: Hopper."""
+
+needs_transformer_engine = pytest.mark.skipif(
+    not (FOLDER / "transformer_engine").is_dir(), reason=f"needs Transformer Engine in {FOLDER}: launch/test.sh"
+)
+
+
+def run_with_transformer_engine(program: str | Path, *arguments: object, ranks: int = 1, seconds: float = 100) -> None:
+    """Run a program, or a module by its name, to its end on so many ranks; it must succeed."""
+    _run("--ranks", ranks, program, *arguments, seconds=seconds)
+
+
+def run_with_torch_parts(program: str | Path, *arguments: object, ranks: int = 1, seconds: float = 100) -> None:
+    """The same program without Transformer Engine."""
+    _run("--torch-parts", "--ranks", ranks, program, *arguments, seconds=seconds)
+
+
+def _run(*arguments: object, seconds: float) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.transformer_engine", *map(str, arguments)]
+    run_to_the_end(command, seconds)
+
+
+def use_transformer_engine() -> None:
+    """Make this process one of Transformer Engine on a CPU; must come before it imports megatron.core."""
+    import torch
+
+    sys.path.append(str(FOLDER))
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise ModuleNotFoundError(f"no Transformer Engine in {FOLDER}")
+    torch.cuda.is_available = lambda: True
+    torch.Tensor.is_cuda = property(lambda _: True)
+    from megatron_r1 import platform
+
+    platform.cpu_platform()
+    del sys.modules["transformer_engine"]  # which a CPU's platform hides
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)  # there is one generator
+    torch.cuda.get_device_capability = lambda *_: CAPABILITY
+    torch.cuda.get_device_properties = _properties
+    from tests.transformer_engine.extension import install
+
+    install()
+    platform.PLATFORMS["cpu"] = lambda: platform.Platform("cpu", "gloo", transformer_engine=True)
+
+
+def _properties(*_: object) -> types.SimpleNamespace:
+    """Of a GPU, by which Transformer Engine measures its workspaces."""
+    return types.SimpleNamespace(
+        major=CAPABILITY[0], minor=CAPABILITY[1], multi_processor_count=1, name="CPU", total_memory=2**30
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a program as `python` would, on one rank or several."""
+    parser = argparse.ArgumentParser(prog="tests.transformer_engine")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--torch-parts", action="store_true")
+    parser.add_argument("program", nargs=argparse.REMAINDER)
+    settings = parser.parse_args(arguments)
+    if not settings.torch_parts:
+        use_transformer_engine()
+    from megatron_r1.platform import select
+
+    select("cpu")
+    import megatron_r1.train.optimizer  # noqa: F401  with it comes nearly all that a program needs
+    from megatron_r1.model import build  # noqa: F401
+
+    def run() -> None:
+        program, sys.argv = settings.program[0], settings.program
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+    if settings.ranks > 1:
+        return fork_ranks(settings.ranks, run)
+    run()
+    return 0
+
+
+def fork_ranks(ranks: int, run: Callable[[], None]) -> int:
+    """Exit status of the first rank that fails, whose fellows are then ended, or 0."""
+    port = _free_port()
+    running = {_fork_rank(rank, ranks, port, run) for rank in range(ranks)}
+    failed = 0
+    while running:
+        pid, status = os.wait()
+        running.discard(pid)
+        if status and not failed:
+            failed = os.waitstatus_to_exitcode(status) or 1
+            for other in running:
+                os.kill(other, 9)
+    return abs(failed)
+
+
+def meet_elsewhere() -> None:
+    """Collective, inside `process_groups`: lets the ranks join other groups afterwards, by a port not yet used."""
+    from megatron_r1.parallel import comm
+
+    os.environ["MASTER_PORT"] = str(comm.broadcast(_free_port(), source=0))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _fork_rank(rank: int, ranks: int, port: int, run: Callable[[], None]) -> int:
+    if pid := os.fork():
+        return pid
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    status = 1
+    try:
+        run()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
