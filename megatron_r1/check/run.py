@@ -114,8 +114,10 @@ def _run_all(report: Report, job: Job) -> None:
     for check in CHECKS:
         if check.applies(job):
             report.add(check.number, check.find(job))
-    for error in broken_rules(job):
-        report.add(check_of(error), [finding_of(error)])
+    known = {finding for findings in report.findings.values() for finding in findings}
+    for error in broken_rules(job):  # some checks apply a rule themselves
+        if (finding := finding_of(error)) not in known:
+            report.add(check_of(error), [finding])
     for number in job.config.check.warn_only:
         report.findings[number] = [_softened(finding) for finding in report.findings.get(number, ())]
 

@@ -52,7 +52,9 @@ def disk(model, tmp_path_factory):
 def engine(disk, tmp_path_factory):
     config = SGLangConfig(servers=2, max_running_requests=16, max_total_tokens=4096, request_timeout_s=TIMEOUT_S)
     logs = tmp_path_factory.mktemp("logs")
-    with SGLangEngine(disk.write(), config, logs, "cpu", "float32", context_length=SHAPE.max_sequence_length, delta=True) as engine:
+    with SGLangEngine(
+        disk.write(), config, logs, "cpu", "float32", context_length=SHAPE.max_sequence_length, delta=True
+    ) as engine:
         disk.engine = engine
         yield engine
 
