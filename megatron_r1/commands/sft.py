@@ -12,6 +12,7 @@ from megatron_r1.data.chat.batches import ChatBatches
 from megatron_r1.data.chat.store import Examples, inference_tokenizer, open_examples
 from megatron_r1.errors import ConfigError
 from megatron_r1.model.fp8.tokens import token_multiple
+from megatron_r1.parallel.phases import phase
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.initial_weights import initial_model
 from megatron_r1.runs.post_training import begin_post_training, trained_weights
@@ -59,7 +60,8 @@ def run(config: RunConfig) -> None:
         first = []
         if validation.total:
             measure = EvalLoss(run, reader, validation)
-            before = {} if run.state.step else {"eval/loss_before": measure.loss()}
+            with phase("evaluation"):
+                before = {} if run.state.step else {"eval/loss_before": measure.loss()}
             first.append(EvalHook(measure, config.sft.eval_interval, config.train.steps, before))
         if dist.get_rank() == 0:
             logger.info("conversations: %s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))

@@ -24,6 +24,7 @@ from megatron_r1.model.shards import Shard
 from megatron_r1.model.vocab_parallel import TokenScores
 from megatron_r1.parallel.comm import max_over_ranks, sum_over_ranks
 from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.parallel.phases import phase
 from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.rl.advantages.critic import AuxiliaryModel, Critic, NoCritic
 from megatron_r1.rl.advantages.critic_estimator import CriticAdvantages
@@ -154,10 +155,11 @@ class Learner:
         single_data_parallel_rank = dist.get_world_size(data_parallel_group()) == 1
         all_epochs = [batch for mini_batch in mini_batches for batch in mini_batch.micro_batches]
         scored_batches = first_epoch if single_data_parallel_rank else all_epochs
-        frozen = compute_frozen_logprobs(rl, self._policy, self._reference, scored_batches)
-        penalties = self._kl.reward_penalties(samples, self._policy, frozen, scored_batches)
-        inputs = AdvantageInputs(samples, scored_batches, trained_samples(first_epoch), penalties)
-        advantages = self._estimator.estimate(inputs)
+        with phase("log_probs"):
+            frozen = compute_frozen_logprobs(rl, self._policy, self._reference, scored_batches)
+            penalties = self._kl.reward_penalties(samples, self._policy, frozen, scored_batches)
+            inputs = AdvantageInputs(samples, scored_batches, trained_samples(first_epoch), penalties)
+            advantages = self._estimator.estimate(inputs)
         rate = learning_rate(train.schedule, state.step + 1, train.steps, state.consumed_tokens)
         lr_scale = rate / train.schedule.learning_rate
         rate = 0.0 if self._critic.in_warmup(state.step) else rate

@@ -14,6 +14,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.evaluation.behaviour import mixes_languages, reflection_words
 from megatron_r1.parallel import comm
 from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.parallel.phases import phase
 from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.rl.generation.async_rollouts import RolloutSource
 from megatron_r1.rl.generation.reward_service import NoRewardModels, RewardService
@@ -64,9 +65,10 @@ def reinforcement_step(
     def step(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
         started = time.perf_counter()
         with placed.engine_phase():
-            send_weights(publish, str(state.step))
+            with phase("weight_sync"):
+                send_weights(publish, str(state.step))
             sent = time.perf_counter()
-            with placed.generating():
+            with placed.generating(), phase("rollout"):
                 rollout = broadcast_rollout(rollouts, state, rewards)
         writing = text_metrics([sample.text for sample in rollout.samples]) if rollouts else {}
         if dist.get_world_size() > 1:

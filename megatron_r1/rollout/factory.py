@@ -17,6 +17,7 @@ from megatron_r1.config.serving import check_division, on_cuda
 from megatron_r1.config.sglang import SGLangConfig, SlurmConfig
 from megatron_r1.model.shards import stage_leaders, whole_tensors
 from megatron_r1.parallel import comm
+from megatron_r1.parallel.phases import phase
 from megatron_r1.platform.api_keys import api_key
 from megatron_r1.platform.launcher import is_rank_zero, local_world_size, rank
 from megatron_r1.rollout.engine import WeightSync
@@ -57,7 +58,8 @@ def sglang_engine(
     with ExitStack() as stack:
         payload, flush = weight_payload(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
         own = _gpus_to_spare(rollout, device)
-        engine = stack.enter_context(_start_servers(rollout, model, payload, tokenizer_folder, logs, device, own))
+        with phase("server_start"):
+            engine = stack.enter_context(_start_servers(rollout, model, payload, tokenizer_folder, logs, device, own))
         if rollout.weight_sync.method == "disk":
             disk = stack.enter_context(DiskSync(weights, model, tokenizer_folder, payload))
             disk.engine = engine
@@ -102,7 +104,7 @@ def training_sglang_engine(
     with ExitStack() as stack:
         payload, flush = weight_payload(rollout, model), PAUSES[rollout.weight_sync.pause_mode].flush_cache
         engine, ranks = None, local_world_size()
-        with placement.starting_servers():
+        with phase("server_start"), placement.starting_servers():
             if is_rank_zero():
                 engine = stack.enter_context(
                     _start_servers(rollout, model, payload, tokenizer_folder, logs, device, ranks)

@@ -30,6 +30,7 @@ from megatron_r1.model.fp8.apply import Fp8Plan, merge_plans
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
 from megatron_r1.parallel.comm import AllRanks, all_gather_object
 from megatron_r1.parallel.mesh import process_groups
+from megatron_r1.parallel.phases import begin_run
 from megatron_r1.platform import Platform, select
 from megatron_r1.platform.kernels import refuse_missing_kernels
 from megatron_r1.runs.folder import mark_done, open_run_folder
@@ -43,6 +44,7 @@ from megatron_r1.train.hooks import Hook, Hooks
 from megatron_r1.train.hooks.checkpoint import CheckpointHook
 from megatron_r1.train.hooks.ema import EmaHook
 from megatron_r1.train.hooks.log import LogHook
+from megatron_r1.train.hooks.phases import PhaseHook
 from megatron_r1.train.hooks.preempt import PreemptHook
 from megatron_r1.train.optimizer import MOMENTS, Optimizer
 from megatron_r1.train.optimizer_state import MASTER, OptimizerState
@@ -108,6 +110,7 @@ class TrainingRun:
             start, title = self.state.step, f"{verb} {self.config.name}"
             tracker = Tracker(self.folder, resolved(self.config), self.config.name, self.config.track, verb, start)
             hooks.insert(0, LogHook(tracker, shown, train.steps, start, train.log_interval, title))
+        hooks.insert(0, PhaseHook())
         if self.ema:
             hooks.insert(0, EmaHook(self.ema))
         return Hooks([*first, *hooks, self.preempt])
@@ -156,6 +159,7 @@ def training_run(
         trainable: parameter name -> whether the optimizer changes it.
         prepare: adds modules that a language model does not have, before weights are loaded.
     """
+    begin_run()
     folder = open_run_folder(config)
     platform = select(config.platform)
     check_platform(config, platform)

@@ -263,6 +263,14 @@ def _perf() -> Iterator[Metric]:
 
     without_rl = (*SUPERVISED, *PREFERENCE)
     yield of("tokens_per_second", "tokens per second", "Tokens trained on in a second.", without_rl, "higher")
+    yield of(
+        "phase_seconds/*",
+        "s",
+        "Rank 0's time in each phase since the row before, by phase; a save is in the row after it. They add up to the "
+        "time between two rows. Phases: megatron_r1/parallel/phases.py.",
+        ALL,
+        "lower",
+    )
     yield of("mfu", "share", "Model FLOP/s over the devices' peak.", SUPERVISED, "higher")
     yield of("rollout_seconds", "s", "Time in which the trainer waits for a rollout.", RL, "lower")
     yield of("engine_seconds", "s", "Time in which the engine samples and rewards score a rollout.", RL, "lower")

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from megatron_r1.errors import UserError
 from megatron_r1.parallel import comm
+from megatron_r1.parallel.phases import begin_step, end_steps
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
 
@@ -37,6 +38,7 @@ def train(state: TrainState, step: Step, hooks: Hook, steps: int) -> TrainState:
         UserError: a step could not start; the state is saved before this is raised.
     """
     while state.step < steps:
+        begin_step(state.step + 1)
         try:
             state, row = step(state)
         except StepUnavailable as unavailable:
@@ -45,5 +47,6 @@ def train(state: TrainState, step: Step, hooks: Hook, steps: int) -> TrainState:
         hooks.after_step(state, row)
         if comm.any_rank(hooks.stop_requested()):
             break
+    end_steps()
     hooks.finish(state)
     return state

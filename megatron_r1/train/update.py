@@ -14,6 +14,7 @@ from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import Forward, LossFunction, PassResults, forward_backward, routers
 from megatron_r1.parallel import comm
 from megatron_r1.parallel.mesh import data_parallel_group
+from megatron_r1.parallel.phases import phase
 from megatron_r1.train.optimizer import Optimizer
 
 Reduce = Literal["mean", "sum"]
@@ -32,6 +33,7 @@ class UpdateResult:
     reduce: Reduce = "mean"
 
 
+@phase("update")
 def update(
     model: Model,
     optimizer: Optimizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.parallel import phases
 from megatron_r1.rl.generation.rollouts import Rollout
 from megatron_r1.rl.loop import reinforcement_step, text_metrics
 from megatron_r1.train.hooks import Hook
@@ -64,6 +65,17 @@ def test_without_an_engine_what_was_learnt_is_saved(one_rank, fails):
     with pytest.raises(NoRolloutCapacity, match=fails[0]):
         run.go()
     assert run.notes[-1] == "save 1 at 7" and run.notes.count("learn") == 1
+
+
+def test_weights_and_rollout_are_phases_of_their_own(one_rank):
+    class Phases(Run):
+        def note(self, what: str) -> None:
+            self.notes.append(f"{phases.current().phase} {phases.current().step}")
+
+    run = Phases()
+    run.go()
+    first = ["weight_sync 1", "rollout 1", "step 1", "step 1"]
+    assert run.notes == [*first, *(note.replace("1", "2") for note in first), "end 2"]
 
 
 def test_each_step_records_what_the_engine_counted_since_the_last(one_rank):

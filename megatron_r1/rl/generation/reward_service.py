@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.parallel import comm
+from megatron_r1.parallel.phases import phase
 from megatron_r1.rewards.reward import Reward, RewardPrompt, Value
 from megatron_r1.rewards.score import Weighted
 
@@ -158,7 +159,8 @@ class CollectiveRewardService:
         return self._compute(request)
 
     def _compute(self, request: ScoreRequest) -> list[Value]:
-        return list(self._models[request.model].score(request.prompts, request.texts))
+        with phase("rewards"):
+            return list(self._models[request.model].score(request.prompts, request.texts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.prompts import Prompt, Prompts
 from megatron_r1.data.tokenizer import response_text
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.parallel.phases import phase
 from megatron_r1.rewards.reward import Unscored
 from megatron_r1.rewards.score import Score, Scorer
 from megatron_r1.rewards.steps import RewardedStep
@@ -171,7 +172,8 @@ class Rollouts:
         texts = [self._text(completion.response.tokens.tolist()) for _, _, completion in completions]
         openings = [self._formatter.opening(prompt.question) for prompt in prompts]
         whole = [openings[group] + text for (group, _, _), text in zip(completions, texts, strict=True)]
-        scores = self._scorer([prompt for _, prompt, _ in completions], whole)
+        with phase("rewards"):
+            scores = self._scorer([prompt for _, prompt, _ in completions], whole)
         for (group, prompt, completion), text, score in zip(completions, texts, scores, strict=True):
             members = groups[group]
             if isinstance(score, Unscored):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_r1.checkpoint.store import CheckpointStore, SaveFailed, Write
+from megatron_r1.parallel.phases import phase
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
 
@@ -56,12 +57,15 @@ class CheckpointHook(Hook):
 
     def _save(self, state: TrainState, background: bool) -> None:
         self._saving = state.step
-        self._store.begin(state.step, self._snapshot(state), self._metadata, background=background)
+        with phase("save"):
+            self._store.begin(state.step, self._snapshot(state), self._metadata, background=background)
         if not background:
             self._settle()
 
     def _settle(self) -> None:
-        if self._store.saving:
+        if not self._store.saving:
+            return
+        with phase("save"):
             self._store.settle()
             self._saved = self._saving
             self._store.prune()

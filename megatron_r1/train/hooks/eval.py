@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_r1.parallel.phases import phase
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
 
@@ -33,4 +34,5 @@ class EvalHook(Hook):
         row |= self._before
         self._before = {}
         if state.step % self._interval == 0 or state.step == self._steps:
-            row |= self._measure()
+            with phase("evaluation"):
+                row |= self._measure()
