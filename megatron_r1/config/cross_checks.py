@@ -123,6 +123,8 @@ def check_layout(config: RunConfig, verb: str, ranks: int) -> None:
     if verb not in TRAINING_VERBS:
         return
     check_degrees(config.parallel, ranks)
+    if config.profile.steps and max(config.profile.ranks) >= ranks:
+        raise ConfigError("profile.ranks", config.profile.ranks, f"must be below the {ranks} ranks of the run")
     if config.platform == "cuda" and config.fp8.enabled:
         check_tilings(config.fp8)
         if verb in ("pretrain", "sft"):

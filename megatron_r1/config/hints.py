@@ -360,6 +360,13 @@ HINTS = {
     "distributed_timeout": "distributed_timeout_minutes",
     "ddp_timeout": "distributed_timeout_minutes",
     "nccl_timeout": "distributed_timeout_minutes",
+    # profiles
+    "profile_step_start": "profile.steps",
+    "profile_step_end": "profile.steps",
+    "profile_steps": "profile.steps",
+    "profile_ranks": "profile.ranks",
+    "use_pytorch_profiler": "profile.steps",
+    "record_memory_history": "profile.steps",
 }
 
 

@@ -18,6 +18,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.pipeline import PipelineConfig
+from megatron_r1.config.profile import ProfileConfig
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rl import RLConfig
@@ -95,6 +96,8 @@ class RunConfig:
     """A diagnosis of a saved batch of responses."""
     track: TrackConfig = field(default_factory=TrackConfig)
     """Where metrics are recorded."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Where time and memory go."""
     init: InitConfig = field(default_factory=InitConfig)
     """Initial weights."""
     convert: ConvertConfig = field(default_factory=ConvertConfig)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_r1.config.pipeline_stages import fitting_group_size
 from megatron_r1.model.chunks import Model, chunks
+from megatron_r1.model.pass_timers import pass_timers
 
 LossFunction = Callable[[Any], tuple[Tensor, dict[str, Tensor]]]
 """Model output -> (loss, what to log); the loss is averaged over micro-batches."""
@@ -69,6 +70,7 @@ def forward_backward(
     destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker = {}
     model.config.finalize_model_grads_func = finalise
+    model.config.timers = pass_timers()
     with _fitting_groups(model, len(micro_batches)):
         logged = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, forward),
@@ -188,6 +190,7 @@ def forward_only(
     def step(batches: Any, module: Any) -> tuple[Any, Callable[..., Any]]:
         return forward(module, next(batches)), lambda output, non_loss_data: output
 
+    model.config.timers = pass_timers()
     with torch.no_grad(), _fitting_groups(model, len(micro_batches)):
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=step,

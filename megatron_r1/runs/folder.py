@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "cluster.",
     "submit.",
     "track.",
+    "profile.",
     "check.",
     "train.log_interval",
     "train.save_interval",

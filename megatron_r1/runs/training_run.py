@@ -46,6 +46,7 @@ from megatron_r1.train.hooks.ema import EmaHook
 from megatron_r1.train.hooks.log import LogHook
 from megatron_r1.train.hooks.phases import PhaseHook
 from megatron_r1.train.hooks.preempt import PreemptHook
+from megatron_r1.train.hooks.profile import profile_hooks
 from megatron_r1.train.optimizer import MOMENTS, Optimizer
 from megatron_r1.train.optimizer_state import MASTER, OptimizerState
 from megatron_r1.train.state import TrainState
@@ -113,7 +114,10 @@ class TrainingRun:
         hooks.insert(0, PhaseHook())
         if self.ema:
             hooks.insert(0, EmaHook(self.ema))
-        return Hooks([*first, *hooks, self.preempt])
+        profiles = profile_hooks(
+            self.folder, self.config.profile, train.steps, dist.get_rank(), self.platform.name == "cuda"
+        )
+        return Hooks([*first, *hooks, *profiles, self.preempt])
 
     def saved(self, kind: str) -> WholeTensors | None:
         """Tensors of a kind in the resumed checkpoint; None when it has none."""

@@ -39,6 +39,7 @@ def train(state: TrainState, step: Step, hooks: Hook, steps: int) -> TrainState:
     """
     while state.step < steps:
         begin_step(state.step + 1)
+        hooks.before_step(state)
         try:
             state, row = step(state)
         except StepUnavailable as unavailable:

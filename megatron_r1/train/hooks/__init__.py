@@ -11,6 +11,9 @@ from megatron_r1.train.state import TrainState
 class Hook:
     """A hook that does nothing; subclasses override what they need."""
 
+    def before_step(self, state: TrainState) -> None:
+        """Called before a step, with the state that it starts from."""
+
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
         """Called after a step; `row` has its metrics, and a hook may add metrics for later hooks."""
 
@@ -27,6 +30,10 @@ class Hooks(Hook):
 
     def __init__(self, hooks: Sequence[Hook]):
         self._hooks = hooks
+
+    def before_step(self, state: TrainState) -> None:
+        for hook in self._hooks:
+            hook.before_step(state)
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
         for hook in self._hooks:
