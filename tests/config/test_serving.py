@@ -13,7 +13,7 @@ import pytest
 from megatron_r1.config.keys import only_read
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
-from megatron_r1.config.serving import LATENT_SIZES, PUBLISHED_LATENTS, check_division, on_cuda
+from megatron_r1.config.serving import ANY_SIZE, LATENT_SIZES, PUBLISHED_LATENTS, check_division, on_cuda
 from megatron_r1.config.sglang import ATTENTION_BACKENDS, ServerConfig
 from megatron_r1.errors import ConfigError
 
@@ -150,6 +150,6 @@ def test_what_sglang_chooses_by_itself_serves_the_published_sizes():
     latent = choice.orelse  # `if not use_mla_backend: ... else: ...`
     chosen = {node.value.value for part in latent for node in ast.walk(part) if isinstance(node, ast.Return)
               and isinstance(node.value, ast.Constant)}  # fmt: skip
-    assert {"fa3", "flashinfer", "triton"} <= chosen
+    assert {"fa3", "flashinfer", "triton"} <= chosen <= {*LATENT_SIZES, *ANY_SIZE, "aiter"}
     for name in chosen & LATENT_SIZES.keys():
         assert all(width in sizes for width, sizes in zip(PUBLISHED_LATENTS, LATENT_SIZES[name], strict=True))

@@ -130,7 +130,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 def test_a_layout_is_built_as_it_says_or_refused(found, row):
     result = found[repr(row)]
     if isinstance(row.expected, str):
-        assert row.expected in result.get("refused", "built")
+        assert row.expected in result.get("refused", "")
         return
     assert "held" in result, result
     held = result["held"]
@@ -139,7 +139,7 @@ def test_a_layout_is_built_as_it_says_or_refused(found, row):
     print(f"{row.gpus} x {row.parallel}: numbers by pipeline rank {result['expected']}, {result['seconds']:.1f} s")
 
 
-def test_forty_layouts_are_examined_in_two_minutes(found):
+def test_layouts_are_examined_in_two_minutes(found):
     assert len(found) == len(TABLE) >= 40
     seconds = sum(result.get("seconds", 0.0) for result in found.values())
     print(f"{len(TABLE)} layouts in {seconds:.0f} s of a core")

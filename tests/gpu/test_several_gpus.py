@@ -20,9 +20,9 @@ LAYOUTS = {
     "cp2": (2, ("parallel.context=2",)),
     "ep2": (2, ("parallel.expert=2",)),
     "pp2-vpp2": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
-    "ep2-etp2": (4, ("parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=2")),
+    "tp2-ep2-etp2": (4, ("parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=2")),
     "tp2-pp2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
-    "tp2-pp2-ep2": (8, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=4")),
+    "tp2-pp2-ep4": (8, ("parallel.tensor=2", "parallel.pipeline=2", "parallel.expert=4")),
 }
 """Name -> ranks, and what is set."""
 COMBINED = (
@@ -44,7 +44,7 @@ def alone(tmp_path_factory) -> list[float]:
     """Losses of one GPU; another seed's differ by far, or nothing here would tell anything."""
     folder = tmp_path_factory.mktemp("alone")
     expected = pretrain(folder, "one", 1)
-    assert difference(pretrain(folder, "other", 1, "seed=9"), expected) > 0.001
+    assert difference(pretrain(folder, "other", 1, "seed=9"), expected) > ROUNDING
     return expected
 
 

@@ -33,7 +33,7 @@ def shared() -> Iterator[Path]:
 
 
 def pretrain(folder: Path, name: str, nodes: int, tasks: int, *settings: str) -> list[float]:
-    launcher = ["srun", f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
+    launcher = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * tasks}", f"--ntasks-per-node={tasks}"]
     command = [*launcher, sys.executable, "-m", "megatron_r1", "pretrain", f"root='{folder}'", f"name={name}"]
     fixed = ["platform=cuda", "track=off", "data.num_documents=2000", "train.schedule.warmup_steps=2"]
     run_to_the_end([*command, *fixed, *MODEL, f"train.steps={STEPS}", *settings], 1200)
@@ -52,9 +52,10 @@ def pretrain(folder: Path, name: str, nodes: int, tasks: int, *settings: str) ->
 )
 def test_two_nodes_learn_as_one_gpu_does(shared, record_property, request, settings):
     """What ranks exchange crosses the network; checkpoints and the run's lock are on the shared file system."""
-    gpus = torch.cuda.device_count()
+    pytest.importorskip("deep_ep", reason="needs DeepEP") if "deepep" in request.node.callspec.id else None
+    gpus = min(torch.cuda.device_count(), 4)
     expected = pretrain(shared, f"one-{request.node.callspec.id}", 1, 1)
-    chosen = [setting.format(ranks=min(2 * gpus, 8)) for setting in settings]
+    chosen = [setting.format(ranks=2 * gpus) for setting in settings]
     found = difference(pretrain(shared, request.node.callspec.id, 2, gpus, *chosen), expected)
     record_property("largest relative difference", f"{found:.1e}")
     assert found < ROUNDING

@@ -64,9 +64,15 @@ def _product(a: Tensor, a_turned: bool, b: Tensor, b_turned: bool) -> Tensor:
 def generic_gemm(
     A: Tensor, transa: bool, B: Tensor, transb: bool, D: Tensor | None, quantizer: Any, output_type: Any,
     bias: Tensor | None, bias_type: Any, gelu: Any, gelu_in: Any, grad: bool, workspace: Any, workspace_size: int,
-    accumulate: bool, use_split_accumulator: bool, comm_overlap: Any = None, alpha: float = 1.0, **_: Any,
+    accumulate: bool, use_split_accumulator: bool, comm_overlap: Any = None, alpha: float = 1.0,
+    beta: float | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor | None, None, None]:  # fmt: skip
-    if quantizer is not None or gelu or comm_overlap is not None or alpha != 1.0:
+    if (
+        quantizer is not None
+        or gelu
+        or comm_overlap is not None
+        or (alpha, beta) not in ((1.0, None), (1.0, 1.0 if accumulate else 0.0))
+    ):
         raise NotImplementedError("a product whose output is quantised, overlapped, scaled or passed on to GELU")
     product = _product(A, transa, B, transb)
     grad_bias = None
@@ -75,7 +81,7 @@ def generic_gemm(
     elif bias is not None:
         product = product + bias.float()
     if D is not None:
-        D += product.view(D.shape) if accumulate else product.view(D.shape) - D
+        D.add_(product.view(D.shape)) if accumulate else D.copy_(product.view(D.shape))
         return D, grad_bias, None, None
     product = product.to(_torch_type(output_type, A.dtype if isinstance(A, Tensor) else A._dtype))
     return product if transb else product.view(*B.size()[:-1], -1), grad_bias, None, None

@@ -22,8 +22,10 @@ import importlib.util
 import logging
 import os
 import runpy
+import signal
 import socket
 import sys
+import time
 import traceback
 import types
 from collections.abc import Callable, Sequence
@@ -121,13 +123,21 @@ def fork_ranks(ranks: int, run: Callable[[], None]) -> int:
     running = {_fork_rank(rank, ranks, port, run) for rank in range(ranks)}
     failed = 0
     while running:
-        pid, status = os.wait()
-        running.discard(pid)
-        if status and not failed:
-            failed = os.waitstatus_to_exitcode(status) or 1
-            for other in running:
-                os.kill(other, 9)
+        for pid, status in _ended(running):
+            running.discard(pid)
+            if status and not failed:
+                failed = os.waitstatus_to_exitcode(status) or 1
+                for other in running:
+                    os.kill(other, signal.SIGKILL)
     return abs(failed)
+
+
+def _ended(ranks: set[int]) -> list[tuple[int, int]]:
+    """Process id and status of ranks that have ended, once there are any; other children of this process are left."""
+    while True:
+        if ended := [found for pid in sorted(ranks) if (found := os.waitpid(pid, os.WNOHANG))[0]]:
+            return ended
+        time.sleep(0.01)
 
 
 def meet_elsewhere() -> None:

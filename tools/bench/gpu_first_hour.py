@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,8 @@ class Test:
 def main() -> None:
     options = arguments()
     names = [*ONE_GPU, *["test_several_gpus"] * (options.gpus > 1), *["test_two_nodes"] * options.nodes]
+    if options.only and not any(options.only in name for name in names):
+        sys.exit(f"--only={options.only}: must be part of one of {', '.join(names)}")
     names = [name for name in names if options.only in name]
     ends = time.monotonic() + 60 * options.minutes
     found: list[Test] = []
@@ -79,12 +82,25 @@ def run(name: str, seconds: float) -> list[Test]:
         file = Path(folder) / "junit.xml"
         options = ["-q", "-p", "no:cacheprovider", f"--junitxml={file}", "-o", "junit_family=xunit1"]
         command = [sys.executable, "-m", "pytest", *options, f"tests/gpu/{name}.py"]
-        variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+        tests = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         try:
-            subprocess.run(command, cwd=ROOT, env=variables, timeout=max(seconds, 600), check=False)
+            status = tests.wait(max(seconds, 600))
         except subprocess.TimeoutExpired:
+            end(tests)
             return [Test(name, "timed out", seconds)]
+        if not file.exists():
+            return [Test(name, "error", 0.0, message=f"pytest ended with {status} and recorded no test")]
         return list(tests_of(file))
+
+
+def end(tests: subprocess.Popen[bytes]) -> None:
+    """As by Ctrl-C, upon which tests end the ranks and servers that they started."""
+    tests.send_signal(signal.SIGINT)
+    try:
+        tests.wait(60)
+    except subprocess.TimeoutExpired:
+        tests.kill()
+        tests.wait()
 
 
 def tests_of(file: Path) -> Iterator[Test]:

@@ -20,6 +20,7 @@ from megatron_r1.rollout import factory
 from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.factory import sglang_engine, weight_payload
 from megatron_r1.rollout.sglang.servers import discovery as addresses
+from megatron_r1.rollout.sync import strategies
 from megatron_r1.rollout.sync.model_folder import write_shape
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync
@@ -125,21 +126,23 @@ def test_no_weight_is_read_or_written_to_start_servers(new_model, tokenizer, tmp
         raise AssertionError("the start of servers gathers the model")
 
     monkeypatch.setattr(factory, "whole_tensors", read)
-    before = bytes_in_memory()
+    monkeypatch.setattr(strategies, "_MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for folder in ("memory", "temporary"):
+        (tmp_path / folder).mkdir()
     rollout = RolloutConfig(weight_sync=WeightSyncConfig(method=method), sglang=SGLangConfig(addresses=[server]))
     shape = ModelConfig()
     start = rollout, shape, new_model(shape), tokenizer, tmp_path / "logs", "cpu", Separate()
     with factory.training_sglang_engine(*start) as (engine, _):
-        assert bytes_in_memory() == before and engine.weights_folder is None
+        assert bytes_in(tmp_path / "memory") == bytes_in(tmp_path / "temporary") == 0 and engine.weights_folder is None
         with pytest.raises(NoRolloutCapacity, match="arbitrary weights until the first update"):
             engine.generate([Request("a", (5,))], Sampling(1.0, 1.0, 1, (), 0))
 
 
-def bytes_in_memory() -> int:
-    """Bytes of the folders through which weights go to servers."""
-    parents = {Path("/dev/shm"), Path(tempfile.gettempdir())}
-    folders = [folder for parent in parents for folder in parent.glob("megatron_r1-weights-*")]
-    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+def bytes_in(folder: Path) -> int:
+    """Bytes of the folders in it through which weights go to servers."""
+    files = (path for one in folder.glob("megatron_r1-weights-*") for path in one.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
 
 
 def test_a_start_writes_the_shape_of_what_is_sent(tokenizer, tmp_path):
