@@ -31,10 +31,19 @@ def _work(job: Job) -> Pass:
     return Pass(size * train.sequence_length // config.parallel.context, -(-share // train.micro_batch_size))
 
 
+def stages_of(job: Job) -> list[MemoryParts]:
+    """Memory of the trainer's largest rank of each pipeline stage.
+
+    Raises:
+        ConfigError: the layout does not fit the model.
+    """
+    return job_memory(job.config, job.verb, job.ranks, _work(job), job.on_gpus)
+
+
 def _stages(job: Job) -> list[MemoryParts] | None:
-    """Memory of each pipeline stage; None where the layout does not fit the model, which other checks say."""
+    """As `stages_of`; None where the layout does not fit the model, which other checks say."""
     try:
-        return job_memory(job.config, job.verb, job.ranks, _work(job), job.on_gpus)
+        return stages_of(job)
     except (ConfigError, ZeroDivisionError):
         return None
 

@@ -18,7 +18,7 @@ from tests.support.config_reads import keys_read_by
 KEYS = sorted({key.path for key in all_keys() if not key.section and "NAME" not in key.path and "[]" not in key.path})
 RECIPES = {verb: entry.recipe for verb, entry in VERBS.items()}
 VERB_OF = {
-    "context_32k": "pretrain", "context_128k": "pretrain", "context_tiny": "pretrain", "pretrain_v3": "pretrain",
+    **dict.fromkeys(("context_32k", "context_128k", "context_tiny", "pretrain_v3", "pretrain_16b"), "pretrain"),
     "sft_v3": "sft", "sft_r1": "sft", "reward_safety": "reward_model", "reward_safety_r1": "reward_model",
     "reward_helpfulness_r1": "reward_model", "smollm": "pipeline", "sample_r1": "sample", "sft_distill_r1": "sft",
     **dict.fromkeys(("gsm8k_qwen", "r1_16b", "r1_671b", "r1_tiny"), "pipeline"),
