@@ -88,6 +88,14 @@ class TrackConfig:
     """auto (online with a key, else offline), online, offline or disabled."""
     project: str = "megatron_r1"
     """wandb project."""
+    entity: str = ""
+    """Team or user that owns the project; empty takes the key's own."""
+    group: str = ""
+    """Group of runs in wandb. A recipe gives its name to its stages; empty leaves a run alone."""
+    tags: list[str] = field(default_factory=list)
+    """Further tags, beside the verb."""
+    notes: str = ""
+    """Notes on the run's page."""
 
     def __post_init__(self) -> None:
         one_of(self, "wandb", ("auto", "online", "offline", "disabled"))

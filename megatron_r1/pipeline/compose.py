@@ -110,6 +110,7 @@ def _composed(
     overrides = [
         f"root='{folder}'",
         f"name={name}",
+        *only_read(stage.verb, [f"track.group='{folder.resolve().name}'"]),
         *(INPUT.sub(lambda match: paths[match[1]], line) for line in stage.overrides),
         *only_read(stage.verb, [line for line in common if stage.verb in TRAINING_VERBS or "parallel." not in line]),
     ]

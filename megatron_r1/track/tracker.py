@@ -11,8 +11,10 @@ from typing import Any, Self
 
 from megatron_r1.config.jobs import TrackConfig
 from megatron_r1.track import metrics
+from megatron_r1.track.artifacts import add_files
+from megatron_r1.track.identity import Identity, wandb_mode
 from megatron_r1.track.record import Record, read_metrics
-from megatron_r1.track.wandb_run import Identity, WandbRun, wandb_mode
+from megatron_r1.track.wandb_run import WandbRun
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ class Tracker:
         run_folder: created if missing; for `metrics.jsonl` and `wandb/`.
         config: resolved configuration, for wandb's page of the run.
         name: name of the run.
-        verb: of the command line; wandb groups the runs of a pipeline by their folder and verb.
+        verb: of the command line; wandb's job type.
         resume_step: step of the checkpoint from which the run resumes; later rows are removed and recorded again.
     """
 
@@ -41,9 +43,11 @@ class Tracker:
         path = run_folder / "metrics.jsonl"
         self._record = Record(path, resume_step)
         mode = wandb_mode(track.wandb, os.environ)
-        identity = Identity.of(run_folder, name, track.project, verb, os.environ)
+        identity = Identity.of(name, track, verb, os.environ)
         logger.info("wandb: %s%s", mode, f", in {run_folder / 'wandb'}" if mode == "offline" else "")
         self._wandb = WandbRun(run_folder, mode, config, identity, history=read_metrics(path))
+        title = f"{identity.group}-{name}" if identity.group else name
+        self._wandb.add(add_files("config", title, [run_folder / file for file in ("config.yaml", "environment.json")]))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Records the metrics of one step; steps must increase.

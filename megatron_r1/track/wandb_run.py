@@ -1,63 +1,34 @@
-"""A wandb run on which training never depends.
+"""A wandb run on which training never depends: a thread of its own starts it, sends rows and ends it.
 
-But for a wrong WANDB_MODE, nothing here raises: the first failure is logged as one warning, and wandb is not used any
-more. Offline it opens no connection. wandb is imported when a run is opened, and its output does not appear on the
-terminal.
+Nothing here raises, and `log` never waits: the first failure is logged as one warning, and wandb is not used any more.
+Offline it opens no connection. wandb is imported when a run is opened, and its output does not appear on the terminal.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
+import queue
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.errors import PlatformError
+from megatron_r1.track.identity import Identity, run_id
 from megatron_r1.track.metrics import METRICS, STEP
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 30.0
-FINISH_TIMEOUT_S = 60.0
-MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
-"""Value of wandb's own variable WANDB_MODE -> mode."""
-"""Most seconds for which a hanging network can delay the start and the end of an online run."""
-
-
-def wandb_mode(setting: str, environment: Mapping[str, str]) -> str:
-    """online, offline or disabled. For the setting `auto`: WANDB_MODE, else online if there is a WANDB_API_KEY.
-
-    Raises:
-        PlatformError: WANDB_MODE is something else.
-    """
-    if setting != "auto":
-        return setting
-    if mode := environment.get("WANDB_MODE", ""):
-        if mode not in MODES:
-            raise PlatformError(f"WANDB_MODE={mode}: must be one of {', '.join(MODES)}")
-        return MODES[mode]
-    return "online" if environment.get("WANDB_API_KEY") else "offline"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Name, group and tags of a run in wandb: the runs of one pipeline are a group, each with its verb as job type."""
-
-    name: str
-    project: str
-    group: str
-    job_type: str
-    tags: tuple[str, ...]
-
-    @classmethod
-    def of(cls, folder: Path, name: str, project: str, verb: str, environment: Mapping[str, str]) -> Identity:
-        """The identity of the run in `folder`; wandb's own environment variables may set another group or more tags."""
-        group = environment.get("WANDB_RUN_GROUP") or folder.resolve().parent.name
-        further = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
-        return cls(name, project, group, verb, tuple(dict.fromkeys([verb, *further])))
+"""Seconds that an online run has to start; meanwhile training goes on."""
+FINISH_TIMEOUT_S = 30.0
+"""Seconds that an online run has at its end to send what it still has."""
+CLOSE_TIMEOUT_S = START_TIMEOUT_S + 2 * FINISH_TIMEOUT_S
+"""Most seconds that the end of a run waits for wandb."""
+REPLACED = "replaced-"
+"""Before the name of an offline folder whose rows are being written to a new one."""
+MAX_WAITING = 100_000
+"""Rows that may wait for wandb; with more, wandb hangs and is not used any more."""
 
 
 def define_metrics(run: Any) -> None:
@@ -73,16 +44,17 @@ def define_metrics(run: Any) -> None:
 class WandbRun:
     """One wandb run, continued by its id.
 
-    wandb loses rows that it had not yet written when a run was killed, so a resumed run is completed from the local
-    record. Online, the missing rows are sent; offline, all rows are written again, and the replaced offline folders are
-    removed when the run is closed.
+    wandb loses rows that it had not yet written when a run was killed, and has rows after the checkpoint from which the
+    run resumes; so a resumed run is completed from the local record. Online, only rows are sent that the server does
+    not have. Offline, all rows are written again, and offline folders of earlier starts are removed: an offline run has
+    every step once, whatever was killed when.
 
     Args:
         folder: run folder; wandb writes to `folder/wandb`, where the id is stored too.
         mode: online, offline or disabled.
         config: resolved configuration of the run.
         identity: name, group and tags in wandb.
-        history: rows of the local record before the resume; without any, a new wandb run is opened.
+        history: rows of the local record before the resume.
     """
 
     def __init__(
@@ -93,34 +65,90 @@ class WandbRun:
         identity: Identity,
         history: Sequence[Mapping[str, Any]] = (),
     ):
+        self._folder, self._config, self._identity, self._history = folder, dict(config), identity, history
         self._run: Any = None
         self._next_step = 0
-        self._replaced: list[Path] = []
-        # If an online run cannot start, its rows are written offline, for `wandb sync`.
-        for attempt in {"online": ("online", "offline"), "offline": ("offline",)}.get(mode, ()):
+        self._waiting: queue.Queue[Callable[[Any], None] | None] = queue.Queue(MAX_WAITING)
+        self._failed = threading.Event()
+        self._thread: threading.Thread | None = None
+        # If an online run cannot start, its rows are written offline, for `track sync`.
+        if attempts := {"online": ("online", "offline"), "offline": ("offline",)}.get(mode, ()):
             try:
-                run_id = self._run_id(folder / "wandb" / "run_id.txt", new=not history)
-                self._replaced = list(folder.glob(f"wandb/offline-run-*-{run_id}*")) if attempt == "offline" else []
-                self._run = self._open(folder, attempt, dict(config), identity, run_id)
-                break
+                # Here: two threads that import modules which need each other would get them half made.
+                import wandb  # noqa: F401
             except Exception as error:
-                self._give_up(f"could not start {attempt}", error)
-        else:
+                self._give_up("cannot be imported", error)
+                return
+            self._thread = threading.Thread(target=self._work, args=(attempts,), name="wandb", daemon=True)
+            self._thread.start()
+
+    def log(self, step: int, row: Mapping[str, Any]) -> None:
+        """Sends one row, unless the server has that step from an earlier start of the same run."""
+        content = dict(row)
+        self.add(lambda run: self._log(run, step, content))
+
+    def add(self, action: Callable[[Any], None]) -> None:
+        """Have `action` called with the run of wandb, after all that was added before; for artefacts."""
+        if self._thread is None or self._failed.is_set():
             return
-        self._next_step = self._run.starting_step
-        for row in history:
-            self.log(row["step"], row)
+        try:
+            self._waiting.put_nowait(action)
+        except queue.Full:
+            self._give_up("hangs", RuntimeError(f"{MAX_WAITING} rows wait for it"))
 
-    @staticmethod
-    def _run_id(path: Path, new: bool) -> str:
-        """The run's wandb id, stored in a file so that a resumed run has the same."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if new or not path.is_file():
-            path.write_text(secrets.token_hex(4))
-        return path.read_text().strip()
+    def close(self) -> None:
+        """End the run; waits for wandb, but no longer than CLOSE_TIMEOUT_S."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if self._failed.is_set():
+            return
+        try:
+            self._waiting.put_nowait(None)
+        except queue.Full:
+            self._give_up("hangs", RuntimeError(f"{MAX_WAITING} rows wait for it"))
+            return
+        thread.join(CLOSE_TIMEOUT_S)
+        if thread.is_alive() and not self._failed.is_set():
+            self._give_up("could not finish", TimeoutError(f"not done after {CLOSE_TIMEOUT_S:.0f} s"))
 
-    @staticmethod
-    def _open(folder: Path, mode: str, config: dict[str, Any], identity: Identity, run_id: str) -> Any:
+    def _work(self, attempts: Sequence[str]) -> None:
+        try:
+            mode = self._start(attempts)
+            while (action := self._waiting.get()) and not self._failed.is_set():
+                action(self._run)
+            self._run.finish()
+            if mode == "online":  # the server has all rows
+                _remove((self._folder / "wandb").glob("*offline-run-*"))
+        except Exception as error:
+            self._give_up("failed", error)
+
+    def _start(self, attempts: Sequence[str]) -> str:
+        wandb_folder = self._folder / "wandb"
+        identifier = run_id(wandb_folder)
+        for mode in attempts:
+            if mode == "offline":
+                # Before the new folder is there, so that no step is ever in two of them.
+                for earlier in wandb_folder.glob(f"offline-run-*-{identifier}"):
+                    earlier.rename(earlier.with_name(f"{REPLACED}{earlier.name}"))
+            try:
+                self._run = self._open(mode, identifier)
+            except Exception as error:
+                if mode == attempts[-1]:
+                    raise
+                logger.warning("wandb could not start %s: %s; it is written offline", mode, _one_line(error))
+                _end_service()
+                continue
+            self._next_step = self._run.starting_step
+            for row in self._history:
+                self._log(self._run, row["step"], row)
+            self._history = ()
+            if mode == "offline":
+                _remove(wandb_folder.glob(f"{REPLACED}*"))
+            return mode
+        raise AssertionError("there is a mode")
+
+    def _open(self, mode: str, identifier: str) -> Any:
         import wandb
 
         settings = wandb.Settings(
@@ -131,16 +159,19 @@ class WandbRun:
             init_timeout=START_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,
         )
+        wandb.setup(wandb.Settings(silent=True))  # else its login prints
         run = wandb.init(
-            dir=folder,
+            dir=self._folder,
             mode=mode,  # type: ignore[arg-type]
-            config=config,
-            name=identity.name,
-            project=identity.project,
-            group=identity.group,
-            job_type=identity.job_type,
-            tags=identity.tags,
-            id=run_id,
+            config=self._config,
+            name=self._identity.name,
+            project=self._identity.project,
+            entity=self._identity.entity,
+            group=self._identity.group,
+            job_type=self._identity.job_type,
+            tags=self._identity.tags,
+            notes=self._identity.notes,
+            id=identifier,
             resume="allow" if mode == "online" else None,
             reinit="create_new",
             settings=settings,
@@ -148,27 +179,26 @@ class WandbRun:
         define_metrics(run)
         return run
 
-    def log(self, step: int, row: Mapping[str, Any]) -> None:
-        """Sends one row, unless the server has that step from an earlier start of the same run."""
-        if self._run is None or step < self._next_step:
-            return
-        try:
-            self._run.log(dict(row) | {"step": step}, step=step)
-        except Exception as error:
-            self._give_up("could not log", error)
-
-    def close(self) -> None:
-        run, self._run = self._run, None
-        if run is None:
-            return
-        try:
-            run.finish()
-        except Exception as error:
-            self._give_up("could not finish", error)
-        else:
-            for folder in self._replaced:
-                shutil.rmtree(folder, ignore_errors=True)
+    def _log(self, run: Any, step: int, row: Mapping[str, Any]) -> None:
+        if step >= self._next_step:
+            run.log(dict(row) | {"step": step}, step=step)
 
     def _give_up(self, what: str, error: Exception) -> None:
-        self._run = None
-        logger.warning("wandb %s: %s; metrics.jsonl is still written", what, " ".join(str(error).split()))
+        self._failed.set()
+        logger.warning("wandb %s: %s; metrics.jsonl is still written", what, _one_line(error))
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in [*folders]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_service() -> None:
+    """End wandb's service, in which a run that could not start would still own its id."""
+    import wandb
+
+    wandb.teardown()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -110,6 +110,8 @@ def test_a_stage_is_composed_with_the_paths_and_the_model_of_its_inputs(folder: 
     pretrain, r1 = stages["pretrain"], stages["r1"]
     assert f"init.from='{folder}/cold_start'" in r1.arguments
     assert r1.arguments[-4:] == ("threads=1", "seed=0", "platform=cpu", "parallel.tensor=2") and r1.ranks == 2
+    assert f"track.group='{folder.name}'" in r1.arguments, "a recipe is a group in wandb"
+    assert not any("track." in line for line in stages["evaluate"].arguments)
     assert stages["evaluate"].ranks == 1 and "parallel.tensor=2" not in stages["evaluate"].arguments
     assert stages["samples"].path_of("samples").endswith("x/samples/samples.jsonl")
     assert stages["convert"].path_of("hf") == f"hf:{folder}/convert/hf"

@@ -15,10 +15,10 @@ import pytest
 from megatron_r1.config.jobs import TrackConfig
 from megatron_r1.errors import PlatformError
 from megatron_r1.track import wandb_run
+from megatron_r1.track.identity import wandb_mode
 from megatron_r1.track.metrics import METRICS
 from megatron_r1.track.record import read_metrics
 from megatron_r1.track.tracker import Tracker
-from megatron_r1.track.wandb_run import wandb_mode
 
 BLOCK = 32768
 
@@ -82,9 +82,10 @@ def row_of(step):
     return {"train/loss": 1.0 / step, "moe/load": [0.25, 0.75], "train/consumed_tokens": 640 * step}
 
 
-def track(folder, steps, resume_step=0, setting="auto"):
+def track(folder, steps, resume_step=0, setting="auto", **settings):
     config = {"model": {"num_layers": 4}, "init": {"from": ""}}
-    with Tracker(folder, config, "pretrain", TrackConfig(wandb=setting), "pretrain", resume_step) as tracker:
+    section = TrackConfig(wandb=setting, **settings)
+    with Tracker(folder, config, "pretrain", section, "pretrain", resume_step) as tracker:
         for step in steps:
             tracker.log(step, row_of(step))
 
@@ -108,24 +109,39 @@ def test_resume_continues_the_wandb_run_without_duplicates(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert rows == read_metrics(folder / "metrics.jsonl")
     track(folder, [1])
-    assert len(wandb_rows(folder, 13)[1]) == 2, "a start from zero is another wandb run"
+    assert wandb_rows(folder, 1) == ([{"step": 1} | row_of(1)], ids), "killed before its first checkpoint"
 
 
-def test_rows_that_a_killed_run_did_not_send_are_sent_on_resume(tmp_path):
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import tests.track.test_tracker as t
+
+folder, resume_step, last, wait = Path(sys.argv[1]), *map(int, sys.argv[2:])
+tracker = t.Tracker(folder, {}, "pretrain", t.TrackConfig(wandb="offline"), "pretrain", resume_step)
+for step in range(resume_step + 1, last + 1):
+    tracker.log(step, t.row_of(step))
+if wait:  # until wandb's service has written rows
+    t.wandb_rows(folder, 1)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_has_each_step_once(tmp_path):
+    """Each attempt resumes at its newest checkpoint, before the last row: a requeue or the next job of a chain."""
     folder = tmp_path / "run"
-    code = (
-        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import test_tracker as t; from pathlib import Path\n"
-        "tracker = t.Tracker(Path(sys.argv[2]), {}, 'pretrain', t.TrackConfig(wandb='offline'), 'pretrain')\n"
-        "for step in range(1, 101): tracker.log(step, t.row_of(step))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(folder)], timeout=60)
-    assert done.returncode == -9
-    track(folder, range(91, 121), resume_step=90)
-    rows, ids = wandb_rows(folder, 120)
-    assert [row["step"] for row in rows] == list(range(1, 121))
+    attempts = [("0", "600", "1"), ("500", "900", "1"), ("800", "800", "0")]
+    for attempt in attempts:
+        command = [sys.executable, "-c", KILLED, str(folder), *attempt]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], timeout=100)
+        assert done.returncode == -9
+        steps = [row["step"] for row in wandb_rows(folder, 0)[0]]
+        assert steps == sorted(set(steps)), "no step twice, whatever was killed when"
+    track(folder, range(801, 1021), resume_step=800)
+    rows, ids = wandb_rows(folder, 1020)
+    assert [row["step"] for row in rows] == list(range(1, 1021))
     assert rows == read_metrics(folder / "metrics.jsonl")
-    assert len(ids) == 1
+    assert len(ids) == 1 and len(list(folder.glob("wandb/*offline-run-*"))) == 1
 
 
 def test_disabled_writes_no_wandb_folder(tmp_path):
@@ -175,14 +191,15 @@ def test_failure_while_logging_warns_once_and_the_record_continues(tmp_path, cap
     def refuse(*_, **__):
         raise OSError("no space left")
 
-    with Tracker(tmp_path, {}, "run", TrackConfig(wandb="offline"), "sft") as tracker:
-        tracker.log(1, {"train/loss": 1.0})
-        monkeypatch.setattr(wandb.Run, "log", refuse)
-        with caplog.at_level(logging.WARNING, "megatron_r1"):
-            tracker.log(2, {"train/loss": 0.5})
-            tracker.log(3, {"train/loss": 0.4})
+    monkeypatch.setattr(wandb.Run, "log", refuse)
+    with (
+        caplog.at_level(logging.WARNING, "megatron_r1"),
+        Tracker(tmp_path, {}, "run", TrackConfig(wandb="offline"), "sft") as tracker,
+    ):
+        for step in (1, 2, 3):
+            tracker.log(step, {"train/loss": 1.0 / step})
     warnings = [record.getMessage() for record in caplog.records if record.name.startswith("megatron_r1")]
-    assert [warning.split(":")[0] for warning in warnings] == ["wandb could not log"]
+    assert [warning.split(":")[0] for warning in warnings] == ["wandb failed"]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
 
 
@@ -202,14 +219,16 @@ def records_of(folder: Path, kind: str, enough: int) -> list[Any]:
 def test_wandb_knows_axis_and_direction_of_each_metric_and_where_the_run_belongs(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_TAGS", "night, pretrain")
     folder = tmp_path / "quickstart" / "run"
-    track(folder, [1], setting="offline")
+    settings = {"entity": "team", "group": "quickstart", "tags": ["ours"], "notes": "why", "project": "r1"}
+    track(folder, [1], setting="offline", **settings)
     defined = {record.name or record.glob_name: record for record in records_of(folder, "metric", len(METRICS))}
     assert {metric.name for metric in METRICS if not metric.table} <= defined.keys()
     lower, higher = defined["train/loss"].summary, defined["rollout/reward"].summary
     assert (lower.min, lower.max, higher.min, higher.max) == (True, False, False, True)
     assert all(record.step_metric == "step" or name == "step" for name, record in defined.items() if name[0] != "_")
     [run] = records_of(folder, "run", 1)
-    assert (run.run_group, run.job_type, [*run.tags]) == ("quickstart", "pretrain", ["pretrain", "night"])
+    assert (run.run_group, run.job_type, [*run.tags]) == ("quickstart", "pretrain", ["pretrain", "ours", "night"])
+    assert (run.entity, run.project, run.display_name, run.notes) == ("team", "r1", "pretrain", "why")
 
 
 def test_wandb_is_not_imported_until_a_run_is_opened():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from megatron_r1.train.state import TrainState
@@ -26,7 +27,10 @@ class Hook:
 
 
 class Hooks(Hook):
-    """Several hooks as one, in order."""
+    """Several hooks as one, in order; they finish in reverse order, each of them also after another's error.
+
+    So a run is saved before its log ends, which may wait for a network.
+    """
 
     def __init__(self, hooks: Sequence[Hook]):
         self._hooks = hooks
@@ -43,5 +47,6 @@ class Hooks(Hook):
         return any(hook.stop_requested() for hook in self._hooks)
 
     def finish(self, state: TrainState) -> None:
-        for hook in self._hooks:
-            hook.finish(state)
+        with ExitStack() as finishing:
+            for hook in self._hooks:
+                finishing.callback(hook.finish, state)
