@@ -15,13 +15,14 @@ part() {
 
 part ruff "$bin/ruff" check --quiet .
 part format "$bin/ruff" format --quiet --check .
-part shellcheck "$bin/shellcheck" launch/*.sh tools/*.sh .ci/run
+part shellcheck "$bin/shellcheck" launch/*.sh launch/*/*.sh tools/*.sh .ci/run
+part hadolint "$bin/hadolint" launch/Containerfile
 part contracts "$bin/lint-imports" --cache-dir .import_linter_cache
 part types "$bin/mypy"
 if [[ "${1:-}" != lint ]]; then
     # What test_repository runs as programs has run above; building a wheel takes half a minute.
     part repository "$bin/python" -m pytest --quiet tests/test_repository.py tests/test_verification_card.py \
-        -k 'not ruff and not mypy and not shellcheck and not one_way and not wheel'
+        -k 'not ruff and not mypy and not shellcheck and not hadolint and not one_way and not wheel'
     # 300 tests of a second or less: nothing that starts ranks, servers or whole runs, or trains for long.
     part units "$bin/python" -m pytest --quiet --disable-warnings -m 'not (slow or dist or sglang or gpu)' \
         tests/evaluation tests/rl/advantages tests/rl/objective tests/rollout tests/track tests/test_files.py \

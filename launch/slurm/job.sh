@@ -4,7 +4,8 @@
 #
 # Who gets which signal: SLURM sends USR1 to this shell alone before the time limit (--signal=B:USR1@SECONDS). The shell
 # hands it to the role `trainer`, which ends its step, saves and exits with 85; servers go on until the trainer has
-# ended, since its step may need them. A requeue or scancel sends TERM to all processes of the job.
+# ended, since its step may need them. A requeue, scancel, and the time limit itself send TERM to all processes of the
+# job, and KILL after SLURM's KillWait.
 
 # shellcheck disable=SC2154 # the job script sets the variables
 FINAL=(0 2 3 86 88)   # done, bad configuration, bad data, diverged, no intact checkpoint: a restart changes nothing
@@ -104,12 +105,20 @@ start() {
 }
 
 forward() {
-    if [[ $1 == TERM ]]; then ended_by_slurm=1; fi
+    if [[ $1 == TERM ]]; then
+        ended_by_slurm=1
+        # SLURM queues a job again that is preempted, but not one whose time is up.
+        if [[ $restart == requeue ]] && time_is_up; then requeue; fi
+    fi
     if alive trainer; then
         say "$1: the trainer saves after its step"
         kill -s "$1" "${process_of[trainer]}" || true
     fi
 }
+
+time_is_up() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%r) == *TimeLimit* ]]; }
+
+requeue() { scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not requeue it"; }
 
 alive() { [[ -n ${process_of[$1]:-} ]] && kill -0 "${process_of[$1]}" 2>/dev/null; }
 
@@ -194,9 +203,7 @@ conclude() {
     if stalled; then give_up "$code" "$max_restarts_without_progress restarts without progress"; fi
     say "exit code $code: restart=$restart"
     # After a TERM, SLURM itself queues the job again (scontrol requeue, preemption), or never (scancel).
-    if [[ $restart == requeue && -z $ended_by_slurm ]]; then
-        scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not requeue it"
-    fi
+    if [[ $restart == requeue && -z $ended_by_slurm ]]; then requeue; fi
     exit "$code"
 }
 
@@ -246,11 +253,22 @@ stalled() {
     ((same > max_restarts_without_progress))
 }
 
-# The next link of a chain waits for this job to fail; SLURM itself removes it when this job succeeds.
+# The next link of a chain waits for this job to fail; SLURM itself removes it when this job succeeds. Jobs that wait
+# for this one, such as the next stage of a recipe, then wait for either of the two.
 queue_next() {
-    local script next
+    local script next job
     script=$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p' | awk 'NR == 1')
     next=$(sbatch --parsable --dependency=afternotok:"$SLURM_JOB_ID" --kill-on-invalid-dep=yes "$script")
-    echo "${next%%;*}" >>"$queued"
-    say "job ${next%%;*} goes on if this one does not finish"
+    next=${next%%;*}
+    echo "$next" >>"$queued"
+    for job in $(jobs_that_wait); do
+        scontrol update "JobId=$job" "Dependency=afterok:$SLURM_JOB_ID?afterok:$next"
+    done
+    say "job $next goes on if this one does not finish"
+}
+
+# Jobs of the same user that start once this one has succeeded.
+jobs_that_wait() {
+    squeue --noheader --me --states=PENDING --format='%i %E' |
+        awk -v this="afterok:$SLURM_JOB_ID(" 'index($2, this) { print $1 }'
 }

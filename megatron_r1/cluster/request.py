@@ -54,9 +54,9 @@ def check_roles(config: RunConfig) -> None:
         raise ConfigError("submit.engine_nodes", submit.engine_nodes, needs)
     if submit.heterogeneous and not submit.engine_nodes:
         raise ConfigError("submit.heterogeneous", True, "must be false where submit.engine_nodes is 0")
-    if verb == "pipeline" and submit.stage_jobs and submit.restart not in ("requeue", "none"):
-        allowed = "must be requeue or none where each stage is a job that waits for the one before (submit.stage_jobs)"
-        raise ConfigError("submit.restart", submit.restart, allowed)
+    if verb == "pipeline" and submit.stage_jobs and submit.restart == "singleton":
+        allowed = "must be requeue, chain or none where each stage is a job that waits for the one before; with"
+        raise ConfigError("submit.restart", submit.restart, f"{allowed} submit.stage_jobs=false, each job runs all")
     if submit.engine_nodes and rollout.sglang.started_elsewhere:
         allowed = "must be 0 where rollout.sglang names servers that are started elsewhere"
         raise ConfigError("submit.engine_nodes", submit.engine_nodes, allowed)

@@ -28,6 +28,16 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
     return _sbatch(["--parsable", *options, str(script)]).stdout.strip().partition(";")[0]
 
 
+def release(job: str) -> None:
+    """Let a job start that was submitted with --hold."""
+    subprocess.run(["scontrol", "release", job], check=True)
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs."""
+    subprocess.run(["scancel", *jobs], check=True)
+
+
 def _sbatch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
     if not shutil.which("sbatch"):
         raise PlatformError("sbatch: no such program: submit from a login node of a SLURM cluster, or use dry_run=true")

@@ -15,7 +15,7 @@ from megatron_r1.commands.check import show
 from megatron_r1.config.load import as_yaml, write_yaml
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import JobCommand
-from megatron_r1.errors import ExitCode
+from megatron_r1.errors import ExitCode, PlatformError
 from megatron_r1.files import write_whole
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.source import find_model
@@ -26,6 +26,8 @@ console = Console(highlight=False, soft_wrap=True, markup=False)
 def run_command(command: JobCommand) -> int:
     """Check a command, write its script and resolved configuration into the run's folder, and submit it.
 
+    A dry run shows script and configuration of a job that a check refuses, too.
+
     Returns:
         The exit status, that of a refused configuration where a check refuses the job.
 
@@ -35,12 +37,12 @@ def run_command(command: JobCommand) -> int:
     """
     config = requested_job(command, find_model)
     report = check_command(command_to_check(command, config))
+    if config.submit.dry_run:
+        show_job(config)
     if report.refused:
         show(report, f"megatron-r1 check {command.verb} --config-name {command.recipe}")
         return int(ExitCode.BAD_CONFIG)
-    if config.submit.dry_run:
-        show_job(config)
-    else:
+    if not config.submit.dry_run:
         submit(config)
     return int(ExitCode.DONE)
 
@@ -63,19 +65,35 @@ def jobs_of(config: RunConfig) -> list[tuple[RunConfig, Path]]:
 
 
 def submit(config: RunConfig) -> None:
-    """Write and submit the job, and those that wait for it: stages of a recipe, or generations."""
+    """Write and submit the job, and those that wait for it: stages of a recipe, or generations.
+
+    The first stage is held until all others wait for it: it may be over, or have queued its next link, before.
+
+    Raises:
+        PlatformError: SLURM refuses one of the jobs; then none is left in the queue.
+    """
     console.print(cost(config))
-    previous = ""
-    for job, output in jobs_of(config):
-        script = write_job(job, output)
-        after = [f"--dependency=afterok:{previous}", "--kill-on-invalid-dep=yes"] if previous else []
-        if not previous:
-            console.print(f"start: {slurm.expected_start(script)}")
-        numbers = [slurm.submit(script, after) for _ in range(number_of_jobs(job))]
-        with (run_folder(job) / "logs" / "queued.txt").open("a") as queued:
-            queued.writelines(f"{number}\n" for number in numbers[1:])
-        console.print(instructions(run_folder(job), numbers))
-        previous = numbers[0]
+    jobs = jobs_of(config)
+    hold = ["--hold"] if len(jobs) > 1 else []
+    submitted: list[str] = []
+    try:
+        for job, output in jobs:
+            script = write_job(job, output)
+            after = [f"--dependency=afterok:{submitted[-1]}", "--kill-on-invalid-dep=yes"] if submitted else hold
+            if not submitted:
+                console.print(f"start: {slurm.expected_start(script)}")
+            numbers = [slurm.submit(script, after) for _ in range(number_of_jobs(job))]
+            submitted += numbers
+            with (run_folder(job) / "logs" / "queued.txt").open("a") as queued:
+                queued.writelines(f"{number}\n" for number in numbers[1:])
+            console.print(instructions(run_folder(job), numbers))
+    except PlatformError:
+        if submitted:
+            slurm.cancel(submitted)
+            console.print(f"cancelled: job {' '.join(submitted)}")
+        raise
+    if hold:
+        slurm.release(submitted[0])
 
 
 def write_job(config: RunConfig, output: Path) -> Path:

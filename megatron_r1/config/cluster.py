@@ -108,7 +108,8 @@ class SubmitConfig:
     grace_s: int = 120
     """Seconds that the trainer has to save when servers on other nodes have ended."""
     dry_run: bool = False
-    """Show the script and the resolved configuration; write and submit nothing."""
+    """Show the script and the resolved configuration; write and submit nothing. Where a check refuses the job, its
+    table follows, and the exit status is 2."""
 
     def __post_init__(self) -> None:
         one_of(self, "restart", ("requeue", "chain", "singleton", "none"))

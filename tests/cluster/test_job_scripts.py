@@ -143,7 +143,7 @@ def test_a_recipe_is_a_job_for_each_stage_in_order():
 @pytest.mark.parametrize(
     ("verb", "overrides", "key"),
     [
-        ("pipeline", ["restart=chain"], "submit.restart"),
+        ("pipeline", ["restart=singleton"], "submit.restart"),
         ("grpo", ["init.from=base", "submit.heterogeneous=true"], "submit.heterogeneous"),
         ("pretrain", ["nodes=2", "engine_nodes=1"], "submit.engine_nodes"),
         ("grpo", ["init.from=base", "engine_nodes=1"], "engine_nodes"),

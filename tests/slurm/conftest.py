@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.track.record import read_metrics
 from tests.support.slurm_cluster import absent, slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +23,20 @@ TINY = (
     "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.exclusive=false", "cluster.memory_per_node=''",
 )  # fmt: skip
 """A pre-training job of seconds, on nodes without GPUs."""
+RL = (
+    "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.exclusive=false", "cluster.memory_per_node=''",
+    "platform=cpu", "track=off", "threads=1", "train.steps=2", "train.schedule.warmup_steps=0", "train.log_interval=1",
+    "rl.prompts_per_rollout=2", "rl.group_size=2", "rollout.max_response_tokens=8",
+    "rollout.sglang.max_running_requests=8", "rollout.sglang.max_total_tokens=1024",
+)  # fmt: skip
+"""Reinforcement learning of two steps, on nodes without GPUs."""
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step of a run, none of them recorded twice."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["train/loss"] for row in rows]
 
 
 @dataclass
@@ -31,9 +46,9 @@ class Cluster:
     environment: dict[str, str]
     folder: Path
 
-    def run(self, *command: str, deadline: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, folder: Path | None = None, deadline: float = 120) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=deadline
+            command, env=self.environment, cwd=folder or self.folder, capture_output=True, text=True, timeout=deadline
         )
 
     def submit(self, *arguments: str) -> str:
@@ -93,3 +108,11 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
     with slurm_cluster(folder) as environment:
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         yield Cluster(environment, folder)
+
+
+@pytest.fixture(scope="module")
+def pretrained(cluster: Cluster) -> Path:
+    """The run of a job that trained on two nodes to its end."""
+    job = cluster.submit("pretrain", *TINY, "name=pretrained", "nodes=2")
+    assert cluster.wait_for_all()[job] == "COMPLETED", cluster.logs()
+    return cluster.run_folder("pretrained")

@@ -9,8 +9,7 @@ import time
 
 import pytest
 
-from tests.slurm.conftest import TINY, Cluster
-from tests.slurm.test_submitted_jobs import RL
+from tests.slurm.conftest import RL, TINY, Cluster
 from tests.support.slurm_cluster import absent
 
 pytestmark = [
@@ -40,12 +39,9 @@ def test_a_killed_rank_ends_the_job_with_its_code(cluster):
     assert state == "FAILED" and "rank 1 on localhost ended first, with exit code 137" in log
 
 
-def test_a_killed_server_ends_the_job_after_the_trainer_has_saved(cluster):
-    base = cluster.submit("pretrain", *TINY, "name=base")
-    assert cluster.wait_for_all()[base] == "COMPLETED", cluster.logs()
-    source = cluster.run_folder("base")
+def test_a_killed_server_ends_the_job_after_the_trainer_has_saved(cluster, pretrained):
     job = cluster.submit(
-        "grpo", *RL, "name=served", f"init.from={source}", "nodes=2", "engine_nodes=1", "restart=none",
+        "grpo", *RL, "name=served", f"init.from={pretrained}", "nodes=2", "engine_nodes=1", "restart=none",
         "train.steps=500", "submit.grace_s=10",
     )  # fmt: skip
     cluster.wait_for_step("served")

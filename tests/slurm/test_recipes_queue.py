@@ -9,6 +9,7 @@ from megatron_r1.check.run import check_command
 from megatron_r1.check.slurm import partitions
 from megatron_r1.cluster.job import job_script
 from megatron_r1.cluster.request import requested_job
+from megatron_r1.commands.submit import jobs_of
 from megatron_r1.config.recipes import recipes
 from megatron_r1.config.verbs import VERBS, JobCommand
 from tests.config.test_verb_keys import VERB_OF
@@ -18,28 +19,32 @@ pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or "none")
 V3 = ("model=v3_671b", "parallel=v3_671b", "nodes=128", "cluster=pyxis")
 
 
-def planned(cluster, recipe: str, *overrides: str) -> str:
-    """What `sbatch --test-only` says of a recipe's job."""
+def planned(cluster, recipe: str, *overrides: str) -> list[str]:
+    """What `sbatch --test-only` says of each job of a recipe."""
     verb = VERB_OF[recipe]
     source = ["init.from=base"] if VERBS[verb].needs_model else []
     source += ["data.prompts.path=prompts.jsonl", "rollout.max_response_tokens=64"] if verb == "grpo" else []
     lines = ("cluster.gpus_per_node=1", *source, "cluster.partition=gpu", f"name={recipe}", *overrides)
     config = requested_job(JobCommand(verb, recipe, lines), lambda _: None)
-    path = cluster.folder / f"{recipe}.sh"
-    path.write_text(job_script(config))
-    return cluster.run("sbatch", "--test-only", str(path)).stderr
+    said = []
+    for job, output in jobs_of(config):
+        path = cluster.folder / f"{job.name}.sh"
+        path.write_text(job_script(job, output))
+        said.append(cluster.run("sbatch", "--test-only", str(path)).stderr)
+    return said
 
 
 @pytest.mark.parametrize(
     "recipe", [recipe for recipe in recipes() if not VERBS[VERB_OF[recipe]].of_command and VERB_OF[recipe] != "doctor"]
 )
-def test_slurm_accepts_the_job_of_a_recipe(cluster, recipe):
-    assert "to start at" in planned(cluster, recipe, f"cluster={'apptainer' if len(recipe) % 2 else 'pyxis'}")
+def test_slurm_accepts_the_jobs_of_a_recipe(cluster, recipe):
+    said = planned(cluster, recipe, f"cluster={'apptainer' if len(recipe) % 2 else 'pyxis'}")
+    assert said and [one for one in said if "to start at" not in one] == []
 
 
 @pytest.mark.parametrize("recipe", ["pretrain_v3", "sft_v3"])
 def test_slurm_accepts_a_job_of_1024_gpus(cluster, recipe):
-    said = planned(cluster, recipe, *V3, "cluster.gpus_per_node=8")
+    (said,) = planned(cluster, recipe, *V3, "cluster.gpus_per_node=8")
     assert "16384 processors" in said and "gpu[001-128]" in said
 
 
@@ -56,4 +61,5 @@ def test_check_reads_the_partitions_of_slurm(cluster, monkeypatch):
 
 
 def test_slurm_refuses_what_it_has_no_nodes_for(cluster):
-    assert "not available" in planned(cluster, "pretrain", "nodes=161", "train.global_batch_size=2576")
+    (said,) = planned(cluster, "pretrain", "nodes=161", "train.global_batch_size=2576")
+    assert "not available" in said

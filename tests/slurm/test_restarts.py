@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.slurm.conftest import TINY
-from tests.slurm.test_submitted_jobs import losses
+from tests.slurm.conftest import TINY, losses
 from tests.support.slurm_cluster import absent
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400), pytest.mark.skipif(bool(absent()), reason=absent() or "none")]

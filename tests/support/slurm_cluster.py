@@ -13,7 +13,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 NODES = ("first", "localhost")
@@ -25,6 +25,9 @@ MACHINES_THAT_ARE_OFF = (
     "PartitionName=gpu Nodes=gpu[001-160]", "PartitionName=short Nodes=gpu[001-002] MaxTime=60",
 )  # fmt: skip
 """Nodes of eight GPUs, on which SLURM plans jobs (sbatch --test-only) and none runs."""
+CLUSTERS, JOBS, PERIOD = 6, 52, 625
+"""Clusters of this machine at one time, and jobs of each, whose own ports differ: job.sh makes them of the job's
+number, and numbers that differ by PERIOD have the same ones."""
 
 
 def absent() -> str:
@@ -42,11 +45,11 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o400)
-    (folder / "slurm.conf").write_text(configuration(folder, ports))
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     munge = ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files]
     commands = [munge, ["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)]
     with ExitStack() as stack, (folder / "daemons.log").open("w") as log:
+        (folder / "slurm.conf").write_text(configuration(folder, ports, stack.enter_context(first_job())))
         for command in commands:
             daemon = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
             stack.callback(daemon.wait)
@@ -76,13 +79,28 @@ def cancel_all_jobs(environment: dict[str, str]) -> None:
         time.sleep(0.1)
 
 
-def configuration(folder: Path, ports: list[int]) -> str:
+@contextmanager
+def first_job() -> Iterator[int]:
+    """Number of a cluster's first job, so that its next JOBS jobs have ports that no other cluster's jobs have.
+
+    A socket with an abstract name, which ends with its process, keeps the numbers for this cluster.
+    """
+    with socket.socket(socket.AF_UNIX) as kept:
+        for number in range(CLUSTERS):
+            with suppress(OSError):
+                kept.bind(f"\0megatron_r1-test-cluster-{number}")
+                break
+        else:
+            raise RuntimeError(f"{CLUSTERS} clusters run on this machine already")
+        yield 10 * PERIOD + number * JOBS
+
+
+def configuration(folder: Path, ports: list[int], first_job: int) -> str:
     controller, *nodes = ports
     lines = [
         "ClusterName=test", "SlurmctldHost=localhost", f"SlurmctldPort={controller}", "SlurmUser=root",
-        f"FirstJobId={controller}",  # jobs make their ports of it: those of other clusters here must differ
-
-        "SlurmdUser=root", "AuthType=auth/munge", f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",
+        f"FirstJobId={first_job}", "SlurmdUser=root", "AuthType=auth/munge",
+        f"AuthInfo=socket={folder}/munge.socket,cred_expire=5",
         f"StateSaveLocation={folder}/state", f"SlurmdSpoolDir={folder}/spool-%n",
         f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/%n.pid",
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
