@@ -14,11 +14,11 @@ import sys
 import textwrap
 import time
 import traceback
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from megatron_r1 import __version__
+from megatron_r1.config.command_line import Command, parse
 from megatron_r1.config.keys import check_overrides, check_recipe, reads
 from megatron_r1.config.recipes import groups, recipes
 from megatron_r1.config.verbs import VERBS, JobCommand, Verb
@@ -44,60 +44,6 @@ options:
   --cfg job            print the resolved configuration, with what each key means, and stop
   --help [KEY|SECTION] this text, or what a key or a section means
   --version            the version"""
-
-
-@dataclass(slots=True)
-class Command:
-    """The parsed command line."""
-
-    verb: str = ""
-    job_verb: str = ""
-    """The verb of the job, where `verb` takes another verb's command."""
-    config_name: str | None = None
-    print_config: bool = False
-    help: bool = False
-    version: bool = False
-    overrides: list[str] = field(default_factory=list)
-
-
-def parse(arguments: list[str]) -> Command:
-    """Arguments in any order; the first one that is no option is the verb, the others are overrides.
-
-    Raises:
-        ConfigError: an unknown verb or option.
-    """
-    command, waiting = Command(), list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        option, equals, value = argument.partition("=")
-        if option in ("-h", "--help"):
-            command.help = True
-        elif option == "--version":
-            command.version = True
-        elif option in ("--config-name", "--cfg"):
-            value = value if equals else waiting.pop(0) if waiting else ""
-            if option == "--cfg" and value != "job":
-                raise ConfigError("--cfg", value, "must be job")
-            if not value:
-                raise ConfigError("--config-name", value, f"must be one of {', '.join(recipes())}")
-            command.print_config |= option == "--cfg"
-            command.config_name = value if option == "--config-name" else command.config_name
-        elif argument in ("--list", "--graph", "--table"):
-            command.overrides.append(f"pipeline.show={argument[2:]}")
-        elif argument.startswith("-"):
-            options = "--config-name, --cfg, --list, --graph, --table, --help, --version"
-            raise ConfigError("option", argument, f"must be one of {options}")
-        elif argument in VERBS and command.verb and VERBS[command.verb].of_command and not command.job_verb:
-            command.job_verb = argument
-        elif command.verb:
-            command.overrides.append(argument)
-        elif argument in VERBS:
-            command.verb = argument
-        elif command.help:
-            command.overrides.append(argument)
-        else:
-            raise ConfigError("VERB", argument, f"must be one of {', '.join(VERBS)}")
-    return command
 
 
 def help_text(verb: str = "") -> str:
@@ -144,11 +90,10 @@ def prepare(command: Command) -> RunConfig | None:
         from megatron_r1.config.load import load_all  # Hydra takes a tenth of a second: not for --help
         from megatron_r1.runs.source import find_model
 
-        recipe = (command.config_name or VERBS[command.verb].recipe).removesuffix(".yaml")
         check_overrides(command.verb, command.overrides)
-        loaded = load_all(command.verb, command.overrides, recipe, find_model)
+        loaded = load_all(command.verb, command.overrides, command.recipe, find_model)
         config = loaded.config
-        check_recipe(command.verb, recipe)
+        check_recipe(command.verb, command.recipe)
         if not command.print_config:
             check_layout(config, command.verb, world_size())
             VERBS[command.verb].check(command.verb, config.init.from_)
@@ -166,8 +111,7 @@ def run_on_command(command: Command) -> int:
     if not command.job_verb or VERBS[command.job_verb].of_command:
         others = ", ".join(name for name, entry in VERBS.items() if not entry.of_command)
         raise ConfigError("VERB", command.job_verb, f"{command.verb} takes the command of one of {others}")
-    recipe = (command.config_name or VERBS[command.job_verb].recipe).removesuffix(".yaml")
-    job = JobCommand(command.job_verb, recipe, tuple(command.overrides))
+    job = JobCommand(command.job_verb, command.recipe, tuple(command.overrides))
     status: int = import_module(VERBS[command.verb].module).run_command(job)
     return status
 

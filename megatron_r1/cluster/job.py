@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_r1.config.recipes import PACKAGE
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.runs.folder import run_folder
+from megatron_r1.runs.provenance import IMAGE, IMAGE_DIGEST
 
 COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 """Variables of folders with compiled kernels, which belong on a node's own disk."""
@@ -113,7 +115,23 @@ def environment(cluster: ClusterConfig) -> list[str]:
     if cluster.scratch:
         values["TMPDIR"] = cluster.scratch
         values |= {name: f"{cluster.scratch}/{name.lower()}" for name in COMPILED}
+    if cluster.image:
+        values |= {IMAGE: cluster.image, IMAGE_DIGEST: image_digest(cluster.image)}
     return [f"{name}={value}" for name, value in (values | cluster.environment).items()]
+
+
+def image_digest(image: str) -> str:
+    """SHA-256 of an image: in its name, or in IMAGE.sha256 beside it as `sha256sum` writes it; else empty.
+
+    An image has many gigabytes, which are not read for each job.
+    """
+    if "@sha256:" in image:
+        return image[image.index("@") + 1 :]
+    file, record = Path(image), Path(f"{image}.sha256")
+    if not (file.is_file() and record.is_file()) or record.stat().st_mtime < file.stat().st_mtime:
+        return ""
+    found = re.match(r"[0-9a-f]{64}\b", record.read_text())
+    return f"sha256:{found[0]}" if found else ""
 
 
 def srun_options(cluster: ClusterConfig) -> list[str]:

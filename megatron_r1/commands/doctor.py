@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform as machine
 import re
 import shutil
 import subprocess
@@ -14,8 +15,8 @@ from rich.table import Table
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import PlatformError
 from megatron_r1.platform import select
+from megatron_r1.platform.installed import versions
 from megatron_r1.platform.kernels import HOW_TO_BUILD_APEX, apex_extensions
-from megatron_r1.runs.folder import environment
 
 
 def run(config: RunConfig) -> None:
@@ -23,10 +24,9 @@ def run(config: RunConfig) -> None:
     table = Table(title="megatron-r1 doctor")
     table.add_column("what")
     table.add_column("found")
-    facts = environment()
-    for package, version in facts["versions"].items():
+    for package, version in versions().items():
         table.add_row(package, version or "not installed")
-    table.add_row("python", facts["python"])
+    table.add_row("python", machine.python_version())
     table.add_row("cores", str(os.cpu_count()))
     table.add_row("NVIDIA driver", _driver())
     table.add_row("NVIDIA Apex", _apex())

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.config.secrets import is_secret, without_secrets
 from megatron_r1.errors import ConfigError
 
 TIME_LIMIT = re.compile(r"(\d+-)?\d{1,2}:\d{2}:\d{2}")
@@ -66,6 +67,11 @@ class ClusterConfig:
         for name in self.environment:
             if not VARIABLE.fullmatch(name):
                 raise ConfigError("environment", name, "must be a name of an environment variable")
+            if is_secret(name):
+                raise ConfigError("environment", name, "must be in cluster.env_file: this is in the job's script")
+        for line in self.setup:
+            if (masked := without_secrets(line, ())) != line:
+                raise ConfigError("setup", masked, "must set no secret: cluster.env_file is for those")
         for option in self.sbatch_options:
             if not option.startswith("--"):
                 raise ConfigError("sbatch_options", option, "must be options such as --constraint=h100")

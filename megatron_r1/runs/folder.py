@@ -1,13 +1,8 @@
-"""The folder of a run: its configuration, its environment, and the marker that it is done."""
+"""The folder of a run: its configuration, what it came from, and the marker that it is done."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform as machine
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +10,8 @@ from megatron_r1.config.load import difference, read_yaml, resolved, write_yaml
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.files import write_whole
-from megatron_r1.platform.kernels import apex_extensions
 from megatron_r1.platform.launcher import is_rank_zero
+from megatron_r1.runs.provenance import record_attempt
 
 FREE_TO_CHANGE = (
     "cluster.",
@@ -41,10 +36,6 @@ FREE_TO_CHANGE = (
     "reward.judge_config.concurrency",
 )
 """Keys that do not change results: a resumed run may change them, and a recipe does not repeat a stage for them."""
-_PACKAGES = (
-    *("megatron_r1", "torch", "megatron-core", "transformer-engine", "transformer-engine-torch", "sgl-deep-ep"),
-    *("sglang", "transformers", "tokenizers"),
-)
 DONE = "done.json"
 
 
@@ -54,7 +45,8 @@ def run_folder(config: RunConfig) -> Path:
 
 
 def open_run_folder(config: RunConfig) -> Path:
-    """Create or open the run's folder; on rank 0, write its configuration or compare it with the folder's.
+    """Create or open the run's folder; on rank 0, write its configuration or compare it with the folder's, and
+    record the attempt.
 
     Raises:
         ConfigError: the folder holds a run with another configuration; the message shows each difference.
@@ -73,42 +65,8 @@ def open_run_folder(config: RunConfig) -> Path:
                 "name", config.name, f"{folder} is a run with another configuration: {'; '.join(changes)}"
             )
     write_yaml(config, pinned)
-    write_whole(folder / "environment.json", json.dumps(environment(), indent=1).encode())
+    record_attempt(folder)
     return folder
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the record."""
-    versions: dict[str, str | None] = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {
-        "versions": versions,
-        "apex": apex_extensions(),
-        "python": machine.python_version(),
-        "system": machine.platform(),
-        "cores": os.cpu_count(),
-        "git": _git_revision(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _git_revision() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def mark_done(folder: Path, facts: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from megatron_r1.parallel.phases import begin_run
 from megatron_r1.platform import Platform, select
 from megatron_r1.platform.kernels import refuse_missing_kernels
 from megatron_r1.runs.folder import mark_done, open_run_folder
+from megatron_r1.runs.provenance import newest_record
 from megatron_r1.runs.resume import layout, resume
 from megatron_r1.runs.snapshot import RankZeroSnapshot, Snapshot, random_state
 from megatron_r1.config.initial_model import check_same_model
@@ -109,7 +110,8 @@ class TrainingRun:
         ]
         if dist.get_rank() == 0:
             start, title = self.state.step, f"{verb} {self.config.name}"
-            tracker = Tracker(self.folder, resolved(self.config), self.config.name, self.config.track, verb, start)
+            settings = resolved(self.config) | {"provenance": newest_record(self.folder)}
+            tracker = Tracker(self.folder, settings, self.config.name, self.config.track, verb, start)
             hooks.insert(0, LogHook(tracker, shown, train.steps, start, train.log_interval, title))
         hooks.insert(0, PhaseHook())
         if self.ema:

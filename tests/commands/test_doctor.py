@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_r1.commands import doctor
-from megatron_r1.runs.folder import environment
+from megatron_r1.runs.provenance import attempt_facts
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def test_the_compiler_of_kernels_is_named_by_its_release(programs, tmp_path):
 
 def test_apex_is_named_by_its_extensions_and_recorded(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    assert "not installed" in doctor._apex() and environment()["apex"] == []
+    assert "not installed" in doctor._apex() and attempt_facts()[0]["apex"] == []
     for name in ("amp_C", "fused_weight_gradient_mlp_cuda"):
         (tmp_path / f"{name}.py").touch()
     monkeypatch.syspath_prepend(tmp_path)  # forgets what it did not find
     assert doctor._apex() == "amp_C, fused_weight_gradient_mlp_cuda"
-    assert environment()["apex"] == ["amp_C", "fused_weight_gradient_mlp_cuda"]
+    assert attempt_facts()[0]["apex"] == ["amp_C", "fused_weight_gradient_mlp_cuda"]
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

@@ -174,7 +174,8 @@ def refused(source: str, run_folder: Path, message: str, **settings: object) -> 
     with pytest.raises(DataError, match=message) as error:
         convert(source, run_folder, **settings)
     assert "\n" not in str(error.value)
-    assert not [path for path in run_folder.glob("*") if path.name not in ("config.yaml", "environment.json")]
+    own = ("config.yaml", "environment.json", "provenance")
+    assert not [path for path in run_folder.glob("*") if path.name not in own]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_r1.runs.folder import environment
+from megatron_r1.runs.provenance import attempt_facts
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_GPU = (
@@ -140,7 +140,7 @@ def lines(tests: Sequence[Test]) -> Iterator[str]:
             blocks["failure"] = "\n".join(test.message.splitlines()[-FAILURE_LINES:])
         for name, text in blocks.items():
             yield from ("", f"## {test.name}, {name}", "", "```", text.rstrip(), "```")
-    yield from ("", "## Environment", "", "```", json.dumps(environment(), indent=1), "```")
+    yield from ("", "## Environment", "", "```", json.dumps(attempt_facts()[0], indent=1), "```")
 
 
 def devices() -> str:

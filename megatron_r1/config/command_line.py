@@ -1,0 +1,68 @@
+"""The command line's verb, options and overrides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_r1.config.recipes import recipes
+from megatron_r1.config.verbs import VERBS
+from megatron_r1.errors import ConfigError
+
+
+@dataclass(slots=True)
+class Command:
+    """The parsed command line."""
+
+    verb: str = ""
+    job_verb: str = ""
+    """The verb of the job, where `verb` takes another verb's command."""
+    config_name: str | None = None
+    print_config: bool = False
+    help: bool = False
+    version: bool = False
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe, the verb's own without --config-name."""
+        return (self.config_name or VERBS[self.job_verb or self.verb].recipe).removesuffix(".yaml")
+
+
+def parse(arguments: list[str]) -> Command:
+    """Arguments in any order; the first one that is no option is the verb, the others are overrides.
+
+    Raises:
+        ConfigError: an unknown verb or option.
+    """
+    command, waiting = Command(), list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        option, equals, value = argument.partition("=")
+        if option in ("-h", "--help"):
+            command.help = True
+        elif option == "--version":
+            command.version = True
+        elif option in ("--config-name", "--cfg"):
+            value = value if equals else waiting.pop(0) if waiting else ""
+            if option == "--cfg" and value != "job":
+                raise ConfigError("--cfg", value, "must be job")
+            if not value:
+                raise ConfigError("--config-name", value, f"must be one of {', '.join(recipes())}")
+            command.print_config |= option == "--cfg"
+            command.config_name = value if option == "--config-name" else command.config_name
+        elif argument in ("--list", "--graph", "--table"):
+            command.overrides.append(f"pipeline.show={argument[2:]}")
+        elif argument.startswith("-"):
+            options = "--config-name, --cfg, --list, --graph, --table, --help, --version"
+            raise ConfigError("option", argument, f"must be one of {options}")
+        elif argument in VERBS and command.verb and VERBS[command.verb].of_command and not command.job_verb:
+            command.job_verb = argument
+        elif command.verb:
+            command.overrides.append(argument)
+        elif argument in VERBS:
+            command.verb = argument
+        elif command.help:
+            command.overrides.append(argument)
+        else:
+            raise ConfigError("VERB", argument, f"must be one of {', '.join(VERBS)}")
+    return command
