@@ -1,0 +1,1 @@
+"""Pipeline schedules, simulated event by event, and their pictures."""
