@@ -16,7 +16,7 @@ def expected_start(script: Path, options: Sequence[str] = ()) -> str:
     Raises:
         PlatformError: SLURM would refuse the job.
     """
-    return _sbatch(["--test-only", *options, str(script)]).stderr.strip().removeprefix("sbatch: ")
+    return _run("sbatch", "--test-only", *options, str(script)).stderr.strip().removeprefix("sbatch: ")
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:
@@ -25,23 +25,37 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
     Raises:
         PlatformError: SLURM refuses it.
     """
-    return _sbatch(["--parsable", *options, str(script)]).stdout.strip().partition(";")[0]
+    return _run("sbatch", "--parsable", *options, str(script)).stdout.strip().partition(";")[0]
+
+
+def in_queue(scripts: Sequence[Path]) -> list[str]:
+    """This user's jobs that run one of these scripts or wait to, those that a chain's jobs have queued among them."""
+    ours = {script.resolve() for script in scripts}
+    shown = (line.partition(" ") for line in _run("squeue", "--me", "--noheader", "--format=%i %o").stdout.splitlines())
+    return [job for job, _, command in shown if Path(command.strip()).resolve() in ours]
 
 
 def release(job: str) -> None:
     """Let a job start that was submitted with --hold."""
-    subprocess.run(["scontrol", "release", job], check=True)
+    _run("scontrol", "release", job)
 
 
 def cancel(jobs: Sequence[str]) -> None:
     """Cancel jobs."""
-    subprocess.run(["scancel", *jobs], check=True)
+    _run("scancel", *jobs)
 
 
-def _sbatch(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    if not shutil.which("sbatch"):
-        raise PlatformError("sbatch: no such program: submit from a login node of a SLURM cluster, or use dry_run=true")
-    done = subprocess.run(["sbatch", *arguments], capture_output=True, text=True, check=False)
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of SLURM.
+
+    Raises:
+        PlatformError: it is not there, or fails.
+    """
+    if not shutil.which(program):
+        needed = "submit from a login node of a SLURM cluster, or use dry_run=true"
+        raise PlatformError(f"{program}: no such program: {needed}")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PlatformError(f"SLURM refuses the job: {done.stderr.strip()}")
+        refused = "SLURM refuses the job" if program == "sbatch" else f"{program} fails"
+        raise PlatformError(f"{refused}: {done.stderr.strip()}")
     return done

@@ -50,9 +50,9 @@ def run_command(command: JobCommand) -> int:
 def show_job(config: RunConfig) -> None:
     """Print what `submit` would write."""
     for job, output in jobs_of(config):
-        folder = run_folder(job) / "jobs"
-        console.print(f"# {folder / script_name(job)}\n{job_script(job, output)}")
-        console.print(f"# {folder / 'config.yaml'}\n{as_yaml(job)}")
+        script = script_path(job)
+        console.print(f"# {script}\n{job_script(job, output)}")
+        console.print(f"# {script.with_name('config.yaml')}\n{as_yaml(job)}")
     console.print(cost(config))
 
 
@@ -70,10 +70,11 @@ def submit(config: RunConfig) -> None:
     The first stage is held until all others wait for it: it may be over, or have queued its next link, before.
 
     Raises:
-        PlatformError: SLURM refuses one of the jobs; then none is left in the queue.
+        PlatformError: SLURM refuses one of the jobs, and then none is left in the queue; or the run has one there.
     """
-    console.print(cost(config))
     jobs = jobs_of(config)
+    check_queue(config, [script_path(job) for job, _ in jobs])
+    console.print(cost(config))
     hold = ["--hold"] if len(jobs) > 1 else []
     submitted: list[str] = []
     try:
@@ -96,13 +97,29 @@ def submit(config: RunConfig) -> None:
         slurm.release(submitted[0])
 
 
+def check_queue(config: RunConfig, scripts: list[Path]) -> None:
+    """Refuse a second job of a run, which would end because of the first, and cancel what is to go on with the run.
+
+    Jobs of restart=singleton start one after the other, whenever they were submitted.
+
+    Raises:
+        PlatformError: names the job.
+    """
+    if config.submit.restart != "singleton" and (found := slurm.in_queue(scripts)):
+        raise PlatformError(f"job {' '.join(found)} of {run_folder(config)} runs or waits: cancel it first, by scancel")
+
+
+def script_path(config: RunConfig) -> Path:
+    """The job's script, once it is written."""
+    return run_folder(config) / "jobs" / script_name(config)
+
+
 def write_job(config: RunConfig, output: Path) -> Path:
     """Write script and configuration; returns the script."""
-    folder = run_folder(config)
-    (folder / "jobs").mkdir(parents=True, exist_ok=True)
+    script, folder = script_path(config), run_folder(config)
+    script.parent.mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
-    write_yaml(config, folder / "jobs" / "config.yaml")
-    script = folder / "jobs" / script_name(config)
+    write_yaml(config, script.with_name("config.yaml"))
     write_whole(script, job_script(config, output).encode())
     return script
 

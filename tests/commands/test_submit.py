@@ -35,7 +35,8 @@ echo "10$(wc -l <calls)"
 
 
 def test_a_recipe_whose_last_stage_is_refused_leaves_no_job_queued(capsys, monkeypatch, tmp_path):
-    for name, text in {"sbatch": SBATCH, "scancel": '#!/bin/bash\necho "scancel $*" >>calls\n'}.items():
+    programs = {"sbatch": SBATCH, "scancel": '#!/bin/bash\necho "scancel $*" >>calls\n', "squeue": "#!/bin/bash\n"}
+    for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
@@ -47,3 +48,12 @@ def test_a_recipe_whose_last_stage_is_refused_leaves_no_job_queued(capsys, monke
     assert calls == ["sbatch --hold", "sbatch --dependency=afterok:101", "sbatch --dependency=afterok:102",
                      "scancel 101 102"]  # fmt: skip
     assert "cancelled: job 101 102" in capsys.readouterr().out
+
+
+def test_without_slurm_one_line_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    machine = ("cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "platform=cpu")
+    with pytest.raises(PlatformError, match="squeue: no such program: .* dry_run=true"):
+        run_command(JobCommand("pretrain", "pretrain", machine))
+    assert not list(tmp_path.iterdir())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +33,14 @@ RL = (
     "rollout.sglang.max_running_requests=8", "rollout.sglang.max_total_tokens=1024",
 )  # fmt: skip
 """Reinforcement learning of two steps, on nodes without GPUs."""
+STOPS = {
+    "signal": ("time_limit=00:30:00",),
+    "requeue": ("time_limit=00:30:00",),
+    "limit": ("time_limit=00:02:00", "submit.signal_before_s=15"),
+    "unwarned": ("time_limit=00:02:00", "submit.signal_before_s=0"),
+}
+"""How a job is stopped -> what it is submitted with: by `scancel --signal=USR1 --batch`, by `scontrol requeue`, by its
+time limit with SLURM's signal before it, and by its time limit without one."""
 
 
 def losses(folder: Path) -> list[float]:
@@ -62,7 +73,7 @@ class Cluster:
         shown = self.run("squeue", "--noheader", "--states=all", "--format=%i %T").stdout
         return dict(line.split() for line in shown.splitlines())
 
-    def wait_for_all(self, deadline_s: float = 300) -> dict[str, str]:
+    def wait_for_all(self, deadline_s: float = 600) -> dict[str, str]:
         """The jobs' states once no job runs or waits any more."""
         deadline = time.monotonic() + deadline_s
         while set(states := self.states().values()) & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
@@ -70,20 +81,33 @@ class Cluster:
             time.sleep(0.5)
         return self.states()
 
+    def wait_until(self, condition: Callable[[], bool], deadline_s: float = 300) -> None:
+        """Return once the condition holds."""
+        deadline = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < deadline, self.logs()
+            time.sleep(0.1)
+
     def run_folder(self, name: str) -> Path:
         return self.folder / "runs" / name
 
     def wait_for_step(self, name: str, deadline_s: float = 300) -> None:
         """Return once a run has recorded its first step."""
-        deadline, metrics = time.monotonic() + deadline_s, self.run_folder(name) / "metrics.jsonl"
-        while not (metrics.is_file() and metrics.stat().st_size):
-            assert time.monotonic() < deadline, self.logs()
-            time.sleep(0.05)
+        metrics = self.run_folder(name) / "metrics.jsonl"
+        self.wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0, deadline_s)
 
     def attempts(self, name: str) -> list[tuple[str, str]]:
         """Job and newest checkpoint at the start, of each attempt."""
         lines = (self.run_folder(name) / "logs" / "attempts.txt").read_text().splitlines()
         return [(line.split()[0], line.split()[1]) for line in lines]
+
+    def queued(self, name: str) -> list[str]:
+        """The jobs that were queued to go on with a run."""
+        return (self.run_folder(name) / "logs" / "queued.txt").read_text().split()
+
+    def job_log(self, name: str, job: str) -> str:
+        """What a job itself printed, in all its attempts."""
+        return (self.run_folder(name) / "logs" / f"job-{job}.log").read_text()
 
     def processes_of(self, job: str) -> dict[int, str]:
         """Process id -> command line and rank, of the processes that have a job's number in their environment."""
@@ -96,8 +120,43 @@ class Cluster:
                     found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ") + rank
         return found
 
+    @contextmanager
+    def held(self, job: str) -> Iterator[None]:
+        """The job's trainer does nothing meanwhile: a job of seconds is not over before it is stopped."""
+        lines = self.processes_of(job)
+        trainer = [pid for pid, line in lines.items() if re.search(r"^\S*python\S* -m megatron_r1 (?!serve)", line)]
+        assert trainer, lines
+        _send(trainer, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _send(trainer, signal.SIGCONT)
+
+    def stop(self, name: str, job: str, how: str) -> bool:
+        """Stop a job's first attempt; returns whether SLURM did.
+
+        Args:
+            how: a key of STOPS.
+        """
+        with self.held(job):
+            if how == "requeue":
+                done = self.run("scontrol", "requeue", job)
+                assert not done.returncode or "presently disabled" in done.stderr
+                return not done.returncode
+            if how == "signal":
+                self.run("scancel", "--signal=USR1", "--batch", job)
+            reached = "DUE TO TIME LIMIT" if how == "unwarned" else "USR1: the trainer saves"
+            self.wait_until(lambda: reached in self.job_log(name, job))
+        return True
+
     def logs(self) -> str:
         return "\n".join(path.read_text()[-1500:] for path in sorted(self.folder.rglob("*.log")))
+
+
+def _send(processes: Iterable[int], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # SLURM has ended it meanwhile
+            os.kill(process, number)
 
 
 @pytest.fixture(scope="module")

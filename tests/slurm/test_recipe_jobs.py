@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_r1.commands.submit import run_command
+from megatron_r1.config.verbs import JobCommand
+from megatron_r1.errors import PlatformError
 from tests.support.slurm_cluster import absent
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.skipif(bool(absent()), reason=absent() or "none")]
@@ -18,6 +21,7 @@ for word in "$@"; do
         pipeline.only=*) stage=${word#pipeline.only=} ;;
     esac
 done
+while [[ -f FOLDER/$name.wait ]]; do sleep 0.1; done
 echo "$stage $SLURM_JOB_ID" >>"FOLDER/$name.ran"
 read -r code <"FOLDER/$name.$stage" && sed -i 1d "FOLDER/$name.$stage"
 exit "${code:-0}"
@@ -25,14 +29,14 @@ exit "${code:-0}"
 STOPPED = 85
 
 
-def submit(cluster, name: str, restart: str, **codes: list[int]) -> None:
-    """Submit the recipe `quickstart` up to its third stage; `codes` are those of each stage's attempts, then 0."""
+def command(cluster, name: str, restart: str, **codes: list[int]) -> tuple[str, ...]:
+    """The recipe `quickstart` up to its third stage; `codes` are those of each stage's attempts, then 0."""
     program = cluster.folder / "stage"
     program.write_text(STAGE.replace("FOLDER", str(cluster.folder)))
     program.chmod(0o755)
     for stage in ("pretrain", "r1_zero", "evaluate"):
         (cluster.folder / f"{name}.{stage}").write_text("".join(f"{code}\n" for code in codes.get(stage, [])))
-    cluster.submit(
+    return (
         "pipeline", f"name={name}", f"restart={restart}", "until=evaluate", "platform=cpu", f"cluster.python={program}",
         "cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "cluster.exclusive=false", "cluster.memory_per_node=''",
     )  # fmt: skip
@@ -40,11 +44,17 @@ def submit(cluster, name: str, restart: str, **codes: list[int]) -> None:
 
 @pytest.fixture(scope="module")
 def states(cluster) -> dict[str, str]:
-    """How the jobs of all recipes here ended; they run side by side."""
-    submit(cluster, "requeued", "requeue", pretrain=[STOPPED], r1_zero=[STOPPED])
-    submit(cluster, "chained", "chain", pretrain=[STOPPED], r1_zero=[STOPPED, STOPPED])
-    submit(cluster, "failed", "chain", pretrain=[STOPPED], r1_zero=[2])
-    submit(cluster, "broken", "requeue", r1_zero=[2])
+    """How the jobs of all recipes here ended; they run side by side. One is submitted a second time meanwhile."""
+    cluster.submit(*command(cluster, "requeued", "requeue", pretrain=[STOPPED], r1_zero=[STOPPED]))
+    cluster.submit(*command(cluster, "failed", "chain", pretrain=[STOPPED], r1_zero=[2]))
+    chained = command(cluster, "chained", "chain", pretrain=[STOPPED], r1_zero=[STOPPED, STOPPED])
+    (cluster.folder / "chained.wait").touch()
+    cluster.submit(*chained)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PlatformError, match="of runs/chained runs or waits"):
+        patch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        patch.chdir(cluster.folder)
+        run_command(JobCommand("pipeline", "quickstart", chained[1:]))
+    (cluster.folder / "chained.wait").unlink()
     return cluster.wait_for_all()
 
 
@@ -67,10 +77,9 @@ def test_the_next_stage_waits_for_the_last_link_of_a_chain(cluster, states):
     assert [states[job] for job in jobs] == expected and len(set(jobs)) == len(jobs)
 
 
-@pytest.mark.parametrize(("name", "before"), [("failed", ["pretrain"] * 2), ("broken", ["pretrain"])])
-def test_a_stage_that_fails_leaves_nothing_queued_behind_it(cluster, states, name, before):
-    assert ran(cluster, name)[0] == [*before, "r1_zero"]
-    folder = cluster.run_folder(name) / "jobs"
-    assert "exit code 2" in (folder / f"{name}.r1_zero" / "logs" / "stopped.txt").read_text()
-    assert not (folder / f"{name}.evaluate" / "logs" / "attempts.txt").exists()
+def test_a_stage_that_fails_leaves_nothing_queued_behind_it(cluster, states):
+    assert ran(cluster, "failed")[0] == ["pretrain", "pretrain", "r1_zero"]
+    folder = cluster.run_folder("failed") / "jobs"
+    assert "exit code 2" in (folder / "failed.r1_zero" / "logs" / "stopped.txt").read_text()
+    assert not (folder / "failed.evaluate" / "logs" / "attempts.txt").exists()
     assert set(states.values()) == {"COMPLETED", "FAILED", "CANCELLED"}

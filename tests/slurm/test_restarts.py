@@ -1,77 +1,78 @@
-"""Jobs that are stopped in the middle go on with the losses of a job that was not, in each of the restart modes."""
+"""Jobs that are stopped in the middle go on with the losses of a job that was not, in each of the restart modes.
+
+Two pairs of mode and stop run always, all of them by `-m slow`. The jobs of a test run beside those of the fixtures.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.slurm.conftest import TINY, losses
+from tests.slurm.conftest import STOPS, TINY, Cluster, losses
 from tests.support.slurm_cluster import absent
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(400), pytest.mark.skipif(bool(absent()), reason=absent() or "none")]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(900), pytest.mark.skipif(bool(absent()), reason=absent() or "none")]
 JOB = (
-    "pretrain", *TINY, "time_limit=00:10:00", "train.steps=100", "train.save_interval=200",
-    "train.schedule.lr_decay_style=constant",
+    "pretrain", *TINY, "train.steps=60", "train.save_interval=10", "train.schedule.lr_decay_style=constant",
 )  # fmt: skip
+MODES = ("requeue", "chain", "singleton")
+ALWAYS = (("requeue", "signal"), ("chain", "signal"))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(cluster) -> list[float]:
-    cluster.submit(*JOB, "name=undisturbed")
-    cluster.wait_for_all()
-    return losses(cluster.run_folder("undisturbed"))
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed(cluster) -> str:
+    """A job that nothing stops: its name. It runs beside the others."""
+    cluster.submit(*JOB, "name=undisturbed", "time_limit=00:30:00")
+    return "undisturbed"
 
 
-@pytest.mark.slow
-def test_a_requeued_job_goes_on(cluster, undisturbed):
-    """`scontrol requeue` sends TERM, after which the job queues again."""
-    job = cluster.submit(*JOB, "name=requeued", "restart=requeue")
-    cluster.wait_for_step("requeued")
-    assert cluster.run("scontrol", "requeue", job).returncode == 0
-    cluster.wait_for_all()
-    assert losses(cluster.run_folder("requeued")) == undisturbed
-    assert len(cluster.attempts("requeued")) == 2 and {first for first, _ in cluster.attempts("requeued")} == {job}
+@pytest.fixture(scope="module", autouse=True)
+def stuck(cluster) -> str:
+    """A job whose rank ends at its start, without a checkpoint: its name."""
+    cluster.submit(
+        *JOB, "name=stuck", "restart=chain", "submit.max_restarts_without_progress=1", "cluster.python=/bin/false",
+        "time_limit=00:30:00",
+    )  # fmt: skip
+    return "stuck"
 
 
-def test_a_job_that_is_signalled_requeues_itself(cluster, undisturbed):
-    """USR1 to the job's shell, as SLURM sends it before the time limit."""
-    job = cluster.submit(*JOB, "name=signalled", "restart=requeue")
-    cluster.wait_for_step("signalled")
-    cluster.run("scancel", "--signal=USR1", "--batch", job)
-    cluster.wait_for_all()
-    assert losses(cluster.run_folder("signalled")) == undisturbed
-    assert len(cluster.attempts("signalled")) == 2
-
-
-def test_a_chain_goes_on_with_the_next_job_and_leaves_none_queued(cluster, undisturbed):
-    job = cluster.submit(*JOB, "name=chained", "restart=chain")
-    cluster.wait_for_step("chained")
-    cluster.run("scancel", "--signal=USR1", "--batch", job)
+@pytest.mark.parametrize(
+    ("mode", "how"),
+    [
+        pytest.param(mode, how, marks=[] if (mode, how) in ALWAYS else pytest.mark.slow)
+        for mode in MODES
+        for how in STOPS
+    ],
+)
+def test_a_stopped_job_goes_on(cluster: Cluster, undisturbed, mode, how):
+    name = f"{mode}_{how}"
+    job = cluster.submit(*JOB, f"name={name}", f"restart={mode}", "submit.generations=6", *STOPS[how])
+    cluster.wait_for_step(name)
+    stopped = cluster.stop(name, job, how)
+    assert stopped == (mode == "requeue" or how != "requeue"), "SLURM requeues no job that has --no-requeue"
     states = cluster.wait_for_all()
-    assert losses(cluster.run_folder("chained")) == undisturbed
-    (first, _), (second, _) = cluster.attempts("chained")
-    assert (first, states[first], states[second]) == (job, "FAILED", "COMPLETED") and second != job
+    assert losses(cluster.run_folder(name)) == losses(cluster.run_folder(undisturbed)), cluster.logs()
+    attempts = [number for number, _ in cluster.attempts(name)]
+    assert len(attempts) > 1 if stopped else attempts == [job]
+    assert set(attempts) == {job} if mode == "requeue" else len(set(attempts)) == len(attempts)
+    assert states[attempts[-1]] == "COMPLETED"
+    waited = {number: state for number, state in states.items() if number in cluster.queued(name)}
+    assert {state for number, state in waited.items() if number not in attempts} <= {"CANCELLED"}
 
 
 def test_generations_stop_by_the_clock_and_the_last_is_cancelled(cluster, undisturbed):
     """The clock, 599 s before the limit, stops every attempt after its first step; the third job is not needed."""
-    clock = ("train.save_before_limit_s=599", "submit.generations=3", "train.steps=2")
+    clock = ("train.save_before_limit_s=599", "submit.generations=3", "train.steps=2", "time_limit=00:10:00")
     cluster.submit(*JOB, "name=generations", "restart=singleton", *clock)
     states = cluster.wait_for_all()
-    assert losses(cluster.run_folder("generations")) == undisturbed[:2]
+    assert losses(cluster.run_folder("generations")) == losses(cluster.run_folder(undisturbed))[:2]
     assert [states.pop(job) for job, _ in cluster.attempts("generations")] == ["FAILED", "COMPLETED"]
-    assert "CANCELLED" in states.values()
+    assert [states[job] for job in cluster.queued("generations") if job in states] == ["CANCELLED"]
 
 
-def test_restarts_without_progress_stop_and_say_why(cluster, undisturbed):
-    """A rank that is killed at its start leaves no checkpoint."""
-    cluster.submit(
-        *JOB, "name=stuck", "restart=chain", "submit.max_restarts_without_progress=1", "cluster.python=/bin/false",
-    )  # fmt: skip
+def test_restarts_without_progress_stop_and_say_why(cluster, stuck):
     states = cluster.wait_for_all()
-    assert len(cluster.attempts("stuck")) == 2 and "PENDING" not in states.values()
-    stopped = cluster.run_folder("stuck") / "logs" / "stopped.txt"
+    assert len(cluster.attempts(stuck)) == 2 and "PENDING" not in states.values()
+    stopped = cluster.run_folder(stuck) / "logs" / "stopped.txt"
     assert "1 restarts without progress" in stopped.read_text()
-    cluster.submit(*JOB, "name=stuck", "restart=none")
-    cluster.wait_for_all()
-    assert losses(cluster.run_folder("stuck")) == undisturbed, "what was mended is submitted again, and goes on"
-    assert not stopped.exists()
+    mended = cluster.submit(*JOB, f"name={stuck}", "restart=none", "cluster.python=/bin/true", "time_limit=00:30:00")
+    assert cluster.wait_for_all()[mended] == "COMPLETED" and not stopped.exists(), "submitted again, it starts anew"

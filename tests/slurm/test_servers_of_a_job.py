@@ -1,19 +1,20 @@
-"""A real heterogeneous SLURM job: one component's trainer finds and asks the SGLang server that the other starts."""
+"""What tasks of a real SLURM job know of one another: their ranks, and where servers are."""
+
+from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_r1.config.model import ModelConfig
-from megatron_r1.model.build import native_tensors
-from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
-from megatron_r1.rollout.sync.strategies import DiskSync
-from tests.support.slurm_cluster import NODES, absent, free_ports
+from megatron_r1.cluster.job import job_script
+from megatron_r1.cluster.request import requested_job
+from megatron_r1.config.verbs import JobCommand
+from tests.slurm.conftest import RL
+from tests.support.slurm_cluster import NODES, absent
 
-pytestmark = [pytest.mark.sglang, pytest.mark.skipif(bool(absent()), reason=absent() or "none")]
+pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or "none")
 
 
 SHOW = """
@@ -39,27 +40,25 @@ def test_tasks_that_srun_starts_know_their_ranks(cluster, tmp_path):
         assert task["MASTER_ADDR"] == nodes[0] and task["MASTER_PORT"] == tasks[0]["MASTER_PORT"]
 
 
-def test_a_trainer_finds_the_server_that_another_component_of_its_job_starts(cluster, new_model, tmp_path):
-    from megatron_r1.config.data import DataConfig
-    from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
-
-    shape = ModelConfig(init_std=0.08)
-    train_tokenizer(DataConfig(num_documents=2000)).save(tmp_path / "tokenizer")
-    (port,) = free_ports(1)
-    with DiskSync(lambda: native_tensors(new_model(shape)), shape, tmp_path / "tokenizer") as disk:
-        (tmp_path / "model").symlink_to(disk.write())
-        steps = f"{sys.executable} {Path(__file__).parent / 'steps_of_a_job.py'}"
-        job = (
-            f"srun --het-group=1 {steps} serve {tmp_path} {port} & "
-            f"srun --het-group=0 {steps} ask {tmp_path} {port}; asked=$?; "
-            "[ $asked = 0 ] && wait; exit $asked"
-        )
-        trainer, servers = ([f"--nodelist={node}", "--ntasks=1"] for node in NODES)
-        environment = cluster.environment | {API_KEY: "user", ADMIN_KEY: "admin"}
-        command = ["salloc", *trainer, ":", *servers, "bash", "-c", job]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "answers.json").read_text())
-    assert result["urls"] == [f"http://{NODES[1]}:{port}"] and result["started"] == 0
-    assert result["versions"] == ["initial"], "the server was not given the trainer's weights"
-    assert [len(tokens) for tokens in result["tokens"]] == [4]
+@pytest.mark.parametrize("heterogeneous", [False, True])
+def test_the_trainer_of_a_job_finds_the_servers_of_its_other_nodes(cluster, heterogeneous):
+    """The scripts of both kinds of job, with a stand-in for Python: real servers are in test_submitted_jobs.py."""
+    name = "components" if heterogeneous else "allocation"
+    program = cluster.folder / "python"
+    program.write_text(f'#!/bin/bash\nexec {sys.executable} {Path(__file__).parent / "role_of_a_job.py"} "$@"\n')
+    program.chmod(0o755)
+    kind = ("nodes=2", "engine_nodes=1", f"submit.heterogeneous={str(heterogeneous).lower()}", "restart=none")
+    lines = (*RL, *kind, f"name={name}", "init.from=base", f"cluster.python={program}", "rollout.sglang.servers=2")
+    script = cluster.folder / f"{name}.sh"
+    (cluster.run_folder(name) / "logs").mkdir(parents=True)
+    script.write_text(job_script(requested_job(JobCommand("grpo", "r1_zero", lines), lambda _: None)))
+    job = cluster.run("sbatch", "--parsable", str(script)).stdout.strip()
+    states = cluster.wait_for_all()
+    assert {state for number, state in states.items() if number.partition("+")[0] == job} == {"COMPLETED"}, (
+        cluster.logs()
+    )
+    found = json.loads((cluster.folder / f"{name}.json").read_text())
+    ports = [12000 + (int(job) * 64 + number) % 20000 for number in (1, 2)]
+    assert found == {
+        "urls": [f"http://{NODES[1]}:{port}" for port in ports], "node": NODES[0], "keys_agree": True, "keys": 2,
+    }  # fmt: skip
