@@ -91,16 +91,18 @@ class Timeline:
     @cached_property
     def events(self) -> list[PassEvent]:
         """All passes, rank by rank, in their order."""
-        found = []
-        for rank, passes in enumerate(self.schedule.order):
-            second = False
-            for each, node in zip(passes, self.graph.node_of[rank], strict=True):
-                cost = self.graph.cost[node]
-                end = self.ends[node] - self.sending[cost]
-                paired = each.paired or second
-                start = end - self.costs[cost]
-                found.append(PassEvent(rank, each.kind, each.micro_batch, each.chunk, start, end, paired))
-                second = each.paired
+        return [event for rank in range(self.schedule.ranks) for event in self.of_rank(rank)]
+
+    def of_rank(self, rank: int) -> list[PassEvent]:
+        """The passes of a rank, in their order."""
+        found: list[PassEvent] = []
+        second = False
+        for each, node in zip(self.schedule.order[rank], self.graph.node_of[rank], strict=True):
+            cost = self.graph.cost[node]
+            end = self.ends[node] - self.sending[cost]
+            start, paired = end - self.costs[cost], each.paired or second
+            found.append(PassEvent(rank, each.kind, each.micro_batch, each.chunk, start, end, paired))
+            second = each.paired
         return found
 
 

@@ -1,0 +1,1 @@
+"""Pictures of a plan: pipeline and memory, in the terminal and as one HTML page."""
