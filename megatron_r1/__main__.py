@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from megatron_r1 import __version__
-from megatron_r1.config.command_line import Command, parse
+from megatron_r1.config.command_line import Command, parse, with_files
 from megatron_r1.config.keys import check_overrides, check_recipe, reads
 from megatron_r1.config.recipes import groups, recipes
 from megatron_r1.config.verbs import VERBS, JobCommand, Verb
@@ -43,7 +43,8 @@ options:
                        of a pipeline: state of its stages, graph, or table of their settings; print it and stop
   --cfg job            print the resolved configuration, with what each key means, and stop
   --help [KEY|SECTION] this text, or what a key or a section means
-  --version            the version"""
+  --version            the version
+  @FILE                arguments from a file, one a line, such as a plan's submit.args"""
 
 
 def help_text(verb: str = "") -> str:
@@ -137,7 +138,7 @@ def exit_code(arguments: list[str]) -> int:
     """Run the command line, print an error if there is one, and return the process's exit status."""
     try:
         os.environ.update(ranks_from_srun(os.environ))
-        command = parse(arguments or ["--help"])
+        command = parse(with_files(arguments) or ["--help"])
         if command.job_verb and command.print_config:
             command.verb = command.job_verb
         if command.verb and VERBS[command.verb].of_command and not (command.help or command.version):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.config.hardware import GPUS
 from megatron_r1.errors import ConfigError
 
-GPUS = {"A100": 85, "H100": 85, "H800": 85, "H200": 150, "B200": 191, "GB200": 198, "B300": 285, "GB300": 295}
-"""Known GPUs -> gigabytes (10^9 bytes) of their memory that a process sees: 85 are the 79 GiB of "80 GB"."""
 NUM_CHECKS = 29
 
 
@@ -52,4 +51,4 @@ class CheckConfig:
     @property
     def memory_gb(self) -> float:
         """Memory of a GPU in gigabytes; 0 where it is not known."""
-        return self.gpu_memory_gb or GPUS.get(self.gpu, 0)
+        return self.gpu_memory_gb or (GPUS[self.gpu].memory_gb if self.gpu else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from megatron_r1.config.recipes import recipes
 from megatron_r1.config.verbs import VERBS
@@ -26,6 +27,25 @@ class Command:
     def recipe(self) -> str:
         """Name of the recipe, the verb's own without --config-name."""
         return (self.config_name or VERBS[self.job_verb or self.verb].recipe).removesuffix(".yaml")
+
+
+def with_files(arguments: list[str]) -> list[str]:
+    """Arguments with those of each @FILE in its place: one a line, blank lines and lines that begin with # aside.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        if not argument.startswith("@"):
+            found.append(argument)
+            continue
+        try:
+            lines = Path(argument[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("@FILE", argument[1:], f"must be a text file: {error}") from None
+        found += [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    return found
 
 
 def parse(arguments: list[str]) -> Command:

@@ -18,6 +18,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.performance import PerformanceConfig
 from megatron_r1.config.pipeline import PipelineConfig
+from megatron_r1.config.plan import PlanConfig
 from megatron_r1.config.profile import ProfileConfig
 from megatron_r1.config.reward import RewardConfig
 from megatron_r1.config.reward_model import RewardModelConfig
@@ -108,6 +109,8 @@ class RunConfig:
     """Stages of a recipe."""
     check: CheckConfig = field(default_factory=CheckConfig)
     """The machine of a job that is checked."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """The cluster and the budget of a job that is planned."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The cluster that a job is submitted to."""
     submit: SubmitConfig = field(default_factory=SubmitConfig)

@@ -232,4 +232,12 @@ VERBS = {
         reads=("check",),
         of_command=True,
     ),
+    "plan": Verb(
+        "megatron_r1.commands.plan",
+        "plan",
+        "layout, memory, time and cost of a job: plan VERB [key=value ...]",
+        reads=("plan",),
+        short_forms=tuple((name, f"plan.{name}") for name in ("gpu", "gpus")),
+        of_command=True,
+    ),
 }

@@ -44,8 +44,12 @@ def chunks_of_ranks(model: ModelConfig, parallel: ParallelConfig) -> list[list[P
 def parameters_of_rank(chunks: list[PipelineChunk], model: ModelConfig) -> Parameters:
     """All that a pipeline rank holds, with its one embedding: for tokens, for multi-token layers or for a tied head."""
     found = sum((chunk.parameters(model) for chunk in chunks), Parameters())
-    needs = any(chunk.embedding or chunk.mtp or (chunk.loss and model.tied_embeddings) for chunk in chunks)
-    return found + (embedding(model) if needs else Parameters())
+    return found + (embedding(model) if needs_embedding(chunks, model.tied_embeddings) else Parameters())
+
+
+def needs_embedding(chunks: list[PipelineChunk], tied: bool) -> bool:
+    """Whether a pipeline rank holds the embedding; `tied` says that the output head is the embedding."""
+    return any(chunk.embedding or chunk.mtp or (chunk.loss and tied) for chunk in chunks)
 
 
 def passes_in_flight(rank: int, chunk: int, parallel: ParallelConfig, micro_batches: int, group: int = 0) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from megatron_r1.config.run import RunConfig
 from megatron_r1.memory.activations import FP32, ActivationSizes
-from megatron_r1.memory.chunks import PipelineChunk, chunks_of_ranks, parameters_of_rank, passes_in_flight
-from megatron_r1.memory.parameters import Parameters
+from megatron_r1.memory.chunks import PipelineChunk, chunks_of_ranks, needs_embedding, passes_in_flight
+from megatron_r1.memory.parameters import Parameters, embedding
 
 MIB, GB = 2**20, 10**9
 CHUNK_LOGITS = 2**24
@@ -49,6 +49,23 @@ class Pass:
     """Micro-batches of an optimizer step on one rank."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What a model's chunks hold, counted once for all ranks."""
+
+    sizes: ActivationSizes
+    parameters: dict[PipelineChunk, Parameters]
+    kept: dict[PipelineChunk, float]
+    """Bytes per token that a pass keeps."""
+    embedding: Parameters
+
+    def held(self, chunks: list[PipelineChunk]) -> Parameters:
+        """All parameters of a pipeline rank."""
+        tied = self.sizes.config.model.tied_embeddings
+        found = sum((self.parameters[chunk] for chunk in chunks), Parameters())
+        return found + (self.embedding if needs_embedding(chunks, tied) else Parameters())
+
+
 def trainer_memory(config: RunConfig, ranks: int, work: Pass, gpu: bool) -> list[MemoryParts]:
     """Memory of the largest rank of each pipeline stage, while it trains.
 
@@ -59,11 +76,15 @@ def trainer_memory(config: RunConfig, ranks: int, work: Pass, gpu: bool) -> list
     Raises:
         ConfigError: the degrees do not divide the model.
     """
-    sizes = ActivationSizes(config, gpu)
-    return [
-        _of_rank(config, sizes, ranks, work, rank, chunks)
-        for rank, chunks in enumerate(chunks_of_ranks(config.model, config.parallel))
-    ]
+    sizes, chunks_of = ActivationSizes(config, gpu), chunks_of_ranks(config.model, config.parallel)
+    different = {chunk for chunks in chunks_of for chunk in chunks}  # few: most stages hold the same
+    model = _Model(
+        sizes,
+        {chunk: chunk.parameters(config.model) for chunk in different},
+        {chunk: activations(sizes, chunk) for chunk in different},
+        embedding(config.model),
+    )
+    return [_of_rank(model, ranks, work, rank, chunks) for rank, chunks in enumerate(chunks_of)]
 
 
 def job_memory(config: RunConfig, verb: str, ranks: int, work: Pass, gpu: bool) -> list[MemoryParts]:
@@ -84,20 +105,19 @@ def job_memory(config: RunConfig, verb: str, ranks: int, work: Pass, gpu: bool) 
     return stages
 
 
-def _of_rank(
-    config: RunConfig, sizes: ActivationSizes, ranks: int, work: Pass, rank: int, chunks: list[PipelineChunk]
-) -> MemoryParts:
-    memory = MemoryParts()
-    add_states(memory, config, parameters_of_rank(chunks, config.model), ranks, sizes)
+def _of_rank(model: _Model, ranks: int, work: Pass, rank: int, chunks: list[PipelineChunk]) -> MemoryParts:
+    memory, sizes, held = MemoryParts(), model.sizes, model.held(chunks)
+    config = sizes.config
+    add_states(memory, config, held, ranks, sizes)
     for number, chunk in enumerate(chunks):
         group = config.parallel.microbatch_group_size_per_vp_stage
         flying = passes_in_flight(rank, number, config.parallel, work.micro_batches, group)
-        memory.add("activations", flying * work.tokens * activations(sizes, chunk))
+        memory.add("activations", flying * work.tokens * model.kept[chunk])
         if not chunk.loss and config.parallel.pipeline > 1:
             sent = sizes.element * config.model.hidden_size / sizes.tensor
             memory.add("sent to the next stage", flying * work.tokens * sent)
     _add_loss(memory, sizes, work, chunks)
-    _add_exchange(memory, config, parameters_of_rank(chunks, config.model), ranks, sizes)
+    _add_exchange(memory, config, held, ranks, sizes)
     if sizes.gpu:
         memory.add("CUDA and NCCL", CUDA_CONTEXT)
         memory.add("fragmentation", FRAGMENTATION * memory.total)

@@ -11,11 +11,9 @@ import time
 
 import torch
 
+from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig
 from megatron_r1.model.parameters import activated_parameters
-
-# Dense bf16 peaks in FLOP/s, from the vendor's datasheets, by a part of the device's name.
-_PEAKS = {"H100": 989.5e12, "H800": 989.5e12, "H200": 989.5e12, "A100": 312e12}
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -36,9 +34,10 @@ def peak_flops(device: str) -> float:
     """
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name()
-        known = [peak for part, peak in _PEAKS.items() if part in name]
+        # GB200 before B200, whose name it contains.
+        known = [gpu for part, gpu in sorted(GPUS.items(), key=lambda one: -len(one[0])) if part in name]
         if known:
-            return known[0]
+            return known[0].bf16
     a, b = torch.rand(1024, 1024, device=device), torch.rand(1024, 1024, device=device)
     best = float("inf")
     for _ in range(5):

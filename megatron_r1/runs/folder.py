@@ -19,6 +19,7 @@ FREE_TO_CHANGE = (
     "track.",
     "profile.",
     "check.",
+    "plan.",
     "train.log_interval",
     "train.save_interval",
     "train.async_save",

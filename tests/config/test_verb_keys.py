@@ -61,6 +61,7 @@ IMPORTED_ONLY = {
     "report": KERNELS,
     "doctor": KERNELS,
     "submit": ("",),  # as check, for the verb that the job runs
+    "plan": ("",),  # as check, for the verb whose command it plans
     "serve": ("",),  # as check, for the verb whose servers it runs
 }  # fmt: skip
 """Verb -> keys that modules in its import closure read, and the verb does not: it takes the model's shape from the

@@ -1,0 +1,169 @@
+"""A plan as a table in the terminal, as JSON, and as the arguments of `submit`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_r1.config.hardware import GPUS
+from megatron_r1.config.run import RunConfig
+from megatron_r1.config.verbs import VERBS, JobCommand
+from megatron_r1.files import write_whole
+from megatron_r1.memory.trainer import GB
+from megatron_r1.plan.constants import Constants
+from megatron_r1.plan.cost import Cost
+from megatron_r1.plan.layouts import changed_keys
+from megatron_r1.plan.search import PARTS, TIE, Candidate, Found, why_slower, why_too_large
+
+WIDTH, BAR = 150, 40
+ARGUMENTS = "submit.args"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What was found for a command."""
+
+    command: JobCommand
+    config: RunConfig
+    """The command's configuration, before a layout was chosen."""
+    found: Found
+    cost: Cost
+    constants: Constants
+    uncertainty: float
+    """Relative error to expect of a step's seconds."""
+
+    @property
+    def best(self) -> Candidate:
+        return self.found.best_first[0]
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.found.gpus // GPUS[self.config.plan.gpu].per_node)
+
+
+def write(plan: Plan, folder: Path) -> None:
+    """Write plan.json and the arguments of `submit` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "plan.json", orjson.dumps(as_json(plan), option=orjson.OPT_INDENT_2))
+    write_whole(folder / ARGUMENTS, "\n".join([*submit_arguments(plan), ""]).encode())
+
+
+def submit_arguments(plan: Plan) -> list[str]:
+    """Arguments of `submit` for the best layout, one a line: `megatron-r1 submit @FILE`."""
+    own = dict(VERBS["plan"].short_forms)
+    changed = changed_keys(plan.best.job.config, plan.config)
+    keys = {line.partition("=")[0] for line in changed}
+    given = [
+        line
+        for line in plan.command.overrides
+        if (key := line.lstrip("+~").partition("=")[0]).partition(".")[0] != "plan" and key not in (*own, *keys)
+    ]
+    gpu = GPUS[plan.config.plan.gpu]
+    on_a_node = min(plan.found.gpus, gpu.per_node)
+    machine = [f"cluster.gpu={plan.config.plan.gpu}", f"cluster.gpus_per_node={on_a_node}", f"nodes={plan.nodes}"]
+    return [plan.command.verb, "--config-name", plan.command.recipe, *given, *changed, *machine]
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """All that the plan says, for other programs."""
+    return {
+        "verb": plan.command.verb,
+        "recipe": plan.command.recipe,
+        "gpu": plan.config.plan.gpu,
+        "gpus": plan.found.gpus,
+        "nodes": plan.nodes,
+        "layouts_tried": plan.found.tried,
+        "layouts": [_candidate(one, plan) for one in plan.found.best_first[:50]],
+        "too_large": [_candidate(one, plan) for one in plan.found.too_large[:10]],
+        "cost": asdict(plan.cost),
+        "submit": submit_arguments(plan) if plan.found.best_first else [],
+        "constants": asdict(plan.constants),
+        "uncertainty": plan.uncertainty,
+    }
+
+
+def _candidate(one: Candidate, plan: Plan) -> dict[str, Any]:
+    config = one.job.config
+    found: dict[str, Any] = {
+        "layout": one.layout,
+        "overrides": changed_keys(config, plan.config),
+        "memory_bytes": {name: round(amount) for name, amount in one.memory.parts.items()},
+        "memory_total_bytes": round(one.memory.total),
+    }
+    if one.time:
+        tokens = config.train.global_batch_size * config.train.sequence_length
+        found |= {
+            "step_seconds": one.seconds,
+            "step_parts": {name: getattr(one.time, name) for name in PARTS},
+            "tokens_per_second_per_gpu": tokens / one.seconds / one.job.ranks,
+        }
+    return found
+
+
+def show(plan: Plan, seconds: float) -> None:
+    """Print the plan: the best layouts, why the others lose, memory, cost."""
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH if not console.is_terminal else 0)
+    show_layouts(plan.found, plan.config, console)
+    _show_memory(plan, console)
+    _show_cost(plan, console)
+    console.print(f"{plan.found.tried} layouts in {seconds:.1f} s; step times are within "
+                  f"{plan.uncertainty:.0%} for most published rows (megatron_r1/plan/README.md)")  # fmt: skip
+
+
+def show_layouts(found: Found, config: RunConfig, console: Console) -> None:
+    """The layouts, best first, and the smallest of those that do not fit."""
+    limit = config.plan.memory_share * GPUS[config.plan.gpu].memory_gb * GB
+    table = Table(title=f"{found.gpus} {config.plan.gpu}", title_justify="left")
+    for column in ("layout", "micro-batch", "recomputed", "step", "tokens/s/GPU", "memory", "why not"):
+        table.add_column(column, overflow="fold")
+    for number, one in enumerate(found.best_first[: config.plan.layouts]):
+        train, performance = one.job.config.train, one.job.config.performance
+        tokens = train.global_batch_size * train.sequence_length
+        overlap = " +overlap" if performance.overlap_moe_expert_parallel_comm else ""
+        why = "" if number == 0 else why_slower(one, found.best_first[0])
+        tie = "tie, " if number and one in found.ties() else ""
+        table.add_row(
+            one.layout, f"{train.micro_batch_size} x {one.job.micro_batches}{overlap}",
+            ", ".join(performance.recompute_modules), f"{one.seconds:.3g} s",
+            f"{tokens / one.seconds / one.job.ranks:,.0f}", f"{one.memory.total / GB:.0f} GB", tie + why,
+        )  # fmt: skip
+    for one in found.too_large[: max(1, config.plan.layouts // 2)]:
+        train, names = one.job.config.train, one.job.config.performance.recompute_modules
+        table.add_row(one.layout, f"{train.micro_batch_size} x {one.job.micro_batches}", ", ".join(names), "-", "-",
+                      f"{one.memory.total / GB:.0f} GB", why_too_large(one, limit), style="red")  # fmt: skip
+    console.print(table)
+    if len(found.ties()) > 1:
+        console.print(f"within {TIE:.0%} of the best: {len(found.ties())} layouts")
+
+
+def _show_memory(plan: Plan, console: Console) -> None:
+    parts = sorted(plan.best.memory.parts.items(), key=lambda part: -part[1])
+    most = GPUS[plan.config.plan.gpu].memory_gb * GB
+    console.print(f"memory of the fullest rank, {plan.best.memory.total / GB:.1f} of {most / GB:.0f} GB:")
+    for name, amount in parts:
+        console.print(f"  {name:24} {amount / GB:7.2f} GB  {'█' * round(BAR * amount / most)}")
+
+
+def _show_cost(plan: Plan, console: Console) -> None:
+    cost, time = plan.cost, plan.best.time
+    if time:
+        parts = ", ".join(f"{text} {getattr(time, name):.3g}" for name, text in PARTS.items() if getattr(time, name))
+        console.print(f"seconds of a step, {time.total:.3g}: {parts}")
+    money = f", {cost.money:,.0f} at {plan.config.plan.gpu_hour_price:g} an hour" if cost.money else ""
+    console.print(f"{cost.steps:,.0f} steps: {cost.days:.3g} days, {cost.gpu_hours:,.0f} GPU hours{money}")
+    console.print(
+        f"checkpoint: {cost.checkpoint_seconds:.3g} s to write; save every {cost.save_every_steps} steps "
+        f"({cost.save_every_seconds:.0f} s): failures and saving then take {cost.lost_share:.2%} of the time"
+    )
+    console.print(escape(f"submit: megatron-r1 submit @{_folder(plan) / ARGUMENTS}"))
+
+
+def _folder(plan: Plan) -> Path:
+    return Path(plan.config.root) / plan.config.name / "plan"

@@ -1,0 +1,169 @@
+"""Searches all layouts of a job for the fastest that fit, and says why the others lose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+from megatron_r1.config.cross_checks import check_layout, check_sections
+from megatron_r1.config.hardware import GPUS
+from megatron_r1.config.run import RunConfig
+from megatron_r1.errors import ConfigError
+from megatron_r1.memory.trainer import GB, MemoryParts, job_memory
+from megatron_r1.plan.constants import Constants
+from megatron_r1.plan.job import Job, Stack
+from megatron_r1.plan.layouts import Fixed, layouts, recomputations
+from megatron_r1.plan.published import NATURAL_IMBALANCE
+from megatron_r1.plan.step import StepTime, count, step_time
+
+TIE = 0.03
+"""Layouts whose steps differ by less than this share are equal as far as the model can say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout with its memory and its time."""
+
+    job: Job
+    memory: MemoryParts
+    """Of the pipeline rank that needs most."""
+    time: StepTime | None = None
+    """None where it does not fit."""
+
+    @property
+    def layout(self) -> str:
+        """The degrees, in a line."""
+        degrees = self.job.config.parallel
+        named = (("TP", degrees.tensor), ("PP", degrees.pipeline), ("VPP", degrees.virtual_pipeline),
+                 ("EP", degrees.expert), ("ETP", degrees.expert_tensor), ("CP", degrees.context))  # fmt: skip
+        words = [f"{name}{degree}" for name, degree in named if degree > 1 or name in ("TP", "PP", "EP")]
+        return " ".join([*words, f"DP{self.job.data_parallel}"])
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.time.total if self.time else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found on a number of GPUs."""
+
+    gpus: int
+    best_first: list[Candidate]
+    """Fastest layout of each set of degrees that fits."""
+    too_large: list[Candidate]
+    """Layouts that do not fit with any recomputation, the smallest first."""
+    tried: int
+    """Number of layouts that were tried."""
+
+    def ties(self) -> list[Candidate]:
+        """Layouts as fast as the best, within `TIE`."""
+        return [one for one in self.best_first if one.seconds <= (1 + TIE) * self.best_first[0].seconds]
+
+
+def search(
+    config: RunConfig, verb: str, gpus: int, constants: Constants, fixed: Fixed, stack: Stack | None = None
+) -> Found:
+    """All layouts on this many GPUs of `plan.gpu`, best first.
+
+    Args:
+        fixed: keys that keep their value.
+        stack: the software stack; that of this project without one.
+    """
+    gpu = GPUS[config.plan.gpu]
+    limit = config.plan.memory_share * gpu.memory_gb * GB
+    fitting: dict[str, Candidate] = {}
+    too_large: list[Candidate] = []
+    tried, full = 0, None
+    for layout in layouts(config, verb, gpu, gpus, fixed):
+        tried += 1
+        degrees = layout.parallel
+        if full and full[0] == degrees and layout.train.micro_batch_size > full[1]:
+            continue  # a smaller micro-batch did not fit
+        job = Job(layout, gpu, gpus, imbalance(config), stack or Stack())
+        smallest, found = _smallest(job, verb, limit, fixed)
+        if found is None:
+            too_large.append(smallest)
+            full = degrees, layout.train.micro_batch_size
+            continue
+        timed = Candidate(found.job, found.memory, step_time(count(found.job), constants))
+        if timed.seconds < fitting[timed.layout].seconds if timed.layout in fitting else True:
+            fitting[timed.layout] = timed
+    ordered = sorted(fitting.values(), key=lambda one: one.seconds)
+    return Found(gpus, list(_allowed(ordered, verb)), sorted(too_large, key=lambda one: one.memory.total), tried)
+
+
+def smallest_cluster(
+    config: RunConfig, verb: str, constants: Constants, fixed: Fixed, stack: Stack | None = None
+) -> Found:
+    """The search on the fewest GPUs on which a layout fits: whole nodes, doubled until one does."""
+    gpu = GPUS[config.plan.gpu]
+    gpus = gpu.per_node
+    found = search(config, verb, gpus, constants, fixed, stack)
+    while not found.best_first and gpus < config.plan.most_gpus:
+        gpus *= 2
+        found = search(config, verb, gpus, constants, fixed, stack)
+    return found
+
+
+def imbalance(config: RunConfig) -> float:
+    """Tokens of the busiest rank over the mean, as configured or by the kind of router."""
+    if not config.model.moe.num_experts:
+        return 1.0
+    return config.plan.imbalance or NATURAL_IMBALANCE[config.model.moe.score_function]
+
+
+def _smallest(job: Job, verb: str, limit: float, fixed: Fixed) -> tuple[Candidate, Candidate | None]:
+    """The smallest that the layout can be, and the layout with the cheapest recomputation that fits."""
+    options = list(recomputations(job.config, fixed))
+    smallest = _with_memory(job, options[-1], verb)
+    if smallest.memory.total > limit:
+        return smallest, None
+    for config in options[:-1]:
+        candidate = _with_memory(job, config, verb)
+        if candidate.memory.total <= limit:
+            return candidate, candidate
+    return smallest, smallest
+
+
+def _with_memory(job: Job, config: RunConfig, verb: str) -> Candidate:
+    changed = replace(job, config=config)
+    return Candidate(changed, max(job_memory(config, verb, job.ranks, changed.work, True), key=lambda one: one.total))
+
+
+def _allowed(ordered: list[Candidate], verb: str) -> Iterator[Candidate]:
+    """Without layouts that a rule of several sections refuses."""
+    for candidate in ordered:
+        try:
+            check_sections(candidate.job.config, verb)
+            check_layout(candidate.job.config, verb, candidate.job.ranks)
+        except ConfigError:
+            continue
+        yield candidate
+
+
+def why_slower(candidate: Candidate, best: Candidate) -> str:
+    """The part of the step that costs a layout most against the best one."""
+    if candidate.time is None or best.time is None:
+        return ""
+    more = {item.name: getattr(candidate.time, item.name) - getattr(best.time, item.name) for item in fields(StepTime)}
+    name = max(more, key=lambda part: more[part])
+    return f"{candidate.seconds / best.seconds - 1:+.1%}: {PARTS[name]} {more[name]:+.3g} s"
+
+
+PARTS = {
+    "compute": "computation",
+    "exchange": "exchange of tokens between experts",
+    "bubble": "waiting in the pipeline",
+    "gradients": "gradients and weights between ranks",
+    "optimizer": "optimizer",
+}
+"""Part of a step -> its name in tables."""
+
+
+def why_too_large(candidate: Candidate, limit: float) -> str:
+    """What fills the memory of a layout that does not fit."""
+    name, amount = max(candidate.memory.parts.items(), key=lambda part: part[1])
+    total = candidate.memory.total
+    return f"{total / GB:.0f} GB where {limit / GB:.0f} are: {name} {amount / GB:.0f} GB"
