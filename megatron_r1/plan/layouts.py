@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 from megatron_r1.config.cross_checks import check_batch, check_degrees, check_division, check_sequences
 from megatron_r1.config.hardware import Gpu
@@ -95,7 +96,7 @@ def _legal(config: RunConfig, gpus: int, length: int, **degrees: int) -> Paralle
     if degrees["tensor"] * degrees["pipeline"] * degrees["context"] > gpus:
         return None
     try:
-        found = replace(config.parallel, **degrees)
+        found = replace(config.parallel, **cast(dict[str, Any], degrees))
         check_degrees(found, gpus)
         check_division(found, config.model)
         check_sequences(found, length)

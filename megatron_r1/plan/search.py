@@ -13,11 +13,16 @@ from megatron_r1.memory.trainer import GB, MemoryParts, job_memory
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.job import Job, Stack
 from megatron_r1.plan.layouts import Fixed, layouts, recomputations
+from megatron_r1.plan.pipeline_time import simulated_step
 from megatron_r1.plan.published import NATURAL_IMBALANCE
 from megatron_r1.plan.step import StepTime, count, step_time
 
 TIE = 0.03
 """Layouts whose steps differ by less than this share are equal as far as the model can say."""
+
+
+SIMULATED = 24
+"""Layouts, the first by the closed formulas of the pipeline, whose schedules are simulated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,15 @@ def search(
         if timed.seconds < fitting[timed.layout].seconds if timed.layout in fitting else True:
             fitting[timed.layout] = timed
     ordered = sorted(fitting.values(), key=lambda one: one.seconds)
-    return Found(gpus, list(_allowed(ordered, verb)), sorted(too_large, key=lambda one: one.memory.total), tried)
+    allowed = list(_allowed(ordered, verb))
+    simulated = [_simulated(one, constants) for one in allowed[:SIMULATED]]
+    simulated.sort(key=lambda one: one.seconds)
+    return Found(gpus, simulated + allowed[SIMULATED:], sorted(too_large, key=lambda one: one.memory.total), tried)
+
+
+def _simulated(candidate: Candidate, constants: Constants) -> Candidate:
+    """With the pipeline simulated."""
+    return replace(candidate, time=simulated_step(count(candidate.job), constants))
 
 
 def smallest_cluster(

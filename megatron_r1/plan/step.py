@@ -111,7 +111,9 @@ def count(job: Job) -> Counted:
     )  # fmt: skip
     kinds = dict(work.parts(sizes))
     known: dict[PipelineChunk, int] = {}
-    done, ranks, held = [], [], []
+    done: list[LayerWork] = []
+    ranks: list[tuple[int, ...]] = []
+    held: list[Parameters] = []
     for chunks in chunks_of_ranks(config.model, config.parallel):
         for chunk in chunks:
             if chunk not in known:
@@ -135,10 +137,15 @@ def chunk_seconds(counted: Counted, constants: Constants) -> list[list[ChunkSeco
     return [[found[number] for number in rank] for rank in counted.ranks]
 
 
+def overlaps(job: Job) -> bool:
+    """Whether the experts' exchange of one micro-batch runs beside the computation of another."""
+    return job.config.performance.overlap_moe_expert_parallel_comm or job.stack.schedule == "DualPipe"
+
+
 def pair(forward: Seconds, backward: Seconds, job: Job, constants: Constants) -> tuple[float, float]:
     """Computation and exposed exchange of a forward and a backward pass, one after the other or overlapped."""
     compute, exchange = forward.compute + backward.compute, forward.exchange + backward.exchange
-    if not (job.config.performance.overlap_moe_expert_parallel_comm or job.stack.schedule == "DualPipe"):
+    if not overlaps(job):
         return compute, exchange
     share = job.stack.dispatch_share
     slowed = compute + (forward.arithmetic + backward.arithmetic) * share / (1 - share)
@@ -167,9 +174,12 @@ def _bubble(job: Job, largest: float, ranks: list[list[ChunkSeconds]]) -> float:
     sent = 2 * job.tokens * job.config.model.hidden_size / degrees.tensor
     link = job.gpu.nvlink if degrees.tensor * degrees.pipeline * 2 <= job.gpu.nvlink_domain else job.gpu.network
     if job.stack.schedule == "DualPipe":
-        mean = [sum(getattr(one, name).compute + getattr(one, name).exchange for rank in ranks for one in rank)
-                / len(ranks) for name in ("forward", "backward_input", "backward_weight")]  # fmt: skip
-        return (degrees.pipeline / 2 - 1) * (largest + mean[1] + mean[2] - 3 * mean[2] + 4 * sent / link)
+        stages = [one for rank in ranks for one in rank]
+        inputs, weights = (
+            sum(part.compute + part.exchange for part in parts) / len(stages)
+            for parts in ([one.backward_input for one in stages], [one.backward_weight for one in stages])
+        )
+        return (degrees.pipeline / 2 - 1) * (largest + inputs - 2 * weights + 4 * sent / link)
     # A micro-batch passes through the other ranks' stages while the largest one waits.
     waits = (degrees.pipeline - 1) / degrees.virtual_pipeline
     return waits * (largest + 2 * sent / link)

@@ -15,7 +15,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.memory.trainer import GB
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.layouts import Fixed
-from megatron_r1.plan.search import search, smallest_cluster, why_slower, why_too_large
+from megatron_r1.plan.search import SIMULATED, search, smallest_cluster, why_slower, why_too_large
 
 MOONLIGHT = ["model=moonlight_16b", "train.sequence_length=4096", "train.micro_batch_size=1",
              "train.global_batch_size=1024"]  # fmt: skip
@@ -34,7 +34,7 @@ def test_every_layout_is_legal_fits_and_is_no_faster_than_the_one_before(moonlig
         check_sections(one.job.config, "pretrain")
         check_layout(one.job.config, "pretrain", 16)
         assert one.memory.total <= 0.93 * 85 * GB
-    seconds = [one.seconds for one in found.best_first]
+    seconds = [one.seconds for one in found.best_first[:SIMULATED]]
     assert seconds == sorted(seconds) and found.ties()[0] is found.best_first[0]
     # The card's own layout is TP1 PP1 EP8 (Megatron-Bridge, moonlight-16b-a3b).
     assert "TP1 PP1 EP8 DP16" in [one.layout for one in found.best_first[:3]]

@@ -1,6 +1,7 @@
 """Fits the time model's constants to published steps: tools/plan/fit.py [--write] [--leave-one-out].
 
-Prints each row with what the model predicts; --write keeps the table in megatron_r1/plan/README.md.
+The fit takes the closed formulas of the pipeline's bubble, the table the simulated schedules. Prints each row with what
+the model predicts; --write keeps the table in megatron_r1/plan/README.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scipy.optimize import least_squares
 
 import megatron_r1.plan
 from megatron_r1.plan.constants import Constants
+from megatron_r1.plan.pipeline_time import simulated_step
 from megatron_r1.plan.published import ROWS, Row
 from megatron_r1.plan.step import Counted, count, step_time
 
@@ -35,7 +37,8 @@ def fitted(rows: Sequence[Row], counted: Sequence[Counted], start: Constants) ->
     def errors(values: NDArray[np.float64]) -> NDArray[np.float64]:
         constants = Constants(*map(float, values))
         times = [step_time(one, constants).total for one in counted]
-        return np.log(np.array(times) / np.array([row.seconds for row in rows]))
+        found: NDArray[np.float64] = np.log(np.array(times) / np.array([row.seconds for row in rows]))
+        return found
 
     first = np.clip(np.array(astuple(start)), LOW, HIGH)
     found = least_squares(errors, first, bounds=(LOW, HIGH), x_scale=first, loss="soft_l1", f_scale=SPREAD)
@@ -44,7 +47,7 @@ def fitted(rows: Sequence[Row], counted: Sequence[Counted], start: Constants) ->
 
 def error(row: Row, counted: Counted, constants: Constants) -> float:
     """Relative error of a prediction."""
-    return step_time(counted, constants).total / row.seconds - 1
+    return simulated_step(counted, constants).total / row.seconds - 1
 
 
 def table(leave_one_out: bool) -> str:
@@ -61,7 +64,7 @@ def table(leave_one_out: bool) -> str:
             others = [other for other in rows if other is not row]
             alone = fitted(others, [counted[other] for other in others], constants)
             left = f"{error(row, counted[row], alone):+.1%}"
-        time = step_time(counted[row], constants).total
+        time = simulated_step(counted[row], constants).total
         name = row.name + (" (natural routing)" if row.natural else "") + (f": {row.missing}" if row.missing else "")
         calibration = f"{calibrated[row]:+.1%}" if row in calibrated else ""
         off = error(row, counted[row], constants)
