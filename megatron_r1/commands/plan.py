@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,7 +18,7 @@ from megatron_r1.errors import ConfigError, ExitCode
 from megatron_r1.plan.constants import UNCERTAINTY, Constants
 from megatron_r1.plan.cost import cost
 from megatron_r1.plan.layouts import Fixed
-from megatron_r1.plan.report import Plan, show, show_layouts, write
+from megatron_r1.plan.report import JobPlan, show, show_layouts, write
 from megatron_r1.plan.search import search, smallest_cluster
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.source import find_model
@@ -27,7 +28,7 @@ SUBMITTED = ("plan", "cluster", "submit", "check")
 
 
 def run_command(command: JobCommand) -> int:
-    """Plan a command, print the plan and write it into the run's folder; nothing is started.
+    """JobPlan a command, print the plan and write it into the run's folder; nothing is started.
 
     Returns:
         The exit status, that of a refused configuration where no layout fits.
@@ -36,9 +37,9 @@ def run_command(command: JobCommand) -> int:
         ConfigError: a key is not allowed, or the verb does not train.
     """
     start = time.perf_counter()
-    config, overrides = planned(command)
+    config = planned(command)
     verb, constants = command.verb, Constants()
-    fixed = Fixed(frozenset(line.lstrip("+~").partition("=")[0] for line in overrides))
+    fixed = Fixed(frozenset(map(_key, spelt_out(command.overrides))))
     gpus = config.plan.gpus
     found = search(config, verb, gpus, constants, fixed) if gpus else smallest_cluster(config, verb, constants, fixed)
     if not found.best_first:
@@ -46,26 +47,32 @@ def run_command(command: JobCommand) -> int:
         return int(ExitCode.BAD_CONFIG)
     best = found.best_first[0]
     price = cost(best.job.config, verb, found.gpus, GPUS[config.plan.gpu].per_node, best.seconds)
-    plan = Plan(command, config, found, price, constants, UNCERTAINTY)
+    plan = JobPlan(command, config, found, price, constants, UNCERTAINTY)
     write(plan, Path(run_folder(config)) / "plan")
     show(plan, time.perf_counter() - start)
     return int(ExitCode.DONE)
 
 
-def planned(command: JobCommand) -> tuple[RunConfig, list[str]]:
-    """The configuration of a command that is planned, and its overrides without short forms.
+def planned(command: JobCommand) -> RunConfig:
+    """The configuration of a command that is planned.
 
     Raises:
         ConfigError: a key is not allowed, or the verb does not train.
     """
     if command.verb not in TRAINING_VERBS:
         raise ConfigError("VERB", command.verb, f"plan takes the command of one of {', '.join(TRAINING_VERBS)}")
-    short = dict(VERBS["plan"].short_forms)
-    overrides = []
-    for line in command.overrides:
-        key, equals, value = line.partition("=")
-        overrides.append(f"{short.get(key, key)}{equals}{value}")
-    own = [line for line in overrides if line.lstrip("+~").partition("=")[0].partition(".")[0] in SUBMITTED]
-    check_overrides(command.verb, [line for line in overrides if line not in own])
+    overrides = spelt_out(command.overrides)
+    check_overrides(command.verb, [line for line in overrides if _key(line).partition(".")[0] not in SUBMITTED])
     check_recipe(command.verb, command.recipe)
-    return load_sections(command.verb, overrides, command.recipe, find_model).config, overrides
+    return load_sections(command.verb, overrides, command.recipe, find_model).config
+
+
+def spelt_out(overrides: Sequence[str]) -> list[str]:
+    """Overrides without short forms."""
+    short = dict(VERBS["plan"].short_forms)
+    lines = [line.partition("=") for line in overrides]
+    return [f"{short.get(key, key)}{equals}{value}" for key, equals, value in lines]
+
+
+def _key(line: str) -> str:
+    return line.lstrip("+~").partition("=")[0]

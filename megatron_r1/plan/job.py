@@ -31,7 +31,7 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrainingJob:
     """Supervised training: a step is one optimizer update."""
 
     config: RunConfig

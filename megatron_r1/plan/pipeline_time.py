@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from megatron_r1.config.pipeline_stages import fitting_group_size
 from megatron_r1.plan.constants import Constants
-from megatron_r1.plan.job import Job
+from megatron_r1.plan.job import TrainingJob
 from megatron_r1.plan.pipeline.orders import ScheduleShape
 from megatron_r1.plan.pipeline.simulate import Durations
 from megatron_r1.plan.pipeline.steady import step_seconds
 from megatron_r1.plan.step import ChunkSeconds, Counted, Seconds, StepTime, chunk_seconds, overlaps, pair, step_time
 
 
-def schedule_of(job: Job) -> ScheduleShape:
+def schedule_of(job: TrainingJob) -> ScheduleShape:
     """The order of a job's passes."""
     degrees, passes = job.config.parallel, job.micro_batches
     if job.stack.schedule == "DualPipe":
@@ -59,7 +59,7 @@ def _whole(one: Seconds) -> float:
     return one.compute + one.exchange
 
 
-def _saved(stage: ChunkSeconds, job: Job, constants: Constants) -> float:
+def _saved(stage: ChunkSeconds, job: TrainingJob, constants: Constants) -> float:
     """Seconds that overlapping saves where a forward and a backward pass of a stage run together."""
     backward = stage.backward_input + stage.backward_weight
     return _whole(stage.forward) + _whole(backward) - sum(pair(stage.forward, backward, job, constants))

@@ -7,7 +7,7 @@ from functools import cache
 
 from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.load import load
-from megatron_r1.plan.job import Job, Stack
+from megatron_r1.plan.job import Stack, TrainingJob
 
 CARDS = "Megatron-Bridge, examples/model_verification_cards"
 SUMMARY = "Megatron-Bridge, docs/performance-summary.md and its archive"
@@ -43,7 +43,7 @@ MOONLIGHT, QWEN_30B, QWEN_235B = "model=moonlight_16b", "model=qwen3_30b_a3b", "
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PublishedStep:
     """One published step."""
 
     name: str
@@ -66,7 +66,7 @@ class Row:
         """Sequences of a step."""
         return self.job().config.train.global_batch_size
 
-    def job(self) -> Job:
+    def job(self) -> TrainingJob:
         """The job that the row describes."""
         return _job(self)
 
@@ -76,14 +76,14 @@ NATURAL_IMBALANCE = {"sigmoid": 1.1, "softmax_topk": 1.4, "softmax": 1.4}
 
 
 @cache
-def _job(row: Row) -> Job:
+def _job(row: PublishedStep) -> TrainingJob:
     overrides = row.layout.split()
     defaults = ["train.sequence_length=4096", "train.micro_batch_size=1", "performance.overlap_grad_reduce=true",
                 "performance.moe_token_dispatcher_type=hybridep"]  # fmt: skip
     keys = {line.partition("=")[0] for line in overrides}
     config = load("pretrain", [*(line for line in defaults if line.partition("=")[0] not in keys), *overrides])
     imbalance = NATURAL_IMBALANCE[config.model.moe.score_function] if row.natural else 1.0
-    return Job(config, GPUS[row.gpu], row.gpus, imbalance, row.stack)
+    return TrainingJob(config, GPUS[row.gpu], row.gpus, imbalance, row.stack)
 
 
 def layout(text: str) -> str:
@@ -113,88 +113,98 @@ DEEPEP = "performance.moe_token_dispatcher_type=deepep"
 ALLTOALL = "performance.moe_token_dispatcher_type=alltoall"
 
 ROWS = (
-    Row("DeepSeek-V3, its own step", "H800", 2048, 19.926,
+    PublishedStep("DeepSeek-V3, its own step", "H800", 2048, 19.926,
         f"{V3} {layout('pp16 ep64 gbs15360')} {FP8} {recompute('layernorm', 'mla_up_proj', 'moe_act')} "
         "performance.moe_token_dispatcher_type=deepep",
         "Insights into DeepSeek-V3, arXiv 2505.09343, table 4", DUALPIPE, natural=True),
-    Row("V3 BF16, card", "H100", 1024, 61.756,
+    PublishedStep("V3 BF16, card", "H100", 1024, 61.756,
         f"{V3} {layout('tp2 pp8 vp4 ep64 gbs16384')} {V3_H100} {recompute('mla_up_proj', 'mlp')}", CARDS, NEW),
-    Row("V3 FP8, 25.09", "H100", 1024, rate(8192, 1024, 1297),
+    PublishedStep("V3 FP8, 25.09", "H100", 1024, rate(8192, 1024, 1297),
         f"{V3} {layout('tp2 pp8 vp4 ep64 gbs8192')} {V3_H100} {recompute('mla_up_proj', 'mlp')} {FP8}", SUMMARY,
         HOPPER),
-    Row("V3 MXFP8, 26.08", "GB200", 256, rate(4096, 256, 4912),
+    PublishedStep("V3 MXFP8, 26.08", "GB200", 256, rate(4096, 256, 4912),
         f"{V3} {layout('pp4 vp4 ep64 gbs4096')} {V3_BRIDGE} {recompute('mla_up_proj')} {FP8} {OVERLAP}", SUMMARY,
         GRAPHS),
-    Row("V3 MXFP8, card", "GB200", 256, 13.841,
+    PublishedStep("V3 MXFP8, card", "GB200", 256, 13.841,
         f"{V3} {layout('pp4 vp4 ep64 gbs4096')} {V3_BRIDGE} {recompute('mla_up_proj')} {FP8} {OVERLAP}", CARDS, GRAPHS),
-    Row("V3 MXFP8, 26.08", "GB300", 256, rate(4096, 256, 6288),
+    PublishedStep("V3 MXFP8, 26.08", "GB300", 256, rate(4096, 256, 6288),
         f"{V3} {layout('pp2 vp8 ep32 gbs4096')} {V3_BRIDGE} {FP8} {OVERLAP}", SUMMARY, GRAPHS_FP8),
-    Row("V3 MXFP8, card", "GB300", 256, 10.667,
+    PublishedStep("V3 MXFP8, card", "GB300", 256, 10.667,
         f"{V3} {layout('pp2 vp8 ep32 gbs4096')} {V3_BRIDGE} {FP8} {OVERLAP}", CARDS, GRAPHS_FP8),
-    Row("V3 MXFP8, card, batch 8192", "GB300", 256, 20.858,
+    PublishedStep("V3 MXFP8, card, batch 8192", "GB300", 256, 20.858,
         f"{V3} {layout('pp2 vp8 ep32 gbs8192')} {V3_BRIDGE} {FP8} {OVERLAP}", CARDS, GRAPHS_FP8),
-    Row("V3 MXFP8, 26.06, batch 15360", "GB300", 256, 38.3,
+    PublishedStep("V3 MXFP8, 26.06, batch 15360", "GB300", 256, 38.3,
         f"{V3} {layout('pp2 vp8 ep32 gbs15360')} {V3_BRIDGE} {FP8} {OVERLAP}", SUMMARY, GRAPHS_FP8),
-    Row("V3 BF16 without MTP, 25.11", "GB200", 256, rate(4096, 256, 3139),
+    PublishedStep("V3 BF16 without MTP, 25.11", "GB200", 256, rate(4096, 256, 3139),
         f"{V3} {layout('pp4 vp4 ep64 gbs4096')} {NO_MTP} {recompute('mla_up_proj')}", SUMMARY, OLD_GRAPHS),
-    Row("V3 MXFP8 without MTP, 25.11", "GB200", 256, rate(4096, 256, 4018),
+    PublishedStep("V3 MXFP8 without MTP, 25.11", "GB200", 256, rate(4096, 256, 4018),
         f"{V3} {layout('pp8 vp4 ep32 gbs4096')} {NO_MTP} {recompute('mla_up_proj')} {FP8}", SUMMARY, OLD_GRAPHS),
-    Row("V3 BF16 without MTP, 25.11", "GB300", 256, rate(4096, 256, 3848),
+    PublishedStep("V3 BF16 without MTP, 25.11", "GB300", 256, rate(4096, 256, 3848),
         f"{V3} {layout('pp2 vp4 ep32 gbs4096')} {NO_MTP} {recompute('mla_up_proj')}", SUMMARY, OLD_GRAPHS),
-    Row("V3 MXFP8 without MTP, 25.11", "GB300", 256, rate(4096, 256, 4357),
+    PublishedStep("V3 MXFP8 without MTP, 25.11", "GB300", 256, rate(4096, 256, 4357),
         f"{V3} {layout('pp2 vp4 ep32 gbs4096')} {NO_MTP} {recompute('mla_up_proj')} {FP8}", SUMMARY, OLD_GRAPHS),
-    Row("V3 MXFP8, 26.02", "GB300", 256, rate(4096, 256, 4612),
+    PublishedStep("V3 MXFP8, 26.02", "GB300", 256, rate(4096, 256, 4612),
         f"{V3} {layout('pp2 vp8 ep32 gbs4096 mbs2')} {V3_BRIDGE} {recompute('mla_up_proj')} {FP8}", SUMMARY,
         OLD_GRAPHS),
-    Row("V3 MXFP8, 26.02", "GB200", 256, rate(4096, 256, 3955),
+    PublishedStep("V3 MXFP8, 26.02", "GB200", 256, rate(4096, 256, 3955),
         f"{V3} {layout('pp4 vp4 ep64 gbs4096')} {V3_BRIDGE} {recompute('mlp')} {FP8}", SUMMARY, OLD_GRAPHS),
-    Row("V3 MXFP8, 26.02", "B300", 256, rate(4096, 256, 2983),
+    PublishedStep("V3 MXFP8, 26.02", "B300", 256, rate(4096, 256, 2983),
         f"{V3} {layout('pp16 ep8 gbs4096')} {recompute('mla_up_proj')} {FP8}", SUMMARY, OLD),
-    Row("V3 MXFP8, 26.02", "B200", 256, rate(4096, 256, 2689),
+    PublishedStep("V3 MXFP8, 26.02", "B200", 256, rate(4096, 256, 2689),
         f"{V3} {layout('pp16 ep8 gbs4096')} {recompute('mla_up_proj')} {FP8}", SUMMARY, OLD),
-    Row("V3 MXFP8, 25.11", "B200", 256, rate(2048, 256, 2139),
+    PublishedStep("V3 MXFP8, 25.11", "B200", 256, rate(2048, 256, 2139),
         f"{V3} {layout('pp16 ep8 gbs2048')} {recompute('mla_up_proj')} {FP8}", SUMMARY, OLD),
-    Row("V3 MLPerf", "GB300", 256, 38.9, f"{V3} {layout('pp4 ep32 gbs15360 vp4')} {V3_BRIDGE} {FP8} {OVERLAP}", MLPERF,
+    PublishedStep(
+        "V3 MLPerf", "GB300", 256, 38.9, f"{V3} {layout('pp4 ep32 gbs15360 vp4')} {V3_BRIDGE} {FP8} {OVERLAP}", MLPERF,
         MLPERF_FP8, natural=True),
-    *(Row(f"V3 MLPerf, {gpus} GPUs", "GB200", gpus, measured,
+    *(PublishedStep(f"V3 MLPerf, {gpus} GPUs", "GB200", gpus, measured,
           f"{V3} {layout(f'tp2 pp4 vp4 ep32 gbs{batch}')} {V3_BRIDGE} {recompute('mlp')} {FP8} {OVERLAP}", MLPERF,
           MLPERF_STACK, natural=True)
       for gpus, batch, measured in ((512, 15360, 30.81), (2048, 15360, 9.08), (4096, 16384, 5.41),
                                     (8192, 16384, 3.457))),
-    Row("Moonlight BF16, card", "H100", 16, 11.636, f"{MOONLIGHT} {layout('ep8 gbs1024 mbs2')}", CARDS, NEW,
+    PublishedStep("Moonlight BF16, card", "H100", 16, 11.636, f"{MOONLIGHT} {layout('ep8 gbs1024 mbs2')}", CARDS, NEW,
         natural=True),
-    Row("Moonlight SFT BF16, card", "H100", 8, 0.562, f"{MOONLIGHT} {layout('ep8 gbs8 seq8192')} {OVERLAP}", CARDS, NEW,
+    PublishedStep(
+        "Moonlight SFT BF16, card", "H100", 8, 0.562, f"{MOONLIGHT} {layout('ep8 gbs8 seq8192')} {OVERLAP}", CARDS, NEW,
         natural=True, fit=False, missing="one micro-batch a step: what the host does once a step is not in the model"),
-    Row("Qwen3-30B BF16, card", "H100", 16, 20.15, f"{QWEN_30B} {layout('ep8 gbs1024')}", CARDS, PART),
-    Row("Qwen3-30B BF16, functional run", "H100", 16, 30.29, f"{QWEN_30B} {layout('ep16 gbs1024')}", CARDS, PART,
+    PublishedStep("Qwen3-30B BF16, card", "H100", 16, 20.15, f"{QWEN_30B} {layout('ep8 gbs1024')}", CARDS, PART),
+    PublishedStep(
+        "Qwen3-30B BF16, functional run", "H100", 16, 30.29, f"{QWEN_30B} {layout('ep16 gbs1024')}", CARDS, PART,
         natural=True),
-    Row("Qwen3-30B FP8, 26.06", "H100", 16, rate(1024, 16, 8826), f"{QWEN_30B} {layout('ep16 gbs1024')} {FP8}", SUMMARY,
+    PublishedStep(
+        "Qwen3-30B FP8, 26.06", "H100", 16, rate(1024, 16, 8826), f"{QWEN_30B} {layout('ep16 gbs1024')} {FP8}", SUMMARY,
         NEW),
-    Row("Qwen3-30B MXFP8, 26.06", "B200", 8, rate(512, 8, 27136), f"{QWEN_30B} {layout('ep8 gbs512 mbs4')} {FP8}",
+    PublishedStep(
+        "Qwen3-30B MXFP8, 26.06", "B200", 8, rate(512, 8, 27136), f"{QWEN_30B} {layout('ep8 gbs512 mbs4')} {FP8}",
         SUMMARY, PART),
-    Row("Qwen3-30B MXFP8, 26.02", "B200", 8, rate(512, 8, 9691), f"{QWEN_30B} {layout('ep8 gbs512 mbs1')} {FP8}",
+    PublishedStep(
+        "Qwen3-30B MXFP8, 26.02", "B200", 8, rate(512, 8, 9691), f"{QWEN_30B} {layout('ep8 gbs512 mbs1')} {FP8}",
         SUMMARY, OLD),
-    Row("Qwen3-30B MXFP8, 26.02", "GB200", 8, rate(512, 8, 26084), f"{QWEN_30B} {layout('ep8 gbs512 mbs4')} {FP8}",
+    PublishedStep(
+        "Qwen3-30B MXFP8, 26.02", "GB200", 8, rate(512, 8, 26084), f"{QWEN_30B} {layout('ep8 gbs512 mbs4')} {FP8}",
         SUMMARY, OLD_GRAPHS),
-    Row("Qwen3-30B MXFP8, 26.02", "GB300", 8, rate(512, 8, 30376), f"{QWEN_30B} {layout('ep8 gbs512 mbs8')} {FP8}",
+    PublishedStep(
+        "Qwen3-30B MXFP8, 26.02", "GB300", 8, rate(512, 8, 30376), f"{QWEN_30B} {layout('ep8 gbs512 mbs8')} {FP8}",
         SUMMARY, OLD_GRAPHS),
-    Row("Qwen3-30B MXFP8, 26.06", "B300", 8, rate(512, 8, 40769), f"{QWEN_30B} {layout('ep8 gbs512 mbs8')} {FP8}",
+    PublishedStep(
+        "Qwen3-30B MXFP8, 26.06", "B300", 8, rate(512, 8, 40769), f"{QWEN_30B} {layout('ep8 gbs512 mbs8')} {FP8}",
         SUMMARY, GRAPHS),
-    Row("Qwen3-30B MXFP8, 26.06", "GB300", 8, rate(512, 8, 44544), f"{QWEN_30B} {layout('ep8 gbs512 mbs8')} {FP8}",
+    PublishedStep(
+        "Qwen3-30B MXFP8, 26.06", "GB300", 8, rate(512, 8, 44544), f"{QWEN_30B} {layout('ep8 gbs512 mbs8')} {FP8}",
         SUMMARY, GRAPHS),
-    Row("Qwen3-235B MXFP8, 26.08", "GB300", 256, rate(8192, 256, 8816),
+    PublishedStep("Qwen3-235B MXFP8, 26.08", "GB300", 256, rate(8192, 256, 8816),
         f"{QWEN_235B} {layout('pp4 vp12 ep32 gbs8192 mbs2')} {FP8}", SUMMARY, GRAPHS),
-    Row("Qwen3-235B MXFP8, 26.08", "GB200", 256, rate(8192, 256, 7280),
+    PublishedStep("Qwen3-235B MXFP8, 26.08", "GB200", 256, rate(8192, 256, 7280),
         f"{QWEN_235B} {layout('pp8 vp3 ep32 gbs8192')} {FP8}", SUMMARY, GRAPHS),
-    Row("Qwen3-235B FP8, 26.08", "H100", 256, rate(8192, 256, 1712),
+    PublishedStep("Qwen3-235B FP8, 26.08", "H100", 256, rate(8192, 256, 1712),
         f"{QWEN_235B} {layout('tp2 pp8 vp4 ep32 gbs8192')} {FP8} {ALLTOALL} {OVERLAP}", SUMMARY, NEW),
-    Row("Qwen3-235B BF16, 1F1B overlap", "H100", 256, 17.6,
+    PublishedStep("Qwen3-235B BF16, 1F1B overlap", "H100", 256, 17.6,
         f"{QWEN_235B} {layout('tp2 pp8 vp4 ep32 gbs2048')} {recompute('layernorm', 'moe_act')} {DEEPEP} {OVERLAP}",
         MODELZOO, PART_SMS),
-    Row("Qwen3-235B BF16, no overlap", "H100", 256, 19.7,
+    PublishedStep("Qwen3-235B BF16, no overlap", "H100", 256, 19.7,
         f"{QWEN_235B} {layout('tp2 pp8 vp4 ep32 gbs2048')} {recompute('layernorm', 'moe_act')} {DEEPEP}", MODELZOO,
         PART_SMS),
-    *(Row(f"Qwen3-235B BF16, {length // 1024}k, {'natural' if natural else 'even'}", "H100", 256,
+    *(PublishedStep(f"Qwen3-235B BF16, {length // 1024}k, {'natural' if natural else 'even'}", "H100", 256,
           256 * length * (129.4e9 + 18.9e9 * length / 4096) / 256 / teraflops / 1e12,
           f"{QWEN_235B} model.max_sequence_length=131072 "
           f"{layout(f'tp4 pp8 vp4 ep8 gbs256 cp{context} seq{length}')} {recompute('layernorm', 'moe')} {DEEPEP}",
@@ -202,11 +212,11 @@ ROWS = (
       for length, context, *measured in ((16384, 1, 295, 237), (32768, 2, 335, 277), (65536, 4, 368, 320),
                                          (131072, 8, 389, 357))
       for natural, teraflops in ((False, measured[0]), (True, measured[1]))),
-    *(Row(f"Qwen3-0.6B, {text}", "H100", 1, length / speed,
+    *(PublishedStep(f"Qwen3-0.6B, {text}", "H100", 1, length / speed,
           f"model=qwen3_0_6b {layout(f'gbs1 seq{length}')} model.max_sequence_length=65536", PRIME,
           Stack("prime-rl 0.8"), fit=False, missing="recomputation and the RL loss of another trainer")
       for text, length, speed in (("RL 16k", 16384, 11896), ("RL 65k", 65536, 10147), ("SFT 8k", 8192, 26005))),
-    *(Row(f"V3 of 4 layers BF16, {passes} passes, {text}", "B200", 8, measured,
+    *(PublishedStep(f"V3 of 4 layers BF16, {passes} passes, {text}", "B200", 8, measured,
           f"{V3} model.num_layers=4 model.moe.first_dense_layers=1 {NO_MTP} {layout(f'{text} gbs{batch}')} {ALLTOALL} "
           "performance.overlap_grad_reduce=false", SIMUMAX, PLAIN)
       for passes, batch, measured, text in (

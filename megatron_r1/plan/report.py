@@ -19,14 +19,14 @@ from megatron_r1.memory.trainer import GB
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.cost import Cost
 from megatron_r1.plan.layouts import changed_keys
-from megatron_r1.plan.search import PARTS, TIE, Candidate, Found, why_slower, why_too_large
+from megatron_r1.plan.search import PARTS, TIE, Found, PlannedLayout, why_slower, why_too_large
 
 WIDTH, BAR = 150, 40
 ARGUMENTS = "submit.args"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class JobPlan:
     """What was found for a command."""
 
     command: JobCommand
@@ -39,7 +39,7 @@ class Plan:
     """Relative error to expect of a step's seconds."""
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> PlannedLayout:
         return self.found.best_first[0]
 
     @property
@@ -47,14 +47,14 @@ class Plan:
         return -(-self.found.gpus // GPUS[self.config.plan.gpu].per_node)
 
 
-def write(plan: Plan, folder: Path) -> None:
+def write(plan: JobPlan, folder: Path) -> None:
     """Write plan.json and the arguments of `submit` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "plan.json", orjson.dumps(as_json(plan), option=orjson.OPT_INDENT_2))
     write_whole(folder / ARGUMENTS, "\n".join([*submit_arguments(plan), ""]).encode())
 
 
-def submit_arguments(plan: Plan) -> list[str]:
+def submit_arguments(plan: JobPlan) -> list[str]:
     """Arguments of `submit` for the best layout, one a line: `megatron-r1 submit @FILE`."""
     own = dict(VERBS["plan"].short_forms)
     changed = changed_keys(plan.best.job.config, plan.config)
@@ -70,7 +70,7 @@ def submit_arguments(plan: Plan) -> list[str]:
     return [plan.command.verb, "--config-name", plan.command.recipe, *given, *changed, *machine]
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def as_json(plan: JobPlan) -> dict[str, Any]:
     """All that the plan says, for other programs."""
     return {
         "verb": plan.command.verb,
@@ -88,7 +88,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _candidate(one: Candidate, plan: Plan) -> dict[str, Any]:
+def _candidate(one: PlannedLayout, plan: JobPlan) -> dict[str, Any]:
     config = one.job.config
     found: dict[str, Any] = {
         "layout": one.layout,
@@ -106,7 +106,7 @@ def _candidate(one: Candidate, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def show(plan: Plan, seconds: float) -> None:
+def show(plan: JobPlan, seconds: float) -> None:
     """Print the plan: the best layouts, why the others lose, memory, cost."""
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH if not console.is_terminal else 0)
@@ -143,7 +143,7 @@ def show_layouts(found: Found, config: RunConfig, console: Console) -> None:
         console.print(f"within {TIE:.0%} of the best: {len(found.ties())} layouts")
 
 
-def _show_memory(plan: Plan, console: Console) -> None:
+def _show_memory(plan: JobPlan, console: Console) -> None:
     parts = sorted(plan.best.memory.parts.items(), key=lambda part: -part[1])
     most = GPUS[plan.config.plan.gpu].memory_gb * GB
     console.print(f"memory of the fullest rank, {plan.best.memory.total / GB:.1f} of {most / GB:.0f} GB:")
@@ -151,7 +151,7 @@ def _show_memory(plan: Plan, console: Console) -> None:
         console.print(f"  {name:24} {amount / GB:7.2f} GB  {'█' * round(BAR * amount / most)}")
 
 
-def _show_cost(plan: Plan, console: Console) -> None:
+def _show_cost(plan: JobPlan, console: Console) -> None:
     cost, time = plan.cost, plan.best.time
     if time:
         parts = ", ".join(f"{text} {getattr(time, name):.3g}" for name, text in PARTS.items() if getattr(time, name))
@@ -165,5 +165,5 @@ def _show_cost(plan: Plan, console: Console) -> None:
     console.print(escape(f"submit: megatron-r1 submit @{_folder(plan) / ARGUMENTS}"))
 
 
-def _folder(plan: Plan) -> Path:
+def _folder(plan: JobPlan) -> Path:
     return Path(plan.config.root) / plan.config.name / "plan"

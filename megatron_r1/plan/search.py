@@ -11,7 +11,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.memory.trainer import GB, MemoryParts, job_memory
 from megatron_r1.plan.constants import Constants
-from megatron_r1.plan.job import Job, Stack
+from megatron_r1.plan.job import Stack, TrainingJob
 from megatron_r1.plan.layouts import Fixed, layouts, recomputations
 from megatron_r1.plan.pipeline_time import simulated_step
 from megatron_r1.plan.published import NATURAL_IMBALANCE
@@ -26,10 +26,10 @@ SIMULATED = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class PlannedLayout:
     """A layout with its memory and its time."""
 
-    job: Job
+    job: TrainingJob
     memory: MemoryParts
     """Of the pipeline rank that needs most."""
     time: StepTime | None = None
@@ -55,14 +55,14 @@ class Found:
     """What a search found on a number of GPUs."""
 
     gpus: int
-    best_first: list[Candidate]
+    best_first: list[PlannedLayout]
     """Fastest layout of each set of degrees that fits."""
-    too_large: list[Candidate]
+    too_large: list[PlannedLayout]
     """Layouts that do not fit with any recomputation, the smallest first."""
     tried: int
     """Number of layouts that were tried."""
 
-    def ties(self) -> list[Candidate]:
+    def ties(self) -> list[PlannedLayout]:
         """Layouts as fast as the best, within `TIE`."""
         return [one for one in self.best_first if one.seconds <= (1 + TIE) * self.best_first[0].seconds]
 
@@ -78,21 +78,21 @@ def search(
     """
     gpu = GPUS[config.plan.gpu]
     limit = config.plan.memory_share * gpu.memory_gb * GB
-    fitting: dict[str, Candidate] = {}
-    too_large: list[Candidate] = []
+    fitting: dict[str, PlannedLayout] = {}
+    too_large: list[PlannedLayout] = []
     tried, full = 0, None
     for layout in layouts(config, verb, gpu, gpus, fixed):
         tried += 1
         degrees = layout.parallel
         if full and full[0] == degrees and layout.train.micro_batch_size > full[1]:
             continue  # a smaller micro-batch did not fit
-        job = Job(layout, gpu, gpus, imbalance(config), stack or Stack())
+        job = TrainingJob(layout, gpu, gpus, imbalance(config), stack or Stack())
         smallest, found = _smallest(job, verb, limit, fixed)
         if found is None:
             too_large.append(smallest)
             full = degrees, layout.train.micro_batch_size
             continue
-        timed = Candidate(found.job, found.memory, step_time(count(found.job), constants))
+        timed = PlannedLayout(found.job, found.memory, step_time(count(found.job), constants))
         if timed.seconds < fitting[timed.layout].seconds if timed.layout in fitting else True:
             fitting[timed.layout] = timed
     ordered = sorted(fitting.values(), key=lambda one: one.seconds)
@@ -102,7 +102,7 @@ def search(
     return Found(gpus, simulated + allowed[SIMULATED:], sorted(too_large, key=lambda one: one.memory.total), tried)
 
 
-def _simulated(candidate: Candidate, constants: Constants) -> Candidate:
+def _simulated(candidate: PlannedLayout, constants: Constants) -> PlannedLayout:
     """With the pipeline simulated."""
     return replace(candidate, time=simulated_step(count(candidate.job), constants))
 
@@ -127,7 +127,7 @@ def imbalance(config: RunConfig) -> float:
     return config.plan.imbalance or NATURAL_IMBALANCE[config.model.moe.score_function]
 
 
-def _smallest(job: Job, verb: str, limit: float, fixed: Fixed) -> tuple[Candidate, Candidate | None]:
+def _smallest(job: TrainingJob, verb: str, limit: float, fixed: Fixed) -> tuple[PlannedLayout, PlannedLayout | None]:
     """The smallest that the layout can be, and the layout with the cheapest recomputation that fits."""
     options = list(recomputations(job.config, fixed))
     smallest = _with_memory(job, options[-1], verb)
@@ -140,12 +140,14 @@ def _smallest(job: Job, verb: str, limit: float, fixed: Fixed) -> tuple[Candidat
     return smallest, smallest
 
 
-def _with_memory(job: Job, config: RunConfig, verb: str) -> Candidate:
+def _with_memory(job: TrainingJob, config: RunConfig, verb: str) -> PlannedLayout:
     changed = replace(job, config=config)
-    return Candidate(changed, max(job_memory(config, verb, job.ranks, changed.work, True), key=lambda one: one.total))
+    return PlannedLayout(
+        changed, max(job_memory(config, verb, job.ranks, changed.work, True), key=lambda one: one.total)
+    )
 
 
-def _allowed(ordered: list[Candidate], verb: str) -> Iterator[Candidate]:
+def _allowed(ordered: list[PlannedLayout], verb: str) -> Iterator[PlannedLayout]:
     """Without layouts that a rule of several sections refuses."""
     for candidate in ordered:
         try:
@@ -156,7 +158,7 @@ def _allowed(ordered: list[Candidate], verb: str) -> Iterator[Candidate]:
         yield candidate
 
 
-def why_slower(candidate: Candidate, best: Candidate) -> str:
+def why_slower(candidate: PlannedLayout, best: PlannedLayout) -> str:
     """The part of the step that costs a layout most against the best one."""
     if candidate.time is None or best.time is None:
         return ""
@@ -175,7 +177,7 @@ PARTS = {
 """Part of a step -> its name in tables."""
 
 
-def why_too_large(candidate: Candidate, limit: float) -> str:
+def why_too_large(candidate: PlannedLayout, limit: float) -> str:
     """What fills the memory of a layout that does not fit."""
     name, amount = max(candidate.memory.parts.items(), key=lambda part: part[1])
     total = candidate.memory.total

@@ -10,7 +10,7 @@ from megatron_r1.memory.trainer import dense_ranks, expert_ranks
 from megatron_r1.plan import work
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.exchange import traffic
-from megatron_r1.plan.job import Job
+from megatron_r1.plan.job import TrainingJob
 from megatron_r1.plan.work import LayerWork, Sizes, Work
 
 ADAM_BYTES = 4 + 2 * (4 + 8) + 2
@@ -60,7 +60,7 @@ class StepTime:
         return self.compute + self.exchange + self.bubble + self.gradients + self.optimizer
 
 
-def seconds(passed: Work, job: Job, constants: Constants) -> Seconds:
+def seconds(passed: Work, job: TrainingJob, constants: Constants) -> Seconds:
     """Seconds of a pass."""
     gpu, factor = job.gpu, constants.older if job.stack.older else 1.0
     bf16, fp8 = gpu.bf16 * gpu.sustained, gpu.fp8 * gpu.sustained
@@ -89,7 +89,7 @@ def chunk_work(chunk: PipelineChunk, kinds: dict[str, LayerWork]) -> LayerWork:
 class Counted:
     """A job with all that its ranks do, before constants make seconds of it."""
 
-    job: Job
+    job: TrainingJob
     chunks: tuple[LayerWork, ...]
     """Work of a micro-batch in each different chunk."""
     ranks: tuple[tuple[int, ...], ...]
@@ -98,7 +98,7 @@ class Counted:
     """Parameters of each pipeline rank."""
 
 
-def count(job: Job) -> Counted:
+def count(job: TrainingJob) -> Counted:
     """Count what a job does.
 
     Raises:
@@ -137,12 +137,12 @@ def chunk_seconds(counted: Counted, constants: Constants) -> list[list[ChunkSeco
     return [[found[number] for number in rank] for rank in counted.ranks]
 
 
-def overlaps(job: Job) -> bool:
+def overlaps(job: TrainingJob) -> bool:
     """Whether the experts' exchange of one micro-batch runs beside the computation of another."""
     return job.config.performance.overlap_moe_expert_parallel_comm or job.stack.schedule == "DualPipe"
 
 
-def pair(forward: Seconds, backward: Seconds, job: Job, constants: Constants) -> tuple[float, float]:
+def pair(forward: Seconds, backward: Seconds, job: TrainingJob, constants: Constants) -> tuple[float, float]:
     """Computation and exposed exchange of a forward and a backward pass, one after the other or overlapped."""
     compute, exchange = forward.compute + backward.compute, forward.exchange + backward.exchange
     if not overlaps(job):
@@ -166,7 +166,7 @@ def step_time(counted: Counted, constants: Constants) -> StepTime:
     )
 
 
-def _bubble(job: Job, largest: float, ranks: list[list[ChunkSeconds]]) -> float:
+def _bubble(job: TrainingJob, largest: float, ranks: list[list[ChunkSeconds]]) -> float:
     """Of the rank that has most to do, whose pairs of passes take `largest` seconds a micro-batch."""
     degrees = job.config.parallel
     if degrees.pipeline == 1:
@@ -203,7 +203,7 @@ def _update(counted: Counted, constants: Constants, ranks: list[list[ChunkSecond
     return exposed, optimizer
 
 
-def _gradient_seconds(job: Job, held: Parameters, constants: Constants) -> float:
+def _gradient_seconds(job: TrainingJob, held: Parameters, constants: Constants) -> float:
     """Seconds in which a rank's gradients are summed and its new weights gathered."""
     config, gpu = job.config, job.gpu
     found = 0.0

@@ -10,13 +10,13 @@ from megatron_r1.plan.constants import UNCERTAINTY, Constants
 from megatron_r1.plan.pipeline.orders import build_schedule
 from megatron_r1.plan.pipeline.simulate import simulate
 from megatron_r1.plan.pipeline_time import durations_of, schedule_of, simulated_step
-from megatron_r1.plan.published import ROWS, Row
+from megatron_r1.plan.published import ROWS, PublishedStep
 from megatron_r1.plan.step import count
 
 FITTED = [row for row in ROWS if row.fit]
 
 
-def error(row: Row) -> float:
+def error(row: PublishedStep) -> float:
     return simulated_step(count(row.job()), Constants()).total / row.seconds - 1
 
 

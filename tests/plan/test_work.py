@@ -8,7 +8,7 @@ from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.load import load
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.exchange import domains_of_token, traffic
-from megatron_r1.plan.job import Job, Stack
+from megatron_r1.plan.job import Stack, TrainingJob
 from megatron_r1.plan.step import count, step_time
 
 V3 = ["model=v3_671b", "train.sequence_length=4096", "train.micro_batch_size=1", "train.global_batch_size=64"]
@@ -17,7 +17,7 @@ V3 = ["model=v3_671b", "train.sequence_length=4096", "train.micro_batch_size=1",
 def flops(overrides: list[str], ranks: int) -> float:
     """Forward and backward FLOPs of a step, over all ranks."""
     config = load("pretrain", [*V3, *overrides])
-    counted = count(Job(config, GPUS["H800"], ranks))
+    counted = count(TrainingJob(config, GPUS["H800"], ranks))
     total = 0.0
     for rank in counted.ranks:
         for number in rank:
@@ -66,7 +66,7 @@ def test_graphs_even_routing_and_faster_links_shorten_a_step() -> None:
     config = load("pretrain", [*V3, "parallel.expert=8"])
 
     def step(gpu: str = "H800", imbalance: float = 1.1, **stack: float) -> float:
-        job = Job(config, GPUS[gpu], 64, imbalance, Stack(**stack))  # type: ignore[arg-type]
+        job = TrainingJob(config, GPUS[gpu], 64, imbalance, Stack(**stack))  # type: ignore[arg-type]
         return step_time(count(job), Constants()).total
 
     assert step(cuda_graphs=1.0) <= step() and step(imbalance=1.0) < step() and step(older=True) > step()
@@ -80,7 +80,7 @@ def test_a_bubble_is_that_of_the_closed_formula() -> None:
         config = load("pretrain", ["model=moonlight_16b", "train.sequence_length=4096", "train.global_batch_size=64",
                                    "train.micro_batch_size=1", "model.num_layers=24", "parallel.pipeline=4",
                                    f"parallel.virtual_pipeline={virtual}"])  # fmt: skip
-        parts[virtual] = step_time(count(Job(config, GPUS["GB300"], 4)), Constants())
+        parts[virtual] = step_time(count(TrainingJob(config, GPUS["GB300"], 4)), Constants())
     one = parts[1]
     assert one.bubble == pytest.approx(3 * (one.compute + one.exchange) / 64, rel=0.02)
     assert parts[2].bubble == pytest.approx(one.bubble / 2, rel=0.1)

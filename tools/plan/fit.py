@@ -19,7 +19,7 @@ from scipy.optimize import least_squares
 import megatron_r1.plan
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.pipeline_time import simulated_step
-from megatron_r1.plan.published import ROWS, Row
+from megatron_r1.plan.published import ROWS, PublishedStep
 from megatron_r1.plan.step import Counted, count, step_time
 
 LOW = (0.3, 0.3, 0.2, 0.2, 1e-6, 0.0, 1.0)
@@ -31,7 +31,7 @@ SPREAD = 0.15
 """Relative error from which on a row counts less than by its square."""
 
 
-def fitted(rows: Sequence[Row], counted: Sequence[Counted], start: Constants) -> Constants:
+def fitted(rows: Sequence[PublishedStep], counted: Sequence[Counted], start: Constants) -> Constants:
     """Constants of the smallest sum of squared logarithmic errors, of which large ones count less."""
 
     def errors(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -45,7 +45,7 @@ def fitted(rows: Sequence[Row], counted: Sequence[Counted], start: Constants) ->
     return Constants(*map(float, found.x))
 
 
-def error(row: Row, counted: Counted, constants: Constants) -> float:
+def error(row: PublishedStep, counted: Counted, constants: Constants) -> float:
     """Relative error of a prediction."""
     return simulated_step(counted, constants).total / row.seconds - 1
 
@@ -73,9 +73,11 @@ def table(leave_one_out: bool) -> str:
     return "\n".join([*lines, ""])
 
 
-def _calibrated(rows: Sequence[Row], counted: dict[Row, Counted], constants: Constants) -> dict[Row, float]:
+def _calibrated(
+    rows: Sequence[PublishedStep], counted: dict[PublishedStep, Counted], constants: Constants
+) -> dict[PublishedStep, float]:
     """Errors of the rows of one GPU and stack when the first of them scales the others."""
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[PublishedStep]] = defaultdict(list)
     for row in rows:
         groups[row.gpu, row.stack.name].append(row)
     found = {}
