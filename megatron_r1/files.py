@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from megatron_r1.errors import DataError, FolderInUse
 
@@ -101,6 +101,34 @@ def take_lock(path: Path, reason: str = "two jobs cannot write to one run", *, w
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"host {socket.gethostname()} pid {os.getpid()}\n".encode(), 0)
     return Lock(descriptor)
+
+
+def hold(path: Path) -> BinaryIO | None:
+    """Hold a file against `is_held` until the returned object is closed or collected; several may hold it.
+
+    Waits while the owner looks. None where the file cannot be read or its file system has no locks.
+    """
+    file = None
+    try:
+        file = path.open("rb")
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError:
+        if file:
+            file.close()
+        return None
+    return file
+
+
+def is_held(path: Path) -> bool:
+    """Whether anyone holds the file now; False where the file system has no locks."""
+    try:
+        with path.open("r+b") as file:  # NFS locks exclusively only what is open for writing
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def sync(path: Path) -> None:

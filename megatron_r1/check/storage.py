@@ -12,10 +12,12 @@ from megatron_r1.check.finding import Check, Finding, Job, finding_of, passed, r
 from megatron_r1.checkpoint.manifest import read_manifest
 from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.config.load import difference, read_yaml, resolved
+from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import UserError
 from megatron_r1.memory.storage import checkpoint_bytes, journal_bytes_per_rollout
 from megatron_r1.memory.trainer import GB
 from megatron_r1.runs.folder import FREE_TO_CHANGE, run_folder
+from megatron_r1.runs.retention import retention_of
 from megatron_r1.runs.source import find_checkpoint, hf_folder
 
 FILES_OF_RANK = 8
@@ -29,23 +31,33 @@ def existing(folder: Path) -> Path:
 
 def checkpoints_to_come(job: Job) -> int:
     """Checkpoints that need space: those that are kept and the one that is being written, less those that are there."""
-    limit = job.config.train.save_total_limit
-    return limit + 1 - min(len(step_folders(run_folder(job.config) / "checkpoints")), limit)
+    train = job.config.train
+    kept = retention_of(train, job.verb).most_kept(train.steps, train.save_interval)
+    return kept + 1 - min(len(step_folders(run_folder(job.config) / "checkpoints")), kept)
 
 
 def _space(job: Job) -> Iterator[Finding]:
+    try:
+        retention_of(job.config.train, job.verb)
+    except UserError as error:
+        yield finding_of(error)
+        return
     folder = existing(run_folder(job.config))
     size, kept = checkpoint_bytes(job.config, job.verb), checkpoints_to_come(job)
     free = shutil.disk_usage(folder).free
     text = f"{kept} checkpoints, with the one that is being written, of {size / GB:.3g} GB; {free / GB:,.0f} GB free"
     if size * kept > free:
-        yield refused(text, f"free space in {folder}, take root=FOLDER elsewhere or a smaller train.save_total_limit")
+        yield refused(text, f"free space in {folder}, take root=FOLDER elsewhere or {_fewer(job.config.train)}")
     else:
         yield passed(text)
     inodes = os.statvfs(folder).f_favail
     needed = kept * job.ranks * FILES_OF_RANK
     if 0 < inodes < needed:
         yield refused(f"{needed:,} files, and {folder} has room for {inodes:,}", "free inodes, or take another root")
+
+
+def _fewer(train: TrainConfig) -> str:
+    return "a smaller train.save_total_limit" + (" or a larger train.keep_every" if train.keep_every else "")
 
 
 def _weights(job: Job) -> Iterator[Finding]:

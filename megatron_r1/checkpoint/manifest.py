@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_r1.checkpoint.digest import digests
 from megatron_r1.errors import CheckpointDamaged
-from megatron_r1.files import canonical_json
+from megatron_r1.files import canonical_json, hold
 
 MANIFEST_NAME = "manifest.json"
 TENSORS = ".safetensors"
@@ -147,6 +147,7 @@ def verify(
         CheckpointDamaged: names the first wrong file and the reason: missing, not listed, other size or other content.
     """
     manifest = read_manifest(folder)
+    held = hold(folder / MANIFEST_NAME)  # hashing takes longer than its run's next saves
     try:
         present = files_under(folder)
         present.pop(MANIFEST_NAME)
@@ -168,6 +169,9 @@ def verify(
             on_file(recorded.size)
     except OSError as error:
         raise _damaged(folder, Path(error.filename or "?").name, f"cannot be read ({error.strerror})") from error
+    finally:
+        if held:
+            held.close()
     return manifest
 
 

@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_r1.checkpoint.manifest import FileRecord
+from megatron_r1.checkpoint.manifest import MANIFEST_NAME, FileRecord
 from megatron_r1.checkpoint.tensor_file import TYPES, Entry, TensorFile, write_tensor_file
 from megatron_r1.checkpoint.tensors import tensor_path
 from megatron_r1.errors import DataError
+from megatron_r1.files import hold
 
 INDEX = "parts"
 
@@ -101,7 +102,10 @@ class _StoredPart:
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """The whole tensors of one kind in a verified checkpoint; each is read when it is accessed."""
+    """The whole tensors of one kind in a verified checkpoint; each is read when it is accessed.
+
+    The checkpoint's run does not remove it until this object is closed or collected.
+    """
 
     def __init__(self, folder: Path, kind: str):
         """
@@ -109,6 +113,8 @@ class WholeTensors(Mapping[str, Tensor]):
             DataError: a file was not written by `write_parts`.
         """
         self._open, self._folder, self._kind = ExitStack(), folder, kind
+        if held := hold(folder / MANIFEST_NAME):
+            self._open.enter_context(held)
         self._files: list[Any] = []
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._parts: dict[str, list[_StoredPart]] = {}

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from megatron_r1.checkpoint.manifest import (
+    MANIFEST_NAME,
     FileRecord,
     Manifest,
     Records,
@@ -32,8 +33,9 @@ from megatron_r1.checkpoint.manifest import (
     verify,
     write_manifest,
 )
+from megatron_r1.checkpoint.retention import Retention
 from megatron_r1.errors import CheckpointDamaged, FolderInUse, UserError
-from megatron_r1.files import Lock, sync, take_lock
+from megatron_r1.files import Lock, is_held, sync, take_lock
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -140,17 +142,15 @@ class CheckpointStore:
 
     Args:
         folder: created if missing. Incomplete folders of an interrupted job are removed from it.
-        keep: number of verified checkpoints that `prune` keeps, at least 2.
+        retention: which checkpoints `prune` keeps.
         ranks: the ranks that save together; every method is collective over them.
 
     Raises:
         FolderInUse: another job has locked the folder. The kernel releases the lock of a dead job.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, ranks: Ranks | None = None):
-        if keep < 2:
-            raise ValueError(f"keep={keep}: must be at least 2, or a damaged checkpoint has none to fall back on")
-        self.folder, self.keep, self.ranks = folder, keep, ranks or OneRank()
+    def __init__(self, folder: Path, retention: Retention | None = None, ranks: Ranks | None = None):
+        self.folder, self.retention, self.ranks = folder, retention or Retention(), ranks or OneRank()
         self._lock: Lock | None = None
         self._known_good: set[str] = set()
         self._save: _Save | None = None
@@ -247,12 +247,15 @@ class CheckpointStore:
         return found
 
     def prune(self) -> None:
-        """Remove checkpoints older than the `keep` newest verified ones; a failed removal is logged."""
+        """Remove checkpoints that are older than the newest verified ones, except those that the retention keeps and
+        those that another process reads; a failed removal is logged."""
         verified = 0
-        for path in self.ranks.gather([path for _, path in step_folders(self.folder)])[0]:
-            if verified < self.keep:
+        checkpoints = self.ranks.gather(step_folders(self.folder))[0]
+        kept = self.retention.beside_newest(checkpoints) if self.ranks.rank == 0 else set()
+        for _, path in checkpoints:
+            if verified < self.retention.newest:
                 verified += self._verifies(path)
-            elif self.ranks.rank == 0:
+            elif self.ranks.rank == 0 and path not in kept:
                 self._discard(path)
 
     def _verifies(self, path: Path) -> bool:
@@ -302,6 +305,9 @@ class CheckpointStore:
         _remove(replaced)
 
     def _discard(self, path: Path) -> None:
+        if is_held(path / MANIFEST_NAME):
+            logger.info("%s is being read; it is removed after a later save", path)
+            return
         # Renamed first, so that an interrupted removal does not leave a folder that looks like a checkpoint.
         trash = path.with_name(_TRASH + path.name)
         try:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 
-from megatron_r1.checkpoint.manifest import FileRecord, needed_for, read_manifest, verify
+from megatron_r1.checkpoint.manifest import MANIFEST_NAME, FileRecord, needed_for, read_manifest, verify
 from megatron_r1.checkpoint.store import CheckpointStore
 from megatron_r1.config.convert import ConvertConfig
 from megatron_r1.config.initial_model import without_unused_layers
@@ -21,7 +21,7 @@ from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.tokenizer import GENERATION_FILE, Tokenizer
 from megatron_r1.errors import ConfigError
-from megatron_r1.files import read_json
+from megatron_r1.files import hold, read_json
 from megatron_r1.hf.audit import AUDIT_FILE, merge_audits
 from megatron_r1.hf.config import (
     SpecialTokens,
@@ -57,6 +57,8 @@ class Origin:
     tokenizer_folder: Path
     tokenizer: Tokenizer | None
     """None where the folder has none."""
+    held: BinaryIO | None = None
+    """Keeps a checkpoint from removal by its run, as long as this object lives."""
 
     @property
     def model(self) -> ModelConfig:
@@ -106,9 +108,8 @@ def find_origin(named: str, which: str, verified: bool) -> Origin:
         return Origin(FolderSource(folder, model, format), format, folder, _tokenizer(folder))
     folder, model = find_checkpoint(named, partial(verify, needed=needed_for(which)) if verified else read_manifest)
     check_holds(folder, which)
-    return Origin(
-        NativeSource(folder, model, which), model.dtype, folder / "tokenizer", _tokenizer(folder / "tokenizer")
-    )
+    held, tokenizer = hold(folder / MANIFEST_NAME), _tokenizer(folder / "tokenizer")
+    return Origin(NativeSource(folder, model, which), model.dtype, folder / "tokenizer", tokenizer, held)
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -62,7 +62,15 @@ class TrainConfig:
     async_save: bool = False
     """Whether checkpoints are written while training continues; needs another copy of the weights in host memory."""
     save_total_limit: int = 2
-    """Number of verified checkpoints to keep; older ones are deleted."""
+    """Number of newest verified checkpoints to keep; older ones are deleted, but for those of the next two keys and
+    those that another command reads."""
+    keep_every: int = 0
+    """Steps, a multiple of save_interval: checkpoints of every such step are kept for good; 0 keeps none so."""
+    keep_best: str = ""
+    """Metric whose best checkpoint is kept too, such as eval/loss (megatron_r1/track/README.md); its value is that of
+    the newest row since the checkpoint before. Of equal values the earlier one is kept; empty keeps none so."""
+    keep_best_mode: str = "auto"
+    """Which value is best: max, min, or auto (the metric's own direction)."""
     save_before_limit_s: float = 0.0
     """Seconds before the time limit of its job at which the run saves and stops, to go on in the next job; more than
     the longest step with its save. 0 does not look at the clock and waits for the scheduler's signal."""
@@ -74,7 +82,11 @@ class TrainConfig:
         at_least(self, 1, "balance_window")
         within(self, 0.0, 0.9999999, "ema_decay")
         at_least(self, 2, "sequence_length", "save_total_limit")
-        at_least(self, 0, "max_skipped_steps", "save_before_limit_s")
+        at_least(self, 0, "max_skipped_steps", "save_before_limit_s", "keep_every")
+        one_of(self, "keep_best_mode", ("auto", "max", "min"))
+        if self.keep_every % self.save_interval:
+            allowed = f"must be a multiple of save_interval={self.save_interval}, or 0"
+            raise ConfigError("keep_every", self.keep_every, allowed)
         ramp = self.schedule.batch_ramp
         if ramp.tokens and ramp.start > self.global_batch_size:
             raise ConfigError(

@@ -24,6 +24,8 @@ FREE_TO_CHANGE = (
     "train.save_interval",
     "train.async_save",
     "train.save_total_limit",
+    "train.keep_every",
+    "train.keep_best",
     "train.save_before_limit_s",
     "threads",
     "distributed_timeout_minutes",

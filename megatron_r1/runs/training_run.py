@@ -36,6 +36,7 @@ from megatron_r1.platform.kernels import refuse_missing_kernels
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.provenance import newest_record
 from megatron_r1.runs.resume import layout, resume
+from megatron_r1.runs.retention import retention_of
 from megatron_r1.runs.snapshot import RankZeroSnapshot, Snapshot, random_state
 from megatron_r1.config.initial_model import check_same_model
 from megatron_r1.runs.initial_weights import InitialModel
@@ -96,6 +97,7 @@ class TrainingRun:
             first: hooks that precede the others, to add metrics or state.
         """
         train = self.config.train
+        retention_of(train, verb)
         # A row is recorded before its step is saved: a run that is killed in between records the row again. In the
         # other order the row would be lost.
         hooks: list[Hook] = [
@@ -169,11 +171,12 @@ def training_run(
     folder = open_run_folder(config)
     platform = select(config.platform)
     check_platform(config, platform)
+    retention = retention_of(config.train)
     with (
         process_groups(
             platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes
         ),
-        CheckpointStore(folder / "checkpoints", config.train.save_total_limit, AllRanks()) as store,
+        CheckpointStore(folder / "checkpoints", retention, AllRanks()) as store,
     ):
         # Up to here a signal ends the process at once: a rank that waits for a dead rank would never check a flag.
         preempt = PreemptHook(config.train.save_before_limit_s)

@@ -51,6 +51,8 @@ BROKEN = [
     (16, f"{V3} check.host_memory_gb=10", "train.async_save=false"),
     (17, f"{V3} root={{full}}", "train.save_total_limit"),
     (17, "pretrain pretrain root={tight}", "train.save_total_limit"),
+    (17, "pretrain pretrain root={tight} train.save_interval=10 train.keep_every=10", "train.keep_every"),
+    (17, "pretrain pretrain train.keep_best=train/los", "train/loss"),
     (18, "grpo r1_zero init.from=hf:{bare}", "1 of 1 files are missing, model.safetensors first"),
     (18, "grpo r1_zero init.from=nowhere", "must be a run with a checkpoint"),
     (18, f"{RL} name=other root={{model}}/..", "another configuration"),

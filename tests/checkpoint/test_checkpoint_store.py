@@ -100,11 +100,11 @@ def test_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_prune_counts_only_verified_ones(tmp_path: Path) -> None:
-    with CheckpointStore(tmp_path, keep=2) as store:
+    with CheckpointStore(tmp_path) as store:
         for step in range(1, 6):
             store.commit(step, write("a"), {})
     damage(tmp_path / "step-00000004")
-    with CheckpointStore(tmp_path, keep=2) as store:
+    with CheckpointStore(tmp_path) as store:
         store.prune()
         assert steps(tmp_path) == [5, 4, 3]
         store.prune()
@@ -118,7 +118,7 @@ def test_prune_removes_links_not_what_they_point_to(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious").write_text("x")
-    with CheckpointStore(tmp_path / "checkpoints", keep=2) as store:
+    with CheckpointStore(tmp_path / "checkpoints") as store:
         path = store.commit(2, write("a"), {})
         (path / "link").symlink_to(outside, target_is_directory=True)
         (store.folder / "step-00000001").symlink_to(outside, target_is_directory=True)
@@ -127,11 +127,6 @@ def test_prune_removes_links_not_what_they_point_to(tmp_path: Path) -> None:
         store.prune()
         assert steps(store.folder) == [5, 4]
     assert (outside / "precious").exists()
-
-
-def test_keeping_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="keep=1"):
-        CheckpointStore(tmp_path, keep=1)
 
 
 def test_the_same_step_again_replaces(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from megatron_r1.checkpoint.store import OneRank
-from megatron_r1.config.schema import convert, resolved
-from megatron_r1.config.load import load
-from megatron_r1.config.model import MoeConfig, ModelConfig
-from megatron_r1.errors import ConfigError
 from megatron_r1.config.initial_model import check_same_model
+from megatron_r1.config.load import load
+from megatron_r1.config.model import ModelConfig, MoeConfig
+from megatron_r1.config.schema import convert, resolved
+from megatron_r1.errors import ConfigError
 from megatron_r1.runs.initial_weights import InitialModel, Weights
 
 

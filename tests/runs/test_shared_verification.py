@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_r1.checkpoint import manifest
+from megatron_r1.checkpoint.retention import Retention
 from megatron_r1.checkpoint.sharded import TensorPart, write_parts
 from megatron_r1.checkpoint.store import CheckpointStore, OneRank
 from megatron_r1.config.data import DataConfig
@@ -83,7 +84,9 @@ def test_ranks_hash_what_they_read_once_and_nothing_of_the_optimizer(run, hashed
     assert sorted(shares[0] + shares[1]) == [f"{which}-{rank:05}.safetensors" for rank in range(FILES)]
 
 
-@pytest.mark.parametrize("file", [f"model-{FILES - 1:05}.safetensors", "model-00000.safetensors", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "file", [f"model-{FILES - 1:05}.safetensors", "model-00000.safetensors", "tokenizer/tokenizer.json"]
+)
 def test_damage_that_one_rank_finds_sends_all_to_the_older_one(run, file):
     damage(run, file)
 
@@ -112,7 +115,7 @@ def test_ranks_divide_the_hashing_of_old_checkpoints_too(run, hashed):
     """Pruning verifies what another job left before it counts it."""
 
     def prune(ranks: ThreadRanks) -> int:
-        with CheckpointStore(run / "checkpoints", 3, ranks) as store:
+        with CheckpointStore(run / "checkpoints", Retention(3), ranks) as store:
             store.prune()
         return threading.get_ident()
 

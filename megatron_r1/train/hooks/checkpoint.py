@@ -39,8 +39,10 @@ class CheckpointHook(Hook):
         self._store, self._snapshot, self._metadata = store, snapshot, metadata
         self._interval, self._background = interval, background
         self._saved = self._saving = resumed_at
+        self._value: float | None = None
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
+        self._value = row.get(self._store.retention.metric, self._value)
         due = state.step % self._interval == 0
         with self._surviving():
             if self._store.saving and (due or self._store.written()):
@@ -57,8 +59,10 @@ class CheckpointHook(Hook):
 
     def _save(self, state: TrainState, background: bool) -> None:
         self._saving = state.step
+        metadata = self._metadata | self._store.retention.metadata(self._value)
+        self._value = None  # a checkpoint's value is of the newest row since the checkpoint before
         with phase("save"):
-            self._store.begin(state.step, self._snapshot(state), self._metadata, background=background)
+            self._store.begin(state.step, self._snapshot(state), metadata, background=background)
         if not background:
             self._settle()
 
