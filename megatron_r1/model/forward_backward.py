@@ -70,7 +70,7 @@ def forward_backward(
     destroy_moe_metrics_tracker()
     MTPLossLoggingHelper.tracker = {}
     model.config.finalize_model_grads_func = finalise
-    model.config.timers = pass_timers()
+    model.config.timers = pass_timers(model)
     with _fitting_groups(model, len(micro_batches)):
         logged = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, forward),
@@ -190,7 +190,7 @@ def forward_only(
     def step(batches: Any, module: Any) -> tuple[Any, Callable[..., Any]]:
         return forward(module, next(batches)), lambda output, non_loss_data: output
 
-    model.config.timers = pass_timers()
+    model.config.timers = pass_timers(model)
     with torch.no_grad(), _fitting_groups(model, len(micro_batches)):
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=step,

@@ -83,6 +83,17 @@ def all_gather_object[Value](value: Value) -> list[Value]:
     return values
 
 
+def all_gather_numbers(mine: Sequence[float]) -> list[list[float]]:
+    """Collective: each rank's numbers, in rank order, in float64 on every rank, which has as many; as one tensor."""
+    if dist.get_world_size() == 1:
+        return [[*mine]]
+    row_N = torch.tensor(mine, dtype=torch.float64, device=_device())
+    rows_RN = row_N.new_empty(dist.get_world_size() * len(mine))
+    dist.all_gather_into_tensor(rows_RN, row_N)
+    rows: list[list[float]] = rows_RN.view(-1, len(mine)).tolist()
+    return rows
+
+
 def merge_by_key[Key, Value](mine: Mapping[Key, Value]) -> dict[Key, Value]:
     """Collective: all ranks' entries in one dictionary; for a key of several ranks, the highest rank's value."""
     return {key: value for entries in all_gather_object(dict(mine)) for key, value in entries.items()}

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from megatron_r1.parallel.trace import traced
+
 Phase = Literal[
     "start",
     "server_start",
@@ -23,13 +25,15 @@ Phase = Literal[
     "rewards",
     "log_probs",
     "update",
+    "optimizer",
     "evaluation",
     "save",
     "end",
 ]
 """`start`: all before the first step, with the reading of weights. `server_start`: the start of engines. `step`: what a
 step does outside of the phases in it, such as reading data. `log_probs`: forward passes before the updates of a
-rollout. `update`: passes over micro-batches and the optimizer's step. `end`: all after the last step."""
+rollout. `update`: passes over micro-batches. `optimizer`: its step, with the gathering of new weights. `end`: all after
+the last step."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
@@ -88,7 +92,7 @@ def phase(name: Phase) -> Iterator[None]:
     if not _of_main_thread():
         yield
         return
-    with _clock.phase(name):
+    with _clock.phase(name), traced(name):
         yield
 
 

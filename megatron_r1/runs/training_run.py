@@ -49,6 +49,7 @@ from megatron_r1.train.hooks.log import LogHook
 from megatron_r1.train.hooks.phases import PhaseHook
 from megatron_r1.train.hooks.preempt import PreemptHook
 from megatron_r1.train.hooks.profile import profile_hooks
+from megatron_r1.train.hooks.rank_times import RankTimesHook
 from megatron_r1.train.optimizer import MOMENTS, Optimizer
 from megatron_r1.train.optimizer_state import MASTER, OptimizerState
 from megatron_r1.train.state import TrainState
@@ -115,7 +116,8 @@ class TrainingRun:
             settings = resolved(self.config) | {"provenance": newest_record(self.folder)}
             tracker = Tracker(self.folder, settings, self.config.name, self.config.track, verb, start)
             hooks.insert(0, LogHook(tracker, shown, train.steps, start, train.log_interval, title))
-        hooks.insert(0, PhaseHook())
+        threshold, device = self.config.profile.straggler_threshold, self.platform.device
+        hooks[:0] = [PhaseHook(), RankTimesHook(train.log_interval, train.steps, threshold, device)]
         if self.ema:
             hooks.insert(0, EmaHook(self.ema))
         profiles = profile_hooks(

@@ -36,7 +36,7 @@ class Metric:
     """Description of one metric, or of a family of metrics.
 
     A `name` that ends in `/*` describes all names that begin with the rest. A `table` has a number, or a list of them,
-    by layer. `varies` marks metrics that differ between two runs of one configuration, such as times.
+    by layer or rank. `varies` marks metrics that differ between two runs of one configuration, such as times.
     """
 
     name: str
@@ -270,6 +270,21 @@ def _perf() -> Iterator[Metric]:
         "time between two rows. Phases: megatron_r1/parallel/phases.py.",
         ALL,
         "lower",
+    )
+    spread = "Over ranks, mean of a step, with several ranks and every train.log_interval steps:"
+    for kind in ("min", "median", "max"):
+        yield of(f"phase_seconds_{kind}/*", "s", f"{spread} {kind} of the time in each phase.", ALL, "lower")
+        yield of(f"pass_seconds_{kind}", "s", f"{spread} {kind} of a rank's own work in passes.", ALL, "lower")
+    slowest = "In the same rows: rank with most work in the phase, or in a phase without passes with most time."
+    yield of("slowest_rank/*", "rank", slowest, ALL, "")
+    yield Metric(
+        "perf/stragglers",
+        "multiple of the median",
+        "A slow rank's own work in passes above the median of ranks with the same layers; once, when it is named.",
+        ALL,
+        "lower",
+        table=True,
+        varies=True,
     )
     yield of("mfu", "share", "Model FLOP/s over the devices' peak.", SUPERVISED, "higher")
     yield of("rollout_seconds", "s", "Time in which the trainer waits for a rollout.", RL, "lower")

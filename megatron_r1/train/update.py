@@ -63,7 +63,9 @@ def update(
     biases = [(router, router.expert_bias.clone()) for router in routers(model)]
     passes = forward_backward(model, optimizer.chunks, micro_batches, _scaled(forward, scale), length, micro_batch_size)
     if comm.all_ranks(optimizer.gradients_finite()):
-        return UpdateResult(passes, optimizer.step(learning_rate), skipped=False, reduce=reduce)
+        with phase("optimizer"):
+            norm = optimizer.step(learning_rate)
+        return UpdateResult(passes, norm, skipped=False, reduce=reduce)
     for router, bias in biases:
         router.expert_bias.copy_(bias)
     return UpdateResult(passes, float("nan"), skipped=True, reduce=reduce)

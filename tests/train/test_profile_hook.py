@@ -23,19 +23,19 @@ RUNS = """
 import sys
 from megatron_r1.__main__ import exit_code
 
-root, *common = sys.argv[1:]
 for line in sys.stdin:
-    verb, *more = line.split()
-    assert exit_code([verb, f"root={root}", *common, *more]) == 0, line
+    assert exit_code([*line.split(), *sys.argv[1:]]) == 0, line
 """
-COMMON = (
-    "platform=cpu", "threads=1", "track=off", "data.num_documents=300", "model.num_layers=2", "train.steps=4",
-    "train.schedule.warmup_steps=0",
-)  # fmt: skip
-PRETRAIN = "train.sequence_length=32 train.global_batch_size=4 train.micro_batch_size=2"
+COMMON = ("platform=cpu", "threads=1", "track=off", "model.num_layers=2", "train.schedule.warmup_steps=0")
+PRETRAIN = (
+    "pretrain data.num_documents=300 train.steps=4 train.sequence_length=32 train.global_batch_size=4 "
+    "train.micro_batch_size=2"
+)
 COMMANDS = f"""
-pretrain name=plain {PRETRAIN}
-pretrain name=traced {PRETRAIN} profile.steps=2:3
+{PRETRAIN} root={{0}} name=plain
+{PRETRAIN} root={{0}} name=traced profile.steps=2:3
+grpo root={{0}} name=rl init.from={{0}}/plain rollout=local rollout.max_response_tokens=8 rl.prompts_per_rollout=4 \
+rl.group_size=2 rl.updates_per_rollout=2 rl.kl_coefficient=0.1 model.mtp.num_layers=0 train.steps=2 profile.steps=2:2
 """
 
 
@@ -59,8 +59,8 @@ def ranges_of(events: list[dict[str, Any]]) -> dict[str, int]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-W", "ignore", "-c", RUNS, str(root), *COMMON]
-    done = subprocess.run(command, input=COMMANDS.strip(), capture_output=True, text=True, timeout=170, check=False)
+    command, lines = [sys.executable, "-W", "ignore", "-c", RUNS, *COMMON], COMMANDS.strip().format(root)
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr
     return root
 
@@ -79,8 +79,17 @@ def test_a_trace_names_the_passes_of_its_steps(root):
     events = trace_of(root / "traced", "steps-2-3-rank-0")
     ranges = ranges_of(events)
     assert (ranges["forward"], ranges["backward"], ranges["all-grads-sync"]) == (4, 4, 2)
+    assert [ranges[name] for name in ("step 2", "step 3", "update", "optimizer")] == [1, 1, 2, 2]
+    assert "step 1" not in ranges and "step 4" not in ranges
     within = {event["name"] for event in events if event.get("cat") == "cpu_op"}
     assert {"aten::mm", "aten::_fused_adamw_"} <= within
+
+
+def test_a_trace_of_reinforcement_learning_names_its_phases(root):
+    ranges = ranges_of(trace_of(root / "rl", "steps-2-2-rank-0"))
+    phases = {"weight_sync": 1, "rollout": 1, "rewards": 1, "log_probs": 1, "update": 2, "optimizer": 2}
+    assert {name: ranges[name] for name in phases} == phases
+    assert ranges["forward"] > ranges["backward"] > 1  # log-probs have forward passes alone
 
 
 def test_a_table_names_the_operators_that_take_most(root):

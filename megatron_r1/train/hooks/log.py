@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_r1.track.tracker import Tracker
 from megatron_r1.train.hooks import Hook
+from megatron_r1.train.hooks.phases import phase_seconds
 from megatron_r1.train.state import TrainState
 
 
@@ -30,6 +32,8 @@ class LogHook(Hook):
         self._console = Console(file=sys.stderr, highlight=False)
         self._started, self._start = time.monotonic(), start
         self._title = title
+        self._seconds: Counter[str] = Counter()
+        """By phase, since the last line."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -47,16 +51,24 @@ class LogHook(Hook):
         self._tracker.log(state.step, row)
         metrics = "  ".join(f"{name} {_short(row[name])}" for name in self._shown if row.get(name) is not None)
         self._progress.update(self._task, completed=state.step, metrics=metrics)
+        self._seconds.update(phase_seconds(row))
         last = state.step == self._total
         if not self._console.is_terminal and (last or state.step % self._interval == 0):
             remaining_s = (time.monotonic() - self._started) / (state.step - self._start) * (self._total - state.step)
-            self._console.print(
-                f"{self._title} {state.step}/{self._total}  {metrics}  {remaining_s:.0f} s left", soft_wrap=True
-            )
+            where = f"{self._title} {state.step}/{self._total}"
+            line = f"{where}  {metrics}  {_shares(self._seconds)}  {remaining_s:.0f} s left"
+            self._console.print(line, soft_wrap=True)
+            self._seconds.clear()
 
     def finish(self, state: TrainState) -> None:
         self._progress.stop()
         self._tracker.close()
+
+
+def _shares(seconds: Counter[str]) -> str:
+    """The phases that took most of the time, with their shares."""
+    total = sum(seconds.values()) or 1.0
+    return ", ".join(f"{phase} {took / total:.0%}" for phase, took in seconds.most_common(3) if took >= 0.01 * total)
 
 
 def _short(value: float) -> str:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.parallel.phases import take_seconds
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
+
+SECONDS = "perf/phase_seconds/"
+"""What the metrics' names begin with."""
 
 
 class PhaseHook(Hook):
@@ -15,3 +19,8 @@ class PhaseHook(Hook):
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
         row |= {f"perf/phase_seconds/{phase}": seconds for phase, seconds in take_seconds().items()}
+
+
+def phase_seconds(row: Mapping[str, Any]) -> dict[str, float]:
+    """The seconds in a row, by phase."""
+    return {name.removeprefix(SECONDS): value for name, value in row.items() if name.startswith(SECONDS)}

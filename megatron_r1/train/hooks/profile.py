@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_r1.config.profile import ProfileConfig
 from megatron_r1.errors import ConfigError
@@ -42,14 +42,21 @@ class ProfileHook(Hook):
         self._folder, self._settings, self._rank, self._cuda = run_folder / FOLDER, settings, rank, cuda
         self._profiler: profile | None = None
         self._first = 0
+        self._step: record_function | None = None
 
     def before_step(self, state: TrainState) -> None:
         step = state.step + 1
         if not self._profiler and self._settings.first_step <= step <= self._settings.last_step:
             self._first = step
             self._start()
+        if self._profiler:
+            self._step = record_function(f"step {step}")
+            self._step.__enter__()
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
+        if self._step:
+            self._step.__exit__(None, None, None)
+            self._step = None
         if self._profiler and state.step == self._settings.last_step:
             self._write(self._profiler, state.step)
 
