@@ -59,7 +59,7 @@ IMPORTED_ONLY = {
     "check": ("",),  # it reads what the verb reads whose command it checks
     "pipeline": ("init.", "model.", *KERNELS),
     "report": KERNELS,
-    "doctor": KERNELS,
+    "doctor": (*KERNELS, "reward.sandbox."),
     "submit": ("",),  # as check, for the verb that the job runs
     "plan": ("",),  # as check, for the verb whose command it plans
     "serve": ("",),  # as check, for the verb whose servers it runs

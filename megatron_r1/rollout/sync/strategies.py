@@ -10,7 +10,6 @@ Deltas alone do (delta.py): a sender holds what it sent.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -28,11 +27,10 @@ from megatron_r1.model.shards import ShardDirectory, assemble, shard_directory, 
 from megatron_r1.parallel.comm import all_gather_object
 from megatron_r1.parallel.mesh import pipeline_stage
 from megatron_r1.platform.launcher import rank
+from megatron_r1.platform.shared_memory import make_folder
 from megatron_r1.rollout.sync.buckets import NamedTensor, plan_buckets
 from megatron_r1.rollout.sync.group_sender import RoundRobin, SendOrder
 from megatron_r1.rollout.sync.payload import WeightPayload
-
-_MEMORY = Path("/dev/shm")
 
 ReadWeights = Callable[[], Iterable[tuple[str, Tensor]]]
 """Gives the current weights, whole, by megatron-core name."""
@@ -244,8 +242,7 @@ class DiskSync:
             payload: what is written, and in which formats; by default all but the multi-token prediction layers.
         """
         self._weights, self._payload, self._tokenizer = weights, payload or WeightPayload(model), tokenizer_folder
-        parent = _MEMORY if _MEMORY.is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="megatron_r1-weights-", dir=parent))
+        self._folder = make_folder("weights")
         self._current = 0
         self.engine: FolderReader | None = None
         """Reads the folders."""

@@ -15,12 +15,12 @@ from megatron_r1.config.sglang import ServerConfig, SGLangConfig, SpeculativeCon
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.hf.model_config import folder_format
+from megatron_r1.platform import shared_memory
 from megatron_r1.rl.placement import Separate
 from megatron_r1.rollout import factory
 from megatron_r1.rollout.engine import Request, Sampling
 from megatron_r1.rollout.factory import sglang_engine, weight_payload
 from megatron_r1.rollout.sglang.servers import discovery as addresses
-from megatron_r1.rollout.sync import strategies
 from megatron_r1.rollout.sync.model_folder import write_shape
 from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.strategies import DiskSync
@@ -126,7 +126,7 @@ def test_no_weight_is_read_or_written_to_start_servers(new_model, tokenizer, tmp
         raise AssertionError("the start of servers gathers the model")
 
     monkeypatch.setattr(factory, "whole_tensors", read)
-    monkeypatch.setattr(strategies, "_MEMORY", tmp_path / "memory")
+    monkeypatch.setattr(shared_memory, "MEMORY", tmp_path / "memory")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     for folder in ("memory", "temporary"):
         (tmp_path / folder).mkdir()
