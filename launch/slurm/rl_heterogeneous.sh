@@ -16,8 +16,9 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --output=slurm-%x-%j.out
 #SBATCH --open-mode=append
-#SBATCH --requeue
+#SBATCH --no-requeue
 #SBATCH hetjob
+#SBATCH --job-name=megatron_r1.engines
 #SBATCH --account=ACCOUNT
 #SBATCH --partition=PARTITION
 #SBATCH --qos=QOS
@@ -39,7 +40,7 @@ trainer_nodes=2
 ranks_per_node=8
 engine_nodes=1
 servers_per_node=8
-restart=requeue
+restart=chain
 max_restarts_without_progress=3
 grace_s=120
 environment=(OMP_NUM_THREADS=8)

@@ -102,6 +102,8 @@ def directives_of_engines(config: RunConfig) -> dict[str, str | None]:
     same = ("account", "partition", "qos", "gpus-per-node", "mem", "exclusive", "time")
     trainer, cores = directives(config), config.cluster.cpus_per_rank * config.cluster.ranks
     own = {"nodes": str(config.submit.engine_nodes), "ntasks-per-node": "1", "cpus-per-task": str(cores or "") or None}
+    # With restart=singleton, components of one name would wait for each other.
+    own |= {"job-name": f"{config.name}.engines"}
     return {name: trainer[name] for name in same} | own
 
 

@@ -54,6 +54,9 @@ def check_roles(config: RunConfig) -> None:
         raise ConfigError("submit.engine_nodes", submit.engine_nodes, needs)
     if submit.heterogeneous and not submit.engine_nodes:
         raise ConfigError("submit.heterogeneous", True, "must be false where submit.engine_nodes is 0")
+    if submit.heterogeneous and submit.restart == "requeue":
+        allowed = "must be chain, singleton or none where submit.heterogeneous is true: SLURM leaves such a job pending"
+        raise ConfigError("submit.restart", submit.restart, f"{allowed} after a requeue")
     if verb == "pipeline" and submit.stage_jobs and submit.restart == "singleton":
         allowed = "must be requeue, chain or none where each stage is a job that waits for the one before; with"
         raise ConfigError("submit.restart", submit.restart, f"{allowed} submit.stage_jobs=false, each job runs all")

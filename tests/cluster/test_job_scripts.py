@@ -121,6 +121,8 @@ def test_engines_may_be_a_component_of_their_own():
     trainer, engines = text.partition(END)[0].split("#SBATCH hetjob\n")
     assert lines_of(trainer, "#SBATCH --nodes") == ["#SBATCH --nodes=3"]
     assert lines_of(engines, "#SBATCH --nodes") == ["#SBATCH --nodes=2"]
+    assert lines_of(trainer, "#SBATCH --job-name") == ["#SBATCH --job-name=r1_zero"]
+    assert lines_of(engines, "#SBATCH --job-name") == ["#SBATCH --job-name=r1_zero.engines"]
     assert lines_of(trainer, "#SBATCH --no-requeue") and not lines_of(engines, "#SBATCH --no-requeue")
     assert lines_of(trainer, "#SBATCH --constraint") == lines_of(engines, "#SBATCH --constraint") != []
     assert lines_of(engines, "trainer_nodes=") == ["trainer_nodes=3"]
@@ -145,6 +147,7 @@ def test_a_recipe_is_a_job_for_each_stage_in_order():
     [
         ("pipeline", ["restart=singleton"], "submit.restart"),
         ("grpo", ["init.from=base", "submit.heterogeneous=true"], "submit.heterogeneous"),
+        ("grpo", ["init.from=base", "nodes=2", "engine_nodes=1", "submit.heterogeneous=true"], "submit.restart"),
         ("pretrain", ["nodes=2", "engine_nodes=1"], "submit.engine_nodes"),
         ("grpo", ["init.from=base", "engine_nodes=1"], "engine_nodes"),
         ("grpo", ["init.from=base", "nodes=2", "engine_nodes=1", "rollout=local"], "submit.engine_nodes"),

@@ -31,8 +31,11 @@ RL = (
     "platform=cpu", "track=off", "threads=1", "train.steps=2", "train.schedule.warmup_steps=0", "train.log_interval=1",
     "rl.prompts_per_rollout=2", "rl.group_size=2", "rollout.max_response_tokens=8",
     "rollout.sglang.max_running_requests=8", "rollout.sglang.max_total_tokens=1024",
+    "rollout.sglang.start_timeout_s=600",
 )  # fmt: skip
 """Reinforcement learning of two steps, on nodes without GPUs."""
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
+"""States of jobs that are over; there are more of others than PENDING and RUNNING, such as SIGNALING."""
 STOPS = {
     "signal": ("time_limit=00:30:00",),
     "requeue": ("time_limit=00:30:00",),
@@ -70,13 +73,14 @@ class Cluster:
 
     def states(self) -> dict[str, str]:
         """Job -> state, of the jobs that the controller knows."""
-        shown = self.run("squeue", "--noheader", "--states=all", "--format=%i %T").stdout
-        return dict(line.split() for line in shown.splitlines())
+        shown = self.run("squeue", "--noheader", "--states=all", "--format=%i %T")
+        assert shown.returncode == 0, shown.stderr
+        return dict(line.split() for line in shown.stdout.splitlines())
 
     def wait_for_all(self, deadline_s: float = 600) -> dict[str, str]:
         """The jobs' states once no job runs or waits any more."""
         deadline = time.monotonic() + deadline_s
-        while set(states := self.states().values()) & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
+        while set(states := self.states().values()) - ENDED:
             assert time.monotonic() < deadline, f"{states}\n{self.logs()}"
             time.sleep(0.5)
         return self.states()
@@ -91,7 +95,7 @@ class Cluster:
     def run_folder(self, name: str) -> Path:
         return self.folder / "runs" / name
 
-    def wait_for_step(self, name: str, deadline_s: float = 300) -> None:
+    def wait_for_step(self, name: str, deadline_s: float = 600) -> None:
         """Return once a run has recorded its first step."""
         metrics = self.run_folder(name) / "metrics.jsonl"
         self.wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0, deadline_s)

@@ -1,6 +1,6 @@
 """Jobs that are stopped in the middle go on with the losses of a job that was not, in each of the restart modes.
 
-Two pairs of mode and stop run always, all of them by `-m slow`. The jobs of a test run beside those of the fixtures.
+Two pairs of mode and stop run always, all of them by `-m slow`. The jobs of the fixtures run beside those of a test.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tests.support.slurm_cluster import absent
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900), pytest.mark.skipif(bool(absent()), reason=absent() or "none")]
 JOB = (
-    "pretrain", *TINY, "train.steps=60", "train.save_interval=10", "train.schedule.lr_decay_style=constant",
+    "pretrain", *TINY, "train.steps=20", "train.save_interval=5", "train.schedule.lr_decay_style=constant",
 )  # fmt: skip
 MODES = ("requeue", "chain", "singleton")
 ALWAYS = (("requeue", "signal"), ("chain", "signal"))
@@ -20,9 +20,17 @@ ALWAYS = (("requeue", "signal"), ("chain", "signal"))
 
 @pytest.fixture(scope="module", autouse=True)
 def undisturbed(cluster) -> str:
-    """A job that nothing stops: its name. It runs beside the others."""
+    """A job that nothing stops: its name."""
     cluster.submit(*JOB, "name=undisturbed", "time_limit=00:30:00")
     return "undisturbed"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def generations(cluster) -> str:
+    """A job whose attempts the clock, 599 s before the limit, stops after their first step: its name."""
+    clock = ("train.save_before_limit_s=599", "submit.generations=3", "train.steps=2", "time_limit=00:10:00")
+    cluster.submit(*JOB, "name=generations", "restart=singleton", *clock)
+    return "generations"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,18 +63,14 @@ def test_a_stopped_job_goes_on(cluster: Cluster, undisturbed, mode, how):
     assert len(attempts) > 1 if stopped else attempts == [job]
     assert set(attempts) == {job} if mode == "requeue" else len(set(attempts)) == len(attempts)
     assert states[attempts[-1]] == "COMPLETED"
-    waited = {number: state for number, state in states.items() if number in cluster.queued(name)}
-    assert {state for number, state in waited.items() if number not in attempts} <= {"CANCELLED"}
+    assert {states[number] for number in cluster.queued(name) if number not in attempts} <= {"CANCELLED"}
 
 
-def test_generations_stop_by_the_clock_and_the_last_is_cancelled(cluster, undisturbed):
-    """The clock, 599 s before the limit, stops every attempt after its first step; the third job is not needed."""
-    clock = ("train.save_before_limit_s=599", "submit.generations=3", "train.steps=2", "time_limit=00:10:00")
-    cluster.submit(*JOB, "name=generations", "restart=singleton", *clock)
+def test_generations_stop_by_the_clock_and_the_last_is_cancelled(cluster, undisturbed, generations):
     states = cluster.wait_for_all()
-    assert losses(cluster.run_folder("generations")) == losses(cluster.run_folder(undisturbed))[:2]
-    assert [states.pop(job) for job, _ in cluster.attempts("generations")] == ["FAILED", "COMPLETED"]
-    assert [states[job] for job in cluster.queued("generations") if job in states] == ["CANCELLED"]
+    assert losses(cluster.run_folder(generations)) == losses(cluster.run_folder(undisturbed))[:2]
+    assert [states[job] for job, _ in cluster.attempts(generations)] == ["FAILED", "COMPLETED"]
+    assert [states[job] for job in cluster.queued(generations)] == ["COMPLETED", "CANCELLED"]
 
 
 def test_restarts_without_progress_stop_and_say_why(cluster, stuck):

@@ -105,6 +105,7 @@ def configuration(folder: Path, ports: list[int], first_job: int) -> str:
         f"SlurmctldPidFile={folder}/slurmctld.pid", f"SlurmdPidFile={folder}/%n.pid",
         "ProctrackType=proctrack/linuxproc", "TaskPlugin=task/none", "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_Core", "SchedulerParameters=bf_interval=1", "MpiDefault=none", "KillWait=2",
+        "MinJobAge=3600",  # squeue shows jobs that are over for as long
     ]  # fmt: skip
     lines += [f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=2" for node, port in zip(NODES, nodes, strict=True)]
     lines += [f"PartitionName=all Nodes={','.join(NODES)} Default=YES"]
