@@ -75,6 +75,8 @@ def parse(arguments: list[str]) -> Command:
         elif argument.startswith("-"):
             options = "--config-name, --cfg, --list, --graph, --table, --help, --version"
             raise ConfigError("option", argument, f"must be one of {options}")
+        elif not command.verb and waiting and f"{argument} {waiting[0]}" in VERBS:
+            command.verb = f"{argument} {waiting.pop(0)}"
         elif argument in VERBS and command.verb and VERBS[command.verb].of_command and not command.job_verb:
             command.job_verb = argument
         elif command.verb:

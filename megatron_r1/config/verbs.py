@@ -222,6 +222,9 @@ VERBS = {
         of_command=True,
     ),
     "report": Verb("megatron_r1.commands.report", "report", "report.html of the runs in a folder"),
+    "track sync": Verb(
+        "megatron_r1.commands.track_sync", "track_sync", "upload the offline wandb runs below root=FOLDER"
+    ),
     "doctor": Verb(
         "megatron_r1.commands.doctor", "doctor", "what this machine can run, and what is missing", reads=("platform",)
     ),
