@@ -9,26 +9,12 @@ from megatron_r1.config.keys import reads
 from megatron_r1.errors import ConfigError
 from megatron_r1.memory.engine import WEIGHT_AND_CACHE, cache_bytes_per_token, engine_weights
 from megatron_r1.memory.storage import host_bytes_per_rank
-from megatron_r1.memory.trainer import GB, MemoryParts, Pass, job_memory
+from megatron_r1.memory.trainer import GB, MemoryParts, job_memory, largest_pass
 
 SAVINGS = (
     "parallel.tensor, parallel.pipeline or parallel.expert larger, performance.recompute_modules, "
     "train.optimizer.moments_dtype=bf16 or train.optimizer.offload=true, or smaller micro-batches"
 )
-
-
-def _work(job: Job) -> Pass:
-    """The largest forward pass of one rank, and how many an update has."""
-    config = job.config
-    if job.verb == "grpo":
-        samples = config.rl.prompts_per_rollout * config.rl.group_size // config.rl.updates_per_rollout
-        tokens = config.rl.tokens_per_micro_batch
-        passes = samples * config.model.max_sequence_length // (tokens * job.data_parallel)
-        return Pass(tokens, max(1, passes))
-    train = config.train
-    share = max(1, train.global_batch_size // job.data_parallel)
-    size = min(train.micro_batch_size, share) * (2 if job.verb in ("dpo", "reward_model") else 1)
-    return Pass(size * train.sequence_length // config.parallel.context, -(-share // train.micro_batch_size))
 
 
 def stages_of(job: Job) -> list[MemoryParts]:
@@ -37,7 +23,8 @@ def stages_of(job: Job) -> list[MemoryParts]:
     Raises:
         ConfigError: the layout does not fit the model.
     """
-    return job_memory(job.config, job.verb, job.ranks, _work(job), job.on_gpus)
+    work = largest_pass(job.config, job.verb, job.data_parallel)
+    return job_memory(job.config, job.verb, job.ranks, work, job.on_gpus)
 
 
 def _stages(job: Job) -> list[MemoryParts] | None:

@@ -14,12 +14,13 @@ from megatron_r1.config.load import load_sections
 from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import VERBS, JobCommand
-from megatron_r1.errors import ConfigError, ExitCode
+from megatron_r1.errors import ConfigError, ExitCode, UserError
 from megatron_r1.plan.constants import UNCERTAINTY, Constants
 from megatron_r1.plan.cost import cost
 from megatron_r1.plan.layouts import Fixed
 from megatron_r1.plan.report import JobPlan, show, show_layouts, write
-from megatron_r1.plan.search import search, smallest_cluster
+from megatron_r1.plan.search import Found, search, smallest_cluster
+from megatron_r1.plan.split import Split, splits
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.source import find_model
 
@@ -40,17 +41,36 @@ def run_command(command: JobCommand) -> int:
     config = planned(command)
     verb, constants = command.verb, Constants()
     fixed = Fixed(frozenset(map(_key, spelt_out(command.overrides))))
-    gpus = config.plan.gpus
-    found = search(config, verb, gpus, constants, fixed) if gpus else smallest_cluster(config, verb, constants, fixed)
+    found, split = _searched(config, verb, constants, fixed)
     if not found.best_first:
         show_layouts(found, config, Console(highlight=False))
         return int(ExitCode.BAD_CONFIG)
-    best = found.best_first[0]
-    price = cost(best.job.config, verb, found.gpus, GPUS[config.plan.gpu].per_node, best.seconds)
-    plan = JobPlan(command, config, found, price, constants, UNCERTAINTY)
+    best, gpus = found.best_first[0], found.gpus
+    seconds = best.seconds
+    if split:
+        gpus, seconds = max(gpus, gpus + split.engine_nodes * GPUS[config.plan.gpu].per_node), split.step.total
+    price = cost(best.job.config, verb, gpus, GPUS[config.plan.gpu].per_node, seconds)
+    plan = JobPlan(command, config, found, price, constants, UNCERTAINTY, split)
     write(plan, Path(run_folder(config)) / "plan")
     show(plan, time.perf_counter() - start)
     return int(ExitCode.DONE)
+
+
+def _searched(config: RunConfig, verb: str, constants: Constants, fixed: Fixed) -> tuple[Found, Split | None]:
+    """The trainer's layouts, and for reinforcement learning the best division of the nodes."""
+    gpus = config.plan.gpus
+    if verb == "grpo":
+        found = splits(config, gpus or _smallest(config, constants, fixed), constants, fixed)
+        return (found[0].trainer, found[0]) if found else (Found(gpus, [], [], 0), None)
+    if gpus:
+        return search(config, verb, gpus, constants, fixed), None
+    return smallest_cluster(config, verb, constants, fixed), None
+
+
+def _smallest(config: RunConfig, constants: Constants, fixed: Fixed) -> int:
+    """GPUs of the smallest trainer, and as many for the servers where they have their own."""
+    trainer = smallest_cluster(config, "grpo", constants, fixed).gpus
+    return trainer if config.rollout.placement == "colocated" else 2 * trainer
 
 
 def planned(command: JobCommand) -> RunConfig:
@@ -64,7 +84,10 @@ def planned(command: JobCommand) -> RunConfig:
     overrides = spelt_out(command.overrides)
     check_overrides(command.verb, [line for line in overrides if _key(line).partition(".")[0] not in SUBMITTED])
     check_recipe(command.verb, command.recipe)
-    return load_sections(command.verb, overrides, command.recipe, find_model).config
+    try:
+        return load_sections(command.verb, overrides, command.recipe, find_model).config
+    except UserError:  # weights that an earlier job will have made; the recipe says what they are
+        return load_sections(command.verb, overrides, command.recipe, None).config
 
 
 def spelt_out(overrides: Sequence[str]) -> list[str]:

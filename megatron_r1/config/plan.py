@@ -35,11 +35,18 @@ class PlanConfig:
     """Mean days between failures of one node; 264 are those of Llama 3's training (arXiv 2407.21783, section 3.3.4: 419
     unexpected interruptions of 2,048 nodes in 54 days)."""
 
+    response_tokens: int = 0
+    """Mean tokens of a response in reinforcement learning; 0 takes half of rollout.max_response_tokens."""
+    prompt_tokens: int = 256
+    """Mean tokens of a prompt in reinforcement learning."""
+    reward_seconds: float = 0.0
+    """Seconds that scoring a rollout takes after its last response."""
+
     def __post_init__(self) -> None:
         self.gpu = self.gpu.upper()
         one_of(self, "gpu", tuple(GPUS))
-        at_least(self, 0, "gpus", "tokens", "gpu_hour_price")
-        at_least(self, 1, "most_gpus", "layouts")
+        at_least(self, 0, "gpus", "tokens", "gpu_hour_price", "response_tokens", "reward_seconds")
+        at_least(self, 1, "most_gpus", "layouts", "prompt_tokens")
         within(self, 0.1, 1.0, "memory_share")
         within(self, 0.0, 16.0, "imbalance")
         within(self, 1e-3, 1e6, "storage_gb_per_second", "node_failure_days")

@@ -1,8 +1,9 @@
 """Bytes that a forward pass keeps for its backward pass, per token of a rank, by kind of layer.
 
 Two backends keep different tensors: Transformer Engine's modules on a GPU, and the torch modules in their place on a
-CPU. The terms below say which tensor each one is; those of the CPU are measured (tests/memory), those of a GPU follow
-from reading megatron-core 0.19 and Transformer Engine 2.20, and are unverified.
+CPU. The terms below say which tensor each one is; those of the CPU are measured (tests/memory). Those of a GPU follow
+from reading megatron-core 0.19 and Transformer Engine 2.20, and are within 5 % of published peaks in bf16 without
+recomputation (tests/memory/test_published_peaks.py); with FP8 or recomputation they are unverified.
 
 With sequence parallelism, tokens outside of attention and of the experts are divided among tensor-parallel ranks.
 """

@@ -15,7 +15,7 @@ CHUNK_LOGITS = 2**24
 CUDA_CONTEXT = 1.5e9
 """Bytes of CUDA's context, kernels, cuBLAS and NCCL on a GPU: unverified, of what peers report between 1 and 2 GB."""
 FRAGMENTATION = 0.04
-"""Share of the other bytes that the allocator cannot use: unverified."""
+"""Share of the other bytes that the allocator cannot use: 3 to 7 % on B200 (tests/memory/test_published_peaks.py)."""
 
 
 @dataclass(slots=True)
@@ -47,6 +47,19 @@ class Pass:
     """Tokens of a micro-batch on one rank, before tensor-parallel ranks share them."""
     micro_batches: int
     """Micro-batches of an optimizer step on one rank."""
+
+
+def largest_pass(config: RunConfig, verb: str, data_parallel: int) -> Pass:
+    """The largest forward pass of one rank, and how many an update has."""
+    if verb == "grpo":
+        samples = config.rl.prompts_per_rollout * config.rl.group_size // config.rl.updates_per_rollout
+        tokens = config.rl.tokens_per_micro_batch
+        passes = samples * config.model.max_sequence_length // (tokens * data_parallel)
+        return Pass(tokens, max(1, passes))
+    train = config.train
+    share = max(1, train.global_batch_size // data_parallel)
+    size = min(train.micro_batch_size, share) * (2 if verb in ("dpo", "reward_model") else 1)
+    return Pass(size * train.sequence_length // config.parallel.context, -(-share // train.micro_batch_size))
 
 
 @dataclass(frozen=True, slots=True)

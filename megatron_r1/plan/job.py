@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from megatron_r1.config.hardware import Gpu
 from megatron_r1.config.run import RunConfig
-from megatron_r1.memory.trainer import Pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,8 @@ class TrainingJob:
     imbalance: float = 1.0
     """Tokens of the busiest rank's experts over the mean: 1 where routing is forced to be even."""
     stack: Stack = Stack()
+    attended: float = 1.0
+    """Share of a sequence that a token's own document has: below 1 where several lie end to end in it."""
 
     @property
     def data_parallel(self) -> int:
@@ -57,8 +58,3 @@ class TrainingJob:
         """Tokens of a micro-batch on one rank, before tensor-parallel ranks share them."""
         train = self.config.train
         return train.micro_batch_size * train.sequence_length / self.config.parallel.context
-
-    @property
-    def work(self) -> Pass:
-        """As the memory model takes it."""
-        return Pass(int(self.tokens), self.micro_batches)

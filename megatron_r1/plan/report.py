@@ -20,6 +20,7 @@ from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.cost import Cost
 from megatron_r1.plan.layouts import changed_keys
 from megatron_r1.plan.search import PARTS, TIE, Found, PlannedLayout, why_slower, why_too_large
+from megatron_r1.plan.split import Split
 
 WIDTH, BAR = 150, 40
 ARGUMENTS = "submit.args"
@@ -37,6 +38,8 @@ class JobPlan:
     constants: Constants
     uncertainty: float
     """Relative error to expect of a step's seconds."""
+    split: Split | None = None
+    """Of reinforcement learning: which nodes train."""
 
     @property
     def best(self) -> PlannedLayout:
@@ -44,7 +47,8 @@ class JobPlan:
 
     @property
     def nodes(self) -> int:
-        return -(-self.found.gpus // GPUS[self.config.plan.gpu].per_node)
+        trainer = -(-self.found.gpus // GPUS[self.config.plan.gpu].per_node)
+        return trainer + (self.split.engine_nodes if self.split else 0)
 
 
 def write(plan: JobPlan, folder: Path) -> None:
@@ -67,7 +71,15 @@ def submit_arguments(plan: JobPlan) -> list[str]:
     gpu = GPUS[plan.config.plan.gpu]
     on_a_node = min(plan.found.gpus, gpu.per_node)
     machine = [f"cluster.gpu={plan.config.plan.gpu}", f"cluster.gpus_per_node={on_a_node}", f"nodes={plan.nodes}"]
+    if plan.split:
+        tensor = plan.split.engines.tensor
+        changed += [f"rollout.sglang.server.tensor_parallel={tensor}"] * (tensor != _tensor(plan.config))
+        machine += [f"engine_nodes={plan.split.engine_nodes}"] * bool(plan.split.engine_nodes)
     return [plan.command.verb, "--config-name", plan.command.recipe, *given, *changed, *machine]
+
+
+def _tensor(config: RunConfig) -> int:
+    return config.rollout.sglang.server.tensor_parallel
 
 
 def as_json(plan: JobPlan) -> dict[str, Any]:
@@ -85,6 +97,19 @@ def as_json(plan: JobPlan) -> dict[str, Any]:
         "submit": submit_arguments(plan) if plan.found.best_first else [],
         "constants": asdict(plan.constants),
         "uncertainty": plan.uncertainty,
+        "reinforcement": _split(plan.split) if plan.split else {},
+    }
+
+
+def _split(split: Split) -> dict[str, Any]:
+    step = split.step
+    return {
+        "engine_nodes": split.engine_nodes,
+        "engines": asdict(split.engines),
+        "step_seconds": step.total,
+        "phases": asdict(step),
+        "trainer_idle": step.trainer_idle,
+        "engine_idle": step.engine_idle,
     }
 
 
@@ -153,6 +178,15 @@ def _show_memory(plan: JobPlan, console: Console) -> None:
 
 def _show_cost(plan: JobPlan, console: Console) -> None:
     cost, time = plan.cost, plan.best.time
+    if plan.split:
+        step, engines = plan.split.step, plan.split.engines
+        console.print(
+            f"step of reinforcement learning, {step.total:.3g} s {'ahead' if step.ahead else 'in turns'}: rollout "
+            f"{step.rollout:.3g}, rewards {step.rewards:.3g}, log-probabilities {step.logprobs:.3g}, update "
+            f"{step.update:.3g}, weight sync {step.sync:.3g}; idle: trainer {step.trainer_idle:.0%}, engines "
+            f"{step.engine_idle:.0%}; {engines.servers} servers of {engines.tensor} GPUs on "
+            f"{plan.split.engine_nodes or 'the same'} nodes"
+        )
     if time:
         parts = ", ".join(f"{text} {getattr(time, name):.3g}" for name, text in PARTS.items() if getattr(time, name))
         console.print(f"seconds of a step, {time.total:.3g}: {parts}")

@@ -9,12 +9,14 @@ from megatron_r1.config.cross_checks import check_layout, check_sections
 from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
-from megatron_r1.memory.trainer import GB, MemoryParts, job_memory
+from megatron_r1.memory.activations import FP32
+from megatron_r1.memory.trainer import GB, MemoryParts, job_memory, largest_pass
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.job import Stack, TrainingJob
 from megatron_r1.plan.layouts import Fixed, layouts, recomputations
 from megatron_r1.plan.pipeline_time import simulated_step
 from megatron_r1.plan.published import NATURAL_IMBALANCE
+from megatron_r1.plan.rollout import update_of
 from megatron_r1.plan.step import StepTime, count, step_time
 
 TIE = 0.03
@@ -92,19 +94,19 @@ def search(
             too_large.append(smallest)
             full = degrees, layout.train.micro_batch_size
             continue
-        timed = PlannedLayout(found.job, found.memory, step_time(count(found.job), constants))
+        timed = PlannedLayout(found.job, found.memory, step_time(count(update_of(found.job, verb)), constants))
         if timed.seconds < fitting[timed.layout].seconds if timed.layout in fitting else True:
             fitting[timed.layout] = timed
     ordered = sorted(fitting.values(), key=lambda one: one.seconds)
     allowed = list(_allowed(ordered, verb))
-    simulated = [_simulated(one, constants) for one in allowed[:SIMULATED]]
+    simulated = [_simulated(one, verb, constants) for one in allowed[:SIMULATED]]
     simulated.sort(key=lambda one: one.seconds)
     return Found(gpus, simulated + allowed[SIMULATED:], sorted(too_large, key=lambda one: one.memory.total), tried)
 
 
-def _simulated(candidate: PlannedLayout, constants: Constants) -> PlannedLayout:
+def _simulated(candidate: PlannedLayout, verb: str, constants: Constants) -> PlannedLayout:
     """With the pipeline simulated."""
-    return replace(candidate, time=simulated_step(count(candidate.job), constants))
+    return replace(candidate, time=simulated_step(count(update_of(candidate.job, verb)), constants))
 
 
 def smallest_cluster(
@@ -141,10 +143,11 @@ def _smallest(job: TrainingJob, verb: str, limit: float, fixed: Fixed) -> tuple[
 
 
 def _with_memory(job: TrainingJob, config: RunConfig, verb: str) -> PlannedLayout:
-    changed = replace(job, config=config)
-    return PlannedLayout(
-        changed, max(job_memory(config, verb, job.ranks, changed.work, True), key=lambda one: one.total)
-    )
+    work = largest_pass(config, verb, job.data_parallel)
+    stages = job_memory(config, verb, job.ranks, work, True)
+    for stage in stages:  # another trainer's gradients may be smaller than fp32
+        stage.parts["gradients"] *= job.stack.gradient_bytes / FP32
+    return PlannedLayout(replace(job, config=config), max(stages, key=lambda one: one.total))
 
 
 def _allowed(ordered: list[PlannedLayout], verb: str) -> Iterator[PlannedLayout]:

@@ -106,7 +106,8 @@ def count(job: TrainingJob) -> Counted:
     """
     config = job.config
     sizes = Sizes(
-        config, job.tokens, config.train.sequence_length, traffic(config, job.gpu, job.stack.fp8_dispatch),
+        config, job.tokens, config.train.sequence_length * job.attended,
+        traffic(config, job.gpu, job.stack.fp8_dispatch),
         job.imbalance, job.stack.fp8_attention and config.fp8.enabled,
     )  # fmt: skip
     kinds = dict(work.parts(sizes))
