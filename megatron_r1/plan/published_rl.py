@@ -9,7 +9,7 @@ from megatron_r1.config.load import load
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.job import TrainingJob
 from megatron_r1.plan.published import NATURAL_IMBALANCE
-from megatron_r1.plan.rollout import Engines, Responses, RolloutStep, rl_step
+from megatron_r1.plan.rollout import Responses, RolloutStep, ServerGpus, rl_step
 
 SUMMARY = "NeMo RL, docs/about/performance-summary.md"
 GATE = "NeMo RL, tests/test_suites/llm"
@@ -62,7 +62,7 @@ class PublishedRollout:
         moe = config.model.moe
         imbalance = NATURAL_IMBALANCE[moe.score_function] if moe.num_experts else 1.0
         job = TrainingJob(config, GPUS[self.gpu], self.gpus, imbalance)
-        return rl_step(job, Engines(self.gpus, self.tensor), constants, self.responses)
+        return rl_step(job, ServerGpus(self.gpus, self.tensor), constants, self.responses)
 
 
 SHORT = Responses(512, 640, 1400, 150)

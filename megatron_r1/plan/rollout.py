@@ -31,7 +31,7 @@ POINTS = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Engines:
+class ServerGpus:
     """The servers: GPUs, and GPUs of one server."""
 
     gpus: int
@@ -108,7 +108,7 @@ def responses_of(config: RunConfig) -> Responses:
 
 
 def decode_seconds(
-    config: RunConfig, gpu: Gpu, engines: Engines, batch: float, context: float, constants: Constants
+    config: RunConfig, gpu: Gpu, engines: ServerGpus, batch: float, context: float, constants: Constants
 ) -> float:
     """Seconds of one decoding step of a server with `batch` sequences of `context` tokens each.
 
@@ -129,7 +129,9 @@ def decode_seconds(
     return moved + arithmetic + sent + kernels
 
 
-def rollout_seconds(config: RunConfig, gpu: Gpu, engines: Engines, responses: Responses, constants: Constants) -> float:
+def rollout_seconds(
+    config: RunConfig, gpu: Gpu, engines: ServerGpus, responses: Responses, constants: Constants
+) -> float:
     """Seconds until the last response of a rollout is there.
 
     A server that has no room for the caches of all its responses takes them in turns.
@@ -182,7 +184,7 @@ def sync_seconds(config: RunConfig, gpu: Gpu, constants: Constants) -> float:
 
 
 def rl_step(
-    job: TrainingJob, engines: Engines, constants: Constants, responses: Responses | None = None
+    job: TrainingJob, engines: ServerGpus, constants: Constants, responses: Responses | None = None
 ) -> RolloutStep:
     """Seconds of a step of the verb grpo, whose trainer is `job`; `responses` as configured without."""
     config = job.config
@@ -226,7 +228,7 @@ def update_of(job: TrainingJob, verb: str, responses: Responses | None = None) -
     return replace(job, config=replace(config, train=train, model=model), attended=min(1.0, attended))
 
 
-def engines_of(config: RunConfig, gpu: Gpu, gpus: int) -> Engines:
+def engines_of(config: RunConfig, gpu: Gpu, gpus: int) -> ServerGpus:
     """Servers on so many GPUs: each as small as its weights and two responses of full length allow."""
     server = config.rollout.sglang.server
     tensor = server.tensor_parallel
@@ -236,10 +238,10 @@ def engines_of(config: RunConfig, gpu: Gpu, gpus: int) -> Engines:
         if _cache_tokens(replace(config, rollout=rollout), gpu) > 2 * config.model.max_sequence_length:
             break
         tensor *= 2
-    return Engines(gpus, tensor)
+    return ServerGpus(gpus, tensor)
 
 
-def with_engines(config: RunConfig, engines: Engines) -> RunConfig:
+def with_engines(config: RunConfig, engines: ServerGpus) -> RunConfig:
     """The configuration with servers of this size."""
     server = replace(config.rollout.sglang.server, tensor_parallel=engines.tensor)
     return replace(config, rollout=replace(config.rollout, sglang=replace(config.rollout.sglang, server=server)))

@@ -9,7 +9,7 @@ from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.layouts import Fixed
-from megatron_r1.plan.rollout import Engines, RolloutStep, engines_of, rl_step, with_engines
+from megatron_r1.plan.rollout import RolloutStep, ServerGpus, engines_of, rl_step, with_engines
 from megatron_r1.plan.search import Found, search
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -21,7 +21,7 @@ class Split:
     """A division of the nodes, with the trainer's layouts on its share."""
 
     trainer: Found
-    engines: Engines
+    engines: ServerGpus
     step: RolloutStep
     engine_nodes: int
     """0 where servers share the trainer's GPUs."""

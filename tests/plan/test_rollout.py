@@ -15,8 +15,8 @@ from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.job import TrainingJob
 from megatron_r1.plan.published_rl import ROLLOUTS
 from megatron_r1.plan.rollout import (
-    Engines,
     Responses,
+    ServerGpus,
     decode_seconds,
     engines_of,
     rl_step,
@@ -38,10 +38,10 @@ def test_lengths_have_the_mean_and_the_longest_that_are_given() -> None:
 
 def test_a_small_batch_takes_the_time_of_reading_the_weights() -> None:
     config = load("grpo", QWEN)
-    one = decode_seconds(config, H100, Engines(1, 1), 1, 100, CONSTANTS)
+    one = decode_seconds(config, H100, ServerGpus(1, 1), 1, 100, CONSTANTS)
     launches = 30 * 28 * CONSTANTS.launch * 0.1
     assert one == pytest.approx(7.6e9 * 2 / (CONSTANTS.memory * 3.35e12) + launches, rel=0.05)
-    many = decode_seconds(config, H100, Engines(1, 1), 64, 8000, CONSTANTS)
+    many = decode_seconds(config, H100, ServerGpus(1, 1), 64, 8000, CONSTANTS)
     cache = 64 * 8000 * 28 * 2 * 4 * 128 * 2 / (CONSTANTS.memory * 3.35e12)
     assert many - one == pytest.approx(cache + 2 * 7.6e9 * 63 / (CONSTANTS.matrix * 989.4e12), rel=0.05)
 
@@ -50,11 +50,11 @@ def test_a_rollout_waits_for_its_longest_response() -> None:
     config = load("grpo", QWEN)
     even = Responses(64, 1000, 1000, 100)
     long = replace(even, longest=4000)
-    engines = Engines(8, 1)
+    engines = ServerGpus(8, 1)
     assert rollout_seconds(config, H100, engines, long, CONSTANTS) > 2 * rollout_seconds(
         config, H100, engines, even, CONSTANTS
     )
-    assert rollout_seconds(config, H100, Engines(16, 1), even, CONSTANTS) < rollout_seconds(
+    assert rollout_seconds(config, H100, ServerGpus(16, 1), even, CONSTANTS) < rollout_seconds(
         config, H100, engines, even, CONSTANTS
     )
 
@@ -70,7 +70,7 @@ def test_sync_sends_as_many_bytes_as_the_weights_have(model: str) -> None:
 def test_ahead_a_step_takes_the_longer_of_sampling_and_training() -> None:
     config = load("grpo", QWEN)
     job = TrainingJob(config, H100, 8)
-    turns = rl_step(job, Engines(8, 1), CONSTANTS)
+    turns = rl_step(job, ServerGpus(8, 1), CONSTANTS)
     ahead = replace(turns, ahead=True)
     assert ahead.total == max(turns.rollout, turns.training) + turns.sync < turns.total
     assert 0 < ahead.trainer_idle < turns.trainer_idle < 1 and ahead.engine_idle < turns.engine_idle
