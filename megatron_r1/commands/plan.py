@@ -15,11 +15,12 @@ from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import VERBS, JobCommand
 from megatron_r1.errors import ConfigError, ExitCode, UserError
+from megatron_r1.plan.calibrate import Calibration, calibrate
 from megatron_r1.plan.constants import UNCERTAINTY, Constants
 from megatron_r1.plan.cost import cost
 from megatron_r1.plan.layouts import Fixed
 from megatron_r1.plan.report import JobPlan, show, show_layouts, write
-from megatron_r1.plan.search import Found, search, smallest_cluster
+from megatron_r1.plan.search import Found, imbalance, search, smallest_cluster
 from megatron_r1.plan.split import Split, splits
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.source import find_model
@@ -39,7 +40,8 @@ def run_command(command: JobCommand) -> int:
     """
     start = time.perf_counter()
     config = planned(command)
-    verb, constants = command.verb, Constants()
+    verb, calibration = command.verb, _calibration(config)
+    constants = calibration.constants if calibration else Constants()
     fixed = Fixed(frozenset(map(_key, spelt_out(command.overrides))))
     found, split = _searched(config, verb, constants, fixed)
     if not found.best_first:
@@ -50,10 +52,24 @@ def run_command(command: JobCommand) -> int:
     if split:
         gpus, seconds = max(gpus, gpus + split.engine_nodes * GPUS[config.plan.gpu].per_node), split.step.total
     price = cost(best.job.config, verb, gpus, GPUS[config.plan.gpu].per_node, seconds)
-    plan = JobPlan(command, config, found, price, constants, UNCERTAINTY, split)
+    uncertainty = calibration.uncertainty if calibration else UNCERTAINTY
+    plan = JobPlan(command, config, found, price, constants, uncertainty, split)
+    if calibration:
+        print(calibration.text())
     write(plan, Path(run_folder(config)) / "plan")
     show(plan, time.perf_counter() - start)
     return int(ExitCode.DONE)
+
+
+def _calibration(config: RunConfig) -> Calibration | None:
+    """Of the run that `plan.calibrate` names."""
+    plan = config.plan
+    if not plan.calibrate:
+        return None
+    gpus = plan.calibrate_gpus or plan.gpus
+    if not gpus:
+        raise ConfigError("plan.calibrate_gpus", 0, "must be the number of GPUs of the run that plan.calibrate names")
+    return calibrate(Path(plan.calibrate), GPUS[plan.gpu], gpus, imbalance(config), Constants())
 
 
 def _searched(config: RunConfig, verb: str, constants: Constants, fixed: Fixed) -> tuple[Found, Split | None]:

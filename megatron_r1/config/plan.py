@@ -41,11 +41,16 @@ class PlanConfig:
     """Mean tokens of a prompt in reinforcement learning."""
     reward_seconds: float = 0.0
     """Seconds that scoring a rollout takes after its last response."""
+    calibrate: str = ""
+    """Folder of a finished run of pretrain on GPUs of this kind, whose metrics.jsonl scales the predicted seconds;
+    empty takes the constants of published steps."""
+    calibrate_gpus: int = 0
+    """GPUs of that run; 0 takes those of `gpus`."""
 
     def __post_init__(self) -> None:
         self.gpu = self.gpu.upper()
         one_of(self, "gpu", tuple(GPUS))
-        at_least(self, 0, "gpus", "tokens", "gpu_hour_price", "response_tokens", "reward_seconds")
+        at_least(self, 0, "gpus", "tokens", "gpu_hour_price", "calibrate_gpus", "response_tokens", "reward_seconds")
         at_least(self, 1, "most_gpus", "layouts", "prompt_tokens")
         within(self, 0.1, 1.0, "memory_share")
         within(self, 0.0, 16.0, "imbalance")
