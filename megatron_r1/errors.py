@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     DIVERGED = 86
     NO_ROLLOUT_CAPACITY = 87
     CHECKPOINT_DAMAGED = 88
+    STALLED = 89
 
 
 class UserError(Exception):
@@ -80,7 +81,13 @@ class Requeue(UserError):
     exit_code = ExitCode.REQUEUE
 
 
+class Stalled(UserError):
+    """A deadline of a phase has passed on some rank; the same command resumes."""
+
+    exit_code = ExitCode.STALLED
+
+
 class RankLost(UserError):
-    """Another rank of the job sends no heartbeat; the same command resumes."""
+    """Another rank of the job has failed, or sends no heartbeat; the same command resumes."""
 
     exit_code = ExitCode.REQUEUE

@@ -27,6 +27,7 @@ from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.routing import RoutingConfig
 from megatron_r1.config.sft import SftConfig
 from megatron_r1.config.train import TrainConfig
+from megatron_r1.config.watch import WatchConfig
 from megatron_r1.errors import ConfigError
 
 
@@ -58,8 +59,8 @@ class RunConfig:
     threads: int = 0
     """CPU threads per rank; 0 divides the cores that the job may use among its ranks."""
     distributed_timeout_minutes: int = 120
-    """Minutes after which a collective operation that a rank has not joined ends the run, and after which a rank that
-    sends no heartbeat is lost. Ranks that wait for one that generates, scores, starts servers or saves do so outside of
+    """Minutes after which a collective operation that a rank has not joined ends the run, where no deadline of `watch`
+    does so before. Ranks that wait for one that generates, scores, starts servers or saves do so outside of
     collective operations, as long as it takes. The launcher notices a rank that died at once."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model."""
@@ -73,6 +74,8 @@ class RunConfig:
     """Training data."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How parameters are updated."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """When a run that hangs is ended."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     """How stages after pre-training treat the routers."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -63,7 +63,7 @@ class JobCommand:
 
 GENERAL = ("name", "root")
 PROCESS = ("seed", "platform", "threads", "distributed_timeout_minutes")
-TRAINING = (*PROCESS, "init", "model", "fp8", "parallel", "performance", "train", "track", "profile")
+TRAINING = (*PROCESS, "init", "model", "fp8", "parallel", "performance", "train", "watch", "track", "profile")
 CORPUS = ("data.num_documents", "data.vocab_size", "data.indexed")
 PRETRAINING_SCHEDULES = (
     "model.moe.bias_update_rate",

@@ -16,6 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_r1.config.cross_checks import check_degrees
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.errors import PlatformError
+from megatron_r1.parallel import flight_recorder
+from megatron_r1.parallel.heartbeats import HEARTBEAT_S
 from megatron_r1.parallel.waiting import waiting
 from megatron_r1.platform import Platform
 from megatron_r1.platform.launcher import local_world_size, rank, world_size
@@ -26,7 +28,12 @@ NETWORK = ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNA
 
 @contextmanager
 def process_groups(
-    platform: Platform, degrees: ParallelConfig, seed: int, threads: int, timeout_minutes: float = 10
+    platform: Platform,
+    degrees: ParallelConfig,
+    seed: int,
+    threads: int,
+    timeout_minutes: float = 10,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> Iterator[None]:
     """Join the job: process groups, thread count and random state; the groups are destroyed at the end.
 
@@ -37,11 +44,13 @@ def process_groups(
         threads: CPU threads per rank; 0 divides `usable_cores` among the ranks of this machine.
         timeout_minutes: a collective operation that some rank has not joined by then fails; and a rank that sends
             no heartbeat for so long is lost.
+        heartbeat_s: seconds between two heartbeats.
 
     Raises:
         PlatformError: the ranks cannot join, as their network is.
     """
     ranks = world_size()
+    flight_recorder.record()
     check_degrees(degrees, ranks)
     torch.set_num_threads(threads or max(1, usable_cores() // local_world_size()))
     timeout = datetime.timedelta(minutes=timeout_minutes)
@@ -65,7 +74,7 @@ def process_groups(
     try:
         with (
             model_parallel_groups(degrees, seed, timeout_minutes),
-            waiting(store, rank(), ranks, timeout.total_seconds()),
+            waiting(store, rank(), ranks, timeout.total_seconds(), heartbeat_s),
         ):
             yield
     finally:

@@ -35,6 +35,7 @@ step does outside of the phases in it, such as reading data. `log_probs`: forwar
 rollout. `update`: passes over micro-batches. `optimizer`: its step, with the gathering of new weights. `end`: all after
 the last step."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
+IN_PHASE = "in phase "
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,21 @@ class Current:
     """The step under way, or before the first one 0."""
     since: float
     """When it came into this phase, or came back to it, by `time.monotonic`."""
+
+    @property
+    def place(self) -> str:
+        """Phase and step for a message."""
+        return place(self.phase, self.step)
+
+
+def place(phase: Phase, step: int) -> str:
+    """Phase and step for a message."""
+    return f"{IN_PHASE}{phase} of step {step}" if step else f"{IN_PHASE}{phase}"
+
+
+def place_of(error: BaseException) -> str:
+    """The phase and step in which an error was raised, which its traceback shows too; empty outside of phases."""
+    return next((note for note in getattr(error, "__notes__", ()) if note.startswith(IN_PHASE)), "")
 
 
 class PhaseClock:
@@ -63,6 +79,10 @@ class PhaseClock:
         self.move_to(name)
         try:
             yield
+        except BaseException as error:
+            if not place_of(error):
+                error.add_note(self.current.place)
+            raise
         finally:
             self.move_to(self._outer.pop())
 

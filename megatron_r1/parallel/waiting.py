@@ -7,48 +7,86 @@ they wait for does. A thread of each rank sends heartbeats to the store, by whic
 
 from __future__ import annotations
 
-import threading
+import logging
+import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
-from megatron_r1.errors import RankLost
+from megatron_r1.errors import RankLost, Stalled, UserError
+from megatron_r1.parallel import phases
+from megatron_r1.parallel.heartbeats import (
+    FAILED,
+    HEARTBEAT_S,
+    LEFT,
+    LOOK_S,
+    Heartbeats,
+    heartbeat_key,
+    parsed,
+    within,
+)
 
-HEARTBEAT_S = 15.0
-"""Seconds between two heartbeats of a rank; each is a number that it counts up."""
-LEFT = "left"
-"""In their place once the rank has ended."""
+logger = logging.getLogger(__name__)
+
+TELL_S = 3 * LOOK_S
+"""Seconds in which other ranks learn that one has failed."""
+NETWORK_ERRORS = ("gloo", "NCCL", "Connection", "connection", "Broken pipe")
+"""One of them is in every error that a rank gets because another one has ended."""
 
 
 class Waiting:
     """The ranks of one job; its methods are collective over them, each called by one thread of a rank."""
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, heartbeat_timeout_s: float):
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        ranks: int,
+        heartbeat_timeout_s: float,
+        heartbeat_s: float = HEARTBEAT_S,
+    ):
         """
         Args:
             store: of all ranks. A wait occupies its connection, so each thread has one of its own.
-            heartbeat_timeout_s: seconds after which a rank that sends no heartbeat is lost.
+            heartbeat_timeout_s: seconds after which a rank that sends no heartbeat is lost, where no watchdog ends
+                the run then.
+            heartbeat_s: seconds between two heartbeats, or fewer.
         """
         self._store, self._rank, self._ranks, self._timeout_s = store.clone(), rank, ranks, heartbeat_timeout_s
-        self._heartbeat_s = min(HEARTBEAT_S, heartbeat_timeout_s / 4)
-        self._waits = 0
+        self._interval_s = min(heartbeat_s, heartbeat_timeout_s / 4)
+        self.heartbeats = Heartbeats(store, rank, ranks, self._interval_s)
         self._keys: list[str] = []
         """Of waits that some ranks may not have left."""
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=self._send_heartbeats, args=(store.clone(),), name="heartbeats", daemon=True
-        )
-        self._thread.start()
 
     def close(self) -> None:
         """Send no more heartbeats, and say so: others that still wait for this rank wait in vain."""
-        self._stopped.set()
-        self._thread.join()
-        with suppress(dist.DistNetworkError):
-            self._store.set(_heartbeat_key(self._rank), LEFT)
+        self.heartbeats.close()
+
+    def explain(self, error: Exception) -> UserError | None:
+        """Tell the other ranks of an error that ends this one; returns the error of which it is a consequence, if any.
+
+        Only the first rank that fails has an error of its own; others get one because they miss it.
+        """
+        if isinstance(error, UserError):
+            return None
+        job = self.heartbeats
+        if any(word in str(error) for word in NETWORK_ERRORS):
+            until = time.monotonic() + TELL_S
+            while not (job.failed or job.stalled or job.gone) and time.monotonic() < until:
+                time.sleep(LOOK_S / 4)
+            if job.failed or job.stalled:
+                return RankLost(job.failed) if job.failed else Stalled(job.stalled)
+            return None
+        where = phases.place_of(error) or phases.current().place
+        own = f"rank {self._rank} on {socket.gethostname()} failed {where}: {_line(error)}"
+        logger.error("%s", own)
+        if within(TELL_S, partial(job.first, FAILED, own)) == own:
+            time.sleep(TELL_S)  # the others learn it before this rank, which may keep the store, is gone
+        return None
 
     def for_rank(self, rank: int) -> None:
         """Return when `rank` has called this too.
@@ -79,41 +117,57 @@ class Waiting:
             self._store.delete_key(old)
 
     def _next_key(self) -> str:
-        self._waits += 1
-        self._keys.append(f"wait/{self._waits}")
+        self.heartbeats.waits += 1
+        self._keys.append(f"wait/{self.heartbeats.waits}")
         return self._keys[-1]
 
     def _wait(self, key: str, ranks: Iterable[int]) -> None:
+        self.heartbeats.waiting = True
+        try:
+            self._wait_while_alive(key, ranks)
+        finally:
+            self.heartbeats.waiting = False
+
+    def _wait_while_alive(self, key: str, ranks: Iterable[int]) -> None:
         last = {rank: (b"", time.monotonic()) for rank in ranks}  # heartbeat, and when it came
         while not self._is_set_soon(key):
             now = time.monotonic()
+            if failed := self.heartbeats.failed:
+                raise RankLost(failed)
             for rank, heartbeat in zip(
-                last, self._store.multi_get([_heartbeat_key(rank) for rank in last]), strict=True
+                last, self._store.multi_get([heartbeat_key(rank) for rank in last]), strict=True
             ):
                 before, since = last[rank]
-                if heartbeat == LEFT.encode() and not self._store.check([key]):  # it may have set it before it left
-                    raise RankLost(f"rank {rank} has ended")
+                if heartbeat == LEFT and not self._store.check([key]):  # it may have set it before it left
+                    raise RankLost(_ended(rank, before))
                 if heartbeat != before:
                     last[rank] = heartbeat, now
-                elif now - since > self._timeout_s:
-                    raise RankLost(f"rank {rank} has sent no heartbeat for {now - since:.0f} s")
+                elif now - since > self._timeout_s and not self.heartbeats.watched:
+                    raise RankLost(silent(rank, now - since, before))
 
     def _is_set_soon(self, key: str) -> bool:
         try:
-            self._store.wait([key], timedelta(seconds=self._heartbeat_s))
+            self._store.wait([key], timedelta(seconds=self._interval_s))
         except dist.DistStoreError:  # the time is over
             return False
         return True
 
-    def _send_heartbeats(self, store: dist.Store) -> None:
-        with suppress(dist.DistNetworkError):  # rank 0, which keeps the store, has ended
-            while not self._stopped.is_set():
-                store.add(_heartbeat_key(self._rank), 1)
-                self._stopped.wait(self._heartbeat_s)
+
+def silent(rank: int, seconds: float, last: bytes) -> str:
+    """Of a rank without heartbeats, for a message."""
+    beat = parsed(last)
+    return f"rank {rank} on {beat.host} has sent no heartbeat for {seconds:.0f} s; the last one was {beat.place}"
 
 
-def _heartbeat_key(rank: int) -> str:
-    return f"alive/{rank}"
+def _ended(rank: int, last: bytes) -> str:
+    if last in (b"", LEFT):
+        return f"rank {rank} has ended"
+    beat = parsed(last)
+    return f"rank {rank} on {beat.host} has ended; its last heartbeat was {beat.place}"
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 _job: list[Waiting] = []
@@ -121,18 +175,39 @@ _jobs = 0
 
 
 @contextmanager
-def waiting(store: dist.Store | None, rank: int, ranks: int, heartbeat_timeout_s: float) -> Iterator[None]:
-    """Meanwhile `wait_for_rank` and `wait_for_all` are of these ranks; None, the store of a single rank, has none."""
+def waiting(
+    store: dist.Store | None, rank: int, ranks: int, heartbeat_timeout_s: float, heartbeat_s: float = HEARTBEAT_S
+) -> Iterator[None]:
+    """Meanwhile `wait_for_rank` and `wait_for_all` are of these ranks; None, the store of a single rank, has none.
+
+    Arguments as of `Waiting`.
+
+    Raises:
+        RankLost: in the place of an error of the network that another rank's failure has caused.
+        Stalled: in the place of one that the end of a run that hangs has caused.
+    """
     global _jobs
     if store is None:
         yield
         return
     _jobs += 1  # a store may outlive a job, and has its keys
-    _job.append(Waiting(dist.PrefixStore(f"megatron_r1/{_jobs}", store), rank, ranks, heartbeat_timeout_s))
+    prefixed = dist.PrefixStore(f"megatron_r1/{_jobs}", store)
+    job = Waiting(prefixed, rank, ranks, heartbeat_timeout_s, heartbeat_s)
+    _job.append(job)
     try:
         yield
+    except Exception as error:
+        if cause := job.explain(error):
+            raise cause from error
+        raise
     finally:
-        _job.pop().close()
+        _job.pop()
+        job.close()
+
+
+def heartbeats() -> Heartbeats | None:
+    """This process's heartbeats; None before it has joined a job of several ranks, and after."""
+    return _job[-1].heartbeats if _job else None
 
 
 def wait_for_rank(rank: int) -> None:

@@ -20,6 +20,7 @@ FREE_TO_CHANGE = (
     "profile.",
     "check.",
     "plan.",
+    "watch.",
     "train.log_interval",
     "train.save_interval",
     "train.async_save",

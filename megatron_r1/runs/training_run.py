@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,13 @@ from megatron_r1.model.chunks import Model
 from megatron_r1.model.fp8.apply import Fp8Plan, merge_plans
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
 from megatron_r1.parallel.comm import AllRanks, all_gather_object
+from megatron_r1.parallel.heartbeat_file import heartbeat_file
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.parallel.phases import begin_run
+from megatron_r1.parallel.watchdog import heartbeat_interval, watchdog
 from megatron_r1.platform import Platform, select
 from megatron_r1.platform.kernels import refuse_missing_kernels
+from megatron_r1.platform.launcher import is_rank_zero, rank
 from megatron_r1.runs.folder import mark_done, open_run_folder
 from megatron_r1.runs.provenance import newest_record
 from megatron_r1.runs.resume import layout, resume
@@ -174,10 +177,13 @@ def training_run(
     platform = select(config.platform)
     check_platform(config, platform)
     retention = retention_of(config.train)
+    interval_s = heartbeat_interval(config.watch)
     with (
+        watchdog(config.watch, folder / "logs", rank()),
         process_groups(
-            platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes
+            platform, config.parallel, config.seed, config.threads, config.distributed_timeout_minutes, interval_s
         ),
+        heartbeat_file(folder, interval_s) if is_rank_zero() else nullcontext(),
         CheckpointStore(folder / "checkpoints", retention, AllRanks()) as store,
     ):
         # Up to here a signal ends the process at once: a rank that waits for a dead rank would never check a flag.

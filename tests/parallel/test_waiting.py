@@ -84,7 +84,7 @@ def test_a_rank_without_heartbeats_is_named(silent):
 
     def work(rank: int, waiting: Waiting) -> float:
         if rank == silent:
-            waiting._stopped.set()
+            waiting.heartbeats._stopped.set()
             gone.wait(20)
             return 0.0
         with pytest.raises(RankLost) as error:
@@ -96,7 +96,7 @@ def test_a_rank_without_heartbeats_is_named(silent):
 
     on_all_ranks(work)
     assert len(lost) == RANKS - 1
-    assert all(str(error).startswith(f"rank {silent} has sent no heartbeat for ") for error in lost)
+    assert all(str(error).startswith(f"rank {silent} on ") for error in lost)
     assert {error.exit_code for error in lost} == {ExitCode.REQUEUE}
 
 
@@ -105,7 +105,7 @@ def test_ranks_that_have_ended_are_named_at_once():
 
     def work(rank: int, waiting: Waiting) -> float:
         if rank != 1:
-            with pytest.raises(RankLost, match="^rank 1 has ended$" if rank == 0 else "^rank 0 has ended$"):
+            with pytest.raises(RankLost, match="^rank 1 .*has ended" if rank == 0 else "^rank 0 .*has ended"):
                 waiting.for_all()
         return 0.0
 

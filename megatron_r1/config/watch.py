@@ -1,0 +1,37 @@
+"""Deadlines of the phases of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_r1.config.checks import at_least
+from megatron_r1.errors import ConfigError
+
+SHORTEST_S = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class WatchConfig:
+    """Deadlines: when one has passed, every rank writes its stacks and the run ends with exit code 89, which a job
+    restarts. A deadline is for one phase at a time, and begins anew with every update of a step; time in which a rank
+    waits for others outside of collective operations does not count."""
+
+    start_deadline_s: float = 3600.0
+    """Seconds for each part of the start: reading weights or a checkpoint, starting servers; 0 is no deadline."""
+    rollout_deadline_s: float = 14400.0
+    """Seconds for a rollout, and for scoring it; 0 is no deadline."""
+    step_deadline_s: float = 3600.0
+    """Seconds for each other part of a step: an update, all forward passes before it, a weight sync; 0 is no
+    deadline."""
+    evaluation_deadline_s: float = 7200.0
+    """Seconds for an evaluation during training; 0 is no deadline."""
+    save_deadline_s: float = 3600.0
+    """Seconds for a save; 0 is no deadline."""
+    heartbeat_deadline_s: float = 600.0
+    """Seconds without a sign of life after which a rank, or its machine, counts as lost; 0 is no deadline."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            at_least(self, 0, name)
+            if 0 < (value := getattr(self, name)) < SHORTEST_S:
+                raise ConfigError(name, value, f"must be 0, for no deadline, or at least {SHORTEST_S:.0f} s")

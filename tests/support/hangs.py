@@ -1,0 +1,259 @@
+"""Faults in ranks of real runs, one after the other: a rank that is stopped, sleeps for ever, raises, or has NaN.
+
+    python tests/support/hangs.py FOLDER --kinds stopped,raising --number 2 --seed 0
+
+Ranks are forks of this program, which has imported everything, and run the command line on gloo without a launcher:
+each of them has to end by itself. FOLDER/found.json tells what became of each case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+RUN = [
+    "pretrain", "platform=cpu", "threads=1", "track=off", "seed=3", "data.num_documents=300", "model.num_layers=2",
+    "model.mtp.num_layers=0", "train.schedule.warmup_steps=2", "train.sequence_length=32", "train.global_batch_size=6",
+    "train.micro_batch_size=1", "train.steps=6", "train.save_interval=1", "train.save_total_limit=9",
+]  # fmt: skip
+DEADLINE_S = 8.0
+WATCH = [
+    f"watch.step_deadline_s={DEADLINE_S}",
+    f"watch.save_deadline_s={DEADLINE_S}",
+    f"watch.heartbeat_deadline_s={DEADLINE_S}",
+]
+BOUND_S = 60.0
+"""Seconds in which a run has to end after its fault, on a slow machine."""
+KINDS = ("stopped", "asleep", "raising", "nan")
+PHASES = ("step", "update", "save")
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    rank: int
+    ranks: int
+    phase: str
+    step: int
+
+
+@dataclass
+class CaseOutcome:
+    """What became of a case."""
+
+    fault: Fault
+    codes: dict[int, int]
+    """Exit codes by rank; of a rank that had to be killed, minus the signal."""
+    seconds: float
+    """From the fault until the last rank has ended, those that cannot end left out."""
+    logs: dict[int, str]
+    stacks: dict[int, str]
+    heartbeat: dict[str, Any]
+    checkpoints: dict[int, dict[str, str]]
+    """Step -> name and hash of the files of each checkpoint that verifies."""
+    rows: list[dict[str, Any]]
+
+
+def draw(kind: str, chance: random.Random) -> Fault:
+    """A case: 2 or 3 ranks, any of them, at any place of one of its steps."""
+    ranks = chance.choice((2, 3))
+    phase = "update" if kind == "nan" else chance.choice(PHASES)
+    return Fault(kind, chance.randrange(ranks), ranks, phase, chance.randint(2, 5))
+
+
+def install(fault: Fault, struck: Path) -> None:
+    """Have this process commit its fault when it comes to the place."""
+    from megatron_r1.parallel import phases
+
+    move_to = phases.PhaseClock.move_to
+
+    def faulty(self: Any, name: Any, step: int | None = None) -> None:
+        move_to(self, name, step)
+        if (self.current.phase, self.current.step) == (fault.phase, fault.step) and not struck.exists():
+            struck.write_text(str(time.time()))
+            commit(fault)
+
+    phases.PhaseClock.move_to = faulty  # type: ignore[method-assign]
+
+
+def commit(fault: Fault) -> None:
+    if fault.kind == "stopped":
+        time.sleep(1.5)  # others know by now in which phase it is
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.kind == "asleep":
+        sleeping_for_ever()
+    elif fault.kind == "raising":
+        raise ValueError("the fault of this test")
+    else:
+        make_gradients_nan()
+
+
+def sleeping_for_ever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def make_gradients_nan() -> None:
+    """In the next backward pass, of this rank alone; its loss is finite."""
+    import torch
+
+    from megatron_r1.train import update as module
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("nan")
+
+    scaled = module._scaled
+
+    def poisoned(forward: Any, scale: int) -> Any:
+        module._scaled = scaled
+        inner = scaled(forward, scale)
+
+        def run(model: Any, micro_batch: Any) -> Any:
+            output, loss_function = inner(model, micro_batch)
+
+            def poisoned_loss(output: Any) -> Any:
+                loss, logged = loss_function(output)
+                return Poison.apply(loss), logged
+
+            return output, poisoned_loss
+
+        return run
+
+    module._scaled = poisoned
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def start(fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[str]) -> dict[int, int]:
+    """Start the ranks of a run; their process ids."""
+    port, started = free_port(), {}
+    for rank in range(ranks):
+        if pid := os.fork():
+            started[rank] = pid
+            continue
+        try:
+            with (root / f"{name}-{rank}.log").open("wb") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            signal.alarm(300)  # whatever happens to the parent
+            os.environ |= {
+                "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+            }  # fmt: skip
+            socket.gethostname = lambda: f"node{rank}"  # noqa: B023 (this process has one rank)
+            if fault and rank == fault.rank:
+                install(fault, root / f"{name}.struck")
+            from megatron_r1.__main__ import exit_code
+
+            os._exit(exit_code([*arguments, f"root='{root}'", f"name={name}"]))
+        finally:
+            os._exit(99)
+    return started
+
+
+def run(fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[str]) -> tuple[dict[int, int], float]:
+    """Exit codes of a run, and the seconds that it took from its fault to its end."""
+    started, codes = start(fault, ranks, root, name, arguments), {}
+    stopped = fault.rank if fault and fault.kind == "stopped" else None
+    struck = root / f"{name}.struck"
+    deadline = time.monotonic() + 120.0
+    try:
+        while len(codes) < ranks - (stopped is not None) and time.monotonic() < deadline:
+            for rank in started.keys() - codes.keys() - {stopped}:
+                pid, status = os.waitpid(started[rank], os.WNOHANG)
+                if pid:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        seconds = time.time() - float(struck.read_text()) if struck.exists() else 0.0
+    finally:
+        for rank in started.keys() - codes.keys():
+            os.kill(started[rank], signal.SIGKILL)
+            codes[rank] = os.waitstatus_to_exitcode(os.waitpid(started[rank], 0)[1])
+    return codes, seconds
+
+
+def examine(fault: Fault, root: Path, name: str) -> CaseOutcome:
+    codes, seconds = run(fault, fault.ranks, root, name, RUN + WATCH)
+    folder = root / name
+    ranks = range(fault.ranks)
+    stacks = {rank: folder / "logs" / f"stacks-rank-{rank:05}.txt" for rank in ranks}
+    return CaseOutcome(
+        fault,
+        codes,
+        round(seconds, 1),
+        {rank: (root / f"{name}-{rank}.log").read_text(errors="replace") for rank in ranks},
+        {rank: path.read_text() for rank, path in stacks.items() if path.exists()},
+        json.loads((folder / "heartbeat.json").read_text()),
+        checkpoints_of(folder),
+        rows_of(folder),
+    )
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    from megatron_r1.track.metrics import reproducible
+    from megatron_r1.track.record import read_metrics
+
+    return [reproducible(row) for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def checkpoints_of(folder: Path) -> dict[int, dict[str, str]]:
+    from megatron_r1.checkpoint.manifest import verify
+    from megatron_r1.checkpoint.store import step_folders
+
+    return {
+        step: {name: str(record) for name, record in verify(path).files.items()}
+        for step, path in step_folders(folder / "checkpoints")
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--number", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    from megatron_r1.platform import select
+
+    select("cpu")
+    import_module("megatron_r1.commands.pretrain")  # before the forks
+
+    chance = random.Random(given.seed)
+    outcomes = []
+    for kind in given.kinds.split(","):
+        for number in range(given.number):
+            fault = draw(kind, chance)
+            outcomes.append(examine(fault, given.folder, f"{kind}-{number}"))
+            print(fault, outcomes[-1].codes, f"{outcomes[-1].seconds:.1f} s", flush=True)
+    undisturbed = {}
+    for ranks in {outcome.fault.ranks for outcome in outcomes}:
+        codes, _ = run(None, ranks, given.folder, f"undisturbed-{ranks}", RUN)
+        assert set(codes.values()) == {0}, codes
+        folder = given.folder / f"undisturbed-{ranks}"
+        undisturbed[ranks] = {"checkpoints": checkpoints_of(folder), "rows": rows_of(folder)}
+    found = {"outcomes": [asdict(outcome) for outcome in outcomes], "undisturbed": undisturbed}
+    (given.folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
