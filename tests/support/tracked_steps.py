@@ -36,6 +36,7 @@ def main(root: Path, rounds: int, steps: int) -> dict[str, list[float]]:
 
     select("cpu")
     import wandb
+
     from megatron_r1.commands.pretrain import SHOWN, open_corpus, pretraining_step
     from megatron_r1.config.jobs import TrackConfig
     from megatron_r1.config.load import load
