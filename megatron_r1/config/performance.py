@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from megatron_r1.config.checks import one_of
+from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig
 from megatron_r1.errors import ConfigError
 
 RECOMPUTABLE = ("core_attn", "layernorm", "mla_up_proj", "moe_act", "mlp", "moe", "shared_experts")
 DISPATCHERS = ("allgather", "alltoall", "deepep", "hybridep")
+_OF_EXPERTS = ("moe_act", "moe", "shared_experts")
 _NEEDS_CUDA = {
     "gradient_accumulation_fusion": "NVIDIA Apex's kernel",
     "apply_rope_fusion": "Transformer Engine's kernel",
@@ -24,7 +26,8 @@ class PerformanceConfig:
     """Recomputation, overlap and fusion."""
 
     recompute_modules: list[str] = field(default_factory=list)
-    """Modules recomputed in the backward pass; DeepSeek-V3 recomputes layernorm, mla_up_proj and moe_act."""
+    """Modules recomputed in the backward pass, of those that the model has; DeepSeek-V3 recomputes layernorm,
+    mla_up_proj and moe_act."""
     moe_token_dispatcher_type: str = "alltoall"
     """How ranks exchange tokens for the experts: allgather, alltoall, deepep or hybridep."""
     overlap_moe_expert_parallel_comm: bool = False
@@ -63,6 +66,14 @@ class PerformanceConfig:
             raise ConfigError(
                 "moe_shared_expert_overlap", True, "cannot be while overlap_moe_expert_parallel_comm=true"
             )
+
+
+def recomputed_modules(performance: PerformanceConfig, model: ModelConfig) -> list[str]:
+    """Modules of this model that are recomputed: megatron-core refuses the names of those that a model lacks."""
+    lacking = set(() if model.moe.num_experts else _OF_EXPERTS)
+    if isinstance(model.attention, GroupedAttentionConfig):
+        lacking.add("mla_up_proj")
+    return [module for module in performance.recompute_modules if module not in lacking]
 
 
 def refuse_without_transformer_engine(performance: PerformanceConfig) -> None:

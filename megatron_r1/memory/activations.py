@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_r1.config.model import AttentionConfig, GroupedAttentionConfig
+from megatron_r1.config.performance import recomputed_modules
 from megatron_r1.config.run import RunConfig
 
 FP32, INT64 = 4, 8
@@ -43,7 +44,7 @@ class ActivationSizes:
 
     def recomputes(self, *names: str) -> bool:
         """Whether any of these modules is computed again in the backward pass."""
-        return any(name in self.config.performance.recompute_modules for name in names)
+        return not {*names}.isdisjoint(recomputed_modules(self.config.performance, self.config.model))
 
     def norm(self, width: int) -> float:
         """What a norm keeps: its input; in bf16 on a CPU, its input and its normalised input in fp32."""

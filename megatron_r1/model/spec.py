@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_r1.config.model import DTYPE_NAMES, AttentionConfig, GroupedAttentionConfig, ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.config.performance import PerformanceConfig
+from megatron_r1.config.performance import PerformanceConfig, recomputed_modules
 from megatron_r1.model.attention_kernels import chosen_attention
 
 DTYPES: dict[str, torch.dtype] = {dtype: getattr(torch, name) for dtype, name in DTYPE_NAMES.items()}
@@ -35,7 +35,8 @@ def transformer_config(
         fused: whether fused CUDA kernels may be used.
         fp8: whether Transformer Engine multiplies in FP8; on a CPU it is the modules that do.
     """
-    common = _shape(model) | _feed_forward(model) | _execution(model, parallel, fused) | _performance(performance)
+    common = _shape(model) | _feed_forward(model) | _execution(model, parallel, fused)
+    common |= _performance(performance, model)
     if fused:
         common |= {"attention_backend": chosen_attention(os.environ)}
     if fp8:
@@ -171,11 +172,12 @@ def _execution(model: ModelConfig, parallel: ParallelConfig, fused: bool) -> dic
     }
 
 
-def _performance(performance: PerformanceConfig) -> dict[str, Any]:
+def _performance(performance: PerformanceConfig, model: ModelConfig) -> dict[str, Any]:
+    recomputed = recomputed_modules(performance, model)
     flexible = performance.moe_token_dispatcher_type in ("deepep", "hybridep")
     return {
-        "recompute_granularity": "selective" if performance.recompute_modules else None,
-        "recompute_modules": list(performance.recompute_modules),
+        "recompute_granularity": "selective" if recomputed else None,
+        "recompute_modules": recomputed,
         "moe_token_dispatcher_type": "flex" if flexible else performance.moe_token_dispatcher_type,
         **({"moe_flex_dispatcher_backend": performance.moe_token_dispatcher_type} if flexible else {}),
         "overlap_moe_expert_parallel_comm": performance.overlap_moe_expert_parallel_comm,

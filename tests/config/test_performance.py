@@ -9,7 +9,12 @@ import pytest
 from megatron_r1.config.cross_checks import check_sections
 from megatron_r1.config.load import load
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.config.performance import PerformanceConfig, refuse_on_cpu, refuse_without_transformer_engine
+from megatron_r1.config.performance import (
+    PerformanceConfig,
+    recomputed_modules,
+    refuse_on_cpu,
+    refuse_without_transformer_engine,
+)
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 
@@ -120,3 +125,17 @@ def test_what_a_cpu_can_do_is_not_refused():
             recompute_modules=["layernorm"], moe_token_dispatcher_type="allgather", overlap_grad_reduce=True
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "recomputed"),
+    [
+        ("v3_671b", ["layernorm", "mla_up_proj", "mlp", "moe"]),
+        ("qwen3_30b_a3b", ["layernorm", "mlp", "moe"]),
+        ("qwen2_5_7b", ["layernorm", "mlp"]),
+    ],
+)
+def test_modules_that_a_model_lacks_are_not_recomputed(model, recomputed):
+    overrides = ["performance=long_sequences", "performance.moe_token_dispatcher_type=alltoall"]
+    config = load("pretrain", [f"model={model}", *overrides, "train.sequence_length=128"])
+    assert recomputed_modules(config.performance, config.model) == recomputed

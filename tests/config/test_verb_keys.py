@@ -32,6 +32,7 @@ READ_ELSEWHERE = {
     "seed": "pipeline hands it to its stages",
     "threads": "of all ranks, by process_groups",
     "model.attention.kind": "by the schema, which chooses the section by it",
+    "performance.recompute_modules": "by recomputed_modules",
     "train.schedule.batch_ramp.start": "by TrainConfig.batch_sizes",
     "train.schedule.batch_ramp.increment": "by TrainConfig.batch_sizes",
 }
