@@ -11,13 +11,24 @@ import pytest
 
 from megatron_r1.check import slurm, storage
 from megatron_r1.check.finding import State
+from megatron_r1.check.layout_files import layout_files, layout_jobs
 from megatron_r1.check.run import CHECKS, Report, check_command
 from megatron_r1.check.slurm import Partition
 from megatron_r1.config.check import NUM_CHECKS
+from megatron_r1.config.load import load
+from megatron_r1.config.recipes import recipes
 from megatron_r1.config.verbs import VERBS, JobCommand
 from tests.support.hf_folders import write_folder_of
 
 DEADLINE_S = 5.0
+RECIPES = {
+    **dict.fromkeys(("quickstart", "r1_tiny", "smollm"), ""),
+    **dict.fromkeys(("gsm8k_qwen", "r1_16b"), "check.gpu=H100"),
+    "r1_671b": "check.gpu=H200",
+}
+"""Recipe of several stages -> the machine for which it is meant."""
+ON_A_CPU: set[str] = set()
+"""Recipes that no stage and no layout takes."""
 FREE = {"full": 1e3, "tight": 25e6, "narrow": 300e6}
 """Bytes of disks with room for nothing; for one checkpoint of `tiny` and a half; for one rollout, and not for all."""
 V3 = (
@@ -153,10 +164,18 @@ def test_the_recipe_of_every_verb_passes(verb: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("recipe", ["quickstart", "smollm", "gsm8k_qwen", "r1_16b", "r1_671b"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_stage_of_a_shipped_recipe_passes_but_for_files_that_the_user_brings(recipe: str) -> None:
-    report = checked(f"pipeline {recipe} root=nowhere")
+    report = checked(f"pipeline {recipe} root=nowhere {RECIPES[recipe]}")
     assert {*report.refused} <= {18, 19, 21}, [report.findings[number] for number in report.refused]
+
+
+def test_every_shipped_recipe_is_one_that_is_checked() -> None:
+    """Of a verb, of a stage of a recipe with stages, or of a layout's job."""
+    stages = {stage.config for name in RECIPES for stage in load("pipeline", [], name).pipeline.stages.values()}
+    of_layouts = {job.command.recipe for path in layout_files() for job in layout_jobs(path)}
+    checked_ones = {*RECIPES, *stages, *of_layouts, *(entry.recipe for entry in VERBS.values())}
+    assert {*recipes()} - checked_ones == ON_A_CPU
 
 
 def test_a_run_that_goes_on_needs_space_for_what_it_lacks(folders: dict[str, Path]) -> None:
