@@ -9,6 +9,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.pipeline.recipe import ComposedRecipe
 from megatron_r1.pipeline.run import RecipeRun, console
 from megatron_r1.pipeline.show import show, show_dry_run
+from megatron_r1.track.recipe import track_recipe
 
 logger = logging.getLogger(__name__)
 PAGE = "report.html"
@@ -32,6 +33,7 @@ def run(config: RunConfig) -> None:
         RecipeRun(recipe, config.pipeline.workers, lambda: write_page(recipe)).run()
         if not (recipe.folder / PAGE).exists():
             write_page(recipe)
+        track_recipe(recipe.folder, config.name, config.track)
     console.print(f"finished: {recipe.folder}")
 
 

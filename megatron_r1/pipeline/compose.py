@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.config.cross_checks import check_layout
+from megatron_r1.config.jobs import TrackConfig
 from megatron_r1.config.keys import check_overrides, check_recipe, only_read, reads
 from megatron_r1.config.load import flat, load_all, resolved
 from megatron_r1.config.model import ModelConfig
@@ -90,7 +92,20 @@ def _common_overrides(config: RunConfig) -> list[str]:
         for field in fields(usual)
         if (value := getattr(config.parallel, field.name)) != getattr(usual, field.name)
     ]
-    return [*config.pipeline.overrides, f"seed={config.seed}", f"platform={config.platform}", *degrees]
+    track = [
+        f"track.{field.name}={_written(value)}"
+        for field in fields(config.track)
+        if (value := getattr(config.track, field.name)) != getattr(TrackConfig(), field.name)
+    ]
+    return [*config.pipeline.overrides, f"seed={config.seed}", f"platform={config.platform}", *degrees, *track]
+
+
+def _written(value: str | list[str]) -> str:
+    """A text or a list of texts, as an override takes it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    # Hydra reads a backslash as itself but before a quote.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value) + "'"
 
 
 def _composed(

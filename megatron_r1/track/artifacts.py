@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,31 @@ def add_files(kind: str, name: str, paths: Iterable[Path]) -> Callable[[Any], No
         run.log_artifact(artifact)
 
     return log_artifact
+
+
+def add_table(kind: str, name: str, table: str, rows: Sequence[Mapping[str, Any]]) -> Callable[[Any], None]:
+    """An action for `WandbRun.add`: log rows as one artefact with a table, which wandb's pages can sort and filter.
+
+    Args:
+        kind, name: as of `add_files`.
+        table: name of the table.
+        rows: any keys; a value that is no number, truth value or text is shown as text.
+    """
+
+    def log_artifact(run: Any) -> None:
+        import wandb
+
+        columns = [*dict.fromkeys(key for row in rows for key in row)]
+        data = [[_cell(row.get(column)) for column in columns] for row in rows]
+        artifact = wandb.Artifact(_allowed(f"{name}-{kind}"), type=kind)
+        artifact.add(wandb.Table(columns=columns, data=data, allow_mixed_types=True), table)
+        run.log_artifact(artifact)
+
+    return log_artifact
+
+
+def _cell(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def _allowed(name: str) -> str:

@@ -46,8 +46,9 @@ class Tracker:
         identity = Identity.of(name, track, verb, os.environ)
         logger.info("wandb: %s%s", mode, f", in {run_folder / 'wandb'}" if mode == "offline" else "")
         self._wandb = WandbRun(run_folder, mode, config, identity, history=read_metrics(path))
+        files = [run_folder / "config.yaml", run_folder / "environment.json", *sorted(run_folder.glob("provenance/*"))]
         title = f"{identity.group}-{name}" if identity.group else name
-        self._wandb.add(add_files("config", title, [run_folder / file for file in ("config.yaml", "environment.json")]))
+        self._wandb.add(add_files("config", title, files))
 
     def log(self, step: int, row: Mapping[str, Any]) -> None:
         """Records the metrics of one step; steps must increase.

@@ -104,6 +104,18 @@ def test_a_recipe_that_does_not_fit_is_refused_in_one_line(old: str, new: str, m
     assert "\n" not in str(refused.value)
 
 
+def test_where_a_recipe_is_tracked_holds_for_its_stages(folder: Path) -> None:
+    notes = "a 'quoted' text, of {x: 1}"
+    given = ("track.wandb=offline", "track.tags=[a,'b c']", 'track.notes="' + notes.replace("\\", "\\\\") + '"')
+    settings = composed(folder, overrides=given).stages["r1"].settings
+    assert (settings["track.wandb"], settings["track.tags"], settings["track.notes"]) == (
+        "offline",
+        ["a", "b c"],
+        notes,
+    )
+    assert settings["track.group"] == folder.name
+
+
 def test_a_stage_is_composed_with_the_paths_and_the_model_of_its_inputs(folder: Path) -> None:
     common = ("parallel.tensor=2",)
     stages = composed(folder, overrides=common).stages

@@ -1,5 +1,6 @@
 """Offline runs are uploaded once, by wandb's own sync, to a server on this machine."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from megatron_r1.__main__ import exit_code
 from megatron_r1.config.jobs import TrackConfig
+from megatron_r1.track.recipe import track_recipe
 from megatron_r1.track.sync import offline_runs
 from megatron_r1.track.tracker import Tracker
 from tests.support.wandb_server import wandb_server
@@ -68,6 +70,28 @@ def test_a_tree_of_runs_is_uploaded_once_and_a_resumed_run_again(tmp_path, monke
         assert code == 0 and shown.count(": uploaded") == 1
         again = server.history[names["sft"]["name"]]
         assert [row["step"] for row in again] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_recipe_has_its_page_and_its_samples_in_wandb(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "runs" / "small"
+    (recipe / "evaluate" / "samples").mkdir(parents=True)
+    (recipe / "report.html").write_text("<html></html>")
+    rows = [{"prompt": "1+1", "response": "2", "reward": 1.0, "versions": [1, 2]}, {"prompt": "2+2", "truth": None}]
+    (recipe / "evaluate" / "samples" / "zero.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    track_recipe(recipe, "small", TrackConfig(wandb="offline"))
+    assert offline_runs(recipe) == [], "no stage is in wandb"
+    (recipe / "evaluate" / "wandb").mkdir()
+    track_recipe(recipe, "small", TrackConfig(wandb="offline"))
+    sys.modules["wandb"].teardown()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with wandb_server() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        code, shown = track_sync(tmp_path, capsys)
+    assert code == 0, shown
+    assert {(run["groupName"], run["jobType"]) for run in server.runs if run.get("displayName")} == {
+        ("small", "report")
+    }
+    assert sorted(server.artifacts) == ["report", "samples"]
 
 
 def test_without_key_or_network_there_is_one_line(tmp_path, monkeypatch, capsys):
