@@ -11,7 +11,6 @@
 FINAL=(0 2 3 86 88)   # done, bad configuration, bad data, diverged, no intact checkpoint: a restart changes nothing
 NO_SERVERS=87         # no server could generate
 declare -A process_of # role -> process id of its srun
-declare -A ranks_of   # role -> number of its ranks
 ended_by_slurm=''
 
 trap 'forward USR1' USR1
@@ -84,7 +83,6 @@ make_keys() {
 start() {
     local role=$1 nodes=$2 ranks=$3 options=() cores
     cores=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
-    ranks_of[$role]=$((nodes * ranks))
     : >"$logs/$role.codes"
     shift 3
     while [[ $1 != -- ]]; do
@@ -93,7 +91,7 @@ start() {
     done
     shift
     # shellcheck disable=SC2016 # expanded on the node
-    srun --nodes="$nodes" --ntasks="${ranks_of[$role]}" --ntasks-per-node="$ranks" --cpus-per-task="$cores" \
+    srun --nodes="$nodes" --ntasks=$((nodes * ranks)) --ntasks-per-node="$ranks" --cpus-per-task="$cores" \
         "${options[@]}" "${srun_options[@]}" --job-name="$role" --kill-on-bad-exit=1 \
         --output="$logs/$role-%N-%t.log" bash -c '
             trap : TERM USR1
@@ -190,14 +188,14 @@ end_role() {
 }
 
 # exit_code_of ROLE: sets `code` to the first error that a rank of the role ended with, else to srun's own exit code; to
-# 137 where ranks have noted none: srun itself may end with 0 after SLURM has killed them at the time limit.
+# 137 where no rank has noted one: srun itself may end with 0 after SLURM has killed them all at the time limit.
 exit_code_of() {
     local first
     code=0
     wait "${process_of[$1]}" || code=$?
     first=$(awk '$1 != 0 && !found { found = 1; print $1 }' "$logs/$1.codes")
     code=${first:-$code}
-    if [[ $code == 0 ]] && (($(wc -l <"$logs/$1.codes") < ranks_of[$1])); then code=137; fi
+    if [[ $code == 0 && ! -s $logs/$1.codes ]]; then code=137; fi
 }
 
 conclude() {
