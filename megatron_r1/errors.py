@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     NO_ROLLOUT_CAPACITY = 87
     CHECKPOINT_DAMAGED = 88
     STALLED = 89
+    PREFLIGHT_FAILED = 90
 
 
 class UserError(Exception):

@@ -10,6 +10,7 @@
 # shellcheck disable=SC2154 # the job script sets the variables
 FINAL=(0 2 3 86 88)   # done, bad configuration, bad data, diverged, no intact checkpoint: a restart changes nothing
 NO_SERVERS=87         # no server could generate
+NOT_READY=90          # the preflight failed
 declare -A process_of # role -> process id of its srun
 ended_by_slurm=''
 
@@ -48,15 +49,50 @@ begin() {
     if [[ $restart == chain ]]; then queue_next; fi
     rm -f "$run/logs/stopped.txt"
     say "attempt $attempt on $SLURM_JOB_NODELIST, logs in $logs"
+    if [[ $preflight == true ]]; then preflight; fi
+}
+
+# preflight: all nodes check themselves and what they share; the job ends here where one is not as it must be.
+preflight() {
+    export MEGATRON_R1_PORTS=''
+    if [[ -n ${servers_per_node:-} ]]; then MEGATRON_R1_PORTS=$(ports "$servers_per_node"); fi
+    if [[ -z ${SLURM_HET_SIZE:-} ]]; then
+        check_nodes "$SLURM_JOB_NUM_NODES" "$SLURM_NTASKS_PER_NODE"
+    else
+        check_nodes "$trainer_nodes" "$ranks_per_node" --het-group=0
+        MASTER_ADDR=$(address_of_first_node "$SLURM_JOB_NODELIST_HET_GROUP_1") \
+            check_nodes "$engine_nodes" 1 --het-group=1
+    fi
+    rm -rf "$run/.preflight"
+}
+
+# check_nodes NODES RANKS_PER_NODE SRUN_OPTION...: the preflight of one component.
+check_nodes() {
+    start preflight "$@" -- timeout --kill-after=10 "$preflight_limit_s" \
+        "$python" -m megatron_r1.cluster.preflight "$run" "${arguments[@]}"
+    while alive preflight; do nap; done
+    exit_code_of preflight
+    unset 'process_of[preflight]'
+    if [[ $code == 0 ]]; then
+        cat "$logs"/preflight-*-0.log >&2
+        return
+    fi
+    show_error preflight 200
+    if [[ $code == 124 ]]; then
+        say "preflight: more than $preflight_limit_s s"
+        code=$NOT_READY
+    fi
+    rm -rf "$run/.preflight"
+    conclude "$code"
 }
 
 # port N: the job's N-th port, below those that Linux gives to connections (32768 and up); another job has others.
 port() { echo $((12000 + (SLURM_JOB_ID * 64 + $1) % 20000)); }
 
-# The first node's name where it is known here, else the address by which SLURM reaches it.
+# address_of_first_node [NODES]: its name where it is known here, else the address by which SLURM reaches it.
 address_of_first_node() {
     local node
-    node=$(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}" | awk 'NR == 1')
+    node=$(scontrol show hostnames "${1:-${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}}" | awk 'NR == 1')
     if getent hosts "$node" >/dev/null; then
         echo "$node"
     else
@@ -210,12 +246,12 @@ conclude() {
     exit "$code"
 }
 
-# show_error ROLE: the end of the log of its rank that failed first, in this job's own output.
+# show_error ROLE [LINES]: the end of the log of its rank that failed first, in this job's own output.
 show_error() {
     local code node rank
     read -r code node rank < <(awk '$1 != 0' "$logs/$1.codes") || return 0
     say "$1: rank $rank on $node ended first, with exit code $code:"
-    tail -n 5 "$logs/$1"-*-"$rank.log" >&2
+    tail -n "${2:-5}" "$logs/$1"-*-"$rank.log" >&2
 }
 
 # give_up CODE REASON: cancel what waits to go on with this run, and say why unless it is done.

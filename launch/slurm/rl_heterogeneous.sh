@@ -43,6 +43,8 @@ servers_per_node=8
 restart=chain
 max_restarts_without_progress=3
 grace_s=120
+preflight=true
+preflight_limit_s=600
 environment=(OMP_NUM_THREADS=8)
 env_file=
 srun_options=()

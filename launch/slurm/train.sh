@@ -27,6 +27,8 @@ arguments=(pretrain platform=cuda name=pretrain)
 restart=requeue
 max_restarts_without_progress=3
 grace_s=120
+preflight=true
+preflight_limit_s=600
 environment=(OMP_NUM_THREADS=8)
 env_file=
 srun_options=()

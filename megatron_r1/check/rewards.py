@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from megatron_r1.check.finding import Check, Finding, Job, finding_of, passed, r
 from megatron_r1.checkpoint.manifest import read_manifest
 from megatron_r1.config.keys import reads
 from megatron_r1.errors import PlatformError, UserError
+from megatron_r1.rewards.judge.reachable import unreachable
 from megatron_r1.rewards.sandbox.command import find_tools
 from megatron_r1.runs.source import find_checkpoint
 
@@ -57,15 +56,11 @@ def _function(key: str, location: str) -> Iterator[Finding]:
 
 
 def _judge(url: str) -> Finding:
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/models", timeout=JUDGE_TIMEOUT_S):
-            return passed(f"the judge at {url} answers")
-    except urllib.error.HTTPError:
-        return passed(f"the judge at {url} answers")
-    except (OSError, ValueError) as error:
+    if reason := unreachable(url, JUDGE_TIMEOUT_S):
         return warning(
-            f"reward.judge_config.url={url}: not reached from here ({error})", "start it before the job starts"
+            f"reward.judge_config.url={url}: not reached from here ({reason})", "start it before the job starts"
         )
+    return passed(f"the judge at {url} answers")
 
 
 CHECKS = (Check(24, "rewards, sandbox, judge", _rewards, lambda job: reads(job.verb, "reward.custom_function")),)

@@ -15,6 +15,8 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.provenance import IMAGE, IMAGE_DIGEST
 
+GPUS_PER_NODE = "MEGATRON_R1_GPUS_PER_NODE"
+"""Variable that tells the preflight how many GPUs the profile says a node has."""
 COMPILED = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 """Variables of folders with compiled kernels, which belong on a node's own disk."""
 
@@ -43,6 +45,8 @@ def job_script(config: RunConfig, output: Path | None = None) -> str:
         "restart": submit.restart,
         "max_restarts_without_progress": str(submit.max_restarts_without_progress),
         "grace_s": str(submit.grace_s),
+        "preflight": str(submit.preflight).lower(),
+        "preflight_limit_s": str(submit.preflight_limit_s),
         "environment": environment(cluster),
         "env_file": cluster.env_file,
         "srun_options": srun_options(cluster),
@@ -110,6 +114,8 @@ def directives_of_engines(config: RunConfig) -> dict[str, str | None]:
 def environment(cluster: ClusterConfig) -> list[str]:
     """NAME=value of the job's variables."""
     values: dict[str, str] = {}
+    if cluster.gpus_per_node:
+        values[GPUS_PER_NODE] = str(cluster.gpus_per_node)
     if cluster.cpus_per_rank:
         values["OMP_NUM_THREADS"] = str(cluster.cpus_per_rank)
     if cluster.network_interface:

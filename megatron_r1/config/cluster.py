@@ -113,13 +113,18 @@ class SubmitConfig:
     with its save."""
     grace_s: int = 120
     """Seconds that the trainer has to save when servers on other nodes have ended."""
+    preflight: bool = True
+    """Check the nodes first: GPUs, an all-reduce, the run folder, disk, shared memory, ports and judge. A minute, and a
+    failure ends the job before a model is built."""
+    preflight_limit_s: int = 600
+    """Seconds after which a preflight has failed."""
     dry_run: bool = False
     """Show the script and the resolved configuration; write and submit nothing. Where a check refuses the job, its
     table follows, and the exit status is 2."""
 
     def __post_init__(self) -> None:
         one_of(self, "restart", ("requeue", "chain", "singleton", "none"))
-        at_least(self, 1, "nodes", "generations", "max_restarts_without_progress")
+        at_least(self, 1, "nodes", "generations", "max_restarts_without_progress", "preflight_limit_s")
         at_least(self, 0, "signal_before_s", "grace_s", "engine_nodes")
         if self.engine_nodes >= self.nodes:
             raise ConfigError("engine_nodes", self.engine_nodes, f"must be below nodes={self.nodes}: others train")

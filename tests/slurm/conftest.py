@@ -65,9 +65,10 @@ class Cluster:
             command, env=self.environment, cwd=folder or self.folder, capture_output=True, text=True, timeout=deadline
         )
 
-    def submit(self, *arguments: str) -> str:
-        """Submit a verb; returns the first job's id."""
-        done = self.run(sys.executable, "-m", "megatron_r1", "submit", *arguments)
+    def submit(self, *arguments: str, preflight: bool = False) -> str:
+        """Submit a verb; returns the first job's id. The preflight has tests of its own."""
+        check = f"submit.preflight={str(preflight).lower()}"
+        done = self.run(sys.executable, "-m", "megatron_r1", "submit", *arguments, check)
         assert done.returncode == 0, done.stderr
         return done.stdout.partition("submitted: job ")[2].split()[0]
 
