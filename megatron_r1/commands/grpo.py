@@ -51,8 +51,6 @@ SHOWN = (
     "rollout/response_length",
     "policy/kl",
     "policy/entropy",
-    "perf/rollout_seconds",
-    "perf/train_seconds",
 )
 """Metrics on the terminal."""
 JOURNAL = "rollouts"

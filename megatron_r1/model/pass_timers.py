@@ -21,6 +21,8 @@ from megatron_r1.parallel.trace import recording
 
 PASSES = {"forward-compute": "forward", "backward-compute": "backward"}
 """megatron-core's timers of passes -> their names in a trace; those of other timers are megatron-core's."""
+MOST_EVENTS = 4096
+"""Passes whose events are kept, in a process that never takes their seconds too."""
 
 
 class PassWork(Protocol):
@@ -60,20 +62,27 @@ class DeviceWork:
     def __init__(self) -> None:
         self._since: Any = None
         self._passes: list[tuple[str, Any, Any]] = []
+        self._seconds: dict[str, float] = {}
 
     def begin(self) -> None:
         self._since = _event()
 
     def end(self) -> None:
         self._passes.append((current().phase, self._since, _event()))
+        if len(self._passes) > MOST_EVENTS:
+            self._add_up(MOST_EVENTS // 2)  # which ended long ago
 
     def take_seconds(self) -> dict[str, float]:
-        seconds: dict[str, float] = {}
-        for phase, begin, end in self._passes:
-            end.synchronize()
-            seconds[phase] = seconds.get(phase, 0.0) + begin.elapsed_time(end) / 1000
-        self._passes = []
+        self._add_up(len(self._passes))
+        seconds, self._seconds = self._seconds, {}
         return seconds
+
+    def _add_up(self, passes: int) -> None:
+        """Add up the first so many passes, and wait for the last of them."""
+        for phase, begin, end in self._passes[:passes]:
+            end.synchronize()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + begin.elapsed_time(end) / 1000
+        del self._passes[:passes]
 
 
 def _event() -> Any:

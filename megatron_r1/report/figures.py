@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, MaxNLocator, PercentFormatter
+
+from megatron_r1.report.times import step_seconds
 
 COLOURS = ("#3b82f6", "#e08a00", "#17a673", "#c2559d", "#8b6fd6", "#7d8794", "#b5a100", "#00a3b4")
 LOAD_LEVELS = 21
@@ -71,15 +74,14 @@ def curves(name: str, rows: Rows, metrics: dict[str, str], ylabel: str, share: b
 
 
 def by_minutes(rows: Rows) -> Rows:
-    """The rows of a stage of reinforcement learning, with steps replaced by the minutes since the start."""
+    """The rows of a stage, with steps replaced by the minutes of all steps so far; none where a row has no times."""
     spent, timed = 0.0, []
     for row in rows:
-        spent += (
-            sum(row.get(part, math.nan) for part in ("perf/sync_seconds", "perf/rollout_seconds", "perf/train_seconds"))
-            / 60
-        )
+        if not (seconds := step_seconds(row)):
+            return []
+        spent += sum(seconds.values()) / 60
         timed.append({**row, "step": spent})
-    return timed if math.isfinite(spent) else []
+    return timed
 
 
 def comparison(name: str, runs: Mapping[str, Rows], metric: str, ylabel: str, xlabel: str = "step") -> str:
@@ -158,22 +160,24 @@ def _drawn(
     return _svg(figure, axes, legend=len(found) > 1)
 
 
-def time_shares(name: str, rows: Rows, parts: dict[str, str]) -> str:
-    """The shares of each step's time in per cent; empty unless all parts were recorded."""
-    complete = [row for row in rows if all(isinstance(row.get(key), (int, float)) for key in parts)]
-    totals = [sum(float(row[key]) for key in parts) for row in complete]
-    timed = [(row, total) for row, total in zip(complete, totals, strict=True) if math.isfinite(total) and total > 0]
-    if not timed:
+def stacked_times(name: str, rows: Rows) -> str:
+    """The seconds of each step, divided into phases, the longest at the bottom; empty where no times were recorded."""
+    timed = [(row["step"], step_seconds(row)) for row in rows]
+    timed = [(step, seconds) for step, seconds in timed if seconds]
+    total: Counter[str] = Counter()
+    for _, seconds in timed:
+        total.update(seconds)
+    phases = [phase for phase, seconds in total.most_common() if seconds]
+    if not phases:
         return ""
-    figure, axes = _axes("step", "share of a step's time")
-    layers = [thinned(([row["step"] for row, _ in timed], [row[key] / total for row, total in timed])) for key in parts]
-    stacked = axes.stackplot(
-        layers[0][0], *(values for _, values in layers), labels=list(parts.values()), colors=COLOURS, alpha=0.75
-    )
-    for key, area in zip(parts, stacked, strict=True):
-        area.set_gid(f"curve-{name}-{key}")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_ylim(0, 1)
+    figure, axes = _axes("step", "time of a step (s)")
+    steps = [float(step) for step, _ in timed]
+    layers = [thinned((steps, [seconds.get(phase, 0.0) for _, seconds in timed])) for phase in phases]
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(phases))]
+    stacked = axes.stackplot(layers[0][0], *(values for _, values in layers), labels=phases, colors=colours, alpha=0.75)
+    for phase, area in zip(phases, stacked, strict=True):
+        area.set_gid(f"curve-{name}-{phase}")
+    axes.set_ylim(0)
     return _svg(figure, axes, legend=True)
 
 

@@ -19,6 +19,7 @@ from megatron_r1.report.read import Recipe, Stage, read_recipe, read_stage
 from megatron_r1.report.recipe import data_tables, settings_table, stage_tables, time_table
 from megatron_r1.report.results import accuracy_of, evaluation_of, responses_of
 from megatron_r1.report.stages import Figure, figures_beside, figures_of, figures_over_training
+from megatron_r1.report.times import times_of
 
 # Browsers load and run nothing, whatever a model may have written.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -85,6 +86,7 @@ def _stage(stage: Stage) -> dict[str, Any]:
         "rows": len(stage.rows),
         "last": stage.rows[-1]["step"],
         "figures": _drawn(stage.folder, stage.stamp),
+        "times": times_of(stage.rows),
         "accuracy": accuracy_of(stage.accuracy, JUDGES[stage.kind]) if stage.kind in JUDGES else {"shares": []},
     }
 

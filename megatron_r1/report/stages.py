@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.report.figures import Rows, by_minutes, comparison, curves, heat_map, time_shares
+from megatron_r1.report.figures import Rows, by_minutes, comparison, curves, heat_map, stacked_times
 from megatron_r1.report.read import Stage
-from megatron_r1.track.metrics import find
+from megatron_r1.track.metrics import PHASE_SECONDS, find
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ CURVES: Mapping[str, tuple[Curves, ...]] = {
 def figures_of(stage: Stage) -> list[Figure]:
     """All figures for which the stage's rows have metrics."""
     more: Callable[[Stage], Iterable[Figure]] = MORE.get(stage.kind, _nothing)
-    return _shown([*(each.drawn(stage) for each in CURVES[stage.kind]), *more(stage)])
+    return _shown([*(each.drawn(stage) for each in CURVES[stage.kind]), *more(stage), _times(stage)])
 
 
 def figures_beside(kind: str, stages: Iterable[Stage]) -> list[Figure]:
@@ -183,9 +183,9 @@ def _expert_loads(stage: Stage) -> Iterable[Figure]:
     yield Figure(svg, f"Step {step}. {find('moe/load').meaning}")
 
 
-def _times(stage: Stage) -> Iterable[Figure]:
-    times = {"perf/rollout_seconds": "waiting for responses", "perf/train_seconds": "training"}
-    yield Figure(time_shares(f"{stage.name}-time", stage.rows, times), "Where the time of a step goes.")
+def _times(stage: Stage) -> Figure:
+    svg = stacked_times(f"{stage.name}-time", stage.rows)
+    return Figure(svg, "Where the time of a step goes, by phase; a save counts to the step after it.")
 
 
 def _pretrain_beside(rows: Mapping[str, Rows]) -> Iterable[Figure]:
@@ -201,12 +201,11 @@ def _rl_beside(rows: Mapping[str, Rows]) -> Iterable[Figure]:
     timed = {name: by_minutes(of_stage) for name, of_stage in rows.items()}
     svg = comparison("all-minutes", timed, accuracy.name, "accuracy", xlabel="minutes")
     yield Figure(svg, "The same over the time that each stage took.")
-    seconds = find("perf/train_seconds")
-    svg = comparison("all-train-seconds", rows, seconds.name, "trainer (seconds per step)")
-    yield Figure(svg, f"Each stage. {seconds.meaning}")
+    svg = comparison("all-update-seconds", rows, f"{PHASE_SECONDS}update", "updates (seconds per step)")
+    yield Figure(svg, "Each stage. Time of a step in updates: passes over micro-batches.")
 
 
-MORE: Mapping[str, Callable[[Stage], Iterable[Figure]]] = {"pretrain": _expert_loads, "rl": _times}
+MORE: Mapping[str, Callable[[Stage], Iterable[Figure]]] = {"pretrain": _expert_loads}
 BESIDE: Mapping[str, Callable[[Mapping[str, Rows]], Iterable[Figure]]] = {
     "pretrain": _pretrain_beside,
     "rl": _rl_beside,

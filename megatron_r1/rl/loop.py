@@ -67,7 +67,6 @@ def reinforcement_step(
         with placed.engine_phase():
             with phase("weight_sync"):
                 send_weights(publish, str(state.step))
-            sent = time.perf_counter()
             with placed.generating(), phase("rollout"):
                 rollout = broadcast_rollout(rollouts, state, rewards)
         writing = text_metrics([sample.text for sample in rollout.samples]) if rollouts else {}
@@ -85,10 +84,7 @@ def reinforcement_step(
             | {
                 **stale,
                 **idle.since_last_time(waited=sampled - started),
-                "perf/rollout_seconds": sampled - sent,
                 "perf/engine_seconds": rollout.seconds,
-                "perf/train_seconds": time.perf_counter() - sampled,
-                "perf/sync_seconds": sent - started,
                 "train/consumed_tokens": state.consumed_tokens,
             }
         )

@@ -13,6 +13,8 @@ from typing import Literal
 Better = Literal["higher", "lower", ""]
 
 STEP = "step"
+PHASE_SECONDS = "perf/phase_seconds/"
+"""What the names of a row's seconds by phase begin with."""
 PREFIXES: Mapping[str, str] = {
     "train": "The update: loss, gradient, schedule and data. Preference learning records its accuracy and margin here.",
     "eval": "Measured on held-out data that no training sees. `evaluate` writes its own to `results.json`, "
@@ -287,11 +289,8 @@ def _perf() -> Iterator[Metric]:
         varies=True,
     )
     yield of("mfu", "share", "Model FLOP/s over the devices' peak.", SUPERVISED, "higher")
-    yield of("rollout_seconds", "s", "Time in which the trainer waits for a rollout.", RL, "lower")
     yield of("engine_seconds", "s", "Time in which the engine samples and rewards score a rollout.", RL, "lower")
-    yield of("train_seconds", "s", "The trainer's part of a step, the critic's share included.", RL, "lower")
-    yield of("critic_seconds", "s", "The critic's share of it.", RL, "lower")
-    yield of("sync_seconds", "s", "Time in which the weights are sent to the engine.", RL, "lower")
+    yield of("critic_seconds", "s", "The critic's share of the updates.", RL, "lower")
     yield of("trainer_idle", "share", "Share of a step in which the trainer does not train.", RL, "lower")
     yield of("engine_idle", "share", "Share of a step in which the engine has no requests.", RL, "lower")
 

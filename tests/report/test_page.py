@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 import orjson
 import pytest
 
-from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, series, thinned, time_shares
+from megatron_r1.report.figures import by_minutes, comparison, curves, heat_map, series, stacked_times, thinned
 from megatron_r1.report.page import write_report
 from megatron_r1.report.read import read_recipe
+from megatron_r1.report.times import times_of
 from megatron_r1.track.record import Record
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -95,15 +96,24 @@ def rl_row(step, generator):
         "rollout/reflection_words": step / 10,
         "train/gradient_norm": 0.3,
         "train/learning_rate": 1e-4,
-        "perf/rollout_seconds": 2 + generator.random(),
-        "perf/train_seconds": 3.0,
-        "perf/sync_seconds": 0.1,
+        **({} if step > 1 else {"perf/phase_seconds/start": 40.0}),
+        "perf/phase_seconds/rollout": 2 + generator.random(),
+        "perf/phase_seconds/update": 3.0,
+        "perf/phase_seconds/weight_sync": 0.1,
+        **({} if step % 10 else spread_row("update", (2.8, 2.9, 3.2), 5)),
+        **({} if step != 20 else {"perf/stragglers": {"rank 5 on node-<2>": 1.62}}),
         "perf/trainer_idle": 0.4,
         "perf/engine_idle": 0.6,
         "rollout/staleness_max": 2,
         "rollout/staleness_mean": 1.5,
         "mismatch/logprob_max_abs": 1e-5 * (1 + generator.random()),
     }
+
+
+def spread_row(phase, extent, slowest):
+    kinds = dict(zip(("min", "median", "max"), extent, strict=True))
+    found = {f"perf/phase_seconds_{kind}/{phase}": seconds for kind, seconds in kinds.items()}
+    return {**found, f"perf/slowest_rank/{phase}": slowest}
 
 
 def share(mean):
@@ -223,8 +233,8 @@ def test_curves_are_present_with_labels_and_units(page):
     curves = {
         "r1_zero": (
             *("reward-rollout/reward", "reward-rollout/accuracy", "reward-rollout/format"),
-            *("length-rollout/response_length", "kl-policy/kl", "entropy-policy/entropy", "time-perf/rollout_seconds"),
-            *("idle-perf/engine_idle", "stale-rollout/staleness_mean"),
+            *("length-rollout/response_length", "kl-policy/kl", "entropy-policy/entropy", "time-rollout"),
+            *("time-update", "time-weight_sync", "idle-perf/engine_idle", "stale-rollout/staleness_mean"),
             *("language-rollout/mixed_language", "reflection-rollout/reflection_words"),
         ),
         "pretrain": (
@@ -238,6 +248,36 @@ def test_curves_are_present_with_labels_and_units(page):
     assert expected <= page.ids
     for label in ("loss (nats per token)", "response length (tokens)", "KL (nats per token)", "tokens per second"):
         assert label in page.text
+
+
+def test_the_time_of_a_stage_is_a_table_by_phase_with_the_slowest_rank(page):
+    """The start takes 40 s, 50 updates 150 s, 5 rows have a spread."""
+    table = page.text[page.text.index("Where the time went") :]
+    assert "phase time share s a step: min median max slowest rank update 150.0 s" in table
+    assert "2.8 2.9 3.2 5 (5 of 5 times)" in table and "start 40.0 s" in table
+    shares = [float(share) for share in re.findall(r" s (\d+\.\d) %", table.partition("Slow rank")[0])]
+    assert len(shares) == 4 and sum(shares) == pytest.approx(100, abs=0.3)
+    assert "Slow rank: rank 5 on node-<2>: 1.6 times the median (step 20)" in table
+    assert page.text.count("Where the time went") == 1  # other stages have no times
+
+
+def test_a_step_is_stacked_by_phase_whatever_phases_it_has():
+    rows = [
+        {"step": 1, "perf/phase_seconds/start": 99.0, "perf/phase_seconds/update": 3.0},
+        {"step": 2, "perf/phase_seconds/update": 3.0, "perf/phase_seconds/save": 1.0},
+        {"step": 3, "train/loss": 1.0},
+    ]
+    svg = stacked_times("f", rows)
+    assert re.findall(r'id="curve-f-([a-z_]+)"', svg) == ["update", "save"]
+    assert "time of a step (s)" in svg and ">save<" in svg and ">start<" not in svg
+
+
+def test_times_of_one_rank_have_no_spread():
+    rows = [{"step": step, "perf/phase_seconds/update": 3.0, "perf/phase_seconds/step": 1.0} for step in (1, 2)]
+    found = times_of(rows)
+    assert found["header"] == ["phase", "time", "share"] and found["slow"] == []
+    assert found["lines"] == [["update", "6.0 s", "75.0 %"], ["step", "2.0 s", "25.0 %"]]
+    assert times_of([{"step": 1}])["lines"] == []
 
 
 def test_model_text_is_shown_and_not_interpreted(html, page):
@@ -316,17 +356,17 @@ def test_stages_are_drawn_side_by_side(recipe):
     assert {f"curve-all-{kind}-{run}" for kind, runs in kinds.items() for run in runs} <= written(recipe).ids
 
 
-def test_minutes_add_up_and_need_all_parts():
+def test_minutes_are_of_steps_alone_and_need_times_in_every_row():
     rows = [
-        {"step": step, "perf/sync_seconds": 6, "perf/rollout_seconds": 24, "perf/train_seconds": 30.0}
-        for step in (3, 4)
+        {"step": step, "perf/phase_seconds/rollout": 24, "perf/phase_seconds/update": 36.0, **beside}
+        for step, beside in ((3, {"perf/phase_seconds/start": 500.0}), (4, {}))
     ]
     assert [row["step"] for row in by_minutes(rows)] == [1.0, 2.0] and by_minutes([*rows, {"step": 5}]) == []
 
 
 def test_figures_without_values_are_empty():
     assert curves("f", [{"step": 1, "loss": math.nan}], {"loss": "loss"}, "loss") == ""
-    assert time_shares("f", [{"step": 1, "a": 1.0}], {"a": "a", "b": "b"}) == ""
+    assert stacked_times("f", [{"step": 1, "perf/phase_seconds/start": 1.0}]) == ""
     assert heat_map("f", {}, "expert", "load") == ""
     assert comparison("f", {"a": [{"step": 1, "loss": 1.0}], "b": []}, "loss", "loss") == ""
     assert series([{"step": 3, "moe/load": [0.1, 0.7]}, {"step": 4}], "moe/load") == ([3.0], [0.7])

@@ -127,9 +127,12 @@ class OurSide:
 
     def step(self) -> dict[str, float]:
         """One step: mean response length and where the time went."""
+        from megatron_r1.parallel.phases import take_seconds
+
+        take_seconds()
         self._state, metrics = self._step(self._state)
-        shown = ("rollout/response_length", "perf/rollout_seconds", "perf/train_seconds", "perf/sync_seconds")
-        return {name: float(metrics[name]) for name in shown}
+        times = {f"{phase}_seconds": seconds for phase, seconds in take_seconds().items()}
+        return {"rollout/response_length": float(metrics["rollout/response_length"]), **times}
 
     def logprobs(self, sequences: list[list[int]]) -> Any:
         import torch

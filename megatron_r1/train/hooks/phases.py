@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_r1.parallel.phases import take_seconds
+from megatron_r1.track.metrics import PHASE_SECONDS
 from megatron_r1.train.hooks import Hook
 from megatron_r1.train.state import TrainState
-
-SECONDS = "perf/phase_seconds/"
-"""What the metrics' names begin with."""
 
 
 class PhaseHook(Hook):
@@ -23,4 +21,4 @@ class PhaseHook(Hook):
 
 def phase_seconds(row: Mapping[str, Any]) -> dict[str, float]:
     """The seconds in a row, by phase."""
-    return {name.removeprefix(SECONDS): value for name, value in row.items() if name.startswith(SECONDS)}
+    return {name.removeprefix(PHASE_SECONDS): value for name, value in row.items() if name.startswith(PHASE_SECONDS)}
