@@ -15,10 +15,17 @@ from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import VERBS, JobCommand
 from megatron_r1.files import write_whole
-from megatron_r1.memory.trainer import GB
+from megatron_r1.memory.trainer import GB, job_memory, largest_pass
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.cost import Cost
 from megatron_r1.plan.layouts import changed_keys
+from megatron_r1.plan.pictures.page import html_page
+from megatron_r1.plan.pictures.terminal import terminal_pipeline
+from megatron_r1.plan.pipeline.orders import build_schedule
+from megatron_r1.plan.pipeline.simulate import Timeline, simulate
+from megatron_r1.plan.pipeline_time import durations_of, schedule_of
+from megatron_r1.plan.rollout import update_of
+from megatron_r1.plan.step import count
 from megatron_r1.plan.search import PARTS, TIE, Found, PlannedLayout, why_slower, why_too_large
 from megatron_r1.plan.split import Split
 
@@ -52,10 +59,38 @@ class JobPlan:
 
 
 def write(plan: JobPlan, folder: Path) -> None:
-    """Write plan.json and the arguments of `submit` into a folder."""
+    """Write plan.json, the arguments of `submit`, and plan.html into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "plan.json", orjson.dumps(as_json(plan), option=orjson.OPT_INDENT_2))
     write_whole(folder / ARGUMENTS, "\n".join([*submit_arguments(plan), ""]).encode())
+    write_whole(folder / "plan.html", _page(plan).encode())
+
+
+def _page(plan: JobPlan) -> str:
+    """Pipeline and memory of the best layout."""
+    best, cost = plan.best, plan.cost
+    facts = [
+        ("layout", best.layout),
+        ("changes", " ".join(changed_keys(best.job.config, plan.config))),
+        ("step", f"{best.seconds:.3g} s, within {plan.uncertainty:.0%}"),
+        ("run", f"{cost.days:.3g} days, {cost.gpu_hours:,.0f} GPU hours"),
+    ]
+    title = f"{plan.command.verb} on {plan.found.gpus} {plan.config.plan.gpu}"
+    limit = GPUS[plan.config.plan.gpu].memory_gb * GB
+    memory = job_memory(
+        best.job.config,
+        plan.command.verb,
+        best.job.ranks,
+        largest_pass(best.job.config, plan.command.verb, best.job.data_parallel),
+        True,
+    )
+    return html_page(title, timeline(plan), memory, limit, facts)
+
+
+def timeline(plan: JobPlan) -> Timeline:
+    """Every pass of a step of the best layout."""
+    counted = count(update_of(plan.best.job, plan.command.verb))
+    return simulate(build_schedule(schedule_of(counted.job)), durations_of(counted, plan.constants))
 
 
 def submit_arguments(plan: JobPlan) -> list[str]:
@@ -136,6 +171,8 @@ def show(plan: JobPlan, seconds: float) -> None:
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH if not console.is_terminal else 0)
     show_layouts(plan.found, plan.config, console)
+    if plan.best.job.config.parallel.pipeline > 1:
+        console.print(terminal_pipeline(timeline(plan)))
     _show_memory(plan, console)
     _show_cost(plan, console)
     console.print(f"{plan.found.tried} layouts in {seconds:.1f} s; step times are within "

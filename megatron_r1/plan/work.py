@@ -108,7 +108,7 @@ class Sizes:
         quantised = QUANTISE * tokens if fp8 else 0.0
 
         def work(memory: float) -> Work:
-            kernels = 1 + 2 * matrices if fp8 else 1  # each expert's rows are quantised by themselves
+            kernels = 3 * matrices if fp8 else matrices  # a product for each expert, and FP8 quantises its two inputs
             return Work(0.0 if fp8 else flops, flops if fp8 else 0.0, memory=memory, kernels=kernels)
 
         return LayerWork(work(moved + quantised * inner), work(back + quantised * outer), work(summed))
