@@ -28,6 +28,7 @@ GRAPHS_FP8 = Stack(
 PART = Stack("NeMo 26.06-26.08, router graphs", gradient_bytes=2, dispatch_share=32 / 148, cuda_graphs=0.3)
 NEW = Stack("NeMo 26.04-26.08, no graphs", gradient_bytes=2, dispatch_share=32 / 148)
 PART_SMS = Stack("Megatron-LM dev of 2025, router graphs", cuda_graphs=0.3, dispatch_share=20 / 132)
+SMALL = "many small passes without CUDA graphs: the host takes longer than the model says"
 LM_MAIN = Stack("Megatron-LM main of 2025, no graphs", dispatch_share=20 / 132)
 HOPPER = Stack("NeMo 25.09 on Hopper, no graphs", gradient_bytes=2, dispatch_share=32 / 148)
 MLPERF_STACK = Stack("MLPerf 6.0, full graphs", cuda_graphs=1.0)
@@ -206,10 +207,10 @@ ROWS = (
         f"{QWEN_235B} {layout('tp2 pp8 vp4 ep32 gbs2048')} {recompute('layernorm', 'moe_act')} {DEEPEP}", MODELZOO,
         PART_SMS),
     PublishedStep("Qwen3-235B BF16, experts in a node", "H100", 256, 29.0,
-        f"{QWEN_235B} {layout('tp4 pp8 vp4 ep8 gbs2048')} {DEEPEP}", MODELZOO, LM_MAIN),
+        f"{QWEN_235B} {layout('tp4 pp8 vp4 ep8 gbs2048')} {DEEPEP}", MODELZOO, LM_MAIN, fit=False, missing=SMALL),
     PublishedStep("Qwen3-235B BF16, experts in a node", "H100", 256, 24.2,
         f"{QWEN_235B} {layout('tp2 pp32 vp3 ep8 gbs2048')} {recompute('layernorm', 'moe_act')} {ALLTOALL} "
-        "parallel.pipeline_layout='E|(t|)*94L'", MODELZOO, LM_MAIN),
+        "parallel.pipeline_layout='E|(t|)*94L'", MODELZOO, LM_MAIN, fit=False, missing=SMALL),
     *(PublishedStep(f"Qwen3-235B BF16, {length // 1024}k, {'natural' if natural else 'even'}", "H100", 256,
           256 * length * (129.4e9 + 18.9e9 * length / 4096) / 256 / teraflops / 1e12,
           f"{QWEN_235B} model.max_sequence_length=131072 "

@@ -25,9 +25,9 @@ from megatron_r1.plan.pipeline.orders import build_schedule
 from megatron_r1.plan.pipeline.simulate import Timeline, simulate
 from megatron_r1.plan.pipeline_time import durations_of, schedule_of
 from megatron_r1.plan.rollout import update_of
-from megatron_r1.plan.step import count
 from megatron_r1.plan.search import PARTS, TIE, Found, PlannedLayout, why_slower, why_too_large
 from megatron_r1.plan.split import Split
+from megatron_r1.plan.step import count
 
 WIDTH, BAR = 150, 40
 ARGUMENTS = "submit.args"

@@ -108,7 +108,8 @@ class Sizes:
         quantised = QUANTISE * tokens if fp8 else 0.0
 
         def work(memory: float) -> Work:
-            kernels = 3 * matrices if fp8 else matrices  # a product for each expert, and FP8 quantises its two inputs
+            # bf16 has a product for each expert; FP8 quantises each one's rows, and multiplies them together.
+            kernels = 1 + 2 * matrices if fp8 else matrices
             return Work(0.0 if fp8 else flops, flops if fp8 else 0.0, memory=memory, kernels=kernels)
 
         return LayerWork(work(moved + quantised * inner), work(back + quantised * outer), work(summed))
