@@ -64,6 +64,10 @@ def test_a_tree_of_runs_is_uploaded_once_and_a_resumed_run_again(tmp_path, monke
         before = len(server.runs)
         code, shown = track_sync(runs, capsys)
         assert code == 0 and "no offline run is left to upload" in shown and len(server.runs) == before
+        [grows] = runs.glob("recipe/base/wandb/offline-*/*.wandb")
+        os.utime(grows)
+        assert offline_runs(runs) == [grows], "a run that still writes is uploaded again"
+        os.utime(grows, ns=(0, 0))
         record(runs / "recipe" / "sft", range(3, 8), resume_step=2)
         sys.modules["wandb"].teardown()
         code, shown = track_sync(runs, capsys)
