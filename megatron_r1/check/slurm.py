@@ -99,7 +99,7 @@ def _time(job: Job) -> Iterator[Finding]:
         return
     if not machine.step_seconds:
         yield unknown(
-            "how long a step takes is not known here", "set check.step_seconds from a run's perf/step_seconds"
+            "how long a step takes is not known here", "set check.step_seconds from the times at the end of a run's log"
         )
         return
     between, limit = machine.step_seconds * train.save_interval / 60, machine.time_limit_minutes

@@ -49,6 +49,7 @@ KEYS: Mapping[Phase, str] = {
     "weight_sync": "step",
     "log_probs": "step",
     "update": "step",
+    "optimizer": "step",
     "evaluation": "evaluation",
     "save": "save",
     "end": "save",
