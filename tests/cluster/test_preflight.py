@@ -232,7 +232,7 @@ def test_the_table_has_a_row_for_a_check_and_a_line_for_a_failure():
         NodeFinding("a", "disk", OK, "room"),
         NodeFinding("b", "disk", WARNING, "little room"),
     ]
-    lines = table(found, 2).splitlines()
+    lines = table(found).splitlines()
     assert [line.split() for line in lines[1:3]] == [
         ["GPUs", "1/2", "FAILED", "7", "of", "8"],
         ["disk", "2/2", "warning", "little", "room"],

@@ -80,20 +80,20 @@ def main(arguments: list[str]) -> int:
             found += exchange.share(found)
         except OSError as error:
             found.append(NodeFinding(place.node, CHECK, FAILED, f"{error.filename}: {error.strerror}", CHANGE))
-            print(table(found, 1), file=sys.stderr)
+            print(table(found), file=sys.stderr)
             return int(ExitCode.PREFLIGHT_FAILED)
     if rank() == 0:
         found = exchange.gather()
         ok = all(one.state != FAILED for one in found)
         if not ok:  # before another rank ends, which ends this one
-            print(table(found, len(place.nodes)), file=sys.stderr, flush=True)
+            print(table(found), file=sys.stderr, flush=True)
         exchange.decide(ok)
     if not exchange.wait_for_verdict():
         return end_after_rank_zero("the first node does not say that all nodes are as they must be")
     if world_size() > 1:
         found.append(run_all_reduce(place, "cuda" if config.platform == "cuda" else "cpu"))
     if rank() == 0:
-        print(table(found, len(place.nodes)), file=sys.stderr, flush=True)
+        print(table(found), file=sys.stderr, flush=True)
     if all(one.state != FAILED for one in found):
         return int(ExitCode.DONE)
     return end_after_rank_zero(line_of(found[-1]))

@@ -22,15 +22,17 @@ class NodeFinding:
     """What to do."""
 
 
-def table(findings: list[NodeFinding], nodes: int) -> str:
-    """One row for each check, then one line for each node on which it is not ok."""
+def table(findings: list[NodeFinding]) -> str:
+    """One row for each check, with the nodes on which it passed of those that made it; then one line for each node on
+    which it is not ok."""
     rows = [("check", "nodes", "state", "found")]
     for check in dict.fromkeys(one.check for one in findings):
         own = [one for one in findings if one.check == check]
         worst = max((one.state for one in own), key=STATES.index)
-        sound = len({one.node for one in own} - {one.node for one in own if one.state == FAILED})
+        nodes = {one.node for one in own}
+        sound = nodes - {one.node for one in own if one.state == FAILED}
         shown = next(one.what for one in own if one.state == worst)
-        rows.append((check, f"{sound}/{nodes}", worst, shown))
+        rows.append((check, f"{len(sound)}/{len(nodes)}", worst, shown))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]) for row in rows
