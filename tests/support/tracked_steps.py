@@ -2,7 +2,8 @@
 
     python -m tests.support.tracked_steps FOLDER ROUNDS STEPS
 
-Prints a JSON object: state -> median seconds of a step, of each round.
+Prints a JSON object: state -> of each round, medians over its steps: seconds of a step (`step`), its processor seconds
+with those of wandb's threads (`processor`), and the seconds within it that the tracker took (`tracker`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def server_in(state: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def main(root: Path, rounds: int, steps: int) -> dict[str, list[float]]:
+def main(root: Path, rounds: int, steps: int) -> dict[str, list[dict[str, float]]]:
     from megatron_r1.platform import select
 
     select("cpu")
@@ -53,13 +54,13 @@ def main(root: Path, rounds: int, steps: int) -> dict[str, list[float]]:
     short = ["train.schedule.warmup_steps=2", f"train.steps={total}", f"train.save_interval={total}"]
     config = load("pretrain", [f"root={root}", "name=run", "platform=cpu", "threads=1", "track=off", *short])
     corpus, tokenizer = open_corpus(config, None)
-    seconds: dict[str, list[float]] = {state: [] for state in STATES}
+    seconds: dict[str, list[dict[str, float]]] = {state: [] for state in STATES}
 
     class Turns(Hook):
         """Opens and closes a tracker around each block of steps, and times the steps in between."""
 
         def __init__(self) -> None:
-            self._times: list[float] = []
+            self._times: list[tuple[float, float, float]] = []
             self._open(0)
 
         def _open(self, block: int) -> None:
@@ -69,20 +70,23 @@ def main(root: Path, rounds: int, steps: int) -> dict[str, list[float]]:
             os.environ["WANDB_BASE_URL"] = self._server.__enter__()
             setting = self._state if self._state in ("disabled", "offline") else "online"
             self._tracker = Tracker(root / f"block-{block}", {}, "block", TrackConfig(wandb=setting), "pretrain")
-            self._started = time.perf_counter()
+            self._started = time.perf_counter(), time.process_time()
 
         def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
+            before = time.perf_counter()
             self._tracker.log(state.step, row)
-            self._times.append(time.perf_counter() - self._started)
+            now, (wall, processor) = time.perf_counter(), self._started
+            self._times.append((now - wall, time.process_time() - processor, now - before))
             if state.step % steps == 0:
-                seconds[self._state].append(median(self._times))
+                medians = [median(kind) for kind in zip(*self._times, strict=True)]
+                seconds[self._state].append(dict(zip(("step", "processor", "tracker"), medians, strict=True)))
                 self._times.clear()
                 self._tracker.close()
                 wandb.teardown()
                 self._server.__exit__(None, None, None)
                 if state.step < total:
                     self._open(state.step // steps)
-            self._started = time.perf_counter()
+            self._started = time.perf_counter(), time.process_time()
 
     with training_run(config, tokenizer, None) as run:
         hooks = Hooks([run.hooks(SHOWN, "pretrain"), Turns()])

@@ -30,8 +30,8 @@ def test_an_unreachable_server_delays_no_step(tmp_path, monkeypatch, state):
     import wandb
 
     assert wandb.__version__
-    monkeypatch.setattr(wandb_run, "START_TIMEOUT_S", 4.0)
-    monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(wandb_run, "START_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT_S", 3.0)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with server_in(state) as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
@@ -39,14 +39,14 @@ def test_an_unreachable_server_delays_no_step(tmp_path, monkeypatch, state):
         tracker = Tracker(tmp_path / "run", {}, "run", TrackConfig(wandb="online"), "pretrain")
         inside = time.monotonic() - began
         step = 0
-        while time.monotonic() - began < 6.0:
+        while time.monotonic() - began < 4.5:
             step += 1
             before = time.monotonic()
             tracker.log(step, {"train/loss": 1.0 / step})
             inside += time.monotonic() - before
             time.sleep(0.02)
         tracker.close()
-    assert inside < 2.0, f"{step} steps waited {inside:.1f} s for wandb"
+    assert inside < 1.5, f"{step} steps waited {inside:.1f} s for wandb"
     rows, _ = wandb_rows(tmp_path / "run", step)
     assert [row["step"] for row in rows] == list(range(1, step + 1))
     assert rows == read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -55,17 +55,21 @@ def test_an_unreachable_server_delays_no_step(tmp_path, monkeypatch, state):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_step_time_with_an_unreachable_server(tmp_path):
-    """Real steps of `pretrain`, in turns within one process; the medians of each round are compared."""
-    command = [sys.executable, "-m", "tests.support.tracked_steps", str(tmp_path), "8", "60"]
+    """Real steps of `pretrain`, in turns within one process; the medians of each round are compared.
+
+    The tracker's own share of a step, and the processor time that wandb's threads add to one, bound what a step takes
+    longer also on a machine that other programs slow down.
+    """
+    command = [sys.executable, "-m", "tests.support.tracked_steps", str(tmp_path), "4", "30"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1400, check=True)
-    seconds: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    ratios = {
-        state: sorted(here / base for here, base in zip(seconds[state], seconds["disabled"], strict=True))
-        for state in STATES
-    }
-    for state, values in ratios.items():
-        print(f"{state}: {median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f})")
-    assert all(median(values) < 1.05 for values in ratios.values()), ratios
+    rounds: dict[str, list[dict[str, float]]] = json.loads(done.stdout.splitlines()[-1])
+    for state in STATES:
+        pairs = [*zip(rounds[state], rounds["disabled"], strict=True)]
+        ratio = {kind: sorted(here[kind] / base[kind] for here, base in pairs) for kind in ("step", "processor")}
+        share = median(here["tracker"] / here["step"] for here in rounds[state])
+        shown = [f"{kind} {median(one):.3f} ({one[0]:.3f} to {one[-1]:.3f})" for kind, one in ratio.items()]
+        print(f"{state}: tracker {share:.5f} of a step, of a step without wandb: {', '.join(shown)}")
+        assert share < 0.05 and median(ratio["processor"]) < 1.05
 
 
 @pytest.mark.slow
