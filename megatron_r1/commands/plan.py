@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.keys import check_overrides, check_recipe
 from megatron_r1.config.load import load_sections
@@ -19,7 +17,7 @@ from megatron_r1.plan.calibrate import Calibration, calibrate
 from megatron_r1.plan.constants import UNCERTAINTY, Constants
 from megatron_r1.plan.cost import cost
 from megatron_r1.plan.layouts import Fixed
-from megatron_r1.plan.report import JobPlan, show, show_layouts, write
+from megatron_r1.plan.report import JobPlan, show, show_layouts, wide_console, write
 from megatron_r1.plan.search import Found, imbalance, search, smallest_cluster
 from megatron_r1.plan.split import Split, splits
 from megatron_r1.runs.folder import run_folder
@@ -45,7 +43,7 @@ def run_command(command: JobCommand) -> int:
     fixed = Fixed(frozenset(map(_key, spelt_out(command.overrides))))
     found, split = _searched(config, verb, constants, fixed)
     if not found.best_first:
-        show_layouts(found, config, Console(highlight=False))
+        show_layouts(found, config, verb, wide_console())
         return int(ExitCode.BAD_CONFIG)
     best, gpus = found.best_first[0], found.gpus
     seconds = best.seconds
@@ -76,8 +74,8 @@ def _searched(config: RunConfig, verb: str, constants: Constants, fixed: Fixed) 
     """The trainer's layouts, and for reinforcement learning the best division of the nodes."""
     gpus = config.plan.gpus
     if verb == "grpo":
-        found = splits(config, gpus or _smallest(config, constants, fixed), constants, fixed)
-        return (found[0].trainer, found[0]) if found else (Found(gpus, [], [], 0), None)
+        found, nothing = splits(config, gpus or _smallest(config, constants, fixed), constants, fixed)
+        return (found[0].trainer, found[0]) if found else (max(nothing, key=lambda one: one.gpus), None)
     if gpus:
         return search(config, verb, gpus, constants, fixed), None
     return smallest_cluster(config, verb, constants, fixed), None

@@ -157,7 +157,8 @@ def _candidate(one: PlannedLayout, plan: JobPlan) -> dict[str, Any]:
         "memory_total_bytes": round(one.memory.total),
     }
     if one.time:
-        tokens = config.train.global_batch_size * config.train.sequence_length
+        train = update_of(one.job, plan.command.verb).config.train
+        tokens = train.global_batch_size * train.sequence_length
         found |= {
             "step_seconds": one.seconds,
             "step_parts": {name: getattr(one.time, name) for name in PARTS},
@@ -168,31 +169,40 @@ def _candidate(one: PlannedLayout, plan: JobPlan) -> dict[str, Any]:
 
 def show(plan: JobPlan, seconds: float) -> None:
     """Print the plan: the best layouts, why the others lose, memory, cost."""
-    console = Console(highlight=False)
-    console.width = max(console.width, WIDTH if not console.is_terminal else 0)
-    show_layouts(plan.found, plan.config, console)
+    console = wide_console()
+    show_layouts(plan.found, plan.config, plan.command.verb, console)
     if plan.best.job.config.parallel.pipeline > 1:
         console.print(terminal_pipeline(timeline(plan)))
     _show_memory(plan, console)
     _show_cost(plan, console)
-    console.print(f"{plan.found.tried} layouts in {seconds:.1f} s; step times are within "
-                  f"{plan.uncertainty:.0%} for most published rows (megatron_r1/plan/README.md)")  # fmt: skip
+    sure = "a lower bound" if plan.split else f"within {plan.uncertainty:.0%} for published steps"
+    console.print(
+        f"{plan.found.tried} layouts in {seconds:.1f} s; the seconds of a step are {sure} (megatron_r1/plan/README.md)"
+    )
 
 
-def show_layouts(found: Found, config: RunConfig, console: Console) -> None:
+def wide_console() -> Console:
+    """A terminal, or a file with room for the tables."""
+    console = Console(highlight=False)
+    console.width = max(console.width, WIDTH if not console.is_terminal else 0)
+    return console
+
+
+def show_layouts(found: Found, config: RunConfig, verb: str, console: Console) -> None:
     """The layouts, best first, and the smallest of those that do not fit."""
     limit = config.plan.memory_share * GPUS[config.plan.gpu].memory_gb * GB
     table = Table(title=f"{found.gpus} {config.plan.gpu}", title_justify="left")
     for column in ("layout", "micro-batch", "recomputed", "step", "tokens/s/GPU", "memory", "why not"):
         table.add_column(column, overflow="fold")
     for number, one in enumerate(found.best_first[: config.plan.layouts]):
-        train, performance = one.job.config.train, one.job.config.performance
+        update, performance = update_of(one.job, verb), one.job.config.performance
+        train = update.config.train
         tokens = train.global_batch_size * train.sequence_length
         overlap = " +overlap" if performance.overlap_moe_expert_parallel_comm else ""
         why = "" if number == 0 else why_slower(one, found.best_first[0])
         tie = "tie, " if number and one in found.ties() else ""
         table.add_row(
-            one.layout, f"{train.micro_batch_size} x {one.job.micro_batches}{overlap}",
+            one.layout, f"{train.micro_batch_size} x {update.micro_batches}{overlap}",
             ", ".join(performance.recompute_modules), f"{one.seconds:.3g} s",
             f"{tokens / one.seconds / one.job.ranks:,.0f}", f"{one.memory.total / GB:.0f} GB", tie + why,
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 from megatron_r1.config.cross_checks import check_layout, check_sections
@@ -77,6 +76,9 @@ def search(
     Args:
         fixed: keys that keep their value.
         stack: the software stack; that of this project without one.
+
+    Raises:
+        ConfigError: keys contradict each other in every layout.
     """
     gpu = GPUS[config.plan.gpu]
     limit = config.plan.memory_share * gpu.memory_gb * GB
@@ -98,7 +100,7 @@ def search(
         if timed.seconds < fitting[timed.layout].seconds if timed.layout in fitting else True:
             fitting[timed.layout] = timed
     ordered = sorted(fitting.values(), key=lambda one: one.seconds)
-    allowed = list(_allowed(ordered, verb))
+    allowed = _allowed(ordered, verb)
     simulated = [_simulated(one, verb, constants) for one in allowed[:SIMULATED]]
     simulated.sort(key=lambda one: one.seconds)
     return Found(gpus, simulated + allowed[SIMULATED:], sorted(too_large, key=lambda one: one.memory.total), tried)
@@ -150,15 +152,24 @@ def _with_memory(job: TrainingJob, config: RunConfig, verb: str) -> PlannedLayou
     return PlannedLayout(replace(job, config=config), max(stages, key=lambda one: one.total))
 
 
-def _allowed(ordered: list[PlannedLayout], verb: str) -> Iterator[PlannedLayout]:
-    """Without layouts that a rule of several sections refuses."""
+def _allowed(ordered: list[PlannedLayout], verb: str) -> list[PlannedLayout]:
+    """Without layouts that a rule of several sections refuses.
+
+    Raises:
+        ConfigError: such a rule refuses all of them, so that the layout is not what is wrong.
+    """
+    found, refused = [], None
     for candidate in ordered:
         try:
             check_sections(candidate.job.config, verb)
             check_layout(candidate.job.config, verb, candidate.job.ranks)
-        except ConfigError:
+        except ConfigError as error:
+            refused = refused or error
             continue
-        yield candidate
+        found.append(candidate)
+    if refused and not found:
+        raise refused
+    return found
 
 
 def why_slower(candidate: PlannedLayout, best: PlannedLayout) -> str:

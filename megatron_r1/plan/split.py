@@ -27,19 +27,20 @@ class Split:
     """0 where servers share the trainer's GPUs."""
 
 
-def splits(config: RunConfig, gpus: int, constants: Constants, fixed: Fixed) -> list[Split]:
-    """All divisions of a number of GPUs that fit, best first."""
-    found = []
+def splits(config: RunConfig, gpus: int, constants: Constants, fixed: Fixed) -> tuple[list[Split], list[Found]]:
+    """All divisions of a number of GPUs that fit, best first; and the searches of trainers that found nothing."""
+    found, nothing = [], []
+    gpu = GPUS[config.plan.gpu]
     for engine_nodes in _engine_nodes(config, gpus):
-        gpu = GPUS[config.plan.gpu]
-        servers = engine_nodes * gpu.per_node if engine_nodes else gpus
-        engines = engines_of(config, gpu, servers)
+        engines = engines_of(config, gpu, engine_nodes * gpu.per_node or gpus)
         sized = with_engines(config, engines)
         trainer = search(sized, "grpo", gpus - engine_nodes * gpu.per_node, constants, fixed)
-        if trainer.best_first:
-            step = rl_step(trainer.best_first[0].job, engines, constants)
-            found.append(Split(trainer, engines, step, engine_nodes))
-    return sorted(found, key=lambda split: split.step.total)
+        if not trainer.best_first:
+            nothing.append(trainer)
+            continue
+        step = rl_step(trainer.best_first[0].job, engines, constants)
+        found.append(Split(trainer, engines, step, engine_nodes))
+    return sorted(found, key=lambda split: split.step.total), nothing
 
 
 def _engine_nodes(config: RunConfig, gpus: int) -> Iterator[int]:

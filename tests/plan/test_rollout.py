@@ -101,3 +101,13 @@ def test_a_plan_divides_the_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[
     alone = phases["rollout"] + phases["rewards"] + phases["logprobs"] + phases["update"] + phases["sync"]
     assert found["step_seconds"] == pytest.approx(alone)
     assert "weight sync" in capsys.readouterr().out
+
+
+def test_where_no_trainer_fits_the_plan_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["model=v3_671b", *QWEN[1:], "gpu=h100", "gpus=32", f"root={tmp_path}", "parallel.expert=8"]
+    assert exit_code(["plan", "grpo", *command]) == 2
+    refused = [*QWEN, "gpu=h100", "gpus=16", f"root={tmp_path}", "rollout.max_response_tokens=8192"]
+    assert exit_code(["plan", "grpo", *refused]) == 2  # by a rule that no layout satisfies
+    shown = capsys.readouterr()
+    assert "must be below model.max_sequence_length=8192" in shown.err
+    assert "GB where 79 are" in " ".join(shown.out.split())
