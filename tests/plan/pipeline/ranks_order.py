@@ -92,5 +92,5 @@ def tensor_of(output: Any) -> Any:
 
 
 if __name__ == "__main__":
-    signal.alarm(240)  # whatever happens to the launcher, no rank waits for ever
+    signal.alarm(400)  # whatever happens to the launcher, no rank waits for ever
     main(Path(sys.argv[1]))
