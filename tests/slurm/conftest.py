@@ -154,6 +154,11 @@ class Cluster:
             self.wait_until(lambda: reached in self.job_log(name, job))
         return True
 
+    def extend(self, job: str) -> None:
+        """Give a job half an hour, once SLURM has queued it again if it was stopped."""
+        change = ("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+        self.wait_until(lambda: self.run(*change).returncode == 0)
+
     def logs(self) -> str:
         return "\n".join(path.read_text()[-1500:] for path in sorted(self.folder.rglob("*.log")))
 
