@@ -96,6 +96,11 @@ class TrackConfig:
     """Further tags, beside the verb."""
     notes: str = ""
     """Notes on the run's page."""
+    prometheus_port: int = 0
+    """Port at which rank 0 serves its metrics to Prometheus; 0 serves none."""
+    prometheus_host: str = "127.0.0.1"
+    """Address to serve them at; 0.0.0.0 is every network of the node, without a password."""
 
     def __post_init__(self) -> None:
+        within(self, 0, 65535, "prometheus_port")
         one_of(self, "wandb", ("auto", "online", "offline", "disabled"))

@@ -29,9 +29,12 @@ class WatchConfig:
     """Seconds for a save; 0 is no deadline."""
     heartbeat_deadline_s: float = 600.0
     """Seconds without a sign of life after which a rank, or its machine, counts as lost; 0 is no deadline."""
+    spike_sigmas: float = 6.0
+    """Standard deviations above the running median of 128 steps from which a loss or gradient norm is reported as a
+    spike; 0 reports none."""
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            at_least(self, 0, name)
+        at_least(self, 0, *self.__slots__)
+        for name in (name for name in self.__slots__ if name.endswith("_deadline_s")):
             if 0 < (value := getattr(self, name)) < SHORTEST_S:
                 raise ConfigError(name, value, f"must be 0, for no deadline, or at least {SHORTEST_S:.0f} s")

@@ -145,7 +145,8 @@ class Watchdog:
         """What this rank knows of others that have failed, or send no heartbeats."""
         if job.stalled:
             return Stall(job.stalled)
-        self._failed_s = self._failed_s + passed if job.failed or job.gone else 0.0
+        lost = job.gone and phases.current().phase != "end"  # there a rank may be the last
+        self._failed_s = self._failed_s + passed if job.failed or lost else 0.0
         if self._failed_s > FAILED_S:
             return Stall(job.failed or f"{self._keeper(job)} has ended", ExitCode.REQUEUE)
         if not (limit := self._heartbeat_limit_s):

@@ -43,6 +43,7 @@ from megatron_r1.runs.retention import retention_of
 from megatron_r1.runs.snapshot import RankZeroSnapshot, Snapshot, random_state
 from megatron_r1.config.initial_model import check_same_model
 from megatron_r1.runs.initial_weights import InitialModel
+from megatron_r1.track.record import read_metrics
 from megatron_r1.track.tracker import Tracker
 from megatron_r1.train.ema import MovingAverage
 from megatron_r1.train.hooks import Hook, Hooks
@@ -51,6 +52,8 @@ from megatron_r1.train.hooks.ema import EmaHook
 from megatron_r1.train.hooks.log import LogHook
 from megatron_r1.train.hooks.phases import PhaseHook
 from megatron_r1.train.hooks.preempt import PreemptHook
+from megatron_r1.train.hooks.prometheus import PrometheusHook
+from megatron_r1.train.hooks.spikes import SpikeHook
 from megatron_r1.train.hooks.profile import profile_hooks
 from megatron_r1.train.hooks.rank_times import RankTimesHook
 from megatron_r1.train.optimizer import MOMENTS, Optimizer
@@ -118,7 +121,8 @@ class TrainingRun:
             start, title = self.state.step, f"{verb} {self.config.name}"
             settings = resolved(self.config) | {"provenance": newest_record(self.folder)}
             tracker = Tracker(self.folder, settings, self.config.name, self.config.track, verb, start)
-            hooks.insert(0, LogHook(tracker, shown, train.steps, start, train.log_interval, title))
+            log = LogHook(tracker, shown, train.steps, start, train.log_interval, title)
+            hooks[:0] = [*self._spikes(), log, *self._prometheus()]
         threshold, device = self.config.profile.straggler_threshold, self.platform.device
         hooks[:0] = [PhaseHook(), RankTimesHook(train.log_interval, train.steps, threshold, device)]
         if self.ema:
@@ -127,6 +131,14 @@ class TrainingRun:
             self.folder, self.config.profile, train.steps, dist.get_rank(), self.platform.name == "cuda"
         )
         return Hooks([*first, *hooks, *profiles, self.preempt])
+
+    def _spikes(self) -> list[Hook]:
+        sigmas = self.config.watch.spike_sigmas
+        return [SpikeHook(sigmas, read_metrics(self.folder / "metrics.jsonl"))] if sigmas else []
+
+    def _prometheus(self) -> list[Hook]:
+        track = self.config.track
+        return [PrometheusHook(track, self.config.name)] if track.prometheus_port else []
 
     def saved(self, kind: str) -> WholeTensors | None:
         """Tensors of a kind in the resumed checkpoint; None when it has none."""

@@ -98,6 +98,13 @@ def _train() -> Iterator[Metric]:
         "train/gradient_norm", "", "Norm of the gradient before clipping; in RL the mean over a rollout's updates.", ALL
     )
     yield Metric("train/skipped_updates", "updates", "Updates of this step skipped: gradient not finite.", ALL, "lower")
+    yield Metric(
+        "train/spikes",
+        "metrics",
+        "How many of loss and gradient norm are far above their median.",
+        ALL,
+        "lower",
+    )
     yield Metric("train/learning_rate", "", "Learning rate of the step; 0 while only the critic is trained.", ALL)
     yield Metric("train/batch_size", "sequences", "Sequences of the global batch.", ("pretrain",))
     yield Metric("train/mtp_weight", "", "Weight of the multi-token loss.", ("pretrain",))

@@ -70,6 +70,10 @@ class Optimizer:
             performance: settings of overlap; None overlaps nothing.
         """
         self.chunks = [_with_gradient_buffers(part, performance or PerformanceConfig()) for part in chunks(model)]
+        self._own_sums: list[Tensor] = []
+        for chunk in self.chunks:
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                _sum_before_exchange(group, self._own_sums)
         if performance and performance.overlap_grad_reduce:
             # Gradients are complete only after the backward pass of the last micro-batch.
             waiting = [chunk.no_sync for chunk in self.chunks]
@@ -113,6 +117,7 @@ class Optimizer:
 
     def zero_gradients(self) -> None:
         """Clear the gradient buffers."""
+        self._own_sums.clear()
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         for part in self._parts():
@@ -122,6 +127,12 @@ class Optimizer:
     def gradients_finite(self) -> bool:
         """Whether this rank's gradient buffers hold only finite numbers."""
         return all(bool(torch.isfinite(buffer.grad_data.sum())) for buffer in self.buffers())
+
+    def own_gradients_finite(self) -> bool:
+        """The same of the gradients before data-parallel ranks exchanged them: what this rank itself computed."""
+        return (
+            all(bool(torch.isfinite(total)) for total in self._own_sums) if self._own_sums else self.gradients_finite()
+        )
 
     def buffers(self) -> Iterator[Any]:
         """megatron-core's gradient buffers of this rank."""
@@ -208,6 +219,19 @@ def _with_gradient_buffers(model: GPTModel, performance: PerformanceConfig) -> D
 
 def _torch_on_cpu(tensors: Iterable[Tensor]) -> bool:
     return USING_PYTORCH_OPTIMIZER and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _sum_before_exchange(group: Any, sums: list[Tensor]) -> None:
+    """Note the sum of each bucket's gradients, on the device, when ranks begin to exchange them; then all have NaN."""
+    exchange = group.start_grad_sync
+    if group.intra_distributed_optimizer_instance_size == 1:
+        return
+
+    def start_grad_sync(*args: Any, **more: Any) -> Any:
+        sums.extend(bucket.grad_data.sum() for bucket in group.buckets)
+        return exchange(*args, **more)
+
+    group.start_grad_sync = start_grad_sync
 
 
 def _leave_out_exchange_of_one_rank(buckets: Any) -> None:

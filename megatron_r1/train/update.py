@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +16,10 @@ from megatron_r1.model.chunks import Model
 from megatron_r1.model.forward_backward import Forward, LossFunction, PassResults, forward_backward, routers
 from megatron_r1.parallel import comm
 from megatron_r1.parallel.mesh import data_parallel_group
-from megatron_r1.parallel.phases import phase
+from megatron_r1.parallel.phases import current, phase
 from megatron_r1.train.optimizer import Optimizer
+
+logger = logging.getLogger(__name__)
 
 Reduce = Literal["mean", "sum"]
 """How losses and logged values of micro-batches and data-parallel ranks are reduced to those of the whole batch."""
@@ -66,9 +70,23 @@ def update(
         with phase("optimizer"):
             norm = optimizer.step(learning_rate)
         return UpdateResult(passes, norm, skipped=False, reduce=reduce)
+    name_ranks(optimizer.own_gradients_finite())
     for router, bias in biases:
         router.expert_bias.copy_(bias)
     return UpdateResult(passes, float("nan"), skipped=True, reduce=reduce)
+
+
+def name_ranks(finite: bool) -> None:
+    """Collective: log on which ranks gradients were not finite.
+
+    Args:
+        finite: whether this rank's own gradients were, before ranks exchanged them.
+    """
+    hosts = comm.all_gather_object("" if finite else socket.gethostname())
+    if dist.get_rank() == 0:
+        names = ", ".join(f"rank {rank} on {host}" for rank, host in enumerate(hosts) if host)
+        where = names or "no rank before their reduction, and of all after it"
+        logger.warning("%s: gradients of %s are not finite; the update is skipped", current().place, where)
 
 
 def _scaled(forward: Forward, scale: int) -> Forward:

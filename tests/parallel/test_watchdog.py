@@ -16,7 +16,7 @@ from megatron_r1.errors import ConfigError, ExitCode
 from megatron_r1.parallel import phases
 from megatron_r1.parallel.watchdog import KEYS, Watchdog, heartbeat_interval
 
-NONE = {field.name: 0.0 for field in fields(WatchConfig)}
+NONE = {field.name: 0.0 for field in fields(WatchConfig) if field.name.endswith("_deadline_s")}
 
 
 class Stepped(Watchdog):

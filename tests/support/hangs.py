@@ -1,4 +1,5 @@
-"""Faults in ranks of real runs, one after the other: a rank that is stopped, sleeps for ever, raises, or has NaN.
+"""Faults in ranks of real runs, one after the other: a rank that is stopped, sleeps for ever, raises, has NaN, or waits
+for a server that never answers.
 
     python tests/support/hangs.py FOLDER --kinds stopped,raising --number 2 --seed 0
 
@@ -26,15 +27,22 @@ RUN = [
     "model.mtp.num_layers=0", "train.schedule.warmup_steps=2", "train.sequence_length=32", "train.global_batch_size=6",
     "train.micro_batch_size=1", "train.steps=6", "train.save_interval=1", "train.save_total_limit=9",
 ]  # fmt: skip
-DEADLINE_S = 8.0
+GRPO = [
+    "grpo", "platform=cpu", "threads=1", "track=off", "seed=3", "model.num_layers=2",
+    "model.mtp.num_layers=0", "train.schedule.warmup_steps=2", "train.steps=6", "train.save_interval=1",
+    "train.save_total_limit=9", "rollout=local", "rollout.max_response_tokens=8", "rl.prompts_per_rollout=2",
+    "rl.group_size=2", "rl.updates_per_rollout=1",
+]  # fmt: skip
+DEADLINE_S = 5.0
 WATCH = [
     f"watch.step_deadline_s={DEADLINE_S}",
     f"watch.save_deadline_s={DEADLINE_S}",
+    f"watch.rollout_deadline_s={DEADLINE_S}",
     f"watch.heartbeat_deadline_s={DEADLINE_S}",
 ]
 BOUND_S = 60.0
 """Seconds in which a run has to end after its fault, on a slow machine."""
-KINDS = ("stopped", "asleep", "raising", "nan")
+KINDS = ("stopped", "asleep", "raising", "nan", "server")
 PHASES = ("step", "update", "save")
 
 
@@ -45,6 +53,15 @@ class Fault:
     ranks: int
     phase: str
     step: int
+
+    @property
+    def command(self) -> list[str]:
+        return GRPO if self.kind == "server" else RUN
+
+    @property
+    def job(self) -> str:
+        """Name of the run that nothing disturbs."""
+        return f"undisturbed-{self.command[0]}-{self.ranks}"
 
 
 @dataclass
@@ -66,6 +83,8 @@ class CaseOutcome:
 
 def draw(kind: str, chance: random.Random) -> Fault:
     """A case: 2 or 3 ranks, any of them, at any place of one of its steps."""
+    if kind == "server":  # rank 0 alone talks to servers
+        return Fault(kind, 0, 2, "rollout", chance.randint(2, 5))
     ranks = chance.choice((2, 3))
     phase = "update" if kind == "nan" else chance.choice(PHASES)
     return Fault(kind, chance.randrange(ranks), ranks, phase, chance.randint(2, 5))
@@ -90,6 +109,8 @@ def commit(fault: Fault) -> None:
     if fault.kind == "stopped":
         time.sleep(1.5)  # others know by now in which phase it is
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.kind == "server":
+        waiting_for_a_server()
     elif fault.kind == "asleep":
         sleeping_for_ever()
     elif fault.kind == "raising":
@@ -101,6 +122,13 @@ def commit(fault: Fault) -> None:
 def sleeping_for_ever() -> None:
     while True:
         time.sleep(1)
+
+
+def waiting_for_a_server() -> None:
+    """A request to a server that takes it and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        client.sendall(b"POST /generate HTTP/1.1\r\n\r\n")
+        client.recv(1)
 
 
 def make_gradients_nan() -> None:
@@ -193,7 +221,7 @@ def run(fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[
 
 
 def examine(fault: Fault, root: Path, name: str) -> CaseOutcome:
-    codes, seconds = run(fault, fault.ranks, root, name, RUN + WATCH)
+    codes, seconds = run(fault, fault.ranks, root, name, fault.command + WATCH)
     folder = root / name
     ranks = range(fault.ranks)
     stacks = {rank: folder / "logs" / f"stacks-rank-{rank:05}.txt" for rank in ranks}
@@ -236,23 +264,25 @@ def main(arguments: list[str]) -> None:
     from megatron_r1.platform import select
 
     select("cpu")
-    import_module("megatron_r1.commands.pretrain")  # before the forks
+    for verb in ("pretrain", "grpo"):  # before the forks
+        import_module(f"megatron_r1.commands.{verb}")
 
     chance = random.Random(given.seed)
-    outcomes = []
-    for kind in given.kinds.split(","):
-        for number in range(given.number):
-            fault = draw(kind, chance)
-            outcomes.append(examine(fault, given.folder, f"{kind}-{number}"))
-            print(fault, outcomes[-1].codes, f"{outcomes[-1].seconds:.1f} s", flush=True)
-    undisturbed = {}
-    for ranks in {outcome.fault.ranks for outcome in outcomes}:
-        codes, _ = run(None, ranks, given.folder, f"undisturbed-{ranks}", RUN)
-        assert set(codes.values()) == {0}, codes
-        folder = given.folder / f"undisturbed-{ranks}"
-        undisturbed[ranks] = {"checkpoints": checkpoints_of(folder), "rows": rows_of(folder)}
-    found = {"outcomes": [asdict(outcome) for outcome in outcomes], "undisturbed": undisturbed}
-    (given.folder / "found.json").write_text(json.dumps(found))
+    faults = [
+        (f"{kind}-{number}", draw(kind, chance)) for kind in given.kinds.split(",") for number in range(given.number)
+    ]
+    undisturbed, outcomes = {}, []
+    for _, fault in faults:
+        if fault.job not in undisturbed:
+            codes, _ = run(None, fault.ranks, given.folder, fault.job, fault.command)
+            assert set(codes.values()) == {0}, codes
+            folder = given.folder / fault.job
+            undisturbed[fault.job] = {"checkpoints": checkpoints_of(folder), "rows": rows_of(folder)}
+    for name, fault in faults:
+        outcomes.append(examine(fault, given.folder, name))
+        print(fault, outcomes[-1].codes, f"{outcomes[-1].seconds:.1f} s", flush=True)
+        found = {"outcomes": [asdict(outcome) for outcome in outcomes], "undisturbed": undisturbed}
+        (given.folder / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
