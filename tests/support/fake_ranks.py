@@ -37,12 +37,12 @@ def fake_rank(degrees: ParallelConfig, rank: int, ranks: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def examine(ranks: int, recipe: str, overrides: list[str]) -> dict[str, Any]:
+def examine(ranks: int, recipe: str, overrides: list[str], verb: str = "pretrain") -> dict[str, Any]:
     """Why a layout is refused, or what the first ranks of some pipeline stages hold."""
     started = time.process_time()
     try:
-        config = load("pretrain", [*overrides, "track=off"], recipe)
-        check_layout(config, "pretrain", ranks)
+        config = load(verb, [*overrides, "track=off"], recipe)
+        check_layout(config, verb, ranks)
     except ConfigError as error:
         return {"refused": str(error)}
     degrees = config.parallel
