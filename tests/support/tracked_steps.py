@@ -2,8 +2,8 @@
 
     python -m tests.support.tracked_steps FOLDER ROUNDS STEPS
 
-Prints a JSON object: state -> of each round, medians over its steps: seconds of a step (`step`), its processor seconds
-with those of wandb's threads (`processor`), and the seconds within it that the tracker took (`tracker`).
+Prints a JSON object: state -> of each round, medians over its steps: seconds of a step (`step`), processor seconds of
+the thread that trains (`training`) and of all others (`others`), and the seconds that the tracker took (`tracker`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(root: Path, rounds: int, steps: int) -> dict[str, list[dict[str, float]
         """Opens and closes a tracker around each block of steps, and times the steps in between."""
 
         def __init__(self) -> None:
-            self._times: list[tuple[float, float, float]] = []
+            self._times: list[tuple[float, float, float, float]] = []
             self._open(0)
 
         def _open(self, block: int) -> None:
@@ -70,23 +70,24 @@ def main(root: Path, rounds: int, steps: int) -> dict[str, list[dict[str, float]
             os.environ["WANDB_BASE_URL"] = self._server.__enter__()
             setting = self._state if self._state in ("disabled", "offline") else "online"
             self._tracker = Tracker(root / f"block-{block}", {}, "block", TrackConfig(wandb=setting), "pretrain")
-            self._started = time.perf_counter(), time.process_time()
+            self._started = time.perf_counter(), time.thread_time(), time.process_time()
 
         def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
             before = time.perf_counter()
             self._tracker.log(state.step, row)
-            now, (wall, processor) = time.perf_counter(), self._started
-            self._times.append((now - wall, time.process_time() - processor, now - before))
+            now, (wall, thread, process) = time.perf_counter(), self._started
+            training = time.thread_time() - thread
+            self._times.append((now - wall, training, time.process_time() - process - training, now - before))
             if state.step % steps == 0:
                 medians = [median(kind) for kind in zip(*self._times, strict=True)]
-                seconds[self._state].append(dict(zip(("step", "processor", "tracker"), medians, strict=True)))
+                seconds[self._state].append(dict(zip(("step", "training", "others", "tracker"), medians, strict=True)))
                 self._times.clear()
                 self._tracker.close()
                 wandb.teardown()
                 self._server.__exit__(None, None, None)
                 if state.step < total:
                     self._open(state.step // steps)
-            self._started = time.perf_counter(), time.process_time()
+            self._started = time.perf_counter(), time.thread_time(), time.process_time()
 
     with training_run(config, tokenizer, None) as run:
         hooks = Hooks([run.hooks(SHOWN, "pretrain"), Turns()])

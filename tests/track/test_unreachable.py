@@ -57,19 +57,20 @@ def test_an_unreachable_server_delays_no_step(tmp_path, monkeypatch, state):
 def test_step_time_with_an_unreachable_server(tmp_path):
     """Real steps of `pretrain`, in turns within one process; the medians of each round are compared.
 
-    The tracker's own share of a step, and the processor time that wandb's threads add to one, bound what a step takes
-    longer also on a machine that other programs slow down.
+    On a machine that other programs slow down, wall-clock ratios are noise. The tracker's own share of a step, and the
+    processor time of wandb's threads beside that of the thread that trains, bound there too what a step takes longer.
     """
     command = [sys.executable, "-m", "tests.support.tracked_steps", str(tmp_path), "4", "30"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1400, check=True)
     rounds: dict[str, list[dict[str, float]]] = json.loads(done.stdout.splitlines()[-1])
     for state in STATES:
-        pairs = [*zip(rounds[state], rounds["disabled"], strict=True)]
-        ratio = {kind: sorted(here[kind] / base[kind] for here, base in pairs) for kind in ("step", "processor")}
-        share = median(here["tracker"] / here["step"] for here in rounds[state])
-        shown = [f"{kind} {median(one):.3f} ({one[0]:.3f} to {one[-1]:.3f})" for kind, one in ratio.items()]
-        print(f"{state}: tracker {share:.5f} of a step, of a step without wandb: {', '.join(shown)}")
-        assert share < 0.05 and median(ratio["processor"]) < 1.05
+        pairs = zip(rounds[state], rounds["disabled"], strict=True)
+        ratio = sorted(here["step"] / base["step"] for here, base in pairs)
+        tracker = median(here["tracker"] / here["step"] for here in rounds[state])
+        threads = median(here["others"] / here["training"] for here in rounds[state])
+        print(f"{state}: tracker {tracker:.5f}, threads {threads:.5f} of a step")
+        print(f"  a step, of one without wandb: {median(ratio):.3f} ({ratio[0]:.3f} to {ratio[-1]:.3f})")
+        assert tracker + threads < 0.05
 
 
 @pytest.mark.slow
