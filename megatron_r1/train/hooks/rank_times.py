@@ -126,11 +126,14 @@ class RankTimesHook(Hook):
 def slow_ranks(ranks: Sequence[RankTimes], threshold: float) -> dict[int, float]:
     """The slow ranks, by index, each with its own work as a multiple of the median of its pipeline stage's ranks."""
     work = [sum(times.work.values()) for times in ranks]
+    of_stages: dict[int, list[float]] = {}
+    for own, times in zip(work, ranks, strict=True):
+        of_stages.setdefault(times.stage, []).append(own)
+    middles = {stage: median(of_stage) for stage, of_stage in of_stages.items()}
     slow = {}
-    for rank, times in enumerate(ranks):
-        middle = median(own for own, other in zip(work, ranks, strict=True) if other.stage == times.stage)
-        if 0 < middle < threshold * work[rank]:
-            slow[rank] = work[rank] / middle
+    for rank, (own, times) in enumerate(zip(work, ranks, strict=True)):
+        if 0 < (middle := middles[times.stage]) < threshold * own:
+            slow[rank] = own / middle
     return slow
 
 
