@@ -193,7 +193,8 @@ def start(fault: Fault | None, ranks: int, root: Path, name: str, arguments: lis
                 install(fault, root / f"{name}.struck")
             from megatron_r1.__main__ import exit_code
 
-            os._exit(exit_code([*arguments, f"root='{root}'", f"name={name}"]))
+            base = [f"init.from='{root}/undisturbed-pretrain-2'"] if arguments[0] == "grpo" else []
+            os._exit(exit_code([*arguments, *base, f"root='{root}'", f"name={name}"]))
         finally:
             os._exit(99)
     return started
@@ -272,7 +273,7 @@ def main(arguments: list[str]) -> None:
         (f"{kind}-{number}", draw(kind, chance)) for kind in given.kinds.split(",") for number in range(given.number)
     ]
     undisturbed, outcomes = {}, []
-    for _, fault in faults:
+    for fault in (Fault("", 0, 2, "", 0), *(fault for _, fault in faults)):  # the first is the base of grpo's
         if fault.job not in undisturbed:
             codes, _ = run(None, fault.ranks, given.folder, fault.job, fault.command)
             assert set(codes.values()) == {0}, codes
