@@ -22,4 +22,4 @@ def test_ranks_wait_for_a_rollout_longer_than_any_collective_operation(tmp_path)
     assert found["slept"] and found["codes"] == {"0": 0, "1": 0}, found["logs"]
     rows = read_metrics(tmp_path / "long" / "metrics.jsonl")
     assert is_done(tmp_path / "long") and [row["step"] for row in rows] == [1, 2]
-    assert rows[1]["perf/rollout_seconds"] >= ROLLOUT_S
+    assert rows[1]["perf/phase_seconds/rollout"] >= ROLLOUT_S
