@@ -46,6 +46,7 @@ def survive(job: Job, expected: list[dict], points: list[str], lost: int, seed: 
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(300)  # a launcher gives ranks 30 s to end after one has died
 def test_the_run_resumes(root, pretrained):
     arguments = [*PRETRAIN, *SHORT, "train.async_save=true"]
     job = Job(arguments, root, "dies", PROGRAM)
