@@ -33,13 +33,7 @@ GRPO = [
     "train.save_total_limit=9", "rollout=local", "rollout.max_response_tokens=8", "rl.prompts_per_rollout=2",
     "rl.group_size=2", "rl.updates_per_rollout=1",
 ]  # fmt: skip
-DEADLINE_S = 5.0
-WATCH = [
-    f"watch.step_deadline_s={DEADLINE_S}",
-    f"watch.save_deadline_s={DEADLINE_S}",
-    f"watch.rollout_deadline_s={DEADLINE_S}",
-    f"watch.heartbeat_deadline_s={DEADLINE_S}",
-]
+WATCH = ("watch.step_deadline_s", "watch.save_deadline_s", "watch.rollout_deadline_s", "watch.heartbeat_deadline_s")
 BOUND_S = 60.0
 """Seconds in which a run has to end after its fault, on a slow machine."""
 KINDS = ("stopped", "asleep", "raising", "nan", "server")
@@ -221,8 +215,9 @@ def run(fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[
     return codes, seconds
 
 
-def examine(fault: Fault, root: Path, name: str) -> CaseOutcome:
-    codes, seconds = run(fault, fault.ranks, root, name, fault.command + WATCH)
+def examine(fault: Fault, root: Path, name: str, deadline_s: float) -> CaseOutcome:
+    watch = [f"{key}={deadline_s}" for key in WATCH]
+    codes, seconds = run(fault, fault.ranks, root, name, fault.command + watch)
     folder = root / name
     ranks = range(fault.ranks)
     stacks = {rank: folder / "logs" / f"stacks-rank-{rank:05}.txt" for rank in ranks}
@@ -261,6 +256,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--number", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--deadline", type=float, default=20, help="seconds; a busy machine may pause a rank for some")
     given = parser.parse_args(arguments)
     from megatron_r1.platform import select
 
@@ -280,7 +276,7 @@ def main(arguments: list[str]) -> None:
             folder = given.folder / fault.job
             undisturbed[fault.job] = {"checkpoints": checkpoints_of(folder), "rows": rows_of(folder)}
     for name, fault in faults:
-        outcomes.append(examine(fault, given.folder, name))
+        outcomes.append(examine(fault, given.folder, name, given.deadline))
         print(fault, outcomes[-1].codes, f"{outcomes[-1].seconds:.1f} s", flush=True)
         found = {"outcomes": [asdict(outcome) for outcome in outcomes], "undisturbed": undisturbed}
         (given.folder / "found.json").write_text(json.dumps(found))
