@@ -29,7 +29,7 @@ LEFT = b"left"
 """In their place once the rank has ended."""
 CLOSE_S = 5.0
 LOOK_S = 1.0
-"""Seconds between two looks at whether a rank has failed; a new phase is told then, too."""
+"""Seconds between two looks at whether a rank has failed; a new phase is sent then, too."""
 FAILED, STALLED = "failed", "stalled"
 """Keys of what the first rank says that has failed, and that has found a deadline passed."""
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
@@ -129,11 +129,11 @@ class Heartbeats:
     def _run(self, store: dist.Store) -> None:
         watched = range(1, self.ranks) if self.rank == 0 else range(1)
         keys = [heartbeat_key(rank) for rank in watched]
-        told, due = phases.current(), 0.0
+        sent, due = phases.current(), 0.0
         try:
             while not self._stopped.is_set():
-                if (now := time.monotonic()) >= due or phases.current() is not told:
-                    told = phases.current()
+                if (now := time.monotonic()) >= due or phases.current() is not sent:
+                    sent = phases.current()
                     self._number += 1
                     store.set(heartbeat_key(self.rank), orjson.dumps(asdict(self.beat())).decode())
                 if now >= due:

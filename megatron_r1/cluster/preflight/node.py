@@ -90,10 +90,10 @@ def check_shared_memory(node: str) -> Iterator[NodeFinding]:
 
 def check_ports(node: str, ports: Sequence[int]) -> Iterator[NodeFinding]:
     """Ports of the job on which nothing listens."""
-    taken = [str(port) for port in ports if not _is_free(port)]
-    if taken:
+    in_use = [str(port) for port in ports if not _is_free(port)]
+    if in_use:
         change = f"another job made the same ports of its number: submit again, or {_drain(node)}"
-        yield NodeFinding(node, "ports", FAILED, f"{', '.join(taken)} in use", change)
+        yield NodeFinding(node, "ports", FAILED, f"{', '.join(in_use)} in use", change)
     else:
         yield NodeFinding(node, "ports", OK, f"{', '.join(map(str, ports))} free")
 

@@ -64,13 +64,13 @@ def _growth(timeline: Timeline, runs: Sequence[tuple[int, int, int]], periods: i
     """Seconds by which all the last passes that repeat are later than so many periods before; None if they differ."""
     ends, growth = timeline.ends, None
     for nodes, (first, last, length) in zip(timeline.graph.node_of, runs, strict=True):
-        apart = periods * length
+        distance = periods * length
         # Ranks repeat from different passes on: as many more must agree as those can be from one another.
-        begin = last - (periods - 1) * length - apart - 4 * pipeline
+        begin = last - (periods - 1) * length - distance - 4 * pipeline
         if begin < first:
             return None
         for position in range(begin, last - (periods - 1) * length):
-            later = ends[nodes[position + apart]] - ends[nodes[position]]
+            later = ends[nodes[position + distance]] - ends[nodes[position]]
             if growth is None:
                 growth = later
             elif not isclose(later, growth, rel_tol=1e-9):
