@@ -48,7 +48,9 @@ def test_the_trainer_of_a_job_finds_the_servers_of_its_other_nodes(cluster, hete
     program.write_text(f'#!/bin/bash\nexec {sys.executable} {Path(__file__).parent / "role_of_a_job.py"} "$@"\n')
     program.chmod(0o755)
     kind = ("nodes=2", "engine_nodes=1", f"submit.heterogeneous={str(heterogeneous).lower()}", "restart=none")
-    lines = (*RL, *kind, f"name={name}", "init.from=base", f"cluster.python={program}", "rollout.sglang.servers=2")
+    # The preflight is a program too, which the stand-in is not.
+    own = (f"name={name}", "init.from=base", f"cluster.python={program}", "submit.preflight=false")
+    lines = (*RL, *kind, *own, "rollout.sglang.servers=2")
     script = cluster.folder / f"{name}.sh"
     (cluster.run_folder(name) / "logs").mkdir(parents=True)
     script.write_text(job_script(requested_job(JobCommand("grpo", "r1_zero", lines), lambda _: None)))
