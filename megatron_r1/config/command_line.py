@@ -15,13 +15,19 @@ class Command:
     """The parsed command line."""
 
     verb: str = ""
+    """Empty where there is none, as with --help alone."""
     job_verb: str = ""
     """The verb of the job, where `verb` takes another verb's command."""
     config_name: str | None = None
+    """Recipe; None takes the verb's own."""
     print_config: bool = False
+    """Print the resolved configuration and stop."""
     help: bool = False
+    """Print the help text and stop."""
     version: bool = False
+    """Print the version and stop."""
     overrides: list[str] = field(default_factory=list)
+    """KEY=VALUE and GROUP=OPTION, in their order; with `help`, what it is to explain."""
 
     @property
     def recipe(self) -> str:

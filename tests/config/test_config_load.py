@@ -15,27 +15,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import megatron_r1.config
+from megatron_r1.check.layout_files import layout_files, layout_jobs
 from megatron_r1.config import recipes as recipes_module
 from megatron_r1.config.load import difference, load, read_yaml, write_yaml
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.recipes import configs_folder, groups, recipes
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schema import convert, defaults, resolved
-from megatron_r1.config.verbs import VERBS
+from megatron_r1.config.verbs import VERBS, JobCommand
 from megatron_r1.errors import ConfigError
 
 CONFIG_FILES = sorted(Path(megatron_r1.config.__file__).parent.glob("*.py"))
 NEEDS = {
     ("train", "pretrain_v3"): ["model.max_sequence_length=4096"],
+    ("train", "pretrain_16b"): ["model.max_sequence_length=4096"],
     ("train", "sft_v3"): ["model.max_sequence_length=32768"],
     ("train", "sft_r1"): ["model.max_sequence_length=32768"],
     ("train", "reward_r1"): ["model.max_sequence_length=8192"],
     ("train", "distill_r1"): ["model.max_sequence_length=32768"],
-    ("parallel", "v3_671b"): ["model=v3_671b", "train=pretrain_v3"],
-    ("parallel", "moonlight_16b"): ["model=moonlight_16b"],
     ("performance", "deepseek"): ["parallel.expert=2", "model.dtype=bf16"],
 }
 """What an option asks of other sections, beyond the tiny model on one rank."""
+JOBS = {
+    override: job.command for path in layout_files() for job in layout_jobs(path) for override in job.command.overrides
+}
+"""An override -> a job that a layout is meant for and that has it."""
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
 
 
@@ -67,7 +71,9 @@ def test_yaml_says_only_what_differs_from_the_class():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_shipped_option_composes(group, option):
-    config = load("pretrain", [f"{group}={option}", *NEEDS.get((group, option), [])])
+    alone = JobCommand("pretrain", "pretrain", (f"{group}={option}", *NEEDS.get((group, option), [])))
+    command = JOBS.get(f"{group}={option}", alone) if group in ("parallel", "performance") else alone
+    config = load(command.verb, command.overrides, command.recipe)
     assert resolved(config).keys() == defaults(RunConfig).keys()
 
 
