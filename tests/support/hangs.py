@@ -34,6 +34,8 @@ GRPO = [
     "rl.group_size=2", "rl.updates_per_rollout=1",
 ]  # fmt: skip
 WATCH = ("watch.step_deadline_s", "watch.save_deadline_s", "watch.rollout_deadline_s", "watch.heartbeat_deadline_s")
+NOTICE_S = 6.0
+"""Longer than the time between two heartbeats, a quarter of a deadline of 20 s, and shorter than a deadline."""
 BOUND_S = 60.0
 """Seconds in which a run has to end after its fault, on a slow machine."""
 KINDS = ("stopped", "asleep", "raising", "nan", "server")
@@ -101,7 +103,7 @@ def install(fault: Fault, struck: Path) -> None:
 
 def commit(fault: Fault) -> None:
     if fault.kind == "stopped":
-        time.sleep(1.5)  # others know by now in which phase it is
+        time.sleep(NOTICE_S)  # others know in which phase it is from its next heartbeat
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.kind == "server":
         waiting_for_a_server()

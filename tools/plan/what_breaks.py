@@ -268,7 +268,7 @@ def page(plans: Sequence[Grown], larger: Grown, start: Start) -> str:
         "log steps every rank compares the times of all ranks, which takes "
         + ", ".join(f"{seconds:.2g} s with {gpus:,}" for gpus, seconds in start.log_step.items())
         + f" (processor seconds here) and grows with GPUs to the power of {power:.1f}: about "
-        f"{slowest * (last.gpus / measured) ** power:,.0f} s with {last.gpus:,}.",
+        f"{slowest * (last.gpus / measured) ** power:,.2g} s with {last.gpus:,}.",
         "",
         "The planner's own time, in processor seconds of its search on one core:",
         "",
