@@ -22,6 +22,9 @@ def _model(job: LayoutJob) -> str:
 
 JOBS = {f"{job.layout}-{_model(job)}": job for path in layout_files() for job in layout_jobs(path)[::-1]}
 """The first job of each layout for each of its models."""
+ONE_OF_EACH_MODEL = {_model(job): name for name, job in JOBS.items()}.values()
+"""Those that are built in every run of the tests; all others in the slow ones."""
+NAMES = [pytest.param(name, marks=[] if name in ONE_OF_EACH_MODEL else pytest.mark.slow) for name in JOBS]
 
 
 def _described(job: LayoutJob) -> dict[str, Any]:
@@ -32,16 +35,18 @@ def _described(job: LayoutJob) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process found of all layouts."""
+def found(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What one process found of the layouts whose tests were chosen."""
+    tests = (item for item in request.session.items if isinstance(item, pytest.Function) and item.path == request.path)
+    chosen = [test.callspec.params["name"] for test in tests]
     file = tmp_path_factory.mktemp("layouts") / "jobs"
-    file.with_suffix(".json").write_text(json.dumps([_described(job) for job in JOBS.values()]))
+    file.with_suffix(".json").write_text(json.dumps([_described(JOBS[name]) for name in chosen]))
     program = Path(__file__).parents[1] / "support" / "fake_ranks.py"
     run_to_the_end([sys.executable, str(program), str(file)], seconds=560)
-    return dict(zip(JOBS, json.loads(file.with_suffix(".found.json").read_text()), strict=True))
+    return dict(zip(chosen, json.loads(file.with_suffix(".found.json").read_text()), strict=True))
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_layout_is_built_with_its_switches(found: dict[str, Any], name: str) -> None:
     result = found[name]
     assert "held" in result, result
