@@ -17,7 +17,7 @@ from tests.support.hangs import BOUND_S, KINDS, Fault
 from tests.support.launching import run_to_the_end
 
 STALLED = int(ExitCode.STALLED)
-DEADLINE_S = 20.0
+DEADLINE_S = 12.0
 """A busy machine may pause a sound rank for some seconds."""
 
 

@@ -35,7 +35,7 @@ GRPO = [
 ]  # fmt: skip
 WATCH = ("watch.step_deadline_s", "watch.save_deadline_s", "watch.rollout_deadline_s", "watch.heartbeat_deadline_s")
 NOTICE_S = 6.0
-"""Longer than the time between two heartbeats, a quarter of a deadline of 20 s, and shorter than a deadline."""
+"""Longer than the time between two heartbeats, a quarter of a deadline of up to 20 s, and shorter than a deadline."""
 BOUND_S = 60.0
 """Seconds in which a run has to end after its fault, on a slow machine."""
 KINDS = ("stopped", "asleep", "raising", "nan", "server")
@@ -258,7 +258,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--number", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--deadline", type=float, default=20, help="seconds; a busy machine may pause a rank for some")
+    parser.add_argument("--deadline", type=float, default=12, help="seconds; a busy machine may pause a rank for some")
     given = parser.parse_args(arguments)
     from megatron_r1.platform import select
 
