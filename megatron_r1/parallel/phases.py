@@ -1,4 +1,4 @@
-"""What this process does now, since when, and the seconds that each phase of its work has taken.
+"""What this process does now, since when, and how many seconds each phase of its work lasted.
 
 Code says `with phase("rollout"):`. Phases nest; a moment counts to the innermost one alone, so the seconds of all
 phases add up to the time that has passed. Only the main thread is in phases: what other threads do beside it takes no
