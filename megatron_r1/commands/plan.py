@@ -28,7 +28,7 @@ SUBMITTED = ("plan", "cluster", "submit", "check")
 
 
 def run_command(command: JobCommand) -> int:
-    """JobPlan a command, print the plan and write it into the run's folder; nothing is started.
+    """Plan a command, print the plan and write it into the run's folder; nothing is started.
 
     Returns:
         The exit status, that of a refused configuration where no layout fits.
