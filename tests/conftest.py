@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.routing import forget_routing
+
 # Set before torch is imported: two cores shared by the threads of several libraries are slower than one used well, and
 # sums over one thread have one order. Child processes inherit all of it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,14 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def forget_routing() -> Iterator[None]:
-    """megatron-core keeps for the whole process what routers record, in tensors as long as the first model is deep, and
-    the scale of their loss, in the shape of the first."""
+def routing_forgotten() -> Iterator[None]:
+    """Each test's models have their own depth and shape."""
     yield
-    if logging := sys.modules.get("megatron.core.transformer.moe.moe_logging"):
-        logging.destroy_moe_metrics_tracker()
-    if scales := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
-        scales.MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    forget_routing()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""Run on every rank of a layout: train and save, then go on from what every layout has saved.
+"""Run on every rank: with each layout of this many ranks train and save, then go on from what every layout has saved.
 
-Started by test_resharding.py under torchrun: ranks_resharding.py FOLDER save|load. FOLDER/job.json names this layout,
-its degrees, and the layouts whose checkpoints are to be read.
+Started by test_resharding.py under torchrun: ranks_resharding.py FOLDER save|load. FOLDER/job.json has the
+layouts of each number of ranks, and the layouts whose checkpoints are to be read. The layouts follow one another in the
+same processes, most of whose time goes to their start.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support.routing import forget_routing
+
 STEPS = 3
 
 
@@ -22,14 +25,22 @@ def main(folder: Path, action: str) -> None:
     from megatron_r1.config.run import RunConfig
     from megatron_r1.platform import select
 
-    job = json.loads((folder / "job.json").read_text())
-    config, platform = RunConfig(parallel=ParallelConfig(**job["parallel"])), select("cpu")
-    from megatron_r1.parallel.mesh import process_groups
+    platform = select("cpu")
+    from megatron_r1.parallel.mesh import model_parallel_groups
 
-    with process_groups(platform, config.parallel, seed=0, threads=1):
-        found = save(config, platform, folder) if action == "save" else load(config, platform, folder.parent, job)
-        if dist.get_rank() == 0:
-            (folder / f"{action}.json").write_text(json.dumps(found))
+    job = json.loads((folder / "job.json").read_text())
+    torch.set_num_threads(1)
+    dist.init_process_group(platform.backend)
+    for name, degrees in job["layouts"][str(dist.get_world_size())].items():
+        config = RunConfig(parallel=ParallelConfig(**degrees))
+        with model_parallel_groups(config.parallel, seed=0):
+            own = folder / name
+            own.mkdir(exist_ok=True)
+            found = save(config, platform, own) if action == "save" else load(config, platform, folder, job["sources"])
+            if dist.get_rank() == 0:
+                (own / f"{action}.json").write_text(json.dumps(found))
+        forget_routing()
+    dist.destroy_process_group()
 
 
 def build(config: Any, platform: Any, seed: int) -> tuple[Any, Any]:
@@ -73,7 +84,7 @@ def save(config: Any, platform: Any, folder: Path) -> dict[str, Any]:
     return {"next_loss": step(model, optimizer, STEPS)}
 
 
-def load(config: Any, platform: Any, root: Path, job: dict[str, Any]) -> dict[str, Any]:
+def load(config: Any, platform: Any, root: Path, sources: list[str]) -> dict[str, Any]:
     """Of every layout's checkpoint: the loss that comes next, and whether the state is what was read."""
     from megatron_r1.checkpoint.sharded import WholeTensors
     from megatron_r1.model.shards import shards
@@ -81,7 +92,7 @@ def load(config: Any, platform: Any, root: Path, job: dict[str, Any]) -> dict[st
     from megatron_r1.train.optimizer_state import OptimizerState
 
     found = {}
-    for source in job["sources"]:
+    for source in sources:
         model, optimizer = build(config, platform, seed=1)
         tensors = {kind: WholeTensors(root / source, kind) for kind in ("model", *MOMENTS)}
 
