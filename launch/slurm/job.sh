@@ -58,15 +58,13 @@ preflight() {
     if [[ -n ${servers_per_node:-} ]]; then MEGATRON_R1_PORTS=$(ports "$servers_per_node"); fi
     if [[ -z ${SLURM_HET_SIZE:-} ]]; then
         check_nodes "$SLURM_JOB_NUM_NODES" "$SLURM_NTASKS_PER_NODE"
-    else
-        check_nodes "$trainer_nodes" "$ranks_per_node" --het-group=0
-        MASTER_ADDR=$(address_of_first_node "$SLURM_JOB_NODELIST_HET_GROUP_1") \
-            check_nodes "$engine_nodes" 1 --het-group=1
+    else # both components in one step: their nodes share the run folder and reach each other
+        check_nodes "$trainer_nodes" "$ranks_per_node" --het-group=0 : "$engine_nodes" 1 --het-group=1
     fi
     rm -rf "$run/.preflight"
 }
 
-# check_nodes NODES RANKS_PER_NODE SRUN_OPTION...: the preflight of one component.
+# check_nodes NODES RANKS_PER_NODE SRUN_OPTION...: the preflight as one step, with components as `start` takes them.
 check_nodes() {
     start preflight "$@" -- timeout --kill-after=10 "$preflight_limit_s" \
         "$python" -m megatron_r1.cluster.preflight "$run" "${arguments[@]}"
@@ -114,31 +112,55 @@ make_keys() {
     SGLANG_ADMIN_API_KEY=$(od -An -N 24 -t x1 /dev/urandom | tr -d ' \n')
 }
 
-# start ROLE NODES RANKS_PER_NODE SRUN_OPTION... -- COMMAND...: a role in the background, a log file for each rank.
-# Each rank notes its exit code: srun reports the largest one, which is that of a rank that died of another's error.
+# start ROLE NODES RANKS_PER_NODE SRUN_OPTION... [: NODES RANKS_PER_NODE SRUN_OPTION...] -- COMMAND...: a role in the
+# background, a log file for each rank; after the colon the nodes of a second component. Each rank notes its exit code:
+# srun reports the largest one, which is that of a rank that died of another's error.
 start() {
-    local role=$1 nodes=$2 ranks=$3 options=() cores
-    cores=$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))
+    local role=$1 components=() step=() program
     : >"$logs/$role.codes"
-    shift 3
+    shift
     while [[ $1 != -- ]]; do
-        options+=("$1")
+        components+=("$1")
         shift
     done
     shift
     # shellcheck disable=SC2016 # expanded on the node
-    srun --nodes="$nodes" --ntasks=$((nodes * ranks)) --ntasks-per-node="$ranks" --cpus-per-task="$cores" \
-        "${options[@]}" "${srun_options[@]}" --job-name="$role" --kill-on-bad-exit=1 \
-        --output="$logs/$role-%N-%t.log" bash -c '
-            trap : TERM USR1
-            [[ -z ${TMPDIR:-} ]] || mkdir -p "$TMPDIR"
-            codes=$1
+    program=(bash -c '
+        trap : TERM USR1
+        [[ -z ${TMPDIR:-} ]] || mkdir -p "$TMPDIR"
+        codes=$1
+        shift
+        "$@"
+        code=$?
+        printf "%s %s\n" "$code" "$SLURMD_NODENAME $SLURM_PROCID $(readlink "/proc/$$/fd/1")" >>"$codes"
+        exit "$code"' rank "$logs/$role.codes" "${container[@]}" "$@")
+    set -- "${components[@]}"
+    while (($#)); do
+        step+=("--nodes=$1" "--ntasks=$(($1 * $2))" "--ntasks-per-node=$2" "--cpus-per-task=$(cores "$2" "${3:-}")")
+        shift 2
+        while (($#)) && [[ $1 != : ]]; do
+            step+=("$1")
             shift
-            "$@"
-            code=$?
-            printf "%s %s\n" "$code" "$SLURMD_NODENAME $SLURM_PROCID" >>"$codes"
-            exit "$code"' rank "$logs/$role.codes" "${container[@]}" "$@" &
+        done
+        step+=("${srun_options[@]}" --job-name="$role" --kill-on-bad-exit=1 --output="$logs/$role-%N-%t.log")
+        step+=("${program[@]}")
+        if (($#)); then
+            step+=(:)
+            shift
+        fi
+    done
+    srun "${step[@]}" &
     process_of[$role]=$!
+}
+
+# cores RANKS [--het-group=N]: those of each rank where so many share a node, of this job or of its N-th component.
+cores() {
+    local ranks=$1 on_node=$SLURM_CPUS_ON_NODE component
+    if [[ ${2:-} == --het-group=* ]]; then
+        component=SLURM_JOB_CPUS_PER_NODE_HET_GROUP_${2#*=}
+        on_node=${!component%%[!0-9]*} # such as 96(x2)
+    fi
+    echo $((on_node > ranks ? on_node / ranks : 1))
 }
 
 forward() {
@@ -248,10 +270,12 @@ conclude() {
 
 # show_error ROLE [LINES]: the end of the log of its rank that failed first, in this job's own output.
 show_error() {
-    local code node rank
-    read -r code node rank < <(awk '$1 != 0' "$logs/$1.codes") || return 0
+    local code node rank log
+    read -r code node rank log < <(awk '$1 != 0' "$logs/$1.codes") || return 0
     say "$1: rank $rank on $node ended first, with exit code $code:"
-    tail -n "${2:-5}" "$logs/$1"-*-"$rank.log" >&2
+    # A container may hide the log's name. Without it: SLURM gives ranks of a second component other numbers there.
+    if [[ ! -f $log ]]; then log=$(find "$logs" -name "$1-*-$rank.log"); fi
+    tail -n "${2:-5}" "$log" >&2 || true
 }
 
 # give_up CODE REASON: cancel what waits to go on with this run, and say why unless it is done.
