@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import signal
 import sys
 import textwrap
 import time
 import traceback
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -36,6 +38,7 @@ SILENT_S = 5.0
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 """Errors of files that are the machine's, not this program's."""
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
+NOBODY_READS = 141  # 128 + SIGPIPE
 OPTIONS = """\
 options:
   --config-name NAME   another recipe than the verb's own
@@ -149,17 +152,54 @@ def exit_code(arguments: list[str]) -> int:
     except UserError as error:
         # All ranks have the same error or got the same signal: only rank 0 prints it.
         if not (isinstance(error, ConfigError | Requeue) and _another_rank_prints()):
-            print(f"megatron-r1: {' '.join(str(error).split())}", file=sys.stderr)
+            complain(" ".join(str(error).split()))
         return int(error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if nobody_reads(error):
+            return NOBODY_READS
+        if isinstance(error, SystemExit):
+            raise
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
-            print(f"megatron-r1: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            complain(f"{error.filename or 'a file'}: {error.strerror}")
             return int(ExitCode.BAD_CONFIG)
         traceback.print_exc()
         return int(ExitCode.BUG)
     return int(ExitCode.DONE)
+
+
+def complain(line: str) -> None:
+    """Print an error, if somebody reads it."""
+    with suppress(BrokenPipeError):
+        print(f"megatron-r1: {line}", file=sys.stderr)
+
+
+def nobody_reads(error: BaseException) -> bool:
+    """Whether an error says that what read this program's output has ended, such as `head`.
+
+    A connection that breaks raises the same error; then both outputs are still open.
+    """
+    if isinstance(error, SystemExit):  # rich's, which has given up the output itself
+        return isinstance(error.__context__, BrokenPipeError)
+    closed = select.poll()
+    for output in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # it is no file
+            closed.register(output.fileno(), 0)  # an error, such as that of a pipe without a reader, is always reported
+    return isinstance(error, BrokenPipeError) and any(event & select.POLLERR for _, event in closed.poll(0))
+
+
+def flush_output(code: int) -> int:
+    """Write what is still buffered; returns the exit status, that of a program whose output nobody reads if so.
+
+    What cannot be written is dropped: Python would complain about it at its end.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or NOBODY_READS
+    return code
 
 
 def _another_rank_prints() -> bool:
@@ -174,7 +214,7 @@ def main() -> None:
     die_with_parent()
     # OpenMP reads this when torch is imported. Threads that spin while they wait would starve an engine on their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    code = exit_code(sys.argv[1:])
+    code = flush_output(exit_code(sys.argv[1:]))
     if code == ExitCode.BAD_CONFIG and _another_rank_prints():
         # A launcher kills all ranks as soon as one has exited: rank 0, which prints the error, must exit first.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zlib
@@ -127,3 +128,23 @@ def test_no_argument_is_help_and_no_verb_is_an_error(capsys):
 
 def test_version_is_printed(run_command):
     assert run_command("--version").stdout == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["--help"], 141), (["check", "pretrain"], 141), (["pretrain", "--cfg", "job"], 141), (["pretrain", "x=1"], 2)],
+)
+def test_output_that_nobody_reads_ends_quietly(arguments, status, tmp_path):
+    """As of `megatron-r1 --help | head`, and with 2>&1: Python's own print, rich's tables, and errors."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "megatron_r1", *arguments]
+    errors = writer if status == 2 else subprocess.PIPE
+    done = subprocess.run(command, stdout=writer, stderr=errors, cwd=tmp_path, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr or "") == (status, "")
+
+
+def test_a_connection_that_breaks_is_no_closed_output(tmp_path):
+    body = "from megatron_r1.__main__ import nobody_reads; raise SystemExit(nobody_reads(BrokenPipeError()))"
+    assert subprocess.run([sys.executable, "-c", body], capture_output=True).returncode == 0
