@@ -65,6 +65,17 @@ class Lock:
     def __init__(self, descriptor: int):
         self._descriptor: int | None = descriptor
 
+    @property
+    def descriptor(self) -> int:
+        """The open file; a child that inherits it holds the lock too.
+
+        Raises:
+            ValueError: the lock is released.
+        """
+        if self._descriptor is None:
+            raise ValueError("the lock is released")
+        return self._descriptor
+
     def __enter__(self) -> Self:
         return self
 

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 SOCKET_BYTES = 107
 """Longest path of a Unix socket (unix(7): sun_path)."""
-INSIDE = len("/sglang-XXXXXXXX/pymp-XXXXXXXX/listener-XXXXXXXX")
+INSIDE = len("/megatron_r1-server-XXXXXXXX/pymp-XXXXXXXX/listener-XXXXXXXX")
 """What libraries add to the path of the folder for temporary files."""
 OTHERS = ("/tmp", "/var/tmp")
 

@@ -18,7 +18,7 @@ from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.rollout.engine import Request, Sampling, require_completions
 from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
-from megatron_r1.rollout.sglang.servers.launch import shared_memory
+from megatron_r1.rollout.sglang.servers.leftovers import mapped_segments, named_segments
 from megatron_r1.rollout.sglang.servers.process import group_members, new_endpoints
 from tests.support.samples import prompt_of, tokens_of
 
@@ -61,7 +61,8 @@ def wait_for(condition, seconds: float = 90.0) -> None:
 def kill_while_it_generates(engine: SGLangEngine, place: int, seed: int, version: str) -> None:
     """Kill a server once it has answered something and has more to answer; it must be back afterwards."""
     process, restarts, (answered, _) = engine.servers[place].process, engine.restarts, engine.progress()[place]
-    killed = []
+    folder, killed = engine.servers[place].folder, []
+    assert named_segments(folder)
 
     def kill() -> None:
         now, in_flight = engine.progress()[place]
@@ -79,6 +80,7 @@ def kill_while_it_generates(engine: SGLangEngine, place: int, seed: int, version
     killer.join()
     wait_for(lambda: engine.restarts == restarts + 1 and engine.states() == ["", ""])
     assert killed[0] > 0
+    assert not folder.exists() and not named_segments(folder)
     assert engine.weight_versions()[place] == version
     engine.checksums()  # raises unless the two agree
     check(asked, engine.generate(asked, FREE), version)
@@ -153,7 +155,7 @@ def test_end_leaves_nothing(engine):
     families = [group_members(server.process.pid) for server in engine.servers]
     assert all(len(family) >= 3 for family in families)
     folders = [server.folder for server in engine.servers]
-    segments = set().union(*(shared_memory(server.process.pid) for server in engine.servers))
+    segments = set().union(*(mapped_segments(server.process.pid) for server in engine.servers))
     engine.close()
     assert not any(group_members(family[0]) for family in families)
     assert not any(folder.exists() for folder in folders)

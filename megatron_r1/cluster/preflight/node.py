@@ -13,6 +13,7 @@ from megatron_r1.cluster.preflight.finding import FAILED, OK, WARNING, NodeFindi
 from megatron_r1.platform import shared_memory
 from megatron_r1.platform.gpus import gpus
 from megatron_r1.rewards.judge.reachable import unreachable
+from megatron_r1.rollout.sglang.servers.leftovers import remove_of_dead_servers
 
 GIB = 1 << 30
 LEAST_DISK = GIB
@@ -80,11 +81,13 @@ def check_shared_memory(node: str) -> Iterator[NodeFinding]:
         else:
             what = f"{path} has {size / GIB:.1f} GiB, of a job that is not known to have ended"
             yield NodeFinding(node, "shared memory", WARNING, what, "remove it if no job of yours runs there")
+    servers = remove_of_dead_servers()
     usage = shutil.disk_usage(folder)
     if usage.total < LEAST_SHARED_MEMORY:
         what = f"{folder} has {usage.total >> 20} MiB"
         yield NodeFinding(node, "shared memory", WARNING, what, "give the container the node's (docker: --ipc=host)")
     left = f", {removed / GIB:.1f} GiB of ended jobs removed" if removed else ""
+    left += f", what {servers} dead servers left removed" if servers else ""
     yield NodeFinding(node, "shared memory", OK, f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free{left}")
 
 

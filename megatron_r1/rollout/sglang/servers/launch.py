@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import select
-import shutil
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.rollout.sglang.servers.leftovers import mapped_segments, remove
+
 PARENT_POLL_S = 1.0
-SEGMENT = re.compile(r"/dev/shm/(?:sglang_|sgl_shm_)\S+")
 
 
 class Secret(str):
@@ -27,25 +27,6 @@ class Secret(str):
 
     def __repr__(self) -> str:
         return "'***'"
-
-
-def shared_memory(group: int) -> set[Path]:
-    """Segments in /dev/shm that SGLang made for the processes of a group; they outlive a killed process."""
-    found: set[Path] = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(process.name)) == group:
-                found |= set(map(Path, SEGMENT.findall((process / "maps").read_text())))
-        except OSError:
-            continue  # it has ended meanwhile
-    return found
-
-
-def remove_leftovers(folder: Path, segments: set[Path]) -> None:
-    """Remove a server's temporary folder and its shared memory."""
-    for segment in segments:
-        segment.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _die_with_parent(parent: int) -> None:
@@ -56,7 +37,7 @@ def _die_with_parent(parent: int) -> None:
             readable, _, _ = select.select([0], [], [], PARENT_POLL_S)
             if readable and not os.read(0, 1):
                 break
-        remove_leftovers(Path(os.environ["TMPDIR"]), shared_memory(os.getpgrp()))
+        remove(Path(os.environ["TMPDIR"]), mapped_segments(os.getpgrp()))
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
@@ -91,6 +72,18 @@ def _keep_control_closed() -> None:
     auth._get_auth_level_from_app_and_scope = level
 
 
+def _name_segments(folder: str) -> None:
+    """Have SGLang name its segments of shared memory after the server's folder: 0.5.23 gives them a name by chance."""
+    from sglang.srt.server_args import PortArgs
+
+    made_by_chance = PortArgs.init_new
+
+    def named(*arguments: Any, **options: Any) -> Any:
+        return replace(made_by_chance(*arguments, **options), instance_id=folder)
+
+    PortArgs.init_new = staticmethod(named)
+
+
 def main() -> None:
     if os.getpgrp() != os.getpid():
         raise SystemExit("this server ends by killing its process group, so it must lead one: start it in a session")
@@ -106,6 +99,7 @@ def main() -> None:
     logging.getLogger().setLevel(logging.INFO)  # plugins load before SGLang sets its log level
     load_plugins()
     _keep_control_closed()
+    _name_segments(Path(os.environ["TMPDIR"]).name)
     run_server(ServerArgs(**arguments))
 
 

@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -30,9 +29,9 @@ import psutil
 import megatron_r1
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.platform.launcher import without_launcher
-from megatron_r1.platform.temporary import folder_for_sockets, home_for_caches
+from megatron_r1.platform.temporary import home_for_caches
 from megatron_r1.rollout.sglang.client import Endpoint
-from megatron_r1.rollout.sglang.servers.launch import remove_leftovers, shared_memory
+from megatron_r1.rollout.sglang.servers import leftovers
 
 CLOSE_TIMEOUT_S = 20.0
 CACHES = "caches"
@@ -64,7 +63,7 @@ class Server:
         self.endpoint = endpoint or new_endpoints(1)[0]
         split = urlsplit(self.endpoint.url)
         self.host, self.port = split.hostname or HOST, split.port or 0
-        self.folder = Path(tempfile.mkdtemp(prefix="sglang-", dir=folder_for_sockets()))
+        self.folder, self._lock = leftovers.new_folder()
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self._log_start = output.tell()
@@ -75,6 +74,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=self._environment(environment),
                 start_new_session=True,
+                pass_fds=[self._lock.descriptor],
             )
         atexit.register(self.close)
         keys = {"api_key": self.endpoint.api_key, "admin_api_key": self.endpoint.admin_key}
@@ -119,7 +119,7 @@ class Server:
         atexit.unregister(self.close)
         if not self.folder.exists():
             return
-        segments = shared_memory(self.process.pid)
+        segments = leftovers.mapped_segments(self.process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process.stdin:
@@ -127,7 +127,8 @@ class Server:
                 self.process.stdin.close()
         self.process.wait(CLOSE_TIMEOUT_S)
         _wait_for_group(self.process.pid)
-        remove_leftovers(self.folder, segments)
+        leftovers.remove(self.folder, segments)
+        self._lock.close()
 
     def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
         # Kernels that a server compiles are there for the next one, also where the user's home cannot be written.

@@ -13,6 +13,7 @@ from megatron_r1.config.sglang import SGLangConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers.arguments import server_arguments, server_environment
+from megatron_r1.rollout.sglang.servers.leftovers import remove_of_dead_servers
 from megatron_r1.rollout.sglang.servers.process import Server
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
 
@@ -52,6 +53,8 @@ class ServerFactory:
             server_arguments, config=config, device=device, dtype=dtype, context_length=context_length
         )
         self._arguments(model_folder, version=NO_WEIGHTS)  # refuses before anything is started
+        if not config.started_elsewhere:
+            remove_of_dead_servers()
         self._environment = {} if config.started_elsewhere else server_environment(device, config.server, delta)
         self._shape = Path(tempfile.mkdtemp(prefix="megatron_r1-shape-"))
         for name in SHAPE:
