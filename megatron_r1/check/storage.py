@@ -17,7 +17,7 @@ from megatron_r1.errors import UserError
 from megatron_r1.memory.storage import checkpoint_bytes, journal_bytes_per_rollout
 from megatron_r1.memory.trainer import GB
 from megatron_r1.runs.folder import FREE_TO_CHANGE, run_folder
-from megatron_r1.runs.retention import retention_of
+from megatron_r1.runs.retention import most_rollouts, retention_of
 from megatron_r1.runs.source import find_checkpoint, hf_folder
 
 FILES_OF_RANK = 8
@@ -115,10 +115,8 @@ def _same_run(job: Job) -> Iterator[Finding]:
 
 
 def _journal(job: Job) -> Iterator[Finding]:
-    """Journals are deleted once no kept checkpoint needs them."""
     config, folder = job.config, existing(run_folder(job.config))
-    each, train = journal_bytes_per_rollout(config), config.train
-    kept = min(train.steps, train.save_interval * train.save_total_limit) + config.rollout.max_staleness + 1
+    each, kept = journal_bytes_per_rollout(config), most_rollouts(config.train, config.rollout.max_staleness)
     free = shutil.disk_usage(folder).free - checkpoint_bytes(config, job.verb) * checkpoints_to_come(job)
     text = f"{kept} rollouts of at most {each / GB:.3g} GB, beside checkpoints {max(0, free) / GB:,.0f} GB free"
     if kept * each > free:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.checkpoint.store import CheckpointStore, step_folders
 from megatron_r1.config.run import RunConfig
-from megatron_r1.config.train import TrainConfig
 from megatron_r1.data.chat.prompt_format import PromptFormatter
 from megatron_r1.data.prompts.files import PromptFile, read_prompts
 from megatron_r1.data.prompts.mixture import StepPositions, prompt_files, training_prompts
@@ -37,12 +38,15 @@ from megatron_r1.rollout.routed_experts import RoutedLayers
 from megatron_r1.runs.initial_weights import InitialModel, initial_model
 from megatron_r1.runs.post_training import begin_post_training, trained_weights
 from megatron_r1.runs.prompts import pin_prompts, prompt_formatter
+from megatron_r1.runs.retention import needs_rollouts_since
 from megatron_r1.runs.teacher import load_teacher
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks import Hook, Hooks
 from megatron_r1.train.loop import train
 from megatron_r1.train.offload import TrainerMemory
 from megatron_r1.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 SHOWN = (
     "rollout/reward",
@@ -186,6 +190,8 @@ def rollout_source(
     positions = StepPositions(rl.prompts_per_rollout, REFILLS, rl.filters.max_resample_rounds)
     prompts = training_prompts(config.data, files, positions, config.train.steps)
     journal, moe = Journal(run.folder / JOURNAL), config.model.moe
+    if removed := journal.remove_of_other_weights(run.state.step):
+        logger.warning("rollouts of steps %s were sampled by weights that the run has lost: it samples anew", removed)
     layers = RoutedLayers(config.model.num_layers, moe.first_dense_layers, moe.top_k)
     routed = layers if config.rl.routing_replay else None
     rollouts = Rollouts(prompts, engine, formatter, journal, scorer, config.rollout, config.rl, config.seed, routed)
@@ -202,15 +208,17 @@ def build_hooks(run: TrainingRun, learner: Learner) -> Hook:
     hooks = run.hooks(SHOWN, "grpo", extra_shards=learner.saved)
     if not is_rank_zero():
         return hooks
-    return Hooks([hooks, PruneJournal(Journal(run.folder / JOURNAL), run.config.train)])
+    return Hooks([hooks, PruneJournal(Journal(run.folder / JOURNAL), run.store)])
 
 
 class PruneJournal(Hook):
-    """Deletes rollouts that no checkpoint can need again."""
+    """Deletes rollouts that no checkpoint can need again from which the run goes on."""
 
-    def __init__(self, journal: Journal, train: TrainConfig):
-        self._journal = journal
-        self._horizon = train.save_interval * (train.save_total_limit + 1)
+    def __init__(self, journal: Journal, store: CheckpointStore):
+        self._journal, self._store = journal, store
+        self._checkpoints: list[tuple[int, Path]] = []
 
     def after_step(self, state: TrainState, row: dict[str, Any]) -> None:
-        self._journal.prune(before_step=state.step - self._horizon)
+        if (now := step_folders(self._store.folder)) != self._checkpoints:
+            self._checkpoints = now
+            self._journal.prune(before_step=needs_rollouts_since(now, self._store.retention) + 1)

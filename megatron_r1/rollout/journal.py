@@ -150,9 +150,32 @@ class Journal:
                 self.path(step).unlink()
         sync(self.folder)
 
+    def remove_of_other_weights(self, step: int) -> list[int]:
+        """Remove rollouts that a run which goes on at `step` would reach with other weights than before.
+
+        Where the rollout of a later step is missing, that step samples anew and leads to other weights. What weights of
+        that step or a later one have sampled is then another run's. Returns the steps whose files are removed.
+        """
+        later = [found for found in self.steps() if found > step]
+        missing = next((here for here, found in enumerate(later, step + 1) if here != found), None)
+        if missing is None:
+            return []
+        removed = [found for found in later if found > missing and _newest_weights(self.read(found)) >= missing]
+        for found in removed:
+            self.path(found).unlink()
+        return removed
+
     def path(self, step: int) -> Path:
         """The file of a step."""
         return self.folder / f"step-{step:08d}{SUFFIX}"
+
+
+def _newest_weights(samples: Sequence[Sample] | None) -> int:
+    """The newest version of weights, a count of steps, that sampled one of these; -1 for none."""
+    versions = [
+        [sample.weight_version, *(version for _, version in sample.version_changes)] for sample in samples or ()
+    ]
+    return max((int(version) for version in chain(*versions)), default=-1)
 
 
 def _row(sample: Sample) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The journal gives back what was written, or says that it cannot."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import orjson
@@ -110,6 +111,28 @@ def test_prune_removes_what_is_before(tmp_path):
         journal.write(step, SAMPLES)
     journal.prune(before_step=2)
     assert journal.steps() == [2, 10]
+
+
+def by_weights(version: int, changed: int = 0) -> list[Sample]:
+    """The samples of a rollout; some tokens of one are by newer weights where `changed` names them."""
+    one = replace(SAMPLES[0], weight_version=f"{version}", version_changes=((1, f"{changed}"),) if changed else ())
+    return [one, replace(SAMPLES[1], weight_version=f"{version}")]
+
+
+@pytest.mark.parametrize(
+    ("at", "removed"),
+    [
+        (7, []),  # all of its rollouts are there: it goes on exactly
+        (10, []),
+        (5, [8, 9]),  # 6 is sampled anew: 7 was begun before it, 8 and 9 were sampled by weights of step 6 and later
+    ],
+)
+def test_rollouts_of_lost_weights_are_removed(at, removed, tmp_path):
+    journal = Journal(tmp_path)
+    for step, samples in {4: by_weights(3), 7: by_weights(5), 8: by_weights(5, 6), 9: by_weights(8)}.items():
+        journal.write(step, samples)
+    assert journal.remove_of_other_weights(at) == removed
+    assert journal.steps() == [step for step in (4, 7, 8, 9) if step not in removed]
 
 
 def test_header_is_readable(tmp_path):
