@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_r1.config.load import load
 from megatron_r1.config.model import ModelConfig
@@ -28,4 +29,6 @@ def test_dense_model_written_out():
 
 
 def test_the_peak_of_this_machine_is_measured():
+    before = torch.get_rng_state()
     assert 1e8 < peak_flops("cpu") < 1e14
+    assert torch.equal(torch.get_rng_state(), before), "a run that resumes has restored its random state before"
