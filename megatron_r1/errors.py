@@ -77,7 +77,7 @@ class FolderInUse(UserError):
 
 
 class Requeue(UserError):
-    """A signal stopped the run after a checkpoint; the same command resumes it."""
+    """A signal stopped the run after a checkpoint, or the run goes back to one; the same command resumes it."""
 
     exit_code = ExitCode.REQUEUE
 

@@ -292,10 +292,10 @@ give_up() {
     exit "$1"
 }
 
-# What a restart goes on from: the newest checkpoint, rollouts and samples.
+# What a restart goes on from: the newest checkpoint, rollouts and samples, and the last rewind.
 progress() {
     local folder names=()
-    for folder in checkpoints rollouts parts; do
+    for folder in checkpoints rollouts parts rewinds; do
         names+=("$(newest "$output/$folder")")
     done
     (IFS=/ && echo "${names[*]}")

@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from megatron_r1.checkpoint.manifest import (
     Records,
     everything,
     files_under,
+    read_manifest,
     verify,
     write_manifest,
 )
@@ -246,6 +248,14 @@ class CheckpointStore:
             self._known_good.add(found[0].name)
         return found
 
+    def discard(self, unwanted: Callable[[Manifest], bool]) -> None:
+        """Remove the checkpoints whose manifests say that they are unwanted, also those that another process reads.
+
+        Raises:
+            SaveFailed: one could not be removed.
+        """
+        self._together(lambda: self._discard_unwanted(unwanted), leader_only=True)
+
     def prune(self) -> None:
         """Remove checkpoints that are older than the newest verified ones, except those that the retention keeps and
         those that another process reads; a failed removal is logged."""
@@ -304,18 +314,27 @@ class CheckpointStore:
         sync(self.folder)
         _remove(replaced)
 
+    def _discard_unwanted(self, unwanted: Callable[[Manifest], bool]) -> None:
+        for _, path in step_folders(self.folder):
+            with suppress(CheckpointDamaged):  # it is never read
+                if unwanted(read_manifest(path)):
+                    logger.info("removing %s", path)
+                    self._move_to_trash(path)
+
     def _discard(self, path: Path) -> None:
         if is_held(path / MANIFEST_NAME):
             logger.info("%s is being read; it is removed after a later save", path)
             return
-        # Renamed first, so that an interrupted removal does not leave a folder that looks like a checkpoint.
-        trash = path.with_name(_TRASH + path.name)
         try:
-            path.rename(trash)
-            sync(self.folder)
+            self._move_to_trash(path)
         except OSError as error:
             logger.warning("cannot remove %s: %s", path, error)
-            return
+
+    def _move_to_trash(self, path: Path) -> None:
+        """Renamed first, so that an interrupted removal does not leave a folder that looks like a checkpoint."""
+        trash = path.with_name(_TRASH + path.name)
+        path.rename(trash)
+        sync(self.folder)
         self._known_good.discard(path.name)
         _remove(trash)
 

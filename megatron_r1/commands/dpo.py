@@ -28,6 +28,7 @@ from megatron_r1.runs.prompts import prompt_formatter
 from megatron_r1.runs.training_run import finish_run, training_run
 from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
+from megatron_r1.train.rewinds import skipping
 
 SHOWN = (
     "train/loss",
@@ -75,7 +76,7 @@ def run(config: RunConfig) -> None:
             extra_shards=reference.saved,
             first=[EvalHook(evaluation, settings.eval_interval, config.train.steps)],
         )
-        step = preference_step(config, PreferenceDataset(examples, config.seed), learn)
+        step = skipping(preference_step(config, PreferenceDataset(examples, config.seed), learn), run.rewinds)
         state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
             correct = pairwise_accuracy(torch.tensor(evaluation.margins())).tolist()

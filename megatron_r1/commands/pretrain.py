@@ -21,6 +21,7 @@ from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.balance import BalanceHook
 from megatron_r1.train.loop import Step, train
 from megatron_r1.train.packed import PackedReader
+from megatron_r1.train.rewinds import skipping
 from megatron_r1.train.routing import pretraining_policy
 from megatron_r1.train.schedule import batch_size, value_at
 from megatron_r1.train.state import TrainState
@@ -50,7 +51,8 @@ def run(config: RunConfig) -> None:
         settings = config.train
         balance = BalanceHook(settings.balance_window, settings.log_interval, run.extra) if is_rank_zero() else None
         hooks = run.hooks(SHOWN, "pretrain", balance.tensors if balance else dict, first=[balance] if balance else [])
-        state = train(run.state, pretraining_step(run, corpus), hooks, config.train.steps)
+        step = skipping(pretraining_step(run, corpus), run.rewinds)
+        state = train(run.state, step, hooks, config.train.steps)
         finish_run(run, state)
 
 

@@ -26,6 +26,7 @@ from megatron_r1.runs.post_training import begin_post_training, trained_weights
 from megatron_r1.runs.training_run import TrainingRun, finish_run, training_run
 from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
+from megatron_r1.train.rewinds import skipping
 from megatron_r1.train.update import update
 
 SHOWN = (
@@ -58,7 +59,8 @@ def run(config: RunConfig) -> None:
             "reward_model",
             first=[EvalHook(measure, settings.eval_interval, config.train.steps)],
         )
-        step = preference_step(config, PreferenceDataset(examples, config.seed), learning(run, model))
+        preferences = PreferenceDataset(examples, config.seed)
+        step = skipping(preference_step(config, preferences, learning(run, model)), run.rewinds)
         state = train(run.state, step, hooks, config.train.steps)
         if state.step >= config.train.steps:
             report_results(run, eval_results(measure.per_example(), training, evaluated, encoder), "reward model")

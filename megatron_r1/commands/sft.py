@@ -23,6 +23,7 @@ from megatron_r1.sft.supervised import SupervisedReader
 from megatron_r1.sft.teacher_setup import distilling_reader, find_sft_teacher
 from megatron_r1.train.hooks.eval import EvalHook
 from megatron_r1.train.loop import train
+from megatron_r1.train.rewinds import skipped_sequences, skipping
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ def run(config: RunConfig) -> None:
         if dist.get_rank() == 0:
             logger.info("conversations: %s", ", ".join(f"{name} {count}" for name, count in examples.counts.items()))
         hooks = run.hooks(SHOWN, "sft", first=first)
-        state = train(run.state, supervised_step(run, training_reader, training), hooks, config.train.steps)
+        training.go_on_for(skipped_sequences(run.rewinds))
+        step = skipping(supervised_step(run, training_reader, training), run.rewinds)
+        state = train(run.state, step, hooks, config.train.steps)
         finish_run(run, state)
 
 

@@ -20,6 +20,7 @@ INSTEAD = {
     ("grpo", "train.micro_batch_size"): "rl.tokens_per_micro_batch sets the size of a forward pass",
     ("grpo", "train.sequence_length"): "model.max_sequence_length and rollout.max_response_tokens set lengths",
     ("grpo", "train.global_batch_size"): "rl.prompts_per_rollout x rl.group_size / rl.updates_per_rollout is the batch",
+    ("grpo", "watch.max_rewinds"): "its data is what its own weights sample, none of which could be skipped",
     ("evaluate", "rollout.temperature"): "evaluate.temperature is that of the sampled responses",
     ("evaluate", "model"): "each model's shape is read from its checkpoint",
     ("sample", "model"): "the model's shape is read from its checkpoint",

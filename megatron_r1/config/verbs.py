@@ -76,6 +76,7 @@ PRETRAINING_SCHEDULES = (
 """Keys that post-training does not read: `routing` says what it does with the routers, sft alone trains multi-token
 prediction, and batches have one size."""
 POST_TRAINING = (*TRAINING, "routing")
+REWINDS = ("watch.max_rewinds", "watch.rewind_after_spikes", "watch.rewind_margin_steps")
 MTP_WEIGHT = "model.mtp.loss_coefficient"
 """Read where multi-token layers are trained: pretrain and sft."""
 
@@ -108,6 +109,7 @@ VERBS = {
             *PRETRAINING_SCHEDULES,
             MTP_WEIGHT,
             *CORPUS,
+            *REWINDS,
             "train.micro_batch_size",
             "train.sequence_length",
             "train.global_batch_size",

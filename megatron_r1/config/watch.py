@@ -1,4 +1,4 @@
-"""Deadlines of the phases of a training run."""
+"""Deadlines of the phases of a training run, and what it does about spikes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,19 @@ class WatchConfig:
     spike_sigmas: float = 6.0
     """Standard deviations above the running median of 128 steps from which a loss or gradient norm is reported as a
     spike; 0 reports none."""
+    max_rewinds: int = 0
+    """How often a run may go back to its newest checkpoint before a spike, to skip the data of the spike from then on.
+    It ends with exit code 85, after which the same command, as a job that restarts, goes back. 0 never does."""
+    rewind_after_spikes: int = 3
+    """Consecutive steps with a spike after which the run goes back. A single high gradient is clipped."""
+    rewind_margin_steps: int = 0
+    """Steps before the spike that are undone too, and whose data is skipped."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, *self.__slots__)
+        at_least(self, 1, "rewind_after_spikes")
+        if self.max_rewinds and not self.spike_sigmas:
+            raise ConfigError("max_rewinds", self.max_rewinds, "needs spike_sigmas above 0, by which spikes are found")
         for name in (name for name in self.__slots__ if name.endswith("_deadline_s")):
             if 0 < (value := getattr(self, name)) < SHORTEST_S:
                 raise ConfigError(name, value, f"must be 0, for no deadline, or at least {SHORTEST_S:.0f} s")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.checkpoint.sharded import WholeTensors
-from megatron_r1.checkpoint.store import CheckpointStore
+from megatron_r1.checkpoint.store import CheckpointStore, step_folders
 from megatron_r1.checkpoint.tensors import has_tensors, read_state, read_tensors
 from megatron_r1.config.load import resolved
 from megatron_r1.config.cross_checks import check_context_parallelism
@@ -28,7 +28,7 @@ from megatron_r1.model.build import build_model
 from megatron_r1.model.chunks import Model
 from megatron_r1.model.fp8.apply import Fp8Plan, merge_plans
 from megatron_r1.model.shards import Shard, load_whole_tensors, shards
-from megatron_r1.parallel.comm import AllRanks, all_gather_object
+from megatron_r1.parallel.comm import AllRanks, all_gather_object, broadcast
 from megatron_r1.parallel.heartbeat_file import heartbeat_file
 from megatron_r1.parallel.mesh import process_groups
 from megatron_r1.parallel.phases import begin_run
@@ -53,16 +53,19 @@ from megatron_r1.train.hooks.log import LogHook
 from megatron_r1.train.hooks.phases import PhaseHook
 from megatron_r1.train.hooks.preempt import PreemptHook
 from megatron_r1.train.hooks.prometheus import PrometheusHook
+from megatron_r1.train.hooks.rewind import RewindHook
 from megatron_r1.train.hooks.spikes import SpikeHook
 from megatron_r1.train.hooks.profile import profile_hooks
 from megatron_r1.train.hooks.rank_times import RankTimesHook
 from megatron_r1.train.optimizer import MOMENTS, Optimizer
 from megatron_r1.train.optimizer_state import MASTER, OptimizerState
+from megatron_r1.train.rewinds import IN_MANIFEST, Rewind, is_undone, read_rewinds, record_rewind
 from megatron_r1.train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 ExtraTensors = Callable[[], dict[str, torch.Tensor]]
+Row = Mapping[str, Any]
 ExtraShards = Callable[[], Iterable[tuple[str, Shard]]]
 
 
@@ -85,6 +88,8 @@ class TrainingRun:
     """The checkpoint from which the run was resumed."""
     ema: MovingAverage | None = None
     """Moving average of the weights, if configured."""
+    rewinds: Sequence[Rewind] = ()
+    """How often it went back before a spike, and the data that it skips since."""
 
     def hooks(
         self,
@@ -105,36 +110,58 @@ class TrainingRun:
         """
         train = self.config.train
         retention_of(train, verb)
-        # A row is recorded before its step is saved: a run that is killed in between records the row again. In the
-        # other order the row would be lost.
-        hooks: list[Hook] = [
-            CheckpointHook(
-                self.store,
-                lambda state: self.snapshot(state, extra_tensors, extra_shards).write,
-                {"config": resolved(self.config), "layout": layout(self.config)},
-                train.save_interval,
-                self.state.step,
-                train.async_save,
-            )
-        ]
-        if dist.get_rank() == 0:
-            start, title = self.state.step, f"{verb} {self.config.name}"
+        start, leads = self.state.step, dist.get_rank() == 0
+        earlier = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= start] if leads else []
+        rewinding = self._rewinding(earlier)
+        metadata = {"config": resolved(self.config), "layout": layout(self.config)}
+        saving = CheckpointHook(
+            self.store,
+            lambda state: self.snapshot(state, extra_tensors, extra_shards).write,
+            metadata | ({IN_MANIFEST: len(self.rewinds)} if self.rewinds else {}),
+            train.save_interval,
+            start,
+            train.async_save,
+            lambda: not any(hook.due() for hook in rewinding),
+        )
+        spikes: list[Hook] = []
+        recording: list[Hook] = []
+        if leads:
+            title = f"{verb} {self.config.name}"
             settings = resolved(self.config) | {"provenance": newest_record(self.folder)}
             tracker = Tracker(self.folder, settings, self.config.name, self.config.track, verb, start)
             log = LogHook(tracker, shown, train.steps, start, train.log_interval, title)
-            hooks[:0] = [*self._spikes(), log, *self._prometheus()]
+            spikes, recording = self._spikes(earlier), [log, *self._prometheus()]
         threshold, device = self.config.profile.straggler_threshold, self.platform.device
-        hooks[:0] = [PhaseHook(), RankTimesHook(train.log_interval, train.steps, threshold, device)]
-        if self.ema:
-            hooks.insert(0, EmaHook(self.ema))
+        times = [PhaseHook(), RankTimesHook(train.log_interval, train.steps, threshold, device)]
+        averages = [EmaHook(self.ema)] if self.ema else []
         profiles = profile_hooks(
             self.folder, self.config.profile, train.steps, dist.get_rank(), self.platform.name == "cuda"
         )
-        return Hooks([*first, *hooks, *profiles, self.preempt])
+        # A row is recorded before its step is saved: a run that is killed in between records the row again. In the
+        # other order the row would be lost.
+        measured = [*first, *averages, *times, *spikes, *rewinding]
+        return Hooks([*measured, *recording, saving, *profiles, self.preempt])
 
-    def _spikes(self) -> list[Hook]:
+    def _spikes(self, earlier: Iterable[Row]) -> list[Hook]:
         sigmas = self.config.watch.spike_sigmas
-        return [SpikeHook(sigmas, read_metrics(self.folder / "metrics.jsonl"))] if sigmas else []
+        return [SpikeHook(sigmas, earlier)] if sigmas else []
+
+    def _rewinding(self, earlier: Iterable[Row]) -> list[RewindHook]:
+        """The hook that goes back before a spike, on every rank, if that is configured."""
+        watch, folder = self.config.watch, self.folder
+        if not watch.max_rewinds:
+            return []
+        return [
+            RewindHook(
+                watch,
+                self.config.train.steps,
+                self.rewinds,
+                self.state,
+                earlier,
+                lambda: [step for step, _ in step_folders(self.store.folder)],
+                lambda rewind: record_rewind(folder, rewind),
+            )
+        ]
 
     def _prometheus(self) -> list[Hook]:
         track = self.config.track
@@ -205,6 +232,9 @@ def training_run(
         log_precision(model, folder)
         if initial:
             check_same_model(config.model, initial.model, str(initial.folder))
+        rewinds: list[Rewind] = broadcast(read_rewinds(folder) if is_rank_zero() else None)
+        if rewinds:
+            store.discard(lambda manifest: is_undone(manifest.metadata, rewinds))
         saved = store.newest_verified()
         if initial and not saved:
             load_whole_tensors(model, initial.weights(AllRanks()).tensors)
@@ -212,6 +242,7 @@ def training_run(
             parameter.requires_grad_(trainable(name))
         optimizer = Optimizer(model, config.train, config.performance)
         run = TrainingRun(config, platform, folder, model, optimizer, tokenizer, TrainState(), store, preempt, {})
+        run.rewinds = rewinds
         if config.train.ema_decay:
             run.ema = MovingAverage(model, config.train.ema_decay)
         if saved:

@@ -105,6 +105,9 @@ def _train() -> Iterator[Metric]:
         ALL,
         "lower",
     )
+    undoing = "Where a spike may undo steps (`watch.max_rewinds`):"
+    yield Metric("train/rewinds", "rewinds", f"{undoing} spikes so far whose data is skipped.", without_rl, "lower")
+    yield Metric("train/data_position", "sequences", f"{undoing} position in the data after the step.", without_rl)
     yield Metric("train/learning_rate", "", "Learning rate of the step; 0 while only the critic is trained.", ALL)
     yield Metric("train/batch_size", "sequences", "Sequences of the global batch.", ("pretrain",))
     yield Metric("train/mtp_weight", "", "Weight of the multi-token loss.", ("pretrain",))

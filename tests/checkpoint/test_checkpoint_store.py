@@ -14,6 +14,7 @@ import pytest
 from megatron_r1.checkpoint.manifest import MANIFEST_NAME, FileRecord, read_manifest, verify
 from megatron_r1.checkpoint.store import CheckpointStore, SaveFailed, newest_verified, step_folders
 from megatron_r1.errors import CheckpointDamaged, FolderInUse
+from megatron_r1.files import hold
 from tests.support.thread_ranks import ThreadRanks, on_two_ranks
 
 
@@ -112,6 +113,18 @@ def test_prune_counts_only_verified_ones(tmp_path: Path) -> None:
         store.commit(6, write("a"), {})
         store.prune()
         assert steps(tmp_path) == [6, 5]
+
+
+def test_unwanted_ones_are_removed_though_another_command_reads_them(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path) as store:
+        for step in (1, 2, 3):
+            store.commit(step, write(str(step)), {"undone": step > 1})
+        damage(store.path(3))
+        (store.path(3) / MANIFEST_NAME).write_text("{}")
+        with hold(store.path(2) / MANIFEST_NAME):
+            store.discard(lambda manifest: manifest.metadata["undone"])
+        assert steps(tmp_path) == [3, 1]
+        assert store.newest_verified()[0] == store.path(1)
 
 
 def test_prune_removes_links_not_what_they_point_to(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ IMPORTED_ONLY = {
     "pretrain": ("sft.", "data.prompts.", "routing."),
     "sft": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "train.balance_window"),
     "grpo": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "sft.", "dpo.", "reward_model.",
-             "train.global"),
+             "train.global", "watch."),
     "reward_model": ("model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "dpo.", "sft."),
     "dpo": (
         "model.moe.", "model.mtp.loss_coefficient", "train.schedule.", "data.", "reward_model.", "rollout.", "sft.",
@@ -128,6 +128,7 @@ def test_a_recipe_of_another_verb_is_refused() -> None:
         ("grpo", "train={global_batch_size:4}", "train.global_batch_size"),
         ("grpo", "train.schedule.batch_ramp.tokens=10", "train.schedule.batch_ramp.tokens"),
         ("sft", "model.moe.bias_update_rate=0", "model.moe.bias_update_rate"),
+        ("grpo", "watch.max_rewinds=1", "watch.max_rewinds"),
         ("pretrain", "reward=dapo", "reward"),
         ("pipeline", "train.steps=4", "train.steps"),
     ],

@@ -136,6 +136,13 @@ def test_a_failed_background_save_of_the_last_step_is_tried_again(store, disk):
     assert steps(store.folder) == [2]
 
 
+def test_a_last_step_that_is_undone_is_not_saved(store, disk):
+    checkpoints = CheckpointHook(store, disk.snapshot, {}, 2, 0, True, lambda: False)
+    after(checkpoints, 2, 3)
+    checkpoints.finish(TrainState(step=3))
+    assert steps(store.folder) == [2] and not store.saving
+
+
 def test_a_run_that_ends_badly_leaves_no_checkpoint_half_done(tmp_path, disk):
     disk.ready.clear()
     with pytest.raises(ZeroDivisionError), CheckpointStore(tmp_path) as store:

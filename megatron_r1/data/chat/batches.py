@@ -66,13 +66,18 @@ class ChatBatches:
         self.per_epoch = self._epoch(0)
         self.total = self.per_epoch * epochs
         """Sequences of all epochs."""
+        self._last = self.total
+
+    def go_on_for(self, sequences: int) -> None:
+        """Have so many sequences of a further epoch after the last one, in the place of some that are left out."""
+        self._last = self.total + sequences
 
     def batch(self, position: int, size: int) -> ChatBatch:
-        """Sequences `position` to `position + size - 1`; those beyond the last epoch are empty."""
+        """Sequences `position` to `position + size - 1`; those beyond the last one are empty."""
         shape = (size, self._width)
         batch = ChatBatch(np.full(shape, self._pad, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool))
         for row in range(size):
-            if position + row < self.total:
+            if position + row < self._last:
                 self._fill(position + row, batch.tokens_BL[row], batch.document_ids_BL[row], batch.loss_mask_BL[row])
         return batch
 

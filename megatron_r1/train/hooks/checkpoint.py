@@ -26,6 +26,7 @@ class CheckpointHook(Hook):
         interval: int,
         resumed_at: int,
         background: bool = False,
+        last_is_kept: Callable[[], bool] = lambda: True,
     ):
         """
         Args:
@@ -35,9 +36,10 @@ class CheckpointHook(Hook):
             interval: steps between checkpoints.
             resumed_at: step of the checkpoint that the run started from; it is not saved again.
             background: write while training continues; there is one save at a time, so the next one waits for it.
+            last_is_kept: collective: whether the step after which the loop ended is to be saved.
         """
         self._store, self._snapshot, self._metadata = store, snapshot, metadata
-        self._interval, self._background = interval, background
+        self._interval, self._background, self._last_is_kept = interval, background, last_is_kept
         self._saved = self._saving = resumed_at
         self._value: float | None = None
 
@@ -54,7 +56,7 @@ class CheckpointHook(Hook):
     def finish(self, state: TrainState) -> None:
         with self._surviving():
             self._settle()
-        if state.step != self._saved:
+        if self._last_is_kept() and state.step != self._saved:
             self._save(state, background=False)
 
     def _save(self, state: TrainState, background: bool) -> None:

@@ -15,6 +15,7 @@ from megatron_r1.train.state import TrainState
 logger = logging.getLogger(__name__)
 
 WATCHED = ("train/loss", "train/gradient_norm")
+COUNT = "train/spikes"
 WINDOW, FEWEST = 128, 32
 """Steps of the running median, and steps before which nothing counts as a spike."""
 SIGMA = 1.4826
@@ -47,7 +48,7 @@ class SpikeHook(Hook):
             values = self._values[name]
             logger.warning(text, state.step, name, row[name], len(values), median(values))
         self._note(row)
-        row["train/spikes"] = len(found)
+        row[COUNT] = len(found)
 
     def is_spike(self, name: str, value: float) -> bool:
         """Whether a value is so far above the earlier ones; False as long as there are too few."""

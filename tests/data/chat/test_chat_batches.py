@@ -72,3 +72,6 @@ def test_after_the_last_epoch_come_empty_sequences():
     assert not batch.loss_mask_BL[1:].any() and (batch.tokens_BL[1:] == 9999).all()
     visited = Counter(len(row) for row in contents(found.batch(0, found.total + 5)))
     assert visited[0] == 5
+    found.go_on_for(2)
+    batch = found.batch(found.total - 1, 4)
+    assert (batch.document_ids_BL.max(1) > 0).tolist() == [True, True, True, False]
