@@ -19,9 +19,10 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from megatron_r1 import __version__
+from megatron_r1 import __version__, stop_signal
 from megatron_r1.config.command_line import Command, parse, with_files
 from megatron_r1.config.keys import check_overrides, check_recipe, reads
+from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.recipes import groups, recipes
 from megatron_r1.config.verbs import VERBS, JobCommand, Verb
 from megatron_r1.errors import ConfigError, ExitCode, PlatformError, Requeue, UserError
@@ -37,6 +38,8 @@ SILENT_S = 5.0
 """Seconds that other ranks wait before they exit with an error, so that rank 0 prints it first."""
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 """Errors of files that are the machine's, not this program's."""
+STOP_AT_A_CHECKPOINT = (*TRAINING_VERBS, "pipeline")
+"""Verbs that a scheduler's warning does not end at once."""
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts
 NOBODY_READS = 141  # 128 + SIGPIPE
 OPTIONS = """\
@@ -144,6 +147,8 @@ def exit_code(arguments: list[str]) -> int:
         command = parse(with_files(arguments) or ["--help"])
         if command.job_verb and command.print_config:
             command.verb = command.job_verb
+        if command.verb not in STOP_AT_A_CHECKPOINT:
+            stop_signal.end_by_it()
         if command.verb and VERBS[command.verb].of_command and not (command.help or command.version):
             return run_on_command(command)
         config = prepare(command)
@@ -212,6 +217,7 @@ def _another_rank_prints() -> bool:
 def main() -> None:
     """Entry point of the `megatron-r1` command."""
     die_with_parent()
+    stop_signal.keep()
     # OpenMP reads this when torch is imported. Threads that spin while they wait would starve an engine on their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = flush_output(exit_code(sys.argv[1:]))

@@ -3,9 +3,9 @@
 # variables above its line "filled in", sources this file, and calls begin, start for each role, and finish.
 #
 # Who gets which signal: SLURM sends USR1 to this shell alone before the time limit (--signal=B:USR1@SECONDS). The shell
-# hands it to the role `trainer`, which ends its step, saves and exits with 85; servers go on until the trainer has
-# ended, since its step may need them. A requeue, scancel, and the time limit itself send TERM to all processes of the
-# job, and KILL after SLURM's KillWait.
+# hands it to the role `trainer`, which ends its step, saves and exits with 85. SLURM gives it to all processes of that
+# role, of which the ranks alone heed it; servers go on until the trainer has ended, since its step may need them. A
+# requeue, scancel, and the time limit itself send TERM to all processes of the job, and KILL after SLURM's KillWait.
 
 # shellcheck disable=SC2154 # the job script sets the variables
 FINAL=(0 2 3 86 88)   # done, bad configuration, bad data, diverged, no intact checkpoint: a restart changes nothing
@@ -126,7 +126,8 @@ start() {
     shift
     # shellcheck disable=SC2016 # expanded on the node
     program=(bash -c '
-        trap : TERM USR1
+        trap : TERM
+        trap "" USR1 # inherited: Python has no answer to it while it starts
         [[ -z ${TMPDIR:-} ]] || mkdir -p "$TMPDIR"
         codes=$1
         shift

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import IO
 
-from megatron_r1 import lifeline
+from megatron_r1 import lifeline, stop_signal
 from megatron_r1.platform.launcher import without_launcher
 
 GRACE_S = 10.0
@@ -39,12 +39,13 @@ class RankProcesses:
         if ranks > 1:
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
         pipe = subprocess.PIPE if prefix else None
-        self._processes = [
-            subprocess.Popen(
-                command, env=common | (_rank_variables(rank, ranks) if ranks > 1 else {}), stdout=pipe, stderr=pipe
-            )
-            for rank in range(ranks)
-        ]
+        with stop_signal.kept():
+            self._processes = [
+                subprocess.Popen(
+                    command, env=common | (_rank_variables(rank, ranks) if ranks > 1 else {}), stdout=pipe, stderr=pipe
+                )
+                for rank in range(ranks)
+            ]
         outputs = [pipe for process in self._processes for pipe in (process.stdout, process.stderr) if pipe]
         self._readers = [threading.Thread(target=_forward_lines, args=(output, prefix)) for output in outputs]
         for reader in self._readers:
@@ -99,10 +100,11 @@ class Signals:
 def forwarding_signals() -> Iterator[Signals]:
     """Forwards signals to jobs; afterwards, none of the jobs that it still has is left."""
     signals = Signals()
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    numbers = (signal.SIGTERM, stop_signal.WARNING, signal.SIGINT)
     before = {number: signal.signal(number, signals._forward) for number in numbers}
     try:
-        yield signals
+        with stop_signal.handled():
+            yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -21,20 +21,25 @@ from tests.support.jobs import comparable
 from tests.support.recipes import DIES_WITHIN_S, SGLANG, Recipe, lives
 from tests.support.recorded import unregistered
 
-INTERRUPTED_BY_SIGTERM = 85
+STOPPED_AT_A_CHECKPOINT = 85
+
+
+def imports_torch(process: psutil.Process) -> bool:
+    """Whether the process has begun to."""
+    return any("libtorch" in one.path for one in process.memory_maps())
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A recipe that was stopped by SIGTERM while it pre-trained, and then went through."""
+    """A recipe that was warned by USR1 while its first stage imported torch, and then went through."""
     recipe = Recipe(tmp_path_factory.mktemp("finished"))
     with recipe.started() as process:
         deadline = time.monotonic() + 200
-        while not recipe.rows("pretrain") and time.monotonic() < deadline:
+        while not any(map(imports_torch, process.children())) and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(100) == INTERRUPTED_BY_SIGTERM, recipe.log
-    assert recipe.rows("pretrain")[-1]["step"] < 6
+        os.kill(process.pid, signal.SIGUSR1)
+        assert process.wait(100) == STOPPED_AT_A_CHECKPOINT, recipe.log
+    assert [row["step"] for row in recipe.rows("pretrain")] == [1]
     recipe.run(400)
     return recipe
 

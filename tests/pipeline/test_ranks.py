@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,7 @@ import psutil
 import pytest
 
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.pipeline.ranks import RankProcesses
+from megatron_r1.pipeline.ranks import RankProcesses, forwarding_signals
 
 
 def end_of(job: RankProcesses, seconds: float = 20) -> int:
@@ -47,6 +49,17 @@ def test_ranks_are_numbered(tmp_path: Path) -> None:
     program = f"import os; open(r'{tmp_path}/' + os.environ['RANK'] + os.environ['WORLD_SIZE'], 'w')"
     assert end_of(RankProcesses([sys.executable, "-c", program], 3)) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["03", "13", "23"]
+
+
+def test_a_warning_ends_no_rank_that_starts() -> None:
+    program = (
+        "import sys, time; from megatron_r1 import stop_signal; time.sleep(0.2); sys.exit(40 + stop_signal.came())"
+    )
+    with forwarding_signals() as signals:
+        signals.jobs.append(job := RankProcesses([sys.executable, "-c", program], 2))
+        os.kill(os.getpid(), signal.SIGUSR1)  # ranks have hardly been forked
+        assert end_of(job) == 41
+    assert signals.received == [signal.SIGUSR1]
 
 
 def test_lines_of_jobs_side_by_side_carry_a_prefix(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,7 @@ def test_the_trainer_of_a_job_finds_the_servers_of_its_other_nodes(cluster, hete
     ports = [12000 + (int(job) * 64 + number) % 20000 for number in (1, 2)]
     assert found == {
         "urls": [f"http://{NODES[1]}:{port}" for port in ports], "node": NODES[0], "keys_agree": True, "keys": 2,
+        "ignores_warning": True,
     }  # fmt: skip
     if heterogeneous:
         log = cluster.job_log(name, job)

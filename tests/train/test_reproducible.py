@@ -27,7 +27,7 @@ batch, taken = Corpus.batch, []
 def batch_or_signal(self, position, count):
     taken.append(position)
     if len(taken) == stop_at:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
     return batch(self, position, count)
 
 Corpus.batch = batch_or_signal
