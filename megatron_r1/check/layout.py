@@ -14,7 +14,10 @@ from megatron_r1.config.parallel import ParallelConfig
 def _degrees(job: Job) -> Iterator[Finding]:
     found = list(refusals(check_degrees, job.config.parallel, job.ranks))
     yield from found or [passed(f"{job.ranks} ranks, {job.data_parallel} data-parallel")]
-    per_node = job.config.check.gpus_per_node
+    per_node, nodes = job.config.check.gpus_per_node, job.config.check.nodes
+    if job.on_gpus and 0 < nodes * per_node < job.ranks:
+        text = f"check.ranks={job.ranks}: check.nodes={nodes} have {nodes * per_node} GPUs"
+        yield refused(text, f"take check.nodes={-(-job.ranks // per_node)}")
     if job.on_gpus and job.ranks > per_node and job.ranks % per_node:
         text = f"check.ranks={job.ranks}: no multiple of check.gpus_per_node={per_node}"
         yield refused(text, f"take a multiple of {per_node}: SLURM gives whole nodes to a job of several")

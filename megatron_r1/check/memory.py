@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_r1.check.finding import Check, Finding, Job, passed, refused, unknown, warning
+from megatron_r1.check.finding import Check, Finding, Job, finding_of, passed, refused, unknown, warning
 from megatron_r1.config.keys import reads
+from megatron_r1.config.nodes import nodes_of, servers_per_node, starts_servers
 from megatron_r1.errors import ConfigError
 from megatron_r1.memory.engine import WEIGHT_AND_CACHE, cache_bytes_per_token, engine_weights
 from megatron_r1.memory.storage import host_bytes_per_rank
@@ -80,11 +81,41 @@ def _engine(job: Job) -> Iterator[Finding]:
         yield passed(f"{text}; room for {sequences} such sequences")
 
 
-def _colocated(job: Job) -> Iterator[Finding]:
-    rollout, memory = job.config.rollout, job.config.check.memory_gb
-    stages = _stages(job)
-    if rollout.placement != "colocated" or not job.on_gpus or stages is None:
+def _placement(job: Job) -> Iterator[Finding]:
+    if not job.on_gpus or not starts_servers(job.config.rollout):
         return
+    yield from _server_gpus(job)
+    if job.config.rollout.placement == "colocated" and (stages := _stages(job)) is not None:
+        yield from _colocated(job, stages)
+
+
+def _server_gpus(job: Job) -> Iterator[Finding]:
+    """Whether servers have GPUs: on nodes of their own, or on the first node beside the trainer's ranks."""
+    rollout, machine, ranks = job.config.rollout, job.config.check, job.ranks if job.trains else 0
+    per_node = machine.gpus_per_node
+    try:
+        needed = nodes_of(rollout, ranks, per_node, per_node)
+    except ConfigError as error:
+        yield finding_of(error)
+        return
+    servers, width = rollout.sglang.servers, rollout.sglang.server.tensor_parallel
+    engine = max(0, machine.nodes - needed.trainer)
+    if engine and rollout.placement == "separate":
+        yield passed(f"{engine} nodes with {servers_per_node(rollout, per_node)} servers each")
+    elif needed.engine and not job.trains:
+        text = f"rollout.sglang.servers={servers}: they need {servers} x {width} GPUs, and the node has {per_node}"
+        yield refused(text, f"take at most {per_node // width}")
+    elif needed.engine:
+        yield refused(
+            f"rollout.placement=separate: servers need {servers} x {width} GPUs, and the trainer has "
+            f"{min(ranks, per_node)} of the {per_node} of a node",
+            f"add nodes for servers: check.nodes={needed.total}, with submit nodes={needed.total} "
+            f"engine_nodes={needed.engine}; or take fewer ranks, or rollout.placement=colocated",
+        )
+
+
+def _colocated(job: Job, stages: list[MemoryParts]) -> Iterator[Finding]:
+    rollout, memory = job.config.rollout, job.config.check.memory_gb
     trainer = max(one.total for one in stages)
     kept = max(one.parts.get("weights", 0.0) for one in stages)
     engine = engine_weights(job.config.model, rollout)
@@ -123,6 +154,6 @@ def _host(job: Job) -> Iterator[Finding]:
 CHECKS = (
     Check(13, "trainer's memory", _trainer, lambda job: job.trains),
     Check(14, "engine's memory", _engine, lambda job: reads(job.verb, "rollout.engine")),
-    Check(15, "trainer and engine on the same GPUs", _colocated, lambda job: job.verb == "grpo"),
+    Check(15, "GPUs and memory of servers", _placement, lambda job: reads(job.verb, "rollout.engine")),
     Check(16, "memory of a node", _host, lambda job: job.trains),
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from megatron_r1.check import data, layout, memory, model, rewards, rules, schedules, slurm, storage
@@ -10,11 +11,10 @@ from megatron_r1.check.finding import Check, Finding, Job, State, finding_of, un
 from megatron_r1.check.rules import broken_rules, check_of
 from megatron_r1.config.keys import check_overrides, check_recipe
 from megatron_r1.config.load import load_sections
-from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import JobCommand
-from megatron_r1.errors import UserError
-from megatron_r1.pipeline.compose import ComposedStage, compose_stages, model_if_there
+from megatron_r1.errors import ConfigError, UserError
+from megatron_r1.pipeline.compose import ComposedStage, compose_stages
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.source import find_model
 
@@ -69,20 +69,24 @@ def _check_stages(report: Report, config: RunConfig) -> None:
     except UserError as error:
         report.add(rules.KEYS, [finding_of(error)])
         return
-    made: dict[str, ModelConfig] = {}
+    made: list[str] = []
     for name, stage in stages.items():
         found = Report()
-        _run_all(found, _job_of_stage(stage, made, config))
+        _run_all(found, _job_of_stage(stage, tuple(made), config))
         for number, findings in found.findings.items():
             report.add(number, [_of_stage(name, one) for one in findings if one.state is not State.PASSED])
-        made |= {stage.path_of(output): stage.model for output in stage.makes()}
+        made += [stage.path_of(output) for output in stage.makes()]
 
 
-def _job_of_stage(stage: ComposedStage, made: Mapping[str, ModelConfig], recipe: RunConfig) -> Job:
-    verb, *rest = stage.arguments
-    name, overrides = (rest[1], rest[2:]) if rest[:1] == ["--config-name"] else (None, rest)
-    config = load_sections(verb, overrides, name, lambda source: made.get(source) or model_if_there(source)).config
-    return Job(verb, replace(config, check=replace(recipe.check, ranks=recipe.check.ranks or stage.ranks)), tuple(made))
+def _job_of_stage(stage: ComposedStage, made: tuple[str, ...], recipe: RunConfig) -> Job:
+    """A stage as a job, on as many nodes as it needs where the command names none for the whole recipe."""
+    machine = replace(recipe.check, ranks=recipe.check.ranks or stage.ranks)
+    job = Job(stage.verb, replace(stage.config, check=machine), made)
+    if job.on_gpus and not machine.nodes:
+        with suppress(ConfigError):  # which the check of its servers says
+            nodes = stage.nodes(machine.gpus_per_node, machine.gpus_per_node).total
+            return replace(job, config=replace(job.config, check=replace(machine, nodes=nodes)))
+    return job
 
 
 def _of_stage(name: str, finding: Finding) -> Finding:

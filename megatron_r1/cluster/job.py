@@ -9,9 +9,9 @@ from pathlib import Path
 from megatron_r1.cluster.request import is_training
 from megatron_r1.cluster.script import fill_in, scripts_folder
 from megatron_r1.config.cluster import ClusterConfig
+from megatron_r1.config.nodes import servers_per_node
 from megatron_r1.config.recipes import PACKAGE
 from megatron_r1.config.run import RunConfig
-from megatron_r1.errors import ConfigError
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.provenance import IMAGE, IMAGE_DIGEST
 
@@ -33,6 +33,9 @@ def job_script(config: RunConfig, output: Path | None = None) -> str:
 
     Args:
         output: folder whose checkpoints, rollouts and samples show progress; None is the run's own.
+
+    Raises:
+        ConfigError: a server does not fit on a node.
     """
     submit, cluster = config.submit, config.cluster
     folder = run_folder(config)
@@ -54,7 +57,8 @@ def job_script(config: RunConfig, output: Path | None = None) -> str:
         "setup": cluster.setup,
     }
     if submit.engine_nodes:
-        variables |= {"engine_nodes": str(submit.engine_nodes), "servers_per_node": str(servers_per_node(config))}
+        each = servers_per_node(config.rollout, cluster.gpus_per_node)
+        variables |= {"engine_nodes": str(submit.engine_nodes), "servers_per_node": str(each)}
     if submit.heterogeneous:
         variables |= {
             "trainer_nodes": str(submit.nodes - submit.engine_nodes),
@@ -62,19 +66,6 @@ def job_script(config: RunConfig, output: Path | None = None) -> str:
         }
     text = (scripts_folder() / script_name(config)).read_text(encoding="utf-8")
     return fill_in(text, directives(config), variables, cluster.sbatch_options, directives_of_engines(config))
-
-
-def servers_per_node(config: RunConfig) -> int:
-    """Servers of an engine node: as many as its GPUs carry, and on nodes without GPUs those of the configuration.
-
-    Raises:
-        ConfigError: a server does not fit on a node.
-    """
-    server, gpus = config.rollout.sglang.server, config.cluster.gpus_per_node
-    if gpus and server.tensor_parallel > gpus:
-        allowed = f"must be at most cluster.gpus_per_node={gpus}: a server does not span nodes"
-        raise ConfigError("rollout.sglang.server.tensor_parallel", server.tensor_parallel, allowed)
-    return gpus // server.tensor_parallel if gpus else config.rollout.sglang.servers
 
 
 def directives(config: RunConfig) -> dict[str, str | None]:

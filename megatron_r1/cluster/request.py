@@ -47,6 +47,9 @@ def check_roles(config: RunConfig) -> None:
         ConfigError: names the key that does not fit.
     """
     verb, submit, rollout = config.submit.command, config.submit, config.rollout
+    if verb == "pipeline" and submit.stage_jobs and submit.nodes > 1:
+        allowed = "must be left out: each stage takes the nodes that it needs, which dry_run=true shows"
+        raise ConfigError("submit.nodes", submit.nodes, allowed)
     if submit.nodes > 1 and not is_training(config):
         raise ConfigError("submit.nodes", submit.nodes, f"must be 1: {verb} runs on one node")
     if submit.engine_nodes and not (verb == "grpo" and rollout.engine == "sglang" and rollout.placement == "separate"):
@@ -68,9 +71,11 @@ def check_roles(config: RunConfig) -> None:
 def command_to_check(command: JobCommand, config: RunConfig) -> JobCommand:
     """The command that `check` takes, with the job's machine."""
     cluster = config.cluster
-    machine = [f"check.gpus_per_node={max(1, cluster.ranks)}", f"check.nodes={config.submit.nodes}"]
-    # The stages of a recipe have ranks of their own.
+    machine = [f"check.gpus_per_node={max(1, cluster.ranks)}"]
+    # The stages of a recipe have ranks of their own, and nodes where each is a job.
     machine += [f"check.ranks={trainer_ranks(config)}"] if is_training(config) else []
+    by_stage = config.submit.command == "pipeline" and config.submit.stage_jobs
+    machine += [] if by_stage else [f"check.nodes={config.submit.nodes}"]
     machine += [f"check.gpu={cluster.gpu}"] if cluster.gpu else []
     machine += [f"check.partition={cluster.partition}"] if cluster.partition else []
     machine += [f"check.time_limit_minutes={config.submit.seconds // 60}"]

@@ -11,6 +11,7 @@ from megatron_r1.config.load import load_all
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import JobCommand
 from megatron_r1.errors import ConfigError, ExitCode
+from megatron_r1.pipeline.compose import compose_stages
 from megatron_r1.platform import select
 from megatron_r1.rollout.factory import servers_of_node
 from megatron_r1.runs.folder import run_folder
@@ -31,8 +32,21 @@ def run_command(command: JobCommand) -> int:
     check_overrides(command.verb, command.overrides)
     check_recipe(command.verb, command.recipe)
     config = load_all(command.verb, command.overrides, command.recipe, find_model).config
+    if command.verb == "pipeline":
+        config = stage_of(config)
     serve(config, own_node(config))
     return int(ExitCode.DONE)
+
+
+def stage_of(recipe: RunConfig) -> RunConfig:
+    """The configuration of the stage that the recipe's command runs.
+
+    Raises:
+        ConfigError: it runs several.
+    """
+    if not recipe.pipeline.only:
+        raise ConfigError("pipeline.only", "", "must name the stage whose servers are to start")
+    return compose_stages(recipe, run_folder(recipe))[recipe.pipeline.only].config
 
 
 def own_node(config: RunConfig) -> str:

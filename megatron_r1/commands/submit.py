@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import JobCommand
 from megatron_r1.errors import ExitCode, PlatformError
 from megatron_r1.files import write_whole
+from megatron_r1.pipeline.show import aligned
 from megatron_r1.runs.folder import run_folder
 from megatron_r1.runs.source import find_model
 
@@ -49,11 +51,12 @@ def run_command(command: JobCommand) -> int:
 
 def show_job(config: RunConfig) -> None:
     """Print what `submit` would write."""
-    for job, output in jobs_of(config):
+    jobs = jobs_of(config)
+    for job, output in jobs:
         script = script_path(job)
         console.print(f"# {script}\n{job_script(job, output)}")
         console.print(f"# {script.with_name('config.yaml')}\n{as_yaml(job)}")
-    console.print(cost(config))
+    console.print(cost(jobs))
 
 
 def jobs_of(config: RunConfig) -> list[tuple[RunConfig, Path]]:
@@ -74,7 +77,7 @@ def submit(config: RunConfig) -> None:
     """
     jobs = jobs_of(config)
     check_queue(config, [script_path(job) for job, _ in jobs])
-    console.print(cost(config))
+    console.print(cost(jobs))
     hold = ["--hold"] if len(jobs) > 1 else []
     submitted: list[str] = []
     try:
@@ -129,13 +132,31 @@ def number_of_jobs(config: RunConfig) -> int:
     return config.submit.generations if config.submit.restart == "singleton" else 1
 
 
-def cost(config: RunConfig) -> str:
-    """What the jobs take at most."""
-    submit, gpus = config.submit, config.submit.nodes * config.cluster.gpus_per_node
-    number = len(jobs_of(config)) * number_of_jobs(config)
-    hours = gpus * submit.seconds / 3600 * number
-    jobs = f"{number} jobs of " if number > 1 else ""
-    return f"cost: {jobs}{submit.nodes} nodes, {gpus} GPUs, at most {submit.time_limit}: {hours:g} GPU hours"
+def cost(jobs: Sequence[tuple[RunConfig, Path]]) -> str:
+    """What the jobs take at most; of the stages of a recipe, what each takes, and all of them."""
+    submit, hours = jobs[0][0].submit, sum(_gpu_hours(job) for job, _ in jobs)
+    number = sum(number_of_jobs(job) for job, _ in jobs)
+    if len(jobs) == 1:
+        several = f"{number} jobs of " if number > 1 else ""
+        size = f"{submit.nodes} nodes, {_gpus(jobs[0][0])} GPUs"
+        return f"cost: {several}{size}, at most {submit.time_limit}: {hours:g} GPU hours"
+    rows = [("stage", "nodes", "engine nodes", "GPUs", "GPU hours")]
+    for job, output in jobs:
+        nodes, engine = job.submit.nodes, job.submit.engine_nodes
+        rows.append((output.name, f"{nodes}", f"{engine or ''}", f"{_gpus(job)}", f"{_gpu_hours(job):g}"))
+    largest = max((job for job, _ in jobs), key=_gpus)
+    size = f"{largest.submit.nodes} nodes, {_gpus(largest)} GPUs"
+    total = f"cost: {number} jobs, the largest of {size}, each at most {submit.time_limit}: {hours:g} GPU hours"
+    return f"{aligned(rows)}\n{total}"
+
+
+def _gpus(job: RunConfig) -> int:
+    return job.submit.nodes * job.cluster.gpus_per_node
+
+
+def _gpu_hours(job: RunConfig) -> float:
+    """GPU hours of a job at its time limit, those that are queued with it included."""
+    return _gpus(job) * job.submit.seconds / 3600 * number_of_jobs(job)
 
 
 def instructions(folder: Path, jobs: list[str]) -> str:

@@ -57,8 +57,11 @@ class StageConfig:
     """Stages that must run before this one although it takes no output of theirs."""
     overrides: list[str] = field(default_factory=list)
     """key=value, as on the command line; {NAME} stands for the path of the input NAME."""
+    ranks: int = 0
+    """Ranks, of a verb that trains; 0 takes `pipeline.ranks`."""
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "ranks")
         one_of(self, "verb", (verb for verb in OUTPUTS if verb in VERBS))
 
 
@@ -71,7 +74,7 @@ class PipelineConfig:
     overrides: list[str] = field(default_factory=list)
     """key=value given to every stage that reads the key."""
     ranks: int = 0
-    """Ranks of each training stage, on this machine; 0 takes the fewest that `parallel` allows."""
+    """Ranks of each training stage that says no number itself; 0 takes the fewest that `parallel` allows."""
     workers: int = 1
     """Stages that may run side by side on this machine, where neither depends on the other."""
     from_: str = ""

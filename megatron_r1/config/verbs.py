@@ -204,7 +204,7 @@ VERBS = {
         "megatron_r1.commands.pipeline",
         "quickstart",
         "a recipe of several stages, resumable",
-        reads=("seed", "platform", "parallel", "pipeline", "track"),
+        reads=("seed", "platform", "parallel", "pipeline", "track", "rollout.sglang.slurm"),
         short_forms=tuple((name, f"pipeline.{name}") for name in ("from", "until", "only", "dry_run", "show")),
     ),
     "submit": Verb(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from megatron_r1.config.jobs import TrackConfig
 from megatron_r1.config.keys import check_overrides, check_recipe, only_read, reads
 from megatron_r1.config.load import flat, load_all, resolved
 from megatron_r1.config.model import ModelConfig
+from megatron_r1.config.nodes import JobNodes, nodes_of
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.pipeline import OUTPUTS, TRAINING_VERBS, StageConfig, StageOutput
 from megatron_r1.config.run import RunConfig
+from megatron_r1.config.sglang import SlurmConfig
 from megatron_r1.config.stage_checks import INPUT
 from megatron_r1.config.verbs import VERBS
 from megatron_r1.errors import ConfigError
@@ -41,10 +43,17 @@ class ComposedStage:
     """Name of an input -> its path."""
     settings: Mapping[str, Any]
     """Dotted key -> value, of every key that the verb reads."""
+    config: RunConfig
+    """Its resolved configuration."""
     model: ModelConfig
     """The model that its checkpoint or Hugging Face folder has."""
     needs: tuple[str, ...] = ()
     """Stages that must be done before, beside those of its inputs."""
+
+    def nodes(self, ranks_per_node: int, gpus_per_node: int) -> JobNodes:
+        """Nodes that it needs on a cluster; arguments and errors as of `nodes_of`."""
+        rollout = self.config.rollout if self.verb == "grpo" else None
+        return nodes_of(rollout, self.ranks, ranks_per_node, gpus_per_node)
 
     def makes(self) -> list[str]:
         """Types of the outputs that it makes with its settings."""
@@ -86,26 +95,33 @@ def compose_stages(config: RunConfig, folder: Path) -> dict[str, ComposedStage]:
 
 def _common_overrides(config: RunConfig) -> list[str]:
     """Overrides that every stage gets after its own; each takes those that its verb reads."""
-    usual = ParallelConfig()
-    degrees = [
-        f"parallel.{field.name}={value}"
-        for field in fields(usual)
-        if (value := getattr(config.parallel, field.name)) != getattr(usual, field.name)
+    changed = [
+        *_changed("parallel", ParallelConfig(), lambda name: getattr(config.parallel, name)),
+        *_changed("track", TrackConfig(), lambda name: getattr(config.track, name)),
+        *_changed("rollout.sglang.slurm", SlurmConfig(), lambda name: getattr(config.rollout.sglang.slurm, name)),
     ]
-    track = [
-        f"track.{field.name}={_written(value)}"
-        for field in fields(config.track)
-        if (value := getattr(config.track, field.name)) != getattr(TrackConfig(), field.name)
-    ]
-    return [*config.pipeline.overrides, f"seed={config.seed}", f"platform={config.platform}", *degrees, *track]
+    return [*config.pipeline.overrides, f"seed={config.seed}", f"platform={config.platform}", *changed]
 
 
-def _written(value: str | list[str]) -> str:
-    """A text or a list of texts, as an override takes it."""
+def _changed(section: str, usual: Any, value: Callable[[str], Any]) -> list[str]:
+    """Overrides for what differs from the usual in a section."""
+    names = [field.name for field in fields(usual)]
+    return [f"{section}.{name}={_written(value(name))}" for name in names if value(name) != getattr(usual, name)]
+
+
+def _written(value: Any) -> str:
+    """A number, a text or a list of them, as an override takes it."""
     if isinstance(value, list):
         return f"[{','.join(map(_written, value))}]"
+    if not isinstance(value, str):
+        return str(value)
     # Hydra reads a backslash as itself but before a quote.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value) + "'"
+
+
+def _of_ranks(line: str) -> bool:
+    """Whether an override says how a trainer's ranks share the work, or where their servers run."""
+    return line.startswith(("parallel.", "rollout.sglang.slurm."))
 
 
 def _composed(
@@ -127,14 +143,14 @@ def _composed(
         f"name={name}",
         *only_read(stage.verb, [f"track.group='{folder.resolve().name}'"]),
         *(INPUT.sub(lambda match: paths[match[1]], line) for line in stage.overrides),
-        *only_read(stage.verb, [line for line in common if stage.verb in TRAINING_VERBS or "parallel." not in line]),
+        *only_read(stage.verb, [line for line in common if stage.verb in TRAINING_VERBS or not _of_ranks(line)]),
     ]
     models = {path: composed[inputs[key].stage].model for key, path in paths.items()}
     recipe = stage.config or VERBS[stage.verb].recipe
     check_overrides(stage.verb, overrides)
     run = load_all(stage.verb, overrides, recipe, lambda source: models.get(source) or model_if_there(source)).config
     check_recipe(stage.verb, recipe.removesuffix(".yaml"))
-    size = ranks or run.parallel.fewest_ranks() if stage.verb in TRAINING_VERBS else 1
+    size = stage.ranks or ranks or run.parallel.fewest_ranks() if stage.verb in TRAINING_VERBS else 1
     check_layout(run, stage.verb, size)
     VERBS[stage.verb].check(stage.verb, run.init.from_)
     settings = {key: value for key, value in flat(resolved(run)).items() if reads(stage.verb, key)}
@@ -148,6 +164,7 @@ def _composed(
         inputs=inputs,
         paths=paths,
         settings=settings,
+        config=run,
         model=run.model if reads(stage.verb, "model") else next(iter(models.values()), run.model),
         needs=tuple(stage.needs),
     )

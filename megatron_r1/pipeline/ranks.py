@@ -29,13 +29,14 @@ POLL_S = 0.05
 class RankProcesses:
     """The processes of one job. When this process dies, they die too."""
 
-    def __init__(self, command: Sequence[str], ranks: int, prefix: str = ""):
+    def __init__(self, command: Sequence[str], ranks: int, prefix: str = "", launched: bool = False):
         """Start them.
 
         Args:
             prefix: text before every line that the ranks print, which names the stage where several run side by side.
+            launched: the one process takes this one's place among the ranks that a launcher has started.
         """
-        common = without_launcher(os.environ) | lifeline.variables()
+        common = (dict(os.environ) if launched else without_launcher(os.environ)) | lifeline.variables()
         if ranks > 1:
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
         pipe = subprocess.PIPE if prefix else None

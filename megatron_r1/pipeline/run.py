@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_r1.errors import ExitCode, Requeue, UserError
+from megatron_r1.pipeline.compose import ComposedStage
 from megatron_r1.pipeline.ranks import POLL_S, RankProcesses, Signals, forwarding_signals
 from megatron_r1.pipeline.recipe import ComposedRecipe
 from megatron_r1.pipeline.state import INTERRUPTED, note_end, note_start, prepare_folder
@@ -21,6 +22,15 @@ PROGRAM = (sys.executable, "-m", "megatron_r1")
 """What runs a stage, before its arguments."""
 
 console = Console(stderr=True, highlight=False)
+
+
+StartStage = Callable[[ComposedStage, str], RankProcesses]
+"""Starts the ranks of a stage, whose output has a prefix."""
+
+
+def start_here(stage: ComposedStage, prefix: str) -> RankProcesses:
+    """All ranks on this machine."""
+    return RankProcesses([*PROGRAM, *stage.arguments], stage.ranks, prefix)
 
 
 class StageFailed(UserError):
@@ -39,13 +49,16 @@ class RunningStage:
 class RecipeRun:
     """One run of a recipe."""
 
-    def __init__(self, recipe: ComposedRecipe, workers: int, after_stage: Callable[[], None]):
+    def __init__(
+        self, recipe: ComposedRecipe, workers: int, after_stage: Callable[[], None], start: StartStage = start_here
+    ):
         """
         Args:
             workers: stages that may run at the same time.
             after_stage: called after a stage has ended, or several, with `pipeline.json` up to date.
+            start: starts a stage whose folder is ready.
         """
-        self._recipe, self._workers, self._after_stage = recipe, workers, after_stage
+        self._recipe, self._workers, self._after_stage, self._start_ranks = recipe, workers, after_stage, start
         self._waiting = list(recipe.selected)
         self._running: list[RunningStage] = []
         self._failure: tuple[str, int] | None = None
@@ -107,7 +120,7 @@ class RecipeRun:
         console.print(f"{self._title(name)}: {stage.verb}{why}")
         recipe.refresh(name, running=True)
         prefix = f"{name}: " if self._workers > 1 else ""
-        ranks = RankProcesses([*PROGRAM, *stage.arguments], stage.ranks, prefix)
+        ranks = self._start_ranks(stage, prefix)
         self._running.append(RunningStage(name, ranks, time.monotonic()))
         signals.jobs.append(ranks)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,6 +13,7 @@ from typing import Protocol
 import torch
 
 from megatron_r1.config.model import DTYPE_NAMES, ModelConfig
+from megatron_r1.config.nodes import first_gpu
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.serving import check_division, on_cuda
 from megatron_r1.config.sglang import SGLangConfig, SlurmConfig
@@ -26,7 +28,7 @@ from megatron_r1.rollout.sglang.engine import SGLangEngine
 from megatron_r1.rollout.sglang.pause import PAUSES
 from megatron_r1.rollout.sglang.servers.discovery import ADMIN_KEY, API_KEY
 from megatron_r1.rollout.sglang.servers.process import Server
-from megatron_r1.rollout.sglang.servers.startup import NO_WEIGHTS, ServerFactory, first_gpu, first_weights
+from megatron_r1.rollout.sglang.servers.startup import NO_WEIGHTS, ServerFactory, first_weights
 from megatron_r1.rollout.sync.group_sender import GroupSender
 from megatron_r1.rollout.sync.ipc_sender import IpcSender
 from megatron_r1.rollout.sync.model_folder import write_shape
@@ -39,6 +41,8 @@ from megatron_r1.rollout.sync.strategies import (
     StageSync,
     WeightSender,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -196,7 +200,10 @@ def servers_first_gpu(rollout: RolloutConfig, device: str, trainers: int) -> int
     """
     if device == "cpu" or rollout.sglang.started_elsewhere:
         return 0
-    return first_gpu(rollout, torch.cuda.device_count(), trainers)
+    first = first_gpu(rollout, torch.cuda.device_count(), trainers)
+    if rollout.placement == "separate" and rollout.sglang.first_gpu < 0 and first < trainers:
+        logger.warning("the server shares the only GPU with the trainer (rollout.sglang.first_gpu=0 says so too)")
+    return first
 
 
 def _gpus_to_spare(rollout: RolloutConfig, device: str) -> int:

@@ -41,6 +41,8 @@ BROKEN = [
     (2, "pretrain pretrain parallel.tensor=2 check.ranks=3", "must divide the 3 ranks"),
     (2, "pretrain pretrain check.ranks=12 check.gpu=H100 train.global_batch_size=12 train.micro_batch_size=1",
      "take a multiple of 8"),
+    (2, "pretrain pretrain check.ranks=16 check.nodes=1 check.gpu=H100 train.global_batch_size=16 "
+        "train.micro_batch_size=1", "take check.nodes=2"),
     (3, "pretrain pretrain parallel.pipeline=8 check.ranks=8", "model.num_layers=4"),
     (4, "pretrain pretrain parallel.tensor=8 check.ranks=8", "must divide model.num_attention_heads=4"),
     (5, "pretrain pretrain parallel.expert=3 check.ranks=3", "must divide model.moe.num_experts=8"),
@@ -57,6 +59,10 @@ BROKEN = [
     (13, f"{V3} check.gpu_memory_gb=40", "performance.recompute_modules"),
     (14, f"{V3_RL}", "rollout.sglang.server.tensor_parallel"),
     (15, f"{RL} rollout=sglang rollout.placement=colocated check.gpu=H100", "memory_saver=false"),
+    (15, f"{RL} rollout=sglang check.gpu=H100 check.ranks=8", "check.nodes=2, with submit nodes=2 engine_nodes=1"),
+    (15, f"{RL} rollout=sglang check.gpu=H100 check.ranks=8 check.nodes=2 rollout.sglang.server.tensor_parallel=16",
+     "a server does not span nodes"),
+    (15, "sample sample init.from=hf:{model} rollout=sglang check.gpu=H100 rollout.sglang.servers=9", "at most 8"),
     (16, f"{V3} check.host_memory_gb=10", "train.async_save=false"),
     (17, f"{V3} root={{full}}", "train.save_total_limit"),
     (17, "pretrain pretrain root={tight}", "train.save_total_limit"),
@@ -174,6 +180,20 @@ def test_every_shipped_recipe_is_one_that_is_checked() -> None:
     of_layouts = {job.command.recipe for path in layout_files() for job in layout_jobs(path)}
     checked_ones = {*RECIPES, *stages, *of_layouts, *(entry.recipe for entry in VERBS.values())}
     assert {*recipes()} - checked_ones == set()
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        "check.ranks=7",
+        "check.ranks=8 check.nodes=2",
+        "check.ranks=16 check.nodes=3",
+        "check.ranks=1 check.gpus_per_node=1",
+    ],
+)
+def test_servers_have_gpus_beside_the_trainer_or_on_other_nodes(machine: str, folders: dict[str, Path]) -> None:
+    report = checked(f"{RL} rollout=sglang check.gpu=H100 {machine}", folders)
+    assert report.state(15) in (State.PASSED, State.NOT_APPLICABLE), report.findings[15]
 
 
 def test_a_run_that_goes_on_needs_space_for_what_it_lacks(folders: dict[str, Path]) -> None:

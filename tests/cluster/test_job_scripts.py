@@ -12,6 +12,7 @@ from megatron_r1.cluster.job import job_script
 from megatron_r1.cluster.request import command_to_check, requested_job
 from megatron_r1.cluster.script import END, fill_in, scripts_folder
 from megatron_r1.cluster.stages import stage_jobs
+from megatron_r1.commands.serve import stage_of
 from megatron_r1.commands.submit import show_job
 from megatron_r1.config.verbs import VERBS, JobCommand
 from megatron_r1.errors import ConfigError
@@ -129,23 +130,56 @@ def test_engines_may_be_a_component_of_their_own():
     assert lines_of(engines, "ranks_per_node=") == ["ranks_per_node=4"]
 
 
+RECIPE_OF_NODES = (
+    "pipeline.overrides=['model.dtype=bf16']", "pipeline.stages.pretrain.ranks=8", "cluster.gpus_per_node=4",
+    "pipeline.stages.r1_zero.ranks=4", "until=evaluate",
+)  # fmt: skip
+"""Stages on two nodes, on one node with servers on another one, and on one node."""
+
+
 def test_a_recipe_is_a_job_for_each_stage_in_order():
-    lines = ("until=r1_zero", "cluster.gpus_per_node=1")
-    config = requested_job(JobCommand("pipeline", "r1_tiny", lines), lambda _: None)
+    config = requested_job(JobCommand("pipeline", "quickstart", RECIPE_OF_NODES), lambda _: None)
     jobs = stage_jobs(config)
-    assert next(iter(jobs)) == "pretrain" and list(jobs)[-1] == "r1_zero"
+    assert [*jobs] == ["pretrain", "r1_zero", "evaluate"]
     for stage, job in jobs.items():
-        (arguments,) = lines_of(job_script(job, Path("runs/r1_tiny") / stage), "arguments=")
+        (arguments,) = lines_of(job_script(job, Path("runs/quickstart") / stage), "arguments=")
         assert f"pipeline.only={stage} " in f"{arguments[:-1]} " and "until" not in arguments
-        assert "platform=cuda" in arguments and lines_of(job_script(job), "run=") == [
-            f"run=runs/r1_tiny/jobs/r1_tiny.{stage}"
-        ]
+        assert "arguments=(pipeline " in arguments and "platform=cuda" in arguments
+        assert lines_of(job_script(job), "run=") == [f"run=runs/quickstart/jobs/quickstart.{stage}"]
+
+
+def test_each_stage_of_a_recipe_gets_the_nodes_that_its_ranks_and_servers_need(capsys):
+    config = requested_job(JobCommand("pipeline", "quickstart", RECIPE_OF_NODES), lambda _: None)
+    scripts = {stage: job_script(job).splitlines() for stage, job in stage_jobs(config).items()}
+    for stage, lines in {
+        "pretrain": ["#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4"],
+        "r1_zero": ["#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4", "engine_nodes=1", "servers_per_node=4"],
+        "evaluate": ["#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1"],
+    }.items():
+        assert [line for line in lines if line not in scripts[stage]] == [], stage
+    assert "engine_nodes=1" not in scripts["pretrain"]
+    show_job(config)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (["pretrain", "2", "8", "32"], ["r1_zero", "2", "1", "8", "32"], ["evaluate", "1", "4", "16"]):
+        assert row in shown
+    assert "cost: 3 jobs, the largest of 2 nodes, 8 GPUs, each at most 04:00:00: 80 GPU hours".split() in shown
+
+
+def test_the_servers_of_a_stage_run_its_own_configuration():
+    lines = (*RECIPE_OF_NODES, "pipeline.only=r1_zero", "until=''", "rollout.sglang.slurm.nodes=job",
+             "rollout.sglang.slurm.ports=[12001,12002]", "cluster.gpus_per_node=1")  # fmt: skip
+    recipe = requested_job(JobCommand("pipeline", "quickstart", lines), lambda _: None)
+    rollout = stage_of(recipe).rollout
+    assert rollout.sglang.slurm.ports == [12001, 12002] and rollout.sglang.started_elsewhere
+    with pytest.raises(ConfigError, match="pipeline.only=: must name the stage"):
+        stage_of(requested_job(JobCommand("pipeline", "quickstart", RECIPE_OF_NODES), lambda _: None))
 
 
 @pytest.mark.parametrize(
     ("verb", "overrides", "key"),
     [
         ("pipeline", ["restart=singleton"], "submit.restart"),
+        ("pipeline", ["nodes=2"], "submit.nodes"),
         ("grpo", ["init.from=base", "submit.heterogeneous=true"], "submit.heterogeneous"),
         ("grpo", ["init.from=base", "nodes=2", "engine_nodes=1", "submit.heterogeneous=true"], "submit.restart"),
         ("pretrain", ["nodes=2", "engine_nodes=1"], "submit.engine_nodes"),

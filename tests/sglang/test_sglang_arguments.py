@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_r1.config.nodes import first_gpu
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sglang import PoolConfig, ServerConfig, SGLangConfig, SpeculativeConfig
 from megatron_r1.errors import ConfigError
@@ -18,7 +19,6 @@ from megatron_r1.rollout.sglang.servers.arguments import (
     server_arguments,
     server_environment,
 )
-from megatron_r1.rollout.sglang.servers.startup import first_gpu
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
 
 EVERYTHING = ServerConfig(

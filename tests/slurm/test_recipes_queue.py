@@ -18,13 +18,28 @@ from tests.support.slurm_cluster import absent
 pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or "none")
 V3 = ("model=v3_671b", "parallel=v3_671b", "nodes=128", "cluster=pyxis")
 
+GPUS = dict.fromkeys(("gsm8k_qwen", "r1_16b", "r1_671b"), 8)
+CHANGED = {
+    **dict.fromkeys(("quickstart", "r1_tiny", "smollm"), ("pipeline.overrides=['model.dtype=bf16']",)),
+    "r1_671b": ("from=r1_zero_32k", "until=math_drafts"),
+}
+"""Recipe of several stages -> its machine, and what makes its jobs ones that this machine runs: 16-bit numbers, and of
+64 jobs three whose nodes there are."""
+
 
 def planned(cluster, recipe: str, *overrides: str) -> list[str]:
     """What `sbatch --test-only` says of each job of a recipe."""
     verb = VERB_OF[recipe]
     source = ["init.from=base"] if VERBS[verb].needs_model else []
     source += ["data.prompts.path=prompts.jsonl", "rollout.max_response_tokens=64"] if verb == "grpo" else []
-    lines = ("cluster.gpus_per_node=1", *source, "cluster.partition=gpu", f"name={recipe}", *overrides)
+    lines = (
+        f"cluster.gpus_per_node={GPUS.get(recipe, 1)}",
+        *CHANGED.get(recipe, ()),
+        *source,
+        "cluster.partition=gpu",
+        f"name={recipe}",
+        *overrides,
+    )
     config = requested_job(JobCommand(verb, recipe, lines), lambda _: None)
     said = []
     for job, output in jobs_of(config):
@@ -35,7 +50,8 @@ def planned(cluster, recipe: str, *overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "recipe", [recipe for recipe in recipes() if not VERBS[VERB_OF[recipe]].of_command and VERB_OF[recipe] != "doctor"]
+    "recipe",
+    [one for one in recipes() if not (VERBS[VERB_OF[one]].of_command or VERB_OF[one] == "doctor" or one == "r1_671b")],
 )
 def test_slurm_accepts_the_jobs_of_a_recipe(cluster, recipe):
     said = planned(cluster, recipe, f"cluster={'apptainer' if len(recipe) % 2 else 'pyxis'}")
@@ -46,6 +62,11 @@ def test_slurm_accepts_the_jobs_of_a_recipe(cluster, recipe):
 def test_slurm_accepts_a_job_of_1024_gpus(cluster, recipe):
     (said,) = planned(cluster, recipe, *V3, "cluster.gpus_per_node=8")
     assert "16384 processors" in said and "gpu[001-128]" in said
+
+
+def test_slurm_accepts_the_stages_of_a_recipe_on_the_nodes_of_each(cluster):
+    said = planned(cluster, "r1_671b")
+    assert [one.partition("processors on nodes ")[2].split()[0] for one in said] == ["gpu[001-128]"] * 2 + ["gpu001"]
 
 
 def test_check_reads_the_partitions_of_slurm(cluster, monkeypatch):

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
 
-from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.sglang import SGLangConfig
-from megatron_r1.errors import ConfigError
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers.arguments import server_arguments, server_environment
 from megatron_r1.rollout.sglang.servers.leftovers import remove_of_dead_servers
 from megatron_r1.rollout.sglang.servers.process import Server
 from megatron_r1.rollout.sglang.servers.supervise import CurrentWeights
-
-logger = logging.getLogger(__name__)
 
 NO_WEIGHTS = "none"
 """Version of a server that was started without weights."""
@@ -80,32 +75,3 @@ def first_weights(model_folder: Path, version: str) -> CurrentWeights:
     if any(model_folder.glob("*.safetensors")):
         return CurrentWeights([version], model_folder)
     return CurrentWeights([NO_WEIGHTS], None, inconsistent_reason=FIRST_UPDATE)
-
-
-def first_gpu(rollout: RolloutConfig, gpus: int, trainers: int) -> int:
-    """The first GPU of the first server; each server takes the next `tensor_parallel` GPUs.
-
-    Colocated servers take the trainer's own, from the first. Others take those after the trainer's; only the one GPU of
-    a machine is shared, which is logged.
-
-    Args:
-        gpus: number of GPUs that this process may use.
-        trainers: ranks of the trainer on this machine, on one GPU each, from the first; 0 where nothing is trained.
-
-    Raises:
-        ConfigError: there are too few.
-    """
-    sglang = rollout.sglang
-    needed, requested = sglang.servers * sglang.server.tensor_parallel, sglang.first_gpu
-    first = requested if requested >= 0 else trainers if rollout.placement == "separate" else 0
-    if requested < 0 and first and gpus == trainers == needed == 1:
-        logger.warning("the server shares the only GPU with the trainer (rollout.sglang.first_gpu=0 says so too)")
-        return 0
-    if first + needed > gpus:
-        of_their_own = requested < 0 < first
-        allowed = (
-            f"must fit from GPU {first} on, {sglang.server.tensor_parallel} to a server: there are {gpus} GPUs"
-            + f", of which {trainers} are the trainer's; rollout.sglang.first_gpu=0 shares them" * of_their_own
-        )
-        raise ConfigError("rollout.sglang.servers", sglang.servers, allowed)
-    return first
