@@ -26,6 +26,7 @@ from megatron_r1.plan.pipeline.simulate import Timeline, simulate
 from megatron_r1.plan.pipeline_time import durations_of, schedule_of
 from megatron_r1.plan.rollout import update_of
 from megatron_r1.plan.search import PARTS, TIE, Found, PlannedLayout, why_slower, why_too_large
+from megatron_r1.plan.serving import UNCERTAINTY
 from megatron_r1.plan.split import Split
 from megatron_r1.plan.step import count
 
@@ -175,7 +176,9 @@ def show(plan: JobPlan, seconds: float) -> None:
         console.print(terminal_pipeline(timeline(plan)))
     _show_memory(plan, console)
     _show_cost(plan, console)
-    sure = "a lower bound" if plan.split else f"within {plan.uncertainty:.0%} for published steps"
+    sure = f"within {plan.uncertainty:.0%} for published steps"
+    if plan.split:
+        sure = f"within {UNCERTAINTY:.0%} for most published steps of other software"
     console.print(
         f"{plan.found.tried} layouts in {seconds:.1f} s; the seconds of a step are {sure} (megatron_r1/plan/README.md)"
     )
@@ -230,7 +233,8 @@ def _show_cost(plan: JobPlan, console: Console) -> None:
         console.print(
             f"step of reinforcement learning, {step.total:.3g} s {'ahead' if step.ahead else 'in turns'}: rollout "
             f"{step.rollout:.3g}, rewards {step.rewards:.3g}, log-probabilities {step.logprobs:.3g}, update "
-            f"{step.update:.3g}, weight sync {step.sync:.3g}; idle: trainer {step.trainer_idle:.0%}, engines "
+            f"{step.update:.3g}, weight sync {step.sync:.3g}, memory to the host and back {step.memory:.3g}; idle: "
+            f"trainer {step.trainer_idle:.0%}, engines "
             f"{step.engine_idle:.0%}; {engines.servers} servers of {engines.tensor} GPUs on "
             f"{plan.split.engine_nodes or 'the same'} nodes"
         )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.plan.constants import Constants
+from megatron_r1.plan.decode import ServerGpus, engines_of, with_engines
 from megatron_r1.plan.layouts import Fixed
-from megatron_r1.plan.rollout import RolloutStep, ServerGpus, engines_of, rl_step, with_engines
+from megatron_r1.plan.rollout import RolloutStep, rl_step
 from megatron_r1.plan.search import Found, search
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
