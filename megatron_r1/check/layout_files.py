@@ -21,7 +21,7 @@ from megatron_r1.check.memory import stages_of
 from megatron_r1.config.load import load
 from megatron_r1.config.recipes import configs_folder
 from megatron_r1.config.verbs import JobCommand
-from megatron_r1.memory.trainer import GB
+from megatron_r1.memory.parts import GB
 
 _ENTRY = re.compile(r"^# Job: (?P<job>.*(?:\n#  +.*)*)\n# Memory: (?P<memory>[\d.]+) GB$", re.MULTILINE)
 

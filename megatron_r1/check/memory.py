@@ -9,8 +9,9 @@ from megatron_r1.config.keys import reads
 from megatron_r1.config.nodes import nodes_of, servers_per_node, starts_servers
 from megatron_r1.errors import ConfigError
 from megatron_r1.memory.engine import WEIGHT_AND_CACHE, cache_bytes_per_token, engine_weights
+from megatron_r1.memory.parts import GB, MemoryParts
 from megatron_r1.memory.storage import host_bytes_per_rank
-from megatron_r1.memory.trainer import GB, MemoryParts, job_memory, largest_pass
+from megatron_r1.memory.trainer import job_memory, largest_pass
 
 SAVINGS = (
     "parallel.tensor, parallel.pipeline or parallel.expert larger, performance.recompute_modules, "

@@ -14,8 +14,8 @@ from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.config.load import difference, read_yaml, resolved
 from megatron_r1.config.train import TrainConfig
 from megatron_r1.errors import UserError
+from megatron_r1.memory.parts import GB
 from megatron_r1.memory.storage import checkpoint_bytes, journal_bytes_per_rollout
-from megatron_r1.memory.trainer import GB
 from megatron_r1.runs.folder import FREE_TO_CHANGE, run_folder
 from megatron_r1.runs.retention import most_rollouts, retention_of
 from megatron_r1.runs.source import find_checkpoint, hf_folder

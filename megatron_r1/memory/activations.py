@@ -26,6 +26,8 @@ class ActivationSizes:
     config: RunConfig
     gpu: bool
     """Whether Transformer Engine's modules run."""
+    imbalance: float = 1.0
+    """Tokens of the busiest rank's experts over the mean."""
 
     @property
     def element(self) -> int:
@@ -98,7 +100,7 @@ class ActivationSizes:
         return self.element * 2 * width + (0 if module and self.recomputes(module) else self.operand * width)
 
     def sparse_feed_forward(self) -> float:
-        """A sparse layer's feed-forward with its norm, where experts are evenly loaded."""
+        """A sparse layer's feed-forward with its norm."""
         model, moe = self.config.model, self.config.model.moe
         kept = self.norm(model.hidden_size) / self.tensor
         if self.recomputes("moe"):
@@ -120,11 +122,15 @@ class ActivationSizes:
         model, parallel = self.config.model, self.config.parallel
         moe = model.moe
         # Tensor-parallel ranks share the tokens; expert-tensor ranks gather what their experts take.
-        copies = moe.top_k / self.tensor * parallel.expert_tensor
+        copies = self.imbalance * moe.top_k / self.tensor * parallel.expert_tensor
         width = moe.ffn_hidden_size / parallel.expert_tensor
         kept = self.operand * model.hidden_size + self._gated(width, "moe_act") + FP32
         indices = 3 * INT64 if not self.gpu else INT64
         return copies * (kept + indices)
+
+    def hidden_states(self) -> float:
+        """What a pipeline stage sends to the next."""
+        return self.element * self.config.model.hidden_size / self.tensor
 
     def embedding(self) -> float:
         """The tokens themselves."""
@@ -138,9 +144,3 @@ class ActivationSizes:
     def mtp_head(self) -> float:
         """Hidden states of all tensor-parallel ranks that go through the head, in chunks that are computed again."""
         return self.element * self.config.model.hidden_size
-
-    def head(self) -> float:
-        """The final norm, the input of the output head, and its exponentials in fp32."""
-        model = self.config.model
-        kept = (self.norm(model.hidden_size) + self.element * model.hidden_size) / self.tensor
-        return kept + FP32 * model.vocab_size / self.tensor + 2 * INT64

@@ -1,4 +1,4 @@
-"""What each pipeline rank holds of the model, and how many micro-batches it has in flight."""
+"""What each pipeline rank holds of the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.memory.parameters import Parameters, embedding, is_sparse, layer, mtp_layer
+from megatron_r1.config.run import RunConfig
+from megatron_r1.memory.parameters import Parameters, embedding, is_sparse, layer, mtp_layer, router
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,10 @@ class PipelineChunk:
     embedding: bool
     loss: bool
 
+    @property
+    def layers(self) -> int:
+        return self.dense + self.sparse + self.mtp
+
     def parameters(self, model: ModelConfig) -> Parameters:
         """Those of its layers, of the final norm, and of the output head where it is not the embedding."""
         found = layer(model, sparse=False) * self.dense + layer(model, sparse=True) * self.sparse
@@ -29,6 +34,15 @@ class PipelineChunk:
         if self.loss:
             found += Parameters(whole=model.hidden_size)
         return found + (embedding(model) if self.loss and not model.tied_embeddings else Parameters())
+
+    def frozen(self, config: RunConfig, verb: str) -> Parameters:
+        """Those that a verb does not train: they have no gradients and no optimizer state."""
+        found, mtp = Parameters(), self.mtp
+        if verb == "pretrain":
+            return found
+        if verb != "sft" or not config.model.mtp.loss_coefficient:
+            found, mtp = mtp_layer(config.model) * self.mtp, 0
+        return found + (Parameters() if config.routing.train_weights else router(config.model) * (self.sparse + mtp))
 
 
 def chunks_of_ranks(model: ModelConfig, parallel: ParallelConfig) -> list[list[PipelineChunk]]:
@@ -52,23 +66,32 @@ def needs_embedding(chunks: list[PipelineChunk], tied: bool) -> bool:
     return any(chunk.embedding or chunk.mtp or (chunk.loss and tied) for chunk in chunks)
 
 
-def passes_in_flight(rank: int, chunk: int, parallel: ParallelConfig, micro_batches: int, group: int = 0) -> int:
-    """Most micro-batches whose activations a chunk of a pipeline rank keeps at a time.
+class PipelineRanks:
+    """What the pipeline ranks of a layout hold, each kind of rank counted once.
 
-    One forward and one backward pass in turn after a warm-up, as megatron-core schedules: without interleaving the
-    warm-up has one pass for each later rank. With it, 2 passes for each later rank, and `group` for each chunk but one;
-    they are of the first chunk's first `group` micro-batches, of the second's, and so on.
-
-    Args:
-        rank: pipeline rank.
-        chunk: number of the chunk on its rank.
-        micro_batches: of an optimizer step.
-        group: micro-batches that a chunk passes before its rank turns to the next; 0 is `pipeline`.
+    Attributes:
+        chunks: of each rank.
+        held: parameters of each rank.
+        trained: those of them that the verb trains.
     """
-    stages, depth = parallel.virtual_pipeline, parallel.pipeline
-    if stages == 1:
-        return min(depth - rank, micro_batches)
-    group = group or depth
-    warm_up = min(2 * (depth - rank - 1) + (stages - 1) * group, micro_batches * stages) + 1
-    turns, rest = divmod(warm_up, group * stages)
-    return min(turns * group + min(max(rest - chunk * group, 0), group), micro_batches)
+
+    def __init__(self, config: RunConfig, verb: str):
+        """
+        Raises:
+            ConfigError: the degrees do not divide the model.
+        """
+        self.chunks = chunks_of_ranks(config.model, config.parallel)
+        self.held: list[Parameters] = []
+        self.trained: list[Parameters] = []
+        for rank, chunks in enumerate(self.chunks):
+            if rank and chunks == self.chunks[rank - 1]:
+                self.held.append(self.held[-1])
+                self.trained.append(self.trained[-1])
+                continue
+            held = parameters_of_rank(chunks, config.model)
+            self.held.append(held)
+            self.trained.append(held + sum((chunk.frozen(config, verb) for chunk in chunks), Parameters()) * -1)
+
+    def first_of_each_kind(self) -> list[int]:
+        """The first of neighbours that hold the same: it keeps the activations of most micro-batches."""
+        return [rank for rank, chunks in enumerate(self.chunks) if not rank or chunks != self.chunks[rank - 1]]

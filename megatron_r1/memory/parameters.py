@@ -61,8 +61,12 @@ def dense_feed_forward(model: ModelConfig) -> Parameters:
 def sparse_feed_forward(model: ModelConfig) -> Parameters:
     """A sparse layer's feed-forward: router, shared experts, routed experts."""
     expert = 3 * model.hidden_size * model.moe.ffn_hidden_size
-    router = model.hidden_size * model.moe.num_experts
-    return Parameters(model.moe.num_shared_experts * expert, router, model.moe.num_experts * expert)
+    return router(model) + Parameters(model.moe.num_shared_experts * expert, experts=model.moe.num_experts * expert)
+
+
+def router(model: ModelConfig) -> Parameters:
+    """A sparse layer's router, without its balancing bias, which is a buffer."""
+    return Parameters(whole=model.hidden_size * model.moe.num_experts)
 
 
 def layer(model: ModelConfig, sparse: bool) -> Parameters:

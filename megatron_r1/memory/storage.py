@@ -5,8 +5,9 @@ from __future__ import annotations
 from megatron_r1.config.run import RunConfig
 from megatron_r1.memory.activations import FP32
 from megatron_r1.memory.chunks import chunks_of_ranks, parameters_of_rank
+from megatron_r1.memory.colocated import is_colocated
 from megatron_r1.memory.parameters import of_model
-from megatron_r1.memory.trainer import dense_ranks, expert_ranks
+from megatron_r1.memory.trainer import dense_ranks, expert_ranks, keeps_reference
 
 TEXT_BYTES = 4
 """Bytes of text of a token, in the lines of a journal."""
@@ -20,7 +21,7 @@ def checkpoint_bytes(config: RunConfig, verb: str) -> float:
     element = 2 if half else 4
     moments = 4 if config.train.optimizer.moments_dtype == "bf16" else 8
     each = element + moments + (FP32 if half else 0) + (FP32 if config.train.ema_decay else 0)
-    return parameters * (each + element * _keeps_reference(config, verb))
+    return parameters * (each + element * keeps_reference(config, verb))
 
 
 def journal_bytes_per_rollout(config: RunConfig) -> float:
@@ -41,11 +42,11 @@ def host_bytes_per_rank(config: RunConfig, ranks: int, verb: str) -> dict[str, f
     moments = 4 if config.train.optimizer.moments_dtype == "bf16" else 8
     optimizer = moments + (FP32 if element == 2 else 0)
     found = {
-        "reference policy": element * weights if _keeps_reference(config, verb) else 0,
+        "reference policy": element * weights if keeps_reference(config, verb) else 0,
         "moving average": (FP32 + element) * share if config.train.ema_decay else 0,
         "checkpoint being written": (element + optimizer) * share if config.train.async_save else 0,
         "optimizer moments": moments * share if config.train.optimizer.offload else 0,
-        "colocated trainer": element * weights + optimizer * share if _offloads(config, verb) else 0,
+        "colocated trainer": element * weights + optimizer * share if is_colocated(config, verb) else 0,
         "sent weights": element * weights if verb == "grpo" and config.rollout.weight_sync.delta else 0,
         "process": PROCESS_BYTES,
     }
@@ -54,11 +55,3 @@ def host_bytes_per_rank(config: RunConfig, ranks: int, verb: str) -> dict[str, f
 
 PROCESS_BYTES = 3e9
 """Python, torch and the libraries of one rank: unverified on a GPU."""
-
-
-def _keeps_reference(config: RunConfig, verb: str) -> bool:
-    return verb == "dpo" or (verb == "grpo" and bool(config.rl.kl_coefficient) and not config.rl.teacher.from_)
-
-
-def _offloads(config: RunConfig, verb: str) -> bool:
-    return verb == "grpo" and config.rollout.placement == "colocated"

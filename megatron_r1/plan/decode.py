@@ -14,7 +14,7 @@ from megatron_r1.config.model import GroupedAttentionConfig, ModelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.memory.engine import WEIGHT_AND_CACHE, cache_bytes_per_token, engine_weights
 from megatron_r1.memory.parameters import of_model
-from megatron_r1.memory.trainer import GB
+from megatron_r1.memory.parts import GB
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.responses import Responses
 from megatron_r1.plan.serving import RolloutStack, ServingConstants

@@ -15,7 +15,8 @@ from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import VERBS, JobCommand
 from megatron_r1.files import write_whole
-from megatron_r1.memory.trainer import GB, job_memory, largest_pass
+from megatron_r1.memory.parts import GB
+from megatron_r1.memory.trainer import job_memory, largest_pass
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.cost import Cost
 from megatron_r1.plan.layouts import changed_keys

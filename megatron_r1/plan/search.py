@@ -9,7 +9,9 @@ from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.errors import ConfigError
 from megatron_r1.memory.activations import FP32
-from megatron_r1.memory.trainer import GB, MemoryParts, job_memory, largest_pass
+from megatron_r1.memory.chunks import PipelineRanks
+from megatron_r1.memory.parts import GB, MemoryParts
+from megatron_r1.memory.trainer import fullest_rank, largest_pass
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.job import Stack, TrainingJob
 from megatron_r1.plan.layouts import Fixed, layouts, recomputations
@@ -84,14 +86,15 @@ def search(
     limit = config.plan.memory_share * gpu.memory_gb * GB
     fitting: dict[str, PlannedLayout] = {}
     too_large: list[PlannedLayout] = []
-    tried, full = 0, None
+    tried, full, stages, degrees = 0, None, None, None
     for layout in layouts(config, verb, gpu, gpus, fixed):
         tried += 1
-        degrees = layout.parallel
+        if layout.parallel is not degrees or stages is None:  # micro-batches and overlaps share their degrees
+            degrees, stages = layout.parallel, PipelineRanks(layout, verb)
         if full and full[0] == degrees and layout.train.micro_batch_size > full[1]:
             continue  # a smaller micro-batch did not fit
         job = TrainingJob(layout, gpu, gpus, imbalance(config), stack or Stack())
-        smallest, found = _smallest(job, verb, limit, fixed)
+        smallest, found = _smallest(job, verb, limit, fixed, stages)
         if found is None:
             too_large.append(smallest)
             full = degrees, layout.train.micro_batch_size
@@ -131,25 +134,27 @@ def imbalance(config: RunConfig) -> float:
     return config.plan.imbalance or NATURAL_IMBALANCE[config.model.moe.score_function]
 
 
-def _smallest(job: TrainingJob, verb: str, limit: float, fixed: Fixed) -> tuple[PlannedLayout, PlannedLayout | None]:
+def _smallest(
+    job: TrainingJob, verb: str, limit: float, fixed: Fixed, stages: PipelineRanks
+) -> tuple[PlannedLayout, PlannedLayout | None]:
     """The smallest that the layout can be, and the layout with the cheapest recomputation that fits."""
     options = list(recomputations(job.config, fixed))
-    smallest = _with_memory(job, options[-1], verb)
+    smallest = _with_memory(job, options[-1], verb, stages)
     if smallest.memory.total > limit:
         return smallest, None
     for config in options[:-1]:
-        candidate = _with_memory(job, config, verb)
+        candidate = _with_memory(job, config, verb, stages)
         if candidate.memory.total <= limit:
             return candidate, candidate
     return smallest, smallest
 
 
-def _with_memory(job: TrainingJob, config: RunConfig, verb: str) -> PlannedLayout:
-    work = largest_pass(config, verb, job.data_parallel)
-    stages = job_memory(config, verb, job.ranks, work, True)
-    for stage in stages:  # another trainer's gradients may be smaller than fp32
-        stage.parts["gradients"] *= job.stack.gradient_bytes / FP32
-    return PlannedLayout(replace(job, config=config), max(stages, key=lambda one: one.total))
+def _with_memory(job: TrainingJob, config: RunConfig, verb: str, stages: PipelineRanks) -> PlannedLayout:
+    work = largest_pass(config, verb, job.data_parallel, job.imbalance)
+    memory = fullest_rank(config, verb, job.ranks, work, stages)
+    if "gradients" in memory.parts:  # another trainer's may be smaller than fp32
+        memory.parts["gradients"] *= job.stack.gradient_bytes / FP32
+    return PlannedLayout(replace(job, config=config), memory)
 
 
 def _allowed(ordered: list[PlannedLayout], verb: str) -> list[PlannedLayout]:

@@ -12,7 +12,7 @@ from megatron_r1.config.command_line import with_files
 from megatron_r1.config.cross_checks import check_layout, check_sections
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
-from megatron_r1.memory.trainer import GB
+from megatron_r1.memory.parts import GB
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.layouts import Fixed
 from megatron_r1.plan.search import SIMULATED, search, smallest_cluster, why_slower, why_too_large

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from megatron_r1.memory.trainer import GB, MemoryParts
+from megatron_r1.memory.parts import GB, MemoryParts
 from megatron_r1.plan.pictures.labels import ticks
 from megatron_r1.plan.pictures.pipeline_svg import LEFT, ROW, TOP, WIDTH
 from megatron_r1.report.figures import COLOURS

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from megatron_r1.memory.trainer import GB, MemoryParts
+from megatron_r1.memory.parts import GB, MemoryParts
 from megatron_r1.plan.pictures.labels import KINDS, duration_text
 from megatron_r1.plan.pictures.memory_svg import largest_parts, memory_svg
 from megatron_r1.plan.pictures.pipeline_svg import pipeline_svg, windows

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from megatron_r1.memory.passes import warm_up_passes
 from megatron_r1.plan.pipeline.schedule import ChunkPass, Kind, Route, Schedule, interleaved_route
 
 
@@ -61,7 +62,7 @@ def build_schedule(shape: ScheduleShape) -> Schedule:
 
 def one_f_one_b(shape: ScheduleShape, rank: int) -> Iterator[ChunkPass]:
     """A forward pass for each later rank, then one forward and one backward pass in turn (PipeDream-Flush)."""
-    warm_up = min(shape.pipeline - rank - 1, shape.micro_batches)
+    warm_up = min(warm_up_passes(rank, shape.pipeline), shape.micro_batches)
     forward = [ChunkPass("forward", number, 0) for number in range(shape.micro_batches)]
     backward = [ChunkPass("backward", number, 0) for number in range(shape.micro_batches)]
     return _in_turn(forward, backward, warm_up)
@@ -70,13 +71,12 @@ def one_f_one_b(shape: ScheduleShape, rank: int) -> Iterator[ChunkPass]:
 def interleaved(shape: ScheduleShape, rank: int) -> Iterator[ChunkPass]:
     """megatron-core's interleaved 1F1B: `group` micro-batches through the first chunk, then through the second, ...
 
-    Backwards the chunks come in reverse. The warm-up has two passes for each later rank and `group` for each chunk but
-    one; where passes overlap in pairs, one more, so that the two of a pair are not of one micro-batch.
+    Backwards the chunks come in reverse.
     """
     if shape.virtual_pipeline == 1:
         return one_f_one_b(shape, rank)
     chunks, group = shape.virtual_pipeline, shape.group or shape.pipeline
-    warm_up = 2 * (shape.pipeline - rank - 1) + (chunks - 1) * group + shape.overlapped
+    warm_up = warm_up_passes(rank, shape.pipeline, chunks, group, shape.overlapped)
     table = _table(shape.micro_batches, chunks, group)
     forward = [ChunkPass("forward", number, chunk, shape.overlapped) for number, chunk in table]
     backward = [ChunkPass("backward", number, chunks - 1 - chunk) for number, chunk in table]

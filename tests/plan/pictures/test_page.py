@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from megatron_r1.memory.trainer import MemoryParts
+from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.plan.pictures.labels import duration_text, ticks
 from megatron_r1.plan.pictures.memory_svg import OTHER, largest_parts, memory_svg
 from megatron_r1.plan.pictures.page import html_page

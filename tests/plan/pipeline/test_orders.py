@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
+from operator import mul
 
 import pytest
 
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.pipeline_stages import fitting_group_size
-from megatron_r1.memory.chunks import passes_in_flight
+from megatron_r1.memory.passes import passes_at_peak
 from megatron_r1.plan.pipeline.orders import ORDERS, ScheduleShape, build_schedule
 from megatron_r1.plan.pipeline.schedule import ChunkPass, peak_passes
 
@@ -30,20 +32,27 @@ def test_every_micro_batch_passes_every_chunk_forwards_and_backwards_once(name, 
         assert len(forward) == shape.micro_batches * chunks
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
-@pytest.mark.parametrize("chunks", [1, 2, 4])
-@pytest.mark.parametrize("micro_batches", [1, 4, 8, 13, 21, 64])
-def test_passes_in_flight_are_those_that_memory_is_planned_for(ranks, chunks, micro_batches):
-    group = fitting_group_size(0, ranks, micro_batches) if chunks > 1 else 0
-    if group is None:
-        pytest.skip("megatron-core schedules no interleaved pipeline with so few micro-batches")
-    shape = ScheduleShape("interleaved" if chunks > 1 else "1f1b", ranks, micro_batches, chunks, group)
+def interleaved_sizes():
+    """Ranks, chunks, micro-batches and group size of what megatron-core schedules."""
+    for ranks, chunks, micro_batches in product((2, 4, 8), (1, 2, 4), (1, 4, 8, 13, 21, 64)):
+        group = fitting_group_size(0, ranks, micro_batches) if chunks > 1 else 0
+        if group is not None:
+            yield ranks, chunks, micro_batches, group
+
+
+@pytest.mark.parametrize(("ranks", "chunks", "micro_batches", "group"), [*interleaved_sizes()])
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_passes_in_flight_are_those_that_memory_is_planned_for(ranks, chunks, micro_batches, group, overlapped):
+    name = "interleaved" if chunks > 1 else "1f1b"
+    schedule = build_schedule(ScheduleShape(name, ranks, micro_batches, chunks, group, overlapped and chunks > 1))
     parallel = ParallelConfig(pipeline=ranks, virtual_pipeline=chunks)
-    expected = [
-        [passes_in_flight(rank, chunk, parallel, micro_batches, group) for chunk in range(chunks)]
-        for rank in range(ranks)
-    ]
-    assert peak_passes(build_schedule(shape)) == expected
+    for sizes in ([1.0] * chunks, [3.1, *[1.0] * (chunks - 1)], [*[1.0] * (chunks - 1), 3.1], [0.3, 1.7, 1.1, 0.9]):
+        largest = [
+            sum(map(mul, passes_at_peak(rank, parallel, micro_batches, sizes[:chunks], overlapped), sizes))
+            for rank in range(ranks)
+        ]
+        counted = [sum(map(mul, passes, sizes)) for passes in peak_passes(schedule, [sizes] * ranks)]
+        assert largest == pytest.approx(counted)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
