@@ -116,7 +116,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disks are large but for those in FREE, and SLURM has two partitions: neither can be had here.
 
-    `tests/slurm/test_recipes_queue.py` reads the partitions of a real one.
+    `tests/slurm/test_recipes.py` reads the partitions of a real one.
     """
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: Usage(free_bytes(path)))
     limits = [Partition("a", None, 512, 8), Partition("b", 60.0, 512, 8)]

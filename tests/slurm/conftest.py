@@ -1,25 +1,34 @@
-"""One real cluster for the tests of a module."""
+"""One real cluster for the tests of a module.
+
+Most of a job's seconds go to Python's imports and to waiting, so a module's jobs run side by side: its fixtures submit
+them, and its tests look at what came of them.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from megatron_r1.__main__ import exit_code
+from megatron_r1.config.load import load
+from megatron_r1.hf.config import hf_config
 from megatron_r1.track.record import read_metrics
 from tests.support.slurm_cluster import absent, slurm_cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
+SECRET = "planted-3f9a1c7e5b2d"
 TINY = (
     "platform=cpu", "track=off", "threads=1", "train.log_interval=1", "train.schedule.warmup_steps=1",
     "data.num_documents=400", "train.global_batch_size=4", "train.micro_batch_size=2", f"train.steps={STEPS}",
@@ -65,18 +74,32 @@ class Cluster:
             command, env=self.environment, cwd=folder or self.folder, capture_output=True, text=True, timeout=deadline
         )
 
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """This process works in the cluster's folder, with its environment."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)
+            patch.chdir(self.folder)
+            yield
+
     def submit(self, *arguments: str, preflight: bool = False) -> str:
-        """Submit a verb; returns the first job's id. The preflight has tests of its own."""
+        """Submit a verb, as the command line does; returns the first job's id."""
         check = f"submit.preflight={str(preflight).lower()}"
-        done = self.run(sys.executable, "-m", "megatron_r1", "submit", *arguments, check)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.partition("submitted: job ")[2].split()[0]
+        with self.entered(), redirect_stdout(StringIO()) as printed:
+            assert exit_code(["submit", *arguments, check]) == 0, printed.getvalue()
+        return printed.getvalue().partition("submitted: job ")[2].split()[0]
 
     def states(self) -> dict[str, str]:
         """Job -> state, of the jobs that the controller knows."""
         shown = self.run("squeue", "--noheader", "--states=all", "--format=%i %T")
         assert shown.returncode == 0, shown.stderr
         return dict(line.split() for line in shown.stdout.splitlines())
+
+    def wait_for(self, job: str, deadline_s: float = 600) -> str:
+        """How a job ended, once it has."""
+        self.wait_until(lambda: self.states()[job] in ENDED, deadline_s)
+        return self.states()[job]
 
     def wait_for_all(self, deadline_s: float = 600) -> dict[str, str]:
         """The jobs' states once no job runs or waits any more."""
@@ -180,8 +203,28 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def pretrained(cluster: Cluster) -> Path:
-    """The run of a job that trained on two nodes to its end."""
-    job = cluster.submit("pretrain", *TINY, "name=pretrained", "nodes=2")
-    assert cluster.wait_for_all()[job] == "COMPLETED", cluster.logs()
+def described(cluster: Cluster) -> str:
+    """What `init.from` takes for a model without weights, for jobs that load none."""
+    folder = cluster.folder / "described"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config(load("grpo").model)))
+    return f"hf:{folder}"
+
+
+def pretraining(cluster: Cluster) -> tuple[str, ...]:
+    """The command of a job that trains on two nodes; a secret comes from its profile's file."""
+    return ("pretrain", *TINY, "name=pretrained", "nodes=2", f"cluster.env_file={cluster.folder}/job.env")
+
+
+@pytest.fixture(scope="module")
+def pretraining_job(cluster: Cluster) -> str:
+    """A job that checks its nodes and pre-trains, submitted."""
+    (cluster.folder / "job.env").write_text(f"HF_TOKEN={SECRET}\n")
+    return cluster.submit(*pretraining(cluster), "time_limit=00:10:00", preflight=True)
+
+
+@pytest.fixture(scope="module")
+def pretrained(cluster: Cluster, pretraining_job: str) -> Path:
+    """The run of a job that checked its nodes and trained on two of them to its end."""
+    assert cluster.wait_for(pretraining_job) == "COMPLETED", cluster.logs()
     return cluster.run_folder("pretrained")

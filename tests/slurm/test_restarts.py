@@ -1,9 +1,11 @@
 """Jobs that are stopped in the middle go on with the losses of a job that was not, in each of the restart modes.
 
-Two pairs of mode and stop run always, all of them by `-m slow`. The jobs of the fixtures run beside those of a test.
+Two pairs of mode and stop run always, all of them by `-m slow`. The jobs of the fixtures run side by side.
 """
 
 from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -43,6 +45,26 @@ def stuck(cluster) -> str:
     return "stuck"
 
 
+def start(cluster: Cluster, mode: str, how: str) -> str:
+    """Submit the job of a pair; returns its id."""
+    return cluster.submit(*JOB, f"name={mode}_{how}", f"restart={mode}", "submit.generations=6", *STOPS[how])
+
+
+def stop(cluster: Cluster, job: str, mode: str, how: str) -> bool:
+    """Stop the job of a pair after its first step; returns whether SLURM did."""
+    cluster.wait_for_step(f"{mode}_{how}")
+    return cluster.stop(f"{mode}_{how}", job, how)
+
+
+@pytest.fixture(scope="module")
+def stopped_always(cluster, undisturbed) -> dict[tuple[str, str], tuple[str, bool]]:
+    """Job of each pair that runs always, and whether SLURM stopped it."""
+    jobs = {pair: start(cluster, *pair) for pair in ALWAYS}
+    with ThreadPoolExecutor() as threads:
+        stopped = list(threads.map(lambda pair: stop(cluster, jobs[pair], *pair), ALWAYS))
+    return {pair: (jobs[pair], one) for pair, one in zip(ALWAYS, stopped, strict=True)}
+
+
 @pytest.mark.parametrize(
     ("mode", "how"),
     [
@@ -51,11 +73,13 @@ def stuck(cluster) -> str:
         for how in STOPS
     ],
 )
-def test_a_stopped_job_goes_on(cluster: Cluster, undisturbed, mode, how):
+def test_a_stopped_job_goes_on(cluster: Cluster, undisturbed, mode, how, request):
     name = f"{mode}_{how}"
-    job = cluster.submit(*JOB, f"name={name}", f"restart={mode}", "submit.generations=6", *STOPS[how])
-    cluster.wait_for_step(name)
-    stopped = cluster.stop(name, job, how)
+    if (mode, how) in ALWAYS:
+        job, stopped = request.getfixturevalue("stopped_always")[mode, how]
+    else:
+        job = start(cluster, mode, how)
+        stopped = stop(cluster, job, mode, how)
     assert stopped == (mode == "requeue" or how != "requeue"), "SLURM requeues no job that has --no-requeue"
     states = cluster.wait_for_all()
     assert losses(cluster.run_folder(name)) == losses(cluster.run_folder(undisturbed)), cluster.logs()

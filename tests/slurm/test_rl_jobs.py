@@ -59,6 +59,14 @@ def test_a_stopped_job_goes_on(cluster, arguments, mode, how):
     assert replayed(cluster, name, arguments) == learned(cluster, name)
 
 
+def test_servers_on_the_trainers_node_outlive_its_warning(cluster, arguments):
+    """SLURM gives it to them too, since they are processes of the trainer's rank."""
+    job = cluster.submit(*arguments, "name=together", "nodes=1", "engine_nodes=0", "restart=none", *STOPS["signal"])
+    cluster.wait_for_step("together")
+    assert cluster.stop("together", job, "signal")
+    assert cluster.wait_for_all(900)[job] == "FAILED" and "exit code 85" in cluster.job_log("together", job)
+
+
 def replayed(cluster, name: str, arguments: tuple[str, ...]) -> list[dict[str, float]]:
     """What a run without servers and without a stop learns from the rollouts of another run."""
     other = f"{name}_again"

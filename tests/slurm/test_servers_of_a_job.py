@@ -11,15 +11,11 @@ import pytest
 
 from megatron_r1.cluster.job import job_script
 from megatron_r1.cluster.request import requested_job
-from megatron_r1.config.load import load
 from megatron_r1.config.verbs import JobCommand
-from megatron_r1.hf.config import hf_config
-from tests.slurm.conftest import RL
+from tests.slurm.conftest import RL, Cluster
 from tests.support.slurm_cluster import NODES, absent
 
 pytestmark = pytest.mark.skipif(bool(absent()), reason=absent() or "none")
-
-
 SHOW = """
 import json, os, sys
 from megatron_r1.platform.launcher import ranks_from_srun
@@ -27,6 +23,34 @@ found = ranks_from_srun(os.environ)
 with open(f"{sys.argv[1]}/{found['RANK']}.json", "w") as file:
     json.dump({**found, "node": os.environ["SLURMD_NODENAME"]}, file)
 """
+STAND_IN = """#!/bin/bash
+program={program}
+[[ "$*" == *preflight* ]] && program=
+exec {python} $program "$@"
+"""
+"""Python for a job: a role is the test's own program, the preflight is the real one."""
+KINDS = {
+    "allocation": ("submit.heterogeneous=false", "submit.preflight=false"),
+    "components": ("submit.heterogeneous=true",),
+}
+"""Kind of job -> its settings. The preflight of the heterogeneous one runs; test_submitted_jobs.py has the other's."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def jobs(cluster: Cluster, described: str) -> dict[str, str]:
+    """Kind -> job, of the scripts of both kinds, with a stand-in for Python."""
+    program = cluster.folder / "python"
+    program.write_text(STAND_IN.format(program=Path(__file__).parent / "role_of_a_job.py", python=sys.executable))
+    program.chmod(0o755)
+    roles = ("nodes=2", "engine_nodes=1", "restart=none", f"cluster.python={program}", "rollout.sglang.servers=2")
+    submitted = {}
+    for kind, settings in KINDS.items():
+        lines = (*RL, *roles, *settings, f"name={kind}", f"init.from={described}")
+        (cluster.run_folder(kind) / "logs").mkdir(parents=True)
+        script = cluster.folder / f"{kind}.sh"
+        script.write_text(job_script(requested_job(JobCommand("grpo", "r1_zero", lines), lambda _: None)))
+        submitted[kind] = cluster.run("sbatch", "--parsable", str(script)).stdout.strip()
+    return submitted
 
 
 def test_tasks_that_srun_starts_know_their_ranks(cluster, tmp_path):
@@ -43,49 +67,26 @@ def test_tasks_that_srun_starts_know_their_ranks(cluster, tmp_path):
         assert task["MASTER_ADDR"] == nodes[0] and task["MASTER_PORT"] == tasks[0]["MASTER_PORT"]
 
 
-SERVERS = "rollout.sglang.servers=2"
-STAND_IN = """#!/bin/bash
-program={program}
-[[ "$*" == *preflight* ]] && program=
-exec {python} $program "$@"
-"""
-"""Python for a job: a role is the test's own program, the preflight is the real one."""
-
-
 @pytest.mark.dist
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("heterogeneous", [False, True])
-def test_the_trainer_of_a_job_finds_the_servers_of_its_other_nodes(cluster, heterogeneous):
-    """The scripts of both kinds of job, with a stand-in for Python: real servers are in test_submitted_jobs.py.
-
-    The preflight of the heterogeneous one runs; test_preflight.py has that of one allocation.
-    """
-    name = "components" if heterogeneous else "allocation"
-    program = cluster.folder / "python"
-    program.write_text(STAND_IN.format(program=Path(__file__).parent / "role_of_a_job.py", python=sys.executable))
-    program.chmod(0o755)
-    one, both = ("submit.heterogeneous=false", "submit.preflight=false"), ("submit.heterogeneous=true",)
-    kind = ("nodes=2", "engine_nodes=1", "restart=none", *(both if heterogeneous else one))
-    model = cluster.folder / "model"
-    model.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(hf_config(load("grpo").model)))
-    lines = (*RL, *kind, f"name={name}", f"init.from=hf:{model}", f"cluster.python={program}", SERVERS)
-    script = cluster.folder / f"{name}.sh"
-    (cluster.run_folder(name) / "logs").mkdir(parents=True)
-    script.write_text(job_script(requested_job(JobCommand("grpo", "r1_zero", lines), lambda _: None)))
-    job = cluster.run("sbatch", "--parsable", str(script)).stdout.strip()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_trainer_of_a_job_finds_the_servers_of_its_other_nodes(cluster, jobs, kind):
+    """Real servers are in test_submitted_jobs.py."""
     states = cluster.wait_for_all()
-    assert {state for number, state in states.items() if number.partition("+")[0] == job} == {"COMPLETED"}, (
+    assert {state for number, state in states.items() if number.partition("+")[0] == jobs[kind]} == {"COMPLETED"}, (
         cluster.logs()
     )
-    found = json.loads((cluster.folder / f"{name}.json").read_text())
-    ports = [12000 + (int(job) * 64 + number) % 20000 for number in (1, 2)]
+    found = json.loads((cluster.folder / f"{kind}.json").read_text())
+    ports = [12000 + (int(jobs[kind]) * 64 + number) % 20000 for number in (1, 2)]
     assert found == {
         "urls": [f"http://{NODES[1]}:{port}" for port in ports], "node": NODES[0], "keys_agree": True, "keys": 2,
         "ignores_warning": True,
     }  # fmt: skip
-    if heterogeneous:
-        log = cluster.job_log(name, job)
-        assert re.search(r"^all-reduce +1/1 +ok +2 ranks by gloo", log, re.MULTILINE), log
-        assert re.search(r"^run folder +2/2 +ok ", log, re.MULTILINE), log
-        assert not (cluster.run_folder(name) / ".preflight").exists()
+
+
+def test_both_components_of_a_job_are_checked_together(cluster, jobs):
+    assert cluster.wait_for_all()
+    log = cluster.job_log("components", jobs["components"])
+    assert re.search(r"^all-reduce +1/1 +ok +2 ranks by gloo", log, re.MULTILINE), log
+    assert re.search(r"^run folder +2/2 +ok ", log, re.MULTILINE), log
+    assert not (cluster.run_folder("components") / ".preflight").exists()
