@@ -96,7 +96,7 @@ def decoder(
     experts = held.experts / held.total
     # Without CUDA graphs the host launches each kernel, and the GPU waits for it.
     kernel = serving.kernel if server.cuda_graph else max(serving.kernel, constants.launch * gpu.host_slowness)
-    latency, token = _all_reduce(gpu, tensor, 2 * model.hidden_size, constants, serving)
+    latency, token = _all_reduce(gpu, tensor, 2 * model.hidden_size, serving)
     peak = gpu.fp8 if server.quantization == "fp8" else gpu.bf16
     return DecodeCost(
         weights * (1 - experts),
@@ -104,7 +104,7 @@ def decoder(
         moe.top_k / max(1, moe.num_experts),
         cache_bytes_per_token(model, config.rollout),
         active_parameters(model) / tensor,
-        constants.memory * gpu.memory_bandwidth,
+        serving.memory * gpu.memory_bandwidth,
         constants.matrix * peak * gpu.sustained,
         kernels(model) * kernel + 2 * model.num_layers * latency,
         2 * model.num_layers * token,
@@ -114,9 +114,7 @@ def decoder(
     )
 
 
-def _all_reduce(
-    gpu: Gpu, tensor: int, nbytes: float, constants: Constants, serving: ServingConstants
-) -> tuple[float, float]:
+def _all_reduce(gpu: Gpu, tensor: int, nbytes: float, serving: ServingConstants) -> tuple[float, float]:
     """Seconds in which a server's GPUs add up partial results: for any message, and for each token of `nbytes`."""
     if tensor == 1:
         return 0.0, 0.0
@@ -124,7 +122,7 @@ def _all_reduce(
     latency = serving.near_hop * log2(near) if near <= gpu.per_node else serving.between_nodes
     latency += serving.network * log2(tensor / near)
     bandwidth = gpu.network * gpu.per_node if far else gpu.nvlink
-    return latency, 2 * nbytes * (tensor - 1) / tensor / (constants.link * bandwidth)
+    return latency, 2 * nbytes * (tensor - 1) / tensor / (serving.link * bandwidth)
 
 
 def active_parameters(model: ModelConfig) -> float:

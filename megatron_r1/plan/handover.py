@@ -7,15 +7,14 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.memory.chunks import chunks_of_ranks, parameters_of_rank
 from megatron_r1.memory.parameters import mtp_layer, of_model
 from megatron_r1.memory.trainer import dense_ranks, expert_ranks
-from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.job import TrainingJob
-from megatron_r1.plan.serving import PINNED, RolloutStack
+from megatron_r1.plan.serving import PINNED, RolloutStack, ServingConstants
 
 BF16, OPTIMIZER = 2, 12
 """Bytes of a weight, and of its master weight and moments in fp32."""
 
 
-def sync_seconds(config: RunConfig, gpu: Gpu, gpus: int, constants: Constants, stack: RolloutStack) -> float:
+def sync_seconds(config: RunConfig, gpu: Gpu, gpus: int, serving: ServingConstants, stack: RolloutStack) -> float:
     """Seconds of sending the weights to all servers; `gpus` is the trainer's number of GPUs.
 
     With method=group rank 0 of each pipeline stage broadcasts its stage's weights, one after the other (rollout/sync):
@@ -29,10 +28,10 @@ def sync_seconds(config: RunConfig, gpu: Gpu, gpus: int, constants: Constants, s
     linear, element = (1 + 4 / 128**2) if fp8 else float(BF16), float(BF16)
     nbytes = linear * (held.shared + held.experts) + element * held.whole
     if config.rollout.weight_sync.method != "ipc":
-        return nbytes / (constants.link * gpu.network)
+        return nbytes / (serving.link * gpu.network)
     if stack.gathers_model:
-        return nbytes / (constants.link * (gpu.network if gpus > gpu.nvlink_domain else gpu.nvlink))
-    return nbytes / config.rollout.sglang.server.tensor_parallel / (constants.link * gpu.nvlink)
+        return nbytes / (serving.link * (gpu.network if gpus > gpu.nvlink_domain else gpu.nvlink))
+    return nbytes / config.rollout.sglang.server.tensor_parallel / (serving.link * gpu.nvlink)
 
 
 def reference_seconds(job: TrainingJob, stack: RolloutStack) -> float:

@@ -87,7 +87,7 @@ def rl_step(
         config.plan.reward_seconds + stack.response_seconds * found.number,
         scored * (forward * updates + stack.score_seconds * each) + reference_seconds(job, stack),
         config.rl.epochs_per_rollout * (update * updates + stack.loss_seconds * each),
-        sync_seconds(config, job.gpu, job.ranks, constants, stack),
+        sync_seconds(config, job.gpu, job.ranks, serving, stack),
         memory_seconds(job, stack),
         config.rollout.max_staleness > 0,
         stack.in_flight,
@@ -101,23 +101,23 @@ def _passes(update: TrainingJob, constants: Constants, stack: RolloutStack) -> t
     cannot launch kernels ahead: its seconds and the GPU's add up.
     """
     counted = count(update)
-    constants = replace(constants, launch=constants.launch * update.gpu.host_slowness)
-    waits = update.config.model.moe.num_experts and update.config.performance.moe_token_dispatcher_type == "alltoall"
-    parts = [replace(constants, launch=0.0), _of_host(constants)] if waits else [constants]
-    steps = [simulated_step(counted, part) for part in parts]
-    forward = [
-        (step.compute + step.exchange + step.bubble) * _forward_share(counted, part)
-        for step, part in zip(steps, parts, strict=True)
-    ]
-    if waits:
-        forward[1] /= stack.scored_together
-    return sum(step.total for step in steps), sum(forward)
+    config = update.config
+    if not config.model.moe.num_experts or config.performance.moe_token_dispatcher_type != "alltoall":
+        return _update_and_forward(counted, constants)
+    of_gpu, forward_of_gpu = _update_and_forward(counted, replace(constants, launch=0.0))
+    most = 1e12  # so fast that only the host's launches take time, and what no constant decides
+    host = replace(constants, matrix=most, attention=most, memory=most, link=most)
+    launched, forward_launched = _update_and_forward(
+        counted, replace(host, launch=constants.launch * update.gpu.host_slowness)
+    )
+    other, forward_other = _update_and_forward(counted, replace(host, launch=0.0))
+    return of_gpu + launched - other, forward_of_gpu + (forward_launched - forward_other) / stack.scored_together
 
 
-def _of_host(constants: Constants) -> Constants:
-    """With which only the host's launches take time."""
-    most = 1e12
-    return replace(constants, matrix=most, attention=most, memory=most, link=most)
+def _update_and_forward(counted: Counted, constants: Constants) -> tuple[float, float]:
+    """Seconds of an update, and of its forward passes."""
+    step = simulated_step(counted, constants)
+    return step.total, (step.compute + step.exchange + step.bubble) * _forward_share(counted, constants)
 
 
 def _forward_share(counted: Counted, constants: Constants) -> float:
@@ -127,7 +127,8 @@ def _forward_share(counted: Counted, constants: Constants) -> float:
         for chunks in chunk_seconds(counted, constants)
         for chunk in chunks
     ]
-    return sum(one[0] for one in passes) / sum(map(sum, passes))
+    total = sum(map(sum, passes))
+    return sum(one[0] for one in passes) / total if total else 0.0
 
 
 def update_of(

@@ -16,17 +16,22 @@ UNCERTAINTY = 0.3
 
 @dataclass(frozen=True, slots=True)
 class ServingConstants:
-    """Seconds of a decoding step that neither FLOPs nor bytes explain."""
+    """Of decoding steps, and of sending weights."""
 
+    memory: float = 0.9
+    """Share of the memory's bandwidth that decoding reaches: FlashMLA's 3,000 GB/s on H800 (its README)."""
+    link: float = 0.7
+    """Share of a link that sending many bytes reaches: three broadcasts of whole models over NCCL take 10.8, 58.3 and
+    53.3 s (miles, docs/advanced/p2p-weight-transfer.md), with 0.87, 0.51 and 0.75 of one network card."""
     kernel: float = 4e-6
     """Seconds of a small kernel in a CUDA graph. Source: Qwen3-30B-A3B on one A100 takes 9.6 ms a token with one
-    request (tt-inference-server, issue 340), of which reading the weights takes 3.4 ms and the host about 3."""
+    request (tt-inference-server, issue 340), of which reading the weights takes 3.4 ms and the host some 3."""
     near_hop: float = 3.3e-6
     """Seconds of one doubling of the GPUs that an all-reduce over NVLink spans: 10 us for eight, as one-shot kernels
     take for small messages."""
     between_nodes: float = 3e-5
     """Seconds of a small all-reduce over NVLink between nodes, out of reach of one-shot kernels: NCCL's, unverified."""
-    network: float = 6e-5
+    network: float = 8e-5
     """Fitted: seconds of an all-reduce over the network, for each doubling of the nodes that it spans."""
     step: float = 4e-3
     """Fitted: seconds of the host for each decoding step, where its work is not hidden behind the GPU's."""
