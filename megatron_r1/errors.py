@@ -89,6 +89,10 @@ class Stalled(UserError):
 
 
 class RankLost(UserError):
-    """Another rank of the job has failed, or sends no heartbeat; the same command resumes."""
+    """Another rank of the job has failed, or gives no sign of life; the same command resumes unless that rank's error
+    has another exit code.
+    """
 
-    exit_code = ExitCode.REQUEUE
+    def __init__(self, text: str, exit_code: ExitCode = ExitCode.REQUEUE):
+        super().__init__(text)
+        self.exit_code = exit_code

@@ -32,6 +32,10 @@ LOOK_S = 1.0
 """Seconds between two looks at whether a rank has failed; a new phase is sent then, too."""
 FAILED, STALLED = "failed", "stalled"
 """Keys of what the first rank says that has failed, and that has found a deadline passed."""
+CALLS, CALL = "roll calls", "roll call"
+"""Keys of how many roll calls there were, and of the number of the last one."""
+NEWS = "news"
+"""Key that is set once one of the others is."""
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
@@ -54,11 +58,26 @@ class Beat:
     """Whether its main thread is in a call of torch.distributed."""
     collectives: dict[str, int] = field(default_factory=dict)
     """Process group -> how many collective operations it has begun there."""
+    answered_call: int = 0
+    """Number of the last roll call that it has heard."""
 
     @property
     def place(self) -> str:
         """Phase and step for a message."""
         return phases.place(self.phase, self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a rank has ended, as the others say it."""
+
+    text: str
+    """With the rank, its host and its phase."""
+    code: int
+    """Exit code of the other ranks."""
+
+    def encoded(self) -> str:
+        return orjson.dumps(asdict(self)).decode()
 
 
 class Heartbeats:
@@ -68,7 +87,7 @@ class Heartbeats:
         waits, waiting: as of `Beat`; `Waiting` counts.
         beats: the last one of each rank: of all ranks on rank 0, of rank 0 on the others.
         heard: when that came, by this process's `time.monotonic`; infinity for a rank that has ended.
-        failed: what the first rank that failed says; empty as long as none has.
+        failed: what the first rank that failed says; None as long as none has.
         stalled: what the first rank says that has found a deadline passed; empty as long as none has.
         answered: when the store last answered.
         gone: whether the process that keeps the store has ended.
@@ -83,19 +102,20 @@ class Heartbeats:
         self.waits, self.waiting, self.watched = 0, False, False
         self.beats: dict[int, Beat] = {}
         self.heard: dict[int, float] = {}
-        self.failed = self.stalled = ""
+        self.failed: Failure | None = None
+        self.stalled = ""
         self.gone = False
         self.answered = time.monotonic()
         self._raw: dict[int, bytes] = {}
         self._store = store
-        self._number = 0
+        self._number = self._answered_call = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(store.clone(),), name="heartbeats", daemon=True)
         self._thread.start()
 
     def beat(self) -> Beat:
         """What this rank does now."""
-        return current_beat(self._number, self.waits, self.waiting)
+        return current_beat(self._number, self.waits, self.waiting, self._answered_call)
 
     def silent(self, limit_s: float) -> dict[int, float]:
         """Ranks that this rank listens to and that have sent nothing for longer, with the seconds."""
@@ -112,7 +132,26 @@ class Heartbeats:
 
     def first(self, key: str, text: str) -> str:
         """Set `key` unless another rank has; returns what it holds. May block as long as the store does."""
-        return str(self._store.clone().compare_set(key, "", text).decode())
+        store = self._store.clone()
+        held = str(store.compare_set(key, "", text).decode())
+        store.set(NEWS, "")
+        return held
+
+    def call(self) -> int:
+        """Have every rank that lives send a heartbeat at once that has the returned number in `answered_call`, or a
+        higher one. May block as long as the store does."""
+        store = self._store.clone()
+        number = int(store.add(CALLS, 1))
+        store.set(CALL, str(number))
+        store.set(NEWS, "")
+        return number
+
+    def keeper(self) -> str:
+        """The process that keeps the store, for a message: rank 0, or torchrun on its machine."""
+        beat = self.beats.get(0)
+        where = f" on {beat.host}, whose last heartbeat was {beat.place}," if beat else ""
+        launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return f"the launcher of rank 0{where}" if launcher else f"rank 0{where}"
 
     def count(self, key: str, more: int = 1) -> int:
         """Add to a number of all ranks; returns it. May block as long as the store does."""
@@ -132,7 +171,8 @@ class Heartbeats:
         sent, due = phases.current(), 0.0
         try:
             while not self._stopped.is_set():
-                if (now := time.monotonic()) >= due or phases.current() is not sent:
+                called = self._look_at_news(store)
+                if (now := time.monotonic()) >= due or called or phases.current() is not sent:
                     sent = phases.current()
                     self._number += 1
                     store.set(heartbeat_key(self.rank), orjson.dumps(asdict(self.beat())).decode())
@@ -140,12 +180,20 @@ class Heartbeats:
                     due = now + self.interval_s
                     if keys and store.check(keys):  # a rank that is still starting has none
                         self._listen(dict(zip(watched, store.multi_get(keys), strict=True)))
-                self.failed = self.failed or _value(store, FAILED)
-                self.stalled = self.stalled or _value(store, STALLED)
                 self.answered = time.monotonic()
                 self._stopped.wait(min(LOOK_S, self.interval_s))
         except dist.DistNetworkError:
             self.gone = True
+
+    def _look_at_news(self, store: dist.Store) -> bool:
+        """Whether there is a roll call that this rank has not answered."""
+        if not store.check([NEWS]):
+            return False
+        if not self.failed and (failure := _value(store, FAILED)):
+            self.failed = Failure(**orjson.loads(failure))
+        self.stalled = self.stalled or _value(store, STALLED)
+        before, self._answered_call = self._answered_call, int(_value(store, CALL) or 0)
+        return self._answered_call > before
 
     def _listen(self, raw: Mapping[int, bytes]) -> None:
         for rank, content in raw.items():
@@ -157,12 +205,22 @@ class Heartbeats:
             self._raw[rank] = content
 
 
-def current_beat(number: int = 0, waits: int = 0, waiting: bool = False) -> Beat:
+def current_beat(number: int = 0, waits: int = 0, waiting: bool = False, answered_call: int = 0) -> Beat:
     """What this process does now."""
     now = phases.current()
-    seconds = round(time.monotonic() - now.since, 1)
-    host, pid = socket.gethostname(), os.getpid()
-    return Beat(number, host, pid, now.phase, now.step, seconds, waits, waiting, in_collective(), collectives())
+    return Beat(
+        number,
+        socket.gethostname(),
+        os.getpid(),
+        now.phase,
+        now.step,
+        round(time.monotonic() - now.since, 1),
+        waits,
+        waiting,
+        in_collective(),
+        collectives(),
+        answered_call,
+    )
 
 
 def heartbeat_key(rank: int) -> str:

@@ -10,20 +10,23 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
 import torch.distributed as dist
 
-from megatron_r1.errors import RankLost, Stalled, UserError
+from megatron_r1.errors import ExitCode, RankLost, Requeue, Stalled, UserError
 from megatron_r1.parallel import phases
+from megatron_r1.parallel.behind import shown
 from megatron_r1.parallel.heartbeats import (
     FAILED,
     HEARTBEAT_S,
     LEFT,
     LOOK_S,
+    Beat,
+    Failure,
     Heartbeats,
     heartbeat_key,
     parsed,
@@ -32,8 +35,17 @@ from megatron_r1.parallel.heartbeats import (
 
 logger = logging.getLogger(__name__)
 
+REQUESTS, SHORTEST_S = 1000, 0.02
+"""Requests a second that all ranks together send to the store while they wait, and least seconds between two of one."""
 TELL_S = 3 * LOOK_S
 """Seconds in which other ranks learn that one has failed."""
+ANSWER_S = 6 * LOOK_S
+"""Seconds that a rank has to answer a roll call, once ranks that were connected with another have lost it."""
+PATIENCE_S = 15 * LOOK_S
+"""The same where nothing is lost, and a signal alone says that some rank may have ended. A launcher that has sent it
+for that reason kills all others 30 s later."""
+FAILURES, CALLER = "failures", "caller"
+"""Keys of how many ranks end by an error, and of the first that looks for one that ended without."""
 NETWORK_ERRORS = ("gloo", "NCCL", "Connection", "connection", "Broken pipe")
 """One of them is in every error that a rank gets because another one has ended."""
 
@@ -59,6 +71,7 @@ class Waiting:
         self._store, self._rank, self._ranks, self._timeout_s = store.clone(), rank, ranks, heartbeat_timeout_s
         self._interval_s = min(heartbeat_s, heartbeat_timeout_s / 4)
         self.heartbeats = Heartbeats(store, rank, ranks, self._interval_s)
+        self._signals = _signals
         self._keys: list[str] = []
         """Of waits that some ranks may not have left."""
 
@@ -71,22 +84,64 @@ class Waiting:
 
         Only the first rank that fails has an error of its own; others get one because they miss it.
         """
-        if isinstance(error, UserError):
-            return None
         job = self.heartbeats
-        if any(word in str(error) for word in NETWORK_ERRORS):
-            until = time.monotonic() + TELL_S
-            while not (job.failed or job.stalled or job.gone) and time.monotonic() < until:
-                time.sleep(LOOK_S / 4)
-            if job.failed or job.stalled:
-                return RankLost(job.failed) if job.failed else Stalled(job.stalled)
+        if isinstance(error, Requeue):  # on all ranks
             return None
+        if isinstance(error, RankLost | Stalled):
+            self._let_others_learn()
+            return None
+        if isinstance(error, UserError) or not any(word in str(error) for word in NETWORK_ERRORS):
+            self._tell_own(error)
+            return None
+        self._find_lost_rank()
+        self._let_others_learn()
+        if job.failed:
+            return RankLost(job.failed.text, ExitCode(job.failed.code))
+        if job.stalled:
+            return Stalled(job.stalled)
+        return RankLost(f"{job.keeper()} has ended") if job.gone else None
+
+    def _let_others_learn(self) -> None:
+        """This rank may keep the store, without which others do not learn what they lack."""
+        if self._rank == 0:
+            time.sleep(2 * LOOK_S)
+
+    def _tell_own(self, error: Exception) -> None:
+        """Tell of an error of this rank's own, which others may have too: then nobody waits."""
+        job, known = self.heartbeats, isinstance(error, UserError)
         where = phases.place_of(error) or phases.current().place
-        own = f"rank {self._rank} on {socket.gethostname()} failed {where}: {_line(error)}"
-        logger.error("%s", own)
-        if within(TELL_S, partial(job.first, FAILED, own)) == own:
-            time.sleep(TELL_S)  # the others learn it before this rank, which may keep the store, is gone
-        return None
+        what = " ".join(str(error).split()) if known else _line(error)
+        own = f"rank {self._rank} on {socket.gethostname()} failed {where}: {what}"
+        if not known:
+            logger.error("%s", own)
+        failure = Failure(own, error.exit_code if isinstance(error, UserError) else ExitCode.REQUEUE).encoded()
+        first = within(TELL_S, partial(job.first, FAILED, failure)) == failure
+        number = within(TELL_S, partial(job.count, FAILURES))
+        until = time.monotonic() + TELL_S
+        while first and number != self._ranks and not job.gone and time.monotonic() < until:
+            time.sleep(LOOK_S / 4)
+            number = within(TELL_S, partial(job.count, FAILURES, 0))
+
+    def _find_lost_rank(self) -> None:
+        """After an error of the network: which rank has ended. The first rank that asks this tells the others."""
+        job, until = self.heartbeats, time.monotonic() + ANSWER_S + TELL_S
+        looks = within(TELL_S, partial(job.first, CALLER, str(self._rank))) == str(self._rank)
+        number = within(TELL_S, job.call) if looks else None
+        answers_until = time.monotonic() + ANSWER_S
+        while not (job.failed or job.stalled or job.gone) and time.monotonic() < until:
+            if number and time.monotonic() > answers_until:
+                beats = within(TELL_S, job.everyone) or {}
+                silent = {rank: beat for rank, beat in beats.items() if beat.answered_call < number}
+                if silent:
+                    why = "without an error of its own, as a process does that is killed"
+                    self._tell_lost(f"{_named(silent)} ended {why}", silent)
+                number = None
+            time.sleep(LOOK_S / 4)
+
+    def _tell_lost(self, text: str, lost: Mapping[int, Beat]) -> None:
+        last = next(iter(lost.values())).place
+        failure = Failure(f"{text}; the last heartbeat was {last}", ExitCode.REQUEUE)
+        within(TELL_S, partial(self.heartbeats.first, FAILED, failure.encoded()))
 
     def for_rank(self, rank: int) -> None:
         """Return when `rank` has called this too.
@@ -130,13 +185,19 @@ class Waiting:
 
     def _wait_while_alive(self, key: str, ranks: Iterable[int]) -> None:
         last = {rank: (b"", time.monotonic()) for rank in ranks}  # heartbeat, and when it came
-        while not self._is_set_soon(key):
-            now = time.monotonic()
+        call, called, looked = 0, 0.0, float("-inf")
+        while not self._is_set_soon(key, looked < 0):
             if failed := self.heartbeats.failed:
-                raise RankLost(failed)
-            for rank, heartbeat in zip(
-                last, self._store.multi_get([heartbeat_key(rank) for rank in last]), strict=True
-            ):
+                raise RankLost(failed.text, ExitCode(failed.code))
+            now = time.monotonic()
+            if self._signals != _signals:
+                self._signals = _signals
+                call, called = self.heartbeats.call(), now
+            if now < looked + self._interval_s and not call:
+                continue
+            looked = now
+            beats = dict(zip(last, self._store.multi_get([heartbeat_key(rank) for rank in last]), strict=True))
+            for rank, heartbeat in beats.items():
                 before, since = last[rank]
                 if heartbeat == LEFT and not self._store.check([key]):  # it may have set it before it left
                     raise RankLost(_ended(rank, before))
@@ -144,13 +205,47 @@ class Waiting:
                     last[rank] = heartbeat, now
                 elif now - since > self._timeout_s and not self.heartbeats.watched:
                     raise RankLost(silent(rank, now - since, before))
+            if call:
+                call = self._answered(call, now - called, beats)
 
-    def _is_set_soon(self, key: str) -> bool:
+    def _answered(self, call: int, seconds: float, heartbeats: Mapping[int, bytes]) -> int:
+        """0 once all these ranks have answered a roll call, before then its number."""
+        living = {rank: parsed(heartbeat) for rank, heartbeat in heartbeats.items() if heartbeat != LEFT}
+        missing = {rank: beat for rank, beat in living.items() if beat.answered_call < call}
+        if missing and seconds > PATIENCE_S:
+            self._tell_lost(f"{_named(missing)} gave no sign of life for {seconds:.0f} s after a signal", missing)
+        return call if missing else 0
+
+    def _is_set_soon(self, key: str, first: bool) -> bool:
+        """Wait a moment for a key, and see whether it is set.
+
+        A wait of the store costs one request, returns at once, and is quiet where the key comes within its time; no
+        signal interrupts it. So a longer wait is one of many short ones.
+        """
+        if not first:
+            time.sleep(min(LOOK_S, max(SHORTEST_S, self._ranks / REQUESTS)))
+            return bool(self._store.check([key]))
         try:
-            self._store.wait([key], timedelta(seconds=self._interval_s))
+            self._store.wait([key], timedelta(seconds=min(LOOK_S, self._interval_s)))
         except dist.DistStoreError:  # the time is over
             return False
         return True
+
+
+_signals = 0
+"""How many signals this process has received that may mean that another rank has ended."""
+
+
+def note_signal() -> None:
+    """A signal has come, which a launcher may have sent because another rank has ended: where this rank waits for one,
+    it makes sure that it lives. For signal handlers."""
+    global _signals
+    _signals += 1
+
+
+def _named(ranks: Mapping[int, Beat]) -> str:
+    """Ranks and their host, or that of the first."""
+    return f"{shown(ranks)} on {next(iter(ranks.values())).host}"
 
 
 def silent(rank: int, seconds: float, last: bytes) -> str:

@@ -148,7 +148,9 @@ class Watchdog:
         lost = job.gone and phases.current().phase != "end"  # there a rank may be the last
         self._failed_s = self._failed_s + passed if job.failed or lost else 0.0
         if self._failed_s > FAILED_S:
-            return Stall(job.failed or f"{self._keeper(job)} has ended", ExitCode.REQUEUE)
+            if job.failed:
+                return Stall(job.failed.text, ExitCode(job.failed.code))
+            return Stall(f"{job.keeper()} has ended", ExitCode.REQUEUE)
         if not (limit := self._heartbeat_limit_s):
             return None
         setting = f"watch.heartbeat_deadline_s={limit:g}"
@@ -159,15 +161,8 @@ class Watchdog:
             text = f"rank {rank} on {beat.host} has sent no heartbeat for {age:.0f} s ({setting}); {last}"
             return Stall(within(ACT_S, partial(job.first, STALLED, text)) or text)
         if (age := time.monotonic() - job.answered) > limit:
-            return Stall(f"{self._keeper(job)} has not answered for {age:.0f} s ({setting}){here}")
+            return Stall(f"{job.keeper()} has not answered for {age:.0f} s ({setting}){here}")
         return None
-
-    def _keeper(self, job: Heartbeats) -> str:
-        """The process that keeps the store, for a message: rank 0, or torchrun on its machine."""
-        beat = job.beats.get(0)
-        where = f" on {beat.host}, whose last heartbeat was {beat.place}," if beat else ""
-        launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return f"the launcher of rank 0{where}" if launcher else f"rank 0{where}"
 
     def _alone(self, place: str, setting: str) -> str:
         return f"rank {self._rank} on {socket.gethostname()} has been {place} for {self._age:.0f} s ({setting})"
@@ -176,7 +171,7 @@ class Watchdog:
         """Which rank is behind, as the first rank says whose deadline has passed."""
         wait_s = 2 * job.interval_s + 1.0
         if not (before := within(ACT_S, job.everyone)):
-            return f"{self._keeper(job)} does not answer; {self._alone(phases.current().place, setting)}"
+            return f"{job.keeper()} does not answer; {self._alone(phases.current().place, setting)}"
         time.sleep(wait_s)
         beats = within(ACT_S, job.everyone) or before
         silent = [rank for rank, beat in beats.items() if rank in before and before[rank].number == beat.number]

@@ -1,5 +1,5 @@
-"""Ranks that are stopped, sleep, raise, have NaN, or wait for a server that hangs: the run ends in a bounded time and
-names the rank, its host and phase; checkpoints hold what an undisturbed run's hold.
+"""Ranks that are stopped, killed, sleep, raise, refuse, have NaN, or wait for a server that hangs: the run ends in a
+bounded time and names the rank, its host and phase; checkpoints hold what an undisturbed run's hold.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from tests.support.hangs import BOUND_S, KINDS, Fault
 from tests.support.launching import run_to_the_end
 
 STALLED = int(ExitCode.STALLED)
+ENDED = {
+    "raising": ExitCode.REQUEUE,
+    "killed": ExitCode.REQUEUE,
+    "refusing": ExitCode.NO_ROLLOUT_CAPACITY,
+}
+"""Exit code of the other ranks where it is not that of a deadline, by kind of the fault."""
 DEADLINE_S = 12.0
 """A busy machine may pause a sound rank for some seconds."""
 
@@ -48,7 +54,7 @@ def check(case: dict[str, Any], undisturbed: dict[str, Any]) -> None:
         before, after = (case["checkpoints"][str(fault["step"] - number)] for number in (1, 0))
         assert weights(before) == weights(after) != weights(case["checkpoints"][str(fault["step"] + 1)])
         return
-    ended = ExitCode.REQUEUE if fault["kind"] == "raising" else STALLED
+    ended = ENDED.get(fault["kind"], STALLED)
     assert {rank: codes[rank] for rank in others} == dict.fromkeys(others, ended), case["logs"]
     for rank in others:
         # After it torch itself may complain that the store is gone.
@@ -57,6 +63,11 @@ def check(case: dict[str, Any], undisturbed: dict[str, Any]) -> None:
     if fault["kind"] == "raising":
         assert codes[own] == ExitCode.BUG
         assert f"{name} failed {place}: ValueError: the fault of this test" in case["logs"][own]
+    elif fault["kind"] == "refusing":
+        assert codes[own] == ended and "megatron-r1: the refusal of this test\n" in case["logs"][own]
+        assert all("the refusal of this test" in case["logs"][rank] for rank in others)
+    elif fault["kind"] == "killed":
+        assert codes[own] == -9
     else:
         assert codes[own] == (-9 if fault["kind"] == "stopped" else STALLED)
         assert case["stacks"].keys() >= {*others}
@@ -85,8 +96,8 @@ def weights(files: dict[str, str]) -> dict[str, str]:
 @pytest.mark.timeout(300)
 def test_one_of_each(tmp_path):
     """Two or three real ranks; a stopped one is waited for by a heartbeat, one that sleeps by its deadline."""
-    found = campaign(tmp_path, "asleep,raising,nan", 1, seconds=250)
-    assert len(found["outcomes"]) == 3
+    found = campaign(tmp_path, "asleep,raising,refusing,killed,nan", 1, seconds=280)
+    assert len(found["outcomes"]) == 5
     for case in found["outcomes"]:
         check(case, found["undisturbed"][Fault(**case["fault"]).job])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -13,9 +14,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron_r1.errors import ExitCode, PlatformError, RankLost
+from megatron_r1.checkpoint.store import SaveFailed
+from megatron_r1.errors import ExitCode, NoRolloutCapacity, PlatformError, RankLost
 from megatron_r1.parallel.mesh import claim_device
-from megatron_r1.parallel.waiting import Waiting
+from megatron_r1.parallel.waiting import TELL_S, Waiting, note_signal
 
 RANKS = 3
 TIMEOUT_S = 0.4
@@ -121,6 +123,76 @@ def test_a_rank_may_end_while_others_come_from_a_wait():
         return 0.0
 
     on_all_ranks(work)
+
+
+def test_an_error_of_one_rank_alone_is_that_of_all():
+    def work(rank: int, waiting: Waiting) -> float:
+        if rank == 1:
+            assert waiting.explain(NoRolloutCapacity("no server is left")) is None
+            return 0.0
+        with pytest.raises(RankLost, match="^rank 1 on .* failed in phase .*: no server is left$") as error:
+            waiting.for_all()
+        assert error.value.exit_code == ExitCode.NO_ROLLOUT_CAPACITY
+        return 0.0
+
+    on_all_ranks(work, timeout_s=20.0)
+
+
+def test_nobody_waits_to_tell_others_of_an_error_that_all_have():
+    def work(rank: int, waiting: Waiting) -> float:
+        started = time.monotonic()
+        assert waiting.explain(SaveFailed("the disk is full")) is None
+        return time.monotonic() - started
+
+    assert max(on_all_ranks(work, timeout_s=20.0)) < TELL_S
+
+
+def lose_rank_two(waiting: Waiting) -> None:
+    """As one that is killed, or stopped: no more heartbeats, and no last word."""
+    waiting.heartbeats._stopped.set()
+    waiting.heartbeats._thread.join()
+
+
+def test_a_rank_that_was_killed_is_named_to_those_that_lost_it(monkeypatch):
+    monkeypatch.setattr("megatron_r1.parallel.waiting.ANSWER_S", 1.5)
+    done = threading.Barrier(RANKS)
+
+    def work(rank: int, waiting: Waiting) -> float:
+        if rank == 2:
+            time.sleep(0.5)
+            lose_rank_two(waiting)
+        else:
+            time.sleep(1.0)
+            cause = waiting.explain(RuntimeError("[gloo] Connection closed by peer"))
+            killed = "^rank 2 on .* ended without an error of its own, .*; the last heartbeat was in phase "
+            assert isinstance(cause, RankLost) and re.match(killed, str(cause))
+            assert cause.exit_code == ExitCode.REQUEUE
+        done.wait(20)
+        return 0.0
+
+    on_all_ranks(work, timeout_s=20.0)
+
+
+def test_after_a_signal_a_waiting_rank_makes_sure_that_others_live(monkeypatch):
+    """It waits on for those that do, and no longer for one that does not."""
+    monkeypatch.setattr("megatron_r1.parallel.waiting.PATIENCE_S", 1.5)
+    done = threading.Barrier(RANKS)
+
+    def work(rank: int, waiting: Waiting) -> float:
+        if rank == 2:
+            note_signal()
+            time.sleep(2.5)
+            waiting.for_rank(2)
+            lose_rank_two(waiting)
+            note_signal()
+        else:
+            waiting.for_rank(2)
+            with pytest.raises(RankLost, match="^rank 2 on .* gave no sign of life for . s after a signal; the last"):
+                waiting.for_rank(2)
+        done.wait(20)
+        return 0.0
+
+    on_all_ranks(work, timeout_s=20.0)
 
 
 def test_two_ranks_on_one_gpu_are_refused():

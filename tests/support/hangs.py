@@ -1,5 +1,5 @@
-"""Faults in ranks of real runs, one after the other: a rank that is stopped, sleeps for ever, raises, has NaN, or waits
-for a server that never answers.
+"""Faults in ranks of real runs, one after the other: a rank that is stopped, killed, sleeps for ever, raises, refuses,
+has NaN, or waits for a server that never answers.
 
     python tests/support/hangs.py FOLDER --kinds stopped,raising --number 2 --seed 0
 
@@ -22,6 +22,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from megatron_r1.errors import NoRolloutCapacity
+
 RUN = [
     "pretrain", "platform=cpu", "threads=1", "track=off", "seed=3", "data.num_documents=300", "model.num_layers=2",
     "model.mtp.num_layers=0", "train.schedule.warmup_steps=2", "train.sequence_length=32", "train.global_batch_size=6",
@@ -36,9 +38,11 @@ GRPO = [
 WATCH = ("watch.step_deadline_s", "watch.save_deadline_s", "watch.rollout_deadline_s", "watch.heartbeat_deadline_s")
 NOTICE_S = 6.0
 """Longer than the time between two heartbeats, a quarter of a deadline of up to 20 s, and shorter than a deadline."""
+BEAT_S = 3.0
+"""In which a rank sends a heartbeat of its new phase."""
 BOUND_S = 60.0
 """Seconds in which a run has to end after its fault, on a slow machine."""
-KINDS = ("stopped", "asleep", "raising", "nan", "server")
+KINDS = ("stopped", "killed", "asleep", "raising", "refusing", "nan", "server")
 PHASES = ("step", "update", "save")
 
 
@@ -82,7 +86,8 @@ def draw(kind: str, chance: random.Random) -> Fault:
     if kind == "server":  # rank 0 alone talks to servers
         return Fault(kind, 0, 2, "rollout", chance.randint(2, 5))
     ranks = chance.choice((2, 3))
-    phase = "update" if kind == "nan" else chance.choice(PHASES)
+    # Of a rank killed in a save nobody learns but by its launcher, which these ranks have not.
+    phase = "update" if kind == "nan" else chance.choice(PHASES[: 2 if kind == "killed" else 3])
     return Fault(kind, chance.randrange(ranks), ranks, phase, chance.randint(2, 5))
 
 
@@ -105,6 +110,11 @@ def commit(fault: Fault) -> None:
     if fault.kind == "stopped":
         time.sleep(NOTICE_S)  # others know in which phase it is from its next heartbeat
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.kind == "killed":
+        time.sleep(BEAT_S)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.kind == "refusing":
+        raise NoRolloutCapacity("the refusal of this test")
     elif fault.kind == "server":
         waiting_for_a_server()
     elif fault.kind == "asleep":

@@ -10,6 +10,7 @@ import time
 from types import FrameType
 
 from megatron_r1 import stop_signal
+from megatron_r1.parallel.waiting import note_signal
 from megatron_r1.train.hooks import Hook
 
 SIGNALS = (signal.SIGTERM, stop_signal.WARNING, signal.SIGINT)
@@ -32,8 +33,9 @@ class PreemptHook(Hook):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        # A handler that does more than set a flag could interrupt a half-done write.
+        # A handler that does more than set flags could interrupt a half-done write.
         self.received = signal.Signals(number)
+        note_signal()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
