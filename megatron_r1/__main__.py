@@ -20,7 +20,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from megatron_r1 import __version__, stop_signal
-from megatron_r1.config.command_line import Command, parse, with_files
+from megatron_r1.config.command_line import Command, parse, unknown_verb, with_files
 from megatron_r1.config.keys import check_overrides, check_recipe, reads
 from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.recipes import groups, recipes
@@ -116,8 +116,9 @@ def run_on_command(command: Command) -> int:
         ConfigError: there is no such command.
     """
     if not command.job_verb or VERBS[command.job_verb].of_command:
-        others = ", ".join(name for name, entry in VERBS.items() if not entry.of_command)
-        raise ConfigError("VERB", command.job_verb, f"{command.verb} takes the command of one of {others}")
+        others = [name for name, entry in VERBS.items() if not entry.of_command]
+        words = [command.job_verb, *(line for line in command.overrides if "=" not in line), *command.overrides, ""]
+        raise unknown_verb(next(filter(None, words), ""), f"{command.verb} takes the command of", others)
     job = JobCommand(command.job_verb, command.recipe, tuple(command.overrides))
     status: int = import_module(VERBS[command.verb].module).run_command(job)
     return status

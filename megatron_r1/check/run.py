@@ -28,6 +28,8 @@ class Report:
 
     findings: dict[int, list[Finding]] = field(default_factory=dict)
     """Number of a check -> what it found; a check that does not apply has no entry."""
+    readable: bool = True
+    """Whether the configuration could be read; if not, only what it lacks is known."""
 
     def add(self, number: int, found: Iterable[Finding]) -> None:
         """Add what a check found, once."""
@@ -131,6 +133,7 @@ def _softened(finding: Finding) -> Finding:
 
 
 def _mark_unchecked(report: Report) -> None:
+    report.readable = False
     for check in CHECKS:
         if check.number not in report.findings:
             report.add(check.number, [unknown("not checked: the configuration has an error", "mend it first")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -33,13 +35,25 @@ def show(report: Report, title: str) -> None:
         table.add_column(column, width=width, overflow="fold")
     for check in CHECKS:
         state = report.state(check.number)
+        if not (report.readable or state is State.REFUSED):
+            continue
         shown = sorted(report.findings.get(check.number, ()), key=lambda found: -found.state)
         more = [f"... and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
         what = "\n".join([found.text for found in shown[:SHOWN]] + more)
         change = "\n".join(dict.fromkeys(found.change for found in shown[:SHOWN] if found.change))
         table.add_row(str(check.number), check.title, state.text, escape(what), escape(change), style=STYLES.get(state))
     console.print(table)
+    for line in _refusals(report):
+        console.print(line, markup=False, soft_wrap=True)
     console.print(_sum(report))
+
+
+def _refusals(report: Report) -> Iterator[str]:
+    """What refuses the job, a line each, as it stands in no column."""
+    for number in report.refused:
+        found = [one for one in report.findings[number] if one.state is State.REFUSED]
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        yield f"refused by {number}: {found[0].text}{f': {found[0].change}' if found[0].change else ''}{more}"
 
 
 def _sum(report: Report) -> str:

@@ -123,10 +123,7 @@ def graphics() -> Iterator[MachineFact]:
     try:
         found = gpus()
     except OSError as error:
-        state = LACKS if version else UNKNOWN
-        yield MachineFact(
-            "GPUs", state if version else LACKS, str(error), "without GPUs, platform=cpu runs small models"
-        )
+        yield MachineFact("GPUs", LACKS, str(error), "without GPUs, platform=cpu runs small models")
     else:
         faults = [f"GPU {gpu.index}: {fault}" for gpu in found for fault in gpu.faults]
         names = ", ".join(dict.fromkeys(gpu.name for gpu in found))

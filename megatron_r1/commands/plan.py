@@ -30,11 +30,8 @@ SUBMITTED = ("plan", "cluster", "submit", "check")
 def run_command(command: JobCommand) -> int:
     """Plan a command, print the plan and write it into the run's folder; nothing is started.
 
-    Returns:
-        The exit status, that of a refused configuration where no layout fits.
-
     Raises:
-        ConfigError: a key is not allowed, or the verb does not train.
+        ConfigError: a key is not allowed, the verb does not train, or no layout fits.
     """
     start = time.perf_counter()
     config = planned(command)
@@ -44,7 +41,9 @@ def run_command(command: JobCommand) -> int:
     found, split = _searched(config, verb, constants, fixed)
     if not found.best_first:
         show_layouts(found, config, verb, wide_console())
-        return int(ExitCode.BAD_CONFIG)
+        raise ConfigError(
+            "plan.gpus", found.gpus, "no layout fits: take another number, or leave out keys that fix one"
+        )
     best, gpus = found.best_first[0], found.gpus
     seconds = best.seconds
     if split:

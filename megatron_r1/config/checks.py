@@ -29,7 +29,8 @@ def one_of(section: object, name: str, allowed: Iterable[str]) -> None:
     """Refuse the named field unless it is one of `allowed`."""
     value = getattr(section, name)
     if value not in (choices := tuple(allowed)):
-        raise ConfigError(name, value, f"must be one of {', '.join(choices)}")
+        allowed = f"must be one of {', '.join(filter(None, choices))}{', or empty' * ('' in choices)}"
+        raise ConfigError(name, value, allowed)
 
 
 def iso_date(section: object, name: str) -> None:

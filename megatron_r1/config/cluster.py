@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from megatron_r1.config.checks import at_least, one_of
+from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.secrets import is_secret, without_secrets
 from megatron_r1.errors import ConfigError
 
@@ -58,6 +59,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "container", ("none", "pyxis", "apptainer"))
+        one_of(self, "gpu", ("", *GPUS))
         at_least(self, 0, "gpus_per_node", "ranks_per_node", "cpus_per_rank")
         if not self.ranks:
             raise ConfigError("ranks_per_node", 0, "must be at least 1 where gpus_per_node is 0")

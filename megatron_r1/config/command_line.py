@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from megatron_r1.config.recipes import recipes
@@ -92,5 +94,11 @@ def parse(arguments: list[str]) -> Command:
         elif command.help:
             command.overrides.append(argument)
         else:
-            raise ConfigError("VERB", argument, f"must be one of {', '.join(VERBS)}")
+            raise unknown_verb(argument, "must be", VERBS)
     return command
+
+
+def unknown_verb(word: str, must: str, verbs: Iterable[str]) -> ConfigError:
+    """The error for a word that stands where one of these verbs must be."""
+    near = get_close_matches(word, names := [*verbs], n=1)
+    return ConfigError("VERB", word, f"{must} one of {', '.join(names)}{f'; did you mean {near[0]}?' if near else ''}")

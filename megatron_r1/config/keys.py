@@ -73,7 +73,7 @@ def keys_of_recipe(recipe: str) -> Iterator[tuple[str, object]]:
     """Keys that a recipe file itself sets, with their values."""
     try:
         tree = yaml.safe_load((configs_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, FileNotFoundError):
         return  # composing the recipe reports the error
     leaves = _leaves(tree if isinstance(tree, dict) else {}, "")
     yield from ((key, value) for key, value in leaves if key != "defaults")

@@ -180,6 +180,8 @@ def _checked(line: str) -> str:
     """
     written, _, value = line.partition("=")
     name = shown(written.lstrip("+~"))
+    if line == written and not line.startswith("~"):
+        raise ConfigError(name, "", "must be key=value")
     try:
         override = OverridesParser.create().parse_override(line)
         several = override.is_sweep_override()

@@ -192,6 +192,7 @@ def test_the_servers_of_a_stage_run_its_own_configuration():
         ("pretrain", ["time_limit=00:05:00"], "signal_before_s"),
         ("pretrain", ["cluster.container=pyxis"], "image"),
         ("pretrain", ["cluster.gpus_per_node=0"], "ranks_per_node"),
+        ("pretrain", ["cluster.gpu=H1000"], "cluster.gpu"),
         ("pretrain", ["parallel.tensor=3"], "parallel.tensor"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import resource
 import secrets
 import subprocess
 import sys
@@ -13,8 +15,11 @@ import pytest
 from megatron_r1.commands import doctor
 from megatron_r1.commands.doctor import HAS, LACKS, UNKNOWN, MachineFact
 from megatron_r1.config.load import load
+from megatron_r1.config.secrets import is_secret
 from megatron_r1.errors import PlatformError
 from megatron_r1.platform import shared_memory
+from megatron_r1.platform.installed import LockFile
+from megatron_r1.platform.source_code import SourceCode
 from megatron_r1.runs.provenance import attempt_facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +101,115 @@ def test_slurm_and_sandbox_are_there_when_they_answer(programs, tmp_path, monkey
     programs("bwrap", "no permission", status=1)
     found = fact(doctor.services(), "sandbox")
     assert found.state == LACKS and "user namespaces" in found.change
+
+
+def test_packages_say_who_needs_them(monkeypatch):
+    versions = {"torch": "2.14.1", "sglang": None, "wandb": None, "transformer-engine": None}
+    monkeypatch.setattr(doctor, "versions", lambda: versions)
+    found = {name: fact(doctor.software(), name) for name in ("python", *versions)}
+    assert found["python"].found == platform.python_version()
+    assert found["torch"] == MachineFact("torch", HAS, "2.14.1")
+    assert [name for name, one in found.items() if doctor._broken(one)] == ["sglang"], "nothing runs without it"
+    assert "for GPUs alone" in found["transformer-engine"].change and "GPU" not in found["wandb"].change
+
+
+@pytest.mark.parametrize(
+    ("installed", "state", "words"),
+    [
+        (None, UNKNOWN, "not beside the package"),
+        (LockFile("cpu.txt", "12ab", ()), HAS, "all packages as in cpu.txt"),
+        (
+            LockFile("cpu.txt", "12ab", ("a 1, 2", "b 1, 2", "c 1, 2", "d 1, 2")),
+            LACKS,
+            "4 packages are not as in cpu.txt",
+        ),
+    ],
+)
+def test_what_differs_from_the_lock_is_counted(monkeypatch, installed, state, words):
+    monkeypatch.setattr(doctor, "lock", lambda: installed)
+    found = doctor._lock()
+    assert found.state == state and words in found.found and "d 1, 2" not in found.found
+    assert (found.change == doctor.SETUP) == (state == LACKS)
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "words"),
+    [
+        (SourceCode(unknown="git is not installed"), UNKNOWN, "git is not installed"),
+        (SourceCode(commit="12ab", dirty=False), HAS, "12ab, no branch"),
+        (SourceCode(commit="12ab", branch="main", dirty=True, changed=("a",), untracked_files=2), HAS,
+         "12ab, main, 1 files changed, 2 untracked"),
+    ],
+)  # fmt: skip
+def test_the_source_code_is_named_by_its_commit(monkeypatch, code, state, words):
+    monkeypatch.setattr(doctor, "source_code", lambda folder: code)
+    found = fact(doctor.software(), "source code")
+    assert (found.state, found.found) == (state, words) and bool(found.change) == (state == UNKNOWN)
+
+
+def test_a_platform_that_cannot_be_had_is_broken(monkeypatch):
+    def refuse(requested: str) -> None:
+        raise PlatformError(f"platform={requested}: no usable GPU")
+
+    monkeypatch.setattr(doctor, "select", refuse)
+    found = doctor._platform("cuda")
+    assert found.found == "platform=cuda: no usable GPU" and doctor._broken(found)
+
+
+def test_cores_memory_files_and_compiler_are_those_of_the_machine(programs, tmp_path, monkeypatch):
+    texts = {
+        "/proc/meminfo": "MemTotal:  33554432 kB\nMemAvailable: 16777216 kB\n",
+        "/sys/fs/cgroup/memory.max": "max\n",
+    }
+    monkeypatch.setattr(doctor, "_text", lambda path: texts.get(path, ""))
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
+    programs("compiler", "g++ 14")
+    facts = list(doctor.system())
+    assert fact(facts, "cores").found.startswith("96, 2 for this process")
+    assert fact(facts, "memory").found == "32 GiB, 16 free"
+    assert fact(facts, "open files").change == "ulimit -n 4096"
+    assert fact(facts, "C++ compiler") == MachineFact("C++ compiler", HAS, "g++ 14")
+    texts["/sys/fs/cgroup/memory.max"] = f"{8 << 30}\n"
+    assert doctor._memory().found == "32 GiB, 16 free; 8 GiB for this container"
+    del texts["/proc/meminfo"]
+    assert doctor._memory().state == UNKNOWN
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    (tmp_path / "compiler").unlink()
+    facts = list(doctor.system())
+    assert fact(facts, "open files").state == HAS and fact(facts, "C++ compiler").state == LACKS
+
+
+def test_a_folder_that_cannot_be_written_is_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(os, "access", lambda folder, _: Path(folder) != tmp_path)
+    facts = list(doctor.system())
+    found = fact(facts, "temporary files")
+    assert f"{tmp_path}: " in found.found and "not writable" in found.found and doctor._broken(found)
+    assert "TMPDIR" in found.change and not doctor._broken(fact(facts, "disk"))
+
+
+def test_small_shared_memory_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(shared_memory, "MEMORY", tmp_path)
+    assert doctor._shared_memory().state == HAS
+    monkeypatch.setattr(doctor, "GIB", 1 << 60)
+    assert doctor._shared_memory().state == LACKS
+
+
+def test_keys_are_named_and_not_shown(monkeypatch):
+    for name in [name for name in os.environ if is_secret(name)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JUDGE_API_KEY", "")
+    facts = list(doctor.services())
+    assert fact(facts, "wandb's key").state == fact(facts, "other keys").state == LACKS
+    assert fact(facts, "other keys").found == "none"
+    monkeypatch.setenv("WANDB_API_KEY", "12ab")
+    monkeypatch.setenv("HF_TOKEN", "12ab")
+    facts = list(doctor.services())
+    assert fact(facts, "wandb's key") == MachineFact("wandb's key", HAS, "in WANDB_API_KEY (not shown)")
+    assert fact(facts, "other keys") == MachineFact("other keys", HAS, "HF_TOKEN")
 
 
 def test_left_overs_in_shared_memory_are_named_and_stay(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,26 +35,74 @@ echo "10$(wc -l <calls)"
 """A SLURM whose limit is two jobs of a user, which needs its accounting."""
 
 
-def test_a_recipe_whose_last_stage_is_refused_leaves_no_job_queued(capsys, monkeypatch, tmp_path):
-    programs = {"sbatch": SBATCH, "scancel": '#!/bin/bash\necho "scancel $*" >>calls\n', "squeue": "#!/bin/bash\n"}
+ON_CPUS = ("cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "platform=cpu")
+
+
+@pytest.fixture
+def slurm(monkeypatch, tmp_path) -> Callable[[], list[str]]:
+    """Programs of SLURM that note how they are called, and what they were called with; `queue` is what squeue shows."""
+    (tmp_path / "queue").touch()
+    note = 'echo "${0##*/} $*" >>calls\n'
+    programs = {
+        "sbatch": SBATCH,
+        "squeue": "#!/bin/bash\ncat queue\n",
+        "scancel": f"#!/bin/bash\n{note}",
+        "scontrol": f"#!/bin/bash\n[[ $1 == release ]] || exit 1\n{note}",  # and shows no partitions
+    }
     for name, text in programs.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    machine = ("cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "platform=cpu")
+    return lambda: Path("calls").read_text().splitlines() if Path("calls").exists() else []
+
+
+def test_a_recipe_whose_last_stage_is_refused_leaves_no_job_queued(slurm, capsys):
     with pytest.raises(PlatformError, match="QOSMaxSubmitJobPerUserLimit"):
-        run_command(JobCommand("pipeline", "quickstart", (*machine, "until=evaluate")))
-    calls = Path("calls").read_text().splitlines()
-    assert calls == ["sbatch --hold", "sbatch --dependency=afterok:101", "sbatch --dependency=afterok:102",
-                     "scancel 101 102"]  # fmt: skip
+        run_command(JobCommand("pipeline", "quickstart", (*ON_CPUS, "until=evaluate")))
+    assert slurm() == ["sbatch --hold", "sbatch --dependency=afterok:101", "sbatch --dependency=afterok:102",
+                       "scancel 101 102"]  # fmt: skip
     assert "cancelled: job 101 102" in capsys.readouterr().out
+
+
+def test_the_first_stage_is_held_until_all_others_wait_for_it(slurm):
+    assert run_command(JobCommand("pipeline", "quickstart", (*ON_CPUS, "until=r1_zero"))) == ExitCode.DONE
+    assert slurm() == ["sbatch --hold", "sbatch --dependency=afterok:101", "scontrol release 101"]
+
+
+@pytest.mark.parametrize("recipe", [("pretrain", "pretrain"), ("pipeline", "quickstart")])
+def test_a_job_alone_is_not_held(slurm, recipe):
+    until = ("until=pretrain",) if recipe[0] == "pipeline" else ()
+    assert run_command(JobCommand(*recipe, (*ON_CPUS, *until))) == ExitCode.DONE
+    assert len(slurm()) == 1 and "--hold" not in slurm()[0]
+
+
+@pytest.mark.parametrize(
+    ("job", "queued", "refused"),
+    [
+        ("pretrain pretrain", "runs/pretrain/jobs/train.sh", True),
+        ("pretrain pretrain name=other", "runs/pretrain/jobs/train.sh", False),
+        ("pretrain pretrain restart=singleton submit.generations=2", "runs/pretrain/jobs/train.sh", False),
+        ("pipeline quickstart until=r1_zero", "runs/quickstart/jobs/quickstart.r1_zero/jobs/one_node.sh", True),
+        ("pipeline quickstart until=pretrain", "runs/quickstart/jobs/quickstart.r1_zero/jobs/one_node.sh", False),
+    ],
+)
+def test_a_run_has_one_job_in_the_queue(slurm, tmp_path, job, queued, refused):
+    """But for restart=singleton, whose jobs start one after the other."""
+    Path("queue").write_text(f"90 (null)\n91 {tmp_path}/{queued}\n")
+    verb, recipe, *overrides = job.split()
+    command = JobCommand(verb, recipe, (*ON_CPUS, *overrides))
+    if not refused:
+        assert run_command(command) == ExitCode.DONE
+        return
+    with pytest.raises(PlatformError, match="^job 91 of runs/.* runs or waits: cancel it first"):
+        run_command(command)
+    assert slurm() == [] and not Path("runs").exists()
 
 
 def test_without_slurm_one_line_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")
-    machine = ("cluster.gpus_per_node=0", "cluster.ranks_per_node=1", "platform=cpu")
     with pytest.raises(PlatformError, match="squeue: no such program: .* dry_run=true"):
-        run_command(JobCommand("pretrain", "pretrain", machine))
+        run_command(JobCommand("pretrain", "pretrain", ON_CPUS))
     assert not list(tmp_path.iterdir())

@@ -250,6 +250,9 @@ REFUSALS = [
     ("pretrain --config-name absent", "--config-name=absent", "must be one of average, check, context_128k"),
     ("pretrain --config-name=model/tiny", "--config-name=model/tiny", "must be one of average, check, context_128k"),
     ("pretrian", "VERB=pretrian", "must be one of pretrain"),
+    ("chek pretrain", "VERB=chek", "did you mean check?"),
+    ("check pretain", "VERB=pretain", "did you mean pretrain?"),
+    ("submit pipeline=r1_16b", "VERB=pipeline=r1_16b", "did you mean pipeline?"),
     ("pretrain --cfg hydra", "--cfg=hydra", "must be job"),
     ("pretrain --multirun", "option=--multirun", "must be one of --config-name"),
     # nothing to start from

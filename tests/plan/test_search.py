@@ -90,6 +90,11 @@ def test_a_plan_of_a_verb_without_training_is_refused(capsys: pytest.CaptureFixt
     assert "plan takes the command of one of pretrain" in capsys.readouterr().err
 
 
+def test_a_number_of_gpus_that_no_layout_has_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert exit_code(["plan", "pretrain", "gpu=h100", "gpus=7", f"root={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith("megatron-r1: plan.gpus=7: no layout fits: ")
+
+
 def test_arguments_come_from_files(tmp_path: Path) -> None:
     (tmp_path / "some.args").write_text("pretrain\n\n# a comment\nmodel=tiny\n")
     assert with_files(["submit", f"@{tmp_path}/some.args", "nodes=2"]) == [
