@@ -149,7 +149,7 @@ def exit_code(arguments: list[str]) -> int:
         if command.job_verb and command.print_config:
             command.verb = command.job_verb
         if command.verb not in STOP_AT_A_CHECKPOINT:
-            stop_signal.end_by_it()
+            stop_signal.restore_default()
         if command.verb and VERBS[command.verb].of_command and not (command.help or command.version):
             return run_on_command(command)
         config = prepare(command)
@@ -218,7 +218,7 @@ def _another_rank_prints() -> bool:
 def main() -> None:
     """Entry point of the `megatron-r1` command."""
     die_with_parent()
-    stop_signal.keep()
+    stop_signal.block()
     # OpenMP reads this when torch is imported. Threads that spin while they wait would starve an engine on their cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     code = flush_output(exit_code(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""USR1, by which a scheduler warns that a job's time is nearly up: kept until the program looks for it.
+"""USR1, by which a scheduler warns that a job's time is nearly up: blocked until the program looks for it.
 
 A process that does nothing about USR1 dies of it. SLURM sends it at any time, also while Python imports, and to all
 processes of a rank: to servers, workers that score and wandb as well. A blocked signal waits, and what a process starts
@@ -11,34 +11,34 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-WARNING = signal.SIGUSR1
+SIGNAL = signal.SIGUSR1
 
 
-def keep() -> None:
-    """From now on the signal waits, in this process and in those that it starts; call it before a thread starts."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {WARNING})
+def block() -> None:
+    """Let the signal wait, in this process and in those that it starts; to be called before a thread starts."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {SIGNAL})
 
 
-def came() -> bool:
+def received() -> bool:
     """Whether the signal has come since the last look."""
-    return signal.sigtimedwait({WARNING}, 0) is not None
+    return signal.sigtimedwait({SIGNAL}, 0) is not None
 
 
-def end_by_it() -> None:
+def restore_default() -> None:
     """Let the signal end this process, at once where it has come."""
-    signal.signal(WARNING, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {WARNING})
+    signal.signal(SIGNAL, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """What starts meanwhile keeps the signal, as does this process."""
+def blocked() -> Iterator[None]:
+    """What starts meanwhile blocks the signal, as does this process."""
     with _mask(signal.SIG_BLOCK):
         yield
 
 
 @contextmanager
-def handled() -> Iterator[None]:
+def unblocked() -> Iterator[None]:
     """The signal goes to this process's own handler meanwhile."""
     with _mask(signal.SIG_UNBLOCK):
         yield
@@ -46,7 +46,7 @@ def handled() -> Iterator[None]:
 
 @contextmanager
 def _mask(how: int) -> Iterator[None]:
-    before = signal.pthread_sigmask(how, {WARNING})
+    before = signal.pthread_sigmask(how, {SIGNAL})
     try:
         yield
     finally:

@@ -12,21 +12,21 @@ import pytest
 KEEPS = """
 import subprocess, sys
 from megatron_r1 import stop_signal
-stop_signal.keep()
+stop_signal.block()
 child = subprocess.Popen(["sleep", "60"])
 print(child.pid, flush=True)
 sys.stdin.readline()
-print(stop_signal.came(), stop_signal.came(), child.poll(), flush=True)
+print(stop_signal.received(), stop_signal.received(), child.poll(), flush=True)
 child.kill()
 child.wait()
 """
 GIVES_UP = """
 import os, signal
 from megatron_r1 import stop_signal
-stop_signal.keep()
+stop_signal.block()
 os.kill(os.getpid(), signal.SIGUSR1)
-print("kept", flush=True)
-stop_signal.end_by_it()
+print("blocked", flush=True)
+stop_signal.restore_default()
 print("not reached")
 """
 
@@ -36,7 +36,7 @@ from megatron_r1 import __main__, stop_signal
 
 def verb(arguments):
     os.kill(os.getpid(), signal.SIGUSR1)
-    return 40 + stop_signal.came()
+    return 40 + stop_signal.received()
 
 __main__.exit_code = verb
 __main__.main()
@@ -58,9 +58,9 @@ def test_the_signal_waits_and_ends_no_child(ignored: bool) -> None:
 
 def test_a_program_that_has_no_use_for_it_ends() -> None:
     done = subprocess.run([sys.executable, "-c", GIVES_UP], capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stdout) == (-signal.SIGUSR1, "kept\n"), done.stderr
+    assert (done.returncode, done.stdout) == (-signal.SIGUSR1, "blocked\n"), done.stderr
 
 
-def test_the_command_line_keeps_it_before_it_runs_a_verb() -> None:
+def test_the_command_line_blocks_it_before_it_runs_a_verb() -> None:
     done = subprocess.run([sys.executable, "-c", COMMAND_LINE], capture_output=True, text=True, timeout=20)
     assert done.returncode == 41, done.stderr

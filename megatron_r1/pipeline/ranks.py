@@ -40,7 +40,7 @@ class RankProcesses:
         if ranks > 1:
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
         pipe = subprocess.PIPE if prefix else None
-        with stop_signal.kept():
+        with stop_signal.blocked():
             self._processes = [
                 subprocess.Popen(
                     command, env=common | (_rank_variables(rank, ranks) if ranks > 1 else {}), stdout=pipe, stderr=pipe
@@ -101,10 +101,10 @@ class Signals:
 def forwarding_signals() -> Iterator[Signals]:
     """Forwards signals to jobs; afterwards, none of the jobs that it still has is left."""
     signals = Signals()
-    numbers = (signal.SIGTERM, stop_signal.WARNING, signal.SIGINT)
+    numbers = (signal.SIGTERM, stop_signal.SIGNAL, signal.SIGINT)
     before = {number: signal.signal(number, signals._forward) for number in numbers}
     try:
-        with stop_signal.handled():
+        with stop_signal.unblocked():
             yield signals
     finally:
         for number, handler in before.items():

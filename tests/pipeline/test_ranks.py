@@ -53,7 +53,7 @@ def test_ranks_are_numbered(tmp_path: Path) -> None:
 
 def test_a_warning_ends_no_rank_that_starts() -> None:
     program = (
-        "import sys, time; from megatron_r1 import stop_signal; time.sleep(0.2); sys.exit(40 + stop_signal.came())"
+        "import sys, time; from megatron_r1 import stop_signal; time.sleep(0.2); sys.exit(40 + stop_signal.received())"
     )
     with forwarding_signals() as signals:
         signals.jobs.append(job := RankProcesses([sys.executable, "-c", program], 2))

@@ -13,7 +13,7 @@ from megatron_r1 import stop_signal
 from megatron_r1.parallel.waiting import note_signal
 from megatron_r1.train.hooks import Hook
 
-SIGNALS = (signal.SIGTERM, stop_signal.WARNING, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, stop_signal.SIGNAL, signal.SIGINT)
 JOB_ENDS = ("MEGATRON_R1_JOB_ENDS", "SLURM_JOB_END_TIME")
 """Environment variables, the first that is set counts: when the scheduler ends the job, in seconds since 1970."""
 
@@ -28,7 +28,7 @@ class PreemptHook(Hook):
     def __init__(self, save_before_limit_s: float = 0.0) -> None:
         self.received: signal.Signals | None = None
         self._stop_at = job_ends() - save_before_limit_s if save_before_limit_s else float("inf")
-        stop_signal.keep()
+        stop_signal.block()
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -40,8 +40,8 @@ class PreemptHook(Hook):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def stop_requested(self) -> bool:
-        if stop_signal.came():
-            self.received = stop_signal.WARNING
+        if stop_signal.received():
+            self.received = stop_signal.SIGNAL
         return self.received is not None or time.time() >= self._stop_at
 
     @property
