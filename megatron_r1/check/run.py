@@ -11,6 +11,7 @@ from megatron_r1.check.finding import Check, Finding, Job, State, finding_of, un
 from megatron_r1.check.rules import broken_rules, check_of
 from megatron_r1.config.keys import check_overrides, check_recipe
 from megatron_r1.config.load import load_sections
+from megatron_r1.config.pipeline import TRAINING_VERBS
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.verbs import JobCommand
 from megatron_r1.errors import ConfigError, UserError
@@ -82,7 +83,9 @@ def _check_stages(report: Report, config: RunConfig) -> None:
 
 def _job_of_stage(stage: ComposedStage, made: tuple[str, ...], recipe: RunConfig) -> Job:
     """A stage as a job, on as many nodes as it needs where the command names none for the whole recipe."""
-    machine = replace(recipe.check, ranks=recipe.check.ranks or stage.ranks)
+    if recipe.check.ranks and stage.verb in TRAINING_VERBS:
+        stage = replace(stage, ranks=recipe.check.ranks)
+    machine = replace(recipe.check, ranks=stage.ranks)
     job = Job(stage.verb, replace(stage.config, check=machine), made)
     if job.on_gpus and not machine.nodes:
         with suppress(ConfigError):  # which the check of its servers says

@@ -174,6 +174,13 @@ def test_every_stage_of_a_shipped_recipe_passes_but_for_files_that_the_user_brin
     assert {*report.refused} <= {18, 19, 21}, [report.findings[number] for number in report.refused]
 
 
+def test_a_recipe_is_checked_with_the_ranks_and_nodes_that_the_command_names() -> None:
+    bf16 = "pipeline quickstart pipeline.overrides=['model.dtype=bf16'] check.gpu=H100 check.gpus_per_node=2"
+    assert checked(f"{bf16} check.ranks=4 until=r1_zero").refused == [], "servers have a node beside two of the trainer"
+    report = checked(f"{bf16} check.ranks=4 check.nodes=1 until=r1_zero")
+    assert {2, 15} <= {*report.refused} and "take check.nodes=2" in said(report, 2)
+
+
 def test_every_shipped_recipe_is_one_that_is_checked() -> None:
     """Of a verb, of a stage of a recipe with stages, or of a layout's job."""
     stages = {stage.config for name in RECIPES for stage in load("pipeline", [], name).pipeline.stages.values()}
