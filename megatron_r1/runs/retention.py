@@ -46,7 +46,8 @@ def retention_of(train: TrainConfig, verb: str = "") -> Retention:
 
 
 def needs_rollouts_since(checkpoints: Sequence[tuple[int, Path]], retention: Retention) -> int:
-    """The step after which rollouts are needed: that of the oldest checkpoint from which a run goes on exactly.
+    """The step after which rollouts are needed: that of the oldest checkpoint from which a run goes on exactly, or its
+    start, 0, as long as it has fewer.
 
     Args:
         checkpoints: (step, path) of those that a run has, the newest first.
@@ -55,7 +56,7 @@ def needs_rollouts_since(checkpoints: Sequence[tuple[int, Path]], retention: Ret
     # Beyond the newest ones there are more where some of these are damaged.
     newest = [step for number, (step, path) in enumerate(checkpoints)
               if number < retention.newest or path not in for_themselves]  # fmt: skip
-    return min(newest, default=0)
+    return min(newest) if len(newest) >= retention.newest else 0
 
 
 def most_rollouts(train: TrainConfig, max_staleness: int) -> int:

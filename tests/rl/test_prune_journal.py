@@ -55,8 +55,10 @@ def test_a_save_that_fails_and_a_damaged_checkpoint_keep_what_an_older_one_needs
     for step in range(1, 31):
         journal.write(step, [make_sample()])
     with CheckpointStore(tmp_path / "checkpoints", Retention(2)) as store:
-        for step in (3, 6):
-            store.commit(step, write, {})
+        store.commit(3, write, {})
+        PruneJournal(journal, store).after_step(TrainState(step=3), {})
+        assert journal.steps()[0] == 1, "should it be damaged, the run begins anew"
+        store.commit(6, write, {})
         PruneJournal(journal, store).after_step(TrainState(step=30), {})  # saves from 9 to 30 failed
         assert journal.steps()[0] == 4
         (store.commit(9, write, {}) / MANIFEST_NAME).unlink()
