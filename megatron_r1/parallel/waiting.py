@@ -131,7 +131,8 @@ class Waiting:
         while not (job.failed or job.stalled or job.gone) and time.monotonic() < until:
             if number and time.monotonic() > answers_until:
                 beats = within(TELL_S, job.everyone) or {}
-                silent = {rank: beat for rank, beat in beats.items() if beat.answered_call < number}
+                others = beats.keys() - {self._rank}
+                silent = {rank: beats[rank] for rank in sorted(others) if beats[rank].answered_call < number}
                 if silent:
                     why = "without an error of its own, as a process does that is killed"
                     self._tell_lost(f"{_named(silent)} ended {why}", silent)
