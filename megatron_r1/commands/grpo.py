@@ -25,6 +25,7 @@ from megatron_r1.rl.advantages.critic_setup import build_critic
 from megatron_r1.rl.generation.async_rollouts import AsyncRollouts, RolloutSource
 from megatron_r1.rl.generation.reward_service import CollectiveRewardService, NoRewardModels, RewardService
 from megatron_r1.rl.generation.rollouts import REFILLS, Rollouts
+from megatron_r1.rl.generation.sample_tables import ShowSamples, show_none, show_some
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.loop import reinforcement_step
 from megatron_r1.rl.placement import Colocated, Placement, Separate
@@ -89,8 +90,9 @@ def run(config: RunConfig) -> None:
         ):
             prompts = config.rl.prompts_per_rollout
             health = engine.health if engine else dict
-            step = reinforcement_step(rollouts, learner, sync.push, prompts, placement, service, health)
-            state = train(run.state, step, build_hooks(run, learner), config.train.steps)
+            hooks, show = build_hooks(run, learner), build_sample_tables(run)
+            step = reinforcement_step(rollouts, learner, sync.push, prompts, placement, service, health, show)
+            state = train(run.state, step, hooks, config.train.steps)
         finish_run(run, state)
 
 
@@ -209,6 +211,14 @@ def build_hooks(run: TrainingRun, learner: Learner) -> Hook:
     if not is_rank_zero():
         return hooks
     return Hooks([hooks, PruneJournal(Journal(run.folder / JOURNAL), run.store)])
+
+
+def build_sample_tables(run: TrainingRun) -> ShowSamples:
+    """Tables of sampled responses, on the rank that records, where wandb shows them; after the hooks."""
+    rl, tracker = run.config.rl, run.tracker
+    if not rl.sample_table_interval or tracker is None or not tracker.in_wandb:
+        return show_none
+    return show_some(rl, run.tokenizer, tracker.add_samples)
 
 
 class PruneJournal(Hook):

@@ -170,8 +170,15 @@ class RLConfig:
     """Importance weights for the difference between trainer and engine."""
     mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Thresholds of warnings about that difference."""
+    sample_table_interval: int = 50
+    """Steps between tables of sampled responses in wandb, and in the run's folder `tables`; 0 makes none. A run without
+    wandb makes none either."""
+    sample_table_rows: int = 8
+    """Responses in such a table; of a longer prompt or response it has the first and the last 1,000 characters."""
 
     def __post_init__(self) -> None:
+        at_least(self, 0, "sample_table_interval")
+        within(self, 1, 1000, "sample_table_rows")
         at_least(self, 1, "prompts_per_rollout", "updates_per_rollout", "epochs_per_rollout", "tokens_per_micro_batch")
         at_least(self, 1, "group_size")
         one_of(self, "advantage_estimator", ("group", "process", "critic"))

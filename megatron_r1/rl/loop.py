@@ -19,6 +19,7 @@ from megatron_r1.platform.launcher import is_rank_zero
 from megatron_r1.rl.generation.async_rollouts import RolloutSource
 from megatron_r1.rl.generation.reward_service import NoRewardModels, RewardService
 from megatron_r1.rl.generation.rollouts import Rollout
+from megatron_r1.rl.generation.sample_tables import ShowSamples, show_none
 from megatron_r1.rl.learner import Learner
 from megatron_r1.rl.placement import Placement, Separate
 from megatron_r1.rollout.journal import FlatResponses
@@ -45,6 +46,7 @@ def reinforcement_step(
     placement: Placement | None = None,
     service: RewardService | None = None,
     health: Callable[[], Mapping[str, int]] = dict,
+    show: ShowSamples = show_none,
 ) -> Step:
     """The step for the training loop.
 
@@ -58,6 +60,7 @@ def reinforcement_step(
         placement: how engine and trainer share the devices' memory; None is `Separate`.
         service: the reward models, which all ranks serve while rank 0 takes a rollout; None is `NoRewardModels`.
         health: the engine's counters since its start; called on rank 0.
+        show: shows some samples of a rollout to a person.
     """
     engine_counts = EngineCounts(health if rollouts else dict)
     placed, rewards, idle = placement or Separate(), service or NoRewardModels(), IdleShares(rollouts)
@@ -70,6 +73,8 @@ def reinforcement_step(
             with placed.generating(), phase("rollout"):
                 rollout = broadcast_rollout(rollouts, state, rewards)
         writing = text_metrics([sample.text for sample in rollout.samples]) if rollouts else {}
+        if rollouts:
+            show(state.step + 1, rollout.samples)
         if dist.get_world_size() > 1:
             rollout = scatter_responses(rollout, learner.shares(rollout.samples, state.step))
         sampled = time.perf_counter()

@@ -36,6 +36,8 @@ FREE_TO_CHANGE = (
     "rollout.sglang.",
     "convert.workers",
     "reward.math.workers",
+    "rl.sample_table_interval",
+    "rl.sample_table_rows",
     "reward.sandbox.max_parallel",
     "reward.judge_config.concurrency",
 )

@@ -88,6 +88,8 @@ class TrainingRun:
     """The checkpoint from which the run was resumed."""
     ema: MovingAverage | None = None
     """Moving average of the weights, if configured."""
+    tracker: Tracker | None = None
+    """Records the metrics, on rank 0; `hooks` makes it, and its last hook closes it."""
     rewinds: Sequence[Rewind] = ()
     """How often it went back before a spike, and the data that it skips since."""
 
@@ -128,8 +130,8 @@ class TrainingRun:
         if leads:
             title = f"{verb} {self.config.name}"
             settings = resolved(self.config) | {"provenance": newest_record(self.folder)}
-            tracker = Tracker(self.folder, settings, self.config.name, self.config.track, verb, start)
-            log = LogHook(tracker, shown, train.steps, start, train.log_interval, title)
+            self.tracker = Tracker(self.folder, settings, self.config.name, self.config.track, verb, start)
+            log = LogHook(self.tracker, shown, train.steps, start, train.log_interval, title)
             spikes, recording = self._spikes(earlier), [log, *self._prometheus()]
         threshold, device = self.config.profile.straggler_threshold, self.platform.device
         times = [PhaseHook(), RankTimesHook(train.log_interval, train.steps, threshold, device)]

@@ -25,6 +25,8 @@ FINISH_TIMEOUT_S = 30.0
 """Seconds that an online run has at its end to send what it still has."""
 CLOSE_TIMEOUT_S = START_TIMEOUT_S + 2 * FINISH_TIMEOUT_S
 """Most seconds that the end of a run waits for wandb."""
+Action = Callable[[Any], None]
+"""What is done with the run of wandb."""
 REPLACED = "replaced-"
 """Before the name of an offline folder whose rows are being written to a new one."""
 MAX_WAITING = 100_000
@@ -55,6 +57,7 @@ class WandbRun:
         config: resolved configuration of the run.
         identity: name, group and tags in wandb.
         history: rows of the local record before the resume.
+        earlier: what was added before the resume; an offline run, which is written anew, gets it again.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class WandbRun:
         config: Mapping[str, Any],
         identity: Identity,
         history: Sequence[Mapping[str, Any]] = (),
+        earlier: Sequence[Action] = (),
     ):
-        self._folder, self._config, self._identity, self._history = folder, dict(config), identity, history
+        self._folder, self._config, self._identity = folder, dict(config), identity
+        self._history, self._earlier = history, earlier
         self._run: Any = None
         self._next_step = 0
-        self._waiting: queue.Queue[Callable[[Any], None] | None] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.Queue[Action | None] = queue.Queue(MAX_WAITING)
         self._failed = threading.Event()
         self._thread: threading.Thread | None = None
         # If an online run cannot start, its rows are written offline, for `track sync`.
@@ -87,7 +92,7 @@ class WandbRun:
         content = dict(row)
         self.add(lambda run: self._log(run, step, content))
 
-    def add(self, action: Callable[[Any], None]) -> None:
+    def add(self, action: Action) -> None:
         """Have `action` called with the run of wandb, after all that was added before; for artefacts."""
         if self._thread is None or self._failed.is_set():
             return
@@ -144,6 +149,8 @@ class WandbRun:
                 self._log(self._run, row["step"], row)
             self._history = ()
             if mode == "offline":
+                for action in self._earlier:
+                    action(self._run)
                 _remove(wandb_folder.glob(f"{REPLACED}*"))
             return mode
         raise AssertionError("there is a mode")

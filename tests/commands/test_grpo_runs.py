@@ -117,6 +117,17 @@ def test_questions_of_a_file_are_prompts_in_the_models_own_template(folder):
     assert rows(folder, "asked")[-1]["train/skipped_updates"] == 0
 
 
+def test_some_responses_are_in_a_table_where_wandb_shows_them(folder):
+    (table,) = (folder / "asked" / "tables").iterdir()
+    assert table.name == "step-00000002.jsonl"
+    found = [json.loads(line) for line in table.read_text().splitlines()]
+    samples = list(Journal(folder / "asked" / "rollouts").read(2))
+    assert [row["prompt_id"] for row in found] == [sample.prompt_id for sample in samples]
+    assert [row["reward"] for row in found] == [sample.reward for sample in samples]
+    assert all(f"<|user|>{QUESTIONS[int(row['prompt_id']) - 1]}<|assistant|>" in row["prompt"] for row in found)
+    assert not (folder / "whole" / "tables").exists(), "without wandb"
+
+
 def test_a_policy_learns_from_a_teacher_without_rewards_or_groups(folder, found):
     first, second = rows(folder, "distilled")
     assert first["policy/kl_loss"] == first["policy/kl"] > 0 and first["rollout/reward"] == 0

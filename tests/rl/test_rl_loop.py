@@ -90,6 +90,13 @@ def test_each_step_records_what_the_engine_counted_since_the_last(one_rank):
     assert [second[f"rollout/{name}"] for name in names] == [4, 0, 2, 1]
 
 
+def test_each_rollout_is_shown_with_its_step(one_rank):
+    run, shown = Run(), []
+    step = reinforcement_step(run, run, run.publish, 7, show=lambda step, samples: shown.append((step, len(samples))))
+    step(step(TrainState())[0])
+    assert shown == [(1, len(SAMPLES)), (2, len(SAMPLES))]
+
+
 def test_weights_that_did_not_arrive_are_sent_once_more(one_rank):
     run = Run(("send 1",))
     assert run.go().step == 2

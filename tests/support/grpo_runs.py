@@ -169,7 +169,7 @@ def main(folder: Path) -> None:
     run(reward_model, "reward_model", "name=judge", *REWARD)
     still = ("rl.critic.init_from={}/judge", "rl.critic.learning_rate=1e-12", "train.steps=1")
     run(grpo, "grpo", "name=judged", *PPO, *still)
-    run(grpo, "grpo", "name=asked", *PROMPT_FILE)
+    run(grpo, "grpo", "name=asked", *PROMPT_FILE, "track.wandb=offline", "rl.sample_table_interval=2")
     run(grpo, "grpo", "name=distilled", *DISTILLED)
     run(evaluate, "evaluate", "name=general", *EXAM)
     run(pretrain, "pretrain", "name=speaker", *SPEAKER, "train.steps=2")

@@ -112,6 +112,46 @@ def test_resume_continues_the_wandb_run_without_duplicates(tmp_path):
     assert wandb_rows(folder, 1) == ([{"step": 1} | row_of(1)], ids), "killed before its first checkpoint"
 
 
+def sample_tables(run_folder: Path, expected: int) -> list[dict[str, Any]]:
+    """Content of each table of samples in the offline run, in the order of its records."""
+    for _ in range(100):
+        (path,) = run_folder.glob("wandb/offline-run-*/*.wandb")
+        found = [record.artifact for record in offline_records(path) if record.artifact.type == "samples"]
+        if len(found) >= expected:
+            break
+        time.sleep(0.1)
+    contents = [artifact.manifest.contents for artifact in found]
+    return [orjson.loads(Path(content[0].local_path).read_bytes()) for content in contents]
+
+
+def test_tables_of_samples_are_in_the_offline_run_once_each_after_a_resume(tmp_path):
+    folder = tmp_path / "run"
+
+    def sampled(steps, resume_step=0, setting="offline"):
+        with Tracker(folder, {}, "rl", TrackConfig(wandb=setting), "grpo", resume_step) as tracker:
+            for step in steps:
+                tracker.add_samples(
+                    step, [{"step": step, "response": "4 \u00e9", "reward": 0.5, "attempt": resume_step}]
+                )
+                tracker.log(step, row_of(step))
+
+    sampled([1, 2, 3])
+    sampled([3, 4], resume_step=2)
+    tables = sample_tables(folder, 4)
+    assert [table["columns"] for table in tables] == [["step", "response", "reward", "attempt"]] * 4
+    assert [table["data"] for table in tables] == [
+        [[step, "4 \u00e9", 0.5, attempt]] for step, attempt in ((1, 0), (2, 0), (3, 2), (4, 2))
+    ]
+    assert len(list((folder / "tables").iterdir())) == 4
+
+
+def test_a_table_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+    with Tracker(tmp_path, {}, "rl", TrackConfig(wandb="disabled"), "grpo") as tracker:
+        (tmp_path / "tables").write_text("in the way")
+        tracker.add_samples(1, [])
+    assert "step 1: no table of samples: " in caplog.text
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
