@@ -25,7 +25,7 @@ MACHINES_THAT_ARE_OFF = (
     "PartitionName=gpu Nodes=gpu[001-160]", "PartitionName=short Nodes=gpu[001-002] MaxTime=60",
 )  # fmt: skip
 """Nodes of eight GPUs, on which SLURM plans jobs (sbatch --test-only) and none runs."""
-CLUSTERS, JOBS, PERIOD = 6, 52, 625
+CLUSTERS, JOBS, PERIOD = 4, 78, 625
 """Clusters of this machine at one time, and jobs of each, whose own ports differ: job.sh makes them of the job's
 number, and numbers that differ by PERIOD have the same ones."""
 
