@@ -19,8 +19,9 @@ def stage_jobs(config: RunConfig) -> dict[str, RunConfig]:
     Raises:
         ConfigError: a stage does not compose, or its ranks or servers do not fit on the cluster's nodes.
     """
-    stages = compose_stages(config, run_folder(config))
-    return {name: _stage_job(config, stages[name]) for name in selected(config.pipeline)}
+    names = selected(config.pipeline)
+    stages = compose_stages(config, run_folder(config), names)
+    return {name: _stage_job(config, stages[name]) for name in names}
 
 
 def _stage_job(config: RunConfig, stage: ComposedStage) -> RunConfig:

@@ -44,9 +44,10 @@ def stage_of(recipe: RunConfig) -> RunConfig:
     Raises:
         ConfigError: it runs several.
     """
-    if not recipe.pipeline.only:
+    name = recipe.pipeline.only
+    if not name:
         raise ConfigError("pipeline.only", "", "must name the stage whose servers are to start")
-    return compose_stages(recipe, run_folder(recipe))[recipe.pipeline.only].config
+    return compose_stages(recipe, run_folder(recipe), [name])[name].config
 
 
 def own_node(config: RunConfig) -> str:

@@ -49,6 +49,11 @@ def selected(pipeline: PipelineConfig) -> list[str]:
     return names
 
 
+def with_all_needed(pipeline: PipelineConfig, names: Iterable[str]) -> list[str]:
+    """These stages and all that they need, each after those that it needs."""
+    return _with_all({name: needed_by(pipeline, name) for name in pipeline.stages}, names)
+
+
 def _with_all(needs: Mapping[str, Iterable[str]], names: Iterable[str]) -> list[str]:
     """The names and all that they need, each after what it needs."""
     found: dict[str, None] = {}

@@ -11,6 +11,7 @@ import pytest
 from megatron_r1.config.load import load
 from megatron_r1.config.pipeline import PipelineConfig, StageConfig
 from megatron_r1.errors import ConfigError
+from megatron_r1.pipeline.compose import compose_stages
 from megatron_r1.pipeline.graph import as_text, in_order, mermaid, selected
 from megatron_r1.pipeline.recipe import ComposedRecipe
 from megatron_r1.pipeline.settings import settings_of
@@ -128,6 +129,12 @@ def test_a_stage_is_composed_with_the_paths_and_the_model_of_its_inputs(folder: 
     assert stages["samples"].path_of("samples").endswith("x/samples/samples.jsonl")
     assert stages["convert"].path_of("hf") == f"hf:{folder}/convert/hf"
     assert r1.settings["model.hidden_size"] == pretrain.model.hidden_size == r1.model.hidden_size
+
+
+def test_a_stage_is_composed_alone_with_what_it_needs(folder: Path) -> None:
+    config = recipe_config(folder)
+    whole, some = compose_stages(config, folder), compose_stages(config, folder, ["samples"])
+    assert list(some) == ["pretrain", "zero", "samples"] and all(some[name] == whole[name] for name in some)
 
 
 def test_a_stage_added_on_the_command_line_averages_two_others(folder: Path) -> None:

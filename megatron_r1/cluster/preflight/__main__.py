@@ -132,8 +132,9 @@ def judges(config: RunConfig) -> list[str]:
     """Endpoints that the job's rewards call, of a recipe those of the stages that it runs."""
     found = [config.reward.judge_config.url] if config.reward.judge else []
     if config.pipeline.stages:
-        stages = compose_stages(config, run_folder(config))
-        settings = [stages[name].settings for name in selected(config.pipeline)]
+        names = selected(config.pipeline)
+        stages = compose_stages(config, run_folder(config), names)
+        settings = [stages[name].settings for name in names]
         found += [one["reward.judge_config.url"] for one in settings if one.get("reward.judge")]
     return list(dict.fromkeys(found))
 
