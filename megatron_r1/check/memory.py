@@ -8,9 +8,10 @@ from megatron_r1.check.finding import Check, Finding, Job, finding_of, passed, r
 from megatron_r1.config.keys import reads
 from megatron_r1.config.nodes import nodes_of, servers_per_node, starts_servers
 from megatron_r1.errors import ConfigError
+from megatron_r1.memory.colocated import receiving
 from megatron_r1.memory.engine import WEIGHT_AND_CACHE, cache_bytes_per_token, engine_weights
 from megatron_r1.memory.parts import GB, MemoryParts
-from megatron_r1.memory.storage import host_bytes_per_rank
+from megatron_r1.memory.storage import host_memory_of_node
 from megatron_r1.memory.trainer import job_memory, largest_pass
 
 SAVINGS = (
@@ -118,34 +119,29 @@ def _server_gpus(job: Job) -> Iterator[Finding]:
 def _colocated(job: Job, stages: list[MemoryParts]) -> Iterator[Finding]:
     rollout, memory = job.config.rollout, job.config.check.memory_gb
     trainer = max(one.total for one in stages)
-    kept = max(one.parts.get("weights", 0.0) for one in stages)
-    engine = engine_weights(job.config.model, rollout)
+    sending = receiving(job.config, max(one.of("weights") for one in stages))
     if not rollout.sglang.server.memory_saver:
         text = "rollout.sglang.server.memory_saver=false: the engine keeps its memory while the trainer trains"
         yield refused(text, "take true")
-    both = kept + engine + rollout.weight_sync.bucket_mb * 2**20
-    text = f"trainer's weights {kept / GB:.1f} + engine's weights {engine / GB:.1f} GB while weights are sent"
+    text = f"{sending.total / GB:.1f} GB while weights are sent: {sending.text()}"
     if not memory:
         yield unknown(text, "set check.gpu or check.gpu_memory_gb")
-    elif both > memory * GB:
+    elif sending.total > memory * GB:
         yield refused(f"{text}, of {memory:g} GB", "take more ranks for either, or placement=separate")
     else:
-        yield passed(f"{text}; the trainer alone takes {trainer / GB:.1f} GB")
+        yield passed(f"{text}; {trainer / GB:.1f} GB while the trainer trains")
 
 
 def _host(job: Job) -> Iterator[Finding]:
     try:
-        parts = host_bytes_per_rank(job.config, job.ranks, job.verb)
+        node = host_memory_of_node(job.config, job.ranks, job.verb, job.config.check.gpus_per_node)
     except ConfigError:
         yield unknown("not checked: the layout does not fit the model")
         return
-    per_node = min(job.ranks, job.config.check.gpus_per_node)
-    total = per_node * sum(parts.values())
-    named = ", ".join(f"{name} {per_node * amount / GB:.3g}" for name, amount in sorted(parts.items()))
-    text, memory = f"{total / GB:.0f} GB on a node: {named}", job.config.check.host_memory_gb
+    text, memory = f"{node.total / GB:.0f} GB on a node: {node.text()}", job.config.check.host_memory_gb
     if not memory:
         yield unknown(text, "set check.host_memory_gb")
-    elif total > memory * GB:
+    elif node.total > memory * GB:
         change = "take fewer ranks a node, train.async_save=false, train.ema_decay=0 or train.optimizer.offload=false"
         yield refused(f"{text}; the node has {memory:g} GB", change)
     else:

@@ -7,6 +7,7 @@ from megatron_r1.memory.activations import FP32
 from megatron_r1.memory.chunks import chunks_of_ranks, parameters_of_rank
 from megatron_r1.memory.colocated import is_colocated
 from megatron_r1.memory.parameters import of_model
+from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.memory.trainer import dense_ranks, expert_ranks, keeps_reference
 
 TEXT_BYTES = 4
@@ -51,6 +52,14 @@ def host_bytes_per_rank(config: RunConfig, ranks: int, verb: str) -> dict[str, f
         "process": PROCESS_BYTES,
     }
     return {name: amount for name, amount in found.items() if amount}
+
+
+def host_memory_of_node(config: RunConfig, ranks: int, verb: str, ranks_per_node: int) -> MemoryParts:
+    """Host memory of a node whose ranks keep as much as the one with most weights."""
+    memory, here = MemoryParts(), min(ranks, ranks_per_node)
+    for name, amount in host_bytes_per_rank(config, ranks, verb).items():
+        memory.add(name, here * amount)
+    return memory
 
 
 PROCESS_BYTES = 3e9

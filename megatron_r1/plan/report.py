@@ -83,7 +83,7 @@ def _page(plan: JobPlan) -> str:
         best.job.config,
         plan.command.verb,
         best.job.ranks,
-        largest_pass(best.job.config, plan.command.verb, best.job.data_parallel),
+        largest_pass(best.job.config, plan.command.verb, best.job.data_parallel, best.job.imbalance),
         True,
     )
     return html_page(title, timeline(plan), memory, limit, facts)
@@ -157,6 +157,7 @@ def _candidate(one: PlannedLayout, plan: JobPlan) -> dict[str, Any]:
         "overrides": changed_keys(config, plan.config),
         "memory_bytes": {name: round(amount) for name, amount in one.memory.parts.items()},
         "memory_total_bytes": round(one.memory.total),
+        "host_memory_of_node_bytes": {name: round(amount) for name, amount in one.host.parts.items()},
     }
     if one.time:
         train = update_of(one.job, plan.command.verb).config.train

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from megatron_r1.config.cross_checks import check_layout, check_sections
 from megatron_r1.config.hardware import GPUS
@@ -11,6 +11,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.memory.activations import FP32
 from megatron_r1.memory.chunks import PipelineRanks
 from megatron_r1.memory.parts import GB, MemoryParts
+from megatron_r1.memory.storage import host_memory_of_node
 from megatron_r1.memory.trainer import fullest_rank, largest_pass
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.job import Stack, TrainingJob
@@ -37,6 +38,8 @@ class PlannedLayout:
     """Of the pipeline rank that needs most."""
     time: StepTime | None = None
     """None where it does not fit."""
+    host: MemoryParts = field(default_factory=MemoryParts)
+    """Host memory of a node."""
 
     @property
     def layout(self) -> str:
@@ -46,6 +49,11 @@ class PlannedLayout:
                  ("EP", degrees.expert), ("ETP", degrees.expert_tensor), ("CP", degrees.context))  # fmt: skip
         words = [f"{name}{degree}" for name, degree in named if degree > 1 or name in ("TP", "PP", "EP")]
         return " ".join([*words, f"DP{self.job.data_parallel}"])
+
+    @property
+    def exceeds_host(self) -> bool:
+        """Whether a node has too little host memory."""
+        return self.host.total > self.job.gpu.host_memory_gb * GB
 
     @property
     def seconds(self) -> float:
@@ -102,11 +110,18 @@ def search(
         timed = PlannedLayout(found.job, found.memory, step_time(count(update_of(found.job, verb)), constants))
         if timed.seconds < fitting[timed.layout].seconds if timed.layout in fitting else True:
             fitting[timed.layout] = timed
-    ordered = sorted(fitting.values(), key=lambda one: one.seconds)
-    allowed = _allowed(ordered, verb)
+    ordered = [_with_host(one, verb) for one in sorted(fitting.values(), key=lambda one: one.seconds)]
+    too_large += [one for one in ordered if one.exceeds_host]
+    allowed = _allowed([one for one in ordered if not one.exceeds_host], verb)
     simulated = [_simulated(one, verb, constants) for one in allowed[:SIMULATED]]
     simulated.sort(key=lambda one: one.seconds)
     return Found(gpus, simulated + allowed[SIMULATED:], sorted(too_large, key=lambda one: one.memory.total), tried)
+
+
+def _with_host(candidate: PlannedLayout, verb: str) -> PlannedLayout:
+    """With the host memory of a node."""
+    job = candidate.job
+    return replace(candidate, host=host_memory_of_node(job.config, job.ranks, verb, job.gpu.per_node))
 
 
 def _simulated(candidate: PlannedLayout, verb: str, constants: Constants) -> PlannedLayout:
@@ -198,6 +213,8 @@ PARTS = {
 
 def why_too_large(candidate: PlannedLayout, limit: float) -> str:
     """What fills the memory of a layout that does not fit."""
-    name, amount = max(candidate.memory.parts.items(), key=lambda part: part[1])
-    total = candidate.memory.total
-    return f"{total / GB:.0f} GB where {limit / GB:.0f} are: {name} {amount / GB:.0f} GB"
+    memory, where = candidate.memory, ""
+    if candidate.exceeds_host:
+        memory, where, limit = candidate.host, " of host memory", candidate.job.gpu.host_memory_gb * GB
+    name, amount = max(memory.parts.items(), key=lambda part: part[1])
+    return f"{memory.total / GB:.0f} GB{where} where {limit / GB:.0f} are: {name} {amount / GB:.0f} GB"

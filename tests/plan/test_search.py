@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -10,12 +11,13 @@ import pytest
 from megatron_r1.__main__ import exit_code
 from megatron_r1.config.command_line import with_files
 from megatron_r1.config.cross_checks import check_layout, check_sections
+from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.load import load
 from megatron_r1.errors import ConfigError
 from megatron_r1.memory.parts import GB
 from megatron_r1.plan.constants import Constants
-from megatron_r1.plan.layouts import Fixed
-from megatron_r1.plan.search import SIMULATED, search, smallest_cluster, why_slower, why_too_large
+from megatron_r1.plan.layouts import Fixed, layouts
+from megatron_r1.plan.search import SIMULATED, Found, search, smallest_cluster, why_slower, why_too_large
 
 MOONLIGHT = ["model=moonlight_16b", "train.sequence_length=4096", "train.micro_batch_size=1",
              "train.global_batch_size=1024"]  # fmt: skip
@@ -57,6 +59,51 @@ def test_a_key_that_the_command_sets_is_kept() -> None:
     for one in search(config, "pretrain", 16, Constants(), fixed).best_first:
         assert one.job.config.parallel.tensor == 2
         assert one.job.config.performance.recompute_modules == ["moe_act"]
+
+
+def test_uneven_routing_takes_memory() -> None:
+    layout = {"parallel.tensor": 1, "parallel.pipeline": 1, "parallel.expert": 8, "performance.recompute_modules": "[]"}
+    fixed = Fixed(frozenset({*layout, "train.micro_batch_size"}))
+
+    def activations(imbalance: float) -> float:
+        keys = [f"{key}={value}" for key, value in layout.items()]
+        config = load("pretrain", [*MOONLIGHT, *keys, f"plan.imbalance={imbalance}"])
+        (found,) = search(config, "pretrain", 16, Constants(), fixed).best_first
+        return found.memory.of("activations")
+
+    assert 1.2 * activations(1.0) < activations(2.0) < 2 * activations(1.0)
+
+
+def test_engines_that_share_gpus_leave_the_trainer_fewer_layouts() -> None:
+    def found(placement: str) -> Found:
+        server = ["rollout=sglang", "rollout.sglang.server.memory_saver=true", f"rollout.placement={placement}"]
+        return search(load("grpo", ["model=moonlight_16b", *server]), "grpo", 16, Constants(), Fixed())
+
+    separate, colocated = found("separate"), found("colocated")
+    assert {one.layout for one in colocated.best_first} < {one.layout for one in separate.best_first}
+    assert "engine's process" in colocated.best_first[0].memory.parts
+
+
+def test_a_node_with_too_little_host_memory_is_too_small() -> None:
+    away = ["train.ema_decay=0.999", "train.async_save=true", "train.optimizer.offload=true"]
+    config = load("pretrain", ["model=v3_671b", "train.sequence_length=4096", "train.global_batch_size=512", *away,
+                               "parallel.tensor=1", "parallel.pipeline=8", "plan.gpu=gb300"])  # fmt: skip
+    fixed = Fixed(frozenset({"parallel.tensor", "parallel.pipeline"}))
+    found = search(config, "pretrain", 64, Constants(), fixed)
+    assert not found.best_first and found.too_large
+    assert "of host memory where 960 are: " in why_too_large(found.too_large[0], 1.0)
+
+
+def test_ranks_share_an_expert_where_more_cannot_share_the_experts() -> None:
+    config = load("pretrain", ["model=tiny", "train.global_batch_size=64"])
+    tried = {(one.parallel.expert, one.parallel.expert_tensor, one.parallel.tensor)
+             for one in layouts(config, "pretrain", GPUS["H100"], 64, Fixed())}  # fmt: skip
+    experts = config.model.moe.num_experts
+    assert (experts, 2, 2) in tried and (experts // 2, 1, 2) in tried
+    assert all(expert == experts and shared <= tensor for expert, shared, tensor in tried if shared > 1)
+    given = replace(config, parallel=replace(config.parallel, expert=2))
+    fixed = Fixed(frozenset({"parallel.expert"}))
+    assert any(one.parallel.expert_tensor > 1 for one in layouts(given, "pretrain", GPUS["H100"], 64, fixed))
 
 
 def test_the_smallest_cluster_is_the_first_that_fits() -> None:
