@@ -1,11 +1,10 @@
 """Jobs that are stopped in the middle go on with the losses of a job that was not, in each of the restart modes.
 
-Two pairs of mode and stop run always, all of them by `-m slow`. The jobs of the fixtures run side by side.
+One pair of mode and stop runs always, all of them by `-m slow`; the jobs of the fixtures run beside it. Chains go on in
+test_recipes.py, generations here by the clock.
 """
 
 from __future__ import annotations
-
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -17,7 +16,7 @@ JOB = (
     "pretrain", *TINY, "train.steps=20", "train.save_interval=5", "train.schedule.lr_decay_style=constant",
 )  # fmt: skip
 MODES = ("requeue", "chain", "singleton")
-ALWAYS = (("requeue", "signal"), ("chain", "signal"))
+ALWAYS = (("requeue", "signal"),)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,26 +44,6 @@ def stuck(cluster) -> str:
     return "stuck"
 
 
-def start(cluster: Cluster, mode: str, how: str) -> str:
-    """Submit the job of a pair; returns its id."""
-    return cluster.submit(*JOB, f"name={mode}_{how}", f"restart={mode}", "submit.generations=6", *STOPS[how])
-
-
-def stop(cluster: Cluster, job: str, mode: str, how: str) -> bool:
-    """Stop the job of a pair after its first step; returns whether SLURM did."""
-    cluster.wait_for_step(f"{mode}_{how}")
-    return cluster.stop(f"{mode}_{how}", job, how)
-
-
-@pytest.fixture(scope="module")
-def stopped_always(cluster, undisturbed) -> dict[tuple[str, str], tuple[str, bool]]:
-    """Job of each pair that runs always, and whether SLURM stopped it."""
-    jobs = {pair: start(cluster, *pair) for pair in ALWAYS}
-    with ThreadPoolExecutor() as threads:
-        stopped = list(threads.map(lambda pair: stop(cluster, jobs[pair], *pair), ALWAYS))
-    return {pair: (jobs[pair], one) for pair, one in zip(ALWAYS, stopped, strict=True)}
-
-
 @pytest.mark.parametrize(
     ("mode", "how"),
     [
@@ -73,13 +52,11 @@ def stopped_always(cluster, undisturbed) -> dict[tuple[str, str], tuple[str, boo
         for how in STOPS
     ],
 )
-def test_a_stopped_job_goes_on(cluster: Cluster, undisturbed, mode, how, request):
+def test_a_stopped_job_goes_on(cluster: Cluster, undisturbed, mode, how):
     name = f"{mode}_{how}"
-    if (mode, how) in ALWAYS:
-        job, stopped = request.getfixturevalue("stopped_always")[mode, how]
-    else:
-        job = start(cluster, mode, how)
-        stopped = stop(cluster, job, mode, how)
+    job = cluster.submit(*JOB, f"name={name}", f"restart={mode}", "submit.generations=6", *STOPS[how])
+    cluster.wait_for_step(name)
+    stopped = cluster.stop(name, job, how)
     assert stopped == (mode == "requeue" or how != "requeue"), "SLURM requeues no job that has --no-requeue"
     states = cluster.wait_for_all()
     assert losses(cluster.run_folder(name)) == losses(cluster.run_folder(undisturbed)), cluster.logs()
