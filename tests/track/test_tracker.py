@@ -136,11 +136,11 @@ def test_tables_of_samples_are_in_the_offline_run_once_each_after_a_resume(tmp_p
                 tracker.log(step, row_of(step))
 
     sampled([1, 2, 3])
-    sampled([3, 4], resume_step=2)
+    sampled([4, 5], resume_step=2)
     tables = sample_tables(folder, 4)
     assert [table["columns"] for table in tables] == [["step", "response", "reward", "attempt"]] * 4
     assert [table["data"] for table in tables] == [
-        [[step, "4 \u00e9", 0.5, attempt]] for step, attempt in ((1, 0), (2, 0), (3, 2), (4, 2))
+        [[step, "4 \u00e9", 0.5, attempt]] for step, attempt in ((1, 0), (2, 0), (4, 2), (5, 2))
     ]
     assert len(list((folder / "tables").iterdir())) == 4
 
