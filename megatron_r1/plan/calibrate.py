@@ -86,6 +86,7 @@ def scaled(constants: Constants, factor: float) -> Constants:
         memory=constants.memory / factor,
         link=constants.link / factor,
         launch=constants.launch * factor,
+        exchange=constants.exchange * factor,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_r1.config.pipeline_stages import fitting_group_size
 from megatron_r1.plan.constants import Constants
+from megatron_r1.plan.exchange import NETWORK_SHARE, NVLINK_SHARE
 from megatron_r1.plan.job import TrainingJob
 from megatron_r1.plan.pipeline.orders import ScheduleShape
 from megatron_r1.plan.pipeline.simulate import Durations
@@ -37,8 +38,10 @@ def durations_of(counted: Counted, constants: Constants) -> Durations:
         [_whole(stage.forward) for stage in stages],
         [_whole(stage.backward_input) for stage in stages],
         [_whole(stage.backward_weight) for stage in stages],
-        p2p=sent / (constants.link * (job.gpu.nvlink if near else job.gpu.network)),
-        overlap_saves=[_saved(stage, job, constants) for stage in stages] if overlaps(job) else (),
+        p2p=sent / (NVLINK_SHARE * job.gpu.nvlink if near else NETWORK_SHARE * job.gpu.network),
+        # DualPipe's open implementation waits for what it sends and receives before the next pass (DualPipe.step).
+        p2p_overlaps=job.stack.schedule != "DualPipe",
+        overlap_saves=[_saved(stage, job) for stage in stages] if overlaps(job) else (),
     )
 
 
@@ -59,7 +62,7 @@ def _whole(one: Seconds) -> float:
     return one.compute + one.exchange
 
 
-def _saved(stage: ChunkSeconds, job: TrainingJob, constants: Constants) -> float:
+def _saved(stage: ChunkSeconds, job: TrainingJob) -> float:
     """Seconds that overlapping saves where a forward and a backward pass of a stage run together."""
     backward = stage.backward_input + stage.backward_weight
-    return _whole(stage.forward) + _whole(backward) - sum(pair(stage.forward, backward, job, constants))
+    return _whole(stage.forward) + _whole(backward) - sum(pair(stage.forward, backward, job))

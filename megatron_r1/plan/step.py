@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_r1.memory.chunks import PipelineChunk, chunks_of_ranks, parameters_of_rank
@@ -9,7 +10,7 @@ from megatron_r1.memory.parameters import Parameters
 from megatron_r1.memory.trainer import dense_ranks, expert_ranks
 from megatron_r1.plan import work
 from megatron_r1.plan.constants import Constants
-from megatron_r1.plan.exchange import traffic
+from megatron_r1.plan.exchange import exchange_seconds, traffic
 from megatron_r1.plan.job import TrainingJob
 from megatron_r1.plan.work import LayerWork, Sizes, Work
 
@@ -22,7 +23,7 @@ class Seconds:
     """Of one pass of a micro-batch through one chunk of a pipeline rank."""
 
     compute: float = 0.0
-    """Computation and tensor-parallel collectives, or the host's launches where they take longer."""
+    """Computation, tensor-parallel collectives, and the host's launches that they wait for."""
     exchange: float = 0.0
     """The experts' exchange, where nothing hides it."""
     arithmetic: float = 0.0
@@ -64,15 +65,16 @@ def seconds(passed: Work, job: TrainingJob, constants: Constants) -> Seconds:
     """Seconds of a pass."""
     gpu, factor = job.gpu, constants.older if job.stack.older else 1.0
     bf16, fp8 = gpu.bf16 * gpu.sustained, gpu.fp8 * gpu.sustained
-    arithmetic = (passed.bf16 / bf16 + passed.fp8 / fp8) / constants.matrix
+    arithmetic = passed.bf16 / bf16 / constants.matrix
+    arithmetic += passed.fp8 / fp8 / (job.stack.fp8_share or constants.matrix)
     arithmetic += (passed.scores_bf16 / bf16 + passed.scores_fp8 / fp8) / constants.attention
     arithmetic *= factor
     compute = arithmetic + passed.memory / (constants.memory * gpu.memory_bandwidth) * factor
     compute += passed.tensor / (constants.link * gpu.nvlink)
-    launches = passed.kernels * constants.launch * (1 - job.stack.cuda_graphs)
-    network = passed.expert_network / (constants.link * gpu.network)
-    near = passed.expert_nvlink / (constants.link * gpu.nvlink)
-    return Seconds(max(compute, launches), max(network, near), arithmetic)
+    exchange = constants.exchange * exchange_seconds(passed.expert_network, passed.expert_nvlink, gpu)
+    launch = constants.launch * (1 - job.stack.cuda_graphs)
+    compute += passed.awaited * launch
+    return Seconds(max(compute, passed.kernels * launch - exchange), exchange, arithmetic)
 
 
 def chunk_work(chunk: PipelineChunk, kinds: dict[str, LayerWork]) -> LayerWork:
@@ -108,7 +110,7 @@ def count(job: TrainingJob) -> Counted:
     sizes = Sizes(
         config, job.tokens, config.train.sequence_length * job.attended,
         traffic(config, job.gpu, job.stack.fp8_dispatch),
-        job.imbalance, job.stack.fp8_attention and config.fp8.enabled,
+        job.imbalance, job.stack.fp8_attention and config.fp8.enabled, job.stack.gradient_bytes,
     )  # fmt: skip
     kinds = dict(work.parts(sizes))
     known: dict[PipelineChunk, int] = {}
@@ -131,8 +133,11 @@ def count(job: TrainingJob) -> Counted:
 def chunk_seconds(counted: Counted, constants: Constants) -> list[list[ChunkSeconds]]:
     """Seconds of each chunk of each pipeline rank."""
     found = [
-        ChunkSeconds(*(seconds(one, counted.job, constants)
-                       for one in (work.forward, work.backward_input, work.backward_weight)))
+        ChunkSeconds(
+            seconds(work.forward, counted.job, constants),
+            seconds(work.backward_input, counted.job, constants),
+            seconds(work.backward_weight, counted.job, constants),
+        )
         for work in counted.chunks
     ]  # fmt: skip
     return [[found[number] for number in rank] for rank in counted.ranks]
@@ -143,14 +148,14 @@ def overlaps(job: TrainingJob) -> bool:
     return job.config.performance.overlap_moe_expert_parallel_comm or job.stack.schedule == "DualPipe"
 
 
-def pair(forward: Seconds, backward: Seconds, job: TrainingJob, constants: Constants) -> tuple[float, float]:
+def pair(forward: Seconds, backward: Seconds, job: TrainingJob) -> tuple[float, float]:
     """Computation and exposed exchange of a forward and a backward pass, one after the other or overlapped."""
     compute, exchange = forward.compute + backward.compute, forward.exchange + backward.exchange
     if not overlaps(job):
         return compute, exchange
     share = job.stack.dispatch_share
     slowed = compute + (forward.arithmetic + backward.arithmetic) * share / (1 - share)
-    return slowed, max(constants.exposed * exchange, exchange - slowed)
+    return slowed, max((1 - job.stack.hidden) * exchange, exchange - slowed)
 
 
 def step_time(counted: Counted, constants: Constants) -> StepTime:
@@ -158,7 +163,7 @@ def step_time(counted: Counted, constants: Constants) -> StepTime:
     job, ranks = counted.job, chunk_seconds(counted, constants)
     totals = []
     for chunks in ranks:
-        pairs = [pair(one.forward, one.backward_input + one.backward_weight, job, constants) for one in chunks]
+        pairs = [pair(one.forward, one.backward_input + one.backward_weight, job) for one in chunks]
         totals.append((sum(compute for compute, _ in pairs), sum(exchange for _, exchange in pairs)))
     compute, exchange = max(totals, key=sum)
     count = job.micro_batches
@@ -193,20 +198,35 @@ def _update(counted: Counted, constants: Constants, ranks: list[list[ChunkSecond
     exposed = optimizer = 0.0
     for parameters, chunks in zip(counted.held, ranks, strict=True):
         exchange = _gradient_seconds(job, parameters, constants)
-        hidden = 0.0
         if config.performance.overlap_grad_reduce:
-            # Only the last micro-batch's backward pass completes gradients.
-            hidden = sum(one.backward_input.compute + one.backward_weight.compute for one in chunks)
-        exposed = max(exposed, max(0.0, exchange - hidden))
+            exchange = _after_backward(exchange, chunks, config.parallel.pipeline)
+        exposed = max(exposed, exchange)
         dense = parameters.dense_of_rank(config.parallel) / dense_ranks(config, job.ranks)
         experts = parameters.experts_of_rank(config.parallel) / expert_ranks(config, job.ranks)
         optimizer = max(optimizer, ADAM_BYTES * (dense + experts) / (constants.memory * gpu.memory_bandwidth))
     return exposed, optimizer
 
 
+def _after_backward(exchange: float, chunks: Sequence[ChunkSeconds], pipeline: int) -> float:
+    """Seconds of a gradient sum of `exchange` seconds that are left when the last backward pass ends.
+
+    The last micro-batch completes gradients. Where ranks have several chunks, the last `pipeline` micro-batches pass
+    backwards through one chunk before the next, so that all but the first chunk's are complete long before.
+    """
+    backward = sum(one.backward_input.compute + one.backward_weight.compute for one in chunks)
+    of_first = 1 / len(chunks)
+    window = backward * (of_first + pipeline * (1 - of_first))
+    return max(0.0, exchange - window, of_first * (exchange - backward))
+
+
 def _gradient_seconds(job: TrainingJob, held: Parameters, constants: Constants) -> float:
-    """Seconds in which a rank's gradients are summed and its new weights gathered."""
+    """Seconds in which a rank's gradients are summed and its new weights gathered.
+
+    Weights are gathered in FP8 on Hopper alone: MXFP8 needs them by rows and by columns, and is gathered in bf16
+    (megatron-core's reuse_grad_buf_for_mxfp8_param_ag).
+    """
     config, gpu = job.config, job.gpu
+    gathered = 1 if config.fp8.enabled and gpu.generation == "Hopper" else 2
     found = 0.0
     for amount, ranks, near in (
         (held.dense_of_rank(config.parallel), dense_ranks(config, job.ranks), config.parallel.tensor),
@@ -216,12 +236,9 @@ def _gradient_seconds(job: TrainingJob, held: Parameters, constants: Constants) 
             config.parallel.expert * config.parallel.expert_tensor,
         ),
     ):
-        bandwidth = gpu.nvlink if ranks * near <= gpu.nvlink_domain else gpu.network
-        found += (
-            (job.stack.gradient_bytes + (1 if config.fp8.enabled else 2))
-            * amount
-            * (ranks - 1)
-            / ranks
-            / (constants.link * bandwidth)
-        )
+        # Ranks of one NVLink domain sum among themselves, and send the rest through all of their network adapters.
+        together = max(1, gpu.nvlink_domain // near)
+        bandwidth = gpu.nvlink if ranks <= together else min(gpu.nvlink, together * gpu.network)
+        nbytes = (job.stack.gradient_bytes + gathered) * amount
+        found += nbytes * (ranks - 1) / ranks / (constants.link * bandwidth)
     return found

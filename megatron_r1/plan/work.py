@@ -8,7 +8,9 @@ reaches peak / (1 + ridge / i), ridge being the machine's peak / bandwidth.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from math import sqrt
+from operator import add, attrgetter
 
 from megatron_r1.config.model import AttentionConfig, GroupedAttentionConfig, ModelConfig
 from megatron_r1.config.run import RunConfig
@@ -17,6 +19,14 @@ from megatron_r1.plan.exchange import Traffic
 BF16, FP8, FP32 = 2, 1, 4
 QUANTISE = 2 * BF16
 """Bytes per number of a linear layer's input that FP8 adds: it is read once and written by rows and by columns."""
+UNNAMED = 20
+"""Kernels of a layer's forward pass that copy, cast and fill, beside those that are named below; twice as many
+backward. A profile of Qwen3-30B-A3B in bf16 with 8 experts a rank counts 463,348 in 64 micro-batches of 48 layers: 151
+a layer without the router's, which a CUDA graph launches (Megatron-Bridge,
+skills/nemo-mbridge-perf-expert-parallel-overlap). 92 of them are named."""
+IN_A_LOOP = 0.25
+"""Host's time for a kernel that a loop within one call launches, over that of other kernels: they follow each other in
+8 us, where the median is 30 (first decile and median of launches in DeepSeek's trace, deepseek-ai/profile-data)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +50,22 @@ class Work:
     expert_nvlink: float = 0.0
     """Bytes of tokens that a rank sends to experts in its NVLink domain."""
     kernels: float = 0.0
-    """Kernels that the host launches."""
+    """Kernels that the host launches ahead of the GPU."""
+    awaited: float = 0.0
+    """Kernels for which the GPU waits."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+        return Work(*map(add, _AMOUNTS(self), _AMOUNTS(other)))  # a search adds some 10^5 times
 
     def __mul__(self, times: float) -> Work:
-        return Work(*(getattr(self, item.name) * times for item in fields(self)))
+        return Work(*(one * times for one in _AMOUNTS(self)))
+
+    def behind_routing(self) -> Work:
+        """With a host that learns from the GPU how many tokens each expert has, and so cannot run ahead of it."""
+        return replace(self, kernels=0.0, awaited=self.awaited + self.kernels)
+
+
+_AMOUNTS = attrgetter(*(item.name for item in fields(Work)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +103,8 @@ class Sizes:
     """Tokens of the busiest rank's experts over the mean."""
     fp8_attention: bool = False
     """Whether attention multiplies in FP8."""
+    gradient: int = FP32
+    """Bytes of a gradient to which micro-batches add theirs."""
 
     @property
     def model(self) -> ModelConfig:
@@ -104,12 +125,13 @@ class Sizes:
         weights = matrices * inner * outer
         moved = tokens * (element * inner + BF16 * outer) + element * weights
         back = tokens * (element * outer + BF16 * inner) + element * weights
-        summed = element * tokens * (inner + outer) + 2 * FP32 * weights  # the gradient is read and written in fp32
+        summed = element * tokens * (inner + outer) + 2 * self.gradient * weights  # the gradient is read and written
         quantised = QUANTISE * tokens if fp8 else 0.0
 
         def work(memory: float) -> Work:
-            # bf16 has a product for each expert; FP8 quantises each one's rows, and multiplies them together.
-            kernels = 1 + 2 * matrices if fp8 else matrices
+            # A product for each expert, and in FP8 two kernels that quantise its rows.
+            kernels = 1 + IN_A_LOOP * (matrices - 1)
+            kernels *= 3 if fp8 else 1
             return Work(0.0 if fp8 else flops, flops if fp8 else 0.0, memory=memory, kernels=kernels)
 
         return LayerWork(work(moved + quantised * inner), work(back + quantised * outer), work(summed))
@@ -131,6 +153,7 @@ def attention(sizes: Sizes) -> LayerWork:
     width, heads, of = model.hidden_size, model.num_attention_heads / sizes.tensor, model.attention
     norms = sizes.elementwise(tokens / sizes.tensor * width * 2) * 1
     work = norms + sizes.elementwise(tokens / sizes.tensor * width * 3) + sizes.gathered(2)
+    work += LayerWork(Work(kernels=UNNAMED), Work(kernels=2 * UNNAMED))
     if isinstance(of, GroupedAttentionConfig):
         query = value = of.head_dim
         keys = of.num_key_value_heads / sizes.tensor
@@ -189,7 +212,8 @@ def sparse_layer(sizes: Sizes) -> LayerWork:
         work += shared + sizes.gathered(2)
         work += LayerWork(backward_input=shared.forward if sizes.recomputes("shared_experts") else Work())
     routed = _routed(sizes, tokens)
-    return work + routed + LayerWork(backward_input=routed.forward if sizes.recomputes("moe") else Work())
+    work += routed + LayerWork(backward_input=routed.forward.behind_routing() if sizes.recomputes("moe") else Work())
+    return replace(work, forward=work.forward.behind_routing())
 
 
 def _routed(sizes: Sizes, tokens: float) -> LayerWork:
@@ -205,14 +229,18 @@ def _routed(sizes: Sizes, tokens: float) -> LayerWork:
         sizes, copies, moe.ffn_hidden_size / parallel.expert_tensor, moe.num_experts / parallel.expert
     )
     again = activation.forward if sizes.recomputes("moe_act") else Work()
-    sent = _sent(sizes, tokens * sizes.imbalance)
+    sent = _sent(sizes, tokens)
     return work + experts + LayerWork(sent, sent + again)
 
 
 def _sent(sizes: Sizes, tokens: float) -> Work:
-    """Tokens to their experts and back."""
+    """Tokens to their experts and back: as many as the busiest rank, or the busiest NVLink domain, receives."""
     traffic, each = sizes.traffic, tokens * sizes.model.hidden_size * sizes.traffic.element
-    return Work(expert_network=traffic.network * each, expert_nvlink=traffic.nvlink * each, kernels=4)
+    return Work(
+        expert_network=traffic.network * each * (1 + (sizes.imbalance - 1) / sqrt(traffic.domain)),
+        expert_nvlink=traffic.nvlink * each * sizes.imbalance,
+        kernels=4,
+    )
 
 
 def mtp_layer(sizes: Sizes) -> LayerWork:
@@ -226,7 +254,7 @@ def head(sizes: Sizes) -> LayerWork:
     columns, hidden, tokens = sizes.model.vocab_size / sizes.tensor, sizes.model.hidden_size, sizes.tokens
     flops, moved = 2 * tokens * hidden * columns, BF16 * (tokens * (hidden + columns) + hidden * columns)
     product = Work(flops, memory=moved, kernels=1)
-    summed = Work(flops, memory=moved + 2 * FP32 * hidden * columns, kernels=1)
+    summed = Work(flops, memory=moved + 2 * sizes.gradient * hidden * columns, kernels=1)
     return LayerWork(product, product, summed) + sizes.elementwise(tokens * columns * 5, 6)
 
 

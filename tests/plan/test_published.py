@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from megatron_r1.plan.pipeline.orders import build_schedule
 from megatron_r1.plan.pipeline.simulate import simulate
 from megatron_r1.plan.pipeline_time import durations_of, schedule_of, simulated_step
 from megatron_r1.plan.published import ROWS, PublishedStep
-from megatron_r1.plan.step import count
+from megatron_r1.plan.step import chunk_seconds, count, pair
 
 FITTED = [row for row in ROWS if row.fit]
 
@@ -30,7 +31,7 @@ def test_deepseeks_own_step_is_within_a_tenth() -> None:
     own = ROWS[0]
     time = simulated_step(count(own.job()), Constants())
     assert own.seconds == 19.926 and time.total == pytest.approx(19.926, rel=0.1)
-    assert time.gradients + time.optimizer == pytest.approx(0.29, abs=0.2)
+    assert time.gradients + time.optimizer == pytest.approx(0.29, rel=0.15)
 
 
 def test_parts_of_deepseeks_step_are_near_the_published_ones() -> None:
@@ -41,10 +42,24 @@ def test_parts_of_deepseeks_step_are_near_the_published_ones() -> None:
     for event in timeline.events:  # two passes that overlap have one and the same time
         name = "1F1B" if event.paired else event.kind
         seconds[name] += (event.end - event.start) / 16 / (2 if event.paired else 1)
-    assert seconds["1F1B"] == pytest.approx(13.95, rel=0.1)
-    assert sum(timeline.idle) / 16 == pytest.approx(2.06, rel=0.2)
-    assert sum(seconds[name] for name in seconds if name.startswith("backward")) == pytest.approx(2.47, rel=0.2)
-    assert seconds["forward"] == pytest.approx(1.13, rel=0.25)
+    found = {
+        "1F1B": seconds["1F1B"],
+        "bubble": sum(timeline.idle) / 16,
+        "1B, 1W": sum(seconds[name] for name in seconds if name.startswith("backward")),
+        "1F": seconds["forward"],
+    }
+    print({name: f"{one:.2f} s" for name, one in found.items()})
+    assert found["1F1B"] == pytest.approx(13.95, rel=0.05)
+    assert found["1B, 1W"] == pytest.approx(2.47, rel=0.1)
+    assert found["1F"] == pytest.approx(1.13, rel=0.15)
+    assert found["bubble"] == pytest.approx(2.06, rel=0.25)
+
+
+def test_deepseeks_traced_passes_take_as_long_as_in_the_trace() -> None:
+    """Forward and backward through four layers with even routing: 129 ms (deepseek-ai/profile-data, train.json)."""
+    job = replace(ROWS[0].job(), imbalance=1.0)
+    chunk = chunk_seconds(count(job), Constants())[5][0]
+    assert sum(pair(chunk.forward, chunk.backward_input + chunk.backward_weight, job)) == pytest.approx(0.129, rel=0.02)
 
 
 def test_strong_scaling_of_mlperf_is_within_a_fifth_at_every_point() -> None:

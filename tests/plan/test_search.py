@@ -123,7 +123,7 @@ def test_a_plan_goes_through_submit_untouched(tmp_path: Path, capsys: pytest.Cap
     assert plan["nodes"] == 2 and plan["cost"]["money"] == pytest.approx(2 * plan["cost"]["gpu_hours"])
     assert plan["layouts"][0]["layout"] in (folder / "plan.html").read_text()
     tokens = plan["layouts"][0]["tokens_per_second_per_gpu"]
-    assert plan["cost"]["gpu_hours"] == pytest.approx(1e12 / tokens / 3600 * (1 + plan["cost"]["lost_share"]))
+    assert plan["cost"]["gpu_hours"] == pytest.approx(1e12 / tokens / 3600 / (1 - plan["cost"]["lost_share"]))
     capsys.readouterr()  # check 17 looks at the disk of this machine, not of the cluster
     assert exit_code(["submit", f"@{folder / 'submit.args'}", "dry_run=true"]) == 0
     script = capsys.readouterr().out

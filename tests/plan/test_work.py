@@ -7,7 +7,7 @@ import pytest
 from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.load import load
 from megatron_r1.plan.constants import Constants
-from megatron_r1.plan.exchange import domains_of_token, traffic
+from megatron_r1.plan.exchange import domains_of_token, exchange_seconds, traffic
 from megatron_r1.plan.job import Stack, TrainingJob
 from megatron_r1.plan.step import count, step_time
 
@@ -60,6 +60,24 @@ def test_experts_in_one_nvlink_domain_use_no_network() -> None:
     assert traffic(config, GPUS["H100"], fp8_dispatch=True).element < far.element
     every = load("pretrain", [*V3, "parallel.expert=32"])
     assert traffic(every, GPUS["H100"]).network == 8 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("gpu", "far", "near", "element", "milliseconds"),
+    [("H800", 0.0, 4.60, 1, 1.04), ("H800", 0.99, 5.65, 1, 1.41), ("H800", 3.0, 6.28, 1, 2.09),
+     ("H800", 3.5, 6.60, 1, 2.37), ("H100", 0.99, 5.65, 2, 1.75), ("H100", 2.70, 6.28, 2, 3.67),
+     ("H100", 4.59, 6.60, 2, 6.17)],
+)  # fmt: skip
+def test_an_exchange_takes_as_long_as_its_kernels_authors_measured(
+    gpu: str, far: float, near: float, element: int, milliseconds: float
+) -> None:
+    """4,096 tokens of 7,168: DeepEP on H800 with 8, 16, 32, 64 ranks; Hybrid-EP on H100 with 16, 32, 64 (exchange.py).
+
+    `far` and `near` copies of a token leave the node and the GPU.
+    """
+    each = 4096 * 7168 * (1 + 4 / 128 if element == 1 else 2)
+    found = exchange_seconds(far * each, near * each, GPUS[gpu])
+    assert 1e3 * found == pytest.approx(milliseconds, rel=0.13)
 
 
 def test_graphs_even_routing_and_faster_links_shorten_a_step() -> None:

@@ -23,7 +23,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.memory.storage import checkpoint_bytes
 from megatron_r1.parallel.waiting import HEARTBEAT_S
 from megatron_r1.plan.constants import Constants
-from megatron_r1.plan.cost import DAY
+from megatron_r1.plan.cost import DAY, RESTART_S, least_lost
 from megatron_r1.plan.layouts import Fixed
 from megatron_r1.plan.search import PlannedLayout, search
 
@@ -34,8 +34,6 @@ SIZES = tuple(1536 * 2**doubling for doubling in range(7))
 OWN_SIZES = tuple(2**power for power in range(3, 15))
 GPU, BATCH, LENGTH = "H100", 15360, 4096
 """DeepSeek-V3's batch, in sequences, and their length."""
-RESTART_S = 300.0
-"""Seconds from a failure until the next step: noticing it, another node, start-up, reading the checkpoint."""
 LIMIT = 0.1
 """Share of the time from which on a cause counts as broken."""
 CONNECTIONS = 3
@@ -64,9 +62,10 @@ class Grown:
 
     def lost(self, background: bool) -> float:
         """Share of the time that failures, and saves against them, take at the interval that costs least."""
-        saving = 0.0 if background else self.writing
-        shortest = max(self.writing if background else 0.0, self.best.seconds)
-        return least_lost(saving, self.between_failures, RESTART_S, shortest)
+        if background:  # a failure also costs what was computed while the last save was written
+            shortest = max(self.writing, self.best.seconds)
+            return least_lost(0.0, self.between_failures, RESTART_S + self.writing, shortest)[1]
+        return least_lost(self.writing, self.between_failures, RESTART_S, self.best.seconds)[1]
 
     def tokens_per_gpu(self) -> float:
         """Tokens a second on each GPU, without what failures cost."""
@@ -74,19 +73,10 @@ class Grown:
         return train.global_batch_size * train.sequence_length / self.best.seconds / self.gpus
 
 
-def least_lost(saving: float, between: float, restart: float, shortest: float) -> float:
-    """The smallest share of the time lost to exponentially distributed failures, over all intervals between saves.
-
-    `interval` seconds of work take between * exp(restart / between) * (exp((interval + saving) / between) - 1) seconds
-    (Daly 2006, equation 13).
-    """
-    intervals = [shortest * 1.02**number for number in range(600)]
-    works = (
-        interval / (between * math.exp(restart / between) * math.expm1((interval + saving) / between))
-        for interval in intervals
-        if interval < 50 * between
-    )
-    return 1.0 - max(works, default=0.0)
+def faster(plan: Grown, restart: float) -> float:
+    """Share of the time lost with saves in the background and storage ten times as fast."""
+    writing = plan.writing / 10
+    return least_lost(0.0, plan.between_failures, restart + writing, writing)[1]
 
 
 def grown(gpus: int, batch: int = BATCH) -> Grown:
@@ -240,9 +230,9 @@ def page(plans: Sequence[Grown], larger: Grown, start: Start) -> str:
         "",
         f"- **Checkpoints.** One takes {last.writing:.0f} s to write, and at {last.gpus:,} GPUs a node fails every "
         f"{last.between_failures / 60:.0f} minutes. Saving in the background (`train.async_save=true`) is not enough: "
-        f"storage ten times as fast leaves {least_lost(0.0, last.between_failures, RESTART_S, last.writing / 10):.0%} "
+        f"storage ten times as fast leaves {faster(last, RESTART_S):.0%} "
         f"lost, nearly all of it the restart itself; a restart of 60 s then leaves "
-        f"{least_lost(0.0, last.between_failures, 60.0, last.writing / 10):.0%}.",
+        f"{faster(last, 60.0):.0%}.",
         f"- **Batch.** With an unchanged batch a GPU of {last.gpus:,} does "
         f"{last.tokens_per_gpu() / plans[0].tokens_per_gpu():.0%} of what one of {plans[0].gpus:,} does. A batch that "
         f"grows with the GPUs keeps {larger.tokens_per_gpu() / plans[0].tokens_per_gpu():.0%} ({larger.best.layout}), "
