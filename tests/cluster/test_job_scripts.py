@@ -165,6 +165,11 @@ def test_each_stage_of_a_recipe_gets_the_nodes_that_its_ranks_and_servers_need(c
     assert "cost: 3 jobs, the largest of 2 nodes, 8 GPUs, each at most 04:00:00: 80 GPU hours".split() in shown
 
 
+def test_nodes_of_a_whole_recipe_are_refused_with_where_those_of_its_stages_are_shown():
+    with pytest.raises(ConfigError, match="submit.nodes=2: .* dry_run=true shows"):
+        requested_job(JobCommand("pipeline", "quickstart", ("nodes=2",)), lambda _: None)
+
+
 def test_the_servers_of_a_stage_run_its_own_configuration():
     lines = (*RECIPE_OF_NODES, "pipeline.only=r1_zero", "until=''", "rollout.sglang.slurm.nodes=job",
              "rollout.sglang.slurm.ports=[12001,12002]", "cluster.gpus_per_node=1")  # fmt: skip

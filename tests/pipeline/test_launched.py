@@ -30,7 +30,9 @@ import sys
 from megatron_r1.config.load import load
 from megatron_r1.pipeline import launched
 launched.PROGRAM = (sys.executable, "-c", {STAGE!r})
-launched.follow(load("pipeline", [f"root={{sys.argv[1]}}", "name=recipe", "pipeline.only=pretrain"]))
+config = load("pipeline", [f"root={{sys.argv[1]}}", "name=recipe", "pipeline.only=pretrain"])
+print("looks", flush=True)
+launched.follow(config)
 """
 TWO_RANKS = RECIPE.replace("    verb: pretrain\n", "    verb: pretrain\n    ranks: 2\n", 1)
 LAUNCH = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -54,26 +56,29 @@ def rank_zero(monkeypatch, tmp_path):
 
 def test_all_ranks_run_the_stage_once_rank_0_has_prepared_it(rank_zero, monkeypatch):
     recipe = recipe_of(rank_zero)
-    for port, ran in (("29999", True), ("29998", False)):  # a second start finds the stage done
+    files = [recipe.folder / "pretrain" / f"rank-{rank}" for rank in (0, 1)]
+    command = [sys.executable, "-c", OTHER_RANK, str(rank_zero.parent)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    for port, runs in (("29999", True), ("29998", False)):  # a second start finds the stage done
         monkeypatch.setenv("MASTER_PORT", port)
-        environment = {**os.environ, "RANK": "1"}
-        command = [sys.executable, "-c", OTHER_RANK, str(rank_zero.parent)]
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as other:
-            time.sleep(0.5)
-            assert other.poll() is None, "it waits for rank 0"
-            with leading(recipe) as start:
-                RecipeRun(recipe, 1, lambda: None, start).run()
-            _, error = other.communicate(timeout=60)
-            assert other.returncode == 0, error
-        files = [recipe.folder / "pretrain" / f"rank-{rank}" for rank in (0, 1)]
-        if ran:
+        with subprocess.Popen(command, env={**os.environ, "RANK": "1"}, text=True, **pipes) as other:
+            try:
+                assert other.stdout.readline() == "looks\n"
+                time.sleep(0.5)
+                assert other.poll() is None and not files[1].exists(), "it waits for rank 0"
+                with leading(recipe) as start:
+                    RecipeRun(recipe, 1, lambda: None, start).run()
+                _, error = other.communicate(timeout=30)
+                assert other.returncode == 0, error
+            finally:
+                other.kill()
+        assert [file.exists() for file in files] == [runs, runs]
+        if runs:
             assert files[1].read_text().split() == [str(other.pid), "2", "pretrain"], "it has become the stage"
             assert files[0].read_text().split()[1:] == ["2", "pretrain"]
             assert recipe.states["pretrain"].state == "done" and read_json(recipe.folder / "pretrain" / "stage.json")
-            for file in files:
-                file.unlink()
-        else:
-            assert not any(file.exists() for file in files)
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def test_ranks_that_do_not_fit_the_stage_are_refused(rank_zero):
