@@ -235,8 +235,9 @@ ROWS = (
                                          (131072, 8, 389, 357))
       for natural, teraflops in ((False, measured[0]), (True, measured[1]))),
     *(PublishedStep(f"Qwen3-0.6B, {text}", "H100", 1, length / speed,
-          f"model=qwen3_0_6b {layout(f'gbs1 seq{length}')} model.max_sequence_length=65536", PRIME,
-          Stack("prime-rl 0.8"), fit=False, missing="recomputation and the RL loss of another trainer")
+          f"model=qwen3_0_6b {layout(f'gbs1 seq{length}')} model.max_sequence_length=65536 "
+          f"{recompute('core_attn', 'layernorm', 'mlp')}", PRIME, Stack("prime-rl 0.8"), fit=False,
+          missing="projections computed again, the loss of another trainer, its host")
       for text, length, speed in (("RL 16k", 16384, 11896), ("RL 65k", 65536, 10147), ("SFT 8k", 8192, 26005))),
     *(PublishedStep(f"V3 of 4 layers BF16, {passes} passes, {text}", "B200", 8, measured,
           f"{V3} model.num_layers=4 model.moe.first_dense_layers=1 {NO_MTP} {layout(f'{text} gbs{batch}')} {ALLTOALL} "
