@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_r1.config.model import ModelConfig
@@ -57,7 +58,8 @@ def chunks_of_ranks(model: ModelConfig, parallel: ParallelConfig) -> list[list[P
 
 def parameters_of_rank(chunks: list[PipelineChunk], model: ModelConfig) -> Parameters:
     """All that a pipeline rank holds, with its one embedding: for tokens, for multi-token layers or for a tied head."""
-    found = sum((chunk.parameters(model) for chunk in chunks), Parameters())
+    alike = Counter(chunks).items()  # most chunks of a rank hold the same
+    found = sum((chunk.parameters(model) * number for chunk, number in alike), Parameters())
     return found + (embedding(model) if needs_embedding(chunks, model.tied_embeddings) else Parameters())
 
 
@@ -90,7 +92,9 @@ class PipelineRanks:
                 continue
             held = parameters_of_rank(chunks, config.model)
             self.held.append(held)
-            self.trained.append(held + sum((chunk.frozen(config, verb) for chunk in chunks), Parameters()) * -1)
+            alike = Counter(chunks).items()
+            frozen = sum((chunk.frozen(config, verb) * number for chunk, number in alike), Parameters())
+            self.trained.append(held + frozen * -1)
 
     def first_of_each_kind(self) -> list[int]:
         """The first of neighbours that hold the same: it keeps the activations of most micro-batches."""

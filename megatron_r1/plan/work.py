@@ -147,7 +147,7 @@ class Sizes:
         return LayerWork(sent, sent)
 
 
-def attention(sizes: Sizes) -> LayerWork:
+def attention_of(sizes: Sizes) -> LayerWork:
     """Attention with its norm, projections and residual."""
     model, tokens = sizes.model, sizes.tokens
     width, heads, of = model.hidden_size, model.num_attention_heads / sizes.tensor, model.attention
@@ -195,18 +195,18 @@ def gated(sizes: Sizes, tokens: float, width: float, matrices: float = 1.0) -> t
     return products + activation, activation
 
 
-def dense_layer(sizes: Sizes) -> LayerWork:
+def dense_layer(sizes: Sizes, attention: LayerWork) -> LayerWork:
     """A layer without experts."""
     feed_forward, _ = gated(sizes, sizes.tokens, sizes.model.ffn_hidden_size / sizes.tensor)
     rest = sizes.elementwise(sizes.tokens / sizes.tensor * sizes.model.hidden_size * 5, 2)
-    work = attention(sizes) + feed_forward + rest + sizes.gathered(2)
+    work = attention + feed_forward + rest + sizes.gathered(2)
     return work + LayerWork(backward_input=feed_forward.forward if sizes.recomputes("mlp") else Work())
 
 
-def sparse_layer(sizes: Sizes) -> LayerWork:
+def sparse_layer(sizes: Sizes, attention: LayerWork) -> LayerWork:
     """A layer with experts."""
     moe, tokens, hidden = sizes.model.moe, sizes.tokens / sizes.tensor, sizes.model.hidden_size
-    work = attention(sizes) + sizes.elementwise(tokens * hidden * 5, 2)
+    work = attention + sizes.elementwise(tokens * hidden * 5, 2)
     if moe.num_shared_experts:
         shared, _ = gated(sizes, sizes.tokens, moe.num_shared_experts * moe.ffn_hidden_size / sizes.tensor)
         work += shared + sizes.gathered(2)
@@ -243,10 +243,10 @@ def _sent(sizes: Sizes, tokens: float) -> Work:
     )
 
 
-def mtp_layer(sizes: Sizes) -> LayerWork:
+def mtp_layer(sizes: Sizes, sparse: LayerWork) -> LayerWork:
     """A multi-token layer, without its output head."""
     hidden = sizes.model.hidden_size
-    return sparse_layer(sizes) + sizes.product(sizes.tokens / sizes.tensor, 2 * hidden, hidden)
+    return sparse + sizes.product(sizes.tokens / sizes.tensor, 2 * hidden, hidden)
 
 
 def head(sizes: Sizes) -> LayerWork:
@@ -260,8 +260,10 @@ def head(sizes: Sizes) -> LayerWork:
 
 def parts(sizes: Sizes) -> Iterator[tuple[str, LayerWork]]:
     """Each kind of layer with its work."""
-    yield "dense", dense_layer(sizes)
+    attention = attention_of(sizes)
+    yield "dense", dense_layer(sizes, attention)
     if sizes.model.moe.num_experts:
-        yield "sparse", sparse_layer(sizes)
-        yield "mtp", mtp_layer(sizes)
+        sparse = sparse_layer(sizes, attention)
+        yield "sparse", sparse
+        yield "mtp", mtp_layer(sizes, sparse)
     yield "head", head(sizes)
