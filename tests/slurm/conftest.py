@@ -175,9 +175,11 @@ class Cluster:
                 self.run("scancel", "--signal=USR1", "--batch", job)
             reached = "DUE TO TIME LIMIT" if how == "unwarned" else "USR1: the trainer saves"
             self.wait_until(lambda: reached in self.job_log(name, job))
+        if how in ("limit", "unwarned"):  # what goes on has time, however slow the machine is
+            self._extend((self.queued(name) or [job])[0])
         return True
 
-    def extend(self, job: str) -> None:
+    def _extend(self, job: str) -> None:
         """Give a job half an hour, once SLURM has queued it again if it was stopped."""
         change = ("scontrol", "update", f"JobId={job}", "TimeLimit=30")
         self.wait_until(lambda: self.run(*change).returncode == 0)
