@@ -19,7 +19,7 @@ def main(folder: Path, sources: list[str]) -> None:
     with process_groups(platform, config.parallel, seed=0, threads=1):
         saved = save(config, platform, folder)
         dist.barrier()
-        found = {"saved": saved, "loaded": load(config, platform, folder.parent, {"sources": sources})}
+        found = {"saved": saved, "loaded": load(config, platform, folder.parent, sources)}
         if dist.get_rank() == 0:
             (folder / "found.json").write_text(json.dumps(found))
 

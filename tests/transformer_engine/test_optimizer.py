@@ -29,7 +29,7 @@ def test_checkpoints_go_from_one_rank_of_torch_to_two_of_transformer_engine_and_
     run_with_transformer_engine(HERE / "ranks_resharding.py", two, "one", ranks=2, seconds=300)
     of_two = json.loads((two / "found.json").read_text())
     expected["dp2"] = of_two["saved"]["next_loss"]
-    found = [of_two["loaded"], load(RunConfig(), one_rank, tmp_path, {"sources": ["dp2"]})]
+    found = [of_two["loaded"], load(RunConfig(), one_rank, tmp_path, ["dp2"])]
     for source, resumed in (pair for each in found for pair in each.items()):
         assert resumed["equal"], f"from {source}: the optimizer's state is not what was saved"
         assert resumed["next_loss"] == pytest.approx(expected[source], rel=1e-6), source

@@ -16,7 +16,8 @@ from tests.transformer_engine.verbs import STEPS, VERBS
 
 PROGRAM = Path(__file__).with_name("verbs.py")
 SIX_DIGITS = 5e-6
-"""Relative, half a unit of the sixth digit at worst: 2.5e-6 was found."""
+"""Half a unit of the sixth digit at worst, of the verb's largest loss: 3.0e-6 was found. A loss of grpo, a sum of
+advantages of both signs, may be near 0."""
 pytestmark = [needs_transformer_engine, pytest.mark.timeout(240)]
 
 
@@ -47,9 +48,10 @@ def losses(folder: Path, verb: str) -> list[float]:
 @pytest.mark.parametrize("verb", VERBS)
 def test_losses_are_those_of_torch_parts(with_te, with_torch, verb):
     found, expected = losses(with_te, verb), losses(with_torch, verb)
-    print(verb, max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)), found)
+    largest = max(map(abs, expected))
+    print(verb, max(abs(a - b) for a, b in zip(found, expected, strict=True)) / largest, found)
     assert len(found) == STEPS and len(set(found)) > STEPS / 2
-    assert found == pytest.approx(expected, rel=SIX_DIGITS)
+    assert found == pytest.approx(expected, rel=0, abs=SIX_DIGITS * largest)
 
 
 @pytest.mark.parametrize("verb", VERBS)
