@@ -21,8 +21,8 @@ SETTINGS = (
     "train.steps=12", "train.schedule.warmup_steps=0", "train.sequence_length=32", "train.global_batch_size=4",
     "train.micro_batch_size=2", "train.log_interval=2", "profile.steps=1:2", "profile.ranks=[1]",
 )  # fmt: skip
-PRODUCTS = 20
-"""Of matrices of 512 x 512 in each forward pass; several times the work of the pass."""
+PRODUCTS = 50
+"""Of matrices of 512 x 512 in each forward pass; many times the work of the pass, also on a busy machine."""
 
 
 def main(folder: str, slow_from: int) -> None:
