@@ -4,7 +4,7 @@
 #
 # Who gets which signal: SLURM sends USR1 to this shell alone before the time limit (--signal=B:USR1@SECONDS). The shell
 # hands it to the role `trainer`, which ends its step, saves and exits with 85. SLURM gives it to all processes of that
-# role, of which the ranks alone heed it; servers go on until the trainer has ended, since its step may need them. A
+# role, of which only the ranks act on it; servers go on until the trainer has ended, since its step may need them. A
 # requeue, scancel, and the time limit itself send TERM to all processes of the job, and KILL after SLURM's KillWait.
 
 # shellcheck disable=SC2154 # the job script sets the variables

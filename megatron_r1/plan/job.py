@@ -23,11 +23,12 @@ class Stack:
     """Whether attention multiplies in FP8 where linear layers do."""
     schedule: str = "1F1B"
     """1F1B (interleaved where parallel.virtual_pipeline is above 1) or DualPipe."""
-    hidden: float = 0.34
-    """Share of the exchange's seconds that overlapping saves, what it slows computation by taken off. megatron-core:
-    3.7 of 10.8 s of Qwen3-30B-A3B on 16 H100 (Megatron-Bridge, skills/nemo-mbridge-perf-expert-parallel-overlap)."""
+    overlapped_share: float = 0.34
+    """Share of the exchange's seconds by which overlapping it with computation shortens a step. megatron-core: 3.7 of
+    10.8 s of Qwen3-30B-A3B on 16 H100 (Megatron-Bridge, skills/nemo-mbridge-perf-expert-parallel-overlap), in which the
+    slower computation is counted."""
     dispatch_share: float = 0.0
-    """Share of the multiprocessors that the exchange takes from computation, beyond what `hidden` has."""
+    """Share of the multiprocessors that the exchange takes from computation, beyond what `overlapped_share` counts."""
     fp8_share: float = 0.0
     """Share of the peak that products in FP8 reach where a profile of this software shows it; 0: constants.matrix."""
     gradient_bytes: int = 4

@@ -22,7 +22,7 @@ DUALPIPE = Stack(
     cuda_graphs=1.0,
     fp8_dispatch=True,
     schedule="DualPipe",
-    hidden=1.0,
+    overlapped_share=1.0,
     dispatch_share=20 / 132,
     fp8_share=0.55,
 )

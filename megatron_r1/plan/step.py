@@ -155,7 +155,7 @@ def pair(forward: Seconds, backward: Seconds, job: TrainingJob) -> tuple[float, 
         return compute, exchange
     share = job.stack.dispatch_share
     slowed = compute + (forward.arithmetic + backward.arithmetic) * share / (1 - share)
-    return slowed, max((1 - job.stack.hidden) * exchange, exchange - slowed)
+    return slowed, max((1 - job.stack.overlapped_share) * exchange, exchange - slowed)
 
 
 def step_time(counted: Counted, constants: Constants) -> StepTime:

@@ -151,10 +151,11 @@ class Journal:
         sync(self.folder)
 
     def remove_of_other_weights(self, step: int) -> list[int]:
-        """Remove rollouts that a run which goes on at `step` would reach with other weights than before.
+        """Remove rollouts that were sampled by weights which a run that resumes at `step` will not have.
 
-        Where the rollout of a later step is missing, that step samples anew and leads to other weights. What weights of
-        that step or a later one have sampled is then another run's. Returns the steps whose files are removed.
+        Where the rollout of a later step is missing, the run samples that step anew, and its weights differ from then
+        on. Rollouts that the earlier weights of that step, or of a later one, have sampled do not belong to it. Returns
+        the steps whose files are removed.
         """
         later = [found for found in self.steps() if found > step]
         missing = next((here for here, found in enumerate(later, step + 1) if here != found), None)

@@ -112,8 +112,8 @@ class TrainingRun:
         """
         train = self.config.train
         retention_of(train, verb)
-        start, leads = self.state.step, dist.get_rank() == 0
-        earlier = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= start] if leads else []
+        start, recorded = self.state.step, read_metrics(self.folder / "metrics.jsonl") if is_rank_zero() else []
+        earlier = [row for row in recorded if row["step"] <= start]
         rewinding = self._rewinding(earlier)
         metadata = {"config": resolved(self.config), "layout": layout(self.config)}
         saving = CheckpointHook(
@@ -127,7 +127,7 @@ class TrainingRun:
         )
         spikes: list[Hook] = []
         recording: list[Hook] = []
-        if leads:
+        if is_rank_zero():
             title = f"{verb} {self.config.name}"
             settings = resolved(self.config) | {"provenance": newest_record(self.folder)}
             self.tracker = Tracker(self.folder, settings, self.config.name, self.config.track, verb, start)

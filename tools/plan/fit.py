@@ -10,13 +10,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from readme import keep_table
 from scipy.optimize import least_squares
 
-import megatron_r1.plan
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.pipeline_time import simulated_step
 from megatron_r1.plan.published import ROWS, PublishedStep
@@ -25,7 +24,6 @@ from megatron_r1.plan.step import Counted, count, step_time
 LOW = (0.3, 0.3, 0.2, 0.2, 1e-6, 1.0)
 HIGH = (0.95, 0.95, 1.0, 1.0, 2e-4, 2.0)
 """Bounds of the constants that are fitted: the first six."""
-README = Path(megatron_r1.plan.__file__).with_name("README.md")
 BEGIN, END = "<!-- rows: tools/plan/fit.py --leave-one-out --write -->\n", "<!-- end of rows -->"
 SPREAD = 0.15
 """Relative error from which on a row counts less than by its square."""
@@ -97,9 +95,7 @@ def main() -> None:
     text = table("--leave-one-out" in sys.argv)
     print(text)
     if "--write" in sys.argv:
-        page = README.read_text()
-        before, _, rest = page.partition(BEGIN)
-        README.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+        keep_table(BEGIN, text, END)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from readme import keep_table
 from scipy.optimize import least_squares
 
-import megatron_r1.plan
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.decode import rollout_seconds
 from megatron_r1.plan.published_rl import BOUNDS, ROLLOUTS, PublishedRollout
@@ -25,7 +24,6 @@ from megatron_r1.plan.serving import ServingConstants
 FITTED = ("network", "step", "sequence")
 """Constants that are fitted."""
 LOW, HIGH = (1e-5, 1e-4, 1e-6), (5e-4, 2e-2, 4e-4)
-README = Path(megatron_r1.plan.__file__).with_name("README.md")
 BEGIN, END = "<!-- rows: tools/plan/fit_rl.py --write -->\n", "<!-- end of rows of reinforcement learning -->"
 SPREAD = 0.15
 """Relative error from which on a row counts less than by its square."""
@@ -110,9 +108,7 @@ def main() -> None:
     text = table()
     print(text)
     if "--write" in sys.argv:
-        page = README.read_text()
-        before, _, rest = page.partition(BEGIN)
-        README.write_text(before + BEGIN + text + END + rest.partition(END)[2])
+        keep_table(BEGIN, text, END)
 
 
 if __name__ == "__main__":
