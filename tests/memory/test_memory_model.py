@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.config.load import load
 from megatron_r1.config.run import RunConfig
-from megatron_r1.memory.chunks import chunks_of_ranks, parameters_of_rank
+from megatron_r1.memory.chunks import PipelineRanks, chunks_of_ranks, parameters_of_rank
 from megatron_r1.memory.parameters import mtp_layer, of_model
 from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.memory.passes import passes_at_peak
@@ -45,7 +45,11 @@ def test_parameters_are_those_of_the_released_model(model: str, main: int, mtp: 
     assert (of_model(config).total - layers, layers) == (main, mtp)
 
 
-@pytest.mark.parametrize("layout", ["", "parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=4"])
+INTERLEAVED = "model.num_layers=12 parallel.pipeline=2 parallel.virtual_pipeline=3"
+"""Each rank has two chunks that hold the same."""
+
+
+@pytest.mark.parametrize("layout", ["", "parallel.tensor=2", "parallel.expert=4", "parallel.pipeline=4", INTERLEAVED])
 def test_ranks_hold_the_whole_model_between_them(layout: str) -> None:
     config = load("pretrain", f"model=tiny {layout}".split())
     degrees = config.parallel
@@ -53,6 +57,14 @@ def test_ranks_hold_the_whole_model_between_them(layout: str) -> None:
     copies = config.model.vocab_size * config.model.hidden_size * (degrees.pipeline > 1)  # of multi-token layers
     assert sum(one.total for one in held) == of_model(config.model).total + copies
     assert sum(one.experts_of_rank(degrees) for one in held) * degrees.expert == of_model(config.model).experts
+
+
+def test_ranks_train_the_whole_model_but_what_is_frozen() -> None:
+    config = load("pretrain", f"model=tiny {INTERLEAVED} routing.train_weights=false".split())
+    model, ranks = config.model, PipelineRanks(config, "grpo")
+    frozen = mtp_layer(model).total * model.mtp.num_layers
+    frozen += model.hidden_size * model.moe.num_experts * (model.num_layers - model.moe.first_dense_layers)
+    assert frozen and sum(one.total for one in ranks.held) - sum(one.total for one in ranks.trained) == frozen
 
 
 NVIDIA = (
