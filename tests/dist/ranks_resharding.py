@@ -102,10 +102,11 @@ def load(config: Any, platform: Any, root: Path, sources: list[str]) -> dict[str
         for shard in shards(model):
             shard.tensor.copy_(read("model", shard))
         OptimizerState(model, optimizer).load(read, STEPS)
-        equal = all(
+        # All of them, since the state is gathered from all ranks: one that stopped at a difference would be waited for.
+        equal = [
             torch.equal(shard.tensor, read(kind, shard)) for kind, shard in OptimizerState(model, optimizer).shards()
-        )
-        found[source] = {"equal": equal, "next_loss": step(model, optimizer, STEPS)}
+        ]
+        found[source] = {"equal": all(equal), "next_loss": step(model, optimizer, STEPS)}
     return found
 
 
