@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from megatron_r1.checkpoint.sharded import WholeTensors
+from megatron_r1.platform.ports import free_ports
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
@@ -36,11 +36,9 @@ def found(folder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def of_two_ranks(folder, found) -> list[dict[str, Any]]:
     """Results of support/ranks_scorers.py, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    [port] = free_ports(1)
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_to_the_end([*launcher, str(SUPPORT / "ranks_scorers.py"), str(folder), port], seconds=100)
+    run_to_the_end([*launcher, str(SUPPORT / "ranks_scorers.py"), str(folder), str(port)], seconds=100)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

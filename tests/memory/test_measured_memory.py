@@ -14,8 +14,8 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.memory.activations import ActivationSizes
 from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.memory.trainer import STATES, job_memory, keeps_reference, largest_pass
+from megatron_r1.platform.ports import free_ports
 from tests.support.launching import run_to_the_end
-from tests.support.slurm_cluster import free_ports
 
 TOLERANCE = 0.1
 MODELS = {

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import NoRolloutCapacity
+from megatron_r1.platform.ports import free_ports
 
 RUN = [
     "pretrain", "platform=cpu", "threads=1", "track=off", "seed=3", "data.num_documents=300", "model.num_layers=2",
@@ -172,15 +173,9 @@ def make_gradients_nan() -> None:
     module._scaled = poisoned
 
 
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
-
-
 def start(fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[str]) -> dict[int, int]:
     """Start the ranks of a run; their process ids."""
-    port, started = free_port(), {}
+    [port], started = free_ports(1), {}
     for rank in range(ranks):
         if pid := os.fork():
             started[rank] = pid

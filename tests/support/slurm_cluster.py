@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from megatron_r1.platform.ports import free_ports
+
 NODES = ("first", "localhost")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "salloc")
 START_S = 30.0
@@ -110,14 +112,6 @@ def configuration(folder: Path, ports: list[int], first_job: int) -> str:
     lines += [f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=2" for node, port in zip(NODES, nodes, strict=True)]
     lines += [f"PartitionName=all Nodes={','.join(NODES)} Default=YES"]
     return "\n".join([*lines, *MACHINES_THAT_ARE_OFF, ""])
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def wait_until(condition, folder: Path) -> None:

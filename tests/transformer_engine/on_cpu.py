@@ -23,7 +23,6 @@ import logging
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -119,7 +118,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def fork_ranks(ranks: int, run: Callable[[], None]) -> int:
     """Exit status of the first rank that fails, whose fellows are then ended, or 0."""
-    port = _free_port()
+    from megatron_r1.platform.ports import free_ports
+
+    [port] = free_ports(1)
     running = {_fork_rank(rank, ranks, port, run) for rank in range(ranks)}
     failed = 0
     while running:
@@ -143,14 +144,9 @@ def _ended(ranks: set[int]) -> list[tuple[int, int]]:
 def meet_elsewhere() -> None:
     """Collective, inside `process_groups`: lets the ranks join other groups afterwards, by a port not yet used."""
     from megatron_r1.parallel import comm
+    from megatron_r1.platform.ports import free_ports
 
-    os.environ["MASTER_PORT"] = str(comm.broadcast(_free_port(), source=0))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    os.environ["MASTER_PORT"] = str(comm.broadcast(free_ports(1)[0], source=0))
 
 
 def _fork_rank(rank: int, ranks: int, port: int, run: Callable[[], None]) -> int:

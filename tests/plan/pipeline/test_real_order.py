@@ -10,8 +10,8 @@ import pytest
 
 from megatron_r1.config.load import load, resolved
 from megatron_r1.plan.pipeline.orders import ScheduleShape, build_schedule
+from megatron_r1.platform.ports import free_ports
 from tests.support.launching import run_to_the_end
-from tests.support.slurm_cluster import free_ports
 
 RANKS = 4
 SHAPES = {

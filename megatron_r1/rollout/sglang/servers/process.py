@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +28,7 @@ import psutil
 import megatron_r1
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.platform.launcher import without_launcher
+from megatron_r1.platform.ports import free_ports
 from megatron_r1.platform.temporary import home_for_caches
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.servers import leftovers
@@ -148,11 +148,7 @@ class Server:
 def new_endpoints(count: int) -> list[Endpoint]:
     """Free ports of the loopback, with fresh keys that they share."""
     api_key, admin_key = secrets.token_hex(32), secrets.token_hex(32)
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [Endpoint(f"http://{HOST}:{probe.getsockname()[1]}", api_key, admin_key) for probe in probes]
+    return [Endpoint(f"http://{HOST}:{port}", api_key, admin_key) for port in free_ports(count)]
 
 
 def _wait_for_group(group: int) -> None:
