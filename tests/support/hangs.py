@@ -37,10 +37,8 @@ GRPO = [
     "rl.group_size=2", "rl.updates_per_rollout=1",
 ]  # fmt: skip
 WATCH = ("watch.step_deadline_s", "watch.save_deadline_s", "watch.rollout_deadline_s", "watch.heartbeat_deadline_s")
-NOTICE_S = 6.0
-"""Longer than the time between two heartbeats, a quarter of a deadline of up to 20 s, and shorter than a deadline."""
-BEAT_S = 3.0
-"""In which a rank sends a heartbeat of its new phase."""
+NOTICE_S = 8.0
+"""In which others learn of a rank's new phase: it says so within 1 s, and they read it every quarter of a deadline."""
 BOUND_S = 60.0
 """Seconds in which a run has to end after its fault, on a slow machine."""
 KINDS = ("stopped", "killed", "asleep", "raising", "refusing", "nan", "server")
@@ -108,12 +106,9 @@ def install(fault: Fault, struck: Path) -> None:
 
 
 def commit(fault: Fault) -> None:
-    if fault.kind == "stopped":
-        time.sleep(NOTICE_S)  # others know in which phase it is from its next heartbeat
-        os.kill(os.getpid(), signal.SIGSTOP)
-    elif fault.kind == "killed":
-        time.sleep(BEAT_S)
-        os.kill(os.getpid(), signal.SIGKILL)
+    if fault.kind in ("stopped", "killed"):
+        time.sleep(NOTICE_S)
+        os.kill(os.getpid(), signal.SIGSTOP if fault.kind == "stopped" else signal.SIGKILL)
     elif fault.kind == "refusing":
         raise NoRolloutCapacity("the refusal of this test")
     elif fault.kind == "server":
