@@ -1,4 +1,4 @@
-"""python -m tests.transformer_engine [--ranks N] [--torch-parts] PROGRAM [ARGUMENT ...]: see on_cpu.py."""
+"""python -m tests.transformer_engine [--ranks N] PROGRAM [ARGUMENT ...]: see on_cpu.py."""
 
 import sys
 

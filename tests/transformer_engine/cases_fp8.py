@@ -50,7 +50,7 @@ from tests.support.packing_cases import chat_batch, packed_batch
 from tests.support.samples import make_sample
 from tests.transformer_engine.on_cpu import fork_ranks
 
-DRAWS = 200
+DRAWS = 120
 FP8 = Fp8Config(enabled=True)
 
 

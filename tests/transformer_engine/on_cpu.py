@@ -6,10 +6,11 @@ ranks, or a verb, is started as an argument of this package, and needs no change
     python -m tests.transformer_engine [--ranks 2] tests/some/program.py FOLDER ...
     python -m tests.transformer_engine megatron_r1 pretrain model=tiny ...          # a module, as with python -m
     run_with_transformer_engine(program, folder, ranks=2, seconds=60)               # the same from a test
-    run_with_torch_parts(program, folder, ranks=2, seconds=60)                      # the other half of a comparison
+    run_forked_to_the_end(program, folder, seconds=60)                              # torch's parts, to compare with
 
-Ranks are forked from one process that has imported everything, which is most of what they cost; a program that computes
-in several layouts calls `meet_elsewhere()` inside each one's process groups. Inside, `select("cpu")`
+A test's programs, and the ranks of each, are forked from one process that has imported everything, which is most of
+what they cost; a program that computes in several layouts calls `meet_elsewhere()` inside each one's process groups.
+Inside, `select("cpu")`
 gives Platform("cpu", "gloo", transformer_engine=True): the real modules, autograd functions and FusedAdam, over kernels
 in torch (kernels.py). One that is not there yet raises NotImplementedError with its name: add it there.
 A test that needs this is marked `@needs_transformer_engine`, which skips where launch/test.sh did not install `.te`.
@@ -18,10 +19,10 @@ A test that needs this is marked `@needs_transformer_engine`, which skips where 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import logging
 import os
-import runpy
 import signal
 import sys
 import time
@@ -32,7 +33,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import ForkServer, import_verbs, must_succeed, run_program, serve
 
 FOLDER = Path(sys.prefix).resolve().parent / ".te"
 """Where launch/test.sh installs Transformer Engine: beside the environment, in which nothing could then be imported."""
@@ -46,17 +47,12 @@ needs_transformer_engine = pytest.mark.skipif(
 
 def run_with_transformer_engine(program: str | Path, *arguments: object, ranks: int = 1, seconds: float = 100) -> None:
     """Run a program, or a module by its name, to its end on so many ranks; it must succeed."""
-    _run("--ranks", ranks, program, *arguments, seconds=seconds)
+    must_succeed(_server().run("--ranks", ranks, program, *arguments, seconds=seconds))
 
 
-def run_with_torch_parts(program: str | Path, *arguments: object, ranks: int = 1, seconds: float = 100) -> None:
-    """The same program without Transformer Engine."""
-    _run("--torch-parts", "--ranks", ranks, program, *arguments, seconds=seconds)
-
-
-def _run(*arguments: object, seconds: float) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.transformer_engine", *map(str, arguments)]
-    run_to_the_end(command, seconds)
+@functools.cache
+def _server() -> ForkServer:
+    return ForkServer("tests.transformer_engine", "--serve")
 
 
 def use_transformer_engine() -> None:
@@ -89,30 +85,23 @@ def _properties(*_: object) -> types.SimpleNamespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a program as `python` would, on one rank or several."""
+    """Run a program as `python` would, on one rank or several; or, with --serve, each that a test asks for."""
+    use_transformer_engine()
+    import_verbs()
+    if arguments != ["--serve"]:
+        return _run(arguments)
+    serve(_run)
+    return 0
+
+
+def _run(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="tests.transformer_engine")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--torch-parts", action="store_true")
     parser.add_argument("program", nargs=argparse.REMAINDER)
     settings = parser.parse_args(arguments)
-    if not settings.torch_parts:
-        use_transformer_engine()
-    from megatron_r1.platform import select
-
-    select("cpu")
-    import megatron_r1.train.optimizer  # noqa: F401  with it comes nearly all that a program needs
-    from megatron_r1.model import build  # noqa: F401
-
-    def run() -> None:
-        program, sys.argv = settings.program[0], settings.program
-        if program.endswith(".py"):
-            runpy.run_path(program, run_name="__main__")
-        else:
-            runpy.run_module(program, run_name="__main__", alter_sys=True)
-
     if settings.ranks > 1:
-        return fork_ranks(settings.ranks, run)
-    run()
+        return fork_ranks(settings.ranks, lambda: run_program(settings.program))
+    run_program(settings.program)
     return 0
 
 

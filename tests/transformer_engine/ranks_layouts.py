@@ -1,7 +1,7 @@
 """Layouts that four ranks compute one after the other, with Transformer Engine or with torch's parts.
 
-python -m tests.transformer_engine [--torch-parts] ranks_layouts.py FOLDER CASE ... writes FOLDER/CASE.pt: losses and
-whole gradients of an update on rows of tokens and of one on packed sequences. The case `stored` writes what each rank
+python [-m tests.transformer_engine] ranks_layouts.py FOLDER CASE ... writes FOLDER/CASE.pt: losses and whole gradients
+of an update on rows of tokens and of one on packed sequences. The case `stored` writes what each rank
 holds of the stored list's models: FOLDER/layouts-RANK.json.
 """
 

@@ -13,13 +13,16 @@ import torch
 
 from tests.dist.test_layouts import worst
 from tests.model import test_layout as stored
-from tests.transformer_engine.on_cpu import needs_transformer_engine, run_with_torch_parts, run_with_transformer_engine
+from tests.support.fork_server import run_forked_to_the_end
+from tests.transformer_engine.on_cpu import needs_transformer_engine, run_with_transformer_engine
 from tests.transformer_engine.ranks_layouts import LAYOUTS, OVERLAPS, STORED
 
 SHORT = (
-    "dp4-recomputed", "tp2-etp2", "tp2-ep2", "pp2-vpp2", "ep2-shared", "ep2-plain", "ep2-deepseek",
-    "pp2-vpp2-ep2-plain", "pp2-vpp2-ep2-deepseek", "stored",
+    "dp4-recomputed", "tp2-etp2", "tp2-ep2-shared", "pp2-vpp2", "ep2-plain", "ep2-deepseek", "pp2-vpp2-ep2-plain",
+    "pp2-vpp2-ep2-deepseek", "stored",
 )  # fmt: skip
+"""Data, tensor, expert and interleaved pipeline parallelism, recomputation, and what overlaps communication, each in
+one layout at least."""
 DELAYED = ("ep2-delayed", "ep2-deepseek", "pp2-vpp2-ep2-deepseek")
 """Weight gradients come late, which torch's parts cannot do."""
 PROGRAM = Path(__file__).with_name("ranks_layouts.py")
@@ -31,11 +34,17 @@ pytestmark = [needs_transformer_engine, pytest.mark.dist, pytest.mark.timeout(24
 
 
 class Results:
-    """What the program found; the short form's cases, and all others, are computed together at the first call."""
+    """What the program found; the short form's cases, and all others, are computed together at the first call.
 
-    def __init__(self, run: Callable[..., None], folders: pytest.TempPathFactory, cases: Sequence[str]):
+    Args:
+        short: cases that the short form compares.
+    """
+
+    def __init__(
+        self, run: Callable[..., None], folders: pytest.TempPathFactory, cases: Sequence[str], short: Sequence[str]
+    ):
         self._run, self._folders = run, folders
-        self._short, self._long = [one for one in cases if one in SHORT], [one for one in cases if one not in SHORT]
+        self._short, self._long = [one for one in cases if one in short], [one for one in cases if one not in short]
         self._folder = functools.cache(self._compute)
 
     def of(self, case: str) -> dict[str, dict[str, Any]]:
@@ -53,14 +62,13 @@ class Results:
 
 @pytest.fixture(scope="module")
 def with_te(tmp_path_factory) -> Results:
-    return Results(run_with_transformer_engine, tmp_path_factory, [*LAYOUTS, *OVERLAPS, "stored"])
+    return Results(run_with_transformer_engine, tmp_path_factory, [*LAYOUTS, *OVERLAPS, "stored"], SHORT)
 
 
 @pytest.fixture(scope="module")
 def with_torch(tmp_path_factory) -> Results:
-    return Results(
-        run_with_torch_parts, tmp_path_factory, [*LAYOUTS, *(case for case in OVERLAPS if case not in DELAYED)]
-    )
+    cases = [*LAYOUTS, *(case for case in OVERLAPS if case not in DELAYED)]
+    return Results(run_forked_to_the_end, tmp_path_factory, cases, [case for case in SHORT if case in LAYOUTS])
 
 
 def in_both_forms(cases: Iterable[str]) -> list[Any]:

@@ -11,7 +11,8 @@ import pytest
 from megatron_r1.checkpoint.store import newest_verified
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
-from tests.transformer_engine.on_cpu import needs_transformer_engine, run_with_torch_parts, run_with_transformer_engine
+from tests.support.fork_server import run_forked_to_the_end
+from tests.transformer_engine.on_cpu import needs_transformer_engine, run_with_transformer_engine
 from tests.transformer_engine.verbs import STEPS, VERBS
 
 PROGRAM = Path(__file__).with_name("verbs.py")
@@ -31,7 +32,7 @@ def with_te(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def with_torch(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("with-torch")
-    run_with_torch_parts(PROGRAM, folder, seconds=230)
+    run_forked_to_the_end(PROGRAM, folder, seconds=230)
     return folder
 
 

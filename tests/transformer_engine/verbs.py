@@ -1,8 +1,8 @@
-"""Every training verb for ten steps, on Transformer Engine or on torch's parts, and stopped half way: test_verbs.py.
+"""Every training verb for six steps, on Transformer Engine or on torch's parts, and stopped half way: test_verbs.py.
 
-python -m tests.transformer_engine [--torch-parts] verbs.py FOLDER [VERB ...] runs them in FOLDER, one after the other
-in one process; on Transformer Engine once more, stopped by a signal after five steps and gone on with. GRPO samples
-with the in-process engine; ten rollouts are also learnt from without one, of recorded responses: FOLDER/grpo.json.
+python [-m tests.transformer_engine] verbs.py FOLDER [VERB ...] runs them in FOLDER, one after the other in one process;
+on Transformer Engine once more, stopped by a signal after three steps and gone on with. GRPO samples with the
+in-process engine; six rollouts are also learnt from without one, of recorded responses: FOLDER/grpo.json.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STEPS, STOP_AFTER = 10, 5
+STEPS, STOP_AFTER = 6, 3
 STOPPED = 85
 """Exit status of a run that a signal ended."""
 RUN = (
@@ -73,7 +73,7 @@ def run(folder: Path, verb: str, name: str, stop: bool = False) -> int:
 
 
 def learn(platform: Any) -> list[dict[str, Any]]:
-    """Metrics of ten rollouts' updates by GRPO with a reference policy and recorded experts."""
+    """Metrics of some rollouts' updates by GRPO with a reference policy and recorded experts."""
     from megatron_r1.config.load import load
     from megatron_r1.model.names import in_multi_token_layer
     from megatron_r1.model.replay import RoutingReplay
