@@ -3,7 +3,7 @@
 All of it in fp32 and once more in float64, where rounding cannot hide a difference. A single rank also computes the
 GRPO update by the plain loss over the whole vocabulary.
 
-Started by test_layouts.py under torchrun with a folder that holds job.json: the configuration, models that teach, and
+Started by test_layouts.py with a folder that holds job.json: the configuration, models that teach, and
 whether reinforcement learning can do it.
 """
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from tests.support.float64 import DTYPE, float64
 
-STEPS = 5
+STEPS = 3
 PROMPTS, GROUP = 4, 4
 REFERENCE_SCALE = 1.02
 

@@ -6,7 +6,6 @@ In float64 they agree to the last digits, so a layout is the same function; in f
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from megatron_r1.config.load import load, resolved
-from tests.support.launching import run_to_the_end
+from tests.support.forked_ranks import run_ranks
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,7 @@ def numbers_of(case: Case, folder: Path) -> dict[str, Numbers]:
     config = resolved(load("pretrain", case.overrides))
     job = {"config": config, "reinforce": case.reinforce, "fine_tune": case.fine_tune, "teachers": teachers()}
     (folder / "job.json").write_text(json.dumps(job))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}"]
-    run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_layouts.py")), str(folder)], seconds=220)
+    run_ranks(Path(__file__).with_name("ranks_layouts.py"), folder, ranks=case.ranks, seconds=220)
     return {
         path.stem: Numbers(json.loads(path.read_text()), torch.load(path.with_suffix(".pt"), weights_only=True))
         for path in folder.glob("*-fp*.json")
