@@ -69,8 +69,8 @@ class Retention:
 
     def most_kept(self, steps: int, save_interval: int) -> int:
         """Most checkpoints that a run of `steps` steps ever keeps, without the one that is being written."""
-        saved = sorted({*range(save_interval, steps + 1, save_interval), steps})
-        older = saved[: -self.newest]
-        by_step = sum(step % self.every == 0 for step in older) if self.every else 0
-        best = bool(self.metric) and by_step < len(older)
-        return min(len(saved), self.newest) + by_step + best
+        saved = -(-steps // save_interval)  # the last one is of the last step
+        older = max(saved - self.newest, 0)
+        by_step = older * save_interval // math.lcm(self.every, save_interval) if self.every else 0
+        best = bool(self.metric) and by_step < older
+        return min(saved, self.newest) + by_step + best

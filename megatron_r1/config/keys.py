@@ -7,13 +7,16 @@ Overrides on the command line and the keys of a recipe file are checked. The fil
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_r1.config.recipes import configs_folder, groups
 from megatron_r1.config.schema import exists, joined, shown
-from megatron_r1.config.verbs import GENERAL, VERBS
+from megatron_r1.config.verbs import GENERAL, VERBS, Verb
+from megatron_r1.config.yaml_files import NeedsHydra, parse_yaml
 from megatron_r1.errors import ConfigError
 
 INSTEAD = {
@@ -31,12 +34,16 @@ INSTEAD = {
 
 def reads(verb: str, key: str) -> bool:
     """Whether the verb reads a key, or any key of a section."""
-    entry = VERBS[verb]
-    fitting = dict.fromkeys((*GENERAL, *entry.reads), True) | dict.fromkeys(entry.ignores, False)
-    parents = [name for name in fitting if key == name or key.startswith(f"{name}.")]
+    return _reads(VERBS[verb], key)
+
+
+@lru_cache(maxsize=16384)
+def _reads(verb: Verb, key: str) -> bool:
+    listed = dict.fromkeys((*GENERAL, *verb.reads), True) | dict.fromkeys(verb.ignores, False)
+    parents = [name for name in listed if key == name or key.startswith(f"{name}.")]
     if parents:
-        return fitting[max(parents, key=len)]
-    return any(held and name.startswith(f"{key}.") for name, held in fitting.items())
+        return listed[max(parents, key=len)]
+    return any(held and name.startswith(f"{key}.") for name, held in listed.items())
 
 
 def check_overrides(verb: str, overrides: Sequence[str]) -> None:
@@ -71,12 +78,19 @@ def check_recipe(verb: str, recipe: str) -> None:
 
 def keys_of_recipe(recipe: str) -> Iterator[tuple[str, object]]:
     """Keys that a recipe file itself sets, with their values."""
+    path = configs_folder() / f"{recipe}.yaml"
     try:
-        tree = yaml.safe_load((configs_folder() / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, FileNotFoundError):
+        yield from _keys_of_file(path, path.stat().st_mtime_ns)
+    except (yaml.YAMLError, NeedsHydra, FileNotFoundError):
         return  # composing the recipe reports the error
+
+
+@lru_cache(maxsize=256)
+def _keys_of_file(path: Path, _: int) -> tuple[tuple[str, object], ...]:
+    """Kept until the file is written again."""
+    tree = parse_yaml(path.read_text(encoding="utf-8"))
     leaves = _leaves(tree if isinstance(tree, dict) else {}, "")
-    yield from ((key, value) for key, value in leaves if key != "defaults")
+    return tuple((key, value) for key, value in leaves if key != "defaults")
 
 
 def only_read(verb: str, overrides: Sequence[str]) -> list[str]:

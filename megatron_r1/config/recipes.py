@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -21,8 +22,9 @@ def recipes() -> list[str]:
 
 def groups() -> dict[str, list[str]]:
     """Group -> its options, as in `model=tiny`; a folder without YAML files is no group."""
-    folders = sorted(path for path in configs_folder().iterdir() if path.is_dir())
-    options = {folder.name: _stems(folder, folder.stat().st_mtime_ns) for folder in folders}
+    with os.scandir(configs_folder()) as entries:
+        folders = sorted((entry.name, entry.path, entry.stat().st_mtime_ns) for entry in entries if entry.is_dir())
+    options = {name: _stems(path, changed) for name, path, changed in folders}
     return {name: found for name, found in options.items() if found}
 
 
@@ -32,6 +34,6 @@ def prompt_styles() -> dict[str, Path]:
 
 
 @cache
-def _stems(folder: Path, _: int) -> list[str]:
+def _stems(folder: str, _: int) -> list[str]:
     """Names of the YAML files in a folder, read again when the folder has changed."""
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+    return sorted(path.stem for path in Path(folder).glob("*.yaml"))
