@@ -45,7 +45,9 @@ def command(verb: str, root: Path, *arguments: str) -> list[str]:
 
 
 def servers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [one for one in process.children() if "megatron_r1.rollout.sglang.servers.launch" in one.cmdline()]
+    """A server's own processes have other names."""
+    below = process.children(recursive=True)
+    return [one for one in below if "megatron_r1.rollout.sglang.servers.launch" in " ".join(one.cmdline())]
 
 
 @pytest.fixture(scope="module")

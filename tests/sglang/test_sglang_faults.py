@@ -26,6 +26,9 @@ from megatron_r1.rollout.sglang.servers.process import Server
 arguments = server_arguments(Path(sys.argv[1]), SGLangConfig(max_total_tokens=4096), device="cpu", dtype="float32",
                              context_length=64, version="initial")
 server = Server(arguments, server_environment("cpu", ServerConfig()), Path(sys.argv[2]))
+while not server.accepts():
+    server.check()
+    time.sleep(0.1)
 print(json.dumps({"pid": server.process.pid, "folder": str(server.folder)}), flush=True)
 time.sleep(600)
 """
@@ -48,7 +51,7 @@ def test_killed_program_leaves_no_server(models, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as program:
         started = json.loads(program.stdout.readline())
         try:
-            assert wait_for(lambda: len(group_members(started["pid"])) >= 3, 60), "SGLang spawned no processes"
+            assert len(group_members(started["pid"])) >= 3, "SGLang spawned no processes"
             program.send_signal(signal.SIGKILL)
             program.wait()
             assert wait_for(lambda: not group_members(started["pid"]), 10)

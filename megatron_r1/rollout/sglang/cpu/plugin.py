@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def register() -> None:
         _forked_processes()
         _loading_in_one_thread()
         _the_device_is_the_cpu()
+        _without_the_trainers_library()
     except Exception as error:
         raise SystemExit(f"megatron_r1's plugin does not fit this SGLang: {error!r}") from error
 
@@ -170,3 +172,8 @@ def _the_device_is_the_cpu() -> None:
         return of_device("cpu" if device is None else device)
 
     torch.get_device_module = cpu_unless_named  # type: ignore[assignment]
+
+
+def _without_the_trainers_library() -> None:
+    """SGLang's debugging dumper imports megatron-core where it finds it, a second of a core: it is the trainer's."""
+    sys.modules.setdefault("megatron.core", None)  # type: ignore[arg-type]

@@ -84,22 +84,39 @@ def _name_segments(folder: str) -> None:
     PortArgs.init_new = staticmethod(named)
 
 
-def main() -> None:
-    if os.getpgrp() != os.getpid():
-        raise SystemExit("this server ends by killing its process group, so it must lead one: start it in a session")
-    arguments = json.loads(_first_line())
-    _die_with_parent(arguments.pop("parent"))
-    for key in ("api_key", "admin_api_key"):
-        arguments[key] = Secret(arguments[key])
-
-    from sglang.launch_server import run_server
+def load_sglang() -> None:
+    """Import SGLang, with its plugins and this project's changes to it."""
+    import sglang.launch_server
+    import sglang.srt.server_args  # noqa: F401 (imported for later)
     from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
 
     logging.getLogger().setLevel(logging.INFO)  # plugins load before SGLang sets its log level
     load_plugins()
     _keep_control_closed()
+
+
+def main(parent: int | None = None) -> None:
+    """Serve until the program or the parent ends.
+
+    Args:
+        parent: process that this one was forked from; None where the program itself started it.
+    """
+    if os.getpgrp() != os.getpid():
+        raise SystemExit("this server ends by killing its process group, so it must lead one: start it in a session")
+    arguments = json.loads(_first_line())
+    program = arguments.pop("parent")
+    _die_with_parent(parent or program)
+    for key in ("api_key", "admin_api_key"):
+        arguments[key] = Secret(arguments[key])
+    if not parent:
+        load_sglang()
     _name_segments(Path(os.environ["TMPDIR"]).name)
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.server_args import ServerArgs
+
+    logging.getLogger(__name__).info("changed by plugins: %s", ", ".join(sorted(HookRegistry._patched)) or "nothing")
     run_server(ServerArgs(**arguments))
 
 

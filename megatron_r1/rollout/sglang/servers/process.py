@@ -1,4 +1,6 @@
-"""One SGLang server as a child process: on its endpoint's host, else on the loopback with fresh keys.
+"""One SGLang server as a process: on its endpoint's host, else on the loopback with fresh keys.
+
+On a CPU it is forked from a process that has imported SGLang for all servers of this program (fork_server.py).
 
 It is killed with all that it spawned.
 
@@ -17,10 +19,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -31,7 +34,9 @@ from megatron_r1.platform.launcher import without_launcher
 from megatron_r1.platform.ports import free_ports
 from megatron_r1.platform.temporary import home_for_caches
 from megatron_r1.rollout.sglang.client import Endpoint
+from megatron_r1.rollout.sglang.cpu import plugin as cpu
 from megatron_r1.rollout.sglang.servers import leftovers
+from megatron_r1.rollout.sglang.servers.forked import ForkedProcess, fork_server
 
 CLOSE_TIMEOUT_S = 20.0
 CACHES = "caches"
@@ -67,15 +72,7 @@ class Server:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             self._log_start = output.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_r1.rollout.sglang.servers.launch"],
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=self._environment(environment),
-                start_new_session=True,
-                pass_fds=[self._lock.descriptor],
-            )
+            self.process = self._start(environment, output)
         atexit.register(self.close)
         keys = {"api_key": self.endpoint.api_key, "admin_api_key": self.endpoint.admin_key}
         self._send({**arguments, "host": self.host, "port": self.port, **keys, "parent": os.getpid()})
@@ -129,6 +126,22 @@ class Server:
         _wait_for_group(self.process.pid)
         leftovers.remove(self.folder, segments)
         self._lock.close()
+
+    def _start(self, added: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes] | ForkedProcess:
+        environment = self._environment(added)
+        if cpu.MARK in added:
+            kind = {**added, "HOME": environment.get("HOME", ""), "PYTHONPATH": environment["PYTHONPATH"]}
+            forking = fork_server(environment | {"TMPDIR": tempfile.gettempdir()}, kind, output)
+            return forking.fork(environment, output, self._lock)
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_r1.rollout.sglang.servers.launch"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=[self._lock.descriptor],
+        )
 
     def _environment(self, added: Mapping[str, str]) -> dict[str, str]:
         # Kernels that a server compiles are there for the next one, also where the user's home cannot be written.
