@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.memory.passes import passes_at_peak
 from megatron_r1.memory.storage import checkpoint_bytes
 from megatron_r1.memory.trainer import Pass, job_memory
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import run_forked_to_the_end
 
 
 def predicted(config: RunConfig, ranks: int, gpu: bool = False) -> list[MemoryParts]:
@@ -29,7 +28,7 @@ def predicted(config: RunConfig, ranks: int, gpu: bool = False) -> list[MemoryPa
 def test_a_checkpoint_has_as_many_bytes_as_are_predicted(changed: tuple[str, ...], tmp_path: Path) -> None:
     overrides = ["platform=cpu", "track=off", "train.steps=1", "train.schedule.warmup_steps=0", *changed]
     overrides += ["data.num_documents=300", "threads=1", f"root={tmp_path}"]
-    run_to_the_end([sys.executable, "-m", "megatron_r1", "pretrain", *overrides], 100)
+    run_forked_to_the_end("megatron_r1", "pretrain", *overrides)
     (step,) = (tmp_path / "pretrain/checkpoints").glob("step-*")
     tensors = sum(path.stat().st_size for path in step.glob("*.safetensors") if not path.name.startswith("random"))
     assert checkpoint_bytes(load("pretrain", overrides), "pretrain") == pytest.approx(tensors, rel=0.02)
