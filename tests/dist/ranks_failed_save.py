@@ -1,6 +1,6 @@
 """Run on two data-parallel ranks: a save that the rank with the parts cannot write, then one that works.
 
-Started by test_failed_save.py under torchrun with a folder.
+Started by test_failed_save.py with a folder.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Run on every rank: with each layout of this many ranks train and save, then go on from what every layout has saved.
 
-Started by test_resharding.py under torchrun: ranks_resharding.py FOLDER save|load. FOLDER/job.json has the
+Started by test_resharding.py: ranks_resharding.py FOLDER save|load. FOLDER/job.json has the
 layouts of each number of ranks, and the layouts whose checkpoints are to be read. The layouts follow one another in the
-same processes, most of whose time goes to their start.
+same processes.
 """
 
 from __future__ import annotations

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import run_to_the_end
+from tests.support.forked_ranks import run_ranks
 
 
 @pytest.mark.dist
 def test_a_rank_that_cannot_write_leaves_no_other_waiting(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_failed_save.py")), str(tmp_path)], seconds=60)
+    run_ranks(Path(__file__).with_name("ranks_failed_save.py"), tmp_path, ranks=2, seconds=60)
     for rank in (0, 1):
         found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert "cannot write" in found["1"] and found["1"].endswith("on rank 0") and found["2"] == "saved"

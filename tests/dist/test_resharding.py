@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.launching import run_to_the_end
+from tests.support.forked_ranks import run_ranks
 
 LAYOUTS = {
     "one": (1, {}),
@@ -24,12 +23,6 @@ LAYOUTS = {
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "dp4": (4, {}),
 }
-
-
-def launch(ranks: int, root: Path, action: str) -> None:
-    """Start so many ranks, which go through all of their layouts."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_resharding.py")), str(root), action], seconds=400)
 
 
 @pytest.mark.dist
@@ -49,7 +42,7 @@ def test_every_layout_resumes_from_every_other(names, tmp_path):
     (tmp_path / "job.json").write_text(json.dumps({"layouts": layouts, "sources": names}))
     for action in ("save", "load"):
         for ranks in layouts:
-            launch(ranks, tmp_path, action)
+            run_ranks(Path(__file__).with_name("ranks_resharding.py"), tmp_path, action, ranks=ranks, seconds=400)
     saved = {name: json.loads((tmp_path / name / "save.json").read_text())["next_loss"] for name in names}
     worst = 0.0
     for name in names:

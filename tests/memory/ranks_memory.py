@@ -1,6 +1,6 @@
 """Run on every rank of a layout: steps of a verb, and how many bytes torch held at each point.
 
-Started by test_measured_memory.py under torchrun with a folder that holds job.json, jobs of one number of ranks by
+Started by test_measured_memory.py with a folder that holds job.json, jobs of one number of ranks by
 name; writes one file a rank.
 """
 
@@ -32,14 +32,13 @@ def main(folder: Path) -> None:
     jobs = json.loads((folder / "job.json").read_text())
     from megatron_r1.parallel.mesh import process_groups
 
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # ranks that join again would find their old addresses in it
     for name, job in jobs.items():
         config = convert(RunConfig, job["config"])
         os.environ["MASTER_PORT"] = str(job["port"])
         with process_groups(platform, config.parallel, seed=0, threads=1):
             found[name] = measured({"pretrain": updates, "grpo": rollouts}[job["verb"]], config, platform)
         print(name, found[name], flush=True)
-    (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 
 def measured(steps_of: Callable[[Any, Any], Callable[[], Any]], config: Any, platform: Any) -> dict[str, int]:

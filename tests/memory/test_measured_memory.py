@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from megatron_r1.memory.activations import ActivationSizes
 from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.memory.trainer import STATES, job_memory, keeps_reference, largest_pass
 from megatron_r1.platform.ports import free_ports
-from tests.support.launching import run_to_the_end
+from tests.support.forked_ranks import run_ranks
 
 TOLERANCE = 0.1
 MODELS = {
@@ -101,9 +100,7 @@ def test_predicted_memory_is_what_torch_allocates(ranks: int, tmp_path: Path) ->
         for (name, (verb, config)), port in zip(jobs.items(), free_ports(len(jobs)), strict=True)
     }
     (tmp_path / "job.json").write_text(json.dumps(described))
-    program = str(Path(__file__).with_name("ranks_memory.py"))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    run_to_the_end([sys.executable, *launcher, program, str(tmp_path)], 800)
+    run_ranks(Path(__file__).with_name("ranks_memory.py"), tmp_path, ranks=ranks, seconds=800)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     wrong = []
     for name, (verb, config) in jobs.items():

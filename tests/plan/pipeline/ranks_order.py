@@ -1,13 +1,12 @@
 """Run on every gloo rank: passes of a model in several pipelines, and the order in which megatron-core ran its passes.
 
-Started by test_real_order.py under torchrun with a folder that holds job.json; writes one file a rank.
+Started by test_real_order.py with a folder that holds job.json; writes one file a rank.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ def main(folder: Path) -> None:
     from megatron_r1.platform import select
 
     platform, found = select("cpu"), {}
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # ranks that join again would find their old addresses in it
     for name, job in json.loads((folder / "job.json").read_text()).items():
         config = convert(RunConfig, job["config"])
         os.environ["MASTER_PORT"] = str(job["port"])
@@ -92,5 +90,4 @@ def tensor_of(output: Any) -> Any:
 
 
 if __name__ == "__main__":
-    signal.alarm(400)  # whatever happens to the launcher, no rank waits for ever
     main(Path(sys.argv[1]))
