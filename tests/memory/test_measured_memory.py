@@ -19,12 +19,12 @@ from tests.support.forked_ranks import run_ranks
 TOLERANCE = 0.1
 MODELS = {
     "tiny": "model=tiny train.micro_batch_size=4 train.global_batch_size=16",
-    "small": "model=small train.micro_batch_size=1 train.global_batch_size=4 train.sequence_length=128",
+    "small": "model=small model.num_layers=3 train.micro_batch_size=1 train.global_batch_size=4 train.sequence_length=128",
 }
 RL = "rl.prompts_per_rollout=4 rl.group_size=4 rl.updates_per_rollout=1 rl.old_logprobs_from=trainer"
 MODELS_RL = {
     "tiny": f"model=tiny rl.tokens_per_micro_batch=256 {RL}",
-    "small": f"model=small rl.tokens_per_micro_batch=128 {RL}",
+    "small": f"model=small model.num_layers=3 rl.tokens_per_micro_batch=128 {RL}",
 }
 EXPERT, RECOMPUTED = "parallel.expert=2", "performance.recompute_modules=[layernorm,moe_act]"
 INTERLEAVED = f"{EXPERT} parallel.pipeline=2 parallel.virtual_pipeline=2 train.global_batch_size=64 model.num_layers=8"

@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), options: Any = None) -> Any:
         made = function(*given, **(options or {}))
-        for tensor in tree_leaves(made):
+        for tensor in (made,) if isinstance(made, torch.Tensor) else tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 self._see(tensor.untyped_storage())
         return made
