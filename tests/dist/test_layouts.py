@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_r1.config.load import load, resolved
-from tests.support.forked_ranks import run_ranks
+from tests.support.fork_server import run_forked_to_the_end
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def numbers_of(case: Case, folder: Path) -> dict[str, Numbers]:
     config = resolved(load("pretrain", case.overrides))
     job = {"config": config, "reinforce": case.reinforce, "fine_tune": case.fine_tune, "teachers": teachers()}
     (folder / "job.json").write_text(json.dumps(job))
-    run_ranks(Path(__file__).with_name("ranks_layouts.py"), folder, ranks=case.ranks, seconds=220)
+    run_forked_to_the_end(Path(__file__).with_name("ranks_layouts.py"), folder, ranks=case.ranks, seconds=220)
     return {
         path.stem: Numbers(json.loads(path.read_text()), torch.load(path.with_suffix(".pt"), weights_only=True))
         for path in folder.glob("*-fp*.json")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.forked_ranks import run_ranks
+from tests.support.fork_server import run_forked_to_the_end
 
 LAYOUTS = {
     "one": (1, {}),
@@ -42,7 +42,9 @@ def test_every_layout_resumes_from_every_other(names, tmp_path):
     (tmp_path / "job.json").write_text(json.dumps({"layouts": layouts, "sources": names}))
     for action in ("save", "load"):
         for ranks in layouts:
-            run_ranks(Path(__file__).with_name("ranks_resharding.py"), tmp_path, action, ranks=ranks, seconds=400)
+            run_forked_to_the_end(
+                Path(__file__).with_name("ranks_resharding.py"), tmp_path, action, ranks=ranks, seconds=400
+            )
     saved = {name: json.loads((tmp_path / name / "save.json").read_text())["next_loss"] for name in names}
     worst = 0.0
     for name in names:

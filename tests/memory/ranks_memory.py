@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         with process_groups(platform, config.parallel, seed=0, threads=1):
             found[name] = measured({"pretrain": updates, "grpo": rollouts}[job["verb"]], config, platform)
         print(name, found[name], flush=True)
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
 
 
 def measured(steps_of: Callable[[Any, Any], Callable[[], Any]], config: Any, platform: Any) -> dict[str, int]:

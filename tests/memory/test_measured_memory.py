@@ -14,17 +14,18 @@ from megatron_r1.memory.activations import ActivationSizes
 from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.memory.trainer import STATES, job_memory, keeps_reference, largest_pass
 from megatron_r1.platform.ports import free_ports
-from tests.support.forked_ranks import run_ranks
+from tests.support.fork_server import run_forked_to_the_end
 
 TOLERANCE = 0.1
+SMALL = "model=small model.num_layers=3"
 MODELS = {
     "tiny": "model=tiny train.micro_batch_size=4 train.global_batch_size=16",
-    "small": "model=small model.num_layers=3 train.micro_batch_size=1 train.global_batch_size=4 train.sequence_length=128",
+    "small": f"{SMALL} train.micro_batch_size=1 train.global_batch_size=4 train.sequence_length=128",
 }
 RL = "rl.prompts_per_rollout=4 rl.group_size=4 rl.updates_per_rollout=1 rl.old_logprobs_from=trainer"
 MODELS_RL = {
     "tiny": f"model=tiny rl.tokens_per_micro_batch=256 {RL}",
-    "small": f"model=small model.num_layers=3 rl.tokens_per_micro_batch=128 {RL}",
+    "small": f"{SMALL} rl.tokens_per_micro_batch=128 {RL}",
 }
 EXPERT, RECOMPUTED = "parallel.expert=2", "performance.recompute_modules=[layernorm,moe_act]"
 INTERLEAVED = f"{EXPERT} parallel.pipeline=2 parallel.virtual_pipeline=2 train.global_batch_size=64 model.num_layers=8"
@@ -100,7 +101,7 @@ def test_predicted_memory_is_what_torch_allocates(ranks: int, tmp_path: Path) ->
         for (name, (verb, config)), port in zip(jobs.items(), free_ports(len(jobs)), strict=True)
     }
     (tmp_path / "job.json").write_text(json.dumps(described))
-    run_ranks(Path(__file__).with_name("ranks_memory.py"), tmp_path, ranks=ranks, seconds=800)
+    run_forked_to_the_end(Path(__file__).with_name("ranks_memory.py"), tmp_path, ranks=ranks, seconds=800)
     measured = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(ranks)]
     wrong = []
     for name, (verb, config) in jobs.items():

@@ -2,6 +2,7 @@
 
     run_forked("megatron_r1", "sample", "name=one")           # what `python -W ignore -m megatron_r1 sample ...` does
     run_forked_to_the_end(folder / "program.py", folder)      # a file, which must succeed
+    run_forked_to_the_end("tests/dist/ranks_layouts.py", folder, ranks=2)
 
 A program starts with the environment and the folder of its caller, has an output and a process group of its own, and
 ends as an interpreter does. Two things differ from a fresh interpreter: what the program imports is there before, and
@@ -10,6 +11,7 @@ the order of sets is that of all other forks. One fresh start of each verb is th
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import gc
@@ -25,6 +27,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+
+from tests.support.forked_ranks import fork_ranks
 
 VERBS = ("pretrain", "sft", "reward_model", "dpo", "grpo", "sample", "evaluate", "convert")
 """Whose modules are imported before the forks."""
@@ -57,7 +61,9 @@ class ForkServer:
             code = self._request(request | {"outputs": [*map(str, outputs)]}, seconds)
             texts = [path.read_text(errors="replace") for path in outputs]
         if code is None:
-            raise subprocess.TimeoutExpired(words, seconds, *texts)
+            late = subprocess.TimeoutExpired(words, seconds, *texts)
+            late.add_note("\n".join(texts))
+            raise late
         return subprocess.CompletedProcess(words, code, *texts)
 
     def _request(self, request: dict[str, object], seconds: float) -> int | None:
@@ -94,7 +100,7 @@ class ForkServer:
         return int(line)
 
 
-def serve(run: Callable[[list[str]], int | None]) -> None:
+def serve(run: Callable[[list[str]], int]) -> None:
     """Fork a process for each request that comes by stdin, until that ends: its id is answered, then its exit code.
 
     Args:
@@ -125,6 +131,18 @@ def _begin(folder: str, environment: dict[str, str], outputs: list[str]) -> None
     os.chdir(folder)
 
 
+def run_on_ranks(arguments: list[str]) -> int:
+    """Exit code of [--ranks N] and a program with its arguments, which runs on so many forks of this process."""
+    parser = argparse.ArgumentParser(prog="fork_server")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("program", nargs=argparse.REMAINDER)
+    settings = parser.parse_args(arguments)
+    if settings.ranks > 1:
+        return fork_ranks(settings.ranks, lambda: run_program(settings.program))
+    run_program(settings.program)
+    return 0
+
+
 def run_program(words: list[str]) -> None:
     """Run a file, or a module by its name, as `python` does."""
     program, sys.argv = words[0], [*words]
@@ -139,14 +157,18 @@ def _of_verbs() -> ForkServer:
     return ForkServer("tests.support.fork_server")
 
 
-def run_forked(*program: object, seconds: float = 100) -> subprocess.CompletedProcess[str]:
-    """Run a program, or a module by its name, with its arguments to its end, on a CPU with torch's parts."""
-    return _of_verbs().run(*program, seconds=seconds)
+def run_forked(*program: object, ranks: int = 1, seconds: float = 100) -> subprocess.CompletedProcess[str]:
+    """Run a program, or a module by its name, with its arguments to its end, on a CPU with torch's parts.
+
+    Args:
+        ranks: that run it, if more than one; the first that fails ends the others.
+    """
+    return _of_verbs().run("--ranks", ranks, *program, seconds=seconds)
 
 
-def run_forked_to_the_end(*program: object, seconds: float = 100) -> None:
+def run_forked_to_the_end(*program: object, ranks: int = 1, seconds: float = 100) -> None:
     """The same of a program that must succeed."""
-    must_succeed(run_forked(*program, seconds=seconds))
+    must_succeed(run_forked(*program, ranks=ranks, seconds=seconds))
 
 
 def must_succeed(done: subprocess.CompletedProcess[str]) -> None:
@@ -167,4 +189,4 @@ def import_verbs() -> None:
 
 if __name__ == "__main__":
     import_verbs()
-    serve(run_program)
+    serve(run_on_ranks)

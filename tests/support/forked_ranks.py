@@ -1,100 +1,69 @@
-"""Run a program on several ranks that are forked from one process, which has imported everything.
+"""Ranks of one machine that are forks of this process, for programs that have imported everything before.
 
-    run_ranks("tests/dist/ranks_layouts.py", folder, ranks=2, seconds=100)
-
-A rank is then there at once, where one that torchrun starts takes five seconds of a core to import torch and
-megatron-core. The process to fork from is started with the first ranks, once for all tests of a pytest process, and
-ends with it. A program has what torchrun would give it: its arguments, and the variables by which ranks find each
-other. Its megatron-core is that of a CPU without Transformer Engine (tests/transformer_engine has the other).
+A rank is there at once, where one that torchrun starts takes five seconds of a core to import torch and megatron-core.
+It has the variables by which torchrun lets ranks find each other; a program that computes in several layouts calls
+`meet_elsewhere()` inside each one's process groups.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
-import runpy
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
-from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
-from pathlib import Path
-
-from megatron_r1.lifeline import lifeline, tie_to
-from megatron_r1.platform.ports import free_ports
-from tests.support.launching import rank_variables
-
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.support.rank_imports"])
+import traceback
+from collections.abc import Callable
 
 
-def run_ranks(program: str | Path, *arguments: object, ranks: int, seconds: float) -> None:
-    """Run a program to its end on so many ranks; all must succeed, and nothing that they started is left behind.
+def fork_ranks(ranks: int, run: Callable[[], None]) -> int:
+    """Exit status of the first rank that fails, whose fellows are then ended, or 0."""
+    from megatron_r1.platform.ports import free_ports
 
-    Raises:
-        AssertionError: a rank failed, or was not done in these seconds; with what all of them printed.
-    """
     [port] = free_ports(1)
-    with tempfile.NamedTemporaryFile("r", prefix="ranks-", suffix=".log") as log:
-        started = [
-            _FORKS.Process(
-                target=_run_rank,
-                args=(str(program), [*map(str, arguments)], dict(os.environ), log.name, lifeline()),
-                kwargs={"variables": rank_variables(rank, ranks, port)},
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            for process in started:
-                process.start()
-            failure = _first_failure(started, seconds)
-        finally:
-            for process in started:
-                _end(process)
-        assert not failure, f"{program} {' '.join(map(str, arguments))}: {failure}\n{log.read()}"
-
-
-def _first_failure(started: Sequence[ForkServerProcess], seconds: float) -> str:
-    """What went wrong first, as soon as it did; nothing once all ranks have succeeded."""
-    deadline = time.monotonic() + seconds
-    running = dict(enumerate(started))
+    running = {_fork_rank(rank, ranks, port, run) for rank in range(ranks)}
+    failed = 0
     while running:
-        ended = wait([process.sentinel for process in running.values()], deadline - time.monotonic())
-        if not ended:
-            return f"after {seconds:.0f} s rank {', '.join(map(str, running))} of {len(started)} still runs"
-        for rank, process in [*running.items()]:
-            if process.sentinel in ended:
-                process.join()
-                if process.exitcode:
-                    return f"rank {rank} of {len(started)} ended with {process.exitcode}"
-                del running[rank]
-    return ""
+        ended = _ended(running)
+        running -= {pid for pid, _ in ended}
+        for _, status in ended:
+            if status and not failed:
+                failed = os.waitstatus_to_exitcode(status) or 1
+                for other in running:
+                    os.kill(other, signal.SIGKILL)
+    return abs(failed)
 
 
-def _end(process: ForkServerProcess) -> None:
-    """Kill a rank that still runs, and whatever it started."""
-    if process.pid is None:
-        return
-    process.kill()
-    process.join()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.close()
+def _ended(ranks: set[int]) -> list[tuple[int, int]]:
+    """Process id and status of ranks that have ended, once there are any; other children of this process are left."""
+    while True:
+        if ended := [found for pid in sorted(ranks) if (found := os.waitpid(pid, os.WNOHANG))[0]]:
+            return ended
+        time.sleep(0.01)
 
 
-def _run_rank(
-    program: str, arguments: list[str], environment: dict[str, str], log: str, parent: str, variables: dict[str, str]
-) -> None:
-    """In the forked process: run the program as `python` would."""
-    os.setpgid(0, 0)
-    tie_to(parent)
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-    os.environ.clear()
-    os.environ.update(environment | variables)
-    sys.argv = [program, *arguments]
-    runpy.run_path(program, run_name="__main__")
+def meet_elsewhere() -> None:
+    """Collective, inside `process_groups`: lets the ranks join other groups afterwards, by a port not yet used."""
+    from megatron_r1.parallel import comm
+    from megatron_r1.platform.ports import free_ports
+
+    os.environ["MASTER_PORT"] = str(comm.broadcast(free_ports(1)[0], source=0))
+
+
+def _fork_rank(rank: int, ranks: int, port: int, run: Callable[[], None]) -> int:
+    if pid := os.fork():
+        return pid
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    status = 1
+    try:
+        run()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)

@@ -37,15 +37,3 @@ def marked_processes(mark: str) -> list[psutil.Process]:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("MEGATRON_R1_TEST") == mark:
                 found.append(process)
     return found
-
-
-def rank_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Environment variables by which the ranks of one machine find each other without a launcher."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }

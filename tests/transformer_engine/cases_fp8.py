@@ -45,10 +45,10 @@ from megatron_r1.train.packed import PackedReader
 from megatron_r1.train.state import TrainState
 from megatron_r1.train.stream import next_token_forward
 from megatron_r1.train.update import update
+from tests.support.forked_ranks import fork_ranks
 from tests.support.fp8_shape import fp8_shape
 from tests.support.packing_cases import chat_batch, packed_batch
 from tests.support.samples import make_sample
-from tests.transformer_engine.on_cpu import fork_ranks
 
 DRAWS = 120
 FP8 = Fp8Config(enabled=True)

@@ -10,30 +10,25 @@ ranks, or a verb, is started as an argument of this package, and needs no change
 
 A test's programs, and the ranks of each, are forked from one process that has imported everything, which is most of
 what they cost; a program that computes in several layouts calls `meet_elsewhere()` inside each one's process groups.
-Inside, `select("cpu")`
-gives Platform("cpu", "gloo", transformer_engine=True): the real modules, autograd functions and FusedAdam, over kernels
-in torch (kernels.py). One that is not there yet raises NotImplementedError with its name: add it there.
+Inside, `select("cpu")` gives Platform("cpu", "gloo", transformer_engine=True): the real modules, autograd functions and
+FusedAdam, over kernels in torch (kernels.py). One that is not there yet raises NotImplementedError with its name: add
+it there.
 A test that needs this is marked `@needs_transformer_engine`, which skips where launch/test.sh did not install `.te`.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import logging
-import os
-import signal
 import sys
-import time
-import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.support.fork_server import ForkServer, import_verbs, must_succeed, run_program, serve
+from tests.support.fork_server import ForkServer, import_verbs, must_succeed, run_on_ranks, serve
 
 FOLDER = Path(sys.prefix).resolve().parent / ".te"
 """Where launch/test.sh installs Transformer Engine: beside the environment, in which nothing could then be imported."""
@@ -89,70 +84,6 @@ def main(arguments: Sequence[str]) -> int:
     use_transformer_engine()
     import_verbs()
     if arguments != ["--serve"]:
-        return _run(arguments)
-    serve(_run)
+        return run_on_ranks([*arguments])
+    serve(run_on_ranks)
     return 0
-
-
-def _run(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="tests.transformer_engine")
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("program", nargs=argparse.REMAINDER)
-    settings = parser.parse_args(arguments)
-    if settings.ranks > 1:
-        return fork_ranks(settings.ranks, lambda: run_program(settings.program))
-    run_program(settings.program)
-    return 0
-
-
-def fork_ranks(ranks: int, run: Callable[[], None]) -> int:
-    """Exit status of the first rank that fails, whose fellows are then ended, or 0."""
-    from megatron_r1.platform.ports import free_ports
-
-    [port] = free_ports(1)
-    running = {_fork_rank(rank, ranks, port, run) for rank in range(ranks)}
-    failed = 0
-    while running:
-        for pid, status in _ended(running):
-            running.discard(pid)
-            if status and not failed:
-                failed = os.waitstatus_to_exitcode(status) or 1
-                for other in running:
-                    os.kill(other, signal.SIGKILL)
-    return abs(failed)
-
-
-def _ended(ranks: set[int]) -> list[tuple[int, int]]:
-    """Process id and status of ranks that have ended, once there are any; other children of this process are left."""
-    while True:
-        if ended := [found for pid in sorted(ranks) if (found := os.waitpid(pid, os.WNOHANG))[0]]:
-            return ended
-        time.sleep(0.01)
-
-
-def meet_elsewhere() -> None:
-    """Collective, inside `process_groups`: lets the ranks join other groups afterwards, by a port not yet used."""
-    from megatron_r1.parallel import comm
-    from megatron_r1.platform.ports import free_ports
-
-    os.environ["MASTER_PORT"] = str(comm.broadcast(free_ports(1)[0], source=0))
-
-
-def _fork_rank(rank: int, ranks: int, port: int, run: Callable[[], None]) -> int:
-    if pid := os.fork():
-        return pid
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    status = 1
-    try:
-        run()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.transformer_engine.on_cpu import fork_ranks, meet_elsewhere
+from tests.support.forked_ranks import fork_ranks, meet_elsewhere
 
 RANKS, SEQUENCES, LENGTH = 4, 8, 32
 SMALL = ("track=off", "model.num_layers=2")

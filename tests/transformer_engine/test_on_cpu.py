@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.transformer_engine.on_cpu import fork_ranks, needs_transformer_engine, run_with_transformer_engine
+from tests.support.forked_ranks import fork_ranks
+from tests.transformer_engine.on_cpu import needs_transformer_engine, run_with_transformer_engine
 
 PROGRAM = """
 import json, sys

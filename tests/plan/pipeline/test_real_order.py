@@ -10,7 +10,7 @@ import pytest
 from megatron_r1.config.load import load, resolved
 from megatron_r1.plan.pipeline.orders import ScheduleShape, build_schedule
 from megatron_r1.platform.ports import free_ports
-from tests.support.forked_ranks import run_ranks
+from tests.support.fork_server import run_forked_to_the_end
 
 RANKS = 4
 SHAPES = {
@@ -34,7 +34,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, li
         config = load("pretrain", ["model=tiny", "model.num_layers=8", "train.sequence_length=8", *overrides])
         jobs[name] = {"config": resolved(config), "port": port, "micro_batches": shape.micro_batches}
     (folder / "job.json").write_text(json.dumps(jobs))
-    run_ranks(Path(__file__).with_name("ranks_order.py"), folder, ranks=RANKS, seconds=420)
+    run_forked_to_the_end(Path(__file__).with_name("ranks_order.py"), folder, ranks=RANKS, seconds=420)
     found: dict[str, dict[int, list]] = {name: {} for name in SHAPES}
     for number in range(RANKS):
         for name, result in json.loads((folder / f"{number}.json").read_text()).items():
