@@ -27,7 +27,7 @@ from megatron_r1.config.recipes import recipes
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schema import convert, resolved, shown
 from megatron_r1.config.verbs import VERBS
-from megatron_r1.config.yaml_files import NeedsHydra
+from megatron_r1.config.yaml_files import NeedsHydra, SafeDumper, read_safely
 from megatron_r1.errors import ConfigError
 from megatron_r1.files import write_whole
 
@@ -115,7 +115,7 @@ def write_yaml(config: RunConfig, path: Path) -> None:
 
 def as_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML text."""
-    text: str = yaml.safe_dump(resolved(config), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(resolved(config), Dumper=SafeDumper, sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -126,7 +126,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is no YAML mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_safely(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("config file", path, shown(error)) from None
     if not isinstance(tree, dict):

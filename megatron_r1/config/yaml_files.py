@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-# libyaml's parser gives the same tree as the one in Python, in an eighth of the time.
+# libyaml gives the same trees and texts as Python's parser, in a fifth of the time; texts but for characters beyond 16
+# bits, which it escapes.
 SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 SCALARS = (str, int, float, bool, type(None))
 
 
@@ -66,7 +68,18 @@ def parse_yaml(text: str) -> Any:
         NeedsHydra: a key stands twice.
         yaml.YAMLError: it is no YAML.
     """
-    loader = _Loader(text)
+    return _parse(_Loader(text))
+
+
+def read_safely(text: str) -> Any:
+    """As `yaml.safe_load`."""
+    try:
+        return _parse(SafeLoader(text))
+    except yaml.YAMLError:
+        return yaml.safe_load(text)  # whose error shows the text
+
+
+def _parse(loader: Any) -> Any:
     try:
         return loader.get_single_data()
     finally:
