@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from megatron_r1.config.load import read_yaml
 from megatron_r1.data.tokenizer import Tokenizer
 from megatron_r1.rollout.journal import Journal
 from tests.support.chats import small_tokenizer
-from tests.support.folder_verbs import VERBS
+from tests.support.folder_verbs import ALWAYS, VERBS
+from tests.support.fork_server import run_forked_to_the_end
 from tests.support.hf_folders import SHAPES
-from tests.support.launching import run_to_the_end
 from tests.support.samples import row_of
 
 pytestmark = pytest.mark.timeout(240)
@@ -27,7 +26,7 @@ END, EOS = (small_tokenizer().id(token) for token in ("<|im_end|>", "<|eos|>"))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("named-once")
-    run_to_the_end([sys.executable, str(SUPPORT / "folder_verbs.py"), str(folder)], seconds=200)
+    run_forked_to_the_end(SUPPORT / "folder_verbs.py", folder, seconds=200)
     return folder
 
 
@@ -37,16 +36,29 @@ def found(folder: Path) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_every_verb_takes_the_model_from_the_folder(kind: str, folder: Path, found) -> None:
-    assert found[kind] == dict.fromkeys(VERBS, 0)
+def test_verbs_take_the_model_from_the_folder(kind: str, folder: Path, found) -> None:
+    assert found[kind] == dict.fromkeys(ALWAYS[kind], 0)
+    check_models(folder, kind, ALWAYS[kind])
+
+
+@pytest.mark.slow
+def test_every_other_verb_takes_it_from_there_too(tmp_path: Path) -> None:
+    run_forked_to_the_end(SUPPORT / "folder_verbs.py", tmp_path, "--others", seconds=200)
+    for kind, codes in json.loads((tmp_path / "found.json").read_text()).items():
+        assert codes == dict.fromkeys(VERBS.keys() - ALWAYS[kind], 0), kind
+        check_models(tmp_path, kind, list(codes))
+
+
+def check_models(folder: Path, kind: str, verbs: list[str]) -> None:
+    """What runs say of their model is what the folder of their family says."""
     said = json.loads((folder / kind / "config.json").read_text())
-    for verb in VERBS:
+    for verb in verbs:
         model = read_yaml(folder / f"{kind}-{verb}" / "config.yaml")["model"]
         assert (model["hidden_size"], model["vocab_size"], model["max_sequence_length"], model["dtype"]) == (
             said["hidden_size"], said["vocab_size"], said["max_position_embeddings"], "fp32",
         )  # fmt: skip
-    for verb in ("sft", "grpo", "reward_model", "dpo", "convert"):
-        assert list((folder / f"{kind}-{verb}/checkpoints").glob("step-*/manifest.json"))
+        if verb not in ("sample", "evaluate"):
+            assert list((folder / f"{kind}-{verb}/checkpoints").glob("step-*/manifest.json"))
 
 
 def test_a_run_names_its_model_as_a_folder_does(folder: Path, found) -> None:

@@ -1,14 +1,15 @@
 """Every verb on folders that transformers wrote, in one process: tests/commands/test_model_named_once.py.
 
 python folder_verbs.py FOLDER writes a folder of each family there, and one whose model always ends a turn as ChatML
-does and whose tokenizer ends texts in another token; runs the verbs on them, naming the model by init.from alone; and
-writes FOLDER/found.json: exit statuses.
+does and whose tokenizer ends texts in another token; runs verbs on them, naming the model by init.from alone; and
+writes FOLDER/found.json: exit statuses. With --others it runs each family's other verbs alone.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,6 +33,9 @@ VERBS = {
     "evaluate": ("platform=cpu", "threads=1", *RESPONSES, "evaluate.num_prompts=2", "evaluate.samples_per_prompt=2"),
     "convert": ("convert.to=native",),
 }
+ALWAYS = {kind: [*VERBS] if kind in ("llama", "deepseek_v3") else ["sft", "convert"] for kind in SHAPES}
+"""Family -> verbs without --others: all, of a dense model and of one of DeepSeek's; of others one that trains, and one
+that converts."""
 CHAT = "rollout.chat_template=tokenizer"
 
 
@@ -51,16 +55,25 @@ def write_ending(folder: Path) -> None:
     assert load_file(folder / "model.safetensors")["lm_head.weight"][end, 0] == 20
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, others: bool) -> None:
     select("cpu")
 
     def run(name: str, verb: str, source: str, *overrides: str) -> int:
         return exit_code([verb, f"root={folder}", f"name={name}", f"init.from={source}", *VERBS[verb], *overrides])
 
-    found: dict[str, dict[str, int]] = {}
+    found = {}
     for kind in SHAPES:
         write_folder_of(kind, folder / kind)
-        found[kind] = {verb: run(f"{kind}-{verb}", verb, f"hf:{folder / kind}") for verb in VERBS}
+        verbs = [verb for verb in VERBS if (verb in ALWAYS[kind]) != others]
+        found[kind] = {verb: run(f"{kind}-{verb}", verb, f"hf:{folder / kind}") for verb in verbs}
+    if not others:
+        found |= run_of_special_folders(folder, run)
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+def run_of_special_folders(folder: Path, run: Callable[..., int]) -> dict[str, dict[str, int]]:
+    """Verbs on a run of sft, and on the model that ends a turn at once."""
+    found: dict[str, dict[str, int]] = {}
     # A run names its model as a folder does.
     trained = f"{folder}/deepseek_v3-sft"
     found["run"] = {verb: run(f"run-{verb}", verb, trained) for verb in ("grpo", "sample", "convert")}
@@ -87,8 +100,8 @@ def main(folder: Path) -> None:
         "again": ("convert", f"{folder}/ending-again-native", "convert.to=hf"),
     }
     found["ending"] = {name: run(f"ending-{name}", *plan) for name, plan in plans.items()}
-    (folder / "found.json").write_text(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == ["--others"])
