@@ -17,13 +17,14 @@ from megatron_r1.config.load import load
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.runs.initial_weights import find_weights
 from tests.support.conversions import convert, hf_of, in_precision, native_run, native_weights, same_bits
+from tests.support.fork_server import run_forked_to_the_end
 
 RECIPE = load("pretrain")
 MODEL = replace(RECIPE.model, num_layers=2, dtype="bf16")
 LOST = "model.layers.1.mlp.experts.5.up_proj.weight"
 SHORT = [
     *("model.num_layers=2", "model.dtype=bf16", "train.steps=2", "train.schedule.warmup_steps=1"),
-    *("data.num_documents=2000", "track=off", "platform=cpu", "threads=1"),
+    *("data.num_documents=300", "track=off", "platform=cpu", "threads=1"),
 ]
 
 
@@ -57,8 +58,9 @@ def test_training_starts_from_an_fp8_folder_as_from_its_checkpoint(folder: Path,
     native = convert(f"hf:{folder}", tmp_path / "native", to="native")
     assert same_bits(dict(find_weights(f"hf:{folder}").tensors), dict(find_weights(str(tmp_path / "native")).tensors))
     assert same_bits(hf_of(convert(native, tmp_path / "again", dtype="fp8")), hf_of(folder))
-    done = megatron_r1("pretrain", f"init.from='hf:{folder}'", f"root='{tmp_path}'", "name=trained", *SHORT)
-    assert done.returncode == 0, done.stderr
+    run_forked_to_the_end(
+        "megatron_r1", "pretrain", f"init.from='hf:{folder}'", f"root='{tmp_path}'", "name=trained", *SHORT
+    )
     rows = [json.loads(line) for line in (tmp_path / "trained" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and rows[0]["train/loss"] > 1.5 * math.log(MODEL.vocab_size)  # a new model guesses
 

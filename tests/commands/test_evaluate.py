@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_r1.config.keys import only_read
+from tests.support.fork_server import run_forked
 
 MODEL = ["platform=cpu", "threads=1", "seed=3", "rollout=local", "track=off", "rollout.max_response_tokens=12"]
-STEPS = ["train.steps=3", "train.schedule.warmup_steps=1", "data.num_documents=2000", "train.save_interval=1"]
+STEPS = ["train.steps=3", "train.schedule.warmup_steps=1", "data.num_documents=300", "train.save_interval=1"]
 SHAPE = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
 EVALUATE = [
     "evaluate.every=1",
@@ -25,21 +24,17 @@ import os, sys
 from megatron_r1.__main__ import exit_code
 from megatron_r1.commands import evaluate
 
-assert exit_code({pretrain}) == 0
 write = evaluate.ModelResult.write
 
 def dies(self, result):
     write(self, result)
     os._exit(9)
 
-evaluate.ModelResult.write = dies
-sys.exit(exit_code(sys.argv[1:]))
+if __name__ == "__main__":
+    assert exit_code({pretrain}) == 0
+    evaluate.ModelResult.write = dies
+    sys.exit(exit_code(sys.argv[1:]))
 """
-
-
-def start(program: list[str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", *program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +44,13 @@ def folder(tmp_path_factory) -> Path:
     pretrain = ["pretrain", *only_read("pretrain", MODEL), *STEPS, *SHAPE, f"root='{root}'", "name=base"]
     evaluate = ["evaluate", *only_read("evaluate", MODEL), *EVALUATE, f"init.from='{root}/base'"]
     evaluate += [f"root='{root}'", "name=curve"]
-    died = start(["-c", DYING.format(pretrain=pretrain)], evaluate)
+    (root / "dying.py").write_text(DYING.format(pretrain=pretrain))
+    died = run_forked(root / "dying.py", *evaluate)
     assert died.returncode == 9, died.stderr
     finished = list((root / "curve" / "models").iterdir())
     assert len(finished) == 1 and not (root / "curve" / "results.json").exists()
     (root / "curve" / "samples" / f"{finished[0].stem}.jsonl").write_text("not sampled again\n")
-    done = start(["-m", "megatron_r1"], evaluate)
+    done = run_forked("megatron_r1", *evaluate)
     assert done.returncode == 0, done.stderr
     (root / "curve" / "printed.txt").write_text(done.stdout)
     return root / "curve"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_r1.rollout.journal import Journal
 from megatron_r1.runs.prompts import pin_prompts
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import run_forked_to_the_end
 from tests.support.recorded import unregistered
 from tests.support.samples import prompt_of
 
@@ -41,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
         {"question": "<|eos|>", "answer": 0},
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_to_the_end([sys.executable, str(SUPPORT / "grpo_runs.py"), str(folder)], seconds=200)
+    run_forked_to_the_end(SUPPORT / "grpo_runs.py", folder, seconds=200)
     return folder
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prepare.options import TokeniseOptions
 from megatron_r1.data.prepare.tokenise import tokenise
 from megatron_r1.data.synthetic.train_tokenizer import train_tokenizer
 from megatron_r1.data.tokenizer import Tokenizer
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import run_forked_to_the_end
 from tests.support.texts import some_texts, write_jsonl
 
 
@@ -28,7 +27,7 @@ def test_text_becomes_a_trained_model(tmp_path):
         *("model.num_layers=2", "train.steps=6", "train.schedule.warmup_steps=1", "train.log_interval=1"),
         *(f"root='{tmp_path}'", "name=run", "platform=cpu", "threads=1", "track=off"),
     ]
-    run_to_the_end([sys.executable, "-m", "megatron_r1", "pretrain", *overrides], seconds=100)
+    run_forked_to_the_end("megatron_r1", "pretrain", *overrides)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[-1]["train/loss"] < rows[0]["train/loss"] and rows[-1]["train/mtp_loss"] < rows[0]["train/mtp_loss"]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_r1.config.keys import only_read
+from tests.support.fork_server import run_forked
 
+pytestmark = pytest.mark.timeout(300)
 SHARED = ["platform=cpu", "threads=1", "seed=3", "rollout=local", "track=off", "rollout.max_response_tokens=6"]
-STEPS = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=2000", "train.save_interval=2"]
+STEPS = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=300", "train.save_interval=2"]
 SHAPE = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
 VERBS = {
     "grpo": ["train.steps=1", "train.schedule.warmup_steps=0", "rl.prompts_per_rollout=2", "rl.group_size=2",
@@ -23,9 +23,10 @@ VERBS = {
 }  # fmt: skip
 PROGRAM = """
 import json, sys
-from megatron_r1.__main__ import exit_code
-for arguments in json.load(sys.stdin):
-    print("CODE", exit_code(arguments), flush=True)
+if __name__ == "__main__":  # which processes that it starts are not
+    from megatron_r1.__main__ import exit_code
+    for arguments in json.load(open(sys.argv[1])):
+        print("CODE", exit_code(arguments), flush=True)
 """
 GRADE_SCHOOL = [
     {"question": "Ann has 4 pens and buys 3. How many?", "answer": "She has 4 + 3 = <<4+3=7>>7 pens.\n#### 7"},
@@ -60,6 +61,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple
     write(root / "competition.jsonl", COMPETITION)
     commands = [["pretrain", *only_read("pretrain", SHARED), *STEPS, *SHAPE, "name=base"]]
     fields = ["data.prompts.question_field=problem", "data.prompts.answer_field=solution", "reward.verifier=math"]
+    fields += ["reward.math.timeout_s=60"]  # of a busy machine
     for verb, keys in VERBS.items():
         for name, more in (("grade_school", []), ("competition", fields)):
             commands.append(command(root, verb, name, [*keys, *more]))
@@ -67,10 +69,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple
         write(root / f"{name}.jsonl", [GRADE_SCHOOL[0], row])
         commands += [command(root, verb, name, keys) for verb, keys in VERBS.items()]
     lines = [[*arguments, f"root='{root}'"] for arguments in commands]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
-        input=json.dumps(lines), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    (root / "program.py").write_text(PROGRAM)
+    (root / "commands.json").write_text(json.dumps(lines))
+    done = run_forked(root / "program.py", root / "commands.json", seconds=300)
     codes = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("CODE ")]
     assert len(codes) == len(commands), done.stderr[-3000:]
     return root, list(zip((" ".join(line[:1] + line[-2:-1]) for line in lines), codes, strict=True)), done.stderr  # type: ignore[return-value]

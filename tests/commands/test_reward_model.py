@@ -15,6 +15,7 @@ from megatron_r1.platform.ports import free_ports
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
+from tests.support.fork_server import run_forked_to_the_end
 from tests.support.launching import run_to_the_end
 from tests.support.recorded import unregistered
 
@@ -24,7 +25,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reward-runs")
-    run_to_the_end([sys.executable, str(SUPPORT / "reward_runs.py"), str(folder)], seconds=110)
+    run_forked_to_the_end(SUPPORT / "reward_runs.py", folder, seconds=110)
     return folder
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.config.keys import only_read
+from tests.support.fork_server import run_forked, run_forked_to_the_end
 
 MODEL = ["platform=cpu", "threads=1", "seed=3", "rollout=local", "track=off", "rollout.max_response_tokens=12"]
 DYING = """
@@ -27,25 +28,20 @@ def dies(path, content):
     if len(written) == 3:  # the plan and two parts
         os._exit(9)
 
-sampling_job.write_whole = dies
-sys.exit(exit_code(sys.argv[1:]))
+if __name__ == "__main__":
+    sampling_job.write_whole = dies
+    sys.exit(exit_code(sys.argv[1:]))
 """
-
-
-def start(*arguments: str, dying: bool = False) -> subprocess.CompletedProcess[str]:
-    program = ["-c", DYING] if dying else ["-m", "megatron_r1"]
-    command = [sys.executable, "-W", "ignore", *program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A folder with a model that two steps have trained, and prompts."""
     root = tmp_path_factory.mktemp("runs")
-    steps = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=2000", "train.save_interval=2"]
+    steps = ["train.steps=2", "train.schedule.warmup_steps=1", "data.num_documents=300", "train.save_interval=2"]
     shape = ["train.sequence_length=32", "train.global_batch_size=2", "train.micro_batch_size=2"]
-    done = start("pretrain", *only_read("pretrain", MODEL), *steps, *shape, f"root='{root}'", "name=base")
-    assert done.returncode == 0, done.stderr
+    base = [*only_read("pretrain", MODEL), *steps, *shape, f"root='{root}'", "name=base"]
+    run_forked_to_the_end("megatron_r1", "pretrain", *base)
     rows = [{"question": f"What is {n}+{n}?", "answer": 2 * n} for n in range(10)]
     (root / "opens.jinja").write_text("{{ bos_token + messages[0]['content'] + '<think>' }}")
     (root / "mine.py").write_text(
@@ -64,11 +60,13 @@ def job(root: Path, name: str) -> list[str]:
         "reward.custom=1",
         f"reward.custom_function='{root}/mine.py:score'",
     ]
-    return ["sample", *only_read("sample", MODEL), *keys, f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
+    keys += [f"init.from='{root}/base'", f"root='{root}'", f"name={name}"]
+    return ["megatron_r1", "sample", *only_read("sample", MODEL), *keys]
 
 
 def test_every_prompt_gets_scored_responses(root):
-    done = start(*job(root, "whole"))
+    command = [sys.executable, "-W", "ignore", "-m", *job(root, "whole")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (root / "whole" / "samples.jsonl").read_text().splitlines()]
     assert [(row["id"], row["sample"]) for row in rows] == [(str(n), i) for n in range(1, 11) for i in range(2)]
@@ -85,25 +83,26 @@ def test_every_prompt_gets_scored_responses(root):
 
 
 def test_a_killed_job_resumes_and_refuses_other_prompts(root):
-    assert start(*job(root, "killed"), dying=True).returncode == 9
+    (root / "dying.py").write_text(DYING)
+    assert run_forked(root / "dying.py", *job(root, "killed")[1:]).returncode == 9
     parts = root / "killed" / "parts"
     before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.jsonl")}
     assert 0 < len(before) < 3
-    assert start(*job(root, "killed")).returncode == 0
+    assert run_forked(*job(root, "killed")).returncode == 0
     for name, written in before.items():
         assert (parts / name).stat().st_mtime_ns == written
     whole, killed = ((root / name / "samples.jsonl").read_bytes() for name in ("whole", "killed"))
     assert killed == whole
     plan = json.loads((parts / "plan.json").read_text())
     (parts / "plan.json").write_text(json.dumps(plan | {"texts_sha256": "another"}))
-    refused = start(*job(root, "killed"))
+    refused = run_forked(*job(root, "killed"))
     assert refused.returncode == 3 and "of other prompts or weights" in refused.stderr
 
 
 def test_parquet_holds_the_same_rows(root):
     from pyarrow import parquet
 
-    assert start(*job(root, "columns"), "sample.format=parquet").returncode == 0
+    assert run_forked(*job(root, "columns"), "sample.format=parquet").returncode == 0
     rows = parquet.read_table(root / "columns" / "samples.parquet").to_pylist()
     expected = [json.loads(line) for line in (root / "columns" / "parts" / "000000.jsonl").read_text().splitlines()]
     assert len(rows) == 20 and rows[: len(expected)] == expected
@@ -114,11 +113,11 @@ def test_a_style_that_rewrites_shows_the_response_of_each_row(root):
     rows = [{"question": f"What is {n}+{n}?", "answer": 2 * n, "response": f"= {2 * n}"} for n in range(2)]
     (root / "drafts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     style = [f"sample.prompt_style='{root}/mine.txt'", f"data.prompts.path='{root}/drafts.jsonl'"]
-    done = start(*job(root, "rewritten"), *style)
+    done = run_forked(*job(root, "rewritten"), *style)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in (root / "rewritten" / "samples.jsonl").read_text().splitlines()]
     assert [row["given_response"] for row in found] == ["= 0", "= 0", "= 2", "= 2"]
     assert all(f"{row['question']} Draft: {row['given_response']}" in row["prompt"] for row in found)
     assert {row["task"] for row in found} == {"file"}
-    refused = start(*job(root, "generated"), "data.prompts.path=''", "sample.max_prompts=2", style[0])
+    refused = run_forked(*job(root, "generated"), "data.prompts.path=''", "sample.max_prompts=2", style[0])
     assert refused.returncode == 2 and "shows responses: name their rows in data.prompts.path" in refused.stderr

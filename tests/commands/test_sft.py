@@ -23,6 +23,7 @@ from megatron_r1.runs.initial_weights import find_weights
 from megatron_r1.track.metrics import reproducible
 from tests.support.chats import QWEN_MARKED, small_tokenizer
 from tests.support.conversions import convert, same_bits
+from tests.support.fork_server import run_forked_to_the_end
 from tests.support.launching import run_to_the_end
 from tests.support.recorded import unregistered
 
@@ -67,7 +68,7 @@ def trained(
         *("train.global_batch_size=16", "train.micro_batch_size=8", "train.save_interval=5"),
         *(f"init.from='hf:{base / 'hf'}'", f"root='{base}'", "name=run", "platform=cpu", "threads=1", "track=off"),
     ]
-    sft(command)
+    run_to_the_end([sys.executable, "-m", "megatron_r1", "sft", *command], seconds=110)
     return base / "run", command
 
 
@@ -90,7 +91,7 @@ def publish(folder: Path, kind: str, shape: list[str]) -> None:
 
 
 def sft(command: list[str]) -> None:
-    run_to_the_end([sys.executable, "-m", "megatron_r1", "sft", *command], seconds=110)
+    run_forked_to_the_end("megatron_r1", "sft", *command, seconds=110)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
