@@ -7,14 +7,13 @@ MLPerf submissions of Megatron-Bridge for H100, GB200 and GB300; Moonlight's and
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import run_forked_to_the_end
 
 PUBLISHED_BATCHES = ""
 """The batches of DeepSeek-V3's report: 3,072 sequences that grow to 15,360."""
@@ -119,7 +118,7 @@ def found(tmp_path_factory) -> dict[Row, Any]:
     jobs = [{"ranks": row.gpus, "recipe": "pretrain_v3", "overrides": row.overrides} for row in TABLE]
     file.with_suffix(".json").write_text(json.dumps(jobs))
     program = Path(__file__).parents[1] / "support" / "fake_ranks.py"
-    run_to_the_end([sys.executable, str(program), str(file)], seconds=220)
+    run_forked_to_the_end(program, file, seconds=220)
     return dict(zip(map(repr, TABLE), json.loads(file.with_suffix(".found.json").read_text()), strict=True))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from megatron_r1.check.layout_files import LayoutJob, layout_files, layout_jobs
 from megatron_r1.config.load import load
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import run_forked_to_the_end
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -42,7 +41,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
     file = tmp_path_factory.mktemp("layouts") / "jobs"
     file.with_suffix(".json").write_text(json.dumps([_described(JOBS[name]) for name in chosen]))
     program = Path(__file__).parents[1] / "support" / "fake_ranks.py"
-    run_to_the_end([sys.executable, str(program), str(file)], seconds=560)
+    run_forked_to_the_end(program, file, seconds=560)
     return dict(zip(chosen, json.loads(file.with_suffix(".found.json").read_text()), strict=True))
 
 

@@ -74,12 +74,13 @@ def _places(
         if rest:
             raise ConfigError("parallel.expert", parallel.expert, f"must divide the {model.moe.num_experts} experts")
         first = expert // each * shares
-    whole = tuple(slice(0, size) for size in mapping.native_shape)
+    shape = mapping.native_shape
+    whole = tuple(slice(0, size) for size in shape)
     if split is None:
         yield first, whole
         return
     halves = 2 if "linear_fc1" in mapping.native else 1  # gate and up are shared out one by one
-    size = mapping.native_shape[split] // halves
+    size = shape[split] // halves
     if size % shares:
         raise ConfigError("parallel.tensor", shares, f"must divide {size}, dimension {split} of {mapping.native}")
     share = size // shares
