@@ -94,7 +94,7 @@ def prepare(command: Command) -> RunConfig | None:
     else:
         from megatron_r1.config.cross_checks import check_layout
         from megatron_r1.config.describe import commented_yaml
-        from megatron_r1.config.load import load_all  # a tenth of a second: not for --help
+        from megatron_r1.config.load import load_all  # Hydra takes a tenth of a second: not for --help
         from megatron_r1.runs.source import find_model
 
         check_overrides(command.verb, command.overrides)

@@ -16,7 +16,6 @@ import yaml
 from megatron_r1.config.recipes import configs_folder, groups
 from megatron_r1.config.schema import exists, joined, shown
 from megatron_r1.config.verbs import GENERAL, VERBS, Verb
-from megatron_r1.config.yaml_files import NeedsHydra, parse_yaml
 from megatron_r1.errors import ConfigError
 
 INSTEAD = {
@@ -81,14 +80,14 @@ def keys_of_recipe(recipe: str) -> Iterator[tuple[str, object]]:
     path = configs_folder() / f"{recipe}.yaml"
     try:
         yield from _keys_of_file(path, path.stat().st_mtime_ns)
-    except (yaml.YAMLError, NeedsHydra, FileNotFoundError):
+    except (yaml.YAMLError, FileNotFoundError):
         return  # composing the recipe reports the error
 
 
 @lru_cache(maxsize=256)
 def _keys_of_file(path: Path, _: int) -> tuple[tuple[str, object], ...]:
     """Kept until the file is written again."""
-    tree = parse_yaml(path.read_text(encoding="utf-8"))
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     leaves = _leaves(tree if isinstance(tree, dict) else {}, "")
     return tuple((key, value) for key, value in leaves if key != "defaults")
 

@@ -77,7 +77,7 @@ def compose_stages(config: RunConfig, folder: Path, names: Iterable[str] = ()) -
 
     Args:
         folder: of the recipe, with the stages' runs.
-        names: compose these stages and those that they need alone; () is all.
+        names: compose these stages and those that they need alone, a seventh of a second each; () is all.
 
     Raises:
         ConfigError: the first stage that does not compose, with the key, its value and what is allowed.

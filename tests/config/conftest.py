@@ -1,9 +1,8 @@
-"""The real command line in a process of its own, with what it cost; YAML files for a test to break."""
+"""The real command line in a process of its own, with what it cost."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -14,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from megatron_r1.config import recipes as recipes_module
-from megatron_r1.config.recipes import configs_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -69,12 +65,3 @@ def hydra_seconds() -> float:
 def run_command() -> Callable[..., CommandResult]:
     """`run_command(*arguments, cwd=..., NAME=value)` runs `megatron-r1` and waits for it."""
     return _run_command
-
-
-@pytest.fixture
-def own_configs(tmp_path, monkeypatch) -> Path:
-    """A copy of the shipped YAML files where an installed package has them, for a test to break."""
-    shutil.copytree(configs_folder(), tmp_path / "_configs")
-    monkeypatch.setattr(recipes_module, "PACKAGE", tmp_path)
-    assert configs_folder() == tmp_path / "_configs"
-    return tmp_path / "_configs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import megatron_r1.config
 from megatron_r1.check.layout_files import layout_files, layout_jobs
+from megatron_r1.config import recipes as recipes_module
 from megatron_r1.config.load import difference, load, read_yaml, write_yaml
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.recipes import configs_folder, groups, recipes
@@ -39,6 +41,15 @@ JOBS = {
 }
 """An override -> a job that a layout is meant for and that has it."""
 OPTIONS = [(group, option) for group, options in groups().items() for option in options]
+
+
+@pytest.fixture
+def own_configs(tmp_path, monkeypatch) -> Path:
+    """A copy of the shipped YAML files where an installed package has them, for a test to break."""
+    shutil.copytree(configs_folder(), tmp_path / "_configs")
+    monkeypatch.setattr(recipes_module, "PACKAGE", tmp_path)
+    assert configs_folder() == tmp_path / "_configs"
+    return tmp_path / "_configs"
 
 
 @pytest.mark.parametrize("recipe", recipes())

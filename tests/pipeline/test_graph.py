@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,18 @@ from megatron_r1.pipeline.compose import compose_stages
 from megatron_r1.pipeline.graph import as_text, in_order, mermaid, selected
 from megatron_r1.pipeline.recipe import ComposedRecipe
 from megatron_r1.pipeline.settings import settings_of
-from tests.support.pipelines import RECIPE, STAGES, composed, recipe_config
+from tests.support.pipelines import RECIPE, STAGES, composed, composing_once, recipe_config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composing() -> Iterator[None]:
+    with composing_once():
+        yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for all tests."""
+    """The same for all tests, so that the recipe need not be composed again for each."""
     return tmp_path_factory.mktemp("graph") / "x"
 
 

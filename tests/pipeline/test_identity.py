@@ -14,7 +14,7 @@ from megatron_r1.errors import ConfigError
 from megatron_r1.pipeline.recipe import ComposedRecipe
 from megatron_r1.pipeline.state import RECORD, prepare_folder
 from megatron_r1.runs.folder import mark_done
-from tests.support.pipelines import RECIPE, STAGES, composed
+from tests.support.pipelines import RECIPE, STAGES, composed, composing_once
 
 BEHIND_R1 = ("r1", "evaluate", "convert")
 BEHIND_COLD_START = ("cold_start", *BEHIND_R1)
@@ -27,7 +27,7 @@ def own_configs(tmp_path_factory: pytest.TempPathFactory):
     """A copy of the shipped YAML files for a test to change."""
     package = tmp_path_factory.mktemp("package")
     shutil.copytree(configs_folder(), package / "_configs")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, composing_once():
         patch.setattr(recipes_module, "PACKAGE", package)
         yield package / "_configs"
 

@@ -18,7 +18,7 @@ import pytest
 from megatron_r1.errors import ExitCode, FolderInUse
 from megatron_r1.pipeline.recipe import RECORD, ComposedRecipe
 from megatron_r1.pipeline.run import RecipeRun, StageFailed
-from tests.support.pipelines import RECIPE, STAGES, composed
+from tests.support.pipelines import RECIPE, STAGES, composed, composing_once
 
 STAGE = r"""
 import json, os, shutil, signal, sys, time
@@ -45,6 +45,12 @@ with open(os.path.join(root, "log"), "a") as log:
     print("end", name, file=log)
 """
 """A stage that does what the environment says of it, and marks itself done."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def composing() -> Iterator[None]:
+    with composing_once():
+        yield
 
 
 class Toy:
@@ -87,7 +93,7 @@ class Toy:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for all tests."""
+    """The same for all tests, so that the recipe need not be composed again for each."""
     return tmp_path_factory.mktemp("toy") / "toy"
 
 

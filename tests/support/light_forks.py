@@ -13,16 +13,10 @@ from functools import cache
 from importlib import import_module
 
 from megatron_r1.config.load import load
-from megatron_r1.config.recipes import recipes
 from tests.support.fork_server import ForkServer, serve
 
 HEAVY = ("torch", "megatron", "transformers", "sglang", "wandb", "numpy")
-LIGHT = (
-    "megatron_r1.config.describe",
-    "megatron_r1.config.hydra_composition",
-    "megatron_r1.config.hydra_overrides",
-    "megatron_r1.runs.source",
-)
+LIGHT = ("megatron_r1.config.describe", "megatron_r1.runs.source")
 """Imported before the forks."""
 
 
@@ -55,7 +49,7 @@ def _command(arguments: list[str]) -> None:
 if __name__ == "__main__":
     for name in LIGHT:
         import_module(name)
-    for recipe in recipes():
-        load("pretrain", [], recipe)  # parses its files
+    for verb in ("pretrain", "grpo"):
+        load(verb, [])  # what most commands compose, which is remembered
     assert not heavy_modules(), f"imported before a command: {heavy_modules()}"
     serve(_command)

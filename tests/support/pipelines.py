@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
 
+from megatron_r1.config import load as load_module
 from megatron_r1.config.cross_checks import check_layout
 from megatron_r1.config.load import load
 from megatron_r1.config.pipeline import PipelineConfig
+from megatron_r1.config.recipes import configs_folder
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.schema import convert
 from megatron_r1.pipeline.recipe import ComposedRecipe
@@ -63,6 +70,22 @@ def recipe_config(folder: Path, text: str = RECIPE, overrides: tuple[str, ...] =
         text = text.replace(name, str(folder.parent / name.lower()))
     config.pipeline = convert(PipelineConfig, yaml.safe_load(text))
     return config
+
+
+@contextlib.contextmanager
+def composing_once() -> Iterator[None]:
+    """Hydra composes one recipe under the same overrides once, as long as no file in configs/ changes."""
+    compose, known = load_module._compose, {}
+
+    def remembered(recipe: str, overrides: list[str]) -> dict[str, Any]:
+        stamps = tuple((path, path.stat().st_mtime_ns) for path in sorted(configs_folder().rglob("*.yaml")))
+        key = (recipe, tuple(overrides), stamps)
+        known[key] = known.get(key) or compose(recipe, overrides)
+        return deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "_compose", remembered)
+        yield
 
 
 def composed(folder: Path, text: str = RECIPE, overrides: tuple[str, ...] = ()) -> ComposedRecipe:
