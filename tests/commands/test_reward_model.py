@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,16 @@ from megatron_r1.rollout.journal import Journal
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
 from tests.support.fork_server import run_forked_to_the_end
-from tests.support.launching import run_to_the_end
 from tests.support.recorded import unregistered
 
+pytestmark = pytest.mark.timeout(400)
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reward-runs")
-    run_forked_to_the_end(SUPPORT / "reward_runs.py", folder, seconds=110)
+    run_forked_to_the_end(SUPPORT / "reward_runs.py", folder, seconds=300)
     return folder
 
 
@@ -38,8 +37,7 @@ def found(folder) -> dict[str, Any]:
 def of_two_ranks(folder, found) -> list[dict[str, Any]]:
     """Results of support/ranks_scorers.py, by rank."""
     [port] = free_ports(1)
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_to_the_end([*launcher, str(SUPPORT / "ranks_scorers.py"), str(folder), str(port)], seconds=100)
+    run_forked_to_the_end(SUPPORT / "ranks_scorers.py", folder, port, ranks=2, seconds=300)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 

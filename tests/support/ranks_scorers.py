@@ -1,6 +1,6 @@
 """Scores by two ranks of responses that one rank has scored; started by tests/commands/test_reward_model.py.
 
-torchrun ... ranks_scorers.py FOLDER PORT, where reward_runs.py has been: reinforces the same policy on two ranks, each
+ranks_scorers.py FOLDER PORT, where reward_runs.py has been: reinforces the same policy on two ranks, each
 with other data; scores some of its responses by the same reward models in several layouts, and in steps whose rollouts
 are taken ahead; and writes FOLDER/rank-N.json. PORT is free: process groups that are made anew need their own store.
 """
@@ -38,8 +38,7 @@ def main(folder: Path, port: str) -> None:
     from tests.support.reward_runs import BESIDE, of_the_policy, run_in
 
     run_in(folder, grpo, "grpo", *BESIDE, "name=policy-of-two")
-    # The launcher's store still holds the addresses of the first groups.
-    os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    os.environ["MASTER_PORT"] = port
     measure.BATCH_SIZE = ROWS
     samples, prompts = (part[:RESPONSES] for part in of_the_policy(folder))
     texts = [sample.text for sample in samples]
