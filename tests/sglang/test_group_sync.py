@@ -201,7 +201,7 @@ def test_running_requests_when_weights_change(engine, sender, model, change, nam
     monkeypatch.setattr(engine, "pause", PAUSES[name])
     change()
     group_sync(engine, sender, model).push("old")
-    tokens = 600  # some seconds: no server is done before the new weights come
+    tokens = 300  # some seconds: no server is done before the new weights come
     body = {"input_ids": [7, 8, 9], "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
 
     async def meanwhile() -> list[dict]:

@@ -17,7 +17,7 @@ from megatron_r1.errors import ExitCode
 from megatron_r1.track.record import read_metrics
 from tests.support.recorded import unregistered
 
-pytestmark = [pytest.mark.sglang]
+pytestmark = [pytest.mark.sglang, pytest.mark.timeout(240)]
 COMMON = [
     "platform=cpu", "threads=1", "track=off", "data.num_documents=2000", "model.num_layers=2",
     "train.schedule.warmup_steps=2",

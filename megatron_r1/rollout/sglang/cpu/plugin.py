@@ -18,6 +18,9 @@ from megatron_r1.rollout.sglang import delta as deltas
 
 GROUP, NAME = "sglang.srt.plugins", "megatron_r1_cpu"
 MARK = "SGLANG_USE_CPU_ENGINE"
+NCCL, BINDING = "SGLANG_NCCL_SO_PATH", "SGLANG_CPU_OMP_THREADS_BIND"
+READ_LATE = {NCCL, BINDING, deltas.VARIABLE}
+"""Variables by which servers may differ that are forked from one process: they are read as a server starts."""
 RETAINED = 1 << 30
 """Bytes of freed memory that a server keeps rather than give back to the system."""
 
@@ -44,11 +47,9 @@ def environment(tensor_parallel: int) -> dict[str, str]:
         variables["PYTHONPATH"] = str(Path(__file__).parent / "stubs")
     if tensor_parallel > 1:
         # A CUDA build of torch brings NCCL, which SGLang would try on CPU tensors; what it cannot load it leaves out.
-        variables["SGLANG_NCCL_SO_PATH"] = os.devnull
+        variables[NCCL] = os.devnull
         cores = sorted(os.sched_getaffinity(0))
-        variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
-            str(cores[rank % len(cores)]) for rank in range(tensor_parallel)
-        )
+        variables[BINDING] = "|".join(str(cores[rank % len(cores)]) for rank in range(tensor_parallel))
     return variables
 
 

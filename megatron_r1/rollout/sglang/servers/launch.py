@@ -108,12 +108,18 @@ def main(parent: int | None = None) -> None:
     _die_with_parent(parent or program)
     for key in ("api_key", "admin_api_key"):
         arguments[key] = Secret(arguments[key])
-    if not parent:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from megatron_r1.rollout.sglang import delta as deltas
+
+    if parent:
+        deltas.register()  # the parent has loaded all but what this server's own environment asks for
+        HookRegistry.apply_hooks()
+    else:
         load_sglang()
     _name_segments(Path(os.environ["TMPDIR"]).name)
 
     from sglang.launch_server import run_server
-    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.server_args import ServerArgs
 
     logging.getLogger(__name__).info("changed by plugins: %s", ", ".join(sorted(HookRegistry._patched)) or "nothing")

@@ -130,8 +130,9 @@ class Server:
     def _start(self, added: Mapping[str, str], output: IO[bytes]) -> subprocess.Popen[bytes] | ForkedProcess:
         environment = self._environment(added)
         if cpu.MARK in added:
-            kind = {**added, "HOME": environment.get("HOME", ""), "PYTHONPATH": environment["PYTHONPATH"]}
-            forking = fork_server(environment | {"TMPDIR": tempfile.gettempdir()}, kind, output)
+            common = {name: value for name, value in environment.items() if name not in cpu.READ_LATE}
+            kind = {name: value for name, value in common.items() if name in {*added, "HOME", "PYTHONPATH"}}
+            forking = fork_server(common | {"TMPDIR": tempfile.gettempdir()}, kind, output)
             return forking.fork(environment, output, self._lock)
         return subprocess.Popen(
             [sys.executable, "-m", "megatron_r1.rollout.sglang.servers.launch"],
