@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from megatron_r1.model.build import native_tensors
 from megatron_r1.train.routing import FROZEN
 from tests.support.dpo_cases import BETA, REFERENCE_SCALE, one_update, pairs, plain_gaps, plain_loss, tiny
 from tests.support.float64 import float64
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import run_forked_to_the_end
 from tests.support.learner_cases import assert_close, trainable
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -91,8 +90,7 @@ def test_micro_batches_add_up(alone, one_rank, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "ep2"])
 def test_two_ranks_update_as_one_does(layout, alone, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_to_the_end([*launcher, str(SUPPORT / "ranks_dpo.py"), str(tmp_path), layout], seconds=100)
+    run_forked_to_the_end(SUPPORT / "ranks_dpo.py", tmp_path, layout, ranks=2)
     metrics, gradients, margins = alone
     found = json.loads((tmp_path / "found.json").read_text())
     norm = found["metrics"].pop("norm")

@@ -1,6 +1,6 @@
 """One update of direct preference optimization on two ranks, in one layout; tests/preference/test_dpo.py.
 
-torchrun ... ranks_dpo.py FOLDER LAYOUT writes FOLDER/found.json and FOLDER/gradients.pt.
+On each of two ranks, ranks_dpo.py FOLDER LAYOUT writes FOLDER/found.json and FOLDER/gradients.pt.
 """
 
 from __future__ import annotations
