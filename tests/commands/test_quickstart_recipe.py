@@ -51,12 +51,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     with recipe.started() as process:
         wait_until(lambda: any(map(imports_torch, process.children())), process)
         os.kill(process.pid, signal.SIGUSR1)
-        assert process.wait(100) == STOPPED_AT_A_CHECKPOINT, recipe.log
+        assert process.wait(300) == STOPPED_AT_A_CHECKPOINT, recipe.log
     assert [row["step"] for row in recipe.rows("pretrain")] == [1]
     for victim, stage, step in (("parent", "pretrain", 3), ("stage", "r1_zero", 1)):
         with recipe.started() as process:
             wait_until(lambda stage=stage, step=step: len(recipe.rows(stage)) >= step, process)  # type: ignore[misc]
-            print(f"{victim} killed, {kill(recipe, process, victim_of(process, victim, random.Random(0)), 100)}")
+            print(f"{victim} killed, {kill(recipe, process, victim_of(process, victim, random.Random(0)), 300)}")
     recipe.run(400)
     return recipe
 
