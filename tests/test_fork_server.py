@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.fork_server import run_forked
+from tests.support.fork_server import fork_server, run_forked
 
 PROGRAM = """
 import atexit, os, signal, sys, threading
@@ -59,3 +59,27 @@ def test_a_program_that_takes_too_long_is_ended_with_all_that_it_started(tmp_pat
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert run_forked("platform", seconds=60).returncode == 0, "and is there again"
+
+
+def test_a_program_is_watched_while_it_runs(tmp_path: Path) -> None:
+    program, log = tmp_path / "program.py", tmp_path / "log"
+    program.write_text(
+        "import os, subprocess, sys\nsleeper = subprocess.Popen(['sleep', '300'])\n"
+        "print(os.environ['OF_THIS'], sys.stdin.read(), file=sys.stderr, flush=True)\nsleeper.wait()\nsys.exit(5)\n"
+    )
+    log.write_text("of the launch before\n")
+    running = fork_server().start([str(program)], (log, log), {"OF_THIS": "program"})
+    try:
+        deadline = time.monotonic() + 60
+        while "program" not in log.read_text():
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.05)
+        assert log.read_text() == "of the launch before\nprogram \n"
+        parent, child = sorted(running.processes(), key=lambda process: process.pid != running.pid)
+        assert (parent.pid, child.ppid()) == (running.pid, running.pid)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(0.1)
+        child.kill()
+        assert running.wait(60) == 5 == running.poll() and not running.processes()
+    finally:
+        running.end()

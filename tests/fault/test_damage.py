@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,9 @@ def test_a_run_resumes_from_the_checkpoint_before(root, pretrained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"{newest}: model-00000.safetensors cannot be read (Permission denied)" in done.stderr
     assert f"falling back to {older}" in done.stderr
-    assert len(comparable(job.rows)) == len(pretrained[0])
+    assert len(comparable(job.rows)) == len(pretrained)
     for _, checkpoint in step_folders(job.folder / "checkpoints"):
         flip(12345)(checkpoint / "model-00000.safetensors")
-    done = run_alone(job)
+    done = run_alone(replace(job, forked=True))
     assert done.returncode == ExitCode.CHECKPOINT_DAMAGED
     assert "no other checkpoint in" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

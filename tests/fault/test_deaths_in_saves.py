@@ -15,7 +15,7 @@ from megatron_r1.checkpoint.store import step_folders
 from tests.support.dying_ranks import POINTS
 from tests.support.jobs import INTERVAL, PRETRAIN, SHORT, Job, comparable, end_of, launched, undisturbed
 
-PROGRAM = (str(Path(__file__).parents[1] / "support" / "dying_ranks.py"),)
+PROGRAM = str(Path(__file__).parents[1] / "support" / "dying_ranks.py")
 
 
 def die(job: Job, point: str, chance: random.Random) -> str:
@@ -40,8 +40,9 @@ def survive(job: Job, expected: list[dict], points: list[str], lost: int, seed: 
         seen.append(die(job, point, chance))
         done, saved = (int(words.split()[-1]) for words in seen[-1].split(": ")[1].split(", "))
         assert done - saved <= lost, seen[-1]
-    with launched(Job(job.arguments, job.root, job.name)) as launcher:
-        assert end_of(job, launcher) == 0, job.log
+    whole = Job(job.arguments, job.root, job.name, forked=job.forked)
+    with launched(whole) as launcher:
+        assert end_of(whole, launcher) == 0, job.log
     assert comparable(job.rows) == expected
     print(f"{len(points)} deaths inside saves, {len(points)} resumes:\n  " + "\n  ".join(seen))
 
@@ -50,8 +51,8 @@ def survive(job: Job, expected: list[dict], points: list[str], lost: int, seed: 
 @pytest.mark.timeout(300)
 def test_the_run_resumes(root, pretrained):
     arguments = [*PRETRAIN, *SHORT, "train.async_save=true"]
-    job = Job(arguments, root, "dies", PROGRAM)
-    survive(job, pretrained[0], ["mid_shard", "before_rename"], 2 * INTERVAL, 1)
+    job = Job(arguments, root, "dies", PROGRAM, forked=True)
+    survive(job, pretrained, ["mid_shard", "before_rename"], 2 * INTERVAL, 1)
     # Rank 1 waited for it outside of collective operations; the launcher kills it 30 s after its TERM.
     assert re.search(r"megatron-r1: rank 0 on \S+ gave no sign of life for 1\d s after a signal; the last", job.log)
 
@@ -63,8 +64,8 @@ def test_the_run_resumes(root, pretrained):
 def test_the_run_resumes_from_every_point(background, root):
     """Both ranks hold experts, so that both have shards to write."""
     arguments = [*PRETRAIN, "train.steps=120", f"train.save_interval={INTERVAL}", "parallel.expert=2"]
-    expected, _ = undisturbed(Job(arguments, root, f"experts-{background}"))
+    expected = undisturbed(Job(arguments, root, f"experts-{background}"))
     arguments += [f"train.async_save={background}"]
     points = list(islice(cycle([*list(POINTS)[1:], "verifying"]), 25))
     lost = INTERVAL * (2 if background == "true" else 1)
-    survive(Job(arguments, root, f"dies-{background}", PROGRAM), expected, points, lost, 2)
+    survive(Job(arguments, root, f"dies-{background}", PROGRAM, forked=True), expected, points, lost, 2)

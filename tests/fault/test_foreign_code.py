@@ -132,7 +132,7 @@ def test_beside_a_checkpoints_files(run, mark, tmp_path):
     assert not mark.exists()
     (checkpoint / "state.json").write_bytes(pickled(Payload(mark)))
     make_consistent(checkpoint)
-    done = run_alone(Job([*PRETRAIN, *SHORT], tmp_path, "attacked"))
+    done = run_alone(Job([*PRETRAIN, *SHORT], tmp_path, "attacked", forked=True))
     assert done.returncode == ExitCode.BAD_DATA and done.stderr.splitlines()[-1].endswith("state.json: is no JSON")
     assert "Traceback" not in done.stderr and not mark.exists()
 

@@ -15,7 +15,20 @@ import pytest
 from megatron_r1.checkpoint.manifest import verify
 from megatron_r1.checkpoint.store import step_folders
 from megatron_r1.errors import ExitCode
-from tests.support.jobs import ATTEMPT_S, PRETRAIN, SHORT, Job, comparable, end_of, launched, ranks_of, run_alone
+from tests.support.jobs import (
+    ATTEMPT_S,
+    INTERVAL,
+    PRETRAIN,
+    SHORT,
+    STEPS,
+    Job,
+    Launcher,
+    comparable,
+    end_of,
+    launched,
+    ranks_of,
+    run_alone,
+)
 
 ROOM = "48m"
 """About four checkpoints."""
@@ -45,35 +58,50 @@ def fill(path: Path) -> None:
                 assert error.errno == errno.ENOSPC
 
 
-def wait_until(condition: Callable[[], bool], launcher: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], launcher: Launcher) -> None:
     deadline = time.monotonic() + ATTEMPT_S
     while not condition():
         assert launcher.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
 
+@contextmanager
+def suspended(job: Job, launcher: Launcher) -> Iterator[None]:
+    ranks = ranks_of(job, launcher).values()
+    for rank in ranks:
+        rank.suspend()
+    try:
+        yield
+    finally:
+        for rank in ranks:
+            rank.resume()
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_training_continues_while_the_disk_is_full(background, root, pretrained):
-    job = Job([*PRETRAIN, *SHORT, f"train.async_save={background}"], root, f"full-{background}")
+    job = Job([*PRETRAIN, *SHORT, f"train.async_save={background}"], root, f"full-{background}", forked=True)
     checkpoints, ballast = job.folder / "checkpoints", job.folder / "checkpoints" / "ballast"
     with small_disk(checkpoints):
         with launched(job) as launcher:
-            wait_until(lambda: job.saved >= 4, launcher)
+            wait_until(lambda: job.saved > 0, launcher)
             fill(ballast)
             saved = {step for step, _ in step_folders(checkpoints)}
             wait_until(lambda: job.log.count("training continues") >= 2, launcher)
-            for step, checkpoint in step_folders(checkpoints):
-                verify(checkpoint)
-                assert step in saved or step == max(saved) + 2  # the one that was under way
-            ballast.unlink()
+            with suspended(job, launcher):  # the run would otherwise end before there is room again
+                for step, checkpoint in step_folders(checkpoints):
+                    verify(checkpoint)
+                    assert step in saved or step == max(saved) + INTERVAL  # the one that was under way
+                ballast.unlink()
             assert end_of(job, launcher) == 0, job.log
-        assert comparable(job.rows) == pretrained[0]
-        assert [step for step, _ in step_folders(checkpoints)] == [40, 38]
-        assert {path.name for path in checkpoints.iterdir()} == {".lock", "step-00000040", "step-00000038"}
+        assert comparable(job.rows) == pretrained
+        assert [step for step, _ in step_folders(checkpoints)] == [STEPS, STEPS - INTERVAL]
+        assert {path.name for path in checkpoints.iterdir()} == {
+            ".lock", f"step-{STEPS:08}", f"step-{STEPS - INTERVAL:08}"
+        }  # fmt: skip
     failures = [line for line in job.log.splitlines() if "training continues" in line]
     assert all("No space left on device" in line for line in failures)
-    print(f"background={background}: {len(failures)} failed saves, then checkpoints 38 and 40")
+    print(f"background={background}: {len(failures)} failed saves, then those of the last checkpoints succeed")
 
 
 @pytest.mark.slow
@@ -85,14 +113,9 @@ def test_a_run_whose_last_save_fails_reports_it_and_resumes_later(background, ro
     checkpoints, ballast = job.folder / "checkpoints", job.folder / "checkpoints" / "ballast"
     with small_disk(checkpoints):
         with launched(job) as launcher:
-            wait_until(lambda: job.saved >= 4, launcher)
-            # Stopped for as long as the second takes to start; the run would otherwise be over before.
-            ranks = ranks_of(job, launcher).values()
-            for rank in ranks:
-                rank.suspend()
-            second = run_alone(job)
-            for rank in ranks:
-                rank.resume()
+            wait_until(lambda: job.saved >= 2 * INTERVAL, launcher)
+            with suspended(job, launcher):  # the run would otherwise be over before the second has started
+                second = run_alone(job)
             assert second.returncode == ExitCode.BAD_CONFIG
             assert "two jobs cannot write to one run" in second.stderr and "Traceback" not in second.stderr
             fill(ballast)
@@ -104,4 +127,4 @@ def test_a_run_whose_last_save_fails_reports_it_and_resumes_later(background, ro
         os.unlink(ballast)
         with launched(job) as launcher:
             assert end_of(job, launcher) == 0, job.log
-        assert comparable(job.rows) == pretrained[0]
+        assert comparable(job.rows) == pretrained

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tests.support.jobs import (
 from tests.support.samples import prompt_of
 
 GRPO = [
-    "grpo", *only_read("grpo", COMMON), f"train.save_interval={INTERVAL}", "train.steps=30", "rollout=local",
+    "grpo", *only_read("grpo", COMMON), f"train.save_interval={INTERVAL}", "train.steps=12", "rollout=local",
     "rollout.max_response_tokens=32", "rl.prompts_per_rollout=2", "rl.group_size=4", "rl.updates_per_rollout=2",
 ]  # fmt: skip
 SGLANG = [
@@ -39,12 +40,15 @@ SGLANG = [
 ]  # fmt: skip
 
 
+START_S = 5.0
+"""In which a rank that is killed before its first step is killed."""
+
+
 @dataclass
 class Campaign:
     """What the kills did."""
 
-    life: float
-    """Seconds that ranks live when nothing kills them."""
+    steps: int
     moments: list[str] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     seconds_to_end: list[float] = field(default_factory=list)
@@ -52,43 +56,69 @@ class Campaign:
     launches: int = 0
 
 
+def lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def wait_for_a_moment(job: Job, rank: psutil.Process, step: int, chance: random.Random) -> None:
+    """Until the rank is anywhere in the step after this one, by the rows of the run, or has ended."""
+    started = time.monotonic()
+    while lives(rank):
+        done = (job.rows or [{"step": 0}])[-1]["step"]
+        if done >= step:
+            pace = (time.monotonic() - started) / done if done else START_S
+            with suppress(psutil.TimeoutExpired):
+                rank.wait(chance.uniform(0.0, pace))
+            return
+        time.sleep(0.005)
+
+
 def attempt(job: Job, chance: random.Random, seen: Campaign) -> int:
     """One launch, of which a rank is killed unless it ends before; its exit code."""
-    rank, delay = chance.randrange(2), chance.uniform(0.0, seen.life)
+    rank, step = chance.randrange(2), max(0, chance.randrange(-seen.steps // 5, seen.steps))
     seen.launches += 1
     with launched(job) as launcher:
-        ranks = ranks_of(job, launcher)
-        started, struck = time.monotonic(), True
-        try:
-            ranks[rank].wait(delay)
-            struck = False  # it had ended before
-        except psutil.TimeoutExpired:
-            ranks[rank].kill()
+        target = ranks_of(job, launcher)[rank]
+        wait_for_a_moment(job, target, step, chance)
+        struck = lives(target)
+        with suppress(psutil.NoSuchProcess):
+            target.kill()
         killed = time.monotonic()
         code = end_of(job, launcher)
         if struck and code:
             done, saved = (job.rows or [{"step": 0}])[-1]["step"], job.saved
-            seen.moments.append(f"rank {rank} after {delay:.1f} s, at step {done}")
+            seen.moments.append(f"rank {rank} at step {done}")
             seen.lost.append(done - saved)
             seen.seconds_to_end.append(time.monotonic() - killed)
-        if code == 0:
-            seen.life = min(seen.life, killed - started)  # the machine may have become faster
         return code
 
 
 def survive(
-    arguments: list[str], root: Path, expected: list[dict], life: float, kills: int, seed: int, lost: int = INTERVAL
+    arguments: list[str],
+    root: Path,
+    expected: list[dict],
+    kills: int,
+    seed: int,
+    lost: int = INTERVAL,
+    forked: bool = False,
+    fresh_end: bool = False,
 ) -> Campaign:
-    """Launch runs, again after each kill, until so many kills have struck; every run must end as the expected one."""
-    chance, seen = random.Random(seed), Campaign(life)
+    """Launch runs, again after each kill, until so many kills have struck; every run must end as the expected one.
+
+    Launches are forked, if they may be; with `fresh_end` those that nobody kills are the command as users start it.
+    """
+    chance, seen = random.Random(seed), Campaign(len(expected))
     while len(seen.moments) < kills:
         job = Job(arguments, root, f"{arguments[0]}-{seed}-{seen.runs}")
         while True:
             if len(seen.moments) < kills and not is_done(job.folder):
-                code = attempt(job, chance, seen)
+                code = attempt(replace(job, forked=forked), chance, seen)
             else:
-                with launched(job) as launcher:
-                    code, seen.launches = end_of(job, launcher), seen.launches + 1
+                last = replace(job, forked=forked and not fresh_end)
+                with launched(last) as launcher:
+                    code, seen.launches = end_of(last, launcher), seen.launches + 1
             if code == 0:
                 break
             # A launch that nobody killed must end well.
@@ -106,22 +136,21 @@ def survive(
 
 
 @pytest.fixture(scope="module")
-def reinforced(root: Path, pretrained: object) -> tuple[list[dict[str, Any]], float]:
-    return undisturbed(Job([*GRPO, f"init.from='{root}/base'"], root, "reinforced"))
+def reinforced(root: Path, pretrained: object) -> list[dict[str, Any]]:
+    return undisturbed(Job([*GRPO, f"init.from='{root}/base'"], root, "reinforced", forked=True))
 
 
 CAMPAIGNS = [
-    pytest.param(1, 1, id="1 kill"),
-    pytest.param(10, 2, id="10 kills", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    pytest.param(1, 5, True, id="1 kill"),
+    pytest.param(10, 2, False, id="10 kills", marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
 ]
 
 
 @pytest.mark.timeout(300)  # launches of two ranks, on a slow processor half a minute each
 @pytest.mark.dist
-@pytest.mark.parametrize(("kills", "seed"), CAMPAIGNS)
-def test_pretraining_survives_kills(kills, seed, root, pretrained):
-    expected, life = pretrained
-    survive([*PRETRAIN, *SHORT], root, expected, life, kills, seed)
+@pytest.mark.parametrize(("kills", "seed", "forked"), CAMPAIGNS)
+def test_pretraining_survives_kills(kills, seed, forked, root, pretrained):
+    survive([*PRETRAIN, *SHORT], root, pretrained, kills, seed, forked=forked)
 
 
 @pytest.mark.slow
@@ -132,17 +161,17 @@ def test_a_long_run_survives_many_kills(background, root):
     """With saves in the background, the newest checkpoint may be the one before the one that is being written."""
     interval = 10
     arguments = [*PRETRAIN, "train.steps=200", f"train.save_interval={interval}"]
-    expected, life = undisturbed(Job(arguments, root, f"long-{background}"))
+    expected = undisturbed(Job(arguments, root, f"long-{background}"))
     arguments += [f"train.async_save={str(background).lower()}"]
-    survive(arguments, root, expected, life, 20, 5, interval * (1 + background))
+    survive(arguments, root, expected, 20, 5, interval * (1 + background))
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.dist
-@pytest.mark.parametrize(("kills", "seed"), CAMPAIGNS)
-def test_reinforcement_survives_kills(kills, seed, root, reinforced):
-    expected, life = reinforced
-    survive([*GRPO, f"init.from='{root}/base'"], root, expected, life, kills, seed)
+@pytest.mark.parametrize(("kills", "seed", "forked"), CAMPAIGNS)
+def test_reinforcement_survives_kills(kills, seed, forked, root, reinforced):
+    arguments = [*GRPO, f"init.from='{root}/base'"]
+    survive(arguments, root, reinforced, kills, seed, forked=forked, fresh_end=True)
 
 
 def pairs(journal: Journal) -> dict[int, list[tuple]]:
@@ -161,8 +190,8 @@ def test_reinforcement_with_servers_survives_kills(root, pretrained):
     """An engine is no part of the run's state: bitwise up to the last journalled rollout, then the same requests."""
     arguments = [*SGLANG, f"init.from='{root}/base'"]
     calm = Job(arguments, root, "sglang")
-    expected, life = undisturbed(calm)
-    chance, seen, compared = random.Random(3), Campaign(life), 0
+    expected = undisturbed(calm)
+    chance, seen, compared = random.Random(3), Campaign(len(expected)), 0
     while len(seen.moments) < 5:
         job, kept = Job(arguments, root, f"sglang-{seen.runs}"), Kept()
         while len(seen.moments) < 5 and attempt(job, chance, seen):

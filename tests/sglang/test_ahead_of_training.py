@@ -28,7 +28,7 @@ GRPO = [
 def base(tmp_path_factory) -> Path:
     """A run that has just learned something."""
     folder = tmp_path_factory.mktemp("base")
-    job = Job(["pretrain", *COMMON, *SMALL, "train.steps=3"], folder, "base")
+    job = Job(["pretrain", *COMMON, *SMALL, "data.num_documents=2000", "train.steps=3"], folder, "base")
     assert (done := run_alone(job)).returncode == 0, done.stderr
     return job.folder
 

@@ -3,6 +3,7 @@
     run_forked("megatron_r1", "sample", "name=one")           # what `python -W ignore -m megatron_r1 sample ...` does
     run_forked_to_the_end(folder / "program.py", folder)      # a file, which must succeed
     run_forked_to_the_end("tests/dist/ranks_layouts.py", folder, ranks=2)
+    fork_server().start([*torchrun(2), "program.py"], logs)   # two ranks, forks as well, which a test then disturbs
 
 A program starts with the environment and the folder of its caller, has an output and a process group of its own, and
 ends as an interpreter does. Two things differ from a fresh interpreter: what the program imports is there before, and
@@ -23,17 +24,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+
+import psutil
 
 from tests.support.forked_ranks import fork_ranks
 
 VERBS = ("pretrain", "sft", "reward_model", "dpo", "grpo", "sample", "evaluate", "convert")
 """Whose modules are imported before the forks."""
-LIBRARIES = ("torch._dynamo", "reasoning_gym")
-"""Imported with them: torch's first optimizer and the first prompt would, in every fork."""
+LIBRARIES = ("torch._dynamo", "reasoning_gym", "torch.distributed.run")
+"""Imported with them: torch's first optimizer, the first prompt and torchrun would, in every fork."""
 START_S = 120.0
 
 
@@ -56,41 +59,49 @@ class ForkServer:
         """
         words = [*map(str, arguments)]
         with tempfile.TemporaryDirectory() as folder:
-            outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-            request = {"arguments": words, "folder": str(Path.cwd()), "environment": dict(os.environ)}
-            code = self._request(request | {"outputs": [*map(str, outputs)]}, seconds)
+            outputs = Path(folder, "stdout"), Path(folder, "stderr")
+            program = self.start(words, outputs)
+            try:
+                code = program.wait(seconds)
+            except subprocess.TimeoutExpired as error:
+                texts = [path.read_text(errors="replace") for path in outputs]
+                late = subprocess.TimeoutExpired(words, seconds, *texts)
+                late.add_note("\n".join(texts))
+                raise late from error
+            finally:
+                program.end()
             texts = [path.read_text(errors="replace") for path in outputs]
-        if code is None:
-            late = subprocess.TimeoutExpired(words, seconds, *texts)
-            late.add_note("\n".join(texts))
-            raise late
         return subprocess.CompletedProcess(words, code, *texts)
 
-    def _request(self, request: dict[str, object], seconds: float) -> int | None:
-        """Exit code of a program; None when it had to be ended."""
+    def start(self, words: list[str], outputs: tuple[Path, Path], variables: Mapping[str, str] | None = None) -> Forked:
+        """Start a program, with more variables of the environment; until it has ended, no other can be started.
+
+        Args:
+            outputs: files to which stdout and stderr are added.
+        """
         if self._process is None:
             self._process = subprocess.Popen(self._command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             atexit.register(self._process.communicate)  # with nothing to say, which ends it
         assert self._process.stdin
-        code = None
+        request = {"arguments": words, "folder": str(Path.cwd()), "environment": os.environ | (variables or {})}
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            group = self._answer(START_S)
+            self._process.stdin.write(json.dumps(request | {"outputs": [*map(str, outputs)]}).encode() + b"\n")
+            group = self.answer(START_S)
             assert group, f"{self._command} forks no process"
-            try:
-                code = self._answer(seconds)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)
-        finally:
-            if code is None:  # it may still answer, when nobody reads it
-                atexit.unregister(self._process.communicate)
-                self._process.kill()
-                self._process.communicate()
-                self._process = None
-        return code
+        except BaseException:
+            self.give_up()
+            raise
+        return Forked(self, group)
 
-    def _answer(self, seconds: float) -> int | None:
+    def give_up(self) -> None:
+        """End the process: it may still answer, when nobody reads it."""
+        if self._process:
+            atexit.unregister(self._process.communicate)
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def answer(self, seconds: float) -> int | None:
         """The number in the server's next line; None when none comes in so many seconds."""
         assert self._process and self._process.stdout
         if not select.select([self._process.stdout], [], [], seconds)[0]:
@@ -98,6 +109,54 @@ class ForkServer:
         line = self._process.stdout.readline()
         assert line, f"{self._command} has ended"
         return int(line)
+
+
+class Forked:
+    """A program in a fork, with what is used of subprocess.Popen.
+
+    Attributes:
+        pid: of the program, and of the group of its processes.
+    """
+
+    def __init__(self, server: ForkServer, pid: int):
+        self.pid = pid
+        self._server, self._code = server, None
+
+    def poll(self) -> int | None:
+        """The exit code; None while the program runs."""
+        return self._answer(0.0)
+
+    def wait(self, timeout: float) -> int:
+        """The exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: the program still runs after so many seconds.
+        """
+        code = self._answer(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired("a fork", timeout)
+        return code
+
+    def processes(self) -> list[psutil.Process]:
+        """Those of its group that have not ended."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getpgid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def end(self) -> None:
+        """Leave no process of its group behind, and no answer that nobody has read."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        if self._code is None:
+            self._server.give_up()
+
+    def _answer(self, seconds: float) -> int | None:
+        if self._code is None:
+            self._code = self._server.answer(seconds)
+        return self._code
 
 
 def serve(run: Callable[[list[str]], int]) -> None:
@@ -123,7 +182,7 @@ def _begin(folder: str, environment: dict[str, str], outputs: list[str]) -> None
     """Make a fork what its caller would have started."""
     os.setpgid(0, 0)
     for descriptor, path in enumerate([os.devnull, *outputs]):
-        opened = os.open(path, os.O_RDWR | os.O_CREAT)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
     os.environ.clear()
@@ -153,8 +212,15 @@ def run_program(words: list[str]) -> None:
 
 
 @cache
-def _of_verbs() -> ForkServer:
+def fork_server() -> ForkServer:
+    """Of programs on a CPU with torch's parts, verbs among them."""
     return ForkServer("tests.support.fork_server")
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    """Words before a file that torchrun runs on so many ranks, which it forks."""
+    forking = ("--standalone", f"--nproc-per-node={ranks}", "--start-method=fork", "--run-path")
+    return "torch.distributed.run", *forking
 
 
 def run_forked(*program: object, ranks: int = 1, seconds: float = 100) -> subprocess.CompletedProcess[str]:
@@ -163,7 +229,7 @@ def run_forked(*program: object, ranks: int = 1, seconds: float = 100) -> subpro
     Args:
         ranks: that run it, if more than one; the first that fails ends the others.
     """
-    return _of_verbs().run("--ranks", ranks, *program, seconds=seconds)
+    return fork_server().run("--ranks", ranks, *program, seconds=seconds)
 
 
 def run_forked_to_the_end(*program: object, ranks: int = 1, seconds: float = 100) -> None:
@@ -176,12 +242,12 @@ def must_succeed(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
 
 
-def import_verbs() -> None:
-    """Import what verbs on a CPU do."""
+def import_verbs(*verbs: str) -> None:
+    """Import what these verbs on a CPU do, or all."""
     from megatron_r1.platform import select as select_platform
 
     select_platform("cpu")
-    for verb in VERBS:
+    for verb in verbs or VERBS:
         import_module(f"megatron_r1.commands.{verb}")
     for library in LIBRARIES:
         import_module(library)

@@ -9,6 +9,9 @@ import subprocess
 
 import psutil
 
+MARK = "MEGATRON_R1_TEST"
+"""Variable of the environment by which a test finds the processes that it has started."""
+
 
 def run_to_the_end(command: list[str], seconds: float) -> None:
     """Run a command that must succeed; nothing that it started is left behind."""
@@ -34,6 +37,6 @@ def marked_processes(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("MEGATRON_R1_TEST") == mark:
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
                 found.append(process)
     return found
