@@ -1,5 +1,5 @@
-"""Faults in ranks of real runs, one after the other: a rank that is stopped, killed, sleeps for ever, raises, refuses,
-has NaN, or waits for a server that never answers.
+"""Faults in ranks of real runs: a rank that is stopped, killed, sleeps for ever, raises, refuses, has NaN, or waits for
+a server that never answers. Each run starts once the fault of the one before it has struck, after which that one waits.
 
     python tests/support/hangs.py FOLDER --kinds stopped,raising --number 2 --seed 0
 
@@ -17,13 +17,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.platform.ports import free_ports
+from tests.support.fork_server import import_verbs
 
 RUN = [
     "pretrain", "platform=cpu", "threads=1", "track=off", "seed=3", "data.num_documents=300", "model.num_layers=2",
@@ -41,6 +42,11 @@ NOTICE_S = 8.0
 """In which others learn of a rank's new phase: it says so within 1 s, and they read it every quarter of a deadline."""
 BOUND_S = 60.0
 """Seconds in which a run has to end after its fault, on a slow machine."""
+END_S = 120.0
+"""Seconds from its start in which a run has to end, or it is killed."""
+POLL_S = 0.05
+AT_ONCE = 3
+"""Runs that may wait beside each other; more of them would take each other's time."""
 KINDS = ("stopped", "killed", "asleep", "raising", "refusing", "nan", "server")
 PHASES = ("step", "update", "save")
 
@@ -196,43 +202,86 @@ def start(fault: Fault | None, ranks: int, root: Path, name: str, arguments: lis
     return started
 
 
-def run(fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[str]) -> tuple[dict[int, int], float]:
-    """Exit codes of a run, and the seconds that it took from its fault to its end."""
-    started, codes = start(fault, ranks, root, name, arguments), {}
-    stopped = fault.rank if fault and fault.kind == "stopped" else None
-    struck = root / f"{name}.struck"
-    deadline = time.monotonic() + 120.0
+class Running:
+    """A run whose ranks are started and have to end by themselves."""
+
+    def __init__(self, fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[str]):
+        self.fault, self.root, self.name = fault, root, name
+        self.codes: dict[int, int] = {}
+        """Exit codes of the ranks that have ended."""
+        self.seconds = 0.0
+        """From the fault to the end."""
+        self._started = start(fault, ranks, root, name, arguments)
+        self._stopped = {fault.rank} if fault and fault.kind == "stopped" else set()
+        self._deadline = time.monotonic() + END_S
+
+    @property
+    def struck(self) -> bool:
+        return (self.root / f"{self.name}.struck").exists()
+
+    def ended(self) -> bool:
+        """Whether the run is over: all ranks that can end have, or too much time has passed."""
+        for rank in self._started.keys() - self.codes.keys() - self._stopped:
+            pid, status = os.waitpid(self._started[rank], os.WNOHANG)
+            if pid:
+                self.codes[rank] = os.waitstatus_to_exitcode(status)
+        left = self._started.keys() - self.codes.keys()
+        if left - self._stopped and time.monotonic() < self._deadline:
+            return False
+        if self.struck and not self.seconds:
+            self.seconds = time.time() - float((self.root / f"{self.name}.struck").read_text())
+        self.kill()
+        return True
+
+    def kill(self) -> None:
+        """End the ranks that still run."""
+        for rank in self._started.keys() - self.codes.keys():
+            os.kill(self._started[rank], signal.SIGKILL)
+            self.codes[rank] = os.waitstatus_to_exitcode(os.waitpid(self._started[rank], 0)[1])
+
+
+def run(ranks: int, root: Path, name: str, arguments: list[str]) -> dict[int, int]:
+    """Exit codes of a run without a fault."""
+    running = Running(None, ranks, root, name, arguments)
     try:
-        while len(codes) < ranks - (stopped is not None) and time.monotonic() < deadline:
-            for rank in started.keys() - codes.keys() - {stopped}:
-                pid, status = os.waitpid(started[rank], os.WNOHANG)
-                if pid:
-                    codes[rank] = os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        seconds = time.time() - float(struck.read_text()) if struck.exists() else 0.0
+        while not running.ended():
+            time.sleep(POLL_S)
     finally:
-        for rank in started.keys() - codes.keys():
-            os.kill(started[rank], signal.SIGKILL)
-            codes[rank] = os.waitstatus_to_exitcode(os.waitpid(started[rank], 0)[1])
-    return codes, seconds
+        running.kill()
+    return running.codes
 
 
-def examine(fault: Fault, root: Path, name: str, deadline_s: float) -> CaseOutcome:
-    watch = [f"{key}={deadline_s}" for key in WATCH]
-    codes, seconds = run(fault, fault.ranks, root, name, fault.command + watch)
-    folder = root / name
+def examine(fault: Fault, running: Running) -> CaseOutcome:
+    root, name, folder = running.root, running.name, running.root / running.name
     ranks = range(fault.ranks)
     stacks = {rank: folder / "logs" / f"stacks-rank-{rank:05}.txt" for rank in ranks}
     return CaseOutcome(
         fault,
-        codes,
-        round(seconds, 1),
+        running.codes,
+        round(running.seconds, 1),
         {rank: (root / f"{name}-{rank}.log").read_text(errors="replace") for rank in ranks},
         {rank: path.read_text() for rank, path in stacks.items() if path.exists()},
         json.loads((folder / "heartbeat.json").read_text()),
         checkpoints_of(folder),
         rows_of(folder),
     )
+
+
+def strike_in_turn(faults: dict[str, Fault], root: Path, deadline_s: float) -> Iterator[CaseOutcome]:
+    """The outcomes of these runs by name, each as it ends."""
+    watch = [f"{key}={deadline_s}" for key in WATCH]
+    coming, running = list(faults.items()), dict[str, Running]()
+    try:
+        while coming or running:
+            if coming and len(running) < AT_ONCE and all(one.struck for one in running.values()):
+                name, fault = coming.pop(0)
+                running[name] = Running(fault, fault.ranks, root, name, fault.command + watch)
+            for name in [name for name, one in running.items() if one.ended()]:
+                yield examine(faults[name], running.pop(name))
+            time.sleep(POLL_S)
+    finally:
+        for one in running.values():
+            one.kill()
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -260,26 +309,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deadline", type=float, default=12, help="seconds; a busy machine may pause a rank for some")
     given = parser.parse_args(arguments)
-    from megatron_r1.platform import select
-
-    select("cpu")
-    for verb in ("pretrain", "grpo"):  # before the forks
-        import_module(f"megatron_r1.commands.{verb}")
-
+    import_verbs("pretrain", "grpo")
     chance = random.Random(given.seed)
-    faults = [
-        (f"{kind}-{number}", draw(kind, chance)) for kind in given.kinds.split(",") for number in range(given.number)
-    ]
+    kinds = given.kinds.split(",")
+    faults = {f"{kind}-{number}": draw(kind, chance) for kind in kinds for number in range(given.number)}
     undisturbed, outcomes = {}, []
-    for fault in (Fault("", 0, 2, "", 0), *(fault for _, fault in faults)):  # the first is the base of grpo's
+    for fault in (Fault("", 0, 2, "", 0), *faults.values()):  # the first is the base of grpo's
         if fault.job not in undisturbed:
-            codes, _ = run(None, fault.ranks, given.folder, fault.job, fault.command)
+            codes = run(fault.ranks, given.folder, fault.job, fault.command)
             assert set(codes.values()) == {0}, codes
             folder = given.folder / fault.job
             undisturbed[fault.job] = {"checkpoints": checkpoints_of(folder), "rows": rows_of(folder)}
-    for name, fault in faults:
-        outcomes.append(examine(fault, given.folder, name, given.deadline))
-        print(fault, outcomes[-1].codes, f"{outcomes[-1].seconds:.1f} s", flush=True)
+    for outcome in strike_in_turn(faults, given.folder, given.deadline):
+        outcomes.append(outcome)
+        print(outcome.fault, outcome.codes, f"{outcome.seconds:.1f} s", flush=True)
         found = {"outcomes": [asdict(outcome) for outcome in outcomes], "undisturbed": undisturbed}
         (given.folder / "found.json").write_text(json.dumps(found))
 

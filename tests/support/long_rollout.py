@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests.support.fork_server import import_verbs
 from tests.support.hangs import RUN as BASE
 from tests.support.hangs import run
 
@@ -27,10 +27,7 @@ RUN = [
 
 
 def main(root: Path) -> None:
-    from megatron_r1.platform import select
-
-    select("cpu")
-    import_module("megatron_r1.commands.grpo")
+    import_verbs("pretrain", "grpo")
     from megatron_r1.rl.generation.rollouts import Rollouts
     from megatron_r1.runs import training_run as module
 
@@ -46,8 +43,8 @@ def main(root: Path) -> None:
         return groups(platform, degrees, seed, threads, COLLECTIVE_S / 60, heartbeat_s)
 
     Rollouts.take, module.process_groups = slow, short  # type: ignore[method-assign, assignment]
-    assert set(run(None, 2, root, "undisturbed-pretrain-2", BASE)[0].values()) == {0}
-    codes, _ = run(None, 2, root, "long", RUN)
+    assert set(run(2, root, "undisturbed-pretrain-2", BASE).values()) == {0}
+    codes = run(2, root, "long", RUN)
     logs = [(root / f"long-{rank}.log").read_text() for rank in range(2)]
     (root / "found.json").write_text(json.dumps({"codes": codes, "slept": slept.exists(), "logs": logs}))
 

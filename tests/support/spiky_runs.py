@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from dataclasses import asdict
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.train.rewinds import Rewind, read_rewinds, record_rewind
+from tests.support.fork_server import import_verbs
 from tests.support.hangs import checkpoints_of, rows_of, run
 
 RANKS, SIZE = 2, 4
@@ -62,7 +62,7 @@ def outcome(root: Path, name: str, arguments: list[str], kills: tuple[int, ...] 
         (root / f"kill-{position}-{rank}").touch()
     attempts, log = [], ""
     while len(attempts) < MOST_ATTEMPTS and (not attempts or any(attempts[-1])):
-        codes, _ = run(None, RANKS, root, name, arguments)
+        codes = run(RANKS, root, name, arguments)
         attempts.append([codes[rank] for rank in range(RANKS)])
         log += (root / f"{name}-0.log").read_text(errors="replace")
     return {
@@ -74,10 +74,7 @@ def outcome(root: Path, name: str, arguments: list[str], kills: tuple[int, ...] 
 
 
 def main(root: Path) -> None:
-    from megatron_r1.platform import select
-
-    select("cpu")
-    import_module("megatron_r1.commands.pretrain")  # before the forks
+    import_verbs("pretrain")
     plant(root)
     (root / "without").mkdir()
     bad = {"first_step": SPIKE, "spike_step": SPIKE, "last_step": SPIKE + 1}
