@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,12 +90,11 @@ def two_ranks(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     from safetensors.torch import save_file
 
     from megatron_r1.model.build import native_tensors
-    from tests.support.launching import run_to_the_end
+    from tests.support.fork_server import run_forked_to_the_end
 
     folder = tmp_path_factory.mktemp("two-ranks")
     save_file({name: tensor.contiguous() for name, tensor in native_tensors(tiny)}, folder / "whole.safetensors")
     rows = torch.randint(0, 512, (4, 33), generator=torch.Generator().manual_seed(0))
     save_file({"rows": rows}, folder / "rows.safetensors")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_to_the_end([*launcher, str(SUPPORT / "two_ranks.py"), str(folder)], seconds=100)
+    run_forked_to_the_end(SUPPORT / "two_ranks.py", folder, ranks=2)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from megatron_r1.checkpoint.store import SaveFailed
 from megatron_r1.errors import ExitCode, NoRolloutCapacity, PlatformError, RankLost
 from megatron_r1.parallel.mesh import claim_device
 from megatron_r1.parallel.waiting import TELL_S, Waiting, note_signal
+from tests.support.fork_server import run_forked_to_the_end
 
 RANKS = 3
 TIMEOUT_S = 0.4
@@ -228,10 +228,7 @@ open(f"{sys.argv[1]}/{rank}.json", "w").write(json.dumps(found))
 @pytest.mark.dist
 def test_a_rank_may_work_longer_than_a_collective_operation_may_take(tmp_path):
     """Two gloo ranks whose collective operations fail after 2.5 s; each works 4 s while the other waits."""
-    from tests.support.launching import run_to_the_end
-
     (tmp_path / "job.py").write_text(JOB)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run_to_the_end([*launcher, str(tmp_path / "job.py"), str(tmp_path)], seconds=100)
+    run_forked_to_the_end(tmp_path / "job.py", tmp_path, ranks=2)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == ["rollout of rank 0", [0, 1]]

@@ -1,6 +1,6 @@
 """What two gloo ranks find out together; tests/conftest.py starts it once and tests read what each rank wrote.
 
-torchrun ... two_ranks.py FOLDER: FOLDER/whole.safetensors holds the weights of the tiny model, FOLDER/rows.pt its data.
+two_ranks.py FOLDER, which holds the weights of the tiny model (whole.safetensors) and rows.safetensors.
 """
 
 from __future__ import annotations
