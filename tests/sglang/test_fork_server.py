@@ -17,7 +17,7 @@ from megatron_r1.rollout.sglang.servers.forked import UNKNOWN
 from megatron_r1.rollout.sglang.servers.process import Server, group_members
 
 pytestmark = [pytest.mark.sglang]
-ASKED = [Request(str(i), (5, 6, 7)) for i in range(4)]
+REQUESTS = [Request(str(i), (5, 6, 7)) for i in range(4)]
 VARIABLES = server_environment("cpu", ServerConfig())
 FREE = Sampling(temperature=1.0, top_p=1.0, max_tokens=12, stop_tokens=(), seed=0)
 
@@ -79,7 +79,7 @@ def test_servers_end_with_the_fork_server_and_come_back_from_another(engine):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert parents(engine) != {parent} and len(parents(engine)) == 1
-    assert len(engine.generate(ASKED, FREE)) == len(ASKED)
+    assert len(engine.generate(REQUESTS, FREE)) == len(REQUESTS)
 
 
 def test_a_fork_server_that_cannot_import_is_one_line(tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from megatron_r1.rollout.sync.payload import WeightPayload
 from megatron_r1.rollout.sync.plan.layout import predicted
 from megatron_r1.rollout.sync.plan.traffic import StageTraffic, traffic
 from tests.support.attached import BUCKET, announced
-from tests.support.launching import run_to_the_end
+from tests.support.fork_server import run_forked_to_the_end
 from tests.support.layouts import model_of
 
 pytestmark = [pytest.mark.sglang, pytest.mark.dist]
@@ -60,9 +59,8 @@ def fill(engine: SGLangEngine, name: str, folder: Path, updates: int) -> dict:
         "refused": name == "pp2",
     }
     (folder / "job.json").write_text(json.dumps(job))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     with announced(folder / "servers", engine.endpoints):
-        run_to_the_end([*launcher, str(Path(__file__).with_name("ranks_sync.py")), str(folder)], seconds=240)
+        run_forked_to_the_end(Path(__file__).with_name("ranks_sync.py"), folder, ranks=ranks, seconds=240)
     seen = json.loads((folder / "seen.json").read_text())
     print(f"{name}: largest log-prob difference over {updates} updates {max(seen['gaps']):.1e}")
     assert len(seen["gaps"]) == updates and 0 < max(seen["gaps"]) < 1e-4

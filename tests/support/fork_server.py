@@ -7,7 +7,7 @@
 
 A program starts with the environment and the folder of its caller, has an output and a process group of its own, and
 ends as an interpreter does. Two things differ from a fresh interpreter: what the program imports is there before, and
-the order of sets is that of all other forks. One fresh start of each verb is therefore left to other tests.
+the order of sets is that of all other forks. Tests of the command line, of kills and of recipes start some afresh.
 """
 
 from __future__ import annotations
