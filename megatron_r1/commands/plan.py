@@ -41,13 +41,12 @@ def run_command(command: JobCommand) -> int:
     found, split = _searched(config, verb, constants, fixed)
     if not found.best_first:
         show_layouts(found, config, verb, wide_console())
-        raise ConfigError(
-            "plan.gpus", found.gpus, "no layout fits: take another number, or leave out keys that fix one"
-        )
+        allowed = "no layout fits: take another number, or leave out keys that fix one"
+        raise ConfigError("plan.gpus", config.plan.gpus or found.gpus, allowed)
     best, gpus = found.best_first[0], found.gpus
     seconds = best.seconds
     if split:
-        gpus, seconds = max(gpus, gpus + split.engine_nodes * GPUS[config.plan.gpu].per_node), split.step.total
+        gpus, seconds = gpus + split.engine_gpus, split.step.total
     price = cost(best.job.config, verb, gpus, GPUS[config.plan.gpu].per_node, seconds)
     uncertainty = calibration.uncertainty if calibration else UNCERTAINTY
     plan = JobPlan(command, config, found, price, constants, uncertainty, split)

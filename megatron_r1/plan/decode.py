@@ -170,7 +170,7 @@ def cache_tokens(config: RunConfig, gpu: Gpu) -> float:
 def engines_of(config: RunConfig, gpu: Gpu, gpus: int) -> ServerGpus:
     """Servers on so many GPUs: each as small as its weights and two responses of full length allow."""
     tensor = config.rollout.sglang.server.tensor_parallel
-    while tensor < gpus:
+    while 2 * tensor <= gpus:
         sized = with_engines(config, ServerGpus(gpus, tensor))
         if cache_tokens(sized, gpu) > 2 * config.model.max_sequence_length:
             break

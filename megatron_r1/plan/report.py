@@ -106,12 +106,17 @@ def submit_arguments(plan: JobPlan) -> list[str]:
         if (key := line.lstrip("+~").partition("=")[0]).partition(".")[0] != "plan" and key not in (*own, *keys)
     ]
     gpu = GPUS[plan.config.plan.gpu]
-    on_a_node = min(plan.found.gpus, gpu.per_node)
+    beside = plan.split.engine_gpus if plan.split and not plan.split.engine_nodes else 0
+    on_a_node = min(plan.found.gpus + beside, gpu.per_node)
     machine = [f"cluster.gpu={plan.config.plan.gpu}", f"cluster.gpus_per_node={on_a_node}", f"nodes={plan.nodes}"]
     if plan.split:
         tensor = plan.split.engines.tensor
         changed += [f"rollout.sglang.server.tensor_parallel={tensor}"] * (tensor != _tensor(plan.config))
-        machine += [f"engine_nodes={plan.split.engine_nodes}"] * bool(plan.split.engine_nodes)
+        if plan.split.engine_nodes:
+            machine += [f"engine_nodes={plan.split.engine_nodes}"]
+        elif beside:
+            changed += [f"rollout.sglang.servers={plan.split.engines.servers}"]
+            machine += [f"cluster.ranks_per_node={plan.found.gpus}"]
     return [plan.command.verb, "--config-name", plan.command.recipe, *given, *changed, *machine]
 
 
@@ -138,10 +143,17 @@ def as_json(plan: JobPlan) -> dict[str, Any]:
     }
 
 
+def _where(split: Split) -> str:
+    if split.engine_nodes:
+        return f"{split.engine_nodes} nodes"
+    return f"{split.engine_gpus} GPUs of the same node" if split.engine_gpus else "the trainer's GPUs"
+
+
 def _split(split: Split) -> dict[str, Any]:
     step = split.step
     return {
         "engine_nodes": split.engine_nodes,
+        "engine_gpus": split.engine_gpus,
         "engines": asdict(split.engines),
         "step_seconds": step.total,
         "phases": asdict(step),
@@ -238,7 +250,7 @@ def _show_cost(plan: JobPlan, console: Console) -> None:
             f"{step.update:.3g}, weight sync {step.sync:.3g}, memory to the host and back {step.memory:.3g}; idle: "
             f"trainer {step.trainer_idle:.0%}, engines "
             f"{step.engine_idle:.0%}; {engines.servers} servers of {engines.tensor} GPUs on "
-            f"{plan.split.engine_nodes or 'the same'} nodes"
+            f"{_where(plan.split)}"
         )
     if time:
         parts = ", ".join(f"{text} {getattr(time, name):.3g}" for name, text in PARTS.items() if getattr(time, name))

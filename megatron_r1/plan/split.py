@@ -1,4 +1,4 @@
-"""Reinforcement learning on a cluster: which nodes train, and which run the servers."""
+"""Reinforcement learning on a cluster: which nodes or GPUs train, and which run the servers."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ from megatron_r1.plan.rollout import RolloutStep, rl_step
 from megatron_r1.plan.search import Found, search
 
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Shares of the nodes that run servers, of which each is tried."""
+"""Shares of the nodes, or of one node's GPUs, that run servers, of which each is tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A division of the nodes, with the trainer's layouts on its share."""
+    """A division of the GPUs, with the trainer's layouts on its share."""
 
     trainer: Found
     engines: ServerGpus
     step: RolloutStep
     engine_nodes: int
-    """0 where servers share the trainer's GPUs."""
+    """Nodes that run servers alone; 0 where servers are on the trainer's nodes."""
+    engine_gpus: int
+    """GPUs that run servers alone, of these nodes or of the one node; 0 where servers share the trainer's."""
 
 
 def splits(config: RunConfig, gpus: int, constants: Constants, fixed: Fixed) -> tuple[list[Split], list[Found]]:
     """All divisions of a number of GPUs that fit, best first; and the searches of trainers that found nothing."""
     found, nothing = [], []
     gpu = GPUS[config.plan.gpu]
-    for engine_nodes in _engine_nodes(config, gpus):
-        engines = engines_of(config, gpu, engine_nodes * gpu.per_node or gpus)
+    for engine_gpus in _engine_gpus(config, gpus):
+        engines = engines_of(config, gpu, engine_gpus or gpus)
         sized = with_engines(config, engines)
-        trainer = search(sized, "grpo", gpus - engine_nodes * gpu.per_node, constants, fixed)
+        trainer = search(sized, "grpo", gpus - engine_gpus, constants, fixed)
         if not trainer.best_first:
             nothing.append(trainer)
             continue
         step = rl_step(trainer.best_first[0].job, engines, constants)
-        found.append(Split(trainer, engines, step, engine_nodes))
+        engine_nodes = engine_gpus // gpu.per_node if gpus > gpu.per_node else 0
+        found.append(Split(trainer, engines, step, engine_nodes, engine_gpus))
     return sorted(found, key=lambda split: split.step.total), nothing
 
 
-def _engine_nodes(config: RunConfig, gpus: int) -> Iterator[int]:
-    """Nodes of servers to try; servers that share the trainer's GPUs have none of their own."""
-    nodes = gpus // GPUS[config.plan.gpu].per_node
-    if config.rollout.placement == "colocated" or nodes < 2:
+def _engine_gpus(config: RunConfig, gpus: int) -> Iterator[int]:
+    """GPUs of servers to try: of whole nodes, or of the one node. Only a single GPU is shared by both."""
+    per_node = GPUS[config.plan.gpu].per_node
+    if config.rollout.placement == "colocated" or gpus == 1:
         yield 0
-        return
-    yield from sorted({max(1, min(nodes - 1, round(share * nodes))) for share in SHARES})
+    elif (nodes := gpus // per_node) > 1:
+        yield from sorted({per_node * max(1, min(nodes - 1, round(share * nodes))) for share in SHARES})
+    else:
+        yield from sorted({max(1, int(share * gpus)) for share in SHARES})

@@ -11,6 +11,7 @@ import pytest
 from megatron_r1.__main__ import exit_code
 from megatron_r1.config.hardware import GPUS
 from megatron_r1.config.load import load
+from megatron_r1.config.nodes import JobNodes, nodes_of
 from megatron_r1.plan.constants import Constants
 from megatron_r1.plan.decode import DecodeCost, ServerGpus, decoder, engines_of, kernels, rollout_seconds, with_engines
 from megatron_r1.plan.handover import memory_seconds, reference_seconds, sync_seconds
@@ -209,6 +210,22 @@ def test_a_plan_divides_the_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[
     alone = sum(phases[name] for name in ("rollout", "rewards", "logprobs", "update", "sync", "memory"))
     assert found["step_seconds"] == pytest.approx(alone)
     assert "weight sync" in capsys.readouterr().out
+
+
+def test_on_one_node_trainer_and_servers_have_gpus_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*QWEN, "gpu=h100", "gpus=8", f"root={tmp_path}", "name=rl"]
+    assert exit_code(["plan", "grpo", *command]) == 0
+    plan = orjson.loads((tmp_path / "rl/plan/plan.json").read_bytes())
+    found, arguments = plan["reinforcement"], plan["submit"]
+    assert found["engine_nodes"] == 0 and found["engine_gpus"] in (1, 2, 4, 6) and plan["nodes"] == 1
+    assert f"on {found['engine_gpus']} GPUs of the same node" in " ".join(capsys.readouterr().out.split())
+    ranks = 8 - found["engine_gpus"]
+    assert {f"cluster.ranks_per_node={ranks}", "cluster.gpus_per_node=8", "nodes=1"} <= {*arguments}
+    rollout = load("grpo", [*QWEN, *(line for line in arguments if line.startswith("rollout.sglang.server"))]).rollout
+    assert rollout.sglang.servers * rollout.sglang.server.tensor_parallel == found["engine_gpus"]
+    assert nodes_of(rollout, ranks, ranks, 8) == JobNodes(trainer=1), "what `check` and a run hold servers to"
 
 
 def test_where_no_trainer_fits_the_plan_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

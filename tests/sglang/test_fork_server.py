@@ -54,6 +54,9 @@ def test_two_servers_share_a_parent_and_nothing_else(engine):
     assert len(seeds) == 2, "two servers draw the same tokens"
     # A descriptor of the other's lifeline would keep a server alive after the program.
     assert not open_pipes(first.process.pid) & open_pipes(second.process.pid)
+    # One of the other's status would hide that the fork server has ended.
+    for server in engine.servers:
+        assert not open_pipes(server.process.pid) & open_pipes(parent)
 
 
 def test_a_server_that_fails_says_its_status(engine, tmp_path):
