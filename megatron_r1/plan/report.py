@@ -114,9 +114,9 @@ def submit_arguments(plan: JobPlan) -> list[str]:
         changed += [f"rollout.sglang.server.tensor_parallel={tensor}"] * (tensor != _tensor(plan.config))
         if plan.split.engine_nodes:
             machine += [f"engine_nodes={plan.split.engine_nodes}"]
-        elif beside:
+        else:
             changed += [f"rollout.sglang.servers={plan.split.engines.servers}"]
-            machine += [f"cluster.ranks_per_node={plan.found.gpus}"]
+        machine += [f"cluster.ranks_per_node={plan.found.gpus}"] * bool(beside)
     return [plan.command.verb, "--config-name", plan.command.recipe, *given, *changed, *machine]
 
 
@@ -146,7 +146,7 @@ def as_json(plan: JobPlan) -> dict[str, Any]:
 def _where(split: Split) -> str:
     if split.engine_nodes:
         return f"{split.engine_nodes} nodes"
-    return f"{split.engine_gpus} GPUs of the same node" if split.engine_gpus else "the trainer's GPUs"
+    return f"{split.engine_gpus} GPUs of the same node" if split.engine_gpus else "the trainer's first node"
 
 
 def _split(split: Split) -> dict[str, Any]:

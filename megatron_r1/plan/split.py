@@ -27,7 +27,8 @@ class Split:
     engine_nodes: int
     """Nodes that run servers alone; 0 where servers are on the trainer's nodes."""
     engine_gpus: int
-    """GPUs that run servers alone, of these nodes or of the one node; 0 where servers share the trainer's."""
+    """GPUs that run servers alone, of these nodes or of the one node; 0 where servers share those of
+    the trainer's first node."""
 
 
 def splits(config: RunConfig, gpus: int, constants: Constants, fixed: Fixed) -> tuple[list[Split], list[Found]]:
@@ -35,7 +36,8 @@ def splits(config: RunConfig, gpus: int, constants: Constants, fixed: Fixed) -> 
     found, nothing = [], []
     gpu = GPUS[config.plan.gpu]
     for engine_gpus in _engine_gpus(config, gpus):
-        engines = engines_of(config, gpu, engine_gpus or gpus)
+        # Servers that share the trainer's GPUs are rank 0's, on its node.
+        engines = engines_of(config, gpu, engine_gpus or min(gpus, gpu.per_node))
         sized = with_engines(config, engines)
         trainer = search(sized, "grpo", gpus - engine_gpus, constants, fixed)
         if not trainer.best_first:

@@ -228,6 +228,17 @@ def test_on_one_node_trainer_and_servers_have_gpus_of_their_own(
     assert nodes_of(rollout, ranks, ranks, 8) == JobNodes(trainer=1), "what `check` and a run hold servers to"
 
 
+def test_servers_that_share_the_trainers_gpus_are_on_its_first_node(tmp_path: Path) -> None:
+    command = [*QWEN, "rollout.placement=colocated", "rollout.sglang.server.memory_saver=true"]
+    assert exit_code(["plan", "grpo", *command, "gpu=h100", "gpus=16", f"root={tmp_path}", "name=rl"]) == 0
+    plan = orjson.loads((tmp_path / "rl/plan/plan.json").read_bytes())
+    found, arguments = plan["reinforcement"], plan["submit"]
+    assert (plan["nodes"], found["engine_nodes"], found["engine_gpus"], found["engines"]["gpus"]) == (2, 0, 0, 8)
+    rollout = load("grpo", [*command, *(one for one in arguments if one.startswith("rollout.sglang.server"))]).rollout
+    assert rollout.sglang.servers * rollout.sglang.server.tensor_parallel == 8
+    assert nodes_of(rollout, 16, 8, 8) == JobNodes(trainer=2)
+
+
 def test_where_no_trainer_fits_the_plan_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["model=v3_671b", *QWEN[1:], "gpu=h100", "gpus=32", f"root={tmp_path}", "parallel.expert=8"]
     assert exit_code(["plan", "grpo", *command]) == 2
