@@ -49,6 +49,8 @@ def test_two_servers_share_a_parent_and_nothing_else(engine):
         pid = server.process.pid
         assert os.getsid(pid) == os.getpgid(pid) == pid
         assert "servers.launch" in " ".join(psutil.Process(pid).cmdline())
+        of_server = [psutil.Process(one).environ().get("PATH") for one in group_members(pid)]
+        assert len(of_server) > 1 and {*of_server} == {os.environ["PATH"]}, "/proc tells whose they are"
         assert os.readlink(f"/proc/{pid}/fd/1") == os.readlink(f"/proc/{pid}/fd/2") == str(server.log)
     seeds = {re.search(r"'random_seed': (\d+)", server.log.read_text())[1] for server in engine.servers}
     assert len(seeds) == 2, "two servers draw the same tokens"

@@ -19,6 +19,8 @@ from typing import IO
 from megatron_r1.files import Lock
 from megatron_r1.rollout.sglang.servers.fork_server import SIZE
 
+KEEP_ENVIRON = "SPT_NOENV"
+"""Has setproctitle write no title over /proc/PID/environ, by which a scheduler's processes are found."""
 UNKNOWN = 255
 """Exit status of a server whose fork server has ended before it."""
 
@@ -40,7 +42,7 @@ class ForkServer:
                 stdin=theirs.fileno(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=dict(environment),
+                env={**environment, KEEP_ENVIRON: "1"},
                 start_new_session=True,
             )
         atexit.register(self.close)
