@@ -86,7 +86,10 @@ def test_folder_that_sglang_cannot_serve_is_one_line_with_the_log(tmp_path):
 def test_what_a_server_compiled_outlives_it_where_home_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/no/such/home")
     server = Server({}, {}, tmp_path / "logs" / "server-0.log")
-    environment = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+    deadline = time.monotonic() + 20
+    while not (written := Path(f"/proc/{server.process.pid}/environ").read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.01)  # Linux shows none before the new program is in place
+    environment = written.split(b"\0")
     server.close()
     caches = tmp_path / "logs" / "caches"
     assert f"HOME={caches}".encode() in environment and caches.is_dir() and not server.folder.exists()
