@@ -19,7 +19,7 @@ from typing import IO
 
 from megatron_r1 import lifeline, stop_signal
 from megatron_r1.platform.launcher import without_launcher
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL for the ranks that still run when another one has failed."""
@@ -38,7 +38,7 @@ class RankProcesses:
         """
         common = (dict(os.environ) if launched else without_launcher(os.environ)) | lifeline.variables()
         if ranks > 1:
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "WORLD_SIZE": str(ranks)}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(reserve_ports(1)[0]), "WORLD_SIZE": str(ranks)}
         pipe = subprocess.PIPE if prefix else None
         with stop_signal.blocked():
             self._processes = [

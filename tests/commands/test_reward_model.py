@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_r1.checkpoint.sharded import WholeTensors
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 from megatron_r1.rollout.journal import Journal
 from megatron_r1.track.metrics import reproducible
 from megatron_r1.track.record import read_metrics
@@ -36,7 +36,7 @@ def found(folder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def of_two_ranks(folder, found) -> list[dict[str, Any]]:
     """Results of support/ranks_scorers.py, by rank."""
-    [port] = free_ports(1)
+    [port] = reserve_ports(1)
     run_forked_to_the_end(SUPPORT / "ranks_scorers.py", folder, port, ranks=2, seconds=300)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -13,7 +13,7 @@ from megatron_r1.config.run import RunConfig
 from megatron_r1.memory.activations import ActivationSizes
 from megatron_r1.memory.parts import MemoryParts
 from megatron_r1.memory.trainer import STATES, job_memory, keeps_reference, largest_pass
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 from tests.support.fork_server import run_forked_to_the_end
 
 TOLERANCE = 0.1
@@ -98,7 +98,7 @@ def test_predicted_memory_is_what_torch_allocates(ranks: int, tmp_path: Path) ->
     jobs = dict(jobs_of(ranks))
     described = {
         name: {"verb": verb, "config": resolved(config), "port": port}
-        for (name, (verb, config)), port in zip(jobs.items(), free_ports(len(jobs)), strict=True)
+        for (name, (verb, config)), port in zip(jobs.items(), reserve_ports(len(jobs)), strict=True)
     }
     (tmp_path / "job.json").write_text(json.dumps(described))
     run_forked_to_the_end(Path(__file__).with_name("ranks_memory.py"), tmp_path, ranks=ranks, seconds=800)

@@ -17,9 +17,9 @@ from collections.abc import Callable
 
 def fork_ranks(ranks: int, run: Callable[[], None]) -> int:
     """Exit status of the first rank that fails, whose fellows are then ended, or 0."""
-    from megatron_r1.platform.ports import free_ports
+    from megatron_r1.platform.ports import reserve_ports
 
-    [port] = free_ports(1)
+    [port] = reserve_ports(1)
     running = {_fork_rank(rank, ranks, port, run) for rank in range(ranks)}
     failed = 0
     while running:
@@ -44,9 +44,9 @@ def _ended(ranks: set[int]) -> list[tuple[int, int]]:
 def meet_elsewhere() -> None:
     """Collective, inside `process_groups`: lets the ranks join other groups afterwards, by a port not yet used."""
     from megatron_r1.parallel import comm
-    from megatron_r1.platform.ports import free_ports
+    from megatron_r1.platform.ports import reserve_ports
 
-    os.environ["MASTER_PORT"] = str(comm.broadcast(free_ports(1)[0], source=0))
+    os.environ["MASTER_PORT"] = str(comm.broadcast(reserve_ports(1)[0], source=0))
 
 
 def _fork_rank(rank: int, ranks: int, port: int, run: Callable[[], None]) -> int:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.errors import NoRolloutCapacity
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 from tests.support.fork_server import import_verbs
 
 RUN = [
@@ -176,7 +176,7 @@ def make_gradients_nan() -> None:
 
 def start(fault: Fault | None, ranks: int, root: Path, name: str, arguments: list[str]) -> dict[int, int]:
     """Start the ranks of a run; their process ids."""
-    [port], started = free_ports(1), {}
+    [port], started = reserve_ports(1), {}
     for rank in range(ranks):
         if pid := os.fork():
             started[rank] = pid

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 
 NODES = ("first", "localhost")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "salloc")
@@ -42,7 +42,7 @@ def absent() -> str:
 @contextmanager
 def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     """The cluster; gives the environment in which SLURM's commands reach it."""
-    ports = free_ports(3)
+    ports = reserve_ports(3)
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))

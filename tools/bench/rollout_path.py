@@ -34,7 +34,7 @@ import numpy as np
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.data.prompts.prompts import Prompt
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 from megatron_r1.rewards.score import Score
 
 GROUP, PROMPT_TOKENS, VOCABULARY, CHARACTERS = 16, 200, 129_280, 4
@@ -167,7 +167,7 @@ def on_rank(given: argparse.Namespace, rank: int, port: int, queue: Any) -> None
 
 def measure(given: argparse.Namespace) -> list[tuple[int, dict[str, float], float]]:
     """Seconds by part and peak GB of each rank."""
-    [port] = free_ports(1)
+    [port] = reserve_ports(1)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=on_rank, args=(given, rank, port, queue)) for rank in range(given.ranks)]

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_r1.config.load import load, resolved
 from megatron_r1.plan.pipeline.orders import ScheduleShape, build_schedule
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 from tests.support.fork_server import run_forked_to_the_end
 
 RANKS = 4
@@ -28,7 +28,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, li
     """Name -> pipeline rank -> its passes."""
     folder = tmp_path_factory.mktemp("order")
     jobs = {}
-    for (name, shape), port in zip(SHAPES.items(), free_ports(len(SHAPES)), strict=True):
+    for (name, shape), port in zip(SHAPES.items(), reserve_ports(len(SHAPES)), strict=True):
         overrides = [f"parallel.pipeline={shape.pipeline}", f"parallel.virtual_pipeline={shape.virtual_pipeline}"]
         overrides += [f"parallel.microbatch_group_size_per_vp_stage={shape.group}"]
         config = load("pretrain", ["model=tiny", "model.num_layers=8", "train.sequence_length=8", *overrides])

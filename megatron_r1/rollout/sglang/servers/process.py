@@ -31,7 +31,7 @@ import psutil
 import megatron_r1
 from megatron_r1.errors import NoRolloutCapacity
 from megatron_r1.platform.launcher import without_launcher
-from megatron_r1.platform.ports import free_ports
+from megatron_r1.platform.ports import reserve_ports
 from megatron_r1.platform.temporary import home_for_caches
 from megatron_r1.rollout.sglang.client import Endpoint
 from megatron_r1.rollout.sglang.cpu import plugin as cpu
@@ -162,7 +162,7 @@ class Server:
 def new_endpoints(count: int) -> list[Endpoint]:
     """Free ports of the loopback, with fresh keys that they share."""
     api_key, admin_key = secrets.token_hex(32), secrets.token_hex(32)
-    return [Endpoint(f"http://{HOST}:{port}", api_key, admin_key) for port in free_ports(count)]
+    return [Endpoint(f"http://{HOST}:{port}", api_key, admin_key) for port in reserve_ports(count)]
 
 
 def _wait_for_group(group: int) -> None:
